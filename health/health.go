@@ -1,0 +1,145 @@
+// Package health tells other programs what is true now, over HTTP: load balancers, kubelets, people and Prometheus.
+//
+// Every answer is worked out from one snapshot and one reading of the clock, both taken when the request is served, and costs no
+// call to etcd. In particular /leader compares the lease's own deadline with the clock, so that it never says "leader" once
+// stop-at has passed, even when everything else in the daemon hangs. What it can't promise is how long an answer stays true: a
+// client that acts on it acts later. The fencing token is for that.
+package health
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// States of a candidate.
+const (
+	Connecting = "connecting"
+	Standby    = "standby"
+	Leading    = "leading"
+	Stopping   = "stopping"
+)
+
+// JobRunning is the one state of the job in which its candidate may say that it leads.
+const JobRunning = "running"
+
+// Snapshot is what the daemon knows at one moment, from memory. Its deadlines are readings of the clock in Config.Now.
+type Snapshot struct {
+	Election string
+	Identity string
+	State    string // Connecting, Standby, Leading or Stopping.
+	Reason   string // Why the candidate is not in the election, for people. Holds no secrets.
+	Since    time.Time
+	Leader   *Leader // Nil when none is known.
+
+	LeaseID     int64 // 0 without a lease.
+	TTL         time.Duration
+	StopAt, End time.Duration // Zero without a lease.
+	Leading     bool          // A term runs, neither lost nor resigned. Its StopAt is still to be compared with the clock.
+
+	JobWanted bool // False where the daemon only campaigns.
+	Job       Job
+
+	Live    error // Nil while the elector's loops turn.
+	Blocker *Blocker
+}
+
+// Leader is the candidate that leads, as etcd has it.
+type Leader struct {
+	Identity string `json:"identity" desc:"its name"`
+	Key      string `json:"key" desc:"its key in etcd"`
+	Token    int64  `json:"token" desc:"its fencing token: that key's create revision"`
+}
+
+// Job is the supervised command and how it fares.
+type Job struct {
+	State     string    // none, starting, running, stopping, backoff or exited.
+	PID       int       // 0 when no process runs.
+	StartedAt time.Time // Zero before the first start.
+	Restarts  int
+	LastExit  *Exit
+}
+
+// Exit is how a job ended.
+type Exit struct {
+	Code   int    // Counts only where Signal is "".
+	Signal string // Such as SIGKILL.
+	At     time.Time
+}
+
+// Blocker is a key ahead of ours in the election that will not go away by itself.
+type Blocker struct {
+	Key    string `json:"key" desc:"that key"`
+	Why    string `json:"why" desc:"why it stays"`
+	Remedy string `json:"remedy" desc:"the command that ends the wait"`
+}
+
+// update moves the state on where a deadline has passed. The elector's own timers do the same, but a request that is served
+// just before them, or while they hang, must not be told the old state. wall is the time of day at the reading now.
+func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
+	over := func(deadline time.Duration) bool { return deadline != 0 && now >= deadline }
+	switch {
+	case s.State == Leading && s.Leading && over(s.StopAt):
+		s.State, s.Reason, s.Since = Stopping, "contact with etcd lost: stop-at has passed", wall.Add(s.StopAt-now)
+	case s.State == Standby && over(s.End):
+		s.State, s.Reason, s.Since = Connecting, "contact with etcd lost: the lease has run out", wall.Add(s.End-now)
+	}
+	if s.Leading && over(s.End) {
+		s.Leader = nil // It was us; who it is now can't be known.
+	}
+	return s
+}
+
+// The rules below are the only place where it is decided what is true; each is nil for yes, or says why not. They expect an
+// updated snapshot.
+
+func (s Snapshot) live() error { return s.Live }
+
+// ready: in the election, waiting or leading.
+func (s Snapshot) ready() error {
+	switch s.State {
+	case Standby, Leading:
+		return nil
+	case Connecting, Stopping:
+		return s.because(s.State)
+	default:
+		return fmt.Errorf("unknown state %q", s.State)
+	}
+}
+
+// leader: a term runs, its stop-at lies ahead, and the job runs, if there is to be one.
+func (s Snapshot) leader(now time.Duration) error {
+	switch {
+	case s.State != Leading:
+		return s.because(s.State)
+	case !s.Leading:
+		return errors.New("the term has ended")
+	case now >= s.StopAt:
+		return errors.New("stop-at has passed")
+	case s.JobWanted && s.Job.State != JobRunning:
+		return fmt.Errorf("leading, but the job is not running: %s", cmp.Or(s.Job.State, "none"))
+	}
+	return nil
+}
+
+// standby: waiting for its turn.
+func (s Snapshot) standby() error {
+	if s.State != Standby {
+		return s.because(s.State)
+	}
+	return nil
+}
+
+func (s Snapshot) because(state string) error {
+	switch {
+	case s.Reason != "" && state != Standby && state != Leading:
+		return fmt.Errorf("%s: %s", state, s.Reason)
+	case s.Leader != nil && state == Standby:
+		return fmt.Errorf("standby: %s leads", s.Leader.Identity)
+	}
+	return errors.New(state)
+}
+
+// validFor is how long the lease is sure to last.
+func (s Snapshot) validFor(now time.Duration) time.Duration { return max(0, s.End-now) }

@@ -1,0 +1,169 @@
+package health
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"runtime"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// Config is what a Server is made of. All fields but Version are required.
+type Config struct {
+	Logger   *slog.Logger
+	Registry *prometheus.Registry // Of its own: what /metrics shows.
+	Snapshot func() Snapshot      // Called for each request. Must not block.
+	Now      func() time.Duration // The clock of the snapshot's deadlines.
+	Version  string
+}
+
+// Server is the health endpoint.
+type Server struct {
+	cfg     Config
+	handler http.Handler
+}
+
+// An Endpoint is a path that the server answers.
+type Endpoint struct{ Path, Meaning string }
+
+// Endpoints lists what the server answers, for help and the reference.
+func Endpoints() []Endpoint {
+	return []Endpoint{
+		{"/livez", "200 while the elector's own loops turn, whatever etcd does"},
+		{"/readyz", "200 while the candidate is in the election, waiting or leading"},
+		{"/leader", "200 only while leading, before stop-at, with the job running (or none asked for)"},
+		{"/standby", "200 only while waiting its turn"},
+		{"/status", "200 with JSON"},
+		{"/", "the same JSON; its name is the leader's identity"},
+		{"/metrics", "metrics for Prometheus"},
+	}
+}
+
+// New makes a server. It registers leasehold_build_info with the registry.
+func New(cfg Config) *Server {
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name:        "leasehold_build_info",
+		Help:        "Always 1; the labels tell the version of leasehold and of the Go it was built with.",
+		ConstLabels: prometheus.Labels{"version": cfg.Version, "goversion": runtime.Version()},
+	})
+	build.Set(1)
+	cfg.Registry.MustRegister(build)
+
+	s := &Server{cfg: cfg}
+	mux := http.NewServeMux()
+	// A pattern of GET takes HEAD too. HAProxy's checks are OPTIONS requests that look at the status alone, so that OPTIONS
+	// gets the status of GET. All other methods get 405 from the mux.
+	handle := func(path string, h http.HandlerFunc) {
+		mux.HandleFunc("GET "+path, h)
+		mux.HandleFunc("OPTIONS "+path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", "GET, HEAD, OPTIONS")
+			h(&withoutBody{ResponseWriter: w}, r)
+		})
+	}
+	handle("/livez", s.probe(func(s Snapshot, _ time.Duration) error { return s.live() }))
+	handle("/readyz", s.probe(func(s Snapshot, _ time.Duration) error { return s.ready() }))
+	handle("/leader", s.probe(Snapshot.leader))
+	handle("/standby", s.probe(func(s Snapshot, _ time.Duration) error { return s.standby() }))
+	handle("/status", s.status)
+	handle("/{$}", s.status)
+	metrics := promhttp.HandlerFor(cfg.Registry, promhttp.HandlerOpts{
+		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn),
+		// Each scrape being served holds the whole text in memory.
+		MaxRequestsInFlight: 4,
+	})
+	handle("/metrics", metrics.ServeHTTP)
+	s.handler = mux
+	return s
+}
+
+// now returns what is true at this moment, and the moment.
+func (s *Server) now() (Snapshot, time.Duration) {
+	snapshot := s.cfg.Snapshot()
+	// The clock is read last, so that an answer is never for an earlier time than its snapshot.
+	now := s.cfg.Now()
+	return snapshot.update(now, time.Now()), now
+}
+
+// probe answers "ok", or 503 with the reason.
+func (s *Server) probe(rule func(Snapshot, time.Duration) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		if err := rule(s.now()); err != nil {
+			write(w, http.StatusServiceUnavailable, "text/plain; charset=utf-8", []byte(err.Error()+"\n"))
+			return
+		}
+		write(w, http.StatusOK, "text/plain; charset=utf-8", []byte("ok\n"))
+	}
+}
+
+func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
+	snapshot, now := s.now()
+	write(w, http.StatusOK, "application/json", snapshot.json(now, s.cfg.Version))
+}
+
+func write(w http.ResponseWriter, code int, contentType string, body []byte) {
+	h := w.Header()
+	h.Set("Content-Type", contentType)
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	w.WriteHeader(code)
+	_, _ = w.Write(body) // The client may have gone; that is its own affair.
+}
+
+// withoutBody drops the body of an answer, as for HEAD.
+type withoutBody struct {
+	http.ResponseWriter
+	begun bool
+}
+
+func (w *withoutBody) WriteHeader(code int) {
+	w.begun = true
+	w.Header().Set("Content-Length", "0")
+	w.Header().Del("Content-Encoding")
+	w.ResponseWriter.WriteHeader(code)
+}
+
+func (w *withoutBody) Write(p []byte) (int, error) {
+	if !w.begun {
+		w.WriteHeader(http.StatusOK)
+	}
+	return len(p), nil
+}
+
+// Run serves on l until ctx ends, then lets the requests being served end, for a second at most. It closes l.
+func (s *Server) Run(ctx context.Context, l net.Listener) error {
+	b := newBoundedListener(l)
+	srv := &http.Server{
+		Handler:           s.handler,
+		ErrorLog:          slog.NewLogLogger(s.cfg.Logger.Handler(), slog.LevelDebug),
+		ConnState:         b.noteState,
+		ReadHeaderTimeout: 2 * time.Second,
+		ReadTimeout:       2 * time.Second, // No request that is answered here has a body to wait for.
+		WriteTimeout:      5 * time.Second,
+		IdleTimeout:       90 * time.Second, // More than Prometheus leaves between two scrapes by default.
+		MaxHeaderBytes:    8 << 10,
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(b) }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve health endpoint: %w", err)
+	case <-ctx.Done():
+	}
+	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	if err := srv.Shutdown(stopping); err != nil {
+		_ = srv.Close() // Whoever is still connected had its second.
+	}
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve health endpoint: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,130 @@
+package health
+
+import (
+	"cmp"
+	"encoding/json"
+	"math"
+	"reflect"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// status is the JSON of /status: a contract. Fields may be added, never renamed, and every one is always present. The desc tags
+// go into the reference.
+type status struct {
+	Name     string    `json:"name" desc:"the leader's identity; \"\" without a leader"`
+	Election string    `json:"election" desc:"the election's key prefix"`
+	Identity string    `json:"identity" desc:"this candidate's name"`
+	State    string    `json:"state" desc:"connecting, standby, leading or stopping"`
+	Reason   *string   `json:"reason" desc:"why the candidate is not in the election"`
+	Leader   *Leader   `json:"leader" desc:"the leader, as etcd has it"`
+	Lease    *lease    `json:"lease" desc:"this candidate's lease"`
+	Job      jobStatus `json:"job" desc:"the job of this candidate"`
+	Blocker  *Blocker  `json:"blocker" desc:"a key ahead of ours that will not go away by itself"`
+	Since    *string   `json:"since" desc:"since when the state holds"`
+	Version  string    `json:"version" desc:"of leasehold"`
+}
+
+type lease struct {
+	ID       string  `json:"id" desc:"in hex, as etcdctl shows it"`
+	TTL      float64 `json:"ttl_seconds" desc:"as etcd granted it"`
+	ValidFor float64 `json:"valid_for_seconds" desc:"how long it is sure to last; never negative"`
+}
+
+type jobStatus struct {
+	State     string      `json:"state" desc:"none, starting, running, stopping, backoff or exited"`
+	PID       *int        `json:"pid" desc:"of its first process"`
+	StartedAt *string     `json:"started_at" desc:"when it was last started"`
+	Restarts  int         `json:"restarts" desc:"how often it was started again"`
+	LastExit  *exitStatus `json:"last_exit" desc:"how it last ended"`
+}
+
+type exitStatus struct {
+	Code   *int    `json:"code" desc:"exit code; null where a signal ended it"`
+	Signal *string `json:"signal" desc:"that signal, for example SIGKILL"`
+	At     *string `json:"at" desc:"when"`
+}
+
+// status renders an updated snapshot.
+func (s Snapshot) status(now time.Duration, version string) status {
+	st := status{
+		Election: s.Election, Identity: s.Identity, State: s.State, Reason: orNull(s.Reason),
+		Leader: s.Leader, Blocker: s.Blocker, Since: timestamp(s.Since), Version: version,
+		Job: jobStatus{
+			State: cmp.Or(s.Job.State, "none"), PID: orNull(s.Job.PID),
+			StartedAt: timestamp(s.Job.StartedAt), Restarts: s.Job.Restarts,
+		},
+	}
+	if s.Leader != nil {
+		st.Name = s.Leader.Identity
+	}
+	if s.LeaseID != 0 {
+		// Rounded down: the lease is never said to last longer than it does.
+		validFor := math.Floor(s.validFor(now).Seconds()*1000) / 1000
+		st.Lease = &lease{ID: strconv.FormatUint(uint64(s.LeaseID), 16), TTL: s.TTL.Seconds(), ValidFor: validFor}
+	}
+	if e := s.Job.LastExit; e != nil {
+		st.Job.LastExit = &exitStatus{Signal: orNull(e.Signal), At: timestamp(e.At)}
+		if e.Signal == "" {
+			st.Job.LastExit.Code = &e.Code
+		}
+	}
+	return st
+}
+
+func (s Snapshot) json(now time.Duration, version string) []byte {
+	var text strings.Builder
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", "  ")
+	if err := e.Encode(s.status(now, version)); err != nil {
+		panic(err) // No value of these types can fail.
+	}
+	return []byte(text.String())
+}
+
+func orNull[T comparable](v T) *T {
+	var none T
+	if v == none {
+		return nil
+	}
+	return &v
+}
+
+func timestamp(t time.Time) *string {
+	if t.IsZero() {
+		return nil
+	}
+	text := t.UTC().Format(time.RFC3339Nano)
+	return &text
+}
+
+// A Field is one field of the JSON, by its path, such as lease.id.
+type Field struct{ Path, Type, Meaning string }
+
+// StatusFields lists the fields of /status, for the reference.
+func StatusFields() []Field { return appendFields(nil, "", reflect.TypeFor[status]()) }
+
+func appendFields(list []Field, prefix string, t reflect.Type) []Field {
+	for f := range t.Fields() {
+		null := ""
+		ft := f.Type
+		if ft.Kind() == reflect.Pointer {
+			ft, null = ft.Elem(), " or null"
+		}
+		kind := "number"
+		switch ft.Kind() {
+		case reflect.String:
+			kind = "string"
+		case reflect.Struct:
+			kind = "object"
+		}
+		path := prefix + f.Tag.Get("json")
+		list = append(list, Field{Path: path, Type: kind + null, Meaning: f.Tag.Get("desc")})
+		if kind == "object" {
+			list = appendFields(list, path+".", ft)
+		}
+	}
+	return list
+}

@@ -1,0 +1,227 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"leasehold/health"
+)
+
+// Exit codes. Where the job's own code is passed on, it can be any of these as well; the last log line says whose it is.
+const (
+	exitUsage       = 64
+	exitUnavailable = 69
+	exitInternal    = 70
+	exitOS          = 71
+	exitNotElected  = 75
+	exitLost        = 76
+	exitConfig      = 78
+	exitNotExec     = 126
+	exitNotFound    = 127
+)
+
+// An entry is a row of a table in help and in docs/reference.md.
+type entry struct{ name, meaning string }
+
+func subcommands() []entry {
+	return []entry{
+		{"leasehold -- COMMAND [ARG...]", "run COMMAND while leading (also: leasehold run -- COMMAND)"},
+		{"leasehold elect", "campaign and report, no job (sidecar)"},
+		{"leasehold status [--json]", "the election as etcd has it: leader, token, lease time left, queue"},
+		{"leasehold check [live|ready|leader|standby]", "ask the local daemon at LEASEHOLD_LISTEN (live if nothing is named)"},
+		{"leasehold version", "print the version"},
+		{"leasehold help", "print this"},
+	}
+}
+
+func exitCodes() []entry {
+	code := strconv.Itoa
+	return []entry{
+		{"0", "planned stop, whatever the job's code; the job ended with 0 and is not restarted; status: there is a leader; check: yes"},
+		{"1", "status: there is no leader; check: no"},
+		{"the job's, or 128+n", "the job ended, by itself or by signal n, and is not restarted; the last log line says whose code it is"},
+		{code(exitUsage), "wrong usage"},
+		{code(exitUnavailable), "status, check: nobody answers"},
+		{code(exitInternal), "internal fault: elector or guard lost (worth a restart)"},
+		{code(exitOS), "LEASEHOLD_LISTEN can't be bound, or the elector can't be started: before any campaign"},
+		{code(exitNotElected), "not elected within LEASEHOLD_WAIT"},
+		{code(exitLost), "leadership lost under LEASEHOLD_RESTART=never after the job had started"},
+		{code(exitConfig), "wrong configuration"},
+		{code(exitNotExec), "COMMAND can't be executed"},
+		{code(exitNotFound), "COMMAND is not found"},
+	}
+}
+
+func jobVariables() []entry {
+	return []entry{
+		{envPrefix + "_ELECTION", "the election"},
+		{envPrefix + "_IDENTITY", "this candidate's name"},
+		{envPrefix + "_KEY", "this candidate's key in etcd"},
+		{envPrefix + "_FENCING_TOKEN", "the fencing token of this term: that key's create revision. A later term has a greater one"},
+		{envPrefix + "_LEASE_ID", "the lease, in hex"},
+	}
+}
+
+// help is the text of `leasehold help`.
+func help() string {
+	var b strings.Builder
+	b.WriteString("leasehold keeps a job running on exactly one machine: the leader of an election in etcd.\n\nUsage:\n")
+	writeEntries(&b, subcommands())
+
+	b.WriteString("\nConfiguration is the environment. A variable that is set to nothing counts as unset; an unknown LEASEHOLD_*\n" +
+		"variable is refused. Durations have a unit: 15s, 500ms, 1m30s.\n\n")
+	for _, v := range new(Config).variables() {
+		b.WriteString("  " + envPrefix + "_" + v.name)
+		if v.shown != "" {
+			b.WriteString(" (" + v.shown + ")")
+		}
+		b.WriteString("\n" + wrap(v.desc, "      ", 110))
+	}
+
+	b.WriteString("\nThe job's environment is the daemon's, less every LEASEHOLD_*, NOTIFY_SOCKET and WATCHDOG_*, plus:\n")
+	writeEntries(&b, jobVariables())
+
+	b.WriteString("\nHealth endpoint, for GET, HEAD and OPTIONS; 200, or 503 with the reason:\n")
+	for _, e := range health.Endpoints() {
+		writeEntries(&b, []entry{{e.Path, e.Meaning}})
+	}
+
+	b.WriteString("\nExit codes:\n")
+	writeEntries(&b, exitCodes())
+	return b.String()
+}
+
+func writeEntries(b *strings.Builder, entries []entry) {
+	const width = 22
+	for _, e := range entries {
+		text := wrap(e.meaning, strings.Repeat(" ", width+2), 110)
+		if len(e.name) < width {
+			fmt.Fprintf(b, "  %-*s%s", width, e.name, strings.TrimLeft(text, " "))
+		} else {
+			fmt.Fprintf(b, "  %s\n%s", e.name, text)
+		}
+	}
+}
+
+// wrap breaks text into lines that begin with indent and end before width.
+func wrap(text, indent string, width int) string {
+	var b strings.Builder
+	line := indent
+	for _, word := range strings.Fields(text) {
+		if len(line) > len(indent) {
+			if len(line)+1+len(word) > width {
+				b.WriteString(line + "\n")
+				line = indent
+			} else {
+				line += " "
+			}
+		}
+		line += word
+	}
+	return b.String() + line + "\n"
+}
+
+// usageHint says, for a command line that is wrong, what its user most likely meant. The words after the first -- are never
+// shown, nor is any value of a setting that may be a secret: standard error often ends up in a log.
+func usageHint(args []string) string {
+	if len(args) == 0 {
+		return "say what to run: leasehold -- COMMAND [ARG...]"
+	}
+	own, hasJob := args, false
+	if i := slices.Index(args, "--"); i >= 0 {
+		own, hasJob = args[:i], true
+	}
+	all := []string{"run", "elect", "status", "check", "version", "help"}
+	for _, arg := range own {
+		if hint := settingHint(arg); hint != "" {
+			return hint
+		}
+		if arg != "--json" && !slices.Contains(all, arg) {
+			break // What follows belongs to a command.
+		}
+	}
+	switch first := append(slices.Clone(own), "")[0]; {
+	case first == "", first == "run" && len(own) == 1 && hasJob:
+		return "there is no command after --: leasehold -- COMMAND [ARG...]"
+	case first == "run" && len(own) == 1:
+		return "say what to run: leasehold run -- COMMAND [ARG...]"
+	case first == "run":
+		return fmt.Sprintf("put -- before the command: leasehold run -- %s ...", quoteWord(own[1]))
+	case first == "elect" && hasJob:
+		return "elect runs no job: leasehold elect, or leasehold -- COMMAND [ARG...]"
+	case first == "check" && len(own) > 1:
+		if what := nearest(own[1], health.Checks()); what != "" && what != own[1] {
+			return fmt.Sprintf("check can't ask for %s: did you mean %s?", quoteWord(own[1]), what)
+		}
+		return "check asks for one thing: " + strings.Join(health.Checks(), ", ")
+	case first == "status" && len(own) > 1:
+		return "status takes --json and nothing else"
+	case slices.Contains(all, first):
+		return first + " takes nothing more"
+	case len(own) == 1 && nearest(first, all) != "" && !hasJob:
+		return fmt.Sprintf("%s is no subcommand: did you mean %s? To run a command of that name: leasehold -- %s",
+			quoteWord(first), nearest(first, all), quoteWord(first))
+	case hasJob:
+		return fmt.Sprintf("%s is no subcommand: to run a job, begin with --: leasehold -- COMMAND [ARG...]", quoteWord(first))
+	default:
+		return fmt.Sprintf("put -- before the command: leasehold -- %s ...", quoteWord(first))
+	}
+}
+
+// settingHint says how to write an argument that looks like a setting (--ttl 5s, --ttl=5s, TTL=15), or returns "".
+func settingHint(arg string) string {
+	flag := strings.HasPrefix(arg, "-")
+	name, value, assigned := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+	switch {
+	case !flag && !assigned, arg == "--json":
+		return ""
+	case flag && slices.Contains([]string{"h", "help"}, name):
+		return "leasehold help prints the help"
+	case flag && slices.Contains([]string{"v", "V", "version"}, name):
+		return "leasehold version prints the version"
+	}
+	setting := strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+	setting = strings.TrimPrefix(setting, envPrefix+"_")
+	var known []string
+	for _, v := range new(Config).variables() {
+		known = append(known, v.name)
+	}
+	if !slices.Contains(known, setting) {
+		setting = nearest(setting, known)
+	}
+	what := "there are no flags but status --json"
+	if !flag {
+		what = "settings are environment variables, not arguments"
+	}
+	switch {
+	case setting == "":
+		return what + ": leasehold help names all variables"
+	case !assigned:
+		return fmt.Sprintf("%s: set the variable %s_%s", what, envPrefix, setting)
+	case setting == "PASSWORD" || setting == "ENDPOINTS" || strings.ContainsFunc(value, isShellSyntax):
+		return fmt.Sprintf("%s: write %s_%s=... before the command", what, envPrefix, setting)
+	}
+	hint := ""
+	for _, v := range new(Config).variables() {
+		if _, timed := v.field.Addr().Interface().(*duration); v.name == setting && timed && isNumber(value) {
+			hint = fmt.Sprintf(" (%s has no unit: write %ss)", value, value)
+			value += "s"
+		}
+	}
+	return fmt.Sprintf("%s: write %s_%s=%s before the command%s", what, envPrefix, setting, value, hint)
+}
+
+func quoteWord(word string) string {
+	if word == "" || strings.ContainsFunc(word, isShellSyntax) || len(word) > 64 {
+		return quote(word)
+	}
+	return word
+}
+
+func isShellSyntax(r rune) bool {
+	return r <= ' ' || r > '~' || strings.ContainsRune("\"'`$&|;<>()*?[]{}!#\\", r)
+}
