@@ -1,0 +1,53 @@
+package e2e_test
+
+import (
+	"context"
+	"os"
+	"sync"
+	"testing"
+
+	"leasehold/e2e"
+)
+
+// built is what the tests of this package share: the programs under test, made
+// when the first test asks for them.
+var built struct {
+	sync.Mutex
+	jobs, all *e2e.Programs
+}
+
+// testPrograms builds the programs that are no daemon.
+func testPrograms(t *testing.T) *e2e.Programs {
+	t.Helper()
+	return build(t, &built.jobs, "./e2e/testjob", "./e2e/stockloop")
+}
+
+// allPrograms builds the daemon as well.
+func allPrograms(t *testing.T) *e2e.Programs {
+	t.Helper()
+	return build(t, &built.all)
+}
+
+func build(t *testing.T, programs **e2e.Programs, packages ...string) *e2e.Programs {
+	t.Helper()
+	built.Lock()
+	defer built.Unlock()
+	if *programs == nil {
+		p, err := e2e.Build(context.Background(), packages...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		*programs = p
+	}
+	return *programs
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for _, p := range []*e2e.Programs{built.jobs, built.all} {
+		if p != nil {
+			p.Remove()
+		}
+	}
+	os.Exit(code)
+}

@@ -1,0 +1,95 @@
+package main
+
+import (
+	"runtime"
+	"runtime/debug"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A forked process goes on in this file with one thread and without the
+// runtime's others: it allocates nothing and makes raw system calls only.
+
+// stormLife bounds a storm that nobody ends.
+const stormLife = time.Minute
+
+// rawFork returns 0 in the child and less than 0 when it could not fork.
+func rawFork() int {
+	pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+	if errno != 0 {
+		return -1
+	}
+	return int(pid)
+}
+
+func rawExit() {
+	for {
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+	}
+}
+
+// rawSleep ends the process if the witness or the storm's time has ended.
+func rawSleep(d time.Duration, witness int, end time.Duration) {
+	ts := unix.NsecToTimespec(int64(d))
+	_, _, _ = unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
+	if now() > end {
+		rawExit()
+	}
+	if witness < 0 {
+		return
+	}
+	poll := unix.PollFd{Fd: int32(witness)}
+	var none unix.Timespec
+	_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&poll)), 1, uintptr(unsafe.Pointer(&none)), 0, 0, 0)
+	if poll.Revents&unix.POLLHUP != 0 {
+		rawExit()
+	}
+}
+
+// storm starts n chains. In each there is one process at a time, which forks
+// its successor and ends: whoever kills by pid is always a step behind.
+func storm(n, witness int) {
+	debug.SetGCPercent(-1)
+	end := now() + stormLife
+	for range n {
+		if rawFork() != 0 {
+			continue
+		}
+		for {
+			rawSleep(5*time.Millisecond, witness, end)
+			if rawFork() > 0 {
+				rawExit()
+			}
+		}
+	}
+}
+
+// fill keeps n children, or as many as the kernel allows.
+func fill(n, witness int) {
+	runtime.LockOSThread()
+	debug.SetGCPercent(-1)
+	end := now() + stormLife
+	for children := 0; ; {
+		if children < n {
+			switch pid := rawFork(); {
+			case pid == 0:
+				for {
+					rawSleep(100*time.Millisecond, witness, end)
+				}
+			case pid > 0:
+				children++
+				continue
+			}
+		}
+		rawSleep(time.Millisecond, witness, end)
+		for {
+			pid, err := unix.Wait4(-1, nil, unix.WNOHANG, nil)
+			if pid <= 0 || err != nil {
+				break
+			}
+			children--
+		}
+	}
+}
