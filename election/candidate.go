@@ -1,0 +1,269 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+)
+
+// Candidate takes part in an election.
+//
+//	Run ── session ── standby ── lead      one goroutine: it makes all transitions
+//	          ├─ lease.run                 renews; each attempt has a goroutine of its own
+//	          ├─ queue.run                 reads and watches the election's keys
+//	          ├─ Election.Campaign         while standby
+//	          └─ Holder.Lead               while leading
+type Candidate struct {
+	cfg     Config
+	prefix  string // of the keys: the election's name and a slash
+	log     *slog.Logger
+	metrics *metrics
+	turns   struct{ run, lease, queue atomic.Int64 } // since boot; 0: the loop does not run
+
+	mu       sync.Mutex
+	snapshot Snapshot
+	term     *term // from before Lead is called until it has returned
+}
+
+// term is the leadership that Lead is told of.
+type term struct {
+	end    context.CancelCauseFunc
+	over   bool // end was called
+	silent bool // stop-at has passed
+	lost   chan struct{}
+	gone   bool // lost is closed
+}
+
+// New checks the configuration, as far as that can be done without etcd.
+func New(cfg Config) (*Candidate, error) {
+	if err := NewTiming(cfg.TTL, cfg.LossGrace, cfg.Margin).Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Election == "" {
+		return nil, errors.New("no election")
+	}
+	if _, err := newMembers(cfg); err != nil {
+		return nil, err
+	}
+	c := &Candidate{cfg: cfg, prefix: cfg.Election + "/", log: cfg.Logger}
+	c.snapshot = Snapshot{State: Connecting, Reason: "not started", Since: time.Now()}
+	var err error
+	c.metrics, err = newMetrics(cfg.Registerer, c.Snapshot, cfg.Now)
+	return c, err
+}
+
+// Snapshot tells what the candidate knows now.
+func (c *Candidate) Snapshot() Snapshot {
+	c.mu.Lock()
+	s := c.snapshot
+	c.mu.Unlock()
+	for _, turned := range []*atomic.Int64{&c.turns.run, &c.turns.lease, &c.turns.queue} {
+		if t := time.Duration(turned.Load()); t != 0 && (s.Turned == 0 || t < s.Turned) {
+			s.Turned = t
+		}
+	}
+	return s
+}
+
+// update changes the snapshot.
+func (c *Candidate) update(change func(*Snapshot)) {
+	c.mu.Lock()
+	change(&c.snapshot)
+	c.mu.Unlock()
+	c.changed()
+}
+
+func (c *Candidate) changed() {
+	if c.cfg.Changed != nil {
+		c.cfg.Changed()
+	}
+}
+
+// transition enters a state. The reason tells why the candidate is not in the election.
+func (c *Candidate) transition(to State, reason string) {
+	c.mu.Lock()
+	from, old := c.snapshot.State, c.snapshot.Reason
+	if from != to {
+		c.snapshot.Since = time.Now()
+	}
+	c.snapshot.State, c.snapshot.Reason = to, reason
+	c.mu.Unlock()
+	if from == to && old == reason {
+		return
+	}
+	if from != to {
+		c.log.Info("state changed", "from", from, "to", to, "reason", reason)
+	}
+	c.changed()
+}
+
+// endTerm ends the term that runs, if any. The first cause counts, but a loss is always passed on.
+func (c *Candidate) endTerm(cause error) {
+	c.mu.Lock()
+	t := c.term
+	if t == nil {
+		c.mu.Unlock()
+		return
+	}
+	first, lost := !t.over, errors.Is(cause, ErrLeaseLost) || errors.Is(cause, ErrKeyDeleted)
+	if first {
+		t.over = true
+		c.snapshot.State, c.snapshot.Reason, c.snapshot.Leading, c.snapshot.Since = Stopping, "", false, time.Now()
+		t.end(cause)
+	}
+	if lost && !t.gone {
+		t.gone = true
+		close(t.lost)
+	}
+	if errors.Is(cause, ErrContactLost) {
+		t.silent = true
+	}
+	c.mu.Unlock()
+	if reason, ok := lossReasons[cause]; ok && first {
+		c.metrics.losses.WithLabelValues(reason).Inc()
+	}
+	if first {
+		c.log.Info("state changed", "from", Leading, "to", Stopping, "reason", cause)
+		c.changed()
+	}
+}
+
+// retry is a wait between attempts: none at first, then 100 ms doubling to 1 s.
+type retry struct{ pause time.Duration }
+
+func (r *retry) sleep(ctx context.Context) {
+	if r.pause > 0 {
+		timer := time.NewTimer(r.pause*4/5 + rand.N(r.pause*2/5))
+		defer timer.Stop()
+		select {
+		case <-ctx.Done():
+		case <-timer.C:
+		}
+	}
+	r.pause = min(max(2*r.pause, 100*time.Millisecond), time.Second)
+}
+
+// Run takes part in the election until ctx ends, which is a planned stop: the term, if one runs, ends with the cause of ctx, and
+// when Lead has returned the lease is revoked. Run returns nil then, ErrNotElected when the candidate was not elected in
+// time, or what Lead returned.
+func (c *Candidate) Run(ctx context.Context) error {
+	ms, err := newMembers(c.cfg)
+	if err != nil {
+		return err
+	}
+	defer ms.close()
+	defer c.turns.run.Store(0)
+	r := &runner{Candidate: c, members: ms, started: c.cfg.Now()}
+	for {
+		err := r.session(ctx)
+		var resigned *Backoff
+		switch {
+		case errors.As(err, &resigned):
+			c.transition(Connecting, fmt.Sprintf("resigned, campaigning again in %v", resigned.For.Round(time.Millisecond)))
+			r.sleep(ctx, resigned.For)
+		case err != nil:
+			return err
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+	}
+}
+
+// runner is what one Run keeps from session to session.
+type runner struct {
+	*Candidate
+	members *members
+	started time.Duration
+	elected bool  // at least once
+	left    int64 // a lease that could not be revoked
+	wait    retry
+}
+
+// turn marks that the loop of Run has turned.
+func (r *runner) turn() { r.turns.run.Store(int64(r.cfg.Now())) }
+
+// sleep waits, and turns meanwhile.
+func (r *runner) sleep(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	tick := time.NewTicker(MaxTurn / 2)
+	defer tick.Stop()
+	for {
+		r.turn()
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// patient returns a context that also ends when it is too late to be elected.
+func (r *runner) patient(ctx context.Context) (context.Context, context.CancelFunc) {
+	if r.elected || r.cfg.Wait <= 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, max(0, r.started+r.cfg.Wait-r.cfg.Now()))
+}
+
+// requestTimeout bounds a request that is made over all members.
+func (c *Candidate) requestTimeout() time.Duration {
+	return min(max(c.cfg.TTL/5, 2*c.cfg.DialTimeout), MaxTurn/2)
+}
+
+func (c *Candidate) joinAfter() time.Duration { return Timing{TTL: c.cfg.TTL}.joinAfter() }
+
+// granted is a lease as etcd granted it.
+type granted struct{ ttl, sent time.Duration }
+
+// grant asks for the lease with our own id, so that it can be revoked even if no reply ever comes.
+func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.requestTimeout())
+	defer cancel()
+	return first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (granted, error) {
+		conn, err := m.conn()
+		if err != nil {
+			return granted{}, err
+		}
+		seconds := int64((r.cfg.TTL + time.Second - 1) / time.Second)
+		sent := r.cfg.Now()
+		resp, err := pb.NewLeaseClient(conn).LeaseGrant(ctx, &pb.LeaseGrantRequest{TTL: seconds, ID: id})
+		switch err = rpctypes.Error(err); {
+		case errors.Is(err, rpctypes.ErrLeaseExist):
+			// Another member has passed on the same request; what came of it a renewal tells.
+			sent = r.cfg.Now()
+			renewed, err := m.renew(ctx, id)
+			return granted{renewed.ttl, sent}, err
+		case err != nil:
+			return granted{}, err
+		case resp.Error != "":
+			return granted{}, errors.New(resp.Error)
+		}
+		return granted{time.Duration(resp.TTL) * time.Second, sent}, nil
+	})
+}
+
+// revoke gives up the lease.
+func (r *runner) revoke(ctx context.Context, id int64, bound time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
+	defer cancel()
+	_, err := first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
+		return struct{}{}, m.revoke(ctx, id)
+	})
+	return err
+}
+
+// oneLine makes an error of many lines fit into a sentence.
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

@@ -1,0 +1,158 @@
+// Package election answers one question for the rest of leasehold: am I the leader, until when, and with which fencing token?
+//
+// A candidate takes a lease from etcd, puts a key bound to it under the election's prefix and waits until no key under that
+// prefix was created before its own. From then on it leads, for one term. The layout of the keys is that of etcd's own
+// concurrency.Election, so etcdctl elect, and whatever else is built on that, takes part in the same election.
+//
+// What a term promises, on a clock that runs at the same rate as etcd's: until Deadlines.End no other candidate leads, unless
+// somebody deletes the key or the lease. A renewal sent at s and granted for T holds the lease at least until s+T, however late
+// its reply comes, so every deadline is counted from the moment of sending. Renewals move the deadlines; once Deadlines.StopAt
+// has passed the term is over, and nothing revives it.
+//
+// What it does not promise: that a leader whose key or lease was removed by another hand hears of it before the next leader
+// starts. Only the fencing token protects against that.
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// The causes with which the context of Holder.Lead can end, beside the one with which the context of Run did.
+var (
+	// ErrContactLost: stop-at passed without a renewal. The lease still holds until Deadlines.End.
+	ErrContactLost = errors.New("no lease renewal before stop-at")
+	// ErrLeaseLost: etcd no longer knows the lease. The next leader may be starting.
+	ErrLeaseLost = errors.New("the lease is gone from etcd")
+	// ErrKeyDeleted: the key was deleted, or deleted and made anew. The next leader may be starting.
+	ErrKeyDeleted = errors.New("the leader's key is gone from etcd")
+)
+
+// ErrNotElected is what Run returns when Config.Wait has passed before the candidate was elected.
+var ErrNotElected = errors.New("not elected")
+
+// Backoff, returned by Holder.Lead, gives up the term and keeps the candidate out of the election for a while.
+type Backoff struct{ For time.Duration }
+
+func (b *Backoff) Error() string { return fmt.Sprintf("resigned for %v", b.For) }
+
+// Holder is told of the lease, and runs what leadership is for.
+type Holder interface {
+	// Leased is called with the id of a lease before etcd is asked for it, so that somebody else can revoke it should this
+	// process die. It is called with zeros once the lease is revoked or known to be gone.
+	Leased(id int64, ttl time.Duration)
+	// Extended is called with the new deadlines after each renewal while a term runs and stop-at has not passed. It must not
+	// block. A call may come just before Lead's own; the latest deadlines are those that count.
+	Extended(Deadlines)
+	// Lead is called when a term begins, and returns when nothing of what leadership is for is alive. Its context ends when
+	// the term does: with the cause with which Run's context ended (a planned stop), ErrContactLost, ErrLeaseLost or
+	// ErrKeyDeleted. The lease is renewed until Lead returns and revoked after that, never before.
+	//
+	// The result nil, or the term's own end, means: campaign again. A *Backoff means: campaign again after that time. Any
+	// other error ends Run, which returns it.
+	Lead(ctx context.Context, t Term) error
+}
+
+// Term is one unbroken leadership.
+type Term struct {
+	// Key is the candidate's key in etcd.
+	Key string
+	// Token is the fencing token: the create revision of Key. Each term has a higher one than every term before it.
+	Token int64
+	// LeaseID is the lease that the key is bound to.
+	LeaseID int64
+	// Deadlines are those at the beginning of the term.
+	Deadlines Deadlines
+	Timing    Timing
+	// Lost is closed when the lease or the key is gone, also when Lead's context had already ended for a milder cause:
+	// whatever still runs must be killed at once, for the next leader may be starting.
+	Lost <-chan struct{}
+}
+
+// State is what a candidate is doing.
+type State string
+
+// The states of a candidate.
+const (
+	Connecting State = "connecting" // not in the election: Snapshot.Reason says why
+	Standby    State = "standby"    // its key is in the queue
+	Leading    State = "leading"    // a term runs
+	Stopping   State = "stopping"   // the term is over, or Run's context is; Lead has not returned
+)
+
+// Entry is a candidate's place in the election.
+type Entry struct {
+	Identity string // the key's value, cut at maxIdentity bytes
+	Key      string
+	Token    int64 // the key's create revision
+}
+
+// Blocker is a key ahead of the candidate's own that no daemon can be relied upon to remove, so that the wait may never end.
+type Blocker struct {
+	Key    string
+	Why    string
+	Remedy string // a shell command
+}
+
+// Snapshot is what a candidate knows at one moment. It comes from memory.
+type Snapshot struct {
+	State  State
+	Reason string    // why not in the election, while connecting
+	Since  time.Time // when State was entered
+	// Leader is the leader as etcd last told, nil when none is known.
+	Leader *Entry
+	// LeaseID, TTL (as granted) and Deadlines are zero without a lease.
+	LeaseID   int64
+	TTL       time.Duration
+	Deadlines Deadlines
+	// Leading is true while a term runs that is neither lost nor given up. The reader compares Deadlines.StopAt with the
+	// present moment himself.
+	Leading bool
+	Blocker *Blocker
+	// Turned is when the slowest of the candidate's loops last turned, in time since boot. Each turns at least once in
+	// every MaxTurn.
+	Turned time.Duration
+}
+
+// TLS says how to reach endpoints with https. All fields are optional. The files are read at each handshake.
+type TLS struct {
+	CAFile, CertFile, KeyFile, ServerName string
+}
+
+// Config configures a candidate.
+type Config struct {
+	// Endpoints are the URLs of etcd's members.
+	Endpoints []string
+	// Election is the key prefix, without the slash that follows it.
+	Election string
+	// Identity is the value of the candidate's key.
+	Identity string
+	// TTL is asked of etcd in whole seconds; etcd may grant more.
+	TTL time.Duration
+	// LossGrace and Margin are negative for the default that NewTiming documents.
+	LossGrace, Margin time.Duration
+	// Wait is for how long, from the start of Run, to wait for being elected: negative means for ever, and 0 to join, look
+	// and leave if there is a leader.
+	Wait time.Duration
+	// DialTimeout is for connecting to one endpoint.
+	DialTimeout time.Duration
+	TLS         TLS
+	// Username and Password are for etcd's own authentication. Password is called anew for each; nil means none.
+	Username string
+	Password func() (string, error)
+	// Now reads CLOCK_BOOTTIME.
+	Now        func() time.Duration
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer // may be nil
+	Holder     Holder
+	// Changed is called after each change of Snapshot and must not block. It may be nil.
+	Changed func()
+}
+
+// MaxTurn is the longest time in which each of a candidate's loops turns, whatever etcd does.
+const MaxTurn = 5 * time.Second

@@ -1,0 +1,298 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+)
+
+// endpoint is what the renewal of a lease needs of a member of etcd. Both calls may take for ever, but not once their context
+// has ended.
+type endpoint interface {
+	renew(ctx context.Context, id int64) (renewal, error)
+	read(ctx context.Context, key string) (reading, error)
+}
+
+// leaseEvents is what comes of renewing a lease. All are called by the goroutine of lease.run and must not block it.
+type leaseEvents interface {
+	// renewed is called after each renewal that counts.
+	renewed(Deadlines)
+	// contactLost is called once when stop-at passes, before any renewal that comes later is counted.
+	contactLost()
+	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted) is gone.
+	lost(cause error)
+	// suspect is called when a renewal at that endpoint failed or, with dead set, was abandoned.
+	suspect(endpoint int, dead bool, err error)
+}
+
+// lease keeps one lease alive. One goroutine, that of run, does all the deciding; each attempt to renew has another one, which
+// reports to it and which it never waits for.
+type lease struct {
+	id        int64
+	key       string
+	timing    Timing
+	endpoints []endpoint
+	current   *atomic.Int32 // the endpoint to ask first
+	now       func() time.Duration
+	events    leaseEvents
+	metrics   *metrics
+	turned    *atomic.Int64
+
+	// created is the create revision of our key, 0 until it is known.
+	created atomic.Int64
+	// demands asks for a renewal that is sent after the demand; the channel is closed once it counts.
+	demands chan chan struct{}
+
+	// What follows belongs to run.
+	sent      time.Duration // when the renewal that counts was sent
+	deadlines Deadlines
+	silent    bool // stop-at has passed and contactLost was called
+	attempts  []attempt
+	answers   chan answer
+	next      time.Duration // when to start the next attempt
+	prefer    int           // the endpoint to start with after a failure, else -1
+	// doubt says that an attempt has failed since the last renewal that counted: a member of etcd that lost its leadership
+	// may be what answers now.
+	doubt  bool
+	demand []demand
+}
+
+// attempt is the renewal outstanding at one endpoint.
+type attempt struct {
+	serial  int // 0: none outstanding; answers to earlier attempts are recognised by it
+	sent    time.Duration
+	abandon time.Duration // when to give it up
+	cancel  context.CancelFunc
+	renewal renewal // once that is answered, and the confirming read is outstanding
+}
+
+// answer is what an attempt reports: a renewal, or the reading that is to confirm one.
+type answer struct {
+	endpoint, serial int
+	confirming       bool
+	renewal          renewal
+	reading          reading
+	err              error
+}
+
+type demand struct {
+	since time.Duration
+	done  chan struct{}
+}
+
+// newLease makes the keeper of a lease that was granted by a request sent at that moment.
+func newLease(id int64, key string, timing Timing, sent time.Duration, endpoints []endpoint, current *atomic.Int32,
+	now func() time.Duration, events leaseEvents, m *metrics, turned *atomic.Int64,
+) *lease {
+	return &lease{
+		id: id, key: key, timing: timing, endpoints: endpoints, current: current,
+		now: now, events: events, metrics: m, turned: turned,
+		demands: make(chan chan struct{}), answers: make(chan answer), sent: sent, deadlines: timing.From(sent),
+		attempts: make([]attempt, len(endpoints)), next: sent + timing.RenewInterval(), prefer: -1,
+	}
+}
+
+// renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts.
+func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
+	done := make(chan struct{})
+	select {
+	case l.demands <- done:
+	case <-ctx.Done():
+	}
+	return done
+}
+
+// run renews until ctx ends or the lease is lost.
+func (l *lease) run(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // of all attempts
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	serial := 0
+	for {
+		now := l.now()
+		l.turned.Store(int64(now))
+		l.check(now)
+		for i := range l.attempts {
+			if a := &l.attempts[i]; a.serial != 0 && now >= a.abandon {
+				l.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
+				l.failed(now, i)
+				l.events.suspect(i, true, context.DeadlineExceeded)
+			}
+		}
+		if now >= l.next {
+			if i := l.idle(); i >= 0 {
+				serial++
+				l.start(ctx, i, serial, now)
+			}
+			l.next = now + l.timing.joinAfter()
+		}
+		timer.Reset(l.sleep(now))
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		case done := <-l.demands:
+			now := l.now()
+			l.demand = append(l.demand, demand{now, done})
+			l.next = now
+		case a := <-l.answers:
+			if a.serial != l.attempts[a.endpoint].serial {
+				continue // it was abandoned
+			}
+			if over := l.answered(ctx, a); over {
+				return
+			}
+		}
+	}
+}
+
+// check ends the term, if there is one, before anything that arrives now could revive it.
+func (l *lease) check(now time.Duration) {
+	if !l.silent && now >= l.deadlines.StopAt {
+		l.silent = true
+		l.events.contactLost()
+	}
+}
+
+// sleep is for how long there is nothing to do. It is never long: the timer's clock stands still while the machine is suspended,
+// and the deadlines' clock does not.
+func (l *lease) sleep(now time.Duration) time.Duration {
+	until := min(now+l.timing.joinAfter(), now+MaxTurn/2, l.next)
+	if !l.silent {
+		until = min(until, l.deadlines.StopAt)
+	}
+	for _, a := range l.attempts {
+		if a.serial != 0 {
+			until = min(until, a.abandon)
+		}
+	}
+	return max(0, until-now)
+}
+
+// idle returns the endpoint for the next attempt: none is asked twice at a time. It returns -1 when all are busy.
+func (l *lease) idle() int {
+	start := l.prefer
+	if start < 0 {
+		start = int(l.current.Load())
+	}
+	l.prefer = -1
+	for i := range l.endpoints {
+		if i = (start + i) % len(l.endpoints); l.attempts[i].serial == 0 {
+			return i
+		}
+	}
+	return -1
+}
+
+func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
+	ctx, cancel := context.WithCancel(ctx)
+	l.attempts[i] = attempt{serial: serial, sent: now, abandon: now + l.timing.RenewInterval(), cancel: cancel}
+	go func() {
+		r, err := l.endpoints[i].renew(ctx, l.id)
+		l.report(ctx, answer{endpoint: i, serial: serial, renewal: r, err: err})
+	}()
+}
+
+// confirm reads our key from the endpoint whose renewal is in doubt. The read is answered by the leader that a majority of
+// etcd follows; when that is in another raft term than the renewal, the renewal may have been acknowledged by a leader of the
+// past, and is worth nothing.
+func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
+	ctx, cancel := context.WithCancel(ctx)
+	a := &l.attempts[i]
+	a.cancel()
+	a.cancel, a.abandon = cancel, now+l.timing.RenewInterval()
+	serial := a.serial
+	go func() {
+		r, err := l.endpoints[i].read(ctx, l.key)
+		l.report(ctx, answer{endpoint: i, serial: serial, confirming: true, reading: r, err: err})
+	}()
+}
+
+// report hands the answer to run, unless that does not want it any more.
+func (l *lease) report(ctx context.Context, a answer) {
+	select {
+	case l.answers <- a:
+	case <-ctx.Done():
+	}
+}
+
+// answered takes an answer into account. It returns true when the lease is gone.
+func (l *lease) answered(ctx context.Context, a answer) bool {
+	now := l.now()
+	l.check(now)
+	this := &l.attempts[a.endpoint]
+	created := l.created.Load()
+	switch {
+	case errors.Is(a.err, rpctypes.ErrLeaseNotFound):
+		l.events.lost(ErrLeaseLost)
+		return true
+	case a.err != nil:
+		l.metrics.renewals.WithLabelValues(renewalFailed).Inc()
+		l.failed(now, a.endpoint)
+		l.events.suspect(a.endpoint, false, a.err)
+	case a.confirming && a.reading.created != created:
+		l.events.lost(ErrKeyDeleted)
+		return true
+	case a.confirming && a.reading.term != this.renewal.term:
+		l.finish(a.endpoint)
+		l.metrics.renewals.WithLabelValues(renewalUnconfirmed).Inc()
+		l.next, l.prefer = now, a.endpoint
+	case a.confirming:
+		l.count(now, a.endpoint, this.sent, this.renewal.ttl)
+	case created != 0 && (l.doubt || now-l.sent > l.timing.RenewInterval()*3/2):
+		this.renewal = a.renewal
+		l.confirm(ctx, a.endpoint, now)
+	default:
+		l.count(now, a.endpoint, this.sent, a.renewal.ttl)
+	}
+	return false
+}
+
+// count takes the good renewal into account. What counts is when it was sent: a late reply to an early attempt changes nothing.
+func (l *lease) count(now time.Duration, i int, sent, ttl time.Duration) {
+	l.finish(i)
+	l.metrics.renewals.WithLabelValues(renewalOK).Inc()
+	l.metrics.duration.Observe((now - sent).Seconds())
+	if sent <= l.sent {
+		return
+	}
+	l.sent, l.doubt = sent, false
+	l.timing.TTL = ttl
+	l.deadlines = l.timing.From(sent)
+	l.silent = now >= l.deadlines.StopAt
+	l.current.Store(int32(i))
+	l.next = sent + l.timing.RenewInterval()
+	l.events.renewed(l.deadlines)
+	waiting := l.demand[:0]
+	for _, d := range l.demand {
+		if sent < d.since {
+			waiting = append(waiting, d)
+			l.next = now
+			continue
+		}
+		close(d.done)
+	}
+	l.demand = waiting
+}
+
+// finish frees the endpoint for the next attempt.
+func (l *lease) finish(i int) {
+	l.attempts[i].cancel()
+	l.attempts[i].serial = 0
+}
+
+// failed gives up the attempt and arranges for the next one, at another endpoint if there is one. When a later attempt has
+// already been good, that can wait for its turn.
+func (l *lease) failed(now time.Duration, i int) {
+	l.finish(i)
+	l.doubt = true
+	if l.attempts[i].sent <= l.sent {
+		return
+	}
+	l.next = min(l.next, now+l.timing.repeatAfter())
+	l.prefer = (i + 1) % len(l.endpoints)
+}

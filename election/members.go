@@ -1,0 +1,320 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// members are the endpoints of etcd, each with a connection of its own, so that which member is asked is decided here and not
+// by a balancer: etcd's client takes turns per request, and a connection on which nothing arrives any more stays in its round.
+type members struct {
+	list []*member
+	// current is the index of the member that gave the last good answer. Requests go there first.
+	current atomic.Int32
+	// closing counts the connections and watchers that are being closed, which can take a while when nobody answers.
+	closing sync.WaitGroup
+}
+
+// errClosed is what a request gets after members.close.
+var errClosed = errors.New("connections to etcd are closed")
+
+func newMembers(cfg Config) (*members, error) {
+	creds, err := newCredentials(cfg.TLS)
+	if err != nil {
+		return nil, err
+	}
+	var a *auth
+	if cfg.Username != "" && cfg.Password != nil {
+		a = &auth{username: cfg.Username, password: cfg.Password}
+	}
+	ms := &members{}
+	for _, endpoint := range cfg.Endpoints {
+		m := &member{endpoint: endpoint, auth: a, authenticating: make(chan struct{}, 1)}
+		options := []grpc.DialOption{
+			// gRPC's own backoff goes up to two minutes.
+			grpc.WithConnectParams(grpc.ConnectParams{
+				Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+				MinConnectTimeout: cfg.DialTimeout,
+			}),
+			// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
+		}
+		if strings.HasPrefix(endpoint, "https://") {
+			options = append(options, grpc.WithTransportCredentials(creds))
+		}
+		if a != nil {
+			options = append(options, grpc.WithPerRPCCredentials(a), grpc.WithChainUnaryInterceptor(m.intercept))
+		}
+		m.dial = func() (*clientv3.Client, error) {
+			return clientv3.New(clientv3.Config{
+				Endpoints:   []string{endpoint},
+				DialOptions: options,
+				Logger:      zap.NewNop(),
+				// Requests are repeated here, on another member.
+				MaxUnaryRetries: 1,
+			})
+		}
+		ms.list = append(ms.list, m)
+	}
+	if len(ms.list) == 0 {
+		return nil, errors.New("no endpoints")
+	}
+	// Many candidates have the same list: they should not all begin with the same member.
+	ms.current.Store(rand.Int32N(int32(len(ms.list))))
+	return ms, nil
+}
+
+// index returns the place of m in the list.
+func (ms *members) index(m *member) int {
+	for i := range ms.list {
+		if ms.list[i] == m {
+			return i
+		}
+	}
+	return -1
+}
+
+// reset drops the connection of m, on which nothing arrives any more: when the network is back, a new one is made at once, whereas
+// the kernel would wait for its next retransmission, which can be two minutes away.
+func (ms *members) reset(m *member) {
+	m.mu.Lock()
+	client := m.client
+	m.client = nil
+	m.mu.Unlock()
+	ms.closeClient(client)
+}
+
+// closeClient closes in the background, for gRPC waits seconds for its last word to be written.
+func (ms *members) closeClient(client *clientv3.Client) {
+	if client != nil {
+		ms.closing.Go(func() { client.Close() })
+	}
+}
+
+// close ends all connections. It waits for them only briefly: those that nobody answers on end by themselves.
+func (ms *members) close() {
+	for _, m := range ms.list {
+		m.mu.Lock()
+		client := m.client
+		m.client, m.closed = nil, true
+		m.mu.Unlock()
+		ms.closeClient(client)
+	}
+	done := make(chan struct{})
+	go func() {
+		ms.closing.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(100 * time.Millisecond):
+	}
+}
+
+// member is one endpoint of etcd. Its connection is made when first needed.
+type member struct {
+	endpoint string
+	dial     func() (*clientv3.Client, error)
+	auth     *auth // shared by all members; nil: none
+	// authenticating is a lock that can be waited for until a context ends.
+	authenticating chan struct{}
+
+	mu     sync.Mutex
+	client *clientv3.Client
+	closed bool
+}
+
+// open returns the client of the connection, which it makes if there is none. It does not wait for the connection to be up:
+// a request does, until the first attempt to connect has failed.
+func (m *member) open() (*clientv3.Client, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, errClosed
+	}
+	if m.client == nil {
+		client, err := m.dial()
+		if err != nil {
+			return nil, fmt.Errorf("connect: %w", err)
+		}
+		m.client = client
+	}
+	return m.client, nil
+}
+
+func (m *member) conn() (*grpc.ClientConn, error) {
+	client, err := m.open()
+	if err != nil {
+		return nil, err
+	}
+	return client.ActiveConnection(), nil
+}
+
+// renewal is what a member answers to a renewal.
+type renewal struct {
+	ttl  time.Duration
+	term uint64 // the raft term of the member that answered, read before the renewal was carried out
+}
+
+// renew renews the lease once. It does not use etcd's KeepAliveOnce, which repeats itself without a pause while a member is
+// unavailable.
+func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
+	conn, err := m.conn()
+	if err != nil {
+		return renewal{}, err
+	}
+	var r renewal
+	err = m.authenticated(ctx, conn, func() error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := pb.NewLeaseClient(conn).LeaseKeepAlive(ctx)
+		if err != nil {
+			return err
+		}
+		// When Send says io.EOF the stream has ended, and Recv says why.
+		if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: id}); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		stream.CloseSend()
+		resp, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		if resp.TTL <= 0 {
+			return rpctypes.ErrLeaseNotFound
+		}
+		r = renewal{ttl: time.Duration(resp.TTL) * time.Second, term: resp.GetHeader().GetRaftTerm()}
+		return nil
+	})
+	return r, rpctypes.Error(err)
+}
+
+// reading is what a linearizable read of one key shows.
+type reading struct {
+	created int64 // the key's create revision, 0 when there is no such key
+	term    uint64
+}
+
+// read reads the key, linearizably.
+func (m *member) read(ctx context.Context, key string) (reading, error) {
+	conn, err := m.conn()
+	if err != nil {
+		return reading{}, err
+	}
+	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(key), KeysOnly: true})
+	if err != nil {
+		return reading{}, rpctypes.Error(err)
+	}
+	r := reading{term: resp.GetHeader().GetRaftTerm()}
+	if len(resp.Kvs) > 0 {
+		r.created = resp.Kvs[0].CreateRevision
+	}
+	return r, nil
+}
+
+// revoke revokes the lease. That etcd does not know it is as good.
+func (m *member) revoke(ctx context.Context, id int64) error {
+	conn, err := m.conn()
+	if err != nil {
+		return err
+	}
+	_, err = pb.NewLeaseClient(conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
+	if err = rpctypes.Error(err); errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		return nil
+	}
+	return err
+}
+
+// memberError says which member answered so.
+type memberError struct {
+	endpoint string
+	err      error
+}
+
+func (e *memberError) Error() string {
+	s, ok := status.FromError(e.err)
+	switch {
+	case errors.Is(e.err, context.DeadlineExceeded), errors.Is(e.err, context.Canceled),
+		ok && (s.Code() == codes.DeadlineExceeded || s.Code() == codes.Canceled):
+		return e.endpoint + ": no answer"
+	case ok:
+		return e.endpoint + ": " + s.Message() // without gRPC's "rpc error: code = …"
+	}
+	return e.endpoint + ": " + e.err.Error()
+}
+
+func (e *memberError) Unwrap() error { return e.err }
+
+// first asks the current member, and when it has not answered after joinAfter the next one as well, and so on; a failure brings
+// the next at once. The first good answer counts, and whoever gave it is current from then on. The other requests are cancelled
+// and not waited for. What is asked must be harmless when done twice.
+func first[T any](ctx context.Context, ms *members, joinAfter time.Duration, ask func(context.Context, *member) (T, error)) (T, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type answer struct {
+		from int
+		got  T
+		err  error
+	}
+	answers := make(chan answer, len(ms.list))
+	start, asked := int(ms.current.Load()), 0
+	next := func() {
+		if asked == len(ms.list) {
+			return
+		}
+		i := (start + asked) % len(ms.list)
+		asked++
+		go func() {
+			got, err := ask(ctx, ms.list[i])
+			answers <- answer{i, got, err}
+		}()
+	}
+	join := time.NewTicker(joinAfter)
+	defer join.Stop()
+	answered := make([]bool, len(ms.list))
+	var errs []error
+	next()
+	for {
+		select {
+		case a := <-answers:
+			if a.err == nil {
+				ms.current.Store(int32(a.from))
+				return a.got, nil
+			}
+			answered[a.from] = true
+			errs = append(errs, &memberError{ms.list[a.from].endpoint, a.err})
+			if len(errs) == len(ms.list) {
+				return a.got, errors.Join(errs...)
+			}
+			next()
+			join.Reset(joinAfter)
+		case <-join.C:
+			next()
+		case <-ctx.Done():
+			for i := range asked {
+				if i := (start + i) % len(ms.list); !answered[i] {
+					errs = append(errs, &memberError{ms.list[i].endpoint, ctx.Err()})
+				}
+			}
+			var none T
+			return none, errors.Join(errs...)
+		}
+	}
+}

@@ -1,0 +1,514 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+	"google.golang.org/grpc"
+)
+
+// session is one lease, from before its grant until after its revocation, and the key bound to it.
+type session struct {
+	*runner
+	id      int64
+	key     string
+	timing  Timing
+	lease   *lease
+	queue   *queue
+	changed chan struct{} // room for one: a renewal counted, or stop-at passed
+
+	// alive is the channel of concurrency.Session. It is closed when the term or the session ends.
+	alive     chan *clientv3.LeaseKeepAliveResponse
+	closeOnce sync.Once
+
+	mu        sync.Mutex
+	lostOnce  bool
+	lostCause error
+	gone      chan struct{} // closed when the key or the lease is lost
+	closing   bool          // from here on our key goes because we want it to
+	trouble   error         // why the last renewal did not count
+}
+
+// session takes part in the election with one lease, until that is lost or the term it led to is over. It returns nil for
+// the next one to follow.
+func (r *runner) session(ctx context.Context) error {
+	r.turn()
+	if r.left != 0 {
+		// A lease of ours whose term is over would keep every candidate waiting until it expires.
+		if r.revoke(ctx, r.left, r.requestTimeout()) == nil {
+			r.left = 0
+		}
+		r.turn()
+	}
+	if r.Snapshot().State != Connecting {
+		r.transition(Connecting, "campaigning again")
+	}
+	s := &session{
+		runner: r, id: newLeaseID(), changed: make(chan struct{}, 1), gone: make(chan struct{}),
+		alive: make(chan *clientv3.LeaseKeepAliveResponse),
+	}
+	s.key = fmt.Sprintf("%s%x", r.prefix, s.id)
+	sctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer cancel()
+
+	// The queue is read while the lease is being granted, and before our key is put: its watch then sees all that happens
+	// to the key.
+	watches := newLegs(r.members)
+	asked := NewTiming(r.cfg.TTL, r.cfg.LossGrace, r.cfg.Margin)
+	s.queue = newQueue(r.prefix, s.key, r.members, asked, watches, r.cfg.Now, &r.turns.queue, s.lost)
+	running.Go(func() {
+		defer r.turns.queue.Store(0)
+		s.queue.run(sctx)
+	})
+
+	defer s.release(ctx)
+	patient, stop := r.patient(ctx)
+	defer stop()
+	r.cfg.Holder.Leased(s.id, r.cfg.TTL)
+	g, err := r.grant(patient, s.id)
+	if err != nil {
+		reason := "ask for a lease: " + oneLine(err)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case r.cfg.Wait == 0 && !r.elected:
+			return fmt.Errorf("%w: %s", ErrNotElected, reason)
+		}
+		r.transition(Connecting, reason)
+		r.wait.sleep(patient)
+		if ctx.Err() == nil && patient.Err() != nil {
+			return fmt.Errorf("%w within %v: %s", ErrNotElected, r.cfg.Wait, reason)
+		}
+		return nil
+	}
+	r.wait = retry{}
+	s.timing = NewTiming(g.ttl, r.cfg.LossGrace, r.cfg.Margin)
+	r.update(func(snap *Snapshot) {
+		snap.LeaseID, snap.TTL, snap.Deadlines = s.id, g.ttl, s.timing.From(g.sent)
+	})
+	endpoints := make([]endpoint, len(r.members.list))
+	for i, m := range r.members.list {
+		endpoints[i] = m
+	}
+	s.lease = newLease(s.id, s.key, s.timing, g.sent, endpoints, &r.members.current, r.cfg.Now, s, r.metrics, &r.turns.lease)
+	running.Go(func() {
+		defer r.turns.lease.Store(0)
+		s.lease.run(sctx)
+	})
+
+	client := clientv3.NewCtxClient(sctx)
+	defer client.Close()
+	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout()}, nil)
+	client.Watcher = watches
+	client.Lease = sessionLease{alive: s.alive}
+	defer s.closeAlive()
+	cs, err := concurrency.NewSession(client, concurrency.WithLease(clientv3.LeaseID(s.id)))
+	if err != nil {
+		return fmt.Errorf("make the session: %w", err)
+	}
+	election := concurrency.NewElection(cs, r.cfg.Election)
+	created, err := s.standby(patient, sctx, &running, election)
+	switch {
+	case ctx.Err() != nil:
+		s.transition(Stopping, "")
+		return nil
+	case err != nil:
+		return err
+	case created == 0:
+		return nil
+	}
+	return s.lead(ctx, created)
+}
+
+// newLeaseID chooses the id of a lease: positive, as etcd's own are, and not one that anybody else will choose.
+func newLeaseID() int64 { return 1 + rand.Int64N(1<<63-1) }
+
+// release revokes the lease, whether or not we know it to exist, as the last thing that the session does in etcd.
+func (s *session) release(ctx context.Context) {
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
+	bound := s.requestTimeout()
+	if s.timing.TTL != 0 {
+		bound = min(bound, s.timing.RenewInterval())
+	}
+	err := s.revoke(ctx, s.id, bound)
+	if err == nil {
+		s.cfg.Holder.Leased(0, 0)
+	} else {
+		s.left = s.id
+		if s.timing.TTL != 0 {
+			s.log.Warn("lease not revoked, trying again before the next one", "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
+		}
+	}
+	s.turn()
+	s.update(func(snap *Snapshot) {
+		snap.LeaseID, snap.TTL, snap.Deadlines, snap.Leader, snap.Blocker = 0, 0, Deadlines{}, nil, nil
+	})
+}
+
+func (s *session) closeAlive() { s.closeOnce.Do(func() { close(s.alive) }) }
+
+// renewed implements leaseEvents.
+func (s *session) renewed(d Deadlines) {
+	s.mu.Lock()
+	s.trouble = nil
+	s.mu.Unlock()
+	s.runner.mu.Lock()
+	s.snapshot.Deadlines = d
+	extend := s.term != nil && !s.term.silent && !s.term.gone
+	s.runner.mu.Unlock()
+	if extend {
+		s.cfg.Holder.Extended(d)
+	}
+	s.Candidate.changed()
+	poke(s.changed)
+}
+
+// contactLost implements leaseEvents.
+func (s *session) contactLost() {
+	s.endTerm(ErrContactLost)
+	poke(s.changed)
+}
+
+// lost implements leaseEvents. The queue calls it too.
+func (s *session) lost(cause error) {
+	s.mu.Lock()
+	ours := s.closing || s.lostOnce
+	if !ours {
+		s.lostOnce, s.lostCause = true, cause
+		close(s.gone)
+	}
+	s.mu.Unlock()
+	if !ours {
+		s.endTerm(cause)
+	}
+}
+
+// suspect implements leaseEvents.
+func (s *session) suspect(endpoint int, dead bool, err error) {
+	m := s.members.list[endpoint]
+	s.mu.Lock()
+	s.trouble = &memberError{m.endpoint, err}
+	s.mu.Unlock()
+	if dead {
+		s.members.reset(m)
+	}
+	s.queue.suspect(m)
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// checked is the result of looking whether we lead.
+type checked struct {
+	first   bool  // no key under the prefix was created before ours
+	created int64 // our key's create revision; 0: it is gone
+	err     error
+}
+
+// standby campaigns and waits. It returns the create revision of our key when that has won, or 0 when the session is over.
+// The context ends with Run's, or when it is too late to be elected.
+func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, election *concurrency.Election) (int64, error) {
+	campaigned := make(chan error)
+	campaign := func() {
+		var wait retry
+		for {
+			began := s.cfg.Now()
+			err := election.Campaign(clientv3.WithRequireLeader(sctx), s.cfg.Identity)
+			select {
+			case campaigned <- err:
+			case <-sctx.Done():
+				return
+			}
+			if err == nil {
+				return
+			}
+			// Its key keeps its place, since the campaign's own context has not ended: campaign again in the same session.
+			if s.cfg.Now()-began > s.timing.RenewInterval() {
+				wait = retry{}
+			}
+			wait.sleep(sctx)
+		}
+	}
+	results := make(chan checked, 1)
+	check := func(after time.Duration) {
+		running.Go(func() { results <- s.check(sctx, after) })
+	}
+	tick := time.NewTicker(MaxTurn / 2)
+	defer tick.Stop()
+	var (
+		campaigning, won bool
+		checking         bool
+		passed           int64 // the create revision with which a check found our key first
+		campaignErr      error
+		warned           string
+	)
+	for {
+		s.turn()
+		v, queueErr := s.queue.view()
+		if v.known && !campaigning {
+			campaigning = true
+			running.Go(campaign)
+		}
+		if v.own != nil {
+			s.lease.created.Store(v.own.created)
+		}
+		s.show(v, errors.Join(queueErr, campaignErr))
+		if v.blocker != nil && v.blocker.Key != warned {
+			warned = v.blocker.Key
+			s.log.Warn("a key ahead of ours will not go by itself, waiting until somebody deletes it",
+				"key", v.blocker.Key, "reason", v.blocker.Why, "remedy", v.blocker.Remedy)
+		}
+		head := v.own != nil && v.head.key == v.own.key
+		if s.cfg.Wait == 0 && !s.elected && v.own != nil && !head {
+			return 0, fmt.Errorf("%w: %s is ahead", ErrNotElected, quote(v.head.identity))
+		}
+		// Our watch shows that our predecessor is gone as early as the campaign's own does, which then has to read the queue
+		// once more. Looking at the same time saves a round trip of the hand-over.
+		if (head || won) && !checking && passed == 0 {
+			checking = true
+			check(0)
+		}
+		if won && passed != 0 {
+			if passed == election.Rev() {
+				return passed, nil
+			}
+			s.lost(ErrKeyDeleted)
+		}
+		select {
+		case <-ctx.Done():
+			return 0, fmt.Errorf("%w within %v", ErrNotElected, s.cfg.Wait)
+		case <-s.gone:
+			s.log.Warn("lost our place in the queue, campaigning again with a new lease", "reason", s.lostCause)
+			s.transition(Connecting, s.lostCause.Error())
+			return 0, nil
+		case <-s.queue.changed:
+		case <-s.changed:
+		case <-tick.C:
+		case campaignErr = <-campaigned:
+			won = campaignErr == nil
+		case got := <-results:
+			checking = false
+			switch {
+			case got.err == nil && got.first:
+				passed = got.created
+			case got.err == nil && got.created == 0 && won:
+				s.lost(ErrKeyDeleted)
+			default:
+				checking = true
+				check(s.timing.repeatAfter())
+			}
+		}
+	}
+}
+
+// check looks whether we lead, after a while: Election.Campaign returns nil even when its own key is gone
+// (https://github.com/etcd-io/etcd/issues/19597). A renewal and a linearizable read go out side by side, and both must succeed.
+// That our key is the oldest which exists proves by itself that we lead, for a key made later can never be older.
+func (s *session) check(ctx context.Context, after time.Duration) checked {
+	ctx, cancel := context.WithTimeout(ctx, after+s.requestTimeout())
+	defer cancel()
+	if after > 0 {
+		select {
+		case <-time.After(after):
+		case <-ctx.Done():
+		}
+	}
+	renewed := s.lease.renewNow(ctx)
+	oldest := &pb.RangeRequest{
+		Key: []byte(s.prefix), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(s.prefix)), KeysOnly: true,
+		Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
+	}
+	own := &pb.RangeRequest{Key: []byte(s.key), KeysOnly: true}
+	got, err := first(ctx, s.members, s.timing.joinAfter(), func(ctx context.Context, m *member) (checked, error) {
+		conn, err := m.conn()
+		if err != nil {
+			return checked{}, err
+		}
+		resp, err := pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+			{Request: &pb.RequestOp_RequestRange{RequestRange: oldest}},
+			{Request: &pb.RequestOp_RequestRange{RequestRange: own}},
+		}})
+		if err != nil {
+			return checked{}, rpctypes.Error(err)
+		}
+		var c checked
+		if kvs := resp.Responses[1].GetResponseRange().Kvs; len(kvs) == 1 {
+			c.created = kvs[0].CreateRevision
+			c.first = string(resp.Responses[0].GetResponseRange().Kvs[0].Key) == s.key
+		}
+		return c, nil
+	})
+	if err != nil {
+		return checked{err: err}
+	}
+	select {
+	case <-renewed:
+	case <-ctx.Done():
+		got.err = errors.New("the lease was not renewed")
+	}
+	return got
+}
+
+// show publishes what a candidate that waits knows.
+func (s *session) show(v view, trouble error) {
+	s.mu.Lock()
+	unrenewed := s.trouble
+	s.mu.Unlock()
+	switch {
+	case s.cfg.Now() >= s.Snapshot().Deadlines.StopAt:
+		reason := "the lease could not be renewed in time"
+		if unrenewed != nil {
+			reason += ": " + oneLine(unrenewed)
+		}
+		s.transition(Connecting, reason)
+	case v.own != nil:
+		s.transition(Standby, "")
+	case trouble != nil:
+		s.transition(Connecting, "join the queue: "+oneLine(trouble))
+	default:
+		s.transition(Connecting, "joining the queue")
+	}
+	s.showQueue(v)
+}
+
+// showQueue publishes who leads, and what we wait for.
+func (s *session) showQueue(v view) {
+	leader := v.leader(s.prefix)
+	s.Candidate.mu.Lock()
+	snap := &s.snapshot
+	newLeader := !same(snap.Leader, leader)
+	changed := newLeader || !same(snap.Blocker, v.blocker)
+	snap.Leader, snap.Blocker = leader, v.blocker
+	s.Candidate.mu.Unlock()
+	if newLeader && leader != nil {
+		s.log.Info("leader changed", "leader", printable(leader.Identity), "token", leader.Token)
+	}
+	if changed {
+		s.Candidate.changed()
+	}
+}
+
+// same compares what the pointers point to.
+func same[T comparable](a, b *T) bool { return a == b || a != nil && b != nil && *a == *b }
+
+// lead begins a term, has it led, and returns when that has ended. The lease is renewed all the while.
+func (s *session) lead(ctx context.Context, created int64) error {
+	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer end(nil)
+	defer context.AfterFunc(lctx, s.closeAlive)()
+	t := &term{end: end, lost: make(chan struct{})}
+	s.Candidate.mu.Lock()
+	deadlines := s.snapshot.Deadlines
+	begun := s.cfg.Now() < deadlines.StopAt
+	if begun {
+		s.term = t
+		s.snapshot.State, s.snapshot.Reason, s.snapshot.Since, s.snapshot.Leading = Leading, "", time.Now(), true
+	}
+	s.Candidate.mu.Unlock()
+	if !begun {
+		return nil // it took too long to learn that we won
+	}
+	s.elected = true
+	s.metrics.terms.Inc()
+	s.log.Info("state changed", "from", Standby, "to", Leading, "token", created, "lease", fmt.Sprintf("%x", s.id), "ttl", s.timing.TTL)
+	s.Candidate.changed()
+	select {
+	case <-s.gone: // before there was a term to be ended
+		s.endTerm(s.lostCause)
+	default:
+	}
+	led := make(chan error, 1)
+	go func() {
+		led <- s.cfg.Holder.Lead(lctx, Term{
+			Key: s.key, Token: created, LeaseID: s.id, Deadlines: deadlines, Timing: s.timing, Lost: t.lost,
+		})
+	}()
+	tick := time.NewTicker(MaxTurn / 2)
+	defer tick.Stop()
+	stop := ctx.Done()
+	for {
+		s.turn()
+		select {
+		case <-stop:
+			stop = nil
+			s.endTerm(context.Cause(ctx))
+		case <-tick.C:
+		case <-s.changed:
+		case <-s.queue.changed:
+			v, _ := s.queue.view()
+			s.showQueue(v)
+		case err := <-led:
+			cause := context.Cause(lctx)
+			s.Candidate.mu.Lock()
+			s.term = nil
+			s.snapshot.Leading = false
+			s.Candidate.mu.Unlock()
+			s.transition(Stopping, "")
+			if cause != nil && errors.Is(err, cause) {
+				return nil // the term's own end is not a fault of Lead
+			}
+			return err
+		}
+	}
+}
+
+// joinedKV is the key-value store as the session's client sees it: each request is made over all members. That is right for
+// what a campaign does, a read or a transaction that finds its work done when it comes a second time, and nothing else is there.
+type joinedKV struct {
+	pb.KVClient // nil
+	members     *members
+	joinAfter   time.Duration
+	bound       time.Duration
+}
+
+func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc.CallOption) (*pb.RangeResponse, error) {
+	return joined(ctx, kv, func(ctx context.Context, c pb.KVClient) (*pb.RangeResponse, error) { return c.Range(ctx, in, opts...) })
+}
+
+func (kv *joinedKV) Txn(ctx context.Context, in *pb.TxnRequest, opts ...grpc.CallOption) (*pb.TxnResponse, error) {
+	return joined(ctx, kv, func(ctx context.Context, c pb.KVClient) (*pb.TxnResponse, error) { return c.Txn(ctx, in, opts...) })
+}
+
+func joined[T any](ctx context.Context, kv *joinedKV, call func(context.Context, pb.KVClient) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, kv.bound)
+	defer cancel()
+	return first(ctx, kv.members, kv.joinAfter, func(ctx context.Context, m *member) (T, error) {
+		conn, err := m.conn()
+		if err != nil {
+			var none T
+			return none, err
+		}
+		got, err := call(ctx, pb.NewKVClient(conn))
+		return got, rpctypes.Error(err)
+	})
+}
+
+// sessionLease lets concurrency.NewSession run on the lease that we keep ourselves. It knows no other methods.
+type sessionLease struct {
+	clientv3.Lease // nil
+	alive          chan *clientv3.LeaseKeepAliveResponse
+}
+
+// KeepAlive implements clientv3.Lease: the channel is closed when the term or the session ends.
+func (l sessionLease) KeepAlive(context.Context, clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
+	return l.alive, nil
+}
+
+// Close implements clientv3.Lease.
+func (l sessionLease) Close() error { return nil }

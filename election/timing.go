@@ -1,0 +1,58 @@
+package election
+
+import (
+	"fmt"
+	"time"
+)
+
+// Deadlines are moments in time since boot (CLOCK_BOOTTIME), which counts suspend and ignores jumps of the wall clock.
+type Deadlines struct {
+	StopAt time.Duration // the end of the term: ask the job to stop
+	KillBy time.Duration // the job is killed
+	End    time.Duration // the lease holds at least until here
+}
+
+// Timing says how a lease's life is divided:
+//
+//	s                                          StopAt          KillBy      End
+//	|---- renewals every RenewInterval --------------|---- LossGrace ----|-- Margin --|
+type Timing struct{ TTL, LossGrace, Margin time.Duration }
+
+// minMargin is the least default margin: what a busy kernel may need to kill a job, however short the TTL.
+const minMargin = 200 * time.Millisecond
+
+// NewTiming returns the timing of a lease granted for that long. A negative loss grace means a fifth of it, a negative margin a
+// tenth, at least 200 ms.
+func NewTiming(granted, lossGrace, margin time.Duration) Timing {
+	if lossGrace < 0 {
+		lossGrace = granted / 5
+	}
+	if margin < 0 {
+		margin = max(granted/10, minMargin)
+	}
+	return Timing{TTL: granted, LossGrace: lossGrace, Margin: margin}
+}
+
+// RenewInterval is the time between the sending of two renewals when all is well.
+func (t Timing) RenewInterval() time.Duration { return t.TTL / 5 }
+
+// joinAfter is for how long a request goes unanswered before another endpoint is asked as well.
+func (t Timing) joinAfter() time.Duration { return max(t.TTL/20, 50*time.Millisecond) }
+
+// repeatAfter is the pause before a failed request is repeated.
+func (t Timing) repeatAfter() time.Duration { return t.TTL / 20 }
+
+// Validate refuses a timing in which losing two renewals in a row would end the term.
+func (t Timing) Validate() error {
+	if sum := t.LossGrace + t.Margin + 3*t.RenewInterval(); sum > t.TTL {
+		return fmt.Errorf("loss grace %v + margin %v + 3 × renewal interval %v = %v is more than the TTL %v",
+			t.LossGrace, t.Margin, t.RenewInterval(), sum, t.TTL)
+	}
+	return nil
+}
+
+// From returns the deadlines of a renewal that was sent at that moment.
+func (t Timing) From(sent time.Duration) Deadlines {
+	end := sent + t.TTL
+	return Deadlines{StopAt: end - t.Margin - t.LossGrace, KillBy: end - t.Margin, End: end}
+}
