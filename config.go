@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/url"
 	"os"
 	"reflect"
 	"regexp"
@@ -23,6 +22,8 @@ import (
 
 	"github.com/kelseyhightower/envconfig"
 	"golang.org/x/sys/unix"
+
+	"leasehold/election"
 )
 
 const (
@@ -168,21 +169,9 @@ func (c *Config) validateTiming(f *faults) {
 	if f.has("TTL") || f.has("LOSS_GRACE") || f.has("MARGIN") {
 		return
 	}
-	f.add("TTL", "%w", timingFault(ttl, c.LossGrace.Or(-1), c.Margin.Or(-1)))
-}
-
-// timingFault stands in for election.Timing until that is there.
-func timingFault(ttl, lossGrace, margin time.Duration) error {
-	if lossGrace < 0 {
-		lossGrace = ttl / 5
+	if err := election.NewTiming(ttl, c.LossGrace.Or(-1), c.Margin.Or(-1)).Validate(); err != nil {
+		f.add("TTL", "%w: raise it, or lower %[2]s_LOSS_GRACE or %[2]s_MARGIN", err, envPrefix)
 	}
-	if margin < 0 {
-		margin = max(ttl/10, 200*time.Millisecond)
-	}
-	if sum := lossGrace + margin + 3*(ttl/5); sum > ttl {
-		return fmt.Errorf("%s is too short: loss grace %s + margin %s + 3 × renewal interval %s = %s", ttl, lossGrace, margin, ttl/5, sum)
-	}
-	return nil
 }
 
 // validateEndpoints checks the endpoints and makes full URLs of them.
@@ -191,18 +180,18 @@ func (c *Config) validateEndpoints(f *faults) {
 	var urls, schemes []string
 	sound := true
 	for i, entry := range c.Endpoints {
-		u, err := parseEndpoint(entry, withTLS)
+		scheme, address, err := parseEndpoint(entry, withTLS)
 		if err != nil {
 			// The entry may hold a password, so that its place is told and not its text, unless the error found it harmless.
 			f.add("ENDPOINTS", "entry %d %w", i+1, err)
 			sound = false
 			continue
 		}
-		if slices.Contains(urls, u.String()) {
-			f.add("ENDPOINTS", "entry %d names %s again: name each endpoint once", i+1, u)
+		if slices.Contains(urls, scheme+"://"+address) {
+			f.add("ENDPOINTS", "entry %d names %s again: name each endpoint once", i+1, address)
 		}
-		urls = append(urls, u.String())
-		schemes = append(schemes, u.Scheme)
+		urls = append(urls, scheme+"://"+address)
+		schemes = append(schemes, scheme)
 	}
 	slices.Sort(schemes)
 	switch schemes = slices.Compact(schemes); {
@@ -216,75 +205,68 @@ func (c *Config) validateEndpoints(f *faults) {
 	c.Endpoints = urls
 }
 
-func parseEndpoint(entry string, withTLS bool) (*url.URL, error) {
+// parseEndpoint takes an endpoint apart. The error never holds a password.
+func parseEndpoint(entry string, withTLS bool) (scheme, address string, err error) {
 	const example = "write host:port, http://host:port or https://host:port"
 	switch {
 	case entry == "":
-		return nil, errors.New("is empty: write endpoints with one comma between two")
-	case strings.ContainsFunc(entry, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) }):
-		return nil, errors.New("has a space or control character: write endpoints with commas alone between them")
+		return "", "", errors.New("is empty: write endpoints with one comma between two")
+	case strings.ContainsFunc(entry, unicode.IsSpace):
+		return "", "", errors.New("has a space: write endpoints with commas alone between them")
 	case strings.Contains(entry, "@"):
-		return nil, errors.New("has a user name in it: set LEASEHOLD_USERNAME and LEASEHOLD_PASSWORD instead")
+		return "", "", errors.New("has a user name in it: set LEASEHOLD_USERNAME and LEASEHOLD_PASSWORD instead")
 	}
-	scheme, address, full := strings.Cut(entry, "://")
+	scheme, address, full := strings.Cut(strings.TrimSuffix(entry, "/"), "://")
 	if !full {
-		address = entry
+		address = scheme
 		if scheme = "http"; withTLS {
 			scheme = "https"
 		}
 	}
-	scheme = strings.ToLower(scheme)
-	address = strings.TrimSuffix(address, "/")
-	if scheme != "http" && scheme != "https" {
-		return nil, fmt.Errorf("%s has an unknown scheme: %s", quote(entry), example)
+	if scheme = strings.ToLower(scheme); scheme != "http" && scheme != "https" {
+		return "", "", fmt.Errorf("%s has an unknown scheme: %s", quote(entry), example)
 	}
 	if strings.ContainsAny(address, "/?#") {
-		return nil, fmt.Errorf("%s has more than host and port: %s", quote(entry), example)
+		return "", "", fmt.Errorf("%s has more than host and port: %s", quote(entry), example)
 	}
-	if err := addressFault(address, 1); err != nil {
-		return nil, err
+	host, port, err := parseAddress(address, 1)
+	if err == nil && host == "" {
+		err = fmt.Errorf("%s has no host", quote(entry))
 	}
-	host, _, _ := net.SplitHostPort(address)
-	if host == "" {
-		return nil, fmt.Errorf("%s has no host: %s", quote(entry), example)
+	if err != nil {
+		return "", "", fmt.Errorf("%w: %s", err, example)
 	}
-	u := &url.URL{Scheme: scheme, Host: address}
-	// What etcd's client will make of it, for example of a host with a bad escape in it.
-	if parsed, err := url.Parse(u.String()); err != nil || parsed.Host != address {
-		return nil, fmt.Errorf("%s is not an address: %s", quote(entry), example)
-	}
-	return u, nil
+	return scheme, net.JoinHostPort(host, port), nil
 }
 
-// addressFault says what is wrong with a host:port, or nil.
-func addressFault(address string, lowestPort uint64) error {
-	host, port, err := net.SplitHostPort(address)
+// parseAddress takes a host:port apart. The host may be empty.
+func parseAddress(address string, lowestPort uint64) (host, port string, err error) {
+	host, port, err = net.SplitHostPort(address)
 	if err != nil {
-		bare := strings.Trim(address, "[]")
-		if strings.Count(bare, ":") > 1 { // An IPv6 address without brackets, or without a port.
-			return fmt.Errorf("%s is not host:port: write IPv6 addresses as [::1]:4040, with brackets and a port", quote(address))
+		if strings.Count(address, ":") > 1 && !strings.Contains(address, "/") {
+			return "", "", fmt.Errorf("%s is not host:port (an IPv6 address needs brackets and a port, as in [::1]:4040)", quote(address))
 		}
-		return fmt.Errorf("%s is not host:port", quote(address))
+		return "", "", fmt.Errorf("%s is not host:port", quote(address))
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n < lowestPort {
-		return fmt.Errorf("%s has no port number from %d to 65535 after its colon", quote(address), lowestPort)
+		return "", "", fmt.Errorf("%s has no port number from %d to 65535", quote(address), lowestPort)
 	}
-	if strings.ContainsFunc(host, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) }) {
-		return fmt.Errorf("%s has a space or control character in it", quote(address))
+	notInNames := func(r rune) bool {
+		letter := 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9'
+		return !letter && r != '.' && r != '-' && r != '_'
 	}
-	return nil
+	if net.ParseIP(host) == nil && strings.ContainsFunc(host, notInNames) {
+		return "", "", fmt.Errorf("%s is no address: the host must be a name or an IP address", quote(address))
+	}
+	return host, port, nil
 }
 
 func listenFault(listen string) error {
-	const example = "write host:port, for example 127.0.0.1:4040 or :4040, or off"
 	if listen == "off" {
 		return nil
 	}
-	if strings.Contains(listen, "/") {
-		return fmt.Errorf("%s is not host:port: %s", quote(listen), example)
-	}
-	if err := addressFault(listen, 0); err != nil {
-		return fmt.Errorf("%w: %s", err, example)
+	if _, _, err := parseAddress(listen, 0); err != nil {
+		return fmt.Errorf("%w: write host:port, for example 127.0.0.1:4040 or :4040, or off", err)
 	}
 	return nil
 }
@@ -375,7 +357,7 @@ func (f *faults) add(name, format string, args ...any) {
 	}
 	f.names = append(f.names, name)
 	if f.matters(name) {
-		f.found = append(f.found, fmt.Errorf("%s_%s: "+format, append([]any{envPrefix, name}, args...)...))
+		f.found = append(f.found, fmt.Errorf("%s_%s: %w", envPrefix, name, fmt.Errorf(format, args...)))
 	}
 }
 

@@ -101,10 +101,8 @@ func (s Snapshot) ready() error {
 	switch s.State {
 	case Standby, Leading:
 		return nil
-	case Connecting, Stopping:
-		return s.because(s.State)
 	default:
-		return fmt.Errorf("unknown state %q", s.State)
+		return s.because(s.State)
 	}
 }
 
@@ -138,7 +136,7 @@ func (s Snapshot) because(state string) error {
 	case s.Leader != nil && state == Standby:
 		return fmt.Errorf("standby: %s leads", s.Leader.Identity)
 	}
-	return errors.New(state)
+	return errors.New(cmp.Or(state, "no state yet"))
 }
 
 // validFor is how long the lease is sure to last.

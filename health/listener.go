@@ -9,11 +9,13 @@ import (
 )
 
 const (
-	// maxConns is far more than probes need, and leaves most of even a small limit of open files to the daemon.
-	maxConns = 128
+	// maxConns is far more than probes need. No more than a quarter of the files that may be open go to connections, since a
+	// daemon without a file to spare can't reach etcd.
+	maxConns = 256
 
-	// patience is how long a connection may rest before it is closed in favour of a new one, when all places are taken.
-	patience = 25 * time.Millisecond
+	// patience is how long a connection may rest before it is closed in favour of a new one, when all places are taken. A probe
+	// behind 1,000 slow clients waits three times that long; an honest client of a busy machine needs less.
+	patience = 100 * time.Millisecond
 )
 
 // boundedListener bounds the connections that are open at once. When all places are taken, the next one is accepted only once
@@ -21,6 +23,7 @@ const (
 // files and memory nor keeps probes waiting for long, while a burst of honest requests is served in turn.
 type boundedListener struct {
 	net.Listener
+	places int
 	freed  chan struct{} // Holds one signal that a place may be free.
 	closed chan struct{}
 	once   sync.Once
@@ -38,6 +41,7 @@ type place struct {
 func newBoundedListener(l net.Listener) *boundedListener {
 	return &boundedListener{
 		Listener: l,
+		places:   int(min(maxConns, max(8, openFiles()/4))),
 		freed:    make(chan struct{}, 1),
 		closed:   make(chan struct{}),
 		order:    list.New(),
@@ -75,7 +79,7 @@ func (b *boundedListener) Accept() (net.Conn, error) {
 func (b *boundedListener) makeRoom() time.Duration {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.order.Len() < maxConns {
+	if b.order.Len() < b.places {
 		return 0
 	}
 	oldest := b.order.Front().Value.(*place)

@@ -1,0 +1,364 @@
+package health
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// testServer is a server on a port of its own. Its clock stands at now.
+type testServer struct {
+	addr     string
+	snapshot atomic.Pointer[Snapshot]
+	now      atomic.Int64
+	log      lockedBuffer
+}
+
+func newTestServer(t *testing.T, s Snapshot) *testServer {
+	t.Helper()
+	ts := &testServer{}
+	ts.snapshot.Store(&s)
+	ts.now.Store(int64(100 * time.Second))
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ts.addr = l.Addr().String()
+	server := New(Config{
+		Logger:   slog.New(slog.NewTextHandler(&ts.log, &slog.HandlerOptions{Level: slog.LevelInfo})),
+		Registry: prometheus.NewRegistry(),
+		Snapshot: func() Snapshot { return *ts.snapshot.Load() },
+		Now:      func() time.Duration { return time.Duration(ts.now.Load()) },
+		Version:  "v1",
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- server.Run(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("Run: %v", err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Error("Run does not end")
+		}
+	})
+	return ts
+}
+
+func (ts *testServer) do(t *testing.T, method, path string) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://"+ts.addr+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := http.Client{
+		Transport:     &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Timeout:       5 * time.Second,
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return resp, string(body)
+}
+
+func TestServer_Methods(t *testing.T) {
+	ts := newTestServer(t, leading())
+	for _, c := range []struct {
+		path string
+		code int
+	}{
+		{"/livez", 200}, {"/readyz", 200}, {"/leader", 200}, {"/standby", 503}, {"/status", 200}, {"/", 200}, {"/metrics", 200},
+		{"/nowhere", 404}, {"/leader/", 404}, {"/leader/x", 404},
+	} {
+		for _, method := range []string{"GET", "HEAD", "OPTIONS"} {
+			resp, body := ts.do(t, method, c.path)
+			if resp.StatusCode != c.code {
+				t.Errorf("%s %s: %d, want %d", method, c.path, resp.StatusCode, c.code)
+			}
+			if empty := body == ""; c.code != 404 && empty != (method != "GET") {
+				t.Errorf("%s %s: body %q", method, c.path, body)
+			}
+			if method == "OPTIONS" && c.code != 404 && resp.Header.Get("Allow") != "GET, HEAD, OPTIONS" {
+				t.Errorf("%s %s: Allow %q", method, c.path, resp.Header.Get("Allow"))
+			}
+		}
+		for _, method := range []string{"POST", "PUT", "DELETE", "PATCH", "TRACE", "NONSENSE"} {
+			want := 405
+			if c.code == 404 {
+				want = 404
+			}
+			if resp, _ := ts.do(t, method, c.path); resp.StatusCode != want {
+				t.Errorf("%s %s: %d, want %d", method, c.path, resp.StatusCode, want)
+			}
+		}
+	}
+}
+
+func TestServer_EveryEndpointIsListed(t *testing.T) {
+	ts := newTestServer(t, leading())
+	for _, e := range Endpoints() {
+		if resp, _ := ts.do(t, "GET", e.Path); resp.StatusCode == 404 {
+			t.Errorf("%s is listed and not there", e.Path)
+		}
+	}
+}
+
+func TestServer_Answers(t *testing.T) {
+	ts := newTestServer(t, leading())
+	if _, body := ts.do(t, "GET", "/leader"); body != "ok\n" {
+		t.Errorf("/leader: %q", body)
+	}
+	ts.now.Store(int64(110 * time.Second))
+	if resp, body := ts.do(t, "GET", "/leader"); resp.StatusCode != 503 || body != "stopping: contact with etcd lost: stop-at has passed\n" {
+		t.Errorf("/leader at stop-at: %d %q", resp.StatusCode, body)
+	}
+	for _, path := range []string{"/", "/status"} {
+		resp, body := ts.do(t, "GET", path)
+		var got struct{ Name, State string }
+		if err := json.Unmarshal([]byte(body), &got); err != nil {
+			t.Error(err)
+		}
+		if got.Name != "b" || got.State != Stopping || resp.Header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: %s %s", path, resp.Header.Get("Content-Type"), body)
+		}
+	}
+	_, body := ts.do(t, "GET", "/metrics")
+	if want := fmt.Sprintf("leasehold_build_info{goversion=%q,version=\"v1\"} 1", runtime.Version()); !strings.Contains(body, want) {
+		t.Errorf("/metrics has no %s: %s", want, body)
+	}
+}
+
+func TestServer_MalformedHTTP(t *testing.T) {
+	ts := newTestServer(t, leading())
+	for _, text := range []string{
+		"\r\n\r\n", "\x00\x01\x02\x03\r\n\r\n", "GET\r\n\r\n", "GET / HTTP/9.9\r\n\r\n", "GET /leader HTTP/1.1\r\n\r\n" /* no host */, "GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n",
+		"GET " + strings.Repeat("/x", 1<<19) + " HTTP/1.1\r\nHost: x\r\n\r\n",
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+		"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", // The beginning of a TLS handshake.
+	} {
+		conn, err := net.Dial("tcp", ts.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		_, _ = io.WriteString(conn, text)
+		_ = conn.(*net.TCPConn).CloseWrite()
+		_, _ = io.Copy(io.Discard, conn)
+		conn.Close()
+	}
+	// HAProxy's own check: HTTP/1.0, no Host.
+	conn, err := net.Dial("tcp", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+	_, _ = io.WriteString(conn, "OPTIONS /leader HTTP/1.0\r\n\r\n")
+	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, " 200 ") {
+		t.Errorf("HAProxy's check: %q, %v", line, err)
+	}
+	if text := ts.log.String(); text != "" {
+		t.Errorf("clients can make the daemon log: %s", text)
+	}
+}
+
+// TestServer_SlowClients: 1,000 connections that send a byte and no more neither pile up nor keep a probe waiting.
+func TestServer_SlowClients(t *testing.T) {
+	ts := newTestServer(t, leading())
+	before := runtime.NumGoroutine()
+	var crowd []net.Conn
+	defer func() {
+		for _, conn := range crowd {
+			conn.Close()
+		}
+	}()
+	for i := range 1000 {
+		conn, err := net.DialTimeout("tcp", ts.addr, 5*time.Second)
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		crowd = append(crowd, conn)
+		if i%2 == 0 {
+			_, _ = io.WriteString(conn, "G")
+		}
+	}
+	began := time.Now()
+	if resp, body := ts.do(t, "GET", "/leader"); resp.StatusCode != 200 {
+		t.Errorf("/leader: %d %s", resp.StatusCode, body)
+	}
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("a probe among slow clients took %v", took)
+	}
+	if n := runtime.NumGoroutine() - before; n > maxConns+20 {
+		t.Errorf("%d goroutines serve slow clients", n)
+	}
+	if text := ts.log.String(); text != "" {
+		t.Errorf("clients can make the daemon log: %s", text)
+	}
+}
+
+// TestServer_Burst: 1,000 honest requests at once are all answered. A client that a starved machine holds up between connecting
+// and asking may lose its place, and tries again.
+func TestServer_Burst(t *testing.T) {
+	ts := newTestServer(t, leading())
+	ask := func() error {
+		conn, err := net.DialTimeout("tcp", ts.addr, 10*time.Second)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+		_, _ = io.WriteString(conn, "GET /leader HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		text, err := io.ReadAll(conn)
+		if err == nil && !bytes.Contains(text, []byte("200 OK")) {
+			err = fmt.Errorf("the answer is %q", text)
+		}
+		return err
+	}
+	var wg sync.WaitGroup
+	var again atomic.Int64
+	for range 1000 {
+		wg.Go(func() {
+			err := ask()
+			for range 2 {
+				if err != nil {
+					again.Add(1)
+					err = ask()
+				}
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := again.Load(); n > 100 {
+		t.Errorf("%d of 1000 requests had to be tried again", n)
+	}
+}
+
+// TestServer_StopsWhileClientsStay: an idle client and a slow one do not hold up the end.
+func TestServer_StopsWhileClientsStay(t *testing.T) {
+	ts := newTestServer(t, leading()) // Its clean-up sees to it that Run ends.
+	for _, text := range []string{"", "GET /lead", "GET /leader HTTP/1.1\r\nHost: x\r\n\r\n"} {
+		conn, err := net.Dial("tcp", ts.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		_, _ = io.WriteString(conn, text)
+	}
+}
+
+func TestServer_ListenerFails(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	server := New(Config{Logger: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry()})
+	if err := server.Run(t.Context(), l); err == nil {
+		t.Error("no error from a closed listener")
+	}
+}
+
+func TestCheck(t *testing.T) {
+	ts := newTestServer(t, leading())
+	_, port, _ := net.SplitHostPort(ts.addr)
+	foreign, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.NotFoundHandler(), ReadHeaderTimeout: time.Second}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(foreign) }()
+	defer func() { server.Close(); <-served }()
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // Never accepts.
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	t.Setenv("HTTP_PROXY", "http://"+closed.Addr().String())
+	t.Setenv("http_proxy", "http://"+closed.Addr().String())
+
+	for _, c := range []struct {
+		listen, what string
+		code         int
+		out          string
+	}{
+		{ts.addr, "", 0, "ok\n"},
+		{ts.addr, "live", 0, "ok\n"},
+		{ts.addr, "ready", 0, "ok\n"},
+		{ts.addr, "leader", 0, "ok\n"},
+		{ts.addr, "standby", 1, "leading\n"},
+		{":" + port, "leader", 0, "ok\n"},
+		{"0.0.0.0:" + port, "leader", 0, "ok\n"},
+		{"localhost:" + port, "leader", 0, "ok\n"},
+		{"off", "live", 69, "nobody answers: LEASEHOLD_LISTEN is off\n"},
+		{"nonsense", "live", 69, "nobody can be asked"},
+		{closed.Addr().String(), "live", 69, "connection refused"},
+		{foreign.Addr().String(), "live", 69, "something else than leasehold answers"},
+		{ts.addr, "nonsense", 69, "check can't ask for"},
+		{silent.Addr().String(), "live", 69, "deadline exceeded"},
+	} {
+		var out bytes.Buffer
+		began := time.Now()
+		if code := Check(t.Context(), c.listen, c.what, &out); code != c.code || !strings.Contains(out.String(), c.out) {
+			t.Errorf("check %s at %s: %d %q, want %d %q", c.what, c.listen, code, out.String(), c.code, c.out)
+		}
+		if took := time.Since(began); took > 4*time.Second {
+			t.Errorf("check %s at %s took %v", c.what, c.listen, took)
+		}
+	}
+}
+
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
