@@ -125,9 +125,14 @@ func wrap(text, indent string, width int) string {
 	return b.String() + line + "\n"
 }
 
-// usageHint says, for a command line that is wrong, what its user most likely meant. The words after the first -- are never
-// shown, nor is any value of a setting that may be a secret: standard error often ends up in a log.
+// usageHint is what a user reads whose command line is wrong.
 func usageHint(args []string) string {
+	return "leasehold: " + likelyMeant(args) + "\n"
+}
+
+// likelyMeant says what the user of a wrong command line most likely meant. The words after the first -- are never shown, nor is
+// any value of a setting that may be a secret: standard error often ends up in a log.
+func likelyMeant(args []string) string {
 	if len(args) == 0 {
 		return "say what to run: leasehold -- COMMAND [ARG...]"
 	}
@@ -144,8 +149,12 @@ func usageHint(args []string) string {
 			break // What follows belongs to a command.
 		}
 	}
-	switch first := append(slices.Clone(own), "")[0]; {
-	case first == "", first == "run" && len(own) == 1 && hasJob:
+	first := ""
+	if len(own) > 0 {
+		first = own[0]
+	}
+	switch {
+	case len(own) == 0, first == "run" && len(own) == 1 && hasJob:
 		return "there is no command after --: leasehold -- COMMAND [ARG...]"
 	case first == "run" && len(own) == 1:
 		return "say what to run: leasehold run -- COMMAND [ARG...]"
