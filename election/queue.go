@@ -89,7 +89,7 @@ func printable(s string) string {
 
 // view is what the queue shows a candidate.
 type view struct {
-	known   bool   // the queue has been read
+	watched bool   // our key can be put: all that happens to it will be seen
 	head    *place // whoever is first, leader or blocker
 	own     *place
 	blocker *Blocker // the first one ahead of our own key
@@ -121,7 +121,7 @@ type queue struct {
 	now      func() time.Duration
 
 	mu      sync.Mutex
-	known   bool
+	watched bool // it has been, at least once
 	places  map[string]place
 	created int64 // our key's create revision once it was seen
 	err     error // why it is not being watched
@@ -193,6 +193,10 @@ func (q *queue) follow(ctx context.Context) error {
 		q.members.reset(got.from)
 		return errSilent
 	}
+	q.mu.Lock()
+	q.watched, q.err = true, nil
+	poke(q.changed)
+	q.mu.Unlock()
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	quiet := 0 // ticks since the last answer
@@ -234,7 +238,6 @@ func (q *queue) reset(kvs []*mvccpb.KeyValue) {
 	for _, kv := range kvs {
 		q.places[string(kv.Key)] = newPlace(kv)
 	}
-	q.known, q.err = true, nil
 	q.seen()
 }
 
@@ -270,10 +273,7 @@ func (q *queue) seen() {
 	case q.created != 0 && own.created != q.created:
 		q.lost(ErrKeyDeleted)
 	}
-	select {
-	case q.changed <- struct{}{}:
-	default:
-	}
+	poke(q.changed)
 }
 
 // suspect has the queue followed on another member, if it is that one which it is followed on.
@@ -287,7 +287,7 @@ func (q *queue) suspect(m *member) {
 func (q *queue) view() (view, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	v := view{known: q.known}
+	v := view{watched: q.watched}
 	if own, ok := q.places[q.own]; ok {
 		v.own = &own
 	}

@@ -61,8 +61,8 @@ func (r *runner) session(ctx context.Context) error {
 	defer running.Wait()
 	defer cancel()
 
-	// The queue is read while the lease is being granted, and before our key is put: its watch then sees all that happens
-	// to the key.
+	// The queue is read and watched from while the lease is being granted, and before our key is put: the watch then sees
+	// all that happens to the key, and at once, whereas etcd serves a watch of the past only every 100 ms.
 	watches := newLegs(r.members)
 	asked := NewTiming(r.cfg.TTL, r.cfg.LossGrace, r.cfg.Margin)
 	s.queue = newQueue(r.prefix, s.key, r.members, asked, watches, r.cfg.Now, &r.turns.queue, s.lost)
@@ -252,16 +252,14 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 	tick := time.NewTicker(MaxTurn / 2)
 	defer tick.Stop()
 	var (
-		campaigning, won bool
-		checking         bool
-		passed           int64 // the create revision with which a check found our key first
-		campaignErr      error
-		warned           string
+		campaigning, won, checking bool
+		campaignErr                error
+		warned                     string
 	)
 	for {
 		s.turn()
 		v, queueErr := s.queue.view()
-		if v.known && !campaigning {
+		if v.watched && !campaigning {
 			campaigning = true
 			running.Go(campaign)
 		}
@@ -278,17 +276,12 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		if s.cfg.Wait == 0 && !s.elected && v.own != nil && !head {
 			return 0, fmt.Errorf("%w: %s is ahead", ErrNotElected, quote(v.head.identity))
 		}
-		// Our watch shows that our predecessor is gone as early as the campaign's own does, which then has to read the queue
-		// once more. Looking at the same time saves a round trip of the hand-over.
-		if (head || won) && !checking && passed == 0 {
+		// Our watch often shows earlier than the campaign's that our predecessor is gone: etcd serves a new watch of the present
+		// revision only after up to 100 ms, and the campaign then reads the queue once more. So whichever of the two says it
+		// first makes us look, and looking decides.
+		if (head || won) && !checking {
 			checking = true
 			check(0)
-		}
-		if won && passed != 0 {
-			if passed == election.Rev() {
-				return passed, nil
-			}
-			s.lost(ErrKeyDeleted)
 		}
 		select {
 		case <-ctx.Done():
@@ -306,7 +299,7 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 			checking = false
 			switch {
 			case got.err == nil && got.first:
-				passed = got.created
+				return got.created, nil
 			case got.err == nil && got.created == 0 && won:
 				s.lost(ErrKeyDeleted)
 			default:
