@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -20,9 +21,13 @@ import (
 const cgroupPrefix = "leasehold-"
 
 // cgroup is the job's own cgroup (v2). Its maker holds a lock on it while it lives, so that what a dead one left is known.
+//
+// Each start gets a fresh leaf inside it: since Linux 6.14 whatever is cloned into a cgroup that was ever killed by cgroup.kill
+// is killed at once (seen with 6.18: the fork compares the kill counts of two different cgroups).
 type cgroup struct {
 	dir    string
-	fd     int // the directory, for CLONE_INTO_CGROUP
+	fd     int // the directory, locked by its maker
+	leaves int
 	kill   int // cgroup.kill
 	events int // cgroup.events
 	buf    [256]byte
@@ -131,16 +136,45 @@ func (c *cgroup) waitEmpty(d time.Duration) bool {
 	}
 }
 
-// probe starts a process in the cgroup, kills it by the cgroup and sees it gone.
+// leaf makes a fresh cgroup for one start, in the place of the last one's, and opens it for CLONE_INTO_CGROUP.
+func (c *cgroup) leaf() (int, error) {
+	if c.leaves > 0 {
+		removeTree(filepath.Join(c.dir, strconv.Itoa(c.leaves)))
+	}
+	c.leaves++
+	dir := filepath.Join(c.dir, strconv.Itoa(c.leaves))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return -1, err
+	}
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	return fd, nil
+}
+
+// probe starts a process in the cgroup, sees it run, kills it by the cgroup and sees it gone.
 func (c *cgroup) probe(argv []string) error {
+	leaf, err := c.leaf()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(leaf) }()
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(pipe[0]) }()
 	pid, err := syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
-		Env: []string{}, Files: []uintptr{},
-		Sys: &syscall.SysProcAttr{Setsid: true, UseCgroupFD: true, CgroupFD: c.fd},
+		Env: []string{}, Files: []uintptr{^uintptr(0), uintptr(pipe[1])},
+		Sys: &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL, UseCgroupFD: true, CgroupFD: leaf},
 	})
+	_ = unix.Close(pipe[1])
 	if err != nil {
 		return fmt.Errorf("start a process in %s: %w", c.dir, err)
 	}
-	empty := c.populated() && c.waitEmpty(2*time.Second)
+	runs := c.hears(pipe[0], 5*time.Second) && c.populated()
+	empty := c.waitEmpty(2 * time.Second)
 	if !empty {
 		_ = unix.Kill(pid, unix.SIGKILL)
 	}
@@ -150,10 +184,25 @@ func (c *cgroup) probe(argv []string) error {
 			break
 		}
 	}
-	if !empty || !ws.Signaled() || ws.Signal() != unix.SIGKILL {
+	switch {
+	case !runs:
+		return fmt.Errorf("a process in %s does not run", c.dir)
+	case !empty || !ws.Signaled() || ws.Signal() != unix.SIGKILL:
 		return fmt.Errorf("%s does not kill the processes in it", c.dir)
 	}
 	return nil
+}
+
+// hears waits for a byte from the pipe fd.
+func (c *cgroup) hears(fd int, d time.Duration) bool {
+	for end := Now() + d; Now() < end; {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		if n, _ := unix.Poll(fds, int((end-Now()).Milliseconds())+1); n == 1 {
+			n, _ := unix.Read(fd, c.buf[:1])
+			return n == 1
+		}
+	}
+	return false
 }
 
 // ownCgroup finds the directory of this process's cgroup v2.

@@ -27,7 +27,7 @@ const (
 	msgStarted  // a: pid of the job's first process
 	msgRefused  // the job was not started; a: exit code in its stead, text: why
 	msgExited   // the job's first process has ended; a: code, b: signal
-	msgDead     // nothing of the job is left; a: nanoseconds since the kill or the stop signal began, b: kill reason
+	msgDead     // nothing of the job is left; a: nanoseconds since the kill or the stop signal began, b: kill reason, c: 1 if it did not end by itself
 	msgPong     // a: number of the ping
 	msgSignal   // a: a signal that the guard received
 	msgLateness // a: nanoseconds by which a deadline was served late

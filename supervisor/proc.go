@@ -3,6 +3,8 @@
 package supervisor
 
 import (
+	"errors"
+	"os"
 	"strconv"
 	"time"
 	"unsafe"
@@ -43,6 +45,11 @@ func newScanner() (*scanner, error) {
 	proc, err := unix.Open("/proc", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
+	}
+	// A /proc of another PID namespace would show strangers under our children's numbers.
+	if self, err := os.Readlink("/proc/self"); err != nil || self != strconv.Itoa(unix.Getpid()) {
+		_ = unix.Close(proc)
+		return nil, errors.New("/proc does not show this PID namespace: mount it anew (mount -t proc proc /proc)")
 	}
 	return &scanner{
 		proc:    proc,
@@ -206,41 +213,54 @@ func (s *scanner) markDescendants(root int, except ...int) int {
 }
 
 // killDescendants kills every descendant of root but those in except. All are stopped before the first is killed, so that
-// none can answer the death of another by a fork. It returns how many there were.
+// none can answer the death of another by a fork. It returns how many of them had not ended yet, zombies of which every
+// thread has gone left out.
 func (s *scanner) killDescendants(root int, except ...int) int {
 	s.scan()
-	count := s.markDescendants(root, except...)
-	if count == 0 {
+	if s.markDescendants(root, except...) == 0 {
 		return 0
 	}
 	s.signalMarked(unix.SIGSTOP)
-	s.signalMarked(unix.SIGKILL)
-	return count
+	return s.signalMarked(unix.SIGKILL)
 }
 
 // signalMarked sends sig to each marked process through a pidfd. Its parent is read again after the pidfd was opened:
-// where that has changed, the pid may be a stranger's by now, and the next scan decides.
-func (s *scanner) signalMarked(sig unix.Signal) {
+// where that has changed, the pid may be a stranger's by now, and the next scan decides. It returns how many live.
+func (s *scanner) signalMarked(sig unix.Signal) int {
+	alive := 0
 	for i := range s.n {
 		if !s.member[i] {
 			continue
 		}
 		pid := int(s.pid[i])
 		pidfd, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(pid), 0, 0)
-		if errno != 0 {
-			if errno == unix.EMFILE || errno == unix.ENFILE {
-				// No descriptor is to be had: a plain kill, under the same check, is better than none.
-				if s.parent(pid) == int(s.ppid[i]) {
-					_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
-				}
+		if errno == unix.ESRCH || s.parent(pid) != int(s.ppid[i]) {
+			if errno == 0 {
+				rawClose(int(pidfd))
+				alive++
 			}
 			continue
 		}
-		if s.parent(pid) == int(s.ppid[i]) {
-			signalPidfd(int(pidfd), sig)
+		if errno != 0 { // no descriptor to be had: a plain kill, under the same check, is better than none
+			_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
+			alive++
+			continue
+		}
+		signalPidfd(int(pidfd), sig)
+		if !pidfdEnded(int(pidfd)) {
+			alive++
 		}
 		rawClose(int(pidfd))
 	}
+	return alive
+}
+
+// pidfdEnded says if the process has ended, all its threads included (pidfd_open(2): readable then).
+func pidfdEnded(pidfd int) bool {
+	fds := [1]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	var now unix.Timespec
+	n, _, _ := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds[0])), 1, uintptr(unsafe.Pointer(&now)), 0, 0, 0)
+	return n == 1
 }
 
 func signalPidfd(pidfd int, sig unix.Signal) {

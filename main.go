@@ -1,0 +1,597 @@
+//go:build linux
+
+// Leasehold keeps a job running on exactly one machine. Each machine runs the daemon; the daemons campaign on one election key in
+// etcd under a session lease; the winner runs the job as its child and kills it before its lease can pass to another.
+//
+// Promised: at most one job alive over all machines, as long as the kernel schedules the guard and carries out its kills within
+// the margin, and clock rates differ by less than the margin allows. Not promised: that nothing overlaps outside of that; there the
+// fencing token protects whatever storage checks it. Work that the job hands to another daemon is not covered.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	ossignal "os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/oklog/run"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
+
+	"leasehold/election"
+	"leasehold/health"
+	"leasehold/supervisor"
+)
+
+// version is set by the build.
+var version = "dev"
+
+// Roles that leasehold gives to its own processes. Users have no use for them.
+const (
+	roleElector = "elector"
+	roleRevoke  = "revoke"
+	roleProbe   = "probe"
+)
+
+var (
+	errPlannedStop = errors.New("planned stop")
+	errLost        = errors.New("leadership lost, and the job is not restarted")
+)
+
+func main() { os.Exit(dispatch(os.Args[1:])) }
+
+func dispatch(args []string) int {
+	closeOnExec()
+	if len(args) == 0 {
+		fmt.Fprint(os.Stderr, usageHint(args))
+		return exitUsage
+	}
+	switch name, rest := args[0], args[1:]; {
+	case name == "--" && len(rest) > 0:
+		return guard(rest)
+	case name == "run" && len(rest) > 1 && rest[0] == "--":
+		return guard(rest[1:])
+	case name == "elect" && len(rest) == 0:
+		return elect()
+	case name == "status" && (len(rest) == 0 || len(rest) == 1 && rest[0] == "--json"):
+		return status(len(rest) == 1)
+	case name == "check" && len(rest) <= 1:
+		return check(rest)
+	case name == "version" && len(rest) == 0:
+		fmt.Println("leasehold", version)
+		return 0
+	case (name == "help" || name == "-h" || name == "--help") && len(rest) == 0:
+		fmt.Print(help())
+		return 0
+	case name == roleElector && len(rest) >= 1:
+		return elector(rest)
+	case name == roleRevoke && len(rest) == 2:
+		return revoke(rest)
+	case name == roleProbe:
+		fmt.Print("\n")
+		time.Sleep(10 * time.Second) // until the guard kills it
+		return 0
+	}
+	fmt.Fprint(os.Stderr, usageHint(args))
+	return exitUsage
+}
+
+// closeOnExec sees to it that no descriptor but the standard streams is ever inherited, also those that came to us by accident.
+func closeOnExec() {
+	if unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC) == nil {
+		return
+	}
+	// Linux before 5.11
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+}
+
+// configure reads the configuration of a subcommand and makes the logger.
+func configure(subcommand string) (Config, *slog.Logger, *logWriter, bool) {
+	cfg, err := loadConfig(subcommand, os.Environ())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return Config{}, nil, nil, false
+	}
+	log, lines := newLogger(cfg.Log)
+	return cfg, log, lines, true
+}
+
+const flushTime = 200 * time.Millisecond
+
+// guard is the process that the user starts. It makes the elector, and runs and kills the job.
+func guard(command []string) int {
+	// From the first moment, so that no signal ends us without the job's death. What is neither handled nor passed on is dropped.
+	signals := make(chan os.Signal, 64)
+	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT,
+		unix.SIGCHLD, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU, unix.SIGALRM)
+
+	cfg, log, lines, ok := configure("run")
+	if !ok {
+		return exitConfig
+	}
+	defer lines.Flush(flushTime)
+	path, code := lookCommand(command[0], log)
+	if code != 0 {
+		return code
+	}
+	code = supervisor.RunGuard(supervisor.GuardConfig{
+		Path: path, Argv: command, Env: withoutOurs(os.Environ()),
+		Election: cfg.Election, Identity: cfg.Identity,
+		TTL: cfg.TTL.Duration, StopSignal: cfg.StopSignal.Signal,
+		Elector: []string{"leasehold", roleElector},
+		Probe:   []string{"leasehold", roleProbe},
+		Revoke: func(lease int64, within time.Duration) []string {
+			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
+		},
+		Signals: signals,
+		Notify:  newNotifier(),
+		Logger:  log,
+	})
+	return code
+}
+
+// withoutOurs drops from an environment what is the daemon's alone: its settings, secrets among them, and its line to systemd.
+func withoutOurs(environ []string) []string {
+	return slices.DeleteFunc(environ, func(entry string) bool {
+		return strings.HasPrefix(entry, "LEASEHOLD_") || strings.HasPrefix(entry, "NOTIFY_SOCKET=") || strings.HasPrefix(entry, "WATCHDOG_")
+	})
+}
+
+// lookCommand finds the job's executable as a shell would.
+func lookCommand(name string, log *slog.Logger) (string, int) {
+	path, err := exec.LookPath(name)
+	switch {
+	case err == nil || errors.Is(err, exec.ErrDot):
+		return path, 0
+	case errors.Is(err, os.ErrPermission):
+		log.Error(fmt.Sprintf("the command %q is not executable", name), "err", err, "exit_code", exitNotExec)
+		return "", exitNotExec
+	}
+	log.Error(fmt.Sprintf("the command %q is not found", name), "err", err, "exit_code", exitNotFound)
+	return "", exitNotFound
+}
+
+// newNotifier makes the function that tells systemd. A slow systemd loses notifications, and holds up nobody.
+func newNotifier() func(state string) {
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return func(string) {}
+	}
+	states := make(chan string, 16)
+	go func() { // lives as long as the process
+		for s := range states {
+			_, _ = daemon.SdNotify(false, s)
+		}
+	}()
+	return func(state string) {
+		select {
+		case states <- state:
+		default:
+		}
+	}
+}
+
+// A jobHolder runs the job for the candidate.
+type jobHolder struct {
+	handle *supervisor.Handle
+	cfg    Config
+	margin atomic.Int64
+}
+
+func (h *jobHolder) Leased(id int64, ttl time.Duration) { h.handle.Lease(id, ttl) }
+func (h *jobHolder) Extended(d election.Deadlines)      { h.handle.Extend(d.StopAt, d.KillBy) }
+func (h *jobHolder) grantedMargin() time.Duration       { return time.Duration(h.margin.Load()) }
+
+func (h *jobHolder) Lead(ctx context.Context, t election.Term) error {
+	h.margin.Store(int64(t.Timing.Margin))
+	err := h.handle.Supervise(ctx, supervisor.Term{
+		Key: t.Key, Token: t.Token, LeaseID: t.LeaseID, StopAt: t.Deadlines.StopAt, KillBy: t.Deadlines.KillBy, Lost: t.Lost,
+	}, func(cause error) time.Duration {
+		switch {
+		case errors.Is(cause, errPlannedStop):
+			return h.cfg.StopGrace.Duration
+		case errors.Is(cause, election.ErrContactLost):
+			return -1 // until kill-by
+		}
+		return 0
+	})
+	var resign *supervisor.ResignError
+	switch {
+	case errors.As(err, &resign):
+		return &election.Backoff{For: resign.After}
+	case err == nil && h.cfg.Restart == string(supervisor.RestartNever) && !errors.Is(context.Cause(ctx), errPlannedStop):
+		return errLost
+	}
+	return err
+}
+
+// elector is the guard's child: etcd, HTTP, decisions.
+//
+//	config → candidate (etcd) → handle (the job, by way of the guard)
+//	             └──────────────────┴→ server (what is true now)
+//
+// The candidate and the handle are one actor, since their order at the end matters: the candidate revokes its lease when the
+// job is dead, and the handle listens until then.
+func elector(args []string) int {
+	// The guard alone hears what the user says; what reaches us directly is dropped.
+	ossignal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGQUIT)
+	cfg, log, lines, ok := configure("run")
+	if !ok {
+		return exitConfig
+	}
+	defer lines.Flush(flushTime)
+	guardPid, err := strconv.Atoi(args[0])
+	if err != nil {
+		fmt.Fprint(os.Stderr, usageHint([]string{roleElector}))
+		return exitUsage
+	}
+	cgroupDir := ""
+	if len(args) > 1 {
+		cgroupDir = args[1]
+	}
+
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	changed := make(chan struct{}, 1)
+	registry := prometheus.NewRegistry()
+	holder := &jobHolder{cfg: cfg}
+	holder.margin.Store(int64(election.NewTiming(cfg.TTL.Duration, -1, cfg.Margin.Or(-1)).Margin))
+	var candidate *election.Candidate
+	handle, err := supervisor.Connect(supervisor.HandleConfig{
+		In: 3, Out: 4, Guard: guardPid, CgroupDir: cgroupDir,
+		TTL: cfg.TTL.Duration, Margin: holder.grantedMargin,
+		Restart: supervisor.Restart(cfg.Restart), RestartLimit: cfg.RestartLimit.N,
+		Signal:  func(unix.Signal) { cancel(errPlannedStop) },
+		Turning: func() bool { return turning(candidate.Snapshot()) == nil },
+		Changed: func() { signalChange(changed) },
+		Logger:  log, Registerer: registry,
+	})
+	if err != nil {
+		log.Error("connect to the guard", "err", err)
+		return exitInternal
+	}
+	holder.handle = handle
+	code := func() int {
+		candidate, err = newCandidate(cfg, log, registry, holder, changed)
+		if err != nil {
+			log.Error("set up the candidate", "err", err)
+			return exitConfig
+		}
+		snapshot := func() health.Snapshot {
+			s := healthSnapshot(cfg, candidate.Snapshot())
+			s.JobWanted, s.Job = true, healthJob(handle.Snapshot())
+			return s
+		}
+		var g run.Group
+		if code := addServer(&g, cfg, log, registry, snapshot); code != 0 {
+			return code
+		}
+		g.Add(func() error { return campaignWithJob(ctx, cancel, candidate, handle) }, func(error) { cancel(errPlannedStop) })
+		addStatus(&g, candidate, changed, handle.Status)
+		handle.Ready()
+		return exitCode(g.Run(), log)
+	}()
+	handle.Exit(code)
+	return code
+}
+
+// campaignWithJob runs the candidate, and beside it the handle until the candidate is done.
+func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc, candidate *election.Candidate, handle *supervisor.Handle) error {
+	handleCtx, stop := context.WithCancel(context.Background())
+	handleDone := make(chan error, 1)
+	go func() {
+		err := handle.Run(handleCtx)
+		if err != nil {
+			cancel(err)
+		}
+		handleDone <- err
+	}()
+	err := candidate.Run(ctx)
+	stop()
+	return errors.Join(<-handleDone, err)
+}
+
+// elect campaigns and reports, and runs no job.
+func elect() int {
+	signals := make(chan os.Signal, 8)
+	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT)
+	ossignal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGQUIT, unix.SIGWINCH)
+	cfg, log, lines, ok := configure("elect")
+	if !ok {
+		return exitConfig
+	}
+	defer lines.Flush(flushTime)
+
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	changed := make(chan struct{}, 1)
+	registry := prometheus.NewRegistry()
+	holder := &leaseHolder{grace: cfg.StopGrace.Duration, hurry: make(chan struct{})}
+	candidate, err := newCandidate(cfg, log, registry, holder, changed)
+	if err != nil {
+		log.Error("set up the candidate", "err", err)
+		return exitConfig
+	}
+	snapshot := func() health.Snapshot { return healthSnapshot(cfg, candidate.Snapshot()) }
+	notify := newNotifier()
+
+	var g run.Group
+	if code := addServer(&g, cfg, log, registry, snapshot); code != 0 {
+		return code
+	}
+	g.Add(func() error { return candidate.Run(ctx) }, func(error) { cancel(errPlannedStop) })
+	addStatus(&g, candidate, changed, func(text string) { notify("STATUS=" + text) })
+	stop := make(chan struct{})
+	g.Add(func() error {
+		watchdog := time.NewTicker(time.Second)
+		defer watchdog.Stop()
+		for received := 0; ; {
+			select {
+			case <-stop:
+				return nil
+			case <-watchdog.C:
+				if turning(candidate.Snapshot()) == nil {
+					notify("WATCHDOG=1")
+				}
+			case <-signals:
+				if received++; received == 1 {
+					notify("STOPPING=1")
+					cancel(errPlannedStop)
+				} else if received == 2 {
+					close(holder.hurry)
+				}
+			}
+		}
+	}, func(error) { close(stop) })
+	notify("READY=1")
+	return exitCode(g.Run(), log)
+}
+
+// A leaseHolder holds the lease for those who ask this daemon if it leads, and gives them the time to stop that a job would have.
+type leaseHolder struct {
+	grace time.Duration
+	hurry chan struct{} // closed at a second signal
+	end   atomic.Int64  // kill-by, in time since boot
+}
+
+func (h *leaseHolder) Leased(int64, time.Duration)   {}
+func (h *leaseHolder) Extended(d election.Deadlines) { h.end.Store(int64(d.KillBy)) }
+
+func (h *leaseHolder) Lead(ctx context.Context, t election.Term) error {
+	h.end.Store(max(h.end.Load(), int64(t.Deadlines.KillBy)))
+	<-ctx.Done()
+	var hold time.Duration
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errPlannedStop):
+		hold = h.grace
+	case errors.Is(cause, election.ErrContactLost):
+		hold = time.Duration(h.end.Load()) - supervisor.Now()
+	}
+	timer := time.NewTimer(hold)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-h.hurry:
+	case <-t.Lost:
+	}
+	return nil
+}
+
+// electionConfig is the part of the configuration that concerns etcd.
+func electionConfig(cfg Config, log *slog.Logger) election.Config {
+	c := election.Config{
+		Endpoints: cfg.Endpoints, Election: cfg.Election, Identity: cfg.Identity,
+		TTL: cfg.TTL.Duration, LossGrace: cfg.LossGrace.Or(-1), Margin: cfg.Margin.Or(-1), Wait: cfg.Wait.Or(-1),
+		DialTimeout: cfg.DialTimeout.Duration,
+		TLS:         election.TLS{CAFile: cfg.TLS.CAFile, CertFile: cfg.TLS.CertFile, KeyFile: cfg.TLS.KeyFile, ServerName: cfg.TLS.ServerName},
+		Now:         supervisor.Now,
+		Logger:      log,
+	}
+	if cfg.Username != "" {
+		c.Username, c.Password = cfg.Username, cfg.readPassword
+	}
+	return c
+}
+
+func newCandidate(cfg Config, log *slog.Logger, registry *prometheus.Registry, holder election.Holder, changed chan struct{}) (*election.Candidate, error) {
+	c := electionConfig(cfg, log)
+	c.Registerer, c.Holder, c.Changed = registry, holder, func() { signalChange(changed) }
+	return election.New(c)
+}
+
+func signalChange(changed chan<- struct{}) {
+	select {
+	case changed <- struct{}{}:
+	default:
+	}
+}
+
+// addServer binds the health endpoint before anything runs, so that a port in use is told before any campaign.
+func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.Registry, snapshot func() health.Snapshot) int {
+	if cfg.Listen == "off" {
+		return 0
+	}
+	listener, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		log.Error("LEASEHOLD_LISTEN: the health endpoint can't be bound: choose another address, or off", "err", err, "exit_code", exitOS)
+		return exitOS
+	}
+	server := health.New(health.Config{Logger: log, Registry: registry, Snapshot: snapshot, Now: supervisor.Now, Version: version})
+	ctx, cancel := context.WithCancel(context.Background())
+	g.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
+	return 0
+}
+
+// addStatus tells systemd at each change what the candidate does.
+func addStatus(g *run.Group, candidate *election.Candidate, changed <-chan struct{}, tell func(text string)) {
+	stop := make(chan struct{})
+	g.Add(func() error {
+		last := ""
+		for {
+			if text := statusText(candidate.Snapshot()); text != last {
+				tell(text)
+				last = text
+			}
+			select {
+			case <-changed:
+			case <-stop:
+				return nil
+			}
+		}
+	}, func(error) { close(stop) })
+}
+
+func statusText(s election.Snapshot) string {
+	switch {
+	case s.State == election.Connecting:
+		return "connecting to etcd: " + s.Reason
+	case s.State == election.Standby && s.Leader != nil:
+		return "standby, leader is " + s.Leader.Identity
+	case s.State == election.Standby:
+		return "standby, no leader is known"
+	case s.State == election.Leading && s.Leader != nil:
+		return fmt.Sprintf("leading, token %d", s.Leader.Token)
+	}
+	return string(s.State)
+}
+
+// turning says if the candidate's loops turn.
+func turning(s election.Snapshot) error {
+	if idle := supervisor.Now() - s.Turned; idle > 2*election.MaxTurn {
+		return fmt.Errorf("the election's loops have not turned for %s", idle.Round(time.Second))
+	}
+	return nil
+}
+
+// healthSnapshot says what the endpoint needs to know in the endpoint's words.
+func healthSnapshot(cfg Config, c election.Snapshot) health.Snapshot {
+	s := health.Snapshot{
+		Election: cfg.Election, Identity: cfg.Identity,
+		State: string(c.State), Reason: c.Reason, Since: c.Since,
+		LeaseID: c.LeaseID, TTL: c.TTL, StopAt: c.Deadlines.StopAt, End: c.Deadlines.End,
+		Leading: c.Leading, Live: turning(c),
+		Job: health.Job{State: string(supervisor.JobNone)},
+	}
+	if c.Leader != nil {
+		s.Leader = &health.Leader{Identity: c.Leader.Identity, Key: c.Leader.Key, Token: c.Leader.Token}
+	}
+	if c.Blocker != nil {
+		s.Blocker = &health.Blocker{Key: c.Blocker.Key, Why: c.Blocker.Why, Remedy: c.Blocker.Remedy}
+	}
+	return s
+}
+
+func healthJob(j supervisor.Job) health.Job {
+	h := health.Job{State: string(j.State), PID: j.PID, StartedAt: j.StartedAt, Restarts: j.Restarts}
+	if j.LastExit != nil {
+		h.LastExit = &health.Exit{Code: j.LastExit.Code, At: j.LastExit.At}
+		if j.LastExit.Signal != 0 {
+			h.LastExit.Signal = unix.SignalName(syscall.Signal(j.LastExit.Signal))
+		}
+	}
+	return h
+}
+
+// exitCode translates what ended the daemon, and logs whose code it is.
+func exitCode(err error, log *slog.Logger) int {
+	var ended *supervisor.ExitError
+	switch {
+	case err == nil:
+		log.Info("exiting: planned stop", "exit_code", 0)
+		return 0
+	case errors.As(err, &ended):
+		log.Info("exiting with the job's own code: "+ended.Error(), "exit_code", ended.Code)
+		return ended.Code
+	case errors.Is(err, election.ErrNotElected):
+		log.Info("exiting: not elected within LEASEHOLD_WAIT", "exit_code", exitNotElected)
+		return exitNotElected
+	case errors.Is(err, errLost):
+		log.Error("exiting: "+err.Error(), "exit_code", exitLost)
+		return exitLost
+	}
+	log.Error("exiting", "err", err, "exit_code", exitInternal)
+	return exitInternal
+}
+
+// revoke gives a dead elector's lease back. Its arguments are the lease in hex and for how long to try.
+func revoke(args []string) int {
+	lease, err := strconv.ParseInt(args[0], 16, 64)
+	within, err2 := time.ParseDuration(args[1])
+	if errors.Join(err, err2) != nil {
+		fmt.Fprint(os.Stderr, usageHint([]string{roleRevoke}))
+		return exitUsage
+	}
+	cfg, log, lines, ok := configure("run")
+	if !ok {
+		return exitConfig
+	}
+	defer lines.Flush(flushTime)
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
+	if err := election.Revoke(ctx, electionConfig(cfg, log), lease); err != nil {
+		log.Warn("revoke the lease", "lease", args[0], "err", err)
+		return exitUnavailable
+	}
+	return 0
+}
+
+// status prints the election as etcd has it.
+func status(asJSON bool) int {
+	cfg, log, lines, ok := configure("status")
+	if !ok {
+		return exitConfig
+	}
+	defer lines.Flush(flushTime)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	report, err := election.Query(ctx, electionConfig(cfg, log))
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "etcd does not answer: %v\n", err)
+		return exitUnavailable
+	}
+	printReport(os.Stdout, report, asJSON)
+	if report.Leader == nil {
+		return 1
+	}
+	return 0
+}
+
+func printReport(w io.Writer, report election.Report, asJSON bool) {
+	if asJSON {
+		b, _ := json.MarshalIndent(report, "", "  ")
+		fmt.Fprintf(w, "%s\n", b)
+		return
+	}
+	fmt.Fprint(w, report)
+}
+
+// check asks the local daemon, for exec probes and images without curl.
+func check(args []string) int {
+	cfg, _, lines, ok := configure("check")
+	if !ok {
+		return exitConfig
+	}
+	defer lines.Flush(flushTime)
+	what := health.Checks()[0]
+	if len(args) == 1 {
+		what = args[0]
+	}
+	return health.Check(context.Background(), cfg.Listen, what, os.Stdout)
+}

@@ -1,0 +1,510 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
+)
+
+// HandleConfig is what the elector's end needs to know.
+type HandleConfig struct {
+	In, Out      int    // the pipe pair
+	Guard        int    // pid
+	CgroupDir    string // "": the job has none
+	TTL          time.Duration
+	Margin       func() time.Duration // of the lease as granted
+	Restart      Restart
+	RestartLimit int
+
+	Signal  func(s unix.Signal) // called for each stop request that the guard received; must not block
+	Turning func() bool         // do the elector's own loops turn? The guard hears nothing while they don't
+	Changed func()              // called after each change of Snapshot; must not block
+
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Handle is the elector's end: it asks the guard to run the job, and kills the job itself when the guard is gone.
+type Handle struct {
+	cfg     HandleConfig
+	log     *slog.Logger
+	metrics metrics
+	restart *restarter
+
+	pipe    *os.File // In, for the netpoller
+	guardFd int      // pidfd
+	cgroup  *cgroup
+	procs   *scanner
+
+	sending sync.Mutex
+	sendBuf [maxMessage]byte
+
+	gone   chan struct{} // closed when the guard is gone and the job proven dead
+	events chan message  // what concerns the job under way; a run takes all of it
+
+	mu     sync.Mutex
+	job    Job
+	term   Term // of the job under way
+	alive  bool // from the request to start until dead
+	jobFd  int  // pidfd of the first process, -1: none
+	unsure int  // ticks for which the guard has owed us something
+}
+
+// Job is the job as the elector knows it.
+type Job struct {
+	State     JobState
+	PID       int // 0: no first process
+	StartedAt time.Time
+	Restarts  int
+	LastExit  *LastExit
+}
+
+// LastExit is how the job's last life ended.
+type LastExit struct {
+	Exit
+	At time.Time
+}
+
+// Connect opens the elector's end. It fails when the guard is gone already.
+func Connect(cfg HandleConfig) (*Handle, error) {
+	h := &Handle{
+		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer), restart: newRestarter(cfg.Restart, cfg.RestartLimit),
+		gone: make(chan struct{}), events: make(chan message, 16),
+		job: Job{State: JobNone}, jobFd: -1, guardFd: -1,
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return nil, fmt.Errorf("set dumpable: %w", err)
+	}
+	var err error
+	if h.guardFd, err = unix.PidfdOpen(cfg.Guard, 0); err != nil {
+		return nil, fmt.Errorf("open the guard: %w", err)
+	}
+	if unix.Getppid() != cfg.Guard {
+		return nil, ErrGuardGone
+	}
+	if cfg.CgroupDir != "" {
+		if h.cgroup, err = openCgroup(cfg.CgroupDir); err != nil {
+			return nil, fmt.Errorf("open the job's cgroup: %w", err)
+		}
+	}
+	for _, fd := range []int{cfg.In, cfg.Out} {
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return nil, fmt.Errorf("open the guard's pipe: %w", err)
+		}
+	}
+	h.pipe = os.NewFile(uintptr(cfg.In), "guard")
+	return h, nil
+}
+
+// Ready tells the guard that the elector is up and its endpoint listens.
+func (h *Handle) Ready() { h.tell(message{kind: msgReady}) }
+
+// Status tells systemd, through the guard.
+func (h *Handle) Status(text string) {
+	h.tell(message{kind: msgStatus, text: []byte(text)[:min(len(text), 512)]})
+}
+
+// Lease tells the guard which lease to revoke if the elector is lost; 0: none.
+func (h *Handle) Lease(id int64, ttl time.Duration) {
+	h.tell(message{kind: msgLease, a: id, b: int64(ttl)})
+}
+
+// Extend hands later deadlines to the guard.
+func (h *Handle) Extend(stopAt, killBy time.Duration) {
+	h.mu.Lock()
+	if Now() < h.term.StopAt {
+		h.term.StopAt, h.term.KillBy = stopAt, killBy
+	}
+	h.mu.Unlock()
+	h.tell(message{kind: msgExtend, a: int64(stopAt), b: int64(killBy)})
+}
+
+// Exit tells the guard that the elector is about to end, and with which code the daemon shall.
+func (h *Handle) Exit(code int) { h.tell(message{kind: msgExit, a: int64(code)}) }
+
+// Snapshot is the job as it is now.
+func (h *Handle) Snapshot() Job {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.job
+}
+
+// tell sends a message. What comes of it is not asked: a guard that does not read owes us its pongs.
+func (h *Handle) tell(m message) {
+	h.sending.Lock()
+	defer h.sending.Unlock()
+	_ = send(h.cfg.Out, &h.sendBuf, m)
+}
+
+// Run listens to the guard until ctx ends (nil) or the guard is gone or hung: then it kills the job itself, proves it dead,
+// and returns ErrGuardGone. No Supervise may be under way when ctx ends.
+func (h *Handle) Run(ctx context.Context) error {
+	var owned sync.WaitGroup
+	defer owned.Wait()
+	defer h.pipe.Close()
+	stop := make(chan struct{})
+	defer close(stop)
+
+	messages := make(chan message)
+	owned.Go(func() { h.read(messages, stop) })
+	ended := make(chan struct{})
+	pipe, err := newPidfdWait(h.guardFd)
+	if err != nil {
+		return fmt.Errorf("watch the guard: %w", err)
+	}
+	defer pipe.Close()
+	owned.Go(func() { pipe.wait(ended) })
+
+	// A third of what the guard may take to answer.
+	interval := min(h.cfg.TTL/30, time.Second)
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	var sent, answered int64
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ended:
+			return h.avenge("the guard is gone", interval)
+		case m := <-messages:
+			if m.kind == msgPong {
+				answered = m.a
+				continue
+			}
+			h.hear(m)
+		case <-tick.C:
+			if h.owed(answered < sent) {
+				return h.avenge("the guard is hung", interval)
+			}
+			if h.cfg.Turning() {
+				sent++
+				h.tell(message{kind: msgPing, a: sent})
+			}
+		}
+	}
+}
+
+// owed counts the ticks, by our own turning, for which the guard owes a pong or the job's death, and says when that is too many.
+// Our own pause counts as one tick at the most.
+func (h *Handle) owed(pong bool) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.alive || !pong && Now() < h.term.KillBy+h.cfg.Margin()/4 {
+		h.unsure = 0
+		return false
+	}
+	h.unsure++
+	return h.unsure > 3
+}
+
+// read hands on what the guard says.
+func (h *Handle) read(messages chan<- message, stop <-chan struct{}) {
+	conn, err := h.pipe.SyscallConn()
+	if err != nil {
+		return
+	}
+	var in inbox
+	for {
+		var fillErr error
+		if err := conn.Read(func(fd uintptr) bool {
+			var more bool
+			more, fillErr = in.fill(int(fd))
+			return more || fillErr != nil
+		}); err != nil || fillErr != nil {
+			return // end-of-file decides nothing: the guard's pidfd tells if it is gone
+		}
+		for m, ok := in.next(); ok; m, ok = in.next() {
+			m.text = append([]byte(nil), m.text...)
+			select {
+			case messages <- m:
+			case <-stop:
+				return
+			}
+		}
+	}
+}
+
+// hear acts on a message of the guard's.
+func (h *Handle) hear(m message) {
+	switch m.kind {
+	case msgSignal:
+		h.cfg.Signal(unix.Signal(m.a))
+		return
+	case msgLateness:
+		h.metrics.lateness.Observe(time.Duration(m.a).Seconds())
+		return
+	case msgStarted:
+		h.openJob(int(m.a))
+	case msgDead:
+		h.mu.Lock()
+		h.alive, h.unsure = false, 0
+		h.closeJob()
+		h.mu.Unlock()
+	}
+	h.events <- m // has room for all of one life, and a run takes all before the next begins
+}
+
+// openJob pins the job's first process, to know its end without the guard's help.
+func (h *Handle) openJob(pid int) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return
+	}
+	procs, err := h.scanner()
+	if err != nil || procs.parent(pid) != h.cfg.Guard {
+		_ = unix.Close(fd) // reaped already, and the number may be a stranger's
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.closeJob()
+	h.jobFd = fd
+}
+
+func (h *Handle) closeJob() {
+	if h.jobFd >= 0 {
+		_ = unix.Close(h.jobFd)
+		h.jobFd = -1
+	}
+}
+
+// scanner makes the process table's reader when it is first needed; Run's goroutine alone uses it.
+func (h *Handle) scanner() (*scanner, error) {
+	if h.procs == nil {
+		procs, err := newScanner()
+		if err != nil {
+			return nil, err
+		}
+		h.procs = procs
+	}
+	return h.procs, nil
+}
+
+// avenge kills the job in the guard's stead, then the guard, and returns when both are proven dead.
+// While a stopped guard lives, all of the job still descends from it; afterwards only the cgroup and the environment tell.
+func (h *Handle) avenge(why string, interval time.Duration) error {
+	h.mu.Lock()
+	alive, jobFd, lease := h.alive, h.jobFd, h.term.LeaseID
+	h.mu.Unlock()
+	began := Now()
+	procs, err := h.scanner()
+	if err != nil {
+		h.log.Error("the process table can't be read: orphans of the job are found by its cgroup alone", "err", err)
+	}
+	strike := func() (left bool) {
+		if h.cgroup != nil {
+			h.cgroup.killAll()
+		}
+		if jobFd >= 0 {
+			signalPidfd(jobFd, unix.SIGKILL)
+			left = !pidfdEnded(jobFd)
+		}
+		return left
+	}
+	pause := 100 * time.Microsecond
+	complain := began + 10*time.Second
+	wait := func() {
+		time.Sleep(pause)
+		pause = min(2*pause, 100*time.Millisecond)
+		if Now() > complain {
+			complain += 10 * time.Second
+			h.log.Error("the job can't be killed; the lease is held on to", "elapsed", (Now() - began).Round(time.Second).String())
+		}
+	}
+	for alive && !pidfdEnded(h.guardFd) {
+		left := strike()
+		if procs != nil && procs.killDescendants(h.cfg.Guard, unix.Getpid()) > 0 {
+			left = true
+		}
+		if !left {
+			break
+		}
+		wait()
+	}
+	signalPidfd(h.guardFd, unix.SIGKILL)
+	for {
+		left := strike()
+		if alive && procs != nil && procs.killByEnvironment(leaseEntry(lease)) > 0 {
+			left = true
+		}
+		if !left && pidfdEnded(h.guardFd) && (h.cgroup == nil || !h.cgroup.populated()) {
+			break
+		}
+		wait()
+	}
+	h.log.Error(why+": the job is dead, the daemon ends", "elapsed", (Now() - began).String(), "exit_code", ExitInternal)
+	if h.cgroup != nil {
+		h.cgroup.remove()
+		h.cgroup = nil
+	}
+	if alive {
+		h.metrics.kills.WithLabelValues(killReasons[killGuardGone]).Inc()
+	}
+	h.mu.Lock()
+	h.alive = false
+	h.closeJob()
+	h.mu.Unlock()
+	close(h.gone)
+	return ErrGuardGone
+}
+
+// Supervise runs the job for one term: it starts it, starts it again as the restart policy says, and when ctx ends has it
+// stopped. It returns when nothing of the job is alive: ErrGuardGone, an *ExitError or a *ResignError where that ended it,
+// else nil. grace translates the cause of ctx's end: zero kills at once, negative leaves the job the time until kill-by.
+func (h *Handle) Supervise(ctx context.Context, t Term, grace func(cause error) time.Duration) error {
+	for {
+		ran := Now()
+		exit, ended, err := h.life(ctx, t, grace)
+		if err != nil {
+			return err
+		}
+		if !ended {
+			return nil
+		}
+		delay, err := h.restart.after(exit, Now()-ran)
+		if err != nil {
+			return err
+		}
+		h.transition(JobBackoff, "the job ended by itself", func(j *Job) { j.Restarts++ })
+		h.log.Info("the job ended by itself and is started again", "exit_code", exit.Code, "signal", exit.Signal, "backoff", delay.Round(time.Millisecond).String())
+		timer := time.NewTimer(delay)
+		select {
+		case <-timer.C:
+		case <-h.gone:
+			timer.Stop()
+			return ErrGuardGone
+		case <-ctx.Done():
+			timer.Stop()
+			h.transition(JobExited, "the term ended", nil)
+			return nil
+		}
+		h.mu.Lock()
+		t.StopAt, t.KillBy = h.term.StopAt, h.term.KillBy
+		h.mu.Unlock()
+	}
+}
+
+// life runs the job once. ended says that it ended by itself, and not because ctx did.
+func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.Duration) (exit ExitError, ended bool, err error) {
+	h.mu.Lock()
+	h.term, h.alive = t, true
+	h.mu.Unlock()
+	h.transition(JobStarting, "elected", nil)
+	h.tell(message{kind: msgStart, a: t.LeaseID, b: t.Token, c: int64(t.StopAt), d: int64(t.KillBy), text: []byte(t.Key)})
+
+	done, lost := ctx.Done(), t.Lost
+	ended = true
+	for {
+		select {
+		case <-lost:
+			lost, ended = nil, false
+			h.tell(message{kind: msgStop, a: 0})
+		case <-done:
+			done, ended = nil, false
+			h.transition(JobStopping, context.Cause(ctx).Error(), nil)
+			g := grace(context.Cause(ctx))
+			h.tell(message{kind: msgStop, a: max(int64(g), untilKillBy)})
+		case <-h.gone:
+			h.transition(JobExited, ErrGuardGone.Error(), func(j *Job) { j.PID = 0 })
+			return exit, false, ErrGuardGone
+		case m := <-h.events:
+			switch m.kind {
+			case msgStarted:
+				h.metrics.starts.Inc()
+				to := JobRunning
+				if !ended {
+					to = JobStopping
+				}
+				h.transition(to, "started", func(j *Job) { j.PID, j.StartedAt = int(m.a), time.Now().UTC() })
+			case msgRefused:
+				exit = ExitError{Exit: Exit{Code: int(m.a)}, Refused: string(m.text)}
+				h.transition(JobStopping, exit.Refused, func(j *Job) { j.LastExit = &LastExit{exit.Exit, time.Now().UTC()} })
+			case msgExited:
+				exit = ExitError{Exit: Exit{Code: int(m.a), Signal: int(m.b)}}
+				h.metrics.exits.WithLabelValues(exitReason(exit.Exit, ended)).Inc()
+				h.transition(JobStopping, "the first process has ended", func(j *Job) {
+					j.PID, j.LastExit = 0, &LastExit{exit.Exit, time.Now().UTC()}
+				})
+			case msgDead:
+				if r := int(m.b); r != killNone && r < len(killReasons) {
+					h.metrics.kills.WithLabelValues(killReasons[r]).Inc()
+				}
+				h.metrics.stops.Observe(time.Duration(m.a).Seconds())
+				h.transition(JobExited, "dead", func(j *Job) { j.PID = 0 })
+				// The guard stops the job by its own clock, and at a second signal, without asking us.
+				return exit, ended && m.c == 0, nil
+			}
+		}
+	}
+}
+
+// transition is the one place where the job's state changes.
+func (h *Handle) transition(to JobState, reason string, change func(*Job)) {
+	h.mu.Lock()
+	from := h.job.State
+	h.job.State = to
+	if change != nil {
+		change(&h.job)
+	}
+	up := 0.0
+	if to == JobRunning {
+		up = 1
+	}
+	pid := h.job.PID
+	h.mu.Unlock()
+	h.metrics.up.Set(up)
+	if from != to {
+		h.log.Debug("the job's state", "from", string(from), "to", string(to), "reason", reason)
+		if to == JobRunning {
+			h.log.Info("the job runs", "pid", pid)
+		}
+	}
+	h.cfg.Changed()
+}
+
+func exitReason(e Exit, byItself bool) string {
+	switch {
+	case !byItself:
+		return "stopped"
+	case e.Signal != 0:
+		return "signal"
+	case e.Code != 0:
+		return "error"
+	}
+	return "ok"
+}
+
+// pidfdWait waits for a process's end without holding a thread.
+type pidfdWait struct{ *os.File }
+
+func newPidfdWait(pidfd int) (pidfdWait, error) {
+	// A copy: closing it ends the wait, and must not close the original under its users.
+	fd, err := unix.FcntlInt(uintptr(pidfd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return pidfdWait{}, err
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return pidfdWait{}, errors.Join(err, unix.Close(fd))
+	}
+	return pidfdWait{os.NewFile(uintptr(fd), "pidfd")}, nil
+}
+
+// wait closes ended when the process has ended; it returns without that once the file is closed.
+func (p pidfdWait) wait(ended chan<- struct{}) {
+	conn, err := p.SyscallConn()
+	if err != nil {
+		return
+	}
+	if conn.Read(func(fd uintptr) bool { return pidfdEnded(int(fd)) }) == nil {
+		close(ended)
+	}
+}

@@ -1,0 +1,593 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	ossignal "os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
+)
+
+// The test binary plays every part: the guard as main would run it, an elector that obeys the test over a socket, and jobs that
+// hold a connection to the test for as long as they live.
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "guard":
+			os.Exit(guardMain())
+		case "elector":
+			os.Exit(electorMain(os.Args[2:]))
+		case "probe":
+			fmt.Print("\n")
+			time.Sleep(10 * time.Second)
+			os.Exit(0)
+		case "revoke":
+			dialTest("revoke " + os.Args[2])
+			os.Exit(0)
+		case "job":
+			jobMain(os.Args[2])
+		}
+	}
+	os.Exit(runTests(m))
+}
+
+// guardBinary is a copy of the test binary that an ordinary user can execute.
+var guardBinary string
+
+func runTests(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "supervisor")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	guardBinary = filepath.Join(dir, "leasehold")
+	image, err := os.ReadFile("/proc/self/exe")
+	if err := errors.Join(err, os.Chmod(dir, 0o755), os.WriteFile(guardBinary, image, 0o755)); err != nil {
+		panic(err)
+	}
+	return m.Run()
+}
+
+const (
+	testTTL  = 3 * time.Second
+	testWait = 20 * time.Second
+)
+
+func guardMain() int {
+	signals := make(chan os.Signal, 64)
+	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGCHLD)
+	self, err := os.Executable()
+	if err != nil {
+		return 1
+	}
+	path := self
+	if p := os.Getenv("TEST_PATH"); p != "" {
+		path = p
+	}
+	return RunGuard(GuardConfig{
+		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
+		Election: "election", Identity: "identity", TTL: testTTL, StopSignal: unix.SIGTERM,
+		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
+		Revoke: func(lease int64, _ time.Duration) []string {
+			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
+		},
+		Signals: signals, Notify: func(string) {},
+		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
+	})
+}
+
+// dialTest connects to the test and says who is there. The connection stays open for the life of the process.
+func dialTest(hello string) net.Conn {
+	c, err := net.Dial("unix", os.Getenv("TEST_SOCKET"))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "reach the test:", err)
+		os.Exit(3)
+	}
+	fmt.Fprintf(c, "%s %d\n", hello, os.Getpid())
+	return c
+}
+
+// electorMain obeys: "lead STOP-AT KILL-BY" (durations from now), "extend …", "end planned|contact|lost", "exit CODE".
+func electorMain(args []string) int {
+	ossignal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	guard, _ := strconv.Atoi(args[0])
+	cgroupDir := ""
+	if len(args) > 1 {
+		cgroupDir = args[1]
+	}
+	test := dialTest("elector")
+	causes := map[string]error{"planned": errors.New("planned"), "contact": errors.New("contact"), "lost": errors.New("lost")}
+	h, err := Connect(HandleConfig{
+		In: 3, Out: 4, Guard: guard, CgroupDir: cgroupDir, TTL: testTTL, Margin: func() time.Duration { return 300 * time.Millisecond },
+		Restart: RestartNever, Signal: func(s unix.Signal) { fmt.Fprintf(test, "signal %d\n", s) },
+		Turning: func() bool { return true }, Changed: func() {},
+		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), Registerer: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		fmt.Fprintln(test, "connect", err)
+		return 1
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	handleDone := make(chan error, 1)
+	go func() {
+		err := h.Run(ctx)
+		fmt.Fprintf(test, "run %v\n", err)
+		handleDone <- err
+	}()
+	lease, _ := strconv.ParseInt(os.Getenv("TEST_LEASE"), 10, 64)
+	h.Lease(lease, testTTL)
+	h.Ready()
+	term, end := context.WithCancelCause(context.Background())
+	defer end(nil)
+	lines := bufio.NewScanner(test)
+	for lines.Scan() {
+		f := strings.Fields(lines.Text())
+		duration := func(i int) time.Duration {
+			d, err := time.ParseDuration(f[i])
+			if err != nil {
+				panic(err)
+			}
+			return d
+		}
+		switch f[0] {
+		case "lead":
+			t := Term{Key: "election/abc", Token: 7, LeaseID: lease, StopAt: Now() + duration(1), KillBy: Now() + duration(2)}
+			go func() {
+				err := h.Supervise(term, t, func(cause error) time.Duration {
+					switch cause {
+					case causes["planned"]:
+						return 10 * time.Second
+					case causes["contact"]:
+						return -1
+					}
+					return 0
+				})
+				fmt.Fprintf(test, "led %v\n", err)
+			}()
+		case "extend":
+			h.Extend(Now()+duration(1), Now()+duration(2))
+		case "end":
+			end(causes[f[1]])
+		case "exit":
+			cancel()
+			<-handleDone
+			h.Lease(0, 0)
+			code, _ := strconv.Atoi(f[1])
+			h.Exit(code)
+			return code
+		}
+	}
+	return 1
+}
+
+// jobMain is a job, or one of its descendants.
+func jobMain(behaviour string) {
+	again := func(behaviour string, setsid bool) {
+		cmd := exec.Command("/proc/self/exe", "job", behaviour)
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: setsid}
+		if err := cmd.Start(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}
+	switch behaviour {
+	case "daemonize":
+		again("child-of-daemonize", true)
+	case "child-of-daemonize":
+		again("stubborn", true)
+		os.Exit(0)
+	case "stubborn":
+		ossignal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGINT)
+	case "exit-5":
+		os.Exit(5)
+	case "leave-behind":
+		again("stubborn", true)
+		time.Sleep(200 * time.Millisecond) // its child has said hello by then, or is killed earlier: both are fine
+		os.Exit(0)
+	case "storm":
+		// Some hundred processes at any time, all of them short-lived and replaced at once.
+		ossignal.Ignore(unix.SIGTERM)
+		for range 50 {
+			go func() {
+				for {
+					_ = exec.Command("/bin/sh", "-c", "trap '' TERM; (setsid sleep 0.1 &) ; sleep 0.05").Run()
+				}
+			}()
+		}
+	case "threads":
+		// The main thread goes, the others stay: the state in /proc reads Z and the process lives.
+		go func() {
+			runtime.LockOSThread()
+			dialTest("job threads")
+			select {}
+		}()
+		time.Sleep(100 * time.Millisecond)
+		runtime.LockOSThread()
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0)
+	}
+	dialTest("job " + behaviour)
+	select {}
+}
+
+// rig is a guard with its elector and job, and what they say.
+type rig struct {
+	t      *testing.T
+	guard  *exec.Cmd
+	exited chan int
+
+	mu      sync.Mutex
+	cond    *sync.Cond
+	said    []string
+	elector net.Conn
+	lease   int64
+	alive   map[string]int // jobs by "behaviour pid" whose connection is open
+	pids    map[string]int
+}
+
+func newRig(t *testing.T, job string, uid int, env ...string) *rig {
+	t.Helper()
+	r := &rig{t: t, lease: rand.Int64(), exited: make(chan int, 1), alive: map[string]int{}, pids: map[string]int{}}
+	r.cond = sync.NewCond(&r.mu)
+	dir, err := os.MkdirTemp("", "rig")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(dir, "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	if err := os.Chmod(socket, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go r.serve(c)
+		}
+	}()
+	r.guard = exec.Command(guardBinary, "guard")
+	r.guard.Env = append(os.Environ(), append(env, "TEST_SOCKET="+socket, "TEST_JOB="+job, fmt.Sprint("TEST_LEASE=", r.lease))...)
+	r.guard.Stdout, r.guard.Stderr = os.Stdout, os.Stderr
+	r.guard.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if uid != 0 {
+		r.guard.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}
+		r.guard.Dir = "/"
+	}
+	if err := r.guard.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_ = r.guard.Wait()
+		r.exited <- r.guard.ProcessState.ExitCode()
+	}()
+	t.Cleanup(r.cleanUp)
+	r.waitSaid("elector")
+	return r
+}
+
+func (r *rig) serve(c net.Conn) {
+	defer c.Close()
+	lines := bufio.NewScanner(c)
+	who := ""
+	for lines.Scan() {
+		f := strings.Fields(lines.Text())
+		r.mu.Lock()
+		r.said = append(r.said, lines.Text())
+		if who == "" {
+			who = lines.Text()
+			pid, _ := strconv.Atoi(f[len(f)-1])
+			r.pids[f[0]] = pid
+			switch f[0] {
+			case "elector":
+				r.elector = c
+			case "job":
+				r.alive[who] = pid
+			}
+		}
+		r.cond.Broadcast()
+		r.mu.Unlock()
+	}
+	r.mu.Lock()
+	delete(r.alive, who)
+	r.cond.Broadcast()
+	r.mu.Unlock()
+}
+
+// wait waits until f is true.
+func (r *rig) wait(what string, f func() bool) {
+	r.t.Helper()
+	timer := time.AfterFunc(testWait, r.cond.Broadcast)
+	defer timer.Stop()
+	end := time.Now().Add(testWait)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for !f() {
+		if time.Now().After(end) {
+			r.t.Fatalf("%s: not within %v; said %q, alive %v", what, testWait, r.said, r.alive)
+		}
+		r.cond.Wait()
+	}
+}
+
+func (r *rig) waitSaid(prefix string) string {
+	r.t.Helper()
+	line := ""
+	r.wait(prefix, func() bool {
+		for _, s := range r.said {
+			if strings.HasPrefix(s, prefix) {
+				line = s
+				return true
+			}
+		}
+		return false
+	})
+	return line
+}
+
+func (r *rig) waitJobs(n int) {
+	r.t.Helper()
+	r.wait(fmt.Sprintf("%d processes of the job", n), func() bool { return len(r.alive) >= n })
+}
+
+// requireDead fails if any process of the job is alive. It is called when its death has just been claimed: a process that has
+// ended has closed its connection, but the other end may take a moment to read that, so the pid decides.
+func (r *rig) requireDead() {
+	r.t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for who, pid := range r.alive {
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue
+		}
+		if !pidfdEnded(fd) {
+			r.t.Errorf("%s is alive", who)
+		}
+		_ = unix.Close(fd)
+	}
+}
+
+func (r *rig) tell(format string, args ...any) {
+	r.t.Helper()
+	if _, err := fmt.Fprintf(r.elector, format+"\n", args...); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rig) waitExit(code int) {
+	r.t.Helper()
+	select {
+	case got := <-r.exited:
+		r.exited <- got
+		if got != code {
+			r.t.Errorf("the guard exited with %d, not %d", got, code)
+		}
+	case <-time.After(testWait):
+		r.t.Fatalf("the guard did not exit")
+	}
+}
+
+// cleanUp ends what a failed test left, by pid.
+func (r *rig) cleanUp() {
+	r.mu.Lock()
+	pids := []int{r.guard.Process.Pid, r.pids["elector"]}
+	for _, pid := range r.alive {
+		pids = append(pids, pid)
+	}
+	r.mu.Unlock()
+	select {
+	case <-r.exited:
+		if !r.t.Failed() {
+			return
+		}
+	default:
+	}
+	for _, pid := range pids {
+		if pid > 0 {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+}
+
+// eachUser runs a test as root, whose job has a cgroup, and as an ordinary user, whose job has none.
+func eachUser(t *testing.T, f func(t *testing.T, uid int)) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Run("user", func(t *testing.T) { f(t, 0) })
+		return
+	}
+	t.Run("root", func(t *testing.T) { t.Parallel(); f(t, 0) })
+	t.Run("user", func(t *testing.T) { t.Parallel(); f(t, 65534) })
+}
+
+func TestGuard_PlannedStop(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		r := newRig(t, "plain", uid)
+		r.tell("lead 1h 2h")
+		r.waitJobs(1)
+		r.tell("end planned")
+		r.waitSaid("led <nil>")
+		r.requireDead()
+		r.tell("exit 0")
+		r.waitExit(0)
+	})
+}
+
+func TestGuard_DeadlinesWithoutRenewal(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		for _, job := range []string{"plain", "stubborn", "daemonize", "threads"} {
+			t.Run(job, func(t *testing.T) {
+				t.Parallel()
+				r := newRig(t, job, uid)
+				r.tell("lead 600ms 900ms")
+				r.waitJobs(1)
+				if job == "daemonize" {
+					r.waitJobs(2)
+				}
+				r.waitSaid("led <nil>")
+				r.requireDead()
+				r.tell("exit 76")
+				r.waitExit(76)
+			})
+		}
+	})
+}
+
+func TestGuard_ExtendMovesDeadlinesUntilStopAt(t *testing.T) {
+	r := newRig(t, "stubborn", 0)
+	r.tell("lead 500ms 1h")
+	r.waitJobs(1)
+	for range 5 {
+		r.tell("extend 500ms 1h")
+		time.Sleep(200 * time.Millisecond)
+	}
+	r.mu.Lock()
+	alive := len(r.alive)
+	r.mu.Unlock()
+	if alive != 1 {
+		t.Fatal("the job was stopped although its deadlines were moved")
+	}
+	time.Sleep(600 * time.Millisecond) // stop-at passes, and the job ignores the stop signal
+	r.tell("extend 1h 2h")
+	r.tell("end lost")
+	r.waitSaid("led")
+	r.requireDead()
+	r.tell("exit 0")
+	r.waitExit(0)
+}
+
+func TestGuard_ElectorKilled(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		for _, job := range []string{"plain", "stubborn", "daemonize"} {
+			t.Run(job, func(t *testing.T) {
+				t.Parallel()
+				r := newRig(t, job, uid)
+				r.tell("lead 1h 2h")
+				r.waitJobs(1)
+				if job == "daemonize" {
+					r.waitJobs(2)
+				}
+				_ = unix.Kill(r.pids["elector"], unix.SIGKILL)
+				r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
+				r.requireDead()
+				r.waitExit(ExitInternal)
+			})
+		}
+	})
+}
+
+func TestGuard_ElectorStoppedPastKillBy(t *testing.T) {
+	r := newRig(t, "stubborn", 0)
+	r.tell("lead 500ms 700ms")
+	r.waitJobs(1)
+	_ = unix.Kill(r.pids["elector"], unix.SIGSTOP)
+	r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
+	r.requireDead()
+	r.waitExit(ExitInternal)
+}
+
+func TestHandle_GuardKilled(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		for _, sig := range []unix.Signal{unix.SIGKILL, unix.SIGSTOP} {
+			for _, job := range []string{"plain", "stubborn", "daemonize", "threads"} {
+				t.Run(job+"/"+unix.SignalName(sig), func(t *testing.T) {
+					t.Parallel()
+					r := newRig(t, job, uid)
+					r.tell("lead 1h 2h")
+					r.waitJobs(1)
+					if job == "daemonize" {
+						r.waitJobs(2)
+					}
+					_ = unix.Kill(r.guard.Process.Pid, sig)
+					r.waitSaid("led " + ErrGuardGone.Error())
+					r.requireDead()
+					r.waitSaid("run " + ErrGuardGone.Error())
+					r.waitExit(-1)
+					r.tell("exit 70")
+				})
+			}
+		}
+	})
+}
+
+func TestGuard_JobEndsByItself(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		t.Run("code", func(t *testing.T) {
+			r := newRig(t, "exit-5", uid)
+			r.tell("lead 1h 2h")
+			r.waitSaid("led the job ended with code 5")
+			r.tell("exit 5")
+			r.waitExit(5)
+		})
+		t.Run("leaves a process behind", func(t *testing.T) {
+			r := newRig(t, "leave-behind", uid)
+			r.tell("lead 1h 2h")
+			r.waitSaid("led the job ended with code 0")
+			r.requireDead()
+			r.tell("exit 0")
+			r.waitExit(0)
+		})
+		t.Run("not executable", func(t *testing.T) {
+			r := newRig(t, "plain", uid, "TEST_PATH=/etc/passwd")
+			r.tell("lead 1h 2h")
+			r.waitSaid("led the job could not be started: permission denied")
+			r.tell("exit 126")
+			r.waitExit(126)
+		})
+	})
+}
+
+func TestGuard_SecondSignalKills(t *testing.T) {
+	r := newRig(t, "stubborn", 0)
+	r.tell("lead 1h 2h")
+	r.waitJobs(1)
+	_ = unix.Kill(r.guard.Process.Pid, unix.SIGTERM)
+	r.waitSaid("signal 15")
+	r.tell("end planned")
+	_ = unix.Kill(r.guard.Process.Pid, unix.SIGTERM)
+	r.waitSaid("led <nil>")
+	r.requireDead()
+	r.tell("exit 0")
+	r.waitExit(0)
+}
+
+func TestGuard_LostContactKillsForkStorm(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		r := newRig(t, "storm", uid)
+		r.tell("lead 1500ms 1700ms")
+		r.waitJobs(1)
+		r.waitSaid("led <nil>")
+		r.requireDead()
+		r.tell("exit 0")
+		r.waitExit(0)
+	})
+}
