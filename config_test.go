@@ -247,7 +247,7 @@ func TestConfig_Refusals(t *testing.T) {
 		{"password file missing", "USERNAME=u PASSWORD_FILE=" + missing, []string{"PASSWORD_FILE: open " + missing}},
 		{"password file empty", "USERNAME=u PASSWORD_FILE=" + empty, []string{"PASSWORD_FILE: " + empty + " holds no password"}},
 
-		{"unknown", "ELECTON=a", []string{"ELECTON: unknown variable: did you mean LEASEHOLD_ELECTION?"}},
+		{"unknown", "ELECTIO=a", []string{"ELECTIO: unknown variable: did you mean LEASEHOLD_ELECTION?"}},
 		{"unknown, part of a name", "CA_FILE=a", []string{"CA_FILE: unknown variable: did you mean LEASEHOLD_TLS_CA_FILE?"}},
 		{"unknown, like none", "QWERTYUIOP=hunter2", []string{"QWERTYUIOP: unknown variable: unset it"}},
 		{"unknown, near a service link", "PORTS=1", []string{"PORTS: unknown variable"}},

@@ -2,6 +2,7 @@ package health
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -24,19 +25,27 @@ func Checks() []string { return []string{"live", "ready", "leader", "standby"} }
 // yes, 1 for no, 69 if nobody answers within two seconds. what is one of Checks, or "" for live: whoever probes without saying
 // for what must not have a healthy daemon restarted because etcd is down.
 func Check(ctx context.Context, listen, what string, out io.Writer) int {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	code, answer, err := ask(ctx, listen, what)
+	if err != nil {
+		code, answer = exitNoAnswer, fmt.Sprintf("nobody answers: %v\n", err)
+	}
+	_, _ = io.WriteString(out, answer) // The exit code says it too.
+	return code
+}
+
+func ask(ctx context.Context, listen, what string) (code int, answer string, err error) {
 	path := map[string]string{"": "/livez", "live": "/livez", "ready": "/readyz", "leader": "/leader", "standby": "/standby"}[what]
 	if path == "" {
-		fmt.Fprintf(out, "check can't ask for %q: %s\n", what, strings.Join(Checks(), ", "))
-		return exitNoAnswer
+		return 0, "", fmt.Errorf("%q can't be asked for: %s", what, strings.Join(Checks(), ", "))
 	}
 	if listen == "off" {
-		fmt.Fprintln(out, "nobody answers: LEASEHOLD_LISTEN is off")
-		return exitNoAnswer
+		return 0, "", errors.New("LEASEHOLD_LISTEN is off")
 	}
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
-		fmt.Fprintf(out, "nobody can be asked: %v\n", err)
-		return exitNoAnswer
+		return 0, "", err
 	}
 	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
 		// An address to listen at, not one to connect to. 0.0.0.0 is loopback's IPv4 side; :: and "" mostly take both.
@@ -44,13 +53,9 @@ func Check(ctx context.Context, listen, what string, out io.Writer) int {
 			host = "::1"
 		}
 	}
-
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+path, nil)
 	if err != nil {
-		fmt.Fprintf(out, "nobody can be asked: %v\n", err)
-		return exitNoAnswer
+		return 0, "", err
 	}
 	// A client of its own: the default one would send this through the environment's HTTP_PROXY and follow redirects.
 	client := http.Client{
@@ -59,19 +64,17 @@ func Check(ctx context.Context, listen, what string, out io.Writer) int {
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		fmt.Fprintf(out, "nobody answers: %v\n", err)
-		return exitNoAnswer
+		return 0, "", err
 	}
-	defer resp.Body.Close()
-	switch resp.StatusCode {
-	case http.StatusOK, http.StatusServiceUnavailable:
-		_, _ = io.Copy(out, io.LimitReader(resp.Body, 4<<10))
-	default:
-		fmt.Fprintf(out, "something else than leasehold answers at %s: %s\n", listen, resp.Status)
-		return exitNoAnswer
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
+	switch {
+	case err != nil:
+		return 0, "", err
+	case resp.StatusCode == http.StatusOK:
+		return exitYes, string(body), nil
+	case resp.StatusCode == http.StatusServiceUnavailable:
+		return exitNo, string(body), nil
 	}
-	if resp.StatusCode != http.StatusOK {
-		return exitNo
-	}
-	return exitYes
+	return 0, "", fmt.Errorf("something else than leasehold listens at %s: %s", listen, resp.Status)
 }

@@ -65,7 +65,7 @@ func newTestServer(t *testing.T, s Snapshot) *testServer {
 	return ts
 }
 
-func (ts *testServer) do(t *testing.T, method, path string) (*http.Response, string) {
+func (ts *testServer) do(t *testing.T, method, path string) answer {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, "http://"+ts.addr+path, nil)
 	if err != nil {
@@ -85,7 +85,13 @@ func (ts *testServer) do(t *testing.T, method, path string) (*http.Response, str
 	if err != nil {
 		t.Fatalf("%s %s: %v", method, path, err)
 	}
-	return resp, string(body)
+	return answer{resp.StatusCode, resp.Header, string(body)}
+}
+
+type answer struct {
+	code   int
+	header http.Header
+	body   string
 }
 
 func TestServer_Methods(t *testing.T) {
@@ -98,15 +104,15 @@ func TestServer_Methods(t *testing.T) {
 		{"/nowhere", 404}, {"/leader/", 404}, {"/leader/x", 404},
 	} {
 		for _, method := range []string{"GET", "HEAD", "OPTIONS"} {
-			resp, body := ts.do(t, method, c.path)
-			if resp.StatusCode != c.code {
-				t.Errorf("%s %s: %d, want %d", method, c.path, resp.StatusCode, c.code)
+			got := ts.do(t, method, c.path)
+			if got.code != c.code {
+				t.Errorf("%s %s: %d, want %d", method, c.path, got.code, c.code)
 			}
-			if empty := body == ""; c.code != 404 && empty != (method != "GET") {
-				t.Errorf("%s %s: body %q", method, c.path, body)
+			if empty := got.body == ""; c.code != 404 && empty != (method != "GET") {
+				t.Errorf("%s %s: body %q", method, c.path, got.body)
 			}
-			if method == "OPTIONS" && c.code != 404 && resp.Header.Get("Allow") != "GET, HEAD, OPTIONS" {
-				t.Errorf("%s %s: Allow %q", method, c.path, resp.Header.Get("Allow"))
+			if method == "OPTIONS" && c.code != 404 && got.header.Get("Allow") != "GET, HEAD, OPTIONS" {
+				t.Errorf("%s %s: Allow %q", method, c.path, got.header.Get("Allow"))
 			}
 		}
 		for _, method := range []string{"POST", "PUT", "DELETE", "PATCH", "TRACE", "NONSENSE"} {
@@ -114,8 +120,8 @@ func TestServer_Methods(t *testing.T) {
 			if c.code == 404 {
 				want = 404
 			}
-			if resp, _ := ts.do(t, method, c.path); resp.StatusCode != want {
-				t.Errorf("%s %s: %d, want %d", method, c.path, resp.StatusCode, want)
+			if got := ts.do(t, method, c.path); got.code != want {
+				t.Errorf("%s %s: %d, want %d", method, c.path, got.code, want)
 			}
 		}
 	}
@@ -124,7 +130,7 @@ func TestServer_Methods(t *testing.T) {
 func TestServer_EveryEndpointIsListed(t *testing.T) {
 	ts := newTestServer(t, leading())
 	for _, e := range Endpoints() {
-		if resp, _ := ts.do(t, "GET", e.Path); resp.StatusCode == 404 {
+		if ts.do(t, "GET", e.Path).code == 404 {
 			t.Errorf("%s is listed and not there", e.Path)
 		}
 	}
@@ -132,24 +138,24 @@ func TestServer_EveryEndpointIsListed(t *testing.T) {
 
 func TestServer_Answers(t *testing.T) {
 	ts := newTestServer(t, leading())
-	if _, body := ts.do(t, "GET", "/leader"); body != "ok\n" {
-		t.Errorf("/leader: %q", body)
+	if got := ts.do(t, "GET", "/leader"); got.body != "ok\n" {
+		t.Errorf("/leader: %q", got.body)
 	}
 	ts.now.Store(int64(110 * time.Second))
-	if resp, body := ts.do(t, "GET", "/leader"); resp.StatusCode != 503 || body != "stopping: contact with etcd lost: stop-at has passed\n" {
-		t.Errorf("/leader at stop-at: %d %q", resp.StatusCode, body)
+	if got := ts.do(t, "GET", "/leader"); got.code != 503 || got.body != "stopping: contact with etcd lost: stop-at has passed\n" {
+		t.Errorf("/leader at stop-at: %d %q", got.code, got.body)
 	}
 	for _, path := range []string{"/", "/status"} {
-		resp, body := ts.do(t, "GET", path)
-		var got struct{ Name, State string }
-		if err := json.Unmarshal([]byte(body), &got); err != nil {
+		got := ts.do(t, "GET", path)
+		var said struct{ Name, State string }
+		if err := json.Unmarshal([]byte(got.body), &said); err != nil {
 			t.Error(err)
 		}
-		if got.Name != "b" || got.State != Stopping || resp.Header.Get("Content-Type") != "application/json" {
-			t.Errorf("%s: %s %s", path, resp.Header.Get("Content-Type"), body)
+		if said.Name != "b" || said.State != Stopping || got.header.Get("Content-Type") != "application/json" {
+			t.Errorf("%s: %v %s", path, got.header, got.body)
 		}
 	}
-	_, body := ts.do(t, "GET", "/metrics")
+	body := ts.do(t, "GET", "/metrics").body
 	if want := fmt.Sprintf("leasehold_build_info{goversion=%q,version=\"v1\"} 1", runtime.Version()); !strings.Contains(body, want) {
 		t.Errorf("/metrics has no %s: %s", want, body)
 	}
@@ -173,7 +179,7 @@ func TestServer_MalformedHTTP(t *testing.T) {
 		_, _ = io.WriteString(conn, text)
 		_ = conn.(*net.TCPConn).CloseWrite()
 		_, _ = io.Copy(io.Discard, conn)
-		conn.Close()
+		_ = conn.Close()
 	}
 	// HAProxy's own check: HTTP/1.0, no Host.
 	conn, err := net.Dial("tcp", ts.addr)
@@ -198,7 +204,7 @@ func TestServer_SlowClients(t *testing.T) {
 	var crowd []net.Conn
 	defer func() {
 		for _, conn := range crowd {
-			conn.Close()
+			_ = conn.Close()
 		}
 	}()
 	for i := range 1000 {
@@ -212,8 +218,8 @@ func TestServer_SlowClients(t *testing.T) {
 		}
 	}
 	began := time.Now()
-	if resp, body := ts.do(t, "GET", "/leader"); resp.StatusCode != 200 {
-		t.Errorf("/leader: %d %s", resp.StatusCode, body)
+	if got := ts.do(t, "GET", "/leader"); got.code != 200 {
+		t.Errorf("/leader: %d %s", got.code, got.body)
 	}
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("a probe among slow clients took %v", took)
@@ -274,7 +280,7 @@ func TestServer_StopsWhileClientsStay(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { conn.Close() })
+		t.Cleanup(func() { _ = conn.Close() })
 		_, _ = io.WriteString(conn, text)
 	}
 }
@@ -284,7 +290,7 @@ func TestServer_ListenerFails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.Close()
+	_ = l.Close()
 	server := New(Config{Logger: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry()})
 	if err := server.Run(t.Context(), l); err == nil {
 		t.Error("no error from a closed listener")
@@ -311,7 +317,7 @@ func TestCheck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	closed.Close()
+	_ = closed.Close()
 	t.Setenv("HTTP_PROXY", "http://"+closed.Addr().String())
 	t.Setenv("http_proxy", "http://"+closed.Addr().String())
 
@@ -329,10 +335,10 @@ func TestCheck(t *testing.T) {
 		{"0.0.0.0:" + port, "leader", 0, "ok\n"},
 		{"localhost:" + port, "leader", 0, "ok\n"},
 		{"off", "live", 69, "nobody answers: LEASEHOLD_LISTEN is off\n"},
-		{"nonsense", "live", 69, "nobody can be asked"},
+		{"nonsense", "live", 69, "nobody answers: address nonsense"},
 		{closed.Addr().String(), "live", 69, "connection refused"},
-		{foreign.Addr().String(), "live", 69, "something else than leasehold answers"},
-		{ts.addr, "nonsense", 69, "check can't ask for"},
+		{foreign.Addr().String(), "live", 69, "something else than leasehold listens"},
+		{ts.addr, "nonsense", 69, "can't be asked for"},
 		{silent.Addr().String(), "live", 69, "deadline exceeded"},
 	} {
 		var out bytes.Buffer
