@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"context"
+	"flag"
 	"os"
 	"sync"
 	"testing"
@@ -43,6 +44,12 @@ func build(t *testing.T, programs **e2e.Programs, packages ...string) *e2e.Progr
 }
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	// These tests wait for leases to run out most of the time, so that more of
+	// them fit side by side than there are processors.
+	if err := flag.Set("test.parallel", "6"); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	for _, p := range []*e2e.Programs{built.jobs, built.all} {
 		if p != nil {

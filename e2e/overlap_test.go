@@ -1,0 +1,278 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+// A fault takes the leadership from the leader and returns once another job
+// runs; then what was broken is given back.
+type fault struct {
+	name string
+	do   func(tr *trial, leader, standby *candidate, job e2e.Life)
+}
+
+// soon bounds a hand-over that must not wait for the lease to run out: it takes
+// some ten milliseconds, and the TTL is 3 s.
+const soon = 1500 * time.Millisecond
+
+func plannedStop(tr *trial, leader, _ *candidate, job e2e.Life) {
+	tr.must(leader.Signal(syscall.SIGTERM))
+	tr.waitNext(job, soon+500*time.Millisecond) // and the grace
+	tr.waitExit(leader, 0)
+}
+
+func guardKilled(tr *trial, leader, _ *candidate, job e2e.Life) {
+	tr.must(leader.Signal(syscall.SIGKILL))
+	tr.waitNext(job, soon)
+	tr.waitExit(leader, 128+9)
+}
+
+func electorKilled(tr *trial, leader, _ *candidate, job e2e.Life) {
+	tr.must(leader.SignalElector(syscall.SIGKILL))
+	tr.waitNext(job, soon)
+	tr.waitExit(leader, 70)
+}
+
+func guardPaused(tr *trial, leader, _ *candidate, job e2e.Life) {
+	tr.must(leader.Signal(syscall.SIGSTOP))
+	next := tr.waitNext(job, patience)
+	tr.sleepPast(next.Started, tr.ttl)
+	_ = leader.Signal(syscall.SIGCONT) // its elector has killed it by now
+	tr.waitExit(leader, 128+9)
+}
+
+func electorPaused(tr *trial, leader, _ *candidate, job e2e.Life) {
+	elector, err := leader.Elector()
+	tr.must(err)
+	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
+	next := tr.waitNext(job, patience)
+	tr.sleepPast(next.Started, tr.ttl)
+	_ = syscall.Kill(elector, syscall.SIGCONT) // its guard has killed it by now
+	tr.waitExit(leader, 70)
+}
+
+func roadDark(tr *trial, leader, _ *candidate, job e2e.Life) {
+	leader.cut()
+	tr.waitNext(job, patience)
+	leader.heal()
+	tr.waitStatus(leader, "/standby", http.StatusOK)
+}
+
+func etcdStopped(tr *trial, _, _ *candidate, job e2e.Life) {
+	m := tr.etcd.Members[0]
+	tr.must(m.Stop(tr.ctx))
+	tr.waitDead(job)
+	tr.must(m.Start())
+	tr.waitNext(job, patience)
+}
+
+// standbyLeaseLost takes the lease of a candidate that waits: it must come back
+// and be good for the next term.
+func standbyLeaseLost(tr *trial, leader, standby *candidate, job e2e.Life) {
+	before := tr.status(standby)
+	_, err := tr.etcd.Etcdctl(tr.ctx, "lease", "revoke", before.Lease.ID)
+	tr.must(err)
+	tr.must(e2e.Until(tr.waitContext(patience), func() error {
+		if now := tr.status(standby); now.State != "standby" || now.Lease == nil || now.Lease.ID == before.Lease.ID {
+			return fmt.Errorf("candidate b has not come back: %+v", now)
+		}
+		return nil
+	}))
+	if terms := tr.witness.Terms(); len(terms) != 1 || terms[0].End != 0 {
+		tr.Errorf("the loss of a lease that leads nothing touched the job: %+v", terms)
+	}
+	plannedStop(tr, leader, standby, job)
+}
+
+// sleepPast waits until ttl after a moment.
+func (tr *trial) sleepPast(moment, ttl time.Duration) {
+	select {
+	case <-time.After(moment + ttl - e2e.Now()):
+	case <-tr.ctx.Done():
+	}
+}
+
+// TestNeverTwoJobs is what leasehold is for.
+func TestNeverTwoJobs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	faults := []fault{
+		{"planned stop", plannedStop},
+		{"guard killed", guardKilled},
+		{"elector killed", electorKilled},
+		{"guard paused", guardPaused},
+		{"elector paused", electorPaused},
+		{"road dark", roadDark},
+		{"etcd stopped", etcdStopped},
+		{"standby's lease lost", standbyLeaseLost},
+	}
+	for _, u := range users() {
+		for _, f := range faults {
+			t.Run(u.name+"/"+f.name, func(t *testing.T) {
+				t.Parallel()
+				neverTwo(t, func(t *testing.T) *trial {
+					tr := newTrial(t, u, e2e.ClusterConfig{})
+					leader, standby, job := tr.pair("")
+					f.do(tr, leader, standby, job)
+					tr.finish()
+					return tr
+				})
+			})
+		}
+	}
+}
+
+// TestNeverTwoJobs_OfTheUnwilling: jobs that do not end when they are asked to,
+// or of which a part escapes the usual ways to kill.
+func TestNeverTwoJobs_OfTheUnwilling(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	jobs := []struct {
+		behaviour string
+		roles     []string // to wait for before the fault
+		alone     bool     // needs the machine for itself
+	}{
+		{behaviour: "ignore-term"},
+		{behaviour: "daemonize", roles: []string{"daemon"}},
+		{behaviour: "setsid ignore-term", roles: []string{"setsid"}},
+		{behaviour: "main-gone"},
+		{behaviour: "hold-pipes", roles: []string{"grandchild"}},
+		{behaviour: "storm=10", alone: true},
+		{behaviour: "fill=200", alone: true},
+	}
+	faults := []fault{
+		{"planned stop", plannedStop},
+		{"guard killed", guardKilled},
+		{"elector killed", electorKilled},
+		{"guard paused", guardPaused},
+		{"road dark", roadDark},
+	}
+	for _, u := range users() {
+		for _, job := range jobs {
+			for _, f := range faults {
+				t.Run(u.name+"/"+job.behaviour+"/"+f.name, func(t *testing.T) {
+					if !job.alone {
+						t.Parallel()
+					}
+					neverTwo(t, func(t *testing.T) *trial {
+						tr := newTrial(t, u, e2e.ClusterConfig{})
+						leader, standby, life := tr.pair(job.behaviour)
+						tr.waitRoles(life, job.roles...)
+						f.do(tr, leader, standby, life)
+						tr.finish()
+						return tr
+					})
+				})
+			}
+		}
+	}
+}
+
+// TestNeverTwoJobs_NoProcessLeft: a job that takes every process there is, so
+// that whoever must kill it can start none, no thread either.
+func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute")
+	}
+	limits := []struct {
+		name string
+		user user
+		set  func(tr *trial, cfg *e2e.CandidateConfig)
+	}{
+		{"root/pids.max", user{name: "root", root: true}, limitPids},
+		{"user/pids.max", user{name: "user", uid: 65534}, limitPids},
+		// The kernel counts by user: this one must run nothing else.
+		{"user/RLIMIT_NPROC", user{name: "user", uid: 65533}, limitProcesses},
+	}
+	faults := []struct {
+		name string
+		do   func(tr *trial, leader *candidate)
+	}{
+		{"planned stop", func(_ *trial, leader *candidate) { _ = leader.Signal(syscall.SIGTERM) }},
+		{"guard killed", func(_ *trial, leader *candidate) { _ = leader.Signal(syscall.SIGKILL) }},
+		{"elector killed", func(_ *trial, leader *candidate) { _ = leader.SignalElector(syscall.SIGKILL) }},
+		{"road dark", func(_ *trial, leader *candidate) { leader.cut() }},
+	}
+	for _, limit := range limits {
+		for _, f := range faults {
+			t.Run(limit.name+"/"+f.name, func(t *testing.T) {
+				e2e.NeedsRoot(t) // to set the limit
+				neverTwo(t, func(t *testing.T) *trial {
+					tr := newTrial(t, limit.user, e2e.ClusterConfig{})
+					leader := tr.start("a", "fill=4000 storm=4", func(cfg *e2e.CandidateConfig) { limit.set(tr, cfg) })
+					// A daemon that can start no thread may die at any time,
+					// with any code, and keep the same promise.
+					leader.mayDie = true
+					job := tr.waitJob(leader)
+					tr.must(e2e.Until(tr.waitContext(patience), func() error {
+						n := len(e2e.Descendants(leader.Guard()))
+						if leader.ended() || n >= processLimit/2 {
+							return nil
+						}
+						return fmt.Errorf("the daemon has %d descendants", n)
+					}))
+					if tr.user.uid != 0 {
+						tr.user = users()[1] // whom the limit leaves alone
+					}
+					tr.start("b", "")
+					f.do(tr, leader)
+					tr.waitNext(job, patience)
+					leader.heal()
+					tr.finish()
+					return tr
+				})
+			})
+		}
+	}
+}
+
+// processLimit leaves room for the daemon: a dozen threads in each process.
+const processLimit = 100
+
+// limitPids starts the daemon in a cgroup that holds few processes.
+func limitPids(tr *trial, cfg *e2e.CandidateConfig) {
+	dir, err := os.MkdirTemp("/sys/fs/cgroup/pids", "e2e-")
+	tr.must(err)
+	tr.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := e2e.Until(ctx, func() error { return os.Remove(dir) }); err != nil {
+			tr.Error(err)
+		}
+	})
+	tr.must(os.Chmod(dir, 0o755))
+	tr.must(os.Chmod(filepath.Join(dir, "cgroup.procs"), 0o666)) // for the ordinary user to enter
+	tr.must(os.WriteFile(filepath.Join(dir, "pids.max"), []byte(strconv.Itoa(processLimit)), 0))
+	tr.wrap(cfg, "sh", "-c", `echo $$ >"$0"/cgroup.procs && exec "$@"`, dir)
+}
+
+func limitProcesses(tr *trial, cfg *e2e.CandidateConfig) {
+	tr.wrap(cfg, "prlimit", fmt.Sprintf("--nproc=%d", processLimit))
+}
+
+// wrap starts the daemon by another program, which executes it in its place.
+func (tr *trial) wrap(cfg *e2e.CandidateConfig, program string, args ...string) {
+	path, err := exec.LookPath(program)
+	tr.must(err)
+	before := cfg.Prepare
+	cfg.Prepare = func(cmd *exec.Cmd) {
+		if before != nil {
+			before(cmd)
+		}
+		cmd.Args = append(append([]string{program}, args...), append([]string{cmd.Path}, cmd.Args[1:]...)...)
+		cmd.Path = path
+	}
+}
