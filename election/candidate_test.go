@@ -6,11 +6,15 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
@@ -195,13 +199,8 @@ func (c *testCandidate) waitForReturn() error {
 	return c.err
 }
 
-// one is an etcd of one member that most tests share. Every test has an election of its own.
-var one struct {
-	sync.Mutex
-	cluster *e2e.Cluster
-}
-
-func sharedCluster(t *testing.T) *e2e.Cluster {
+// newTestEtcd starts an etcd of one member.
+func newTestEtcd(t *testing.T) *e2e.Cluster {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("needs etcd")
@@ -252,7 +251,7 @@ func until(t *testing.T, f func() error) {
 }
 
 func TestCandidate_PlannedHandOver(t *testing.T) {
-	cluster := sharedCluster(t)
+	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	first := a.waitForTerm()
 	if s := a.Snapshot(); !s.Leading || s.State != Leading || s.LeaseID != first.LeaseID || s.TTL != testTTL {
@@ -291,4 +290,375 @@ func TestCandidate_PlannedHandOver(t *testing.T) {
 	a.testHolder.mu.Unlock()
 }
 
-var _ = os.Getenv
+func TestCandidate_KeyDeletedWhileLeading(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	first := a.waitForTerm()
+	etcdctl(t, cluster, "del", first.Key)
+	if end := a.waitForEnd(); !errors.Is(end.cause, ErrKeyDeleted) {
+		t.Errorf("the term's context ended with %v", end.cause)
+	}
+	select {
+	case <-first.Lost:
+	default:
+		t.Error("Term.Lost is not closed")
+	}
+	second := a.waitForTerm()
+	if second.Token <= first.Token || second.LeaseID == first.LeaseID {
+		t.Errorf("term %+v follows %+v", second, first)
+	}
+	waitForLeases(t, cluster, second.LeaseID)
+}
+
+func TestCandidate_KeyMadeAnewWhileLeading(t *testing.T) {
+	cluster := newTestEtcd(t)
+	release := make(chan struct{})
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testHolder) {
+		h.lead = func(ctx context.Context, _ Term) error {
+			<-ctx.Done()
+			<-release
+			return nil
+		}
+	})
+	term := a.waitForTerm()
+	etcdctl(t, cluster, "del", term.Key)
+	etcdctl(t, cluster, "put", term.Key, "thief")
+	a.waitForState(Stopping)
+	close(release)
+	if end := a.waitForEnd(); !errors.Is(end.cause, ErrKeyDeleted) {
+		t.Errorf("the term's context ended with %v", end.cause)
+	}
+	// What the thief put has no lease, so it blocks the next campaign.
+	s := a.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
+	if s.Blocker.Key != term.Key || s.State != Standby || s.Leader != nil {
+		t.Errorf("snapshot: %+v, blocker %+v", s, s.Blocker)
+	}
+	etcdctl(t, cluster, "del", term.Key)
+	a.waitForTerm()
+}
+
+func TestCandidate_LeaseRevokedWhileLeading(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	term := a.waitForTerm()
+	etcdctl(t, cluster, "lease", "revoke", fmt.Sprintf("%x", term.LeaseID))
+	// Usually the watch is faster than the next renewal.
+	if end := a.waitForEnd(); !errors.Is(end.cause, ErrKeyDeleted) && !errors.Is(end.cause, ErrLeaseLost) {
+		t.Errorf("the term's context ended with %v", end.cause)
+	}
+	waitForLeases(t, cluster, a.waitForTerm().LeaseID)
+}
+
+// A loss must reach Lead even when its context has already ended.
+func TestCandidate_KeyDeletedWhileStopping(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testHolder) {
+		h.lead = func(ctx context.Context, term Term) error {
+			<-ctx.Done()
+			<-term.Lost
+			return nil
+		}
+	})
+	term := a.waitForTerm()
+	a.stop(errors.New("planned"))
+	if s := a.waitForState(Stopping); s.Leading {
+		t.Errorf("leading while stopping: %+v", s)
+	}
+	before, _ := a.extensions()
+	until(t, func() error { // the lease is renewed until Lead has returned
+		if now, _ := a.extensions(); now == before {
+			return errors.New("no renewal while stopping")
+		}
+		return nil
+	})
+	etcdctl(t, cluster, "del", term.Key)
+	a.waitForEnd()
+	a.waitForReturn()
+	waitForLeases(t, cluster)
+}
+
+func TestCandidate_KeyDeletedWhileStandby(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	first := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	old := b.waitForState(Standby).LeaseID
+	etcdctl(t, cluster, "del", fmt.Sprintf("%s/%x", t.Name(), old))
+	s := b.waitFor("standby again", func(s Snapshot) bool { return s.State == Standby && s.LeaseID != old })
+	waitForLeases(t, cluster, first.LeaseID, s.LeaseID)
+	a.stop(nil)
+	if term := b.waitForTerm(); term.LeaseID != s.LeaseID {
+		t.Errorf("term %+v, want lease %x", term, s.LeaseID)
+	}
+}
+
+func TestCandidate_LeadReturns(t *testing.T) {
+	cluster := newTestEtcd(t)
+	results := make(chan error)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testHolder) {
+		h.lead = func(context.Context, Term) error { return <-results }
+	})
+	var last Term
+	for range 20 {
+		term := a.waitForTerm()
+		if term.Token <= last.Token || term.LeaseID == last.LeaseID {
+			t.Fatalf("term %+v follows %+v", term, last)
+		}
+		last = term
+		results <- nil
+	}
+	a.waitForTerm()
+	began := e2e.Now()
+	results <- &Backoff{For: 300 * time.Millisecond}
+	until(t, func() error {
+		if s := a.Snapshot(); s.State != Connecting || !strings.Contains(s.Reason, "resigned") {
+			return fmt.Errorf("snapshot: %+v", s)
+		}
+		return nil
+	})
+	waitForLeases(t, cluster)
+	a.waitForTerm()
+	if took := e2e.Now() - began; took < 300*time.Millisecond {
+		t.Errorf("campaigned again after %v", took)
+	}
+	fault := errors.New("the job's own")
+	results <- fault
+	if err := a.waitForReturn(); err != fault {
+		t.Errorf("Run returned %v", err)
+	}
+	waitForLeases(t, cluster)
+}
+
+func TestCandidate_Wait(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	term := a.waitForTerm()
+	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
+		b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testHolder) { cfg.Wait = wait })
+		began := e2e.Now()
+		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) {
+			t.Errorf("wait %v: Run returned %v", wait, err)
+		}
+		if took := e2e.Now() - began; took > wait+time.Second {
+			t.Errorf("wait %v took %v", wait, took)
+		}
+	}
+	waitForLeases(t, cluster, term.LeaseID)
+	a.stop(nil)
+	a.waitForReturn()
+	// With nobody ahead it is elected, and having been elected once it waits for ever.
+	c := newTestCandidate(t, cluster.Endpoints(), "c", func(cfg *Config, _ *testHolder) { cfg.Wait = 0 })
+	etcdctl(t, cluster, "del", c.waitForTerm().Key)
+	c.waitForEnd()
+	c.waitForTerm()
+	c.stop(nil)
+	if err := c.waitForReturn(); err != nil {
+		t.Errorf("Run returned %v", err)
+	}
+}
+
+func TestCandidate_EtcdDownAtStart(t *testing.T) {
+	cluster := newTestEtcd(t)
+	if err := cluster.Members[0].Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
+		b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testHolder) { cfg.Wait = wait })
+		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) || !strings.Contains(err.Error(), "connection refused") {
+			t.Errorf("wait %v: Run returned %v", wait, err)
+		}
+	}
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	s := a.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "connection refused") })
+	if s.State != Connecting || e2e.Now()-s.Turned > MaxTurn {
+		t.Errorf("snapshot: %+v", s)
+	}
+	if err := cluster.Members[0].Start(); err != nil {
+		t.Fatal(err)
+	}
+	a.waitForTerm()
+}
+
+// etcdctl elect uses etcd's own concurrency.Election.
+func TestCandidate_SharesTheElectionWithEtcdctl(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	first := a.waitForTerm()
+
+	listen := cluster.EtcdctlCommand(cluster.Endpoints(), "elect", "--listen", t.Name())
+	var heard syncBuffer
+	listen.Stdout = &heard
+	elect := cluster.EtcdctlCommand(cluster.Endpoints(), "elect", t.Name(), "other")
+	for _, cmd := range []*exec.Cmd{listen, elect} {
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			cmd.Process.Kill()
+			cmd.Wait()
+		}()
+	}
+	hears := func(what string) {
+		t.Helper()
+		until(t, func() error {
+			if !strings.Contains(heard.String(), what) {
+				return fmt.Errorf("elect --listen says %q, not %q", heard.String(), what)
+			}
+			return nil
+		})
+	}
+	hears(first.Key + "\na\n")
+	until(t, func() error {
+		if r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), "")); err != nil || len(r.Queue) != 2 {
+			return fmt.Errorf("queue: %+v, %v", r, err)
+		}
+		return nil
+	})
+	a.stop(nil)
+	a.waitForReturn()
+	hears("\nother\n")
+
+	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	s := b.waitForState(Standby)
+	if s.Leader == nil || s.Leader.Identity != "other" || s.Blocker != nil {
+		t.Errorf("snapshot: %+v", s)
+	}
+	if err := elect.Process.Signal(os.Interrupt); err != nil { // it resigns
+		t.Fatal(err)
+	}
+	b.waitForTerm()
+	hears("\nb\n")
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func TestCandidate_Blockers(t *testing.T) {
+	cluster := newTestEtcd(t)
+	lease := strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]
+	for key, why := range map[string]string{
+		t.Name() + "/by hand":                     "no lease",
+		t.Name() + "/nested/" + lease:             "nested election",
+		t.Name() + "/it's\x01\xff/binary":         "no lease",
+		t.Name() + "/not-the-lease":               "not a candidate's",
+		t.Name() + "/":                            "no lease",
+		t.Name() + "/" + strings.Repeat("k", 600): "no lease",
+	} {
+		args := []string{"put", key, "\x01\xff" + strings.Repeat("v", 2*maxIdentity)}
+		if why != "no lease" {
+			args = append(args, "--lease", lease)
+		}
+		etcdctl(t, cluster, args...)
+		a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+		s := a.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
+		if !strings.Contains(s.Blocker.Why, why) || s.State != Standby || s.Leader != nil {
+			t.Errorf("%q: snapshot %+v, blocker %+v", key, s, s.Blocker)
+		}
+		r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
+		if err != nil || r.Leader != nil || len(r.Blockers) != 1 || r.Blockers[0] != *s.Blocker || len(r.Queue) != 1 {
+			t.Errorf("%q: query: %+v, %v", key, r, err)
+		}
+		// The remedy is a command that works as it stands, in bash.
+		bash := exec.Command("bash", "-c", s.Blocker.Remedy)
+		bash.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+cluster.Endpoints()[0], "PATH="+etcdctlDir(t, cluster)+":"+os.Getenv("PATH"))
+		if out, err := bash.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", s.Blocker.Remedy, err, out)
+		}
+		a.waitForTerm()
+		a.stop(nil)
+		a.waitForReturn()
+	}
+}
+
+func etcdctlDir(t *testing.T, cluster *e2e.Cluster) string {
+	return filepath.Dir(cluster.EtcdctlCommand(nil, "version").Path)
+}
+
+func TestCandidate_StrangeIdentities(t *testing.T) {
+	cluster := newTestEtcd(t)
+	for _, identity := range []string{"", "\x00\xff", strings.Repeat("ü", 100_000)} {
+		a := newTestCandidate(t, cluster.Endpoints(), identity, nil)
+		a.waitForTerm()
+		b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+		s := b.waitForState(Standby)
+		if s.Leader == nil || len(s.Leader.Identity) > maxIdentity+3 || !utf8.ValidString(s.Leader.Identity) {
+			t.Errorf("%.20q: leader %+v", identity, s.Leader)
+		}
+		for _, c := range []*testCandidate{b, a} {
+			c.stop(nil)
+			c.waitForReturn()
+		}
+	}
+}
+
+func TestQuery(t *testing.T) {
+	cluster := newTestEtcd(t)
+	cfg := testConfig(t, cluster.Endpoints(), "")
+	if r, err := Query(t.Context(), cfg); err != nil || r.Leader != nil || len(r.Queue) != 0 {
+		t.Errorf("an empty election: %+v, %v", r, err)
+	}
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	term := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	b.waitForState(Standby)
+	dark := e2e.NewTestProxy(t, cluster.Endpoints()[0])
+	dark.Cut(e2e.BothWays)
+	cfg.Endpoints = []string{"http://127.0.0.1:1", "http://" + dark.Addr(), cluster.Endpoints()[0]}
+	for range 5 { // the order is random
+		r, err := Query(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Leader == nil || *r.Leader != (Entry{"a", term.Key, term.Token}) || r.LeaseID != term.LeaseID || r.LeaseLeft <= 0 || r.LeaseLeft > testTTL ||
+			len(r.Queue) != 2 || r.Queue[1].Identity != "b" {
+			t.Errorf("query: %+v", r)
+		}
+	}
+	cfg.Endpoints = cfg.Endpoints[:2]
+	began := e2e.Now()
+	if _, err := Query(t.Context(), cfg); err == nil || e2e.Now()-began > 3*time.Second {
+		t.Errorf("no member answers: %v after %v", err, e2e.Now()-began)
+	}
+}
+
+func TestRevoke(t *testing.T) {
+	cluster := newTestEtcd(t)
+	dark := e2e.NewTestProxy(t, cluster.Endpoints()[0])
+	dark.Cut(e2e.BothWays)
+	cfg := testConfig(t, []string{"http://" + dark.Addr()}, "")
+	id := strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]
+	lease, err := strconv.ParseInt(id, 16, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if err := Revoke(ctx, cfg, lease); err == nil {
+		t.Error("revoked in the dark")
+	}
+	waitForLeases(t, cluster, lease)
+	done := make(chan error)
+	go func() { done <- Revoke(t.Context(), cfg, lease) }()
+	dark.Heal()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	waitForLeases(t, cluster)
+	if err := Revoke(t.Context(), cfg, lease); err != nil {
+		t.Errorf("a lease that is gone: %v", err)
+	}
+}
