@@ -101,7 +101,7 @@ func (c *Cluster) start(ctx context.Context) error {
 			"--listen-peer-urls", m.PeerURL, "--initial-advertise-peer-urls", m.PeerURL,
 			"--listen-metrics-urls", m.MetricsURL,
 			"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", c.dir,
-			"--unsafe-no-fsync", "--log-level", "warn", "--log-outputs", "stderr",
+			"--unsafe-no-fsync", "--log-level", "error", "--log-outputs", "stderr",
 		}, c.cfg.Flags...)
 		if c.cfg.TLS != nil {
 			m.flags = append(m.flags, "--client-cert-auth", "--trusted-ca-file", c.cfg.TLS.CAFile,

@@ -318,31 +318,34 @@ func (tr *trial) pair(behaviour string, change ...func(*e2e.CandidateConfig)) (l
 	return leader, standby, job
 }
 
-// finish stops every candidate politely, those that run still, and checks that
-// nothing is left: no process of a job, no lease, no key.
+// finish stops every candidate and checks that nothing is left: no process of a
+// job, no lease, no key.
 func (tr *trial) finish() {
 	tr.Helper()
+	tr.stop()
+	tr.nothingLeft()
+}
+
+// stop stops every candidate politely, those that run still, and waits until no
+// process of any job is alive.
+func (tr *trial) stop() {
+	tr.Helper()
 	for _, c := range tr.candidates {
-		if !c.ended() {
-			if err := c.Signal(syscall.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
-				tr.must(err)
-			}
-			code, err := c.Wait(tr.waitContext(patience))
+		if c.ended() {
+			continue
+		}
+		if err := c.Signal(syscall.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
 			tr.must(err)
-			if code != 0 && !c.mayDie {
-				tr.Errorf("candidate %s ended with code %d after SIGTERM, want 0", c.Identity, code)
-			}
+		}
+		code, err := c.Wait(tr.waitContext(patience))
+		tr.must(err)
+		if code != 0 && !c.mayDie {
+			tr.Errorf("candidate %s ended with code %d after SIGTERM, want 0", c.Identity, code)
 		}
 	}
 	tr.must(tr.witness.Wait(tr.waitContext(patience), func(lives []e2e.Life) bool {
-		for _, l := range lives {
-			if l.Alive() {
-				return false
-			}
-		}
-		return true
+		return !slices.ContainsFunc(lives, e2e.Life.Alive)
 	}))
-	tr.nothingLeft()
 }
 
 // nothingLeft checks that etcd holds no lease and no key of the election.

@@ -1,0 +1,201 @@
+package e2e_test
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+// TestUntouched: troubles of etcd that are no reason to move the job. It has
+// one life through each of them, at TTL 5 s with three members.
+func TestUntouched(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	// lost is how many renewals to wait for so that the lease can't have lived
+	// on without them: there is one each TTL/5.
+	const lost = 6
+	plain := func(*testing.T) e2e.ClusterConfig { return e2e.ClusterConfig{} }
+	noChange := func(*trial, *e2e.CandidateConfig) {}
+	rows := []struct {
+		name    string
+		cluster func(t *testing.T) e2e.ClusterConfig
+		auth    bool
+		change  func(tr *trial, cfg *e2e.CandidateConfig)
+		trouble func(tr *trial, c *candidate)
+	}{
+		{"etcd's leader killed", plain, false, noChange, func(tr *trial, c *candidate) {
+			leader, err := tr.etcd.Leader(tr.ctx)
+			tr.must(err)
+			leader.Kill()
+			tr.waitRenewals(c, lost)
+		}},
+		{"etcd's leader paused", plain, false, noChange, func(tr *trial, c *candidate) {
+			leader, err := tr.etcd.Leader(tr.ctx)
+			tr.must(err)
+			tr.must(leader.Pause())
+			tr.waitRenewals(c, lost)
+			tr.must(leader.Continue())
+			tr.waitRenewals(c, 3)
+		}},
+		{"each member dark in turn", plain, false, noChange, eachDark},
+		{"each member dark in turn, with auth", plain, true, noChange, eachDark},
+		{"two endpoints, either dark", plain, false, func(_ *trial, cfg *e2e.CandidateConfig) {
+			cfg.Endpoints = cfg.Endpoints[:2]
+		}, func(tr *trial, c *candidate) {
+			c.roads = c.roads[:2]
+			eachDark(tr, c)
+		}},
+		{"every road dark for TTL/5", plain, false, noChange, func(tr *trial, c *candidate) {
+			tr.waitRenewals(c, 1)
+			c.cut()
+			tr.sleepPast(e2e.Now(), tr.ttl/5)
+			c.heal()
+			tr.waitRenewals(c, lost)
+		}},
+		{"rolling restart", plain, false, noChange, func(tr *trial, c *candidate) {
+			for _, m := range tr.etcd.Members {
+				tr.must(m.Restart(tr.ctx))
+				tr.waitRenewals(c, 2)
+			}
+			tr.waitRenewals(c, 3)
+		}},
+		{"auth tokens expire", expiringTokens, true, noChange, func(tr *trial, c *candidate) {
+			tr.waitRenewals(c, 2*lost)
+		}},
+		{"rolling restart with auth", plain, true, noChange, func(tr *trial, c *candidate) {
+			for _, m := range tr.etcd.Members { // each forgets the tokens it has given
+				tr.must(m.Restart(tr.ctx))
+				tr.waitRenewals(c, 2)
+			}
+			tr.waitRenewals(c, 3)
+		}},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			cluster := row.cluster(t)
+			cluster.Size = 3
+			tr := newTrial(t, users()[1], cluster)
+			tr.ttl = 5 * time.Second
+			var env []string
+			if row.auth {
+				tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
+				env = []string{"LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret"}
+			}
+			change := func(cfg *e2e.CandidateConfig) {
+				cfg.Env = append(cfg.Env, env...)
+				row.change(tr, cfg)
+			}
+			leader := tr.start("a", "", change)
+			job := tr.waitJob(leader)
+			standby := tr.start("b", "", change)
+			tr.waitStatus(standby, "/standby", http.StatusOK)
+			row.trouble(tr, leader)
+			lives := tr.witness.Lives()
+			if len(lives) != 1 || !lives[0].Alive() || lives[0].Pid != job.Pid {
+				t.Errorf("the job was touched: %+v", lives)
+			}
+			tr.waitStatus(leader, "/leader", http.StatusOK)
+			tr.waitStatus(standby, "/standby", http.StatusOK)
+			tr.must(tr.etcd.WaitHealthy(tr.ctx))
+			if row.name == "etcd's leader killed" {
+				return // etcdctl would want every member
+			}
+			tr.finish()
+		})
+	}
+}
+
+func eachDark(tr *trial, c *candidate) {
+	for _, r := range c.roads {
+		r.Cut(e2e.BothWays)
+		tr.waitRenewals(c, 6)
+		r.Heal()
+		tr.waitRenewals(c, 1)
+	}
+}
+
+// expiringTokens gives out tokens that end 2 s later, used or not. (etcd's
+// simple tokens live on while they are used.)
+func expiringTokens(t *testing.T) e2e.ClusterConfig {
+	dir := t.TempDir()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"private.pem": {Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)},
+		"public.pem":  {Type: "PUBLIC KEY", Bytes: public},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return e2e.ClusterConfig{Flags: []string{"--auth-token", fmt.Sprintf("jwt,pub-key=%s/public.pem,priv-key=%s/private.pem,sign-method=RS256,ttl=2s", dir, dir)}}
+}
+
+// Renewals must not authenticate one by one: each takes etcd 79 ms of bcrypt.
+func TestAuth_RenewalsDontAuthenticate(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 40 seconds")
+	}
+	t.Parallel()
+	tr := newTrial(t, users()[1], e2e.ClusterConfig{})
+	tr.ttl = 2 * time.Second
+	tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
+	c := tr.start("a", "", func(cfg *e2e.CandidateConfig) {
+		cfg.Env = append(cfg.Env, "LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret")
+	})
+	tr.waitJob(c)
+	const authentications = `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`
+	before, err := tr.etcd.Members[0].Metric(tr.ctx, authentications)
+	tr.must(err)
+	tr.waitRenewals(c, 100)
+	after, err := tr.etcd.Members[0].Metric(tr.ctx, authentications)
+	tr.must(err)
+	if after-before > 1 {
+		t.Errorf("100 renewals caused %v authentications", after-before)
+	}
+	tr.finish()
+}
+
+// Certificates are renewed while the daemon runs: the next connection must show
+// the new one, and the job must not notice.
+func TestTLS_NewCertificates(t *testing.T) {
+	t.Parallel()
+	dir, err := e2e.TempDir("leasehold-certs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	certs, err := e2e.NewCerts(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := newTrial(t, users()[1], e2e.ClusterConfig{TLS: certs})
+	c := tr.start("a", "", func(cfg *e2e.CandidateConfig) {
+		cfg.Env = append(cfg.Env, "LEASEHOLD_TLS_CA_FILE="+certs.CAFile, "LEASEHOLD_TLS_CERT_FILE="+certs.ClientCertFile, "LEASEHOLD_TLS_KEY_FILE="+certs.ClientKeyFile)
+	})
+	job := tr.waitJob(c)
+	tr.must(certs.IssueClient(4))
+	c.roads[0].Drop()
+	tr.waitRenewals(c, 6)
+	if lives := tr.witness.Lives(); len(lives) != 1 || lives[0].Pid != job.Pid || !lives[0].Alive() {
+		t.Errorf("the job was touched: %+v", lives)
+	}
+	tr.finish()
+}
