@@ -16,9 +16,9 @@ help:
 	@echo 'make build   the daemon: ./leasehold, static'
 	@echo 'make test    every test, with the race detector where there is a C compiler'
 	@echo 'make lint    golangci-lint, built once into bin/'
-	@echo 'make demo    three candidates, three faults, within a minute'
+	@echo 'make demo    three candidates, three faults, within a minute; nothing is left but bin/'
 	@echo "make run     one candidate with a job of yours: make run JOB='sleep 100'"
-	@echo 'make bench   hand-over, failure and size, beside a stock loop and etcdctl lock'
+	@echo 'make bench   hand-over, failure and size, beside a stock loop and etcdctl lock; N=5 for a short run'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -37,14 +37,23 @@ endif
 lint: bin/golangci-lint
 	bin/golangci-lint run ./...
 
-demo:
-	@$(GO) run ./e2e/demo
+# What these run is built into bin/ first: `go run` would not pass signals on.
+BUILD_SHOW = @test -x bin/leasehold || echo 'building leasehold into bin/; it takes about a minute the first time'; \
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/
 
+demo:
+	$(BUILD_SHOW) . ./e2e/demo
+	@bin/demo
+
+# The job as it was given, with every $$ in it.
+run: export override JOB := $(value JOB)
 run:
-	@$(GO) run ./e2e/demo -run '$(JOB)'
+	$(BUILD_SHOW) . ./e2e/run
+	@bin/run
 
 bench: $(ETCD_TOOLS)
-	@$(GO) run ./e2e/bench
+	$(BUILD_SHOW) . ./e2e/bench ./e2e/stockloop ./e2e/testjob
+	@bin/bench $(if $(N),-n $(N)) $(BENCH)
 
 clean:
 	rm -rf bin leasehold
