@@ -138,6 +138,9 @@ func (r *reloading) ClientHandshake(ctx context.Context, authority string, conn 
 		conn.Close()
 		return nil, nil, err
 	}
+	if r.files.ServerName != "" {
+		authority = r.files.ServerName
+	}
 	return credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
 }
 
@@ -147,7 +150,7 @@ func (r *reloading) Clone() credentials.TransportCredentials {
 }
 
 func (t TLS) load() (*tls.Config, error) {
-	cfg := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.ServerName}
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
 	if t.CAFile != "" {
 		pem, err := os.ReadFile(t.CAFile)
 		if err != nil {

@@ -1,0 +1,523 @@
+package election
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"leasehold/e2e"
+)
+
+// newTestRoads starts a proxy in front of each member.
+func newTestRoads(t *testing.T, cluster *e2e.Cluster) (roads []*e2e.Proxy, endpoints []string) {
+	for _, url := range cluster.Endpoints() {
+		road := e2e.NewTestProxy(t, url)
+		roads = append(roads, road)
+		endpoints = append(endpoints, "http://"+road.Addr())
+	}
+	return roads, endpoints
+}
+
+// waitForExtensions waits until the term was extended so many times more.
+func (c *testCandidate) waitForExtensions(n int) {
+	c.t.Helper()
+	before, _ := c.extensions()
+	until(c.t, func() error {
+		if now, _ := c.extensions(); now < before+n {
+			return fmt.Errorf("%d renewals, want %d", now-before, n)
+		}
+		return nil
+	})
+}
+
+// expectLeading fails if the term has ended.
+func (c *testCandidate) expectLeading(term Term) {
+	c.t.Helper()
+	if s := c.Snapshot(); !s.Leading || s.LeaseID != term.LeaseID || len(c.ended) != 0 {
+		c.t.Fatalf("the term has ended: %+v", s)
+	}
+}
+
+func TestCandidate_BlackHole(t *testing.T) {
+	cluster := newTestEtcd(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	registry := prometheus.NewRegistry()
+	a := newTestCandidate(t, endpoints, "a", func(cfg *Config, _ *testHolder) { cfg.Registerer = registry })
+	first := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	b.waitForState(Standby)
+	a.waitForExtensions(1)
+	roads[0].Cut(e2e.BothWays)
+	end := a.waitForEnd()
+	if !errors.Is(end.cause, ErrContactLost) {
+		t.Errorf("the term's context ended with %v", end.cause)
+	}
+	select {
+	case <-first.Lost:
+		t.Error("Term.Lost is closed though the lease still holds")
+	default:
+	}
+	_, d := a.extensions()
+	if late := end.at - d.StopAt; late < 0 || late > 200*time.Millisecond {
+		t.Errorf("the term ended %v after stop-at", late)
+	}
+	if d.KillBy-d.StopAt != testTTL/5 || d.End-d.KillBy != testTTL/10 {
+		t.Errorf("deadlines %+v", d)
+	}
+	b.waitForTerm()
+	if now := e2e.Now(); now < d.End {
+		t.Errorf("the next leader starts %v before the lease's end", d.End-now)
+	}
+	s := a.waitForState(Connecting)
+	if s.Reason == "" {
+		t.Error("no reason for not being in the election")
+	}
+	roads[0].Heal()
+	a.waitForState(Standby)
+	waitForLeases(t, cluster, a.Snapshot().LeaseID, b.Snapshot().LeaseID)
+	for sample, want := range map[string]float64{
+		"leasehold_losses_total contact_lost": 1, "leasehold_losses_total key_deleted": 0, "leasehold_losses_total lease_lost": 0,
+		"leasehold_terms_total": 1, "leasehold_leader": 0,
+	} {
+		if got := gather(t, registry)[sample]; got != want {
+			t.Errorf("%s is %v, want %v", sample, got, want)
+		}
+	}
+	m := gather(t, registry)
+	if m["leasehold_lease_renewals_total ok"] < 2 || m["leasehold_lease_renewals_total abandoned"]+m["leasehold_lease_renewals_total failed"] < 1 || m["leasehold_lease_valid_seconds"] <= 0 {
+		t.Errorf("metrics: %v", m)
+	}
+}
+
+// gather returns the values of counters and gauges by name and label value.
+func gather(t *testing.T, registry *prometheus.Registry) map[string]float64 {
+	t.Helper()
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	samples := map[string]float64{}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			name := f.GetName()
+			for _, l := range m.Label {
+				name += " " + l.GetValue()
+			}
+			samples[name] = m.GetCounter().GetValue() + m.GetGauge().GetValue()
+		}
+	}
+	return samples
+}
+
+// Renewals go on after stop-at while Lead has not returned, and revive nothing.
+func TestCandidate_ContactComesBackAfterStopAt(t *testing.T) {
+	cluster := newTestEtcd(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	release := make(chan struct{})
+	a := newTestCandidate(t, endpoints, "a", func(_ *Config, h *testHolder) {
+		h.lead = func(ctx context.Context, _ Term) error {
+			<-ctx.Done()
+			<-release
+			return nil
+		}
+	})
+	first := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	b.waitForState(Standby)
+	roads[0].Cut(e2e.BothWays)
+	a.waitForState(Stopping)
+	calls, _ := a.extensions()
+	roads[0].Heal()
+	// The lease lives on well beyond what it had when the term ended.
+	s := a.Snapshot()
+	a.waitFor("renewed", func(now Snapshot) bool { return now.Deadlines.StopAt > s.Deadlines.End })
+	if s := a.Snapshot(); s.Leading || s.State != Stopping {
+		t.Errorf("the term was revived: %+v", s)
+	}
+	if now, _ := a.extensions(); now != calls {
+		t.Error("the term was extended after its end")
+	}
+	if len(b.terms) != 0 {
+		t.Error("a successor leads while something is still alive")
+	}
+	close(release)
+	if second := b.waitForTerm(); second.Token <= first.Token {
+		t.Errorf("token %d follows %d", second.Token, first.Token)
+	}
+	a.waitForState(Standby)
+}
+
+// Whatever etcd does not answer, Run returns.
+func TestCandidate_StopsInTheDark(t *testing.T) {
+	cluster := newTestEtcd(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	a := newTestCandidate(t, endpoints, "a", nil)
+	a.waitForTerm()
+	b := newTestCandidate(t, endpoints, "b", nil)
+	b.waitForState(Standby)
+	roads[0].Cut(e2e.BothWays)
+	c := newTestCandidate(t, endpoints, "c", nil)
+	for _, c := range []*testCandidate{a, b, c} {
+		began := e2e.Now()
+		c.stop(nil)
+		c.waitForReturn()
+		if took := e2e.Now() - began; took > 3*time.Second {
+			t.Errorf("Run returned after %v", took)
+		}
+	}
+}
+
+func TestCandidate_EtcdRestarted(t *testing.T) {
+	cluster := newTestEtcd(t)
+	slow := func(cfg *Config, _ *testHolder) { cfg.TTL = 10 * time.Second }
+	a := newTestCandidate(t, cluster.Endpoints(), "a", slow)
+	term := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", slow)
+	old := b.waitForState(Standby)
+	if err := cluster.Members[0].Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	a.waitForExtensions(2)
+	a.expectLeading(term)
+	a.stop(nil)
+	if term := b.waitForTerm(); term.LeaseID != old.LeaseID {
+		t.Error("the standby has not kept its place")
+	}
+}
+
+// The watch of a standby goes on after etcd has compacted what it missed.
+func TestCandidate_Compaction(t *testing.T) {
+	cluster := newTestEtcd(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	long := func(cfg *Config, _ *testHolder) { cfg.TTL = 20 * time.Second }
+	a := newTestCandidate(t, cluster.Endpoints(), "a", long)
+	a.waitForTerm()
+	b := newTestCandidate(t, endpoints, "b", long)
+	b.waitForState(Standby)
+	roads[0].Cut(e2e.BothWays)
+	a.stop(nil)
+	a.waitForReturn()
+	for i := range 3 {
+		etcdctl(t, cluster, "put", "other", fmt.Sprint(i))
+	}
+	r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
+	if err != nil || len(r.Queue) != 1 {
+		t.Fatalf("query: %+v, %v", r, err)
+	}
+	revision := strings.Split(strings.Split(etcdctl(t, cluster, "get", "other", "-w", "json"), `"revision":`)[1], ",")[0]
+	etcdctl(t, cluster, "compact", revision)
+	roads[0].Drop()
+	roads[0].Heal()
+	b.waitForTerm()
+}
+
+func newTestCluster3(t *testing.T) *e2e.Cluster {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	return e2e.NewTestCluster(t, e2e.ClusterConfig{Size: 3})
+}
+
+// From a TTL of 5 s up, losing one member touches no term, whichever it is and however it is lost.
+func TestCandidate_MemberLost(t *testing.T) {
+	cluster := newTestCluster3(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	term := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	lease := b.waitForState(Standby).LeaseID
+	leader, err := cluster.Leader(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	members := []*e2e.Member{leader}
+	for _, m := range cluster.Members {
+		if m != leader {
+			members = append(members, m)
+		}
+	}
+	for _, m := range members {
+		if err := m.Pause(); err != nil {
+			t.Fatal(err)
+		}
+		a.waitForExtensions(4)
+		a.expectLeading(term)
+		if err := m.Continue(); err != nil {
+			t.Fatal(err)
+		}
+		if err := cluster.WaitHealthy(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		a.waitForExtensions(2)
+		a.expectLeading(term)
+	}
+	m := members[0]
+	m.Kill()
+	a.waitForExtensions(4)
+	a.expectLeading(term)
+	// With that member gone everything still works.
+	a.stop(nil)
+	if term := b.waitForTerm(); term.LeaseID != lease {
+		t.Error("the standby has not kept its place")
+	}
+}
+
+// A watch is silent on a member that went dark. The standby finds out and watches on another.
+func TestCandidate_StandbyOnADarkMember(t *testing.T) {
+	cluster := newTestCluster3(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	b := newTestCandidate(t, endpoints, "b", nil)
+	term := b.waitForTerm()
+	for i, road := range roads {
+		c := newTestCandidate(t, endpoints, fmt.Sprint("c", i), nil)
+		c.waitForState(Standby)
+		road.Cut(e2e.BothWays)
+		began := e2e.Now()
+		b.stop(nil)
+		next := c.waitForTerm()
+		if took := e2e.Now() - began; took > testTTL {
+			t.Errorf("hand-over with a dark member took %v", took)
+		}
+		if next.Token <= term.Token {
+			t.Errorf("token %d follows %d", next.Token, term.Token)
+		}
+		b, term = c, next
+		road.Heal()
+	}
+}
+
+// A grant whose reply was lost leaves no lease behind.
+func TestCandidate_LostGrantReply(t *testing.T) {
+	cluster := newTestEtcd(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	again := make(chan struct{})
+	granting := make(chan int64, 100)
+	lose := false // set before the second session, whose Leased sees it
+	a := newTestCandidate(t, endpoints, "a", func(_ *Config, h *testHolder) {
+		h.lead = func(ctx context.Context, _ Term) error {
+			select {
+			case <-again:
+			case <-ctx.Done():
+			}
+			return nil
+		}
+		h.onLeased = func(id int64) {
+			if id == 0 {
+				return
+			}
+			if lose {
+				lose = false
+				roads[0].Cut(e2e.ToClient)
+			}
+			granting <- id
+		}
+	})
+	a.waitForTerm()
+	<-granting
+	lose = true
+	again <- struct{}{}
+	lost := <-granting
+	waitForLeases(t, cluster, lost) // etcd has granted it
+	a.waitFor("given up", func(s Snapshot) bool { return strings.Contains(s.Reason, "ask for a lease") })
+	waitForLeases(t, cluster) // it was revoked, although that was not answered either
+	roads[0].Heal()
+	next := a.waitForTerm()
+	waitForLeases(t, cluster, next.LeaseID)
+}
+
+func TestCandidate_Auth(t *testing.T) {
+	cluster := newTestEtcd(t)
+	ctx := t.Context()
+	password := "secret"
+	withAuth := func(cfg *Config, _ *testHolder) {
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return password, nil }
+	}
+	// Before auth is enabled the user name does no harm.
+	early := newTestCandidate(t, cluster.Endpoints(), "early", withAuth)
+	term := early.waitForTerm()
+	if err := cluster.EnableAuth(ctx, "candidate", password, t.Name()+"/"); err != nil {
+		t.Fatal(err)
+	}
+	early.waitForExtensions(2)
+	early.expectLeading(term)
+	authenticated := func() float64 {
+		t.Helper()
+		n, err := cluster.Members[0].Metric(ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	a := newTestCandidate(t, cluster.Endpoints(), "a", withAuth)
+	a.waitForState(Standby)
+	before := authenticated()
+	early.waitForExtensions(8)
+	if n := authenticated() - before; n != 0 {
+		t.Errorf("%v authentications for 8 renewals of two candidates", n)
+	}
+	early.stop(nil)
+	a.waitForTerm()
+
+	wrong := newTestCandidate(t, cluster.Endpoints(), "wrong", func(cfg *Config, _ *testHolder) {
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "guess", nil }
+	})
+	s := wrong.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "authentication failed") })
+	if s.State != Connecting || strings.Contains(s.Reason, "guess") {
+		t.Errorf("snapshot: %+v", s)
+	}
+	if _, err := Query(ctx, func() Config { cfg := testConfig(t, cluster.Endpoints(), ""); withAuth(&cfg, nil); return cfg }()); err != nil {
+		t.Errorf("query: %v", err)
+	}
+}
+
+// Tokens that are not used for a second expire here, so that every renewal finds its own expired, and so does every watch that is
+// opened when a predecessor goes.
+func TestCandidate_TokensExpire(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{Flags: []string{"--auth-token-ttl=1"}})
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
+		t.Fatal(err)
+	}
+	withAuth := func(cfg *Config, _ *testHolder) {
+		cfg.TTL = 15 * time.Second
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+	}
+	a := newTestCandidate(t, cluster.Endpoints(), "a", withAuth)
+	term := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", withAuth)
+	b.waitForState(Standby)
+	c := newTestCandidate(t, cluster.Endpoints(), "c", withAuth)
+	c.waitForState(Standby)
+	a.waitForExtensions(2)
+	a.expectLeading(term)
+	// c's predecessor goes: it has to watch another key.
+	b.stop(nil)
+	b.waitForReturn()
+	a.waitForExtensions(1)
+	a.stop(nil)
+	c.waitForTerm()
+}
+
+func TestCandidate_TLS(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	certs, err := e2e.NewCerts(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{TLS: certs})
+	road := e2e.NewTestProxy(t, cluster.Endpoints()[0])
+	withTLS := func(cfg *Config, _ *testHolder) {
+		cfg.TLS = TLS{CAFile: certs.CAFile, CertFile: certs.ClientCertFile, KeyFile: certs.ClientKeyFile}
+	}
+	a := newTestCandidate(t, []string{"https://" + road.Addr()}, "a", withTLS)
+	term := a.waitForTerm()
+	if err := certs.IssueClient(4711); err != nil {
+		t.Fatal(err)
+	}
+	road.Drop()
+	a.waitForExtensions(2)
+	a.expectLeading(term)
+
+	stranger := newTestCandidate(t, cluster.Endpoints(), "stranger", nil)
+	stranger.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "certificate") })
+	if _, err := New(func() Config {
+		cfg := testConfig(t, cluster.Endpoints(), "")
+		cfg.TLS.CAFile = "/nowhere"
+		return cfg
+	}()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("New with a CA file that is not there: %v", err)
+	}
+}
+
+// Each handshake shows the certificate that is in the file then.
+func TestCredentials_FilesAreReadAgain(t *testing.T) {
+	certs, err := e2e.NewCerts(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := tls.LoadX509KeyPair(certs.ServerCertFile, certs.ServerKeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, err := os.ReadFile(certs.CAFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	creds, err := newCredentials(TLS{CAFile: certs.CAFile, CertFile: certs.ClientCertFile, KeyFile: certs.ClientKeyFile, ServerName: "localhost"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, serial := range []int64{1001, 1002} {
+		if err := certs.IssueClient(serial); err != nil {
+			t.Fatal(err)
+		}
+		here, there := net.Pipe()
+		seen := make(chan string, 1)
+		go func() {
+			conn := tls.Server(there, &tls.Config{
+				Certificates: []tls.Certificate{server}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: roots, NextProtos: []string{"h2"},
+			})
+			if err := conn.Handshake(); err != nil {
+				seen <- err.Error()
+				return
+			}
+			seen <- conn.ConnectionState().PeerCertificates[0].SerialNumber.String()
+		}()
+		conn, _, err := creds.ClientHandshake(t.Context(), "somewhere.else:2379", here)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := <-seen; got != fmt.Sprint(serial) {
+			t.Errorf("the server saw serial %s, want %d", got, serial)
+		}
+		there.Close() // first, or the other end waits for its last word to be read
+		conn.Close()
+	}
+}
+
+func TestCandidate_LeaksNothing(t *testing.T) {
+	cluster := newTestEtcd(t)
+	results := make(chan error)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testHolder) {
+		h.lead = func(context.Context, Term) error { return <-results }
+	})
+	count := func() int {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return runtime.NumGoroutine()
+	}
+	few := 0
+	for i := range 60 {
+		a.waitForTerm()
+		if i == 10 {
+			few = count()
+		}
+		results <- nil
+	}
+	a.waitForTerm()
+	until(t, func() error {
+		if many := count(); many > few+5 {
+			return fmt.Errorf("%d goroutines after 10 terms, %d after 60", few, many)
+		}
+		return nil
+	})
+	waitForLeases(t, cluster, a.Snapshot().LeaseID)
+	close(results)
+	a.stop(nil)
+}
