@@ -3,6 +3,9 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 GO      ?= go
 
+# Without gRPC's trace pages, which nobody serves here, the binary is 3 MB smaller, and so is what a standby keeps in memory.
+BUILD_FLAGS = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)'
+
 # The race detector needs a C compiler; RACE=1 insists on it (as CI does).
 CC_FOUND := $(shell command -v $$($(GO) env CC) 2>/dev/null)
 RACE     ?= $(if $(CC_FOUND),1,0)
@@ -22,7 +25,7 @@ help:
 	@echo 'make clean   remove what was built'
 
 build:
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o leasehold .
+	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o leasehold .
 
 # Packages run one after the other: they start processes whose times count,
 # and each would disturb the others'.
@@ -39,7 +42,7 @@ lint: bin/golangci-lint
 
 # What these run is built into bin/ first: `go run` would not pass signals on.
 BUILD_SHOW = @test -x bin/leasehold || echo 'building leasehold into bin/; it takes about a minute the first time'; \
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/
+	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/
 
 demo:
 	$(BUILD_SHOW) . ./e2e/demo

@@ -68,7 +68,7 @@ func dispatch(args []string) int {
 		return elect()
 	case name == "status" && (len(rest) == 0 || len(rest) == 1 && rest[0] == "--json"):
 		return status(len(rest) == 1)
-	case name == "check" && len(rest) <= 1:
+	case name == "check" && (len(rest) == 0 || len(rest) == 1 && slices.Contains(health.Checks(), rest[0])):
 		return check(rest)
 	case name == "version" && len(rest) == 0:
 		fmt.Println("leasehold", version)
@@ -428,7 +428,7 @@ func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.
 	if cfg.Listen == "off" {
 		return 0
 	}
-	listener, err := net.Listen("tcp", cfg.Listen)
+	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.Listen)
 	if err != nil {
 		log.Error("LEASEHOLD_LISTEN: the health endpoint can't be bound: choose another address, or off", "err", err, "exit_code", exitOS)
 		return exitOS
@@ -474,7 +474,8 @@ func statusText(s election.Snapshot) string {
 
 // turning says if the candidate's loops turn.
 func turning(s election.Snapshot) error {
-	if idle := supervisor.Now() - s.Turned; idle > 2*election.MaxTurn {
+	// Zero: they have yet to begin.
+	if idle := supervisor.Now() - s.Turned; s.Turned != 0 && idle > 2*election.MaxTurn {
 		return fmt.Errorf("the election's loops have not turned for %s", idle.Round(time.Second))
 	}
 	return nil
@@ -538,7 +539,8 @@ func revoke(args []string) int {
 		fmt.Fprint(os.Stderr, usageHint([]string{roleRevoke}))
 		return exitUsage
 	}
-	cfg, log, lines, ok := configure("run")
+	// What does not concern etcd must not stand in the way.
+	cfg, log, lines, ok := configure("status")
 	if !ok {
 		return exitConfig
 	}
@@ -566,20 +568,18 @@ func status(asJSON bool) int {
 		fmt.Fprintf(os.Stderr, "etcd does not answer: %v\n", err)
 		return exitUnavailable
 	}
-	printReport(os.Stdout, report, asJSON)
+	if asJSON {
+		err = json.NewEncoder(os.Stdout).Encode(reportJSON(cfg.Election, report))
+	} else {
+		_, err = io.WriteString(os.Stdout, reportText(cfg.Election, report))
+	}
+	if err != nil {
+		return exitInternal
+	}
 	if report.Leader == nil {
 		return 1
 	}
 	return 0
-}
-
-func printReport(w io.Writer, report election.Report, asJSON bool) {
-	if asJSON {
-		b, _ := json.MarshalIndent(report, "", "  ")
-		fmt.Fprintf(w, "%s\n", b)
-		return
-	}
-	fmt.Fprint(w, report)
 }
 
 // check asks the local daemon, for exec probes and images without curl.
