@@ -174,6 +174,7 @@ func (c *Candidate) Run(ctx context.Context) error {
 			return err
 		}
 		if ctx.Err() != nil {
+			c.transition(Stopping, "")
 			return nil
 		}
 	}
@@ -186,7 +187,6 @@ type runner struct {
 	started time.Duration
 	elected bool  // at least once
 	left    int64 // a lease that could not be revoked
-	wait    retry
 }
 
 // turn marks that the loop of Run has turned.
@@ -212,10 +212,14 @@ func (r *runner) sleep(ctx context.Context, d time.Duration) {
 
 // patient returns a context that also ends when it is too late to be elected.
 func (r *runner) patient(ctx context.Context) (context.Context, context.CancelFunc) {
-	if r.elected || r.cfg.Wait <= 0 {
+	wait := r.cfg.Wait
+	switch {
+	case r.elected || wait < 0:
 		return context.WithCancel(ctx)
+	case wait == 0:
+		wait = r.cfg.TTL // to join and look takes that long only when something is wrong
 	}
-	return context.WithTimeout(ctx, max(0, r.started+r.cfg.Wait-r.cfg.Now()))
+	return context.WithTimeout(ctx, max(0, r.started+wait-r.cfg.Now()))
 }
 
 // requestTimeout bounds a request that is made over all members.
@@ -242,7 +246,7 @@ func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
 		resp, err := pb.NewLeaseClient(conn).LeaseGrant(ctx, &pb.LeaseGrantRequest{TTL: seconds, ID: id})
 		switch err = rpctypes.Error(err); {
 		case errors.Is(err, rpctypes.ErrLeaseExist):
-			// Another member has passed on the same request; what came of it a renewal tells.
+			// The same request was sent before, and its answer is late or lost. What came of it a renewal tells.
 			sent = r.cfg.Now()
 			renewed, err := m.renew(ctx, id)
 			return granted{renewed.ttl, sent}, err

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -25,7 +26,13 @@ type auth struct {
 	mu    sync.Mutex
 	token string
 	known bool // etcd has given a token, or said that it wants none
+	// refusal is that of our user name or password, and is taken for an answer until refused + refusalHolds: to check a
+	// password costs etcd 80 ms.
+	refusal error
+	refused time.Time
 }
+
+const refusalHolds = time.Second
 
 // GetRequestMetadata implements credentials.PerRPCCredentials.
 func (a *auth) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
@@ -48,7 +55,23 @@ func (a *auth) current() (token string, known bool) {
 func (a *auth) set(token string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.token, a.known = token, true
+	a.token, a.known, a.refusal = token, true, nil
+}
+
+func (a *auth) refuse(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.refusal, a.refused = err, time.Now()
+}
+
+// refusing returns the refusal that was a moment ago.
+func (a *auth) refusing() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if time.Since(a.refused) < refusalHolds {
+		return a.refusal
+	}
+	return nil
 }
 
 // unauthenticated tells whether a new token may help.
@@ -100,6 +123,9 @@ func (m *member) authenticate(ctx context.Context, conn *grpc.ClientConn, refuse
 	if token, known := m.auth.current(); known && token != refused {
 		return nil
 	}
+	if err := m.auth.refusing(); err != nil {
+		return err
+	}
 	password, err := m.auth.password()
 	if err != nil {
 		return fmt.Errorf("read the password: %w", err)
@@ -110,7 +136,11 @@ func (m *member) authenticate(ctx context.Context, conn *grpc.ClientConn, refuse
 		m.auth.set("")
 		return nil
 	case err != nil:
-		return fmt.Errorf("authenticate: %w", err)
+		err = fmt.Errorf("authenticate as %q: %w", m.auth.username, err)
+		if errors.Is(err, rpctypes.ErrAuthFailed) {
+			m.auth.refuse(err)
+		}
+		return err
 	}
 	m.auth.set(resp.Token)
 	return nil

@@ -81,16 +81,6 @@ func newMembers(cfg Config) (*members, error) {
 	return ms, nil
 }
 
-// index returns the place of m in the list.
-func (ms *members) index(m *member) int {
-	for i := range ms.list {
-		if ms.list[i] == m {
-			return i
-		}
-	}
-	return -1
-}
-
 // reset drops the connection of m, on which nothing arrives any more: when the network is back, a new one is made at once, whereas
 // the kernel would wait for its next retransmission, which can be two minutes away.
 func (ms *members) reset(m *member) {
@@ -255,7 +245,12 @@ func (e *memberError) Error() string {
 		ok && (s.Code() == codes.DeadlineExceeded || s.Code() == codes.Canceled):
 		return e.endpoint + ": no answer"
 	case ok:
-		return e.endpoint + ": " + s.Message() // without gRPC's "rpc error: code = …"
+		// Without gRPC's wrappings: rpc error: code = … desc = connection error: desc = "transport: …"
+		message := s.Message()
+		if i := strings.LastIndex(message, `desc = "`); i >= 0 {
+			message = strings.TrimSuffix(message[i+len(`desc = "`):], `"`)
+		}
+		return e.endpoint + ": " + strings.TrimPrefix(message, "transport: Error while dialing: ")
 	}
 	return e.endpoint + ": " + e.err.Error()
 }

@@ -41,13 +41,6 @@ type session struct {
 // the next one to follow.
 func (r *runner) session(ctx context.Context) error {
 	r.turn()
-	if r.left != 0 {
-		// A lease of ours whose term is over would keep every candidate waiting until it expires.
-		if r.revoke(ctx, r.left, r.requestTimeout()) == nil {
-			r.left = 0
-		}
-		r.turn()
-	}
 	if r.Snapshot().State != Connecting {
 		r.transition(Connecting, "campaigning again")
 	}
@@ -75,23 +68,13 @@ func (r *runner) session(ctx context.Context) error {
 	patient, stop := r.patient(ctx)
 	defer stop()
 	r.cfg.Holder.Leased(s.id, r.cfg.TTL)
-	g, err := r.grant(patient, s.id)
-	if err != nil {
-		reason := "ask for a lease: " + oneLine(err)
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case r.cfg.Wait == 0 && !r.elected:
-			return fmt.Errorf("%w: %s", ErrNotElected, reason)
-		}
-		r.transition(Connecting, reason)
-		r.wait.sleep(patient)
-		if ctx.Err() == nil && patient.Err() != nil {
-			return fmt.Errorf("%w within %v: %s", ErrNotElected, r.cfg.Wait, reason)
-		}
+	g, err := s.join(patient)
+	switch {
+	case ctx.Err() != nil:
 		return nil
+	case err != nil:
+		return err
 	}
-	r.wait = retry{}
 	s.timing = NewTiming(g.ttl, r.cfg.LossGrace, r.cfg.Margin)
 	r.update(func(snap *Snapshot) {
 		snap.LeaseID, snap.TTL, snap.Deadlines = s.id, g.ttl, s.timing.From(g.sent)
@@ -120,7 +103,6 @@ func (r *runner) session(ctx context.Context) error {
 	created, err := s.standby(patient, sctx, &running, election)
 	switch {
 	case ctx.Err() != nil:
-		s.transition(Stopping, "")
 		return nil
 	case err != nil:
 		return err
@@ -128,6 +110,32 @@ func (r *runner) session(ctx context.Context) error {
 		return nil
 	}
 	return s.lead(ctx, created)
+}
+
+// join gets the lease, however long that takes.
+func (s *session) join(ctx context.Context) (granted, error) {
+	var wait retry
+	for {
+		s.turn()
+		// A lease of ours whose term is over would keep every candidate waiting until it expires.
+		if s.left != 0 && s.revoke(ctx, s.left, s.requestTimeout()) == nil {
+			s.left = 0
+		}
+		s.turn()
+		g, err := s.grant(ctx, s.id)
+		s.turn()
+		if err == nil {
+			return g, nil
+		}
+		reason := "ask for a lease: " + oneLine(err)
+		if ctx.Err() == nil {
+			s.transition(Connecting, reason)
+			wait.sleep(ctx)
+		}
+		if ctx.Err() != nil || s.cfg.Wait == 0 && !s.elected {
+			return granted{}, fmt.Errorf("%w in time: %s", ErrNotElected, reason)
+		}
+	}
 }
 
 // newLeaseID chooses the id of a lease: positive, as etcd's own are, and not one that anybody else will choose.
@@ -164,10 +172,10 @@ func (s *session) renewed(d Deadlines) {
 	s.mu.Lock()
 	s.trouble = nil
 	s.mu.Unlock()
-	s.runner.mu.Lock()
+	s.Candidate.mu.Lock()
 	s.snapshot.Deadlines = d
 	extend := s.term != nil && !s.term.silent && !s.term.gone
-	s.runner.mu.Unlock()
+	s.Candidate.mu.Unlock()
 	if extend {
 		s.cfg.Holder.Extended(d)
 	}
@@ -199,8 +207,12 @@ func (s *session) lost(cause error) {
 func (s *session) suspect(endpoint int, dead bool, err error) {
 	m := s.members.list[endpoint]
 	s.mu.Lock()
+	news := s.trouble == nil
 	s.trouble = &memberError{m.endpoint, err}
 	s.mu.Unlock()
+	if news {
+		s.log.Warn("lease not renewed, trying again at another endpoint", "err", &memberError{m.endpoint, err})
+	}
 	if dead {
 		s.members.reset(m)
 	}
@@ -285,7 +297,7 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		}
 		select {
 		case <-ctx.Done():
-			return 0, fmt.Errorf("%w within %v", ErrNotElected, s.cfg.Wait)
+			return 0, fmt.Errorf("%w in time", ErrNotElected)
 		case <-s.gone:
 			s.log.Warn("lost our place in the queue, campaigning again with a new lease", "reason", s.lostCause)
 			s.transition(Connecting, s.lostCause.Error())
