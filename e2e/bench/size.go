@@ -1,0 +1,153 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/e2e"
+)
+
+// measureBinaries takes the sizes of the programs.
+func (b *bench) measureBinaries() error {
+	for name, path := range b.binaries() {
+		info, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		b.results.Binaries[name] = info.Size()
+	}
+	return nil
+}
+
+func (b *bench) binaries() map[string]string {
+	return map[string]string{
+		leasehold.Name: b.program("leasehold"),
+		stockloop.Name: b.program("stockloop"),
+		etcdctl.Name:   b.etcd.Ctl,
+	}
+}
+
+// measureIdle measures candidates that have nothing to do: their memory at the
+// beginning and at the end, and the CPU in between. Each standby runs from a
+// copy of its program, for alone on its machine it would share no page with a
+// leader.
+func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
+	fmt.Fprintf(os.Stderr, "measuring memory and idle CPU: %v\n", during+10*time.Second)
+	type idler struct {
+		*candidate
+		role   string
+		before time.Duration // CPU
+		begin  time.Duration
+	}
+	var idlers []*idler
+	defer func() {
+		for _, c := range idlers {
+			s.end(c.candidate)
+		}
+	}()
+	for _, of := range contenders {
+		s.count++
+		election := fmt.Sprintf("bench/%d", s.count)
+		for i, role := range []string{"leader", "standby"} {
+			binary := filepath.Join(s.dir, fmt.Sprintf("copy-%d", s.count))
+			if err := copyFile(s.binaries()[of.Name], binary); err != nil {
+				return err
+			}
+			c, err := s.start(of, election, longTTL, false, binary)
+			if err != nil {
+				return err
+			}
+			idlers = append(idlers, &idler{candidate: c, role: role})
+			if _, _, err := s.queue(ctx, election, int64(i+1)); err != nil {
+				return err
+			}
+		}
+	}
+	if err := wait(ctx, 10*time.Second); err != nil {
+		return err
+	}
+	memory := func(when string) error {
+		for _, c := range idlers {
+			if c.role != "standby" {
+				continue
+			}
+			m := Memory{Contender: c.of.Name, When: when}
+			for _, pid := range append([]int{c.Guard()}, e2e.Descendants(c.Guard())...) {
+				kib, err := pss(pid)
+				if errors.Is(err, os.ErrPermission) {
+					fmt.Fprintln(os.Stderr, "the memory of leasehold can be read by root only")
+					return nil
+				}
+				if err != nil {
+					return err
+				}
+				m.KiB = append(m.KiB, kib)
+			}
+			s.results.Memory = append(s.results.Memory, m)
+		}
+		return nil
+	}
+	if err := memory("after 10s"); err != nil || during == 0 {
+		return err
+	}
+	for _, c := range idlers {
+		c.before, c.begin = cpu(c.Guard()), e2e.Now()
+	}
+	if err := wait(ctx, during); err != nil {
+		return err
+	}
+	for _, c := range idlers {
+		used, elapsed := cpu(c.Guard())-c.before, e2e.Now()-c.begin
+		s.results.CPU = append(s.results.CPU, CPU{
+			Contender: c.of.Name, Role: c.role, TTL: longTTL.Seconds(), Seconds: elapsed.Seconds(), Used: milliseconds(used),
+		})
+	}
+	return memory("after " + (10*time.Second + during).String())
+}
+
+// pss is the proportional set size of a process in KiB.
+func pss(pid int) (int64, error) {
+	file, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = file.Close() }()
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		if rest, found := strings.CutPrefix(lines.Text(), "Pss:"); found {
+			return strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(rest, "kB")), 10, 64)
+		}
+	}
+	return 0, errors.Join(fmt.Errorf("no Pss for pid %d", pid), lines.Err())
+}
+
+// cpu is the time that a daemon's processes have run, without its job, which
+// waits.
+func cpu(guard int) time.Duration {
+	var sum time.Duration
+	for _, pid := range append([]int{guard}, e2e.Descendants(guard)...) {
+		const schedClock = 2 // CPUCLOCK_SCHED: of the whole process, in nanoseconds
+		var ts unix.Timespec
+		if unix.ClockGettime(int32(^pid<<3|schedClock), &ts) == nil {
+			sum += time.Duration(ts.Nano())
+		}
+	}
+	return sum
+}
+
+func copyFile(from, to string) error {
+	data, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, data, 0o755)
+}

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"leasehold/e2e"
+)
+
+const (
+	patience  = 30 * time.Second       // for what takes a tenth of it on a slow machine
+	settle    = 250 * time.Millisecond // from a candidate's coming to the next fault
+	observe   = 3 * time.Second        // for how long two jobs are watched living at once
+	benchUser = "candidate"
+	benchPass = "candidate-secret"
+)
+
+// A stage is an etcd of one member and what reaches it in one way: plainly,
+// over TLS, or with user and password.
+type stage struct {
+	*bench
+	road   string // plain, tls, auth
+	etcd   *e2e.Cluster
+	client *clientv3.Client // the operator's
+	certs  *e2e.Certs
+	count  int // of identities and elections given out
+}
+
+func (b *bench) newStage(ctx context.Context, road string) (*stage, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	s := &stage{bench: b, road: road}
+	cfg := e2e.ClusterConfig{Etcd: b.etcd}
+	operator := clientv3.Config{DialTimeout: patience}
+	if road == "tls" {
+		var err error
+		if s.certs, err = e2e.NewCerts(b.dir); err != nil {
+			return nil, err
+		}
+		cfg.TLS = s.certs
+		if operator.TLS, err = clientTLS(s.certs); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	if s.etcd, err = e2e.StartCluster(ctx, cfg); err != nil {
+		return nil, err
+	}
+	if road == "auth" {
+		if err := s.etcd.EnableAuth(ctx, benchUser, benchPass, "bench/"); err != nil {
+			s.close()
+			return nil, err
+		}
+		operator.Username, operator.Password, _ = strings.Cut(s.etcd.Auth, ":")
+	}
+	operator.Endpoints = s.etcd.Endpoints()
+	if s.client, err = clientv3.New(operator); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *stage) close() {
+	if s.client != nil {
+		_ = s.client.Close()
+	}
+	s.etcd.Close()
+}
+
+func clientTLS(certs *e2e.Certs) (*tls.Config, error) {
+	own, err := tls.LoadX509KeyPair(certs.ClientCertFile, certs.ClientKeyFile)
+	if err != nil {
+		return nil, err
+	}
+	ca, err := os.ReadFile(certs.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	return &tls.Config{Certificates: []tls.Certificate{own}, RootCAs: roots, MinVersion: tls.VersionTLS12}, nil
+}
+
+// A contender is a program that keeps a job on one machine. command says how a
+// candidate of it is started.
+type contender struct {
+	Name    string
+	command func(s *stage, endpoints []string, election, identity string, ttl time.Duration, job []string) e2e.CandidateConfig
+}
+
+var (
+	leasehold = contender{"leasehold", func(s *stage, endpoints []string, _, _ string, _ time.Duration, job []string) e2e.CandidateConfig {
+		cfg := e2e.CandidateConfig{Binary: s.program("leasehold"), Endpoints: endpoints, Job: job, Env: []string{"LEASEHOLD_LOG_LEVEL=info"}}
+		switch s.road {
+		case "tls":
+			cfg.Env = append(cfg.Env, "LEASEHOLD_TLS_CA_FILE="+s.certs.CAFile,
+				"LEASEHOLD_TLS_CERT_FILE="+s.certs.ClientCertFile, "LEASEHOLD_TLS_KEY_FILE="+s.certs.ClientKeyFile)
+		case "auth":
+			cfg.Env = append(cfg.Env, "LEASEHOLD_USERNAME="+benchUser, "LEASEHOLD_PASSWORD="+benchPass)
+		}
+		return cfg
+	}}
+	stockloop = contender{"stock loop", func(s *stage, endpoints []string, election, identity string, ttl time.Duration, job []string) e2e.CandidateConfig {
+		return e2e.CandidateConfig{Binary: s.program("stockloop"), Args: job, Env: []string{
+			"ENDPOINTS=" + strings.Join(endpoints, ","), "ELECTION=" + election, "IDENTITY=" + identity, fmt.Sprintf("TTL=%.0f", ttl.Seconds()),
+		}}
+	}}
+	etcdctl = contender{"etcdctl lock", func(s *stage, endpoints []string, election, _ string, ttl time.Duration, job []string) e2e.CandidateConfig {
+		lock := s.etcd.EtcdctlCommand(endpoints, append([]string{"lock", fmt.Sprintf("--ttl=%.0f", ttl.Seconds()), election, "--"}, job...)...)
+		return e2e.CandidateConfig{Binary: lock.Path, Args: lock.Args[1:]}
+	}}
+	contenders = []contender{leasehold, stockloop, etcdctl}
+)
+
+// A candidate is one daemon of a contender.
+type candidate struct {
+	*e2e.Candidate
+	of       contender
+	road     *e2e.Proxy // nil: straight to etcd
+	election string
+}
+
+// start starts a candidate with the test job. binary, if not empty, is a copy
+// of the contender's program.
+func (s *stage) start(of contender, election string, ttl time.Duration, proxied bool, binary string) (*candidate, error) {
+	c := &candidate{of: of, election: election}
+	endpoints := s.etcd.Endpoints()
+	if proxied {
+		scheme, addr, _ := strings.Cut(endpoints[0], "://")
+		road, err := e2e.StartProxy(addr, 0)
+		if err != nil {
+			return nil, err
+		}
+		c.road, endpoints = road, []string{scheme + "://" + road.Addr()}
+	}
+	s.count++
+	identity := fmt.Sprintf("%s-%d", strings.ReplaceAll(of.Name, " ", "-"), s.count)
+	cfg := of.command(s, endpoints, election, identity, ttl, []string{s.program("testjob")})
+	cfg.Election, cfg.Identity, cfg.TTL, cfg.Witness = election, identity, ttl, s.witness
+	if binary != "" {
+		cfg.Binary = binary
+	}
+	var err error
+	c.Candidate, err = e2e.StartCandidate(cfg)
+	if err != nil && c.road != nil {
+		c.road.Close()
+	}
+	return c, err
+}
+
+// stop asks the candidate to end. etcdctl lock does not pass signals on to its
+// command, so it gets them as Ctrl-C or systemd would send them: as a group.
+func (c *candidate) stop() error {
+	if c.of.Name == etcdctl.Name {
+		return syscall.Kill(-c.Guard(), syscall.SIGTERM)
+	}
+	return c.Signal(syscall.SIGTERM)
+}
+
+// end ends the candidate and whatever it left behind.
+func (s *stage) end(c *candidate) {
+	if c.road != nil {
+		c.road.Heal()
+		defer c.road.Close()
+	}
+	if c.of.Name == leasehold.Name {
+		_ = c.Signal(syscall.SIGCONT)
+		if elector, err := c.Elector(); err == nil {
+			_ = syscall.Kill(elector, syscall.SIGCONT)
+		}
+		c.Close()
+	} else {
+		_ = syscall.Kill(-c.Guard(), syscall.SIGKILL) // the job is in its group
+		<-c.Ended()
+	}
+	for _, l := range s.witness.Lives() {
+		if l.Candidate == c.Identity && l.Alive() {
+			_ = s.witness.Tell(l, "exit 0") // it may be ending
+		}
+	}
+}
+
+// job waits for the candidate's job.
+func (s *stage) job(ctx context.Context, c *candidate, within time.Duration) (e2e.Life, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, within, fmt.Errorf("no job of %s within %v; its log:\n%s", c.Identity, within, c.Log()))
+	defer cancel()
+	return s.witness.WaitForJob(ctx, func(l e2e.Life) bool { return l.Candidate == c.Identity })
+}
+
+// queue waits until the election has that many candidates, and returns the
+// leader's key.
+func (s *stage) queue(ctx context.Context, election string, length int64) (key string, lease clientv3.LeaseID, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	err = e2e.Until(ctx, func() error {
+		got, err := s.client.Get(ctx, election+"/", append(clientv3.WithFirstCreate(), clientv3.WithPrefix())...)
+		if err != nil {
+			return err
+		}
+		if got.Count != length {
+			return fmt.Errorf("%d candidates in %s, want %d", got.Count, election, length)
+		}
+		key, lease = string(got.Kvs[0].Key), clientv3.LeaseID(got.Kvs[0].Lease)
+		return nil
+	})
+	return key, lease, err
+}
