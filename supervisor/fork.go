@@ -29,9 +29,11 @@ type forker struct {
 	noNewPrivs bool
 	now        func() time.Duration
 
-	requests chan *start
+	requests chan *start // nil: get ready for the next
 	done     atomic.Pointer[start]
 	wake     func()
+	leaf     int // the cgroup of the next start, made ahead of it; -1: none
+	leafErr  error
 }
 
 // run serves requests until the process ends.
@@ -44,22 +46,37 @@ func (f *forker) run() {
 	if f.noNewPrivs {
 		_ = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 	}
+	f.leaf = -1
+	f.prepare()
 	for s := range f.requests {
+		if s == nil {
+			f.prepare()
+			continue
+		}
 		s.pid, s.pidfd, s.err = f.fork(s)
 		f.done.Store(s)
 		f.wake()
 	}
 }
 
+// prepare makes the cgroup for the next start. The job before is dead.
+func (f *forker) prepare() {
+	if f.cgroup == nil {
+		return
+	}
+	if f.leaf >= 0 {
+		_ = unix.Close(f.leaf)
+	}
+	f.leaf, f.leafErr = f.cgroup.leaf()
+}
+
 func (f *forker) fork(s *start) (pid, pidfd int, err error) {
 	attr := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL, PidFD: &pidfd}
 	if f.cgroup != nil {
-		leaf, err := f.cgroup.leaf()
-		if err != nil {
-			return 0, -1, err
+		if f.leaf < 0 {
+			return 0, -1, f.leafErr
 		}
-		defer func() { _ = unix.Close(leaf) }()
-		attr.UseCgroupFD, attr.CgroupFD = true, leaf
+		attr.UseCgroupFD, attr.CgroupFD = true, f.leaf
 	}
 	if s.cancelled.Load() || f.now() >= s.stopAt {
 		return 0, -1, errTooLate

@@ -168,7 +168,7 @@ func (g *guard) open() int {
 	}
 	g.wakeR, g.wakeW, g.in, g.out = wake[0], wake[1], fromElector[0], toElector[1]
 
-	g.forker = &forker{cgroup: g.cgroup, now: Now, requests: make(chan *start, 1), wake: func() { g.poke(0) }}
+	g.forker = &forker{cgroup: g.cgroup, now: Now, requests: make(chan *start, 2), wake: func() { g.poke(0) }}
 	if g.cgroup == nil && !hasCapability(unix.CAP_KILL) {
 		g.forker.noNewPrivs = true
 		g.log.Info("the job runs with no_new_privs: without a cgroup or CAP_KILL, a set-user-id process could not be killed")
@@ -527,6 +527,7 @@ func (g *guard) buried() {
 	g.log.Info("the job is dead", attrs...)
 	g.lateness = 0
 	g.job = job{}
+	g.forker.requests <- nil
 	g.garbage = true
 }
 
@@ -633,7 +634,7 @@ func (g *guard) start(m message) {
 	term := Term{Key: string(m.text), Token: m.b, LeaseID: m.a}
 	s := &start{path: g.cfg.Path, argv: g.cfg.Argv, env: jobEnvironment(g.cfg, term), stopAt: time.Duration(m.c), pidfd: -1}
 	g.job = job{forking: s, pidfd: -1, alive: true, stopAt: time.Duration(m.c), killBy: time.Duration(m.d), stopBy: forever}
-	g.forker.requests <- s // never full: there is one job at a time
+	g.forker.requests <- s // never full: there is one job at a time, and one preparation before it
 }
 
 // takeStart looks if the start is done.
