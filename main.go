@@ -216,7 +216,8 @@ func (h *jobHolder) Lead(ctx context.Context, t election.Term) error {
 	switch {
 	case errors.As(err, &resign):
 		return &election.Backoff{For: resign.After}
-	case err == nil && h.cfg.Restart == string(supervisor.RestartNever) && !errors.Is(context.Cause(ctx), errPlannedStop):
+	case err == nil && h.cfg.Restart == string(supervisor.RestartNever) && !errors.Is(context.Cause(ctx), errPlannedStop) &&
+		!h.handle.Snapshot().StartedAt.IsZero():
 		return errLost
 	}
 	return err
