@@ -37,7 +37,9 @@ const (
 )
 
 func signalled(send func(*candidate) error) func(context.Context, *stage, *candidate, string, clientv3.LeaseID) error {
-	return func(_ context.Context, _ *stage, leader *candidate, _ string, _ clientv3.LeaseID) error { return send(leader) }
+	return func(_ context.Context, _ *stage, leader *candidate, _ string, _ clientv3.LeaseID) error {
+		return send(leader)
+	}
 }
 
 var faults = []fault{
@@ -203,7 +205,7 @@ func (p *pair) watch(ctx context.Context, key string) (<-chan time.Duration, err
 	go func() { // ends with ctx
 		for response := range events {
 			for _, e := range response.Events {
-				if e.Type == mvccpb.Event_EventType(mvccpb.DELETE) {
+				if e.Type == mvccpb.DELETE {
 					freed <- e2e.Now()
 					return
 				}

@@ -204,10 +204,10 @@ func writeReport(to io.Writer, r *results) error {
 
 	p("\nwhere the time goes (medians)\tcontender\tvia\tfault to old job dead\tto its key deleted\tto next job's first instruction\n")
 	for _, road := range []string{"plain", "tls", "auth"} {
-		for _, f := range []string{"stop", "kill", "kill-elector"} {
+		for _, f := range []string{"stop", "kill", "kill-elector", "key-deleted", "lease-revoked"} {
 			for _, c := range contenders {
-				samples := slices.DeleteFunc(r.of(c.Name, road, f), func(s Sample) bool { return !s.Died || s.overlap() > 0 })
-				if len(samples) == 0 {
+				samples := r.of(c.Name, road, f)
+				if len(samples) == 0 || overlapping(samples) > 0 {
 					continue
 				}
 				p("%s\t%s\t%s\t%s\t%s\t%s\n", f, c.Name, road,
