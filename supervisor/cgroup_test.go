@@ -1,0 +1,132 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// needCgroup skips where this user can't make cgroups, which CI forbids.
+func needCgroup(t *testing.T) string {
+	t.Helper()
+	parent, err := ownCgroup()
+	if err == nil {
+		err = unix.Access(parent, unix.W_OK)
+	}
+	if err != nil {
+		if os.Getenv("E2E_NO_SKIP") != "" {
+			t.Fatalf("needs root (cgroup v2): %v", err)
+		}
+		t.Skip("skipped: needs root (cgroup v2)")
+	}
+	return parent
+}
+
+func newTestCgroup(t *testing.T) *cgroup {
+	t.Helper()
+	needCgroup(t)
+	c, err := newCgroup([]string{"leasehold", "probe"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if !c.waitEmpty(testWait) {
+			t.Error("the cgroup is not empty")
+		}
+		c.remove()
+	})
+	return c
+}
+
+// startIn starts a shell command in the cgroup and returns a pidfd of its first process.
+func startIn(t *testing.T, fd int, script string) int {
+	t.Helper()
+	pidfd := -1
+	pid, err := syscall.ForkExec("/bin/sh", []string{"sh", "-c", script}, &syscall.ProcAttr{
+		Env: []string{"PATH=/usr/bin:/bin"}, Files: []uintptr{0, 1, 2},
+		Sys: &syscall.SysProcAttr{Setsid: true, UseCgroupFD: true, CgroupFD: fd, PidFD: &pidfd},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = unix.Kill(pid, unix.SIGKILL)
+		_, _ = unix.Wait4(pid, nil, 0, nil)
+		_ = unix.Close(pidfd)
+	})
+	return pidfd
+}
+
+// TestCgroup_KillsAlone: the cgroup kills a tree of daemonized processes without the help of parentage.
+func TestCgroup_KillsAlone(t *testing.T) {
+	c := newTestCgroup(t)
+	for range 3 { // each start in a leaf of its own, although the one before was killed
+		leaf, err := c.leaf()
+		if err != nil {
+			t.Fatal(err)
+		}
+		marker := filepath.Join(t.TempDir(), "up")
+		pidfd := startIn(t, leaf, "trap '' TERM; (setsid sh -c 'sleep 1000 & wait' &); touch "+marker+"; sleep 1000")
+		for end := time.Now().Add(testWait); ; {
+			if _, err := os.Stat(marker); err == nil {
+				break
+			}
+			if pidfdEnded(pidfd) || time.Now().After(end) {
+				t.Fatal("the process did not run")
+			}
+			_, _ = unix.Poll(nil, 5)
+		}
+		if !c.populated() {
+			t.Fatal("the cgroup does not show what runs in it")
+		}
+		if !c.waitEmpty(testWait) {
+			t.Fatal("the cgroup did not kill what runs in it")
+		}
+		if !pidfdEnded(pidfd) {
+			t.Fatal("the cgroup is empty, but its first process lives")
+		}
+		_ = unix.Close(leaf)
+	}
+}
+
+// TestCgroup_RemovesLeftovers: what a dead guard left is killed and removed, what a living one has is not touched.
+func TestCgroup_RemovesLeftovers(t *testing.T) {
+	parent := needCgroup(t)
+	living := newTestCgroup(t)
+	livingLeaf, err := living.leaf()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(livingLeaf)
+	alive := startIn(t, livingLeaf, "sleep 1000")
+
+	left := filepath.Join(parent, cgroupPrefix+"leftover")
+	inner := filepath.Join(left, "1", "inner")
+	if err := os.MkdirAll(inner, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { removeTree(left) })
+	fd, err := unix.Open(inner, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	dead := startIn(t, fd, "sleep 1000")
+
+	newTestCgroup(t)
+	if !pidfdEnded(dead) {
+		t.Error("the leftover's process lives")
+	}
+	if _, err := os.Stat(left); !os.IsNotExist(err) {
+		t.Errorf("the leftover is still there: %v", err)
+	}
+	if pidfdEnded(alive) {
+		t.Error("a living guard's cgroup was killed")
+	}
+}
