@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"regexp"
@@ -53,7 +54,7 @@ var faults = []fault{
 		strike: signalled(func(c *candidate) error { return c.Signal(syscall.SIGSTOP) })},
 	{Name: "hang-elector", part: "hang", ttl: shortTTL, share: 0.1, ours: true,
 		strike: signalled(func(c *candidate) error { return c.SignalElector(syscall.SIGSTOP) })},
-	{Name: "cut", part: "cut", ttl: shortTTL, otherTTL: shortTTL, share: 0.2, otherShare: few, proxied: true,
+	{Name: "cut", part: "cut", ttl: shortTTL, otherTTL: shortTTL, share: 0.2, otherShare: 0.1, proxied: true,
 		strike: signalled(func(c *candidate) error { c.road.Cut(e2e.BothWays); return nil })},
 	{Name: "key-deleted", part: "operator", ttl: longTTL, otherTTL: shortTTL, share: 0.5, otherShare: few,
 		strike: func(ctx context.Context, s *stage, _ *candidate, key string, _ clientv3.LeaseID) error {
@@ -140,7 +141,8 @@ func (p *pair) ready(ctx context.Context) (key string, lease clientv3.LeaseID, e
 	if key, lease, err = p.queue(ctx, p.election, 2); err != nil {
 		return "", 0, fmt.Errorf("%w; log of the standby:\n%s", err, p.standby.Log())
 	}
-	return key, lease, wait(ctx, settle)
+	// What follows may depend on how long ago the lease was renewed.
+	return key, lease, wait(ctx, settle+rand.N(min(p.ttl/3, time.Second)))
 }
 
 func wait(ctx context.Context, d time.Duration) error {

@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -45,7 +47,7 @@ func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
 	type idler struct {
 		*candidate
 		role   string
-		before time.Duration // CPU
+		before map[int]time.Duration // CPU of each process
 		begin  time.Duration
 	}
 	var idlers []*idler
@@ -106,10 +108,12 @@ func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
 		return err
 	}
 	for _, c := range idlers {
-		used, elapsed := cpu(c.Guard())-c.before, e2e.Now()-c.begin
-		s.results.CPU = append(s.results.CPU, CPU{
-			Contender: c.of.Name, Role: c.role, TTL: longTTL.Seconds(), Seconds: elapsed.Seconds(), Used: milliseconds(used),
-		})
+		used := CPU{Contender: c.of.Name, Role: c.role, TTL: longTTL.Seconds(), Seconds: (e2e.Now() - c.begin).Seconds()}
+		after := cpu(c.Guard())
+		for _, pid := range slices.Sorted(maps.Keys(after)) {
+			used.Used = append(used.Used, milliseconds(after[pid]-c.before[pid]))
+		}
+		s.results.CPU = append(s.results.CPU, used)
 	}
 	return memory("after " + (10*time.Second + during).String())
 }
@@ -130,18 +134,18 @@ func pss(pid int) (int64, error) {
 	return 0, errors.Join(fmt.Errorf("no Pss for pid %d", pid), lines.Err())
 }
 
-// cpu is the time that a daemon's processes have run, without its job, which
-// waits.
-func cpu(guard int) time.Duration {
-	var sum time.Duration
+// cpu is the time that each of a daemon's processes has run, its job among
+// them, which waits.
+func cpu(guard int) map[int]time.Duration {
+	used := map[int]time.Duration{}
 	for _, pid := range append([]int{guard}, e2e.Descendants(guard)...) {
 		const schedClock = 2 // CPUCLOCK_SCHED: of the whole process, in nanoseconds
 		var ts unix.Timespec
 		if unix.ClockGettime(int32(^pid<<3|schedClock), &ts) == nil {
-			sum += time.Duration(ts.Nano())
+			used[pid] = time.Duration(ts.Nano())
 		}
 	}
-	return sum
+	return used
 }
 
 func copyFile(from, to string) error {
