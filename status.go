@@ -63,7 +63,7 @@ func reportText(name string, r election.Report) string {
 	}
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for i, c := range r.Queue {
-		fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, strconv.QuoteToGraphic(c.Identity), c.Token, c.Key)
+		_, _ = fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, strconv.QuoteToGraphic(c.Identity), c.Token, c.Key)
 	}
 	_ = w.Flush() // a strings.Builder takes everything
 	for _, x := range r.Blockers {

@@ -150,7 +150,7 @@ func (h *Handle) tell(m message) {
 func (h *Handle) Run(ctx context.Context) error {
 	var owned sync.WaitGroup
 	defer owned.Wait()
-	defer h.pipe.Close()
+	defer func() { _ = h.pipe.Close() }()
 	stop := make(chan struct{})
 	defer close(stop)
 
@@ -161,7 +161,7 @@ func (h *Handle) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("watch the guard: %w", err)
 	}
-	defer pipe.Close()
+	defer func() { _ = pipe.Close() }()
 	owned.Go(func() { pipe.wait(ended) })
 
 	// A third of what the guard may take to answer.
@@ -174,7 +174,7 @@ func (h *Handle) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-ended:
-			return h.avenge("the guard is gone", interval)
+			return h.avenge("the guard is gone")
 		case m := <-messages:
 			if m.kind == msgPong {
 				answered = m.a
@@ -183,7 +183,7 @@ func (h *Handle) Run(ctx context.Context) error {
 			h.hear(m)
 		case <-tick.C:
 			if h.owed(answered < sent) {
-				return h.avenge("the guard is hung", interval)
+				return h.avenge("the guard is hung")
 			}
 			if h.cfg.Turning() {
 				sent++
@@ -291,7 +291,7 @@ func (h *Handle) scanner() (*scanner, error) {
 
 // avenge kills the job in the guard's stead, then the guard, and returns when both are proven dead.
 // While a stopped guard lives, all of the job still descends from it; afterwards only the cgroup and the environment tell.
-func (h *Handle) avenge(why string, interval time.Duration) error {
+func (h *Handle) avenge(why string) error {
 	h.mu.Lock()
 	alive, jobFd, lease := h.alive, h.jobFd, h.term.LeaseID
 	h.mu.Unlock()

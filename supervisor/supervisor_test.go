@@ -154,10 +154,10 @@ func electorMain(args []string) int {
 			t := Term{Key: "election/abc", Token: 7, LeaseID: lease, StopAt: Now() + duration(1), KillBy: Now() + duration(2)}
 			go func() {
 				err := h.Supervise(term, t, func(cause error) time.Duration {
-					switch cause {
-					case causes["planned"]:
+					switch {
+					case errors.Is(cause, causes["planned"]):
 						return 10 * time.Second
-					case causes["contact"]:
+					case errors.Is(cause, causes["contact"]):
 						return -1
 					}
 					return 0
