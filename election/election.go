@@ -10,7 +10,8 @@
 // has passed the term is over, and nothing revives it.
 //
 // What it does not promise: that a leader whose key or lease was removed by another hand hears of it before the next leader
-// starts. Only the fencing token protects against that.
+// starts. Only the fencing token protects against that. The other hand can be etcd's own: a member that led, was paused for longer
+// than the TTL and wakes can revoke leases that were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
 package election
 
 import (

@@ -33,6 +33,9 @@ func (c *testCandidate) waitForExtensions(n int) {
 	c.t.Helper()
 	before, _ := c.extensions()
 	until(c.t, func() error {
+		if len(c.ended) != 0 {
+			c.t.Fatalf("the term has ended: %+v", <-c.ended)
+		}
 		if now, _ := c.extensions(); now < before+n {
 			return fmt.Errorf("%d renewals, want %d", now-before, n)
 		}
@@ -236,23 +239,24 @@ func TestCandidate_MemberLost(t *testing.T) {
 	term := a.waitForTerm()
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 	lease := b.waitForState(Standby).LeaseID
-	leader, err := cluster.Leader(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	members := []*e2e.Member{leader}
 	for _, m := range cluster.Members {
-		if m != leader {
-			members = append(members, m)
+		leader, err := cluster.Leader(t.Context())
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	for _, m := range members {
 		if err := m.Pause(); err != nil {
 			t.Fatal(err)
 		}
 		a.waitForExtensions(4)
-		a.expectLeading(term)
-		if err := m.Continue(); err != nil {
+		if m == leader {
+			// It must not wake: a leader of the past that slept for longer than a TTL can revoke leases that were renewed
+			// with its successor (https://github.com/etcd-io/etcd/issues/15247), and nothing can be done about it here.
+			m.Kill()
+			err = m.Start()
+		} else {
+			err = m.Continue()
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 		if err := cluster.WaitHealthy(t.Context()); err != nil {
@@ -261,8 +265,11 @@ func TestCandidate_MemberLost(t *testing.T) {
 		a.waitForExtensions(2)
 		a.expectLeading(term)
 	}
-	m := members[0]
-	m.Kill()
+	leader, err := cluster.Leader(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	leader.Kill()
 	a.waitForExtensions(4)
 	a.expectLeading(term)
 	// With that member gone everything still works.
