@@ -161,7 +161,7 @@ func lookCommand(name string, log *slog.Logger) (string, int) {
 	switch {
 	case err == nil || errors.Is(err, exec.ErrDot):
 		return path, 0
-	case errors.Is(err, os.ErrPermission):
+	case errors.Is(err, os.ErrPermission), errors.Is(err, unix.EISDIR):
 		log.Error(fmt.Sprintf("the command %q is not executable", name), "err", err, "exit_code", exitNotExec)
 		return "", exitNotExec
 	}
