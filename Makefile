@@ -13,7 +13,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench clean
+.PHONY: help build test lint demo run bench readme clean
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -22,6 +22,7 @@ help:
 	@echo 'make demo    three candidates, three faults, within a minute; nothing is left but bin/'
 	@echo "make run     one candidate with a job of yours: make run JOB='sleep 100'"
 	@echo 'make bench   hand-over, failure and size, beside a stock loop and etcdctl lock; N=5 for a short run'
+	@echo 'make readme  put the figures of make bench and make demo into the README'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -57,6 +58,12 @@ run:
 bench: $(ETCD_TOOLS)
 	$(BUILD_SHOW) . ./e2e/bench ./e2e/stockloop ./e2e/testjob
 	@bin/bench $(if $(N),-n $(N)) $(BENCH)
+
+# The table of faults and the demo's output in the README, as this machine has them.
+readme: bench
+	$(BUILD_SHOW) . ./e2e/demo
+	bin/demo >bin/demo.txt
+	bin/bench -readme README.md -table bin/bench.json -demo bin/demo.txt
 
 clean:
 	rm -rf bin leasehold

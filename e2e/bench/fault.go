@@ -81,8 +81,7 @@ func (s *stage) inTurns(ctx context.Context, f fault, n int, with []contender) e
 			}
 			share, ttl = f.otherShare, f.otherTTL
 		}
-		s.count++
-		p := &pair{stage: s, of: c, ttl: ttl, proxied: f.proxied, election: fmt.Sprintf("bench/%d", s.count)}
+		p := &pair{stage: s, of: c, ttl: ttl, proxied: f.proxied}
 		defer p.close()
 		pairs, left = append(pairs, p), append(left, max(1, int(share*float64(n)+0.5)))
 	}
@@ -96,8 +95,14 @@ func (s *stage) inTurns(ctx context.Context, f fault, n int, with []contender) e
 			left[i]--
 			more = more || left[i] > 0
 			sample, err := p.trial(ctx, f)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
 			if err != nil {
-				return fmt.Errorf("%s of %s: %w", f.Name, p.of.Name, err)
+				// Told in the report, and no reason to lose all the rest.
+				s.results.Failures = append(s.results.Failures, fmt.Sprintf("%s of %s over %s: %v", f.Name, p.of.Name, s.road, err))
+				p.close()
+				continue
 			}
 			s.results.Samples = append(s.results.Samples, sample)
 		}
@@ -121,10 +126,15 @@ func (p *pair) close() {
 			p.end(c)
 		}
 	}
+	p.standby, p.leader = nil, nil
 }
 
 // ready fills the places of the pair and waits until all is quiet.
 func (p *pair) ready(ctx context.Context) (key string, lease clientv3.LeaseID, err error) {
+	if p.leader == nil {
+		p.count++
+		p.election = fmt.Sprintf("bench/%d", p.count)
+	}
 	for _, c := range []**candidate{&p.leader, &p.standby} {
 		if *c != nil {
 			continue
