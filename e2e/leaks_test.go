@@ -91,43 +91,7 @@ func (tr *trial) noProcesses() {
 	}))
 }
 
-// TestLeaks_OfEachEnd: however a daemon ends, leading or waiting, its lease and
-// its key end with it, and no process is left.
-func TestLeaks_OfEachEnd(t *testing.T) {
-	ends := []struct {
-		name string
-		end  func(tr *trial, c *candidate)
-		code int
-	}{
-		{"planned stop", func(tr *trial, c *candidate) { tr.must(c.Signal(syscall.SIGTERM)) }, 0},
-		{"elector killed", func(tr *trial, c *candidate) { tr.must(c.SignalElector(syscall.SIGKILL)) }, 70},
-		{"guard killed", func(tr *trial, c *candidate) { tr.must(c.Signal(syscall.SIGKILL)) }, 128 + 9},
-	}
-	for _, u := range users() {
-		for _, end := range ends {
-			t.Run(u.name+"/"+end.name, func(t *testing.T) {
-				tr := leaks(t, u)
-				leader, standby, job := tr.pair("")
-				mine := tr.lease(leader)
-				tr.leasesAre(mine, tr.lease(standby))
-
-				end.end(tr, standby)
-				tr.waitExit(standby, end.code)
-				tr.leasesAre(mine)
-				if l := tr.witness.Lives(); len(l) != 1 || !l[0].Alive() {
-					t.Errorf("the end of a standby touched the job: %+v", l)
-				}
-
-				end.end(tr, leader)
-				tr.waitExit(leader, end.code)
-				tr.leasesAre()
-				tr.waitDead(job)
-				tr.noProcesses()
-			})
-		}
-	}
-}
-
+// TestNothingLeft has the ends of a daemon with a job.
 func TestLeaks_OfAnElectorAlone(t *testing.T) {
 	tr := leaks(t, users()[1])
 	grace := variables("LEASEHOLD_STOP_GRACE=100ms")

@@ -104,12 +104,18 @@ func (b *buffer) String() string {
 	return b.text.String()
 }
 
+var given sync.Map // the ports that FreePort has returned
+
 // FreePort returns a TCP port of 127.0.0.1 that nobody listens on. It is below
 // the range from which the kernel takes the ports of outgoing connections, so
-// that a server that is down for a while finds its port free again.
+// that a server that is down for a while finds its port free again. No port is
+// returned twice: who got it first may not listen yet.
 func FreePort() (int, error) {
 	for range 1000 {
 		port := 10000 + rand.IntN(20000)
+		if _, taken := given.LoadOrStore(port, true); taken {
+			continue
+		}
 		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 		if err != nil {
 			continue
