@@ -48,7 +48,7 @@ type ended struct {
 	cause error
 }
 
-func (h *testHolder) Leased(id int64, ttl time.Duration) {
+func (h *testHolder) Leased(id int64, _ time.Duration) {
 	h.mu.Lock()
 	h.leased = append(h.leased, id)
 	h.mu.Unlock()
@@ -265,7 +265,7 @@ func TestCandidate_PlannedHandOver(t *testing.T) {
 	cause := errors.New("planned")
 	a.stop(cause)
 	end := a.waitForEnd()
-	if end.cause != cause {
+	if !errors.Is(end.cause, cause) {
 		t.Errorf("the term's context ended with %v", end.cause)
 	}
 	second := b.waitForTerm()
@@ -423,7 +423,7 @@ func TestCandidate_LeadReturns(t *testing.T) {
 	}
 	fault := errors.New("the job's own")
 	results <- fault
-	if err := a.waitForReturn(); err != fault {
+	if err := a.waitForReturn(); !errors.Is(err, fault) {
 		t.Errorf("Run returned %v", err)
 	}
 	waitForLeases(t, cluster)
@@ -509,10 +509,11 @@ func TestCandidate_SharesTheElectionWithEtcdctl(t *testing.T) {
 	}
 	hears(first.Key + "\na\n")
 	until(t, func() error {
-		if r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), "")); err != nil || len(r.Queue) != 2 {
-			return fmt.Errorf("queue: %+v, %v", r, err)
+		r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
+		if err == nil && len(r.Queue) != 2 {
+			err = fmt.Errorf("queue: %+v", r)
 		}
-		return nil
+		return err
 	})
 	a.stop(nil)
 	a.waitForReturn()
@@ -574,7 +575,7 @@ func TestCandidate_Blockers(t *testing.T) {
 		}
 		// The remedy is a command that works as it stands, in bash.
 		bash := exec.Command("bash", "-c", s.Blocker.Remedy)
-		bash.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+cluster.Endpoints()[0], "PATH="+etcdctlDir(t, cluster)+":"+os.Getenv("PATH"))
+		bash.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+cluster.Endpoints()[0], "PATH="+etcdctlDir(cluster)+":"+os.Getenv("PATH"))
 		if out, err := bash.CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v: %s", s.Blocker.Remedy, err, out)
 		}
@@ -584,7 +585,7 @@ func TestCandidate_Blockers(t *testing.T) {
 	}
 }
 
-func etcdctlDir(t *testing.T, cluster *e2e.Cluster) string {
+func etcdctlDir(cluster *e2e.Cluster) string {
 	return filepath.Dir(cluster.EtcdctlCommand(nil, "version").Path)
 }
 

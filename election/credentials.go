@@ -165,7 +165,7 @@ func newCredentials(files TLS) (credentials.TransportCredentials, error) {
 func (r *reloading) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	cfg, err := r.files.load()
 	if err != nil {
-		conn.Close()
+		_ = conn.Close()
 		return nil, nil, err
 	}
 	if r.files.ServerName != "" {

@@ -37,7 +37,7 @@ var (
 // ErrNotElected is what Run returns when Config.Wait has passed before the candidate was elected.
 var ErrNotElected = errors.New("not elected")
 
-// Backoff, returned by Holder.Lead, gives up the term and keeps the candidate out of the election for a while.
+// Backoff is what Holder.Lead returns to give up the term and to keep the candidate out of the election for a while.
 type Backoff struct{ For time.Duration }
 
 func (b *Backoff) Error() string { return fmt.Sprintf("resigned for %v", b.For) }

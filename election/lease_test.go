@@ -27,7 +27,7 @@ type fakeEndpoint struct {
 	overlap     bool
 }
 
-func (e *fakeEndpoint) renew(ctx context.Context, id int64) (renewal, error) {
+func (e *fakeEndpoint) renew(ctx context.Context, _ int64) (renewal, error) {
 	e.mu.Lock()
 	e.asked = append(e.asked, e.now())
 	e.overlap = e.overlap || e.outstanding != nil && e.outstanding.Err() == nil
@@ -44,7 +44,7 @@ func (e *fakeEndpoint) renew(ctx context.Context, id int64) (renewal, error) {
 	return answer(ctx)
 }
 
-func (e *fakeEndpoint) read(ctx context.Context, key string) (reading, error) {
+func (e *fakeEndpoint) read(ctx context.Context, _ string) (reading, error) {
 	e.mu.Lock()
 	e.reads++
 	show := e.show
@@ -114,7 +114,7 @@ func (e testEvents) renewed(d Deadlines) {
 }
 func (e testEvents) contactLost()     { e.record("contact lost") }
 func (e testEvents) lost(cause error) { e.record("%v", cause) }
-func (e testEvents) suspect(endpoint int, dead bool, err error) {
+func (e testEvents) suspect(endpoint int, dead bool, _ error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.testLease.suspect = append(e.testLease.suspect, fmt.Sprintf("%v endpoint %d dead %v", e.now(), endpoint, dead))
@@ -135,7 +135,7 @@ func newTestLease(t *testing.T, created int64, answers ...func(context.Context) 
 		t.Fatal(err)
 	}
 	l.lease = newLease(1, "key", NewTiming(10*time.Second, -1, -1), 0, endpoints, new(atomic.Int32), l.now, testEvents{l}, m, new(atomic.Int64))
-	l.lease.created.Store(created)
+	l.created.Store(created)
 	ctx, stop := context.WithCancel(t.Context())
 	l.stop = stop
 	done := make(chan struct{})

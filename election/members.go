@@ -94,7 +94,7 @@ func (ms *members) reset(m *member) {
 // closeClient closes in the background, for gRPC waits seconds for its last word to be written.
 func (ms *members) closeClient(client *clientv3.Client) {
 	if client != nil {
-		ms.closing.Go(func() { client.Close() })
+		ms.closing.Go(func() { _ = client.Close() })
 	}
 }
 
@@ -182,7 +182,7 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 		if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: id}); err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		stream.CloseSend()
+		_ = stream.CloseSend() // a failure shows in Recv
 		resp, err := stream.Recv()
 		if err != nil {
 			return err

@@ -120,11 +120,12 @@ type queue struct {
 	turned   *atomic.Int64
 	now      func() time.Duration
 
-	mu      sync.Mutex
-	watched bool // it has been, at least once
-	places  map[string]place
-	created int64 // our key's create revision once it was seen
-	err     error // why it is not being watched
+	mu       sync.Mutex
+	watched  bool // it has been, at least once
+	places   map[string]place
+	created  int64 // our key's create revision once it was seen
+	expected int64 // the same as others have seen it
+	err      error // why it is not being watched
 }
 
 func newQueue(prefix, own string, ms *members, timing Timing, l *legs, now func() time.Duration, turned *atomic.Int64, lost func(error)) *queue {
@@ -177,7 +178,7 @@ func (q *queue) follow(ctx context.Context) error {
 		return fmt.Errorf("read the queue: %w", err)
 	}
 	q.turned.Store(int64(q.now()))
-	q.reset(got.resp.Kvs)
+	q.reset(got.resp.Kvs, got.resp.Header.Revision)
 
 	leg, err := q.legs.open(got.from)
 	if err != nil {
@@ -224,16 +225,26 @@ func (q *queue) follow(ctx context.Context) error {
 				return errSilent
 			}
 			pctx, cancel := context.WithTimeout(wctx, interval)
-			leg.queue.RequestProgress(pctx) // an error shows as silence
+			_ = leg.queue.RequestProgress(pctx) // an error shows as silence
 			cancel()
 		}
 	}
 }
 
-// reset takes over what a read shows.
-func (q *queue) reset(kvs []*mvccpb.KeyValue) {
+// expect tells what the create revision of our key is, should the queue not have seen it yet.
+func (q *queue) expect(created int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.expected = created
+}
+
+// reset takes over what a read at that revision shows.
+func (q *queue) reset(kvs []*mvccpb.KeyValue, revision int64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.created == 0 && revision >= q.expected {
+		q.created = q.expected
+	}
 	q.places = make(map[string]place, len(kvs))
 	for _, kv := range kvs {
 		q.places[string(kv.Key)] = newPlace(kv)
@@ -351,8 +362,8 @@ func (l *legs) drop(old *leg) {
 	}
 	l.mu.Unlock()
 	l.members.closing.Go(func() {
-		old.queue.Close()
-		old.campaign.Close()
+		_ = old.queue.Close()
+		_ = old.campaign.Close()
 	})
 }
 

@@ -90,7 +90,7 @@ func (r *runner) session(ctx context.Context) error {
 	})
 
 	client := clientv3.NewCtxClient(sctx)
-	defer client.Close()
+	defer func() { _ = client.Close() }()
 	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout()}, nil)
 	client.Watcher = watches
 	client.Lease = sessionLease{alive: s.alive}
@@ -353,9 +353,11 @@ func (s *session) check(ctx context.Context, after time.Duration) checked {
 			return checked{}, rpctypes.Error(err)
 		}
 		var c checked
-		if kvs := resp.Responses[1].GetResponseRange().Kvs; len(kvs) == 1 {
+		if kvs := resp.Responses[1].GetResponseRange().Kvs; len(kvs) > 0 {
 			c.created = kvs[0].CreateRevision
-			c.first = string(resp.Responses[0].GetResponseRange().Kvs[0].Key) == s.key
+		}
+		if kvs := resp.Responses[0].GetResponseRange().Kvs; len(kvs) > 0 {
+			c.first = string(kvs[0].Key) == s.key
 		}
 		return c, nil
 	})
@@ -417,6 +419,8 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	defer context.AfterFunc(lctx, s.closeAlive)()
+	s.lease.created.Store(created)
+	s.queue.expect(created)
 	t := &term{end: end, lost: make(chan struct{})}
 	s.Candidate.mu.Lock()
 	deadlines := s.snapshot.Deadlines

@@ -1,0 +1,140 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"os/exec"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+func kv(key string, created, lease int64) *mvccpb.KeyValue {
+	return &mvccpb.KeyValue{Key: []byte(key), CreateRevision: created, ModRevision: created, Lease: lease}
+}
+
+func put(key string, created, lease int64) *clientv3.Event {
+	return &clientv3.Event{Type: clientv3.EventTypePut, Kv: kv(key, created, lease)}
+}
+
+func del(key string) *clientv3.Event {
+	return &clientv3.Event{Type: clientv3.EventTypeDelete, Kv: &mvccpb.KeyValue{Key: []byte(key)}}
+}
+
+func TestQueue_OwnKey(t *testing.T) {
+	for name, test := range map[string]struct {
+		act  func(*queue)
+		lost bool
+	}{
+		"not there yet":         {func(q *queue) { q.reset(nil, 5); q.apply([]*clientv3.Event{put("e/9", 6, 9)}) }, false},
+		"put":                   {func(q *queue) { q.reset(nil, 5); q.apply([]*clientv3.Event{put("e/a", 6, 10)}) }, false},
+		"value changed":         {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10), put("e/a", 6, 10)}) }, false},
+		"deleted":               {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10)}); q.apply([]*clientv3.Event{del("e/a")}) }, true},
+		"put and deleted":       {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10), del("e/a")}) }, true},
+		"deleted and made anew": {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10), del("e/a"), put("e/a", 8, 10)}) }, true},
+		"made anew, seen late": {func(q *queue) {
+			q.apply([]*clientv3.Event{put("e/a", 6, 10)})
+			q.reset([]*mvccpb.KeyValue{kv("e/a", 8, 10)}, 9)
+		}, true},
+		"gone, seen late": {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10)}); q.reset(nil, 9) }, true},
+		"read again": {func(q *queue) {
+			q.apply([]*clientv3.Event{put("e/a", 6, 10)})
+			q.reset([]*mvccpb.KeyValue{kv("e/a", 6, 10)}, 9)
+		}, false},
+		"expected, not seen yet": {func(q *queue) { q.reset(nil, 5); q.expect(6); q.apply([]*clientv3.Event{put("e/9", 6, 9)}) }, false},
+		"expected, read before":  {func(q *queue) { q.expect(6); q.reset(nil, 5) }, false},
+		"expected, never seen":   {func(q *queue) { q.expect(6); q.reset(nil, 7) }, true},
+		"others deleted":         {func(q *queue) { q.apply([]*clientv3.Event{put("e/9", 5, 9), put("e/a", 6, 10), del("e/9")}) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lost := false
+			q := newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, func(error) { lost = true })
+			q.reset(nil, 1)
+			test.act(q)
+			if lost != test.lost {
+				t.Errorf("lost: %v, want %v", lost, test.lost)
+			}
+		})
+	}
+}
+
+func TestQueue_View(t *testing.T) {
+	q := newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, func(error) {})
+	q.reset([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11), kv("e/later", 9, 0)}, 10)
+	v, _ := q.view()
+	if l := v.leader("e/"); l == nil || l.Key != "e/9" || l.Token != 3 {
+		t.Errorf("leader %+v", l)
+	}
+	if v.blocker == nil || v.blocker.Key != "e/hand" {
+		t.Errorf("blocker %+v", v.blocker)
+	}
+	q.apply([]*clientv3.Event{del("e/9"), del("e/hand")})
+	v, _ = q.view()
+	if l := v.leader("e/"); l != nil || v.blocker == nil || v.blocker.Key != "e/n/b" || !strings.Contains(v.blocker.Why, "'e/n'") {
+		t.Errorf("leader %+v, blocker %+v", l, v.blocker)
+	}
+	q.apply([]*clientv3.Event{del("e/n/b")})
+	if v, _ = q.view(); v.leader("e/").Key != "e/a" || v.blocker != nil {
+		t.Errorf("view %+v", v)
+	}
+}
+
+func TestQuote(t *testing.T) {
+	for _, s := range []string{"", "plain", "it's", `a "b" $c \d`, "bin\x01\xff\xfe/ü\n'"} {
+		out, err := exec.Command("bash", "-c", "printf %s "+quote(s)).Output()
+		if err != nil || string(out) != s {
+			t.Errorf("%q is quoted as %s, which is %q (%v)", s, quote(s), out, err)
+		}
+	}
+}
+
+func TestFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const joinAfter = 100 * time.Millisecond
+		refused := errors.New("refused")
+		for _, test := range []struct {
+			name    string
+			answers []func(context.Context) error
+			took    time.Duration
+			from    int32
+			err     error
+		}{
+			{"at once", []func(context.Context) error{answerIn(10, nil), answerIn(0, nil)}, 10 * ms, 0, nil},
+			{"unanswered", []func(context.Context) error{answerIn(1e6, nil), answerIn(10, nil)}, 110 * ms, 1, nil},
+			{"failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, nil)}, 20 * ms, 1, nil},
+			{"two unanswered", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil), answerIn(5, nil)}, 205 * ms, 2, nil},
+			{"all failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, refused)}, 20 * ms, 0, refused},
+			{"none", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil)}, time.Second, 0, context.DeadlineExceeded},
+		} {
+			members := &members{}
+			for i := range test.answers {
+				members.list = append(members.list, &member{endpoint: string(rune('a' + i))})
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			began := time.Now()
+			_, err := first(ctx, members, joinAfter, func(ctx context.Context, m *member) (int, error) {
+				return 0, test.answers[m.endpoint[0]-'a'](ctx)
+			})
+			if took := time.Since(began); took != test.took || !errors.Is(err, test.err) || members.current.Load() != test.from {
+				t.Errorf("%s: %v after %v from %d", test.name, err, took, members.current.Load())
+			}
+			cancel()
+			synctest.Wait()
+		}
+	})
+}
+
+func answerIn(millis int, err error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		select {
+		case <-time.After(time.Duration(millis) * ms):
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
