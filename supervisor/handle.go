@@ -48,8 +48,9 @@ type Handle struct {
 	sending sync.Mutex
 	sendBuf [maxMessage]byte
 
-	gone   chan struct{} // closed when the guard is gone and the job proven dead
-	events chan message  // what concerns the job under way; a run takes all of it
+	started chan struct{} // room for one: a job was asked for
+	gone    chan struct{} // closed when the guard is gone and the job proven dead
+	events  chan message  // what concerns the job under way; a run takes all of it
 
 	mu     sync.Mutex
 	job    Job
@@ -78,7 +79,7 @@ type LastExit struct {
 func Connect(cfg HandleConfig) (*Handle, error) {
 	h := &Handle{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer), restart: newRestarter(cfg.Restart, cfg.RestartLimit),
-		gone: make(chan struct{}), events: make(chan message, 16),
+		started: make(chan struct{}, 1), gone: make(chan struct{}), events: make(chan message, 16),
 		job: Job{State: JobNone}, jobFd: -1, guardFd: -1,
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -164,9 +165,7 @@ func (h *Handle) Run(ctx context.Context) error {
 	defer func() { _ = pipe.Close() }()
 	owned.Go(func() { pipe.wait(ended) })
 
-	// A third of what the guard may take to answer.
-	interval := min(h.cfg.TTL/30, time.Second)
-	tick := time.NewTicker(interval)
+	tick := time.NewTimer(0)
 	defer tick.Stop()
 	var sent, answered int64
 	for {
@@ -189,8 +188,21 @@ func (h *Handle) Run(ctx context.Context) error {
 				sent++
 				h.tell(message{kind: msgPing, a: sent})
 			}
+			tick.Reset(h.interval())
+		case <-h.started:
+			tick.Reset(h.interval())
 		}
 	}
+}
+
+// interval is the time between two pings: while the job lives a third of what the guard may take to answer.
+func (h *Handle) interval() time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.alive {
+		return min(h.cfg.TTL/30, time.Second)
+	}
+	return time.Second
 }
 
 // owed counts the ticks, by our own turning, for which the guard owes a pong or the job's death, and says when that is too many.
@@ -399,6 +411,10 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 	h.term, h.alive = t, true
 	h.mu.Unlock()
 	h.transition(JobStarting, "elected", nil)
+	select {
+	case h.started <- struct{}{}:
+	default:
+	}
 	h.tell(message{kind: msgStart, a: t.LeaseID, b: t.Token, c: int64(t.StopAt), d: int64(t.KillBy), text: []byte(t.Key)})
 
 	done, lost := ctx.Done(), t.Lost
