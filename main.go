@@ -25,6 +25,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/oklog/run"
@@ -446,7 +447,7 @@ func addStatus(g *run.Group, candidate *election.Candidate, changed <-chan struc
 	g.Add(func() error {
 		last := ""
 		for {
-			if text := statusText(candidate.Snapshot()); text != last {
+			if text := printable(statusText(candidate.Snapshot())); text != last {
 				tell(text)
 				last = text
 			}
@@ -457,6 +458,16 @@ func addStatus(g *run.Group, candidate *election.Candidate, changed <-chan struc
 			}
 		}
 	}, func(error) { close(stop) })
+}
+
+// printable keeps a text to one line: a leader's name may be anybody's, and each line that systemd is sent is an order.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, text)
 }
 
 func statusText(s election.Snapshot) string {
