@@ -1,0 +1,159 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"leasehold/e2e"
+	"leasehold/election"
+	"leasehold/health"
+	"leasehold/supervisor"
+)
+
+// usage is what a process holds on to.
+type usage struct {
+	goroutines, descriptors int
+	heap                    int64
+}
+
+func (u usage) String() string {
+	return fmt.Sprintf("%d goroutines, %d descriptors, %d KiB of heap", u.goroutines, u.descriptors, u.heap>>10)
+}
+
+func newUsage(t *testing.T) usage {
+	t.Helper()
+	// Twice: what a finalizer or a pool lets go of is collected by the second.
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return usage{runtime.NumGoroutine(), len(open), int64(m.HeapAlloc)}
+}
+
+// TestElect_HundredTerms: a daemon that loses and wins a hundred times holds on
+// to no more than one that did so ten times.
+func TestElect_HundredTerms(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes ten seconds")
+	}
+	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{})
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cfg, err := load(t, "elect", "ELECTION=jobs/terms", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=60s", "STOP_GRACE=0s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, registry := slog.New(slog.DiscardHandler), prometheus.NewRegistry()
+	changed := make(chan struct{}, 1)
+	holder := &leaseHolder{hurry: make(chan struct{})}
+	candidate, err := newCandidate(cfg, log, registry, holder, changed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := health.New(health.Config{
+		Logger: log, Registry: registry, Now: supervisor.Now, Version: version,
+		Snapshot: func() health.Snapshot { return healthSnapshot(cfg, candidate.Snapshot()) },
+	})
+	running, stop := context.WithCancelCause(context.Background())
+	ended := make(chan error, 2)
+	go func() { ended <- candidate.Run(running) }()
+	go func() { ended <- server.Run(running, listener) }()
+	defer func() {
+		stop(errPlannedStop)
+		for range 2 {
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+	term := func(before int64) int64 {
+		t.Helper()
+		for {
+			if s := candidate.Snapshot(); s.Leading && s.Leader != nil && s.Leader.Token > before {
+				return s.Leader.Token
+			}
+			select {
+			case <-changed:
+			case <-ctx.Done():
+				t.Fatalf("no term after the one with token %d: %+v", before, candidate.Snapshot())
+			}
+		}
+	}
+	// What remains after n terms, once all of the last loss has been cleared up.
+	after := func(at int, worst usage) usage {
+		t.Helper()
+		var u usage
+		err := e2e.Until(ctx, func() error {
+			if u = newUsage(t); worst != (usage{}) && (u.goroutines > worst.goroutines || u.descriptors > worst.descriptors || u.heap > worst.heap) {
+				return errors.New("more than before")
+			}
+			return nil
+		})
+		if err != nil {
+			t.Errorf("after term %d: %v, want %v at most", at, u, worst)
+		} else {
+			t.Logf("after term %d: %v", at, u)
+		}
+		return u
+	}
+	token := term(0)
+	var tenth usage
+	for n := 1; n <= 100; n++ {
+		resp, err := client.Get("http://" + listener.Addr().String() + "/leader")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			t.Fatalf("/leader in term %d: %s", n, resp.Status)
+		}
+		if 5 <= n && n <= 10 { // one goroutine more or less is by chance
+			u := after(n, usage{})
+			tenth.goroutines, tenth.descriptors = max(tenth.goroutines, u.goroutines), max(tenth.descriptors, u.descriptors)
+			tenth.heap = u.heap
+		}
+		if n == 100 {
+			break
+		}
+		s := candidate.Snapshot()
+		if n%2 == 0 {
+			_, err = etcd.Etcdctl(ctx, "del", s.Leader.Key)
+		} else {
+			_, err = etcd.Etcdctl(ctx, "lease", "revoke", fmt.Sprintf("%x", s.LeaseID))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		token = term(token)
+	}
+	short, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	ctx = short
+	tenth.heap += 1 << 20
+	after(100, tenth)
+	if s := candidate.Snapshot(); s.State != election.Leading {
+		t.Errorf("state %s", s.State)
+	}
+}
