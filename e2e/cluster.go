@@ -51,11 +51,25 @@ type Member struct {
 	log     *buffer
 }
 
+// errMemberEnded says that a member has ended by itself.
+var errMemberEnded = errors.New("it has ended by itself")
+
 // StartCluster starts a cluster and waits until it serves.
 func StartCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
 	if cfg.Size == 0 {
 		cfg.Size = 1
 	}
+	for attempt := 1; ; attempt++ {
+		c, err := startCluster(ctx, cfg)
+		// Somebody else may have taken a port that was free just before.
+		if errors.Is(err, errMemberEnded) && attempt < 3 {
+			continue
+		}
+		return c, err
+	}
+}
+
+func startCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
 	dir, err := TempDir("leasehold-etcd-")
 	if err != nil {
 		return nil, err
@@ -101,7 +115,7 @@ func (c *Cluster) start(ctx context.Context) error {
 			"--listen-peer-urls", m.PeerURL, "--initial-advertise-peer-urls", m.PeerURL,
 			"--listen-metrics-urls", m.MetricsURL,
 			"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", c.dir,
-			"--unsafe-no-fsync", "--log-level", "error", "--log-outputs", "stderr",
+			"--unsafe-no-fsync", "--log-level", "info", "--log-outputs", "stderr",
 		}, c.cfg.Flags...)
 		if c.cfg.TLS != nil {
 			m.flags = append(m.flags, "--client-cert-auth", "--trusted-ca-file", c.cfg.TLS.CAFile,
@@ -287,9 +301,12 @@ func (m *Member) Log() string { return m.log.String() }
 
 // WaitHealthy waits until the member serves and knows a leader.
 func (m *Member) WaitHealthy(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	return Until(ctx, func() error {
 		if !m.process.alive() {
-			return fmt.Errorf("etcd member %s has ended:\n%s", m.Name, m.Log())
+			cancel(errMemberEnded)
+			return fmt.Errorf("etcd member %s:\n%s", m.Name, m.Log())
 		}
 		resp, err := m.get(ctx, "/health")
 		if err != nil {

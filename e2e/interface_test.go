@@ -521,7 +521,7 @@ func TestHealthEndpoint_BadClients(t *testing.T) {
 	tr.must(tr.witness.Wait(tr.waitContext(patience), func(lives []e2e.Life) bool { return len(lives) == 1 && lives[0].Alive() }))
 	tr.sleepPast(before, 2*tr.ttl)
 	if lives := tr.witness.Lives(); len(lives) != 1 || !lives[0].Alive() || lives[0].Pid != job.Pid {
-		t.Errorf("the job was touched: %+v", lives)
+		t.Errorf("the job was touched: %v", tr.summary())
 	}
 	tr.waitStatus(c, "/leader", http.StatusOK)
 	tr.finish()

@@ -90,7 +90,7 @@ func standbyLeaseLost(tr *trial, leader, standby *candidate, job e2e.Life) {
 		return nil
 	}))
 	if terms := tr.witness.Terms(); len(terms) != 1 || terms[0].End != 0 {
-		tr.Errorf("the loss of a lease that leads nothing touched the job: %+v", terms)
+		tr.Errorf("the loss of a lease that leads nothing touched the job: %v", tr.summary())
 	}
 	plannedStop(tr, leader, standby, job)
 }

@@ -32,7 +32,7 @@ func NewTestCluster(t testing.TB, cfg ClusterConfig) *Cluster {
 	t.Cleanup(func() {
 		if t.Failed() {
 			for _, m := range c.Members {
-				t.Logf("log of etcd member %s:\n%s", m.Name, lastLines(m.Log(), 20))
+				t.Logf("log of etcd member %s:\n%s", m.Name, telling(m.Log()))
 			}
 		}
 		c.Close()
@@ -99,7 +99,16 @@ func cgroup2Writable() bool {
 	return mount != "" && unix.Access(filepath.Join(mount, "cgroup.procs"), unix.W_OK) == nil
 }
 
-func lastLines(text string, n int) string {
-	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+// telling picks the lines of etcd's log that tell of leaders, leases and errors.
+func telling(log string) string {
+	var lines []string
+	for line := range strings.Lines(log) {
+		for _, word := range []string{"elected leader", "became leader", "lost leader", "lease", `"level":"error"`, `"level":"fatal"`, "panic"} {
+			if strings.Contains(line, word) {
+				lines = append(lines, line)
+				break
+			}
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-20):], "")
 }

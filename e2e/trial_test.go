@@ -367,6 +367,19 @@ func (tr *trial) nothingLeft() {
 
 var latenessPattern = regexp.MustCompile(`guard_lateness=(\S+)`)
 
+// summary says which jobs lived when.
+func (tr *trial) summary() string {
+	var text strings.Builder
+	for _, term := range tr.witness.Terms() {
+		until := "now"
+		if term.End != 0 {
+			until = term.End.String()
+		}
+		fmt.Fprintf(&text, "job of %s, token %d, %d processes, from %v to %s; ", term.Candidate, term.Token, len(term.Lives), term.Start, until)
+	}
+	return strings.TrimSuffix(text.String(), "; ")
+}
+
 // lateness is how late a guard served a deadline, by its own account, at worst.
 func (c *candidate) lateness() time.Duration {
 	var worst time.Duration
@@ -411,9 +424,7 @@ func neverTwo(t *testing.T, run func(t *testing.T) *trial) {
 					t.Logf("the guard of %s was late by %v", c.Identity, d)
 				}
 			}
-			for i, term := range tr.witness.Terms() {
-				t.Logf("term %d: job of %s, token %d, from %v to %v, %d processes", i+1, term.Candidate, term.Token, term.Start, term.End, len(term.Lives))
-			}
+			t.Log(tr.summary())
 		})
 		for _, o := range excused {
 			t.Logf("outside the promise, for the guard was later than its margin: %v", o)
