@@ -475,7 +475,7 @@ func TestNotify_WatchdogWhileBothTurn(t *testing.T) {
 		}
 		return beats
 	}
-	c := tr.start("a", "", variables("NOTIFY_SOCKET="+name, "WATCHDOG_USEC=3000000"))
+	c := tr.start("a", "", variables("NOTIFY_SOCKET="+name, "WATCHDOG_USEC=900000"))
 	tr.waitJob(c)
 	if n := count(2 * time.Second); n < 2 {
 		t.Errorf("%d signs of life in 2 s", n)
@@ -491,7 +491,7 @@ func TestNotify_WatchdogWhileBothTurn(t *testing.T) {
 	}
 	tr.finish()
 
-	elect := tr.start("b", "", subcommand("elect"), variables("NOTIFY_SOCKET="+name, "LEASEHOLD_STOP_GRACE=0s"))
+	elect := tr.start("b", "", subcommand("elect"), variables("NOTIFY_SOCKET="+name, "WATCHDOG_USEC=900000", "LEASEHOLD_STOP_GRACE=0s"))
 	want := []string{"READY=1", "STATUS=leading, token ", "WATCHDOG=1"}
 	for end := e2e.Now() + 30*time.Second; len(want) > 0; {
 		got := next(end)
