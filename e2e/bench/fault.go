@@ -151,8 +151,11 @@ func (p *pair) ready(ctx context.Context) (key string, lease clientv3.LeaseID, e
 	if key, lease, err = p.queue(ctx, p.election, 2); err != nil {
 		return "", 0, fmt.Errorf("%w; log of the standby:\n%s", err, p.standby.Log())
 	}
-	// What follows may depend on how long ago the lease was renewed.
-	return key, lease, wait(ctx, settle+rand.N(min(p.ttl/3, time.Second)))
+	quiet := settle
+	if p.proxied { // what follows depends on how long ago the lease was renewed
+		quiet += rand.N(p.ttl / 3)
+	}
+	return key, lease, wait(ctx, quiet)
 }
 
 func wait(ctx context.Context, d time.Duration) error {

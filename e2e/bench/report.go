@@ -337,22 +337,32 @@ func writeTable(to io.Writer, r *results) error {
 }
 
 // cell says if the old job was dead before the next one started, for how long
-// both lived where not, and how long the next one took.
+// both lived where not, and how long the next one took: the median of the
+// slower fault where there are two.
 func cell(samples []Sample) string {
 	if len(samples) == 0 {
 		return "-"
 	}
-	took := span(median(column(samples, next)))
-	n := overlapping(samples)
-	if n == 0 {
-		return "dead; " + took
+	byFault := map[string][]float64{}
+	for _, s := range samples {
+		byFault[s.Fault] = append(byFault[s.Fault], s.Next)
+	}
+	took := 0.0
+	for _, times := range byFault {
+		took = max(took, median(times))
 	}
 	worst := slices.MaxFunc(samples, func(a, b Sample) int { return cmp.Compare(a.overlap(), b.overlap()) })
-	both := "both lived for up to " + span(worst.overlap())
-	if !worst.Died {
-		both = "it lives on"
+	alive := "dead"
+	switch n := overlapping(samples); {
+	case n == 0:
+	case !worst.Died:
+		alive = "**alive**, and stays so"
+	case 2*n < len(samples):
+		alive = fmt.Sprintf("dead in %d of %d, else **alive** for up to %s", len(samples)-n, len(samples), span(worst.overlap()))
+	default:
+		alive = "**alive** for up to " + span(worst.overlap())
 	}
-	return fmt.Sprintf("**not dead**, %s; %s", both, took)
+	return alive + "; " + span(took)
 }
 
 // refresh replaces what is between the markers in a file: the table, and the
