@@ -338,11 +338,17 @@ func TestSecrets(t *testing.T) {
 	tr.waitStatus(wrong, "/readyz", http.StatusServiceUnavailable)
 	// The reason is told to those who ask, and to those who read the log.
 	if err := e2e.Until(tr.waitContext(10*time.Second), func() error {
+		const reason = "invalid user ID or password"
 		_, body, err := wrong.Get(tr.ctx, "/readyz")
-		if log := wrong.Log(); err == nil && !(strings.Contains(body, "invalid user ID or password") && strings.Contains(log, "invalid user ID or password")) {
-			err = fmt.Errorf("a wrong password goes unmentioned in /readyz, which says %q, or in the log:\n%s", body, log)
+		switch log := wrong.Log(); {
+		case err != nil:
+			return err
+		case !strings.Contains(body, reason):
+			return fmt.Errorf("/readyz does not say why: %s", body)
+		case !strings.Contains(log, reason):
+			return fmt.Errorf("the log does not say why")
 		}
-		return err
+		return nil
 	}); err != nil {
 		t.Error(err)
 	}

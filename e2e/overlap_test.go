@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -195,7 +196,7 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 		{"root/pids.max", user{name: "root", root: true}, limitPids},
 		{"user/pids.max", user{name: "user", uid: 65534}, limitPids},
 		// The kernel counts by user: this one must run nothing else.
-		{"user/RLIMIT_NPROC", user{name: "user", uid: 65533}, limitProcesses},
+		{"user/RLIMIT_NPROC", user{name: "user", uid: 100000 + rand.Uint32N(100000)}, limitProcesses},
 	}
 	faults := []struct {
 		name string
