@@ -103,7 +103,7 @@ func cgroup2Writable() bool {
 func telling(log string) string {
 	var lines []string
 	for line := range strings.Lines(log) {
-		for _, word := range []string{"elected leader", "became leader", "lost leader", "lease", `"level":"error"`, `"level":"fatal"`, "panic"} {
+		for _, word := range []string{"elected leader", "became leader", "lost leader", "revok", `"level":"error"`, `"level":"fatal"`, "panic"} {
 			if strings.Contains(line, word) {
 				lines = append(lines, line)
 				break

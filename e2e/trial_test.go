@@ -74,11 +74,17 @@ func newTrial(t *testing.T, u user, etcd e2e.ClusterConfig) *trial {
 	programs := allPrograms(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	t.Cleanup(cancel)
-	return &trial{
+	tr := &trial{
 		T: t, ctx: ctx, user: u, programs: programs, ttl: 3 * time.Second,
 		etcd: e2e.NewTestCluster(t, etcd), witness: e2e.NewTestWitness(t),
 		election: fmt.Sprintf("jobs/e2e-%d", elections.Add(1)),
 	}
+	t.Cleanup(func() {
+		if t.Failed() { // also where the trial came to no end
+			t.Logf("%s; overlaps: %v", tr.summary(), tr.witness.Overlaps())
+		}
+	})
+	return tr
 }
 
 // start starts a candidate whose job has the given behaviours.
