@@ -1,0 +1,140 @@
+package e2e_test
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+// A stop is as quick when the job is between two runs, and when the candidate
+// waits before it campaigns again.
+func TestStop_BetweenTwoRuns(t *testing.T) {
+	for limit, state := range map[string]string{"0": "leading", "1": "connecting"} {
+		t.Run(state, func(t *testing.T) {
+			tr := ordinary(t)
+			tr.ttl = 5 * time.Minute
+			c := tr.start("a", "exit=1", variables("LEASEHOLD_RESTART_LIMIT="+limit, "LEASEHOLD_STOP_GRACE=5m"))
+			// The third pause is 1.6 s at least, so that it is met.
+			tr.must(e2e.Until(tr.waitContext(patience), func() error {
+				if n := len(tr.witness.Lives()); n < 3 {
+					return fmt.Errorf("%d lives", n)
+				}
+				if s := tr.status(c); s.State != state || s.Job.State == "running" || s.Job.State == "starting" || s.Job.State == "stopping" {
+					return fmt.Errorf("state %s, job %s", s.State, s.Job.State)
+				}
+				return nil
+			}))
+			began := e2e.Now()
+			tr.must(c.Signal(syscall.SIGTERM))
+			tr.waitExit(c, 0)
+			if took := e2e.Now() - began; took > 1500*time.Millisecond {
+				t.Errorf("the stop took %v", took)
+			}
+			tr.leasesAre()
+			tr.noProcesses()
+		})
+	}
+}
+
+// Whoever asks gets an answer, or learns soon that there is none.
+func TestStatusAndCheck_OfTheHung(t *testing.T) {
+	tr := ordinary(t)
+	tr.ttl = 5 * time.Minute
+	c := tr.start("a", "")
+	tr.waitStatus(c, "/leader", http.StatusOK)
+	ask := func(code int, args ...string) {
+		t.Helper()
+		began := e2e.Now()
+		env := []string{
+			"LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_LISTEN=" + c.Listen, "LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
+		}
+		got, stdout, stderr, err := e2e.RunOnce(tr.ctx, env, tr.programs.Leasehold, args...)
+		tr.must(err)
+		if got != code {
+			t.Errorf("leasehold %s: %d, want %d: %s%s", strings.Join(args, " "), got, code, stdout, stderr)
+		}
+		if took := e2e.Now() - began; took > 6*time.Second {
+			t.Errorf("leasehold %s took %v", strings.Join(args, " "), took)
+		}
+	}
+	ask(0, "check")
+	ask(0, "status")
+
+	m := tr.etcd.Members[0]
+	tr.must(m.Pause())
+	ask(69, "status")
+	ask(69, "status", "--json")
+	ask(0, "check", "leader") // it asks nobody but the daemon
+	tr.must(m.Continue())
+
+	elector, err := c.Elector()
+	tr.must(err)
+	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
+	ask(69, "check")
+	ask(69, "check", "leader")
+	ask(0, "status")
+	tr.must(syscall.Kill(elector, syscall.SIGCONT))
+	ask(0, "check", "leader")
+	tr.finish()
+	ask(69, "check")
+	ask(1, "status")
+}
+
+// A daemon without an endpoint is a daemon all the same.
+func TestListen_Off(t *testing.T) {
+	tr := ordinary(t)
+	c := tr.start("a", "", variables("LEASEHOLD_LISTEN=off"))
+	tr.waitJob(c)
+	if code, _, err := c.Get(tr.ctx, "/livez"); err == nil {
+		t.Errorf("something answers at the default address: %d", code)
+	}
+	tr.finish()
+}
+
+// What refuses a configuration quotes it. It must not quote secrets.
+func TestSecrets_NotInRefusals(t *testing.T) {
+	t.Parallel()
+	const secret = "very-secret-word"
+	binary := allPrograms(t).Leasehold
+	file := t.TempDir() + "/password"
+	if err := os.WriteFile(file, []byte(secret), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		code int
+		env  []string
+		args []string
+	}{
+		{78, []string{"PASSWORD=" + secret}, []string{"elect"}},
+		{78, []string{"PASSWORD=" + secret, "PASSWORD_FILE=" + file, "USERNAME=u"}, []string{"--", "true"}},
+		{78, []string{"PASWORD=" + secret}, []string{"elect"}},
+		{78, []string{"PASSWORD_=" + secret}, []string{"status"}},
+		{78, []string{"ENDPOINTS=http://u:" + secret + "@127.0.0.1:1"}, []string{"elect"}},
+		{78, []string{"ENDPOINTS=ftp://u:" + secret + "@127.0.0.1:1"}, []string{"status"}},
+		{78, []string{"ENDPOINTS=http://u:" + secret + "@127.0.0.1:1:2"}, []string{"status"}},
+		{64, nil, []string{"--password", secret}},
+		{64, nil, []string{"--password=" + secret}},
+		{64, nil, []string{"PASSWORD=" + secret, "elect"}},
+		{64, nil, []string{"elect", "--password=" + secret}},
+		{64, nil, []string{"--endpoints=http://u:" + secret + "@127.0.0.1:1"}},
+		{69, []string{"USERNAME=u", "PASSWORD=" + secret, "ENDPOINTS=127.0.0.1:1"}, []string{"status"}},
+	} {
+		env := []string{"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=x", "LEASEHOLD_LISTEN=off"}
+		for _, kv := range row.env {
+			env = append(env, "LEASEHOLD_"+kv)
+		}
+		code, stdout, stderr, err := e2e.RunOnce(testContext(t, patience), env, binary, row.args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if code != row.code || strings.Contains(stdout+stderr, secret) || stderr == "" {
+			t.Errorf("%q, %q: exit code %d, want %d, and no secret in %s%s", row.env, row.args, code, row.code, stdout, stderr)
+		}
+	}
+}
