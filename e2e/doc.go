@@ -1,3 +1,5 @@
+//go:build linux
+
 // Package e2e runs leasehold as its users do: the real binary against real
 // etcd servers, with a witness that knows which jobs lived when.
 //

@@ -1,3 +1,5 @@
+//go:build linux
+
 // Bench measures how leasehold moves a job, beside what one usually writes with
 // etcd's own packages (e2e/stockloop) and etcdctl lock: the same faults, the
 // same job, one etcd member on loopback, in one run and in turns.

@@ -1,3 +1,5 @@
+//go:build linux
+
 // Demo shows in half a minute what leasehold is for: three candidates, each on
 // a road of its own to a real etcd, and what becomes of the job when the leader
 // is killed, stopped and cut off. All times are the witness': each job holds a

@@ -1,3 +1,5 @@
+//go:build linux
+
 // Run tries leasehold with a job of one's own: it starts an etcd and one
 // candidate that runs $JOB in a shell. Ctrl-C ends both, and nothing is left.
 //

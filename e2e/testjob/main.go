@@ -1,3 +1,5 @@
+//go:build linux
+
 // Testjob is a job that misbehaves on demand. Each word of its command line
 // adds a behaviour; without any it waits and dies of SIGTERM.
 //
