@@ -1,5 +1,3 @@
-//go:build linux
-
 package e2e_test
 
 import (
@@ -233,6 +231,9 @@ func TestCutOff_LiveButNotReady(t *testing.T) {
 			}
 			c.heal()
 			tr.waitStatus(c, "/leader", http.StatusOK)
+			if n, err := c.Metric(tr.ctx, `leasehold_losses_total{reason="contact_lost"}`); err != nil || n != 1 {
+				t.Errorf("losses of contact: %v, %v, want 1", n, err)
+			}
 			tr.finish()
 		})
 	}
@@ -390,8 +391,8 @@ func TestSignals_EndNothingWithoutAJob(t *testing.T) {
 	tr.must(m.Start())
 	tr.must(e2e.Until(tr.waitContext(patience), func() error {
 		for _, c := range []*candidate{run, elect} {
-			if code, _, err := c.Get(tr.ctx, "/readyz"); code != http.StatusOK {
-				return fmt.Errorf("/readyz of %s: %d, %v", c.Identity, code, err)
+			if code, body, _ := c.Get(tr.ctx, "/readyz"); code != http.StatusOK {
+				return fmt.Errorf("/readyz of %s: %d, %s", c.Identity, code, body)
 			}
 		}
 		return nil
@@ -534,4 +535,62 @@ func TestPID1_StopsEverything(t *testing.T) {
 	tr.waitDead(job)
 	tr.noProcesses()
 	tr.leasesAre()
+}
+
+// An identity is a name, and no more: two candidates of one name are two.
+func TestIdentity_OfTwo(t *testing.T) {
+	tr := ordinary(t)
+	first := tr.start("a", "")
+	tr.waitStatus(first, "/leader", http.StatusOK)
+	second := tr.start("a", "")
+	tr.waitStatus(second, "/standby", http.StatusOK)
+	if code, body, err := second.Get(tr.ctx, "/leader"); code != http.StatusServiceUnavailable {
+		t.Errorf("/leader of a standby that has the leader's name: %d, %s, %v", code, body, err)
+	}
+	if s := tr.status(second); s.Name != "a" || s.State != "standby" {
+		t.Errorf("/status of the standby: %+v", s)
+	}
+	job := tr.waitJob(first)
+	tr.must(first.Signal(syscall.SIGTERM))
+	tr.waitNext(job, soon)
+	tr.waitStatus(second, "/leader", http.StatusOK)
+	for _, o := range tr.witness.Overlaps() {
+		t.Error(o)
+	}
+	tr.finish()
+}
+
+// The job's standard streams are the daemon's own.
+func TestJob_StandardStreams(t *testing.T) {
+	tr := ordinary(t)
+	c := tr.start("a", "", variables("LEASEHOLD_RESTART=never"), command("sh", "-c", "cat; echo and this >&2; exit 3"), func(cfg *e2e.CandidateConfig) {
+		cfg.Prepare = func(cmd *exec.Cmd) { cmd.Stdin = strings.NewReader("read this\n") }
+	})
+	tr.waitExit(c, 3)
+	if out := c.Output(); out != "read this\n" {
+		t.Errorf("standard output: %q", out)
+	}
+	if log := c.Log(); !strings.Contains(log, "and this\n") {
+		t.Errorf("standard error:\n%s", log)
+	}
+	tr.nothingLeft()
+}
+
+// A sidecar holds the lease for as long as it said, also where that is longer
+// than the TTL.
+func TestElect_HoldsLongerThanTheTTL(t *testing.T) {
+	tr := ordinary(t)
+	tr.ttl = 2 * time.Second
+	a := tr.start("a", "", subcommand("elect"), variables("LEASEHOLD_STOP_GRACE=5s"))
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	b := tr.start("b", "", subcommand("elect"))
+	tr.waitStatus(b, "/standby", http.StatusOK)
+	began := e2e.Now()
+	tr.must(a.Signal(syscall.SIGTERM))
+	tr.waitStatus(b, "/leader", http.StatusOK)
+	if held := e2e.Now() - began; held < 5*time.Second || held > 7*time.Second {
+		t.Errorf("the lease was held for %v, want 5s", held)
+	}
+	tr.waitExit(a, 0)
+	tr.finish()
 }
