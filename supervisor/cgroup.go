@@ -40,12 +40,14 @@ func newCgroup(probe []string) (*cgroup, error) {
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := lockDir(parent, time.Second)
+	unlock, err := lockDir(parent, 15*time.Second)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	removeLeftovers(parent)
+	if err := removeLeftovers(parent); err != nil {
+		return nil, err
+	}
 
 	dir, err := os.MkdirTemp(parent, cgroupPrefix)
 	if err != nil {
@@ -256,26 +258,34 @@ func lockDir(dir string, wait time.Duration) (unlock func(), err error) {
 		}
 		if Now() > end {
 			_ = unix.Close(fd)
-			return nil, fmt.Errorf("lock %s: %w", dir, err)
+			return nil, fmt.Errorf("%w: somebody else holds the lock of %s: %w", errLeftover, dir, err)
 		}
 		_, _ = unix.Poll(nil, 5)
 	}
 }
 
+// errLeftover says that a predecessor's job may be alive: no other may be started beside it.
+var errLeftover = errors.New("a job whose guard is gone may be alive")
+
 // removeLeftovers kills and removes the cgroups whose maker is gone: their lock can be taken.
-func removeLeftovers(parent string) {
-	dirs, _ := filepath.Glob(filepath.Join(parent, cgroupPrefix+"*"))
+func removeLeftovers(parent string) error {
+	dirs, _ := filepath.Glob(filepath.Join(parent, cgroupPrefix+"[0-9]*")) // as MkdirTemp names them
 	for _, dir := range dirs {
 		c, err := openCgroup(dir)
 		if err != nil {
+			continue // gone meanwhile, or another user's
+		}
+		if unix.Flock(c.fd, unix.LOCK_EX|unix.LOCK_NB) != nil {
+			c.close()
 			continue
 		}
-		if unix.Flock(c.fd, unix.LOCK_EX|unix.LOCK_NB) == nil && c.waitEmpty(2*time.Second) {
-			c.remove()
-			continue
+		if !c.waitEmpty(10 * time.Second) {
+			c.close()
+			return fmt.Errorf("%w: %s can't be emptied: see its cgroup.procs", errLeftover, dir)
 		}
-		c.close()
+		c.remove()
 	}
+	return nil
 }
 
 // removeTree removes a cgroup and those inside it, the innermost first.

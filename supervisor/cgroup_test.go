@@ -106,7 +106,7 @@ func TestCgroup_RemovesLeftovers(t *testing.T) {
 	defer unix.Close(livingLeaf)
 	alive := startIn(t, livingLeaf, "sleep 1000")
 
-	left := filepath.Join(parent, cgroupPrefix+"leftover")
+	left := filepath.Join(parent, cgroupPrefix+"0leftover")
 	inner := filepath.Join(left, "1", "inner")
 	if err := os.MkdirAll(inner, 0o755); err != nil {
 		t.Fatal(err)

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -28,12 +30,14 @@ type GuardConfig struct {
 	TTL        time.Duration // as configured; bounds how long a silent elector is borne
 	StopSignal unix.Signal
 
-	Elector []string                                         // argv of the elector; guard and cgroup are added
-	Probe   []string                                         // argv of a process that sleeps
-	Revoke  func(lease int64, within time.Duration) []string // argv of the process that revokes a lease
-	Signals <-chan os.Signal                                 // every signal that the process catches, SIGCHLD among them
-	Notify  func(state string)                               // tells systemd; never blocks
-	Logger  *slog.Logger                                     // never blocks
+	Elector  []string                                         // argv of the elector; guard and cgroup are added
+	Probe    []string                                         // argv of a process that sleeps
+	Revoke   func(lease int64, within time.Duration) []string // argv of the process that revokes a lease
+	Signals  <-chan os.Signal                                 // every signal that the process catches
+	Children <-chan os.Signal                                 // SIGCHLD, apart, so that a flood of them displaces no other
+	Notify   func(state string)                               // tells systemd; never blocks
+	Turned   func()                                           // guard and elector both turn: for systemd's watchdog; never blocks
+	Logger   *slog.Logger                                     // never blocks
 }
 
 // Exit codes of the guard that are no one else's (sysexits.h).
@@ -70,7 +74,7 @@ type guard struct {
 	forker *forker
 
 	timer    int // timerfd on CLOCK_BOOTTIME
-	wakeR    int // bytes from other goroutines: a signal's number, or 0 for "look"
+	wakeR    int // bytes from other goroutines, which mean: look
 	wakeW    int
 	in, out  int // the pipe pair
 	inbox    inbox
@@ -96,8 +100,10 @@ type guard struct {
 	revokeBy time.Duration
 
 	job      job
-	signals  int // TERM and INT received
-	garbage  bool
+	pending  [65]atomic.Int32 // signals that were caught and wait for the loop, by number
+	signals  int              // TERM and INT received
+	garbage  bool             // a job has died since the last look at the heap
+	turns    uint
 	lateness time.Duration
 }
 
@@ -125,6 +131,7 @@ type job struct {
 func RunGuard(cfg GuardConfig) int {
 	// A collection starts threads and makes the loop wait. What is allocated is little, and collected while no job lives.
 	debug.SetGCPercent(-1)
+	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT, meant for the job, would bring it back
 	// With a processor to spare for each goroutine the loop never waits for one when a system call returns.
 	runtime.GOMAXPROCS(6)
 	runtime.LockOSThread()
@@ -145,6 +152,7 @@ func (g *guard) open() int {
 	}
 	var err error
 	g.timer, g.wakeR, g.wakeW, g.in, g.out = -1, -1, -1, -1, -1
+	g.inShut = true
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fail("become a child subreaper", err)
 	}
@@ -154,7 +162,12 @@ func (g *guard) open() int {
 	if g.procs, err = newScanner(); err != nil {
 		return fail("read /proc", err)
 	}
-	if g.cgroup, err = newCgroup(g.cfg.Probe); err != nil {
+	g.procs.breathe = g.readElector
+	g.cgroup, err = newCgroup(g.cfg.Probe)
+	if errors.Is(err, errLeftover) {
+		return fail("kill what a predecessor left", err)
+	}
+	if err != nil {
 		g.log.Info("the job gets no cgroup of its own; its processes are found by their parentage", "reason", err.Error())
 	}
 	if g.timer, err = unix.TimerfdCreate(unix.CLOCK_BOOTTIME, unix.TFD_CLOEXEC|unix.TFD_NONBLOCK); err != nil {
@@ -168,7 +181,7 @@ func (g *guard) open() int {
 	}
 	g.wakeR, g.wakeW, g.in, g.out = wake[0], wake[1], fromElector[0], toElector[1]
 
-	g.forker = &forker{cgroup: g.cgroup, now: Now, requests: make(chan *start, 2), wake: func() { g.poke(0) }}
+	g.forker = &forker{cgroup: g.cgroup, now: Now, requests: make(chan *start, 2), wake: g.poke}
 	if g.cgroup == nil && !hasCapability(unix.CAP_KILL) {
 		g.forker.noNewPrivs = true
 		g.log.Info("the job runs with no_new_privs: without a cgroup or CAP_KILL, a set-user-id process could not be killed")
@@ -185,6 +198,7 @@ func (g *guard) open() int {
 	if err != nil {
 		return fail("open "+os.DevNull, err)
 	}
+	g.inShut = false
 	g.elector, err = syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
 		Env:   os.Environ(),
 		Files: []uintptr{uintptr(null), 1, 2, uintptr(toElector[0]), uintptr(fromElector[1])},
@@ -258,19 +272,25 @@ func hasCapability(capability int) bool {
 	return data[capability/32].Effective&(1<<(capability%32)) != 0
 }
 
-// relaySignals hands what the runtime catches to the loop.
+// relaySignals hands what the runtime catches to the loop. The numbers wait in counters, so that none is lost to a full pipe.
 func (g *guard) relaySignals() {
-	for s := range g.cfg.Signals {
-		if n, ok := s.(syscall.Signal); ok {
-			g.poke(byte(n))
+	for {
+		var s os.Signal
+		select {
+		case s = <-g.cfg.Signals:
+		case s = <-g.cfg.Children:
+		}
+		if n, ok := s.(syscall.Signal); ok && int(n) < len(g.pending) {
+			g.pending[n].Add(1)
+			g.poke()
 		}
 	}
 }
 
 // poke wakes the loop. A full pipe means that it has enough to wake up for.
-func (g *guard) poke(b byte) {
-	_, _ = unix.Write(g.wakeW, []byte{b})
-}
+func (g *guard) poke() { _, _ = unix.Write(g.wakeW, wakeByte) }
+
+var wakeByte = []byte{0}
 
 // loop is the guard. Each turn looks at the clock first, kills what is to be killed, and only then hears what there is to hear.
 func (g *guard) loop() int {
@@ -313,7 +333,7 @@ func (g *guard) poll() {
 	if g.inShut {
 		g.fds[1].Fd = -1
 	}
-	if g.elector == 0 {
+	if g.elector == 0 || g.electorGone && g.job.forking != nil {
 		g.fds[3].Fd = -1
 	}
 	if g.job.pid != 0 {
@@ -453,11 +473,11 @@ func (g *guard) beginKill(reason int) {
 
 // strike kills everything that can be named without looking.
 func (g *guard) strike() {
-	if g.cgroup != nil {
-		g.cgroup.killAll()
-	}
 	if g.job.pid != 0 {
 		signalPidfd(g.job.pidfd, unix.SIGKILL)
+	}
+	if g.cgroup != nil {
+		g.cgroup.killAll()
 	}
 }
 
@@ -488,7 +508,11 @@ func (g *guard) killRound() {
 // A process state would not do: a process whose main thread has gone shows Z while its other threads run.
 func (g *guard) dead() bool {
 	j := &g.job
-	return j.forking == nil && j.pid == 0 && g.procs.children(g.children...) == 0 && (g.cgroup == nil || !g.cgroup.populated())
+	if j.forking != nil || j.pid != 0 || g.cgroup != nil && g.cgroup.populated() {
+		return false
+	}
+	left, known := g.procs.children(g.children...)
+	return known && left == 0
 }
 
 // buried tells of the job's death.
@@ -536,26 +560,40 @@ func (g *guard) tell(m message) {
 	if g.electorGone {
 		return
 	}
-	if send(g.out, &g.sendBuf, m) != nil && !g.exiting {
-		g.log.Error("the elector does not read: it is killed")
-		g.loseElector()
+	if send(g.out, &g.sendBuf, m) == nil || g.exiting {
+		return
 	}
+	if !pidfdEnded(g.electorFd) { // else its end is told when it is reaped
+		g.log.Error("the elector does not read: it is killed")
+	}
+	g.loseElector()
 }
 
 // hear takes in signals and messages.
 func (g *guard) hear() {
 	if g.fds[2].Revents != 0 {
-		n, _ := unix.Read(g.wakeR, g.wakeBuf[:])
-		for _, b := range g.wakeBuf[:max(n, 0)] {
-			if b != 0 {
-				g.signal(unix.Signal(b))
+		_, _ = unix.Read(g.wakeR, g.wakeBuf[:])
+		for n := range g.pending {
+			for ; g.pending[n].Load() > 0; g.pending[n].Add(-1) {
+				g.signal(unix.Signal(n))
 			}
 		}
 	}
-	if g.fds[1].Revents == 0 {
+	// While a start is under way nothing is reaped, but the elector's end is not waited for.
+	if g.fds[3].Revents != 0 && g.job.forking != nil && !g.electorGone {
+		g.loseElector()
+	}
+	if g.fds[1].Revents != 0 {
+		g.readElector()
+	}
+}
+
+// readElector takes in the elector's messages. It is called in the middle of a long kill too, for a ping must not wait for that.
+// End-of-file decides nothing: the pidfd tells if the elector is gone, and its silence if it is no use.
+func (g *guard) readElector() {
+	if g.inShut {
 		return
 	}
-	// End-of-file decides nothing: the pidfd tells if the elector is gone, and its silence if it is no use.
 	if _, err := g.inbox.fill(g.in); err != nil {
 		g.inShut = true
 		return
@@ -596,7 +634,7 @@ func (g *guard) message(m message) {
 	switch m.kind {
 	case msgPing:
 		g.tell(message{kind: msgPong, a: m.a})
-		g.cfg.Notify("WATCHDOG=1")
+		g.cfg.Turned()
 	case msgReady:
 		g.cfg.Notify("READY=1")
 	case msgStatus:
@@ -627,14 +665,21 @@ func (g *guard) message(m message) {
 
 // start has the job started, unless it is too late.
 func (g *guard) start(m message) {
-	if g.job.alive || g.electorGone {
-		g.log.Error("a start was asked for while the job lives")
+	if g.electorGone {
+		return
+	}
+	if g.job.alive {
+		g.log.Error("the elector asks for a start while the job lives: it is killed")
+		g.loseElector()
 		return
 	}
 	term := Term{Key: string(m.text), Token: m.b, LeaseID: m.a}
 	s := &start{path: g.cfg.Path, argv: g.cfg.Argv, env: jobEnvironment(g.cfg, term), stopAt: time.Duration(m.c), pidfd: -1}
 	g.job = job{forking: s, pidfd: -1, alive: true, stopAt: time.Duration(m.c), killBy: time.Duration(m.d), stopBy: forever}
 	g.forker.requests <- s // never full: there is one job at a time, and one preparation before it
+	if g.signals > 1 {
+		g.beginKill(killSignal)
+	}
 }
 
 // takeStart looks if the start is done.
@@ -647,12 +692,12 @@ func (g *guard) takeStart() {
 	j.forking = nil
 	if s.err != nil {
 		j.pidfd = -1
-		code := 126
-		if errors.Is(s.err, unix.ENOENT) {
-			code = 127
+		if errors.Is(s.err, errTooLate) {
+			j.stopping, j.stopSince = true, Now() // by us, and not by itself
+		} else {
+			g.tell(message{kind: msgRefused, a: int64(startCode(s.err)), text: []byte(s.err.Error())})
+			g.log.Error(fmt.Sprintf("start job %q", g.cfg.Path), "err", s.err)
 		}
-		g.tell(message{kind: msgRefused, a: int64(code), text: []byte(s.err.Error())})
-		g.log.Error(fmt.Sprintf("start job %q", g.cfg.Path), "err", s.err)
 		g.beginKill(killLeftover)
 		return
 	}
@@ -664,6 +709,17 @@ func (g *guard) takeStart() {
 	case j.stopping:
 		signalPidfd(j.pidfd, g.cfg.StopSignal)
 	}
+}
+
+// startCode is the exit code of a job that could not be started, as a shell has it.
+func startCode(err error) int {
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return 127
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM):
+		return ExitOS
+	}
+	return 126
 }
 
 // reap waits for every child that has ended. While a start is under way it doesn't: the forker waits for a child whose exec
@@ -778,7 +834,8 @@ func (g *guard) exit() int {
 
 // collectGarbage does what the collector may not do while a job lives.
 func (g *guard) collectGarbage() {
-	if !g.garbage || g.job.alive || g.electorGone {
+	g.turns++
+	if g.job.alive || g.electorGone || !g.garbage && g.turns%1000 != 0 {
 		return
 	}
 	g.garbage = false

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -47,17 +48,20 @@ type Handle struct {
 
 	sending sync.Mutex
 	sendBuf [maxMessage]byte
+	deaf    atomic.Bool // the guard does not take messages
 
 	started chan struct{} // room for one: a job was asked for
 	gone    chan struct{} // closed when the guard is gone and the job proven dead
 	events  chan message  // what concerns the job under way; a run takes all of it
 
-	mu     sync.Mutex
-	job    Job
-	term   Term // of the job under way
-	alive  bool // from the request to start until dead
-	jobFd  int  // pidfd of the first process, -1: none
-	unsure int  // ticks for which the guard has owed us something
+	mu    sync.Mutex
+	job   Job
+	term  Term // of the job under way
+	alive bool // from the request to start until dead
+	jobFd int  // pidfd of the first process, -1: none
+	late  int  // ticks for which the job's death is overdue
+	// avenging says that the guard is given up: the deadlines that it knows stay as they are.
+	avenging bool
 }
 
 // Job is the job as the elector knows it.
@@ -122,6 +126,10 @@ func (h *Handle) Lease(id int64, ttl time.Duration) {
 // Extend hands later deadlines to the guard.
 func (h *Handle) Extend(stopAt, killBy time.Duration) {
 	h.mu.Lock()
+	if h.avenging {
+		h.mu.Unlock()
+		return
+	}
 	if Now() < h.term.StopAt {
 		h.term.StopAt, h.term.KillBy = stopAt, killBy
 	}
@@ -139,11 +147,13 @@ func (h *Handle) Snapshot() Job {
 	return h.job
 }
 
-// tell sends a message. What comes of it is not asked: a guard that does not read owes us its pongs.
+// tell sends a message. A guard that does not take it is as good as dead, which the next tick acts on.
 func (h *Handle) tell(m message) {
 	h.sending.Lock()
 	defer h.sending.Unlock()
-	_ = send(h.cfg.Out, &h.sendBuf, m)
+	if send(h.cfg.Out, &h.sendBuf, m) != nil {
+		h.deaf.Store(true)
+	}
 }
 
 // Run listens to the guard until ctx ends (nil) or the guard is gone or hung: then it kills the job itself, proves it dead,
@@ -181,7 +191,7 @@ func (h *Handle) Run(ctx context.Context) error {
 			}
 			h.hear(m)
 		case <-tick.C:
-			if h.owed(answered < sent) {
+			if h.deaf.Load() || h.owed(sent-answered) {
 				return h.avenge("the guard is hung")
 			}
 			if h.cfg.Turning() {
@@ -205,17 +215,21 @@ func (h *Handle) interval() time.Duration {
 	return time.Second
 }
 
-// owed counts the ticks, by our own turning, for which the guard owes a pong or the job's death, and says when that is too many.
-// Our own pause counts as one tick at the most.
-func (h *Handle) owed(pong bool) bool {
+// owed says if the guard owes us too much while the job lives: the answers to more than three pings, which are T/10, or the
+// job's death, for that long after kill-by and a quarter of the margin. Both are counted by our own turning, so that our own
+// pause, or the host's, is not held against it.
+func (h *Handle) owed(pings int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !h.alive || !pong && Now() < h.term.KillBy+h.cfg.Margin()/4 {
-		h.unsure = 0
+	if !h.alive {
 		return false
 	}
-	h.unsure++
-	return h.unsure > 3
+	if Now() >= h.term.KillBy+h.cfg.Margin()/4 {
+		h.late++
+	} else {
+		h.late = 0
+	}
+	return pings > 3 || h.late > 3
 }
 
 // read hands on what the guard says.
@@ -258,7 +272,7 @@ func (h *Handle) hear(m message) {
 		h.openJob(int(m.a))
 	case msgDead:
 		h.mu.Lock()
-		h.alive, h.unsure = false, 0
+		h.alive, h.late = false, 0
 		h.closeJob()
 		h.mu.Unlock()
 	}
@@ -302,10 +316,17 @@ func (h *Handle) scanner() (*scanner, error) {
 }
 
 // avenge kills the job in the guard's stead, then the guard, and returns when both are proven dead.
-// While a stopped guard lives, all of the job still descends from it; afterwards only the cgroup and the environment tell.
+//
+// While a stopped guard lives, all of the job still descends from it, and its parentage is the best witness there is: the
+// guard goes only when that shows nothing alive. Afterwards the cgroup and the environment tell. See scanner for why a clean
+// scan is a proof, and why there must be two in a row.
+//
+// A guard that is PID 1 can't be killed from inside its namespace. It is left, when the job is dead, and when stop-at has
+// passed for whatever start it may still find in its pipe.
 func (h *Handle) avenge(why string) error {
 	h.mu.Lock()
-	alive, jobFd, lease := h.alive, h.jobFd, h.term.LeaseID
+	h.avenging = true
+	alive, jobFd, lease, stopAt := h.alive, h.jobFd, h.term.LeaseID, h.term.StopAt
 	h.mu.Unlock()
 	began := Now()
 	procs, err := h.scanner()
@@ -313,45 +334,54 @@ func (h *Handle) avenge(why string) error {
 		h.log.Error("the process table can't be read: orphans of the job are found by its cgroup alone", "err", err)
 	}
 	strike := func() (left bool) {
-		if h.cgroup != nil {
-			h.cgroup.killAll()
-		}
 		if jobFd >= 0 {
 			signalPidfd(jobFd, unix.SIGKILL)
 			left = !pidfdEnded(jobFd)
 		}
+		if h.cgroup != nil {
+			h.cgroup.killAll()
+			left = left || h.cgroup.populated()
+		}
 		return left
 	}
-	pause := 100 * time.Microsecond
 	complain := began + 10*time.Second
 	wait := func() {
+		pause := 200 * time.Microsecond
+		switch elapsed := Now() - began; {
+		case elapsed > 10*time.Second:
+			pause = 100 * time.Millisecond
+		case elapsed > 100*time.Millisecond:
+			pause = time.Millisecond
+		}
 		time.Sleep(pause)
-		pause = min(2*pause, 100*time.Millisecond)
 		if Now() > complain {
 			complain += 10 * time.Second
-			h.log.Error("the job can't be killed; the lease is held on to", "elapsed", (Now() - began).Round(time.Second).String())
+			h.log.Error("the job or its guard can't be killed; the lease is held on to", "elapsed", (Now() - began).Round(time.Second).String())
 		}
 	}
-	for alive && !pidfdEnded(h.guardFd) {
-		left := strike()
-		if procs != nil && procs.killDescendants(h.cfg.Guard, unix.Getpid()) > 0 {
-			left = true
+	for clean := 0; alive && clean < 2 && !pidfdEnded(h.guardFd); {
+		clean++
+		if left := strike(); left || procs != nil && procs.killDescendants(h.cfg.Guard, unix.Getpid()) {
+			clean = 0
+			wait()
 		}
-		if !left {
-			break
-		}
-		wait()
 	}
 	signalPidfd(h.guardFd, unix.SIGKILL)
-	for {
+	for clean := 0; clean < 2; {
+		guardEnded := pidfdEnded(h.guardFd)
 		left := strike()
-		if alive && procs != nil && procs.killByEnvironment(leaseEntry(lease)) > 0 {
+		if alive && procs != nil && guardEnded && procs.killByEnvironment(leaseEntry(lease), Now() < began+time.Second) {
 			left = true
 		}
-		if !left && pidfdEnded(h.guardFd) && (h.cgroup == nil || !h.cgroup.populated()) {
-			break
+		if !guardEnded && h.cfg.Guard == 1 {
+			guardEnded = !alive || Now() >= stopAt
+			left = left || procs != nil && procs.killDescendants(h.cfg.Guard, unix.Getpid())
 		}
-		wait()
+		clean++
+		if left || !guardEnded {
+			clean = 0
+			wait()
+		}
 	}
 	h.log.Error(why+": the job is dead, the daemon ends", "elapsed", (Now() - began).String(), "exit_code", ExitInternal)
 	if h.cgroup != nil {
@@ -374,6 +404,14 @@ func (h *Handle) avenge(why string) error {
 // else nil. grace translates the cause of ctx's end: zero kills at once, negative leaves the job the time until kill-by.
 func (h *Handle) Supervise(ctx context.Context, t Term, grace func(cause error) time.Duration) error {
 	for {
+		select {
+		case <-t.Lost:
+			return nil
+		default:
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
 		ran := Now()
 		exit, ended, err := h.life(ctx, t, grace)
 		if err != nil {
@@ -396,8 +434,9 @@ func (h *Handle) Supervise(ctx context.Context, t Term, grace func(cause error) 
 			return ErrGuardGone
 		case <-ctx.Done():
 			timer.Stop()
+		}
+		if ctx.Err() != nil {
 			h.transition(JobExited, "the term ended", nil)
-			return nil
 		}
 		h.mu.Lock()
 		t.StopAt, t.KillBy = h.term.StopAt, h.term.KillBy

@@ -28,17 +28,26 @@ const maxProcesses = 1 << 17
 // scanner reads /proc. Its buffers exist from the start and nothing in it allocates, for it runs on the guard's kill path;
 // the kernel gives the pages only once they are used.
 type scanner struct {
-	proc int // directory descriptor of /proc
-	self int
+	proc    int // directory descriptor of /proc
+	self    int
+	started int // of this process, in clock ticks since boot
 
-	dirents []byte
-	stat    [512]byte
+	dirents [2][]byte // of a directory, and of one inside it
+	stat    [1024]byte
 	path    [64]byte
 	environ []byte
 
+	// What the last scan showed. In a scan each process is read while the directory is read, in the order of the numbers, and
+	// a child's number is higher than its parent's: whatever lives when the scan ends has been seen, alive, or descends from
+	// one that was. Only where the numbers have just started over can that fail, so that one clean scan alone proves nothing.
 	pid, ppid []int32
+	alive     []bool // when it was read
 	member    []bool
 	n         int
+	broken    bool // something could not be read: what was not seen may be there all the same
+
+	// breathe is called now and then in the middle of long work.
+	breathe func()
 }
 
 func newScanner() (*scanner, error) {
@@ -51,14 +60,18 @@ func newScanner() (*scanner, error) {
 		_ = unix.Close(proc)
 		return nil, errors.New("/proc does not show this PID namespace: mount it anew (mount -t proc proc /proc)")
 	}
-	return &scanner{
+	s := &scanner{
 		proc:    proc,
 		self:    unix.Getpid(),
-		dirents: make([]byte, 32<<10),
+		dirents: [2][]byte{make([]byte, 32<<10), make([]byte, 4<<10)},
 		pid:     make([]int32, maxProcesses),
 		ppid:    make([]int32, maxProcesses),
+		alive:   make([]bool, maxProcesses),
 		member:  make([]bool, maxProcesses),
-	}, nil
+		breathe: func() {},
+	}
+	s.started = s.process(s.self).started
+	return s, nil
 }
 
 func (s *scanner) close() { _ = unix.Close(s.proc) }
@@ -81,31 +94,46 @@ func (s *scanner) openat(path *byte, flags int) (int, unix.Errno) {
 	return int(fd), errno
 }
 
-func rawRead(fd int, b []byte) int {
+func rawRead(fd int, b []byte) (int, unix.Errno) {
 	for {
 		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
 		if errno == unix.EINTR {
 			continue
 		}
 		if errno != 0 {
-			return -1
+			return 0, errno
 		}
-		return int(n)
+		return int(n), 0
 	}
 }
 
+// gone says if the error means that there is no such process any more. Any other leaves it unknown.
+func gone(errno unix.Errno) bool { return errno == unix.ENOENT || errno == unix.ESRCH }
+
 func rawClose(fd int) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
-// parent reads the parent of pid from /proc/PID/stat, 0 if there is no such process.
-func (s *scanner) parent(pid int) int {
+// process is what /proc/PID/stat says of a process. The zero value: there is none.
+type process struct {
+	ppid    int
+	alive   bool // a thread of it has yet to end
+	kernel  bool // it is a thread of the kernel's
+	exiting bool // its main thread is at its end
+	started int  // in clock ticks since boot
+}
+
+// parent reads the parent of pid, 0 if there is no such process.
+func (s *scanner) parent(pid int) int { return s.process(pid).ppid }
+
+func (s *scanner) process(pid int) process {
 	fd, errno := s.openat(s.procPath(pid, "", 0, "/stat"), unix.O_RDONLY)
-	if errno != 0 {
-		return 0
+	n := 0
+	if errno == 0 {
+		n, errno = rawRead(fd, s.stat[:])
+		rawClose(fd)
 	}
-	n := rawRead(fd, s.stat[:])
-	rawClose(fd)
-	if n <= 0 {
-		return 0
+	if errno != 0 {
+		s.broken = s.broken || !gone(errno)
+		return process{}
 	}
 	b := s.stat[:n]
 	// The name stands in parentheses and may hold anything, so the last closing one ends it (proc_pid_stat(5)).
@@ -113,12 +141,32 @@ func (s *scanner) parent(pid int) int {
 	for i >= 0 && b[i] != ')' {
 		i--
 	}
-	i += 4 // ") S "
-	if i < 4 || i >= len(b) {
-		return 0
+	if i < 0 || i+2 >= len(b) {
+		return process{}
 	}
-	ppid, _ := parseInt(b[i:])
-	return ppid
+	state := b[i+2]
+	var p process
+	threads := 0
+	for j, field := i+1, 2; j < len(b)-1; j++ { // the name is field 2
+		if b[j] != ' ' {
+			continue
+		}
+		switch field++; field {
+		case 4:
+			p.ppid, _ = parseInt(b[j+1:])
+		case 9:
+			const pfExiting, pfKthread = 0x00000004, 0x00200000 // linux/sched.h
+			flags, _ := parseInt(b[j+1:])
+			p.exiting, p.kernel = flags&pfExiting != 0, flags&pfKthread != 0
+		case 20:
+			threads, _ = parseInt(b[j+1:])
+		case 22:
+			p.started, _ = parseInt(b[j+1:])
+		}
+	}
+	// A process whose main thread has ended shows Z while others run.
+	p.alive = state != 'Z' && state != 'X' || threads > 1
+	return p
 }
 
 // parseInt reads a decimal number at the start of b and returns it with its length.
@@ -130,24 +178,30 @@ func parseInt(b []byte) (v, n int) {
 	return v, n
 }
 
-// eachEntry calls f for every entry of the directory fd whose name is a number, until f returns false.
-func (s *scanner) eachEntry(fd int, f func(s *scanner, id int) bool) {
+// eachEntry calls f for every entry of the directory fd whose name is a number, until f returns false. Depth 1 is for a
+// directory inside of one that is being read.
+func (s *scanner) eachEntry(depth, fd int, f func(s *scanner, id int) bool) {
 	_, _ = unix.Seek(fd, 0, unix.SEEK_SET)
-	for {
-		n, _, errno := unix.RawSyscall(unix.SYS_GETDENTS64, uintptr(fd), uintptr(unsafe.Pointer(&s.dirents[0])), uintptr(len(s.dirents)))
+	dirents := s.dirents[depth]
+	for count := 0; ; {
+		n, _, errno := unix.RawSyscall(unix.SYS_GETDENTS64, uintptr(fd), uintptr(unsafe.Pointer(&dirents[0])), uintptr(len(dirents)))
 		if errno == unix.EINTR {
 			continue
 		}
 		if errno != 0 || n == 0 {
+			s.broken = s.broken || errno != 0 && !gone(errno)
 			return
 		}
-		b := s.dirents[:n]
+		b := dirents[:n]
 		for len(b) > 19 {
 			reclen := int(b[16]) | int(b[17])<<8
 			name := b[19:reclen]
 			if id, digits := parseInt(name); digits > 0 && name[digits] == 0 {
 				if !f(s, id) {
 					return
+				}
+				if count++; count%256 == 0 {
+					s.breathe()
 				}
 			}
 			b = b[reclen:]
@@ -157,10 +211,15 @@ func (s *scanner) eachEntry(fd int, f func(s *scanner, id int) bool) {
 
 // scan reads the process table.
 func (s *scanner) scan() {
-	s.n = 0
-	s.eachEntry(s.proc, func(s *scanner, pid int) bool {
-		if ppid := s.parent(pid); ppid != 0 && s.n < len(s.pid) {
-			s.pid[s.n], s.ppid[s.n], s.member[s.n] = int32(pid), int32(ppid), false
+	s.n, s.broken = 0, false
+	s.eachEntry(0, s.proc, func(s *scanner, pid int) bool {
+		p := s.process(pid)
+		switch {
+		case p.ppid == 0:
+		case s.n == len(s.pid):
+			s.broken = true
+		default:
+			s.pid[s.n], s.ppid[s.n], s.alive[s.n], s.member[s.n] = int32(pid), int32(p.ppid), p.alive, false
 			s.n++
 		}
 		return true
@@ -184,7 +243,7 @@ func (s *scanner) index(pid int32) int {
 }
 
 // markDescendants marks every process that descends from root, but for those in except and what descends from them.
-// It returns how many there are.
+// It returns how many of them lived when they were read.
 func (s *scanner) markDescendants(root int, except ...int) int {
 	count := 0
 	for changed := true; changed; {
@@ -206,53 +265,52 @@ func (s *scanner) markDescendants(root int, except ...int) int {
 				continue
 			}
 			s.member[i], changed = true, true
-			count++
+			if s.alive[i] {
+				count++
+			}
 		}
 	}
 	return count
 }
 
 // killDescendants kills every descendant of root but those in except. All are stopped before the first is killed, so that
-// none can answer the death of another by a fork. It returns how many of them had not ended yet, zombies of which every
-// thread has gone left out.
-func (s *scanner) killDescendants(root int, except ...int) int {
+// none can answer the death of another by a fork. It returns if any lived when the table was read, or could not be read.
+func (s *scanner) killDescendants(root int, except ...int) (left bool) {
 	s.scan()
 	if s.markDescendants(root, except...) == 0 {
-		return 0
+		return s.broken
 	}
-	s.signalMarked(unix.SIGSTOP)
-	return s.signalMarked(unix.SIGKILL)
+	s.signalMarked(root, unix.SIGSTOP)
+	s.signalMarked(root, unix.SIGKILL)
+	return true
 }
 
-// signalMarked sends sig to each marked process through a pidfd. Its parent is read again after the pidfd was opened:
-// where that has changed, the pid may be a stranger's by now, and the next scan decides. It returns how many live.
-func (s *scanner) signalMarked(sig unix.Signal) int {
-	alive := 0
+// signalMarked sends sig to each marked process through a pidfd. Its parent is read again after the pidfd was opened: it must
+// be what it was, or root, to whom orphans fall; else the number may be a stranger's by now, and the next scan decides.
+func (s *scanner) signalMarked(root int, sig unix.Signal) {
 	for i := range s.n {
-		if !s.member[i] {
+		if i%256 == 255 {
+			s.breathe()
+		}
+		if !s.member[i] || !s.alive[i] {
 			continue
 		}
 		pid := int(s.pid[i])
 		pidfd, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(pid), 0, 0)
-		if errno == unix.ESRCH || s.parent(pid) != int(s.ppid[i]) {
+		if errno == unix.ESRCH {
+			continue
+		}
+		if parent := s.parent(pid); parent != 0 && (parent == int(s.ppid[i]) || parent == root) {
 			if errno == 0 {
-				rawClose(int(pidfd))
-				alive++
+				signalPidfd(int(pidfd), sig)
+			} else { // no descriptor to be had: a plain kill, under the same check, is better than none
+				_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
 			}
-			continue
 		}
-		if errno != 0 { // no descriptor to be had: a plain kill, under the same check, is better than none
-			_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
-			alive++
-			continue
+		if errno == 0 {
+			rawClose(int(pidfd))
 		}
-		signalPidfd(int(pidfd), sig)
-		if !pidfdEnded(int(pidfd)) {
-			alive++
-		}
-		rawClose(int(pidfd))
 	}
-	return alive
 }
 
 // pidfdEnded says if the process has ended, all its threads included (pidfd_open(2): readable then).
@@ -267,38 +325,63 @@ func signalPidfd(pidfd int, sig unix.Signal) {
 	_, _, _ = unix.RawSyscall6(unix.SYS_PIDFD_SEND_SIGNAL, uintptr(pidfd), uintptr(sig), 0, 0, 0, 0)
 }
 
-// children counts the children of this process, but for those in except: zombies count until they are reaped.
-// It reads the kernel's own list (proc_tid_children(5)); that can leave out a child only when another is reaped while
-// it is read, and none is reaped but by the caller. Where the kernel has no such list the process table serves.
-func (s *scanner) children(except ...int) int {
+// children counts the children of this process, but for those in except: zombies count until they are reaped. What can't be
+// read is not known, and ok is false. It reads the kernel's own list (proc_tid_children(5)); that can leave out a child only when
+// another is reaped while it is read, and none is reaped but by the caller. Where the kernel has no such list the process
+// table serves.
+func (s *scanner) children(except ...int) (count int, ok bool) {
+	s.broken = false
 	dir, errno := s.openat(s.procPath(s.self, "/task", 0, ""), unix.O_RDONLY|unix.O_DIRECTORY)
 	if errno != 0 {
-		return s.childrenByScan(except...)
+		return 0, false
 	}
-	count, known := 0, true
-	s.eachEntry(dir, func(s *scanner, tid int) bool {
+	listed := true
+	s.eachEntry(1, dir, func(s *scanner, tid int) bool {
 		fd, errno := s.openat(s.procPath(s.self, "/task/", tid, "/children"), unix.O_RDONLY)
-		if errno != 0 {
-			known = false
-			return false
+		switch {
+		case errno == unix.ENOENT: // a thread that has ended, which hands its children on, or a kernel without the list
+			listed = false
+		case errno != 0:
+			s.broken = true
+		default:
+			count += s.countList(fd, except)
+			rawClose(fd)
 		}
-		count += s.countList(fd, except)
-		rawClose(fd)
 		return true
 	})
 	rawClose(dir)
-	if !known {
-		return s.childrenByScan(except...)
+	if listed || s.broken {
+		return count, !s.broken
 	}
-	return count
+	s.scan()
+	count = 0
+	for i := range s.n {
+		if int(s.ppid[i]) == s.self && !contains(except, int(s.pid[i])) {
+			count++
+		}
+	}
+	return count, !s.broken
+}
+
+func contains(list []int, v int) bool {
+	for _, e := range list {
+		if v == e {
+			return true
+		}
+	}
+	return false
 }
 
 // countList counts the numbers in fd that are not in except.
 func (s *scanner) countList(fd int, except []int) int {
 	count, v, digits := 0, 0, 0
 	for {
-		n := rawRead(fd, s.stat[:])
-		if n <= 0 {
+		n, errno := rawRead(fd, s.stat[:])
+		if errno != 0 {
+			s.broken = s.broken || !gone(errno)
+			return count
+		}
+		if n == 0 {
 			return count
 		}
 		for _, c := range s.stat[:n] {
@@ -307,80 +390,73 @@ func (s *scanner) countList(fd int, except []int) int {
 				digits++
 				continue
 			}
-			if digits > 0 {
+			if digits > 0 && !contains(except, v) {
 				count++
-				for _, e := range except {
-					if v == e {
-						count--
-					}
-				}
 			}
 			v, digits = 0, 0
 		}
 	}
 }
 
-func (s *scanner) childrenByScan(except ...int) int {
-	s.scan()
-	count := 0
-	for i := range s.n {
-		if int(s.ppid[i]) != s.self {
-			continue
-		}
-		count++
-		for _, e := range except {
-			if int(s.pid[i]) == e {
-				count--
-			}
-		}
-	}
-	return count
-}
-
 // killByEnvironment kills every process whose environment has the entry, e.g. LEASEHOLD_LEASE_ID=1f. It finds what is left
-// of a job whose guard is gone, unless it wiped its environment or belongs to another user. It returns how many there were.
-func (s *scanner) killByEnvironment(entry string) int {
+// of a job whose guard is gone, unless it wiped its environment or belongs to another user. It returns if it found any, or
+// could not read the table. With suspicious set, a process younger than this one that shows no environment counts as found too,
+// though it is not killed: it may be at its end, or in the middle of an exec, when the old environment is gone and the new one
+// not there yet.
+func (s *scanner) killByEnvironment(entry string, suspicious bool) (left bool) {
 	if s.environ == nil {
 		s.environ = make([]byte, 256<<10)
 	}
-	count := 0
-	s.scan()
-	for i := range s.n {
-		pid := int(s.pid[i])
-		if pid == s.self || !s.hasEnvironment(pid, entry) {
-			continue
+	s.broken = false
+	s.eachEntry(0, s.proc, func(s *scanner, pid int) bool {
+		if pid == s.self {
+			return true
 		}
+		has, hidden := s.hasEnvironment(pid, entry)
+		if hidden && suspicious {
+			left = true
+		}
+		if !has {
+			return true
+		}
+		left = true
 		pidfd, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(pid), 0, 0)
 		if errno != 0 {
-			continue
+			return true
 		}
-		if s.hasEnvironment(pid, entry) { // read again, now that the pidfd pins the process
+		if has, _ := s.hasEnvironment(pid, entry); has { // read again, now that the pidfd pins the process
 			signalPidfd(int(pidfd), unix.SIGKILL)
-			count++
 		}
 		rawClose(int(pidfd))
-	}
-	return count
+		return true
+	})
+	return left || s.broken
 }
 
-func (s *scanner) hasEnvironment(pid int, entry string) bool {
-	fd, errno := s.openat(s.procPath(pid, "", 0, "/environ"), unix.O_RDONLY)
-	if errno != 0 {
-		return false
-	}
-	defer rawClose(fd)
-	n := 0
-	for n < len(s.environ) {
-		m := rawRead(fd, s.environ[n:])
-		if m <= 0 {
-			break
+// hasEnvironment says if the environment of pid has the entry, or is hidden although pid may be of a job that this process knows.
+// A process whose main thread has ended shows its environment through its other threads.
+func (s *scanner) hasEnvironment(pid int, entry string) (has, hidden bool) {
+	b, errno := s.readEnvironment(s.procPath(pid, "", 0, "/environ"))
+	if len(b) == 0 {
+		p := s.process(pid)
+		// Without memory of its own a task shows nothing: ESRCH or an empty file, or EACCES to an ordinary user.
+		if !p.alive || p.kernel || p.started < s.started || !p.exiting && (errno == unix.EACCES || errno == unix.EPERM) {
+			return false, false
 		}
-		n += m
+		dir, errno := s.openat(s.procPath(pid, "/task", 0, ""), unix.O_RDONLY|unix.O_DIRECTORY)
+		if errno != 0 {
+			return false, !gone(errno)
+		}
+		s.eachEntry(1, dir, func(s *scanner, tid int) bool {
+			b, _ = s.readEnvironment(s.procPath(pid, "/task/", tid, "/environ"))
+			return len(b) == 0
+		})
+		rawClose(dir)
+		hidden = len(b) == 0
 	}
-	b := s.environ[:n]
 	for len(b) >= len(entry) {
 		if string(b[:len(entry)]) == entry && (len(b) == len(entry) || b[len(entry)] == 0) {
-			return true
+			return true, false
 		}
 		i := 0
 		for i < len(b) && b[i] != 0 {
@@ -391,5 +467,25 @@ func (s *scanner) hasEnvironment(pid int, entry string) bool {
 		}
 		b = b[i+1:]
 	}
-	return false
+	return false, hidden
+}
+
+func (s *scanner) readEnvironment(path *byte) ([]byte, unix.Errno) {
+	fd, errno := s.openat(path, unix.O_RDONLY)
+	if errno != 0 {
+		return nil, errno
+	}
+	defer rawClose(fd)
+	n := 0
+	for n < len(s.environ) {
+		m, errno := rawRead(fd, s.environ[n:])
+		if errno != 0 {
+			return nil, errno
+		}
+		if m == 0 {
+			break
+		}
+		n += m
+	}
+	return s.environ[:n], 0
 }

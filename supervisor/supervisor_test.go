@@ -74,7 +74,9 @@ const (
 
 func guardMain() int {
 	signals := make(chan os.Signal, 64)
-	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGCHLD)
+	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1)
+	children := make(chan os.Signal, 1)
+	ossignal.Notify(children, unix.SIGCHLD)
 	self, err := os.Executable()
 	if err != nil {
 		return 1
@@ -90,7 +92,7 @@ func guardMain() int {
 		Revoke: func(lease int64, _ time.Duration) []string {
 			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
 		},
-		Signals: signals, Notify: func(string) {},
+		Signals: signals, Children: children, Notify: func(string) {}, Turned: func() {},
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	})
 }
