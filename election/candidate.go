@@ -29,6 +29,9 @@ type Candidate struct {
 	metrics *metrics
 	turns   struct{ run, lease, queue atomic.Int64 } // since boot; 0: the loop does not run
 
+	warned   string // the last reason warned of, and when that was; Run's goroutine alone uses both
+	warnedAt time.Duration
+
 	mu       sync.Mutex
 	snapshot Snapshot
 	term     *term // from before Lead is called until it has returned
@@ -104,6 +107,18 @@ func (c *Candidate) transition(to State, reason string) {
 		c.log.Info("state changed", "from", from, "to", to, "reason", reason)
 	}
 	c.changed()
+}
+
+// warnPause is the least time between two warnings of why the candidate can't take part.
+const warnPause = 10 * time.Second
+
+// failing enters Connecting because something fails, and warns of it: at each new reason, but not at every attempt.
+func (c *Candidate) failing(reason string) {
+	c.transition(Connecting, reason)
+	if now := c.cfg.Now(); c.warned != reason && (c.warned == "" || now-c.warnedAt > warnPause) {
+		c.warned, c.warnedAt = reason, now
+		c.log.Warn("not in the election, trying again", "reason", reason)
+	}
 }
 
 // endTerm ends the term that runs, if any. The first cause counts, but a loss is always passed on.

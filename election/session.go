@@ -129,7 +129,7 @@ func (s *session) join(ctx context.Context) (granted, error) {
 		}
 		reason := "ask for a lease: " + oneLine(err)
 		if ctx.Err() == nil {
-			s.transition(Connecting, reason)
+			s.failing(reason)
 			wait.sleep(ctx)
 		}
 		if ctx.Err() != nil || s.cfg.Wait == 0 && !s.elected {
@@ -383,11 +383,11 @@ func (s *session) show(v view, trouble error) {
 		if unrenewed != nil {
 			reason += ": " + oneLine(unrenewed)
 		}
-		s.transition(Connecting, reason)
+		s.failing(reason)
 	case v.own != nil:
 		s.transition(Standby, "")
 	case trouble != nil:
-		s.transition(Connecting, "join the queue: "+oneLine(trouble))
+		s.failing("join the queue: " + oneLine(trouble))
 	default:
 		s.transition(Connecting, "joining the queue")
 	}

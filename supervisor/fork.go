@@ -34,6 +34,7 @@ type forker struct {
 	wake     func()
 	leaf     int // the cgroup of the next start, made ahead of it; -1: none
 	leafErr  error
+	used     bool // it has been started in, or was not made
 }
 
 // run serves requests until the process ends.
@@ -46,7 +47,7 @@ func (f *forker) run() {
 	if f.noNewPrivs {
 		_ = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 	}
-	f.leaf = -1
+	f.leaf, f.used = -1, true
 	f.prepare()
 	for s := range f.requests {
 		if s == nil {
@@ -59,23 +60,26 @@ func (f *forker) run() {
 	}
 }
 
-// prepare makes the cgroup for the next start. The job before is dead.
+// prepare makes the cgroup for the next start, unless it is there. The job before is dead.
 func (f *forker) prepare() {
-	if f.cgroup == nil {
+	if f.cgroup == nil || !f.used {
 		return
 	}
 	if f.leaf >= 0 {
 		_ = unix.Close(f.leaf)
 	}
 	f.leaf, f.leafErr = f.cgroup.leaf()
+	f.used = f.leaf < 0
 }
 
 func (f *forker) fork(s *start) (pid, pidfd int, err error) {
 	attr := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL, PidFD: &pidfd}
 	if f.cgroup != nil {
+		f.prepare()
 		if f.leaf < 0 {
 			return 0, -1, f.leafErr
 		}
+		f.used = true
 		attr.UseCgroupFD, attr.CgroupFD = true, f.leaf
 	}
 	if s.cancelled.Load() || f.now() >= s.stopAt {

@@ -102,8 +102,7 @@ type guard struct {
 	job      job
 	pending  [65]atomic.Int32 // signals that were caught and wait for the loop, by number
 	signals  int              // TERM and INT received
-	garbage  bool             // a job has died since the last look at the heap
-	turns    uint
+	tidyAt   time.Duration
 	lateness time.Duration
 }
 
@@ -212,6 +211,7 @@ func (g *guard) open() int {
 		return fail("start the elector", err)
 	}
 	g.listen(Now())
+	g.tidyAt = Now() + time.Second
 	g.children = append(make([]int, 0, 2), g.elector)
 	g.privileges()
 	return 0
@@ -308,7 +308,7 @@ func (g *guard) loop() int {
 		g.hear()
 		g.takeStart()
 		g.reap()
-		g.collectGarbage()
+		g.tidy(now)
 	}
 }
 
@@ -404,8 +404,11 @@ func (g *guard) serveDeadlines(now time.Duration) {
 	}
 }
 
-// late keeps how late a deadline was served; it is told once the job is dead.
-func (g *guard) late(d time.Duration) { g.lateness = max(g.lateness, d) }
+// late keeps how late a deadline was served, and tells it. What it led to is under way already.
+func (g *guard) late(d time.Duration) {
+	g.lateness = max(g.lateness, d)
+	g.tell(message{kind: msgLateness, a: int64(d)})
+}
 
 // listen notes that the elector has spoken. While a job lives it may be silent until kill-by, else for a TTL.
 func (g *guard) listen(now time.Duration) {
@@ -535,9 +538,6 @@ func (g *guard) buried() {
 		asked = 1
 	}
 	g.tell(message{kind: msgDead, a: int64(elapsed), b: int64(reason), c: asked})
-	if g.lateness > 0 {
-		g.tell(message{kind: msgLateness, a: int64(g.lateness)})
-	}
 	attrs := []any{"elapsed", elapsed.String()}
 	if j.started {
 		attrs = append(attrs, "exit_code", ExitOf(j.status).Code, "signal", ExitOf(j.status).Signal)
@@ -551,21 +551,16 @@ func (g *guard) buried() {
 	g.log.Info("the job is dead", attrs...)
 	g.lateness = 0
 	g.job = job{}
-	g.forker.requests <- nil
-	g.garbage = true
+	g.tidyAt = now + time.Second
 }
 
-// tell sends a message to the elector. One that does not read is as good as dead.
+// tell sends a message to the elector. One that does not read is as good as dead. One that has closed its end is at its end:
+// the pidfd will tell.
 func (g *guard) tell(m message) {
-	if g.electorGone {
+	if g.electorGone || !errors.Is(send(g.out, &g.sendBuf, m), errFull) {
 		return
 	}
-	if send(g.out, &g.sendBuf, m) == nil || g.exiting {
-		return
-	}
-	if !pidfdEnded(g.electorFd) { // else its end is told when it is reaped
-		g.log.Error("the elector does not read: it is killed")
-	}
+	g.log.Error("the elector does not read: it is killed")
 	g.loseElector()
 }
 
@@ -832,13 +827,17 @@ func (g *guard) exit() int {
 	return ExitInternal
 }
 
-// collectGarbage does what the collector may not do while a job lives.
-func (g *guard) collectGarbage() {
-	g.turns++
-	if g.job.alive || g.electorGone || !g.garbage && g.turns%1000 != 0 {
+// tidy does, a while after a job's death, what nobody waits for: it gets ready for the next start, and does what the garbage
+// collector may not do while a job lives.
+func (g *guard) tidy(now time.Duration) {
+	if g.job.alive || g.electorGone || now < g.tidyAt {
 		return
 	}
-	g.garbage = false
+	g.tidyAt = now + time.Minute
+	select {
+	case g.forker.requests <- nil:
+	default: // it has not come to the last one yet
+	}
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	if m.HeapAlloc > 4<<20 {

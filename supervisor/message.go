@@ -49,8 +49,11 @@ type message struct {
 	text       []byte
 }
 
-// errPeer says that the other end is dead or does not read: a full pipe is treated like a closed one.
-var errPeer = errors.New("the peer does not take messages")
+// errClosed says that the other end is closed, and errFull that nobody reads there: a dead peer too, but one that may still run.
+var (
+	errClosed = errors.New("the pipe is closed")
+	errFull   = errors.New("the pipe is full")
+)
 
 // send writes m to the non-blocking pipe fd. It never blocks and uses buf alone.
 func send(fd int, buf *[maxMessage]byte, m message) error {
@@ -62,10 +65,14 @@ func send(fd int, buf *[maxMessage]byte, m message) error {
 	binary.LittleEndian.PutUint64(buf[20:], uint64(m.c))
 	binary.LittleEndian.PutUint64(buf[28:], uint64(m.d))
 	for {
-		if _, err := unix.Write(fd, buf[:n]); err == nil {
+		switch _, err := unix.Write(fd, buf[:n]); err {
+		case nil:
 			return nil
-		} else if err != unix.EINTR {
-			return errPeer
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return errFull
+		default:
+			return errClosed
 		}
 	}
 }
@@ -77,7 +84,7 @@ type inbox struct {
 	end   int
 }
 
-// fill reads once from fd. It returns false where there was nothing to read, and errPeer at end-of-file.
+// fill reads once from fd. It returns false where there was nothing to read, and errClosed at end-of-file.
 func (in *inbox) fill(fd int) (bool, error) {
 	if in.start > 0 {
 		in.end = copy(in.buf[:], in.buf[in.start:in.end])
@@ -88,7 +95,7 @@ func (in *inbox) fill(fd int) (bool, error) {
 	case err == unix.EAGAIN || err == unix.EINTR:
 		return false, nil
 	case err != nil || n == 0:
-		return false, errPeer
+		return false, errClosed
 	}
 	in.end += n
 	return true, nil
