@@ -1,0 +1,63 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"leasehold/e2e"
+	"leasehold/election"
+)
+
+// grantHolder says when a lease is about to be asked for.
+type grantHolder struct{ asked chan struct{} }
+
+func (h *grantHolder) Leased(id int64, _ time.Duration) {
+	if id != 0 {
+		close(h.asked)
+	}
+}
+func (h *grantHolder) Extended(election.Deadlines) {}
+func (h *grantHolder) Lead(ctx context.Context, _ election.Term) error {
+	<-ctx.Done()
+	return nil
+}
+
+// TestStop_DuringTheGrant: a stop while etcd is granting the lease, which may
+// happen after the lease was asked to be revoked, leaves no lease behind.
+func TestStop_DuringTheGrant(t *testing.T) {
+	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{})
+	cfg, err := load(t, "elect", "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=600s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const stops = 600
+	for i := range stops {
+		holder := &grantHolder{asked: make(chan struct{})}
+		candidate, err := newCandidate(cfg, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), holder, make(chan struct{}, 1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithCancelCause(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- candidate.Run(ctx) }()
+		<-holder.asked
+		<-time.After(time.Duration(i%60) * 50 * time.Microsecond)
+		stop(errPlannedStop)
+		if err := <-ended; err != nil {
+			t.Fatal(err)
+		}
+	}
+	leases, err := etcd.Leases(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(leases) > 0 {
+		t.Errorf("%d of %d stops left a lease", len(leases), stops)
+	}
+}
