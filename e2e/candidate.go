@@ -48,7 +48,7 @@ func Build(ctx context.Context, packages ...string) (*Programs, error) {
 		Stockloop: filepath.Join(dir, "stockloop"),
 		dir:       dir,
 	}
-	args := append([]string{"build", "-trimpath", "-ldflags", "-s -w", "-o", dir + "/"}, packages...)
+	args := append([]string{"build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", dir + "/"}, packages...)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")

@@ -259,7 +259,7 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 	}
 	results := make(chan checked, 1)
 	check := func(after time.Duration) {
-		running.Go(func() { results <- s.check(sctx, after) })
+		running.Go(func() { results <- s.check(sctx, running, after) })
 	}
 	tick := time.NewTicker(MaxTurn / 2)
 	defer tick.Stop()
@@ -278,12 +278,6 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		if v.own != nil {
 			s.lease.created.Store(v.own.created)
 		}
-		s.show(v, errors.Join(queueErr, campaignErr))
-		if v.blocker != nil && v.blocker.Key != warned {
-			warned = v.blocker.Key
-			s.log.Warn("a key ahead of ours will not go by itself, waiting until somebody deletes it",
-				"key", v.blocker.Key, "reason", v.blocker.Why, "remedy", v.blocker.Remedy)
-		}
 		head := v.own != nil && v.head.key == v.own.key
 		if s.cfg.Wait == 0 && !s.elected && v.own != nil && !head {
 			return 0, fmt.Errorf("%w: %s is ahead", ErrNotElected, quote(v.head.identity))
@@ -294,6 +288,13 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		if (head || won) && !checking {
 			checking = true
 			check(0)
+		}
+		// Only now, for the answer is waited for and what is shown is not.
+		s.show(v, errors.Join(queueErr, campaignErr))
+		if v.blocker != nil && v.blocker.Key != warned {
+			warned = v.blocker.Key
+			s.log.Warn("a key ahead of ours will not go by itself, waiting until somebody deletes it",
+				"key", v.blocker.Key, "reason", v.blocker.Why, "remedy", v.blocker.Remedy)
 		}
 		select {
 		case <-ctx.Done():
@@ -323,10 +324,12 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 }
 
 // check looks whether we lead, after a while: Election.Campaign returns nil even when its own key is gone
-// (https://github.com/etcd-io/etcd/issues/19597). A renewal and a linearizable read go out side by side, and both must succeed.
-// That our key is the oldest which exists proves by itself that we lead, for a key made later can never be older.
-func (s *session) check(ctx context.Context, after time.Duration) checked {
-	ctx, cancel := context.WithTimeout(ctx, after+s.requestTimeout())
+// (https://github.com/etcd-io/etcd/issues/19597). A renewal and a linearizable read go out side by side. That our key is the
+// oldest which exists proves by itself that we lead, for a key made later can never be older; and that it exists proves that
+// the lease did when it was read. So the renewal is waited for only where the last one that counts is not the latest that was
+// due: its deadlines are as good as those of a leader in the middle of its term, and the next job is waiting.
+func (s *session) check(lctx context.Context, running *sync.WaitGroup, after time.Duration) checked {
+	ctx, cancel := context.WithTimeout(lctx, after+s.requestTimeout())
 	defer cancel()
 	if after > 0 {
 		select {
@@ -334,7 +337,8 @@ func (s *session) check(ctx context.Context, after time.Duration) checked {
 		case <-ctx.Done():
 		}
 	}
-	renewed := s.lease.renewNow(ctx)
+	demanded := make(chan (<-chan struct{}), 1)
+	running.Go(func() { demanded <- s.lease.renewNow(lctx) })
 	oldest := &pb.RangeRequest{
 		Key: []byte(s.prefix), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(s.prefix)), KeysOnly: true,
 		Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
@@ -364,8 +368,11 @@ func (s *session) check(ctx context.Context, after time.Duration) checked {
 	if err != nil {
 		return checked{err: err}
 	}
+	if s.cfg.Now() < s.Snapshot().Deadlines.End-s.timing.TTL+s.timing.RenewInterval()*3/2 {
+		return got
+	}
 	select {
-	case <-renewed:
+	case <-<-demanded:
 	case <-ctx.Done():
 		got.err = errors.New("the lease was not renewed")
 	}

@@ -493,7 +493,8 @@ func (g *guard) killRound() {
 		return
 	}
 	g.strike()
-	if j.rounds++; j.rounds > 1 || j.kill == killLeftover {
+	// Reading the process table takes milliseconds. Where the first process or the cgroup is all there is, that is lost time.
+	if j.rounds++; j.rounds > 8 || g.cgroup == nil && j.pid == 0 {
 		g.procs.killDescendants(g.procs.self, g.children...)
 	}
 	g.reap()
