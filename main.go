@@ -293,11 +293,10 @@ func elector(args []string) int {
 		return exitInternal
 	}
 	holder.handle = handle
-	code := func() int {
+	end := func() ending {
 		candidate, err = newCandidate(cfg, log, registry, holder, changed)
 		if err != nil {
-			log.Error("set up the candidate", "err", err)
-			return exitConfig
+			return ending{exitConfig, "set up the candidate: " + err.Error()}
 		}
 		snapshot := func() health.Snapshot {
 			s := healthSnapshot(cfg, candidate.Snapshot())
@@ -305,16 +304,16 @@ func elector(args []string) int {
 			return s
 		}
 		var g run.Group
-		if code := addServer(&g, cfg, log, registry, snapshot); code != 0 {
-			return code
+		if err := addServer(&g, cfg, log, registry, snapshot); err != nil {
+			return ending{exitOS, err.Error()}
 		}
 		g.Add(func() error { return campaignWithJob(ctx, cancel, candidate, handle) }, func(error) { cancel(errPlannedStop) })
 		addStatus(&g, candidate, changed, handle.Status)
 		handle.Ready()
-		return exitCode(g.Run(), log)
+		return endingOf(g.Run())
 	}()
-	handle.Exit(code)
-	return code
+	handle.Exit(end.code, end.text)
+	return end.code
 }
 
 // campaignWithJob runs the candidate, and beside it the handle until the candidate is done.
@@ -358,8 +357,9 @@ func elect() int {
 	notify, turned := newNotifier(), newWatchdog()
 
 	var g run.Group
-	if code := addServer(&g, cfg, log, registry, snapshot); code != 0 {
-		return code
+	if err := addServer(&g, cfg, log, registry, snapshot); err != nil {
+		log.Error("exiting: "+err.Error(), "exit_code", exitOS)
+		return exitOS
 	}
 	g.Add(func() error { return candidate.Run(ctx) }, func(error) { cancel(errPlannedStop) })
 	addStatus(&g, candidate, changed, func(text string) { notify("STATUS=" + text) })
@@ -386,7 +386,13 @@ func elect() int {
 		}
 	}, func(error) { close(stop) })
 	notify("READY=1")
-	return exitCode(g.Run(), log)
+	end := endingOf(g.Run())
+	level := slog.LevelInfo
+	if end.code != 0 {
+		level = slog.LevelError
+	}
+	log.Log(context.Background(), level, "exiting: "+end.text, "exit_code", end.code)
+	return end.code
 }
 
 // A leaseHolder holds the lease for those who ask this daemon if it leads, and gives them the time to stop that a job would have.
@@ -449,19 +455,18 @@ func signalChange(changed chan<- struct{}) {
 }
 
 // addServer binds the health endpoint before anything runs, so that a port in use is told before any campaign.
-func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.Registry, snapshot func() health.Snapshot) int {
+func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.Registry, snapshot func() health.Snapshot) error {
 	if cfg.Listen == "off" {
-		return 0
+		return nil
 	}
 	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.Listen)
 	if err != nil {
-		log.Error("LEASEHOLD_LISTEN: the health endpoint can't be bound: choose another address, or off", "err", err, "exit_code", exitOS)
-		return exitOS
+		return fmt.Errorf("LEASEHOLD_LISTEN: the health endpoint can't be bound, choose another address, or off: %w", err)
 	}
 	server := health.New(health.Config{Logger: log, Registry: registry, Snapshot: snapshot, Now: supervisor.Now, Version: version})
 	ctx, cancel := context.WithCancel(context.Background())
 	g.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
-	return 0
+	return nil
 }
 
 // addStatus tells systemd at each change what the candidate does.
@@ -545,25 +550,25 @@ func healthJob(j supervisor.Job) health.Job {
 	return h
 }
 
-// exitCode translates what ended the daemon, and logs whose code it is.
-func exitCode(err error, log *slog.Logger) int {
+// An ending is why the daemon ends, and the code that says so to whoever started it.
+type ending struct {
+	code int
+	text string
+}
+
+func endingOf(err error) ending {
 	var ended *supervisor.ExitError
 	switch {
 	case err == nil:
-		log.Info("exiting: planned stop", "exit_code", 0)
-		return 0
+		return ending{0, "planned stop"}
 	case errors.As(err, &ended):
-		log.Info("exiting with the job's own code: "+ended.Error(), "exit_code", ended.Code)
-		return ended.Code
+		return ending{ended.Code, "with the job's own code: " + ended.Error()}
 	case errors.Is(err, election.ErrNotElected):
-		log.Info("exiting: not elected within LEASEHOLD_WAIT", "exit_code", exitNotElected)
-		return exitNotElected
+		return ending{exitNotElected, "not elected within LEASEHOLD_WAIT"}
 	case errors.Is(err, errLost):
-		log.Error("exiting: "+err.Error(), "exit_code", exitLost)
-		return exitLost
+		return ending{exitLost, err.Error()}
 	}
-	log.Error("exiting", "err", err, "exit_code", exitInternal)
-	return exitInternal
+	return ending{exitInternal, err.Error()}
 }
 
 // revoke gives a dead elector's lease back. Its arguments are the lease in hex and for how long to try.

@@ -132,7 +132,7 @@ func (c *Candidate) endTerm(cause error) {
 	first, lost := !t.over, errors.Is(cause, ErrLeaseLost) || errors.Is(cause, ErrKeyDeleted)
 	if first {
 		t.over = true
-		c.snapshot.State, c.snapshot.Reason, c.snapshot.Leading, c.snapshot.Since = Stopping, "", false, time.Now()
+		c.snapshot.State, c.snapshot.Reason, c.snapshot.Leading, c.snapshot.Since = Stopping, cause.Error(), false, time.Now()
 		t.end(cause)
 	}
 	if lost && !t.gone {
@@ -249,7 +249,8 @@ type granted struct{ ttl, sent time.Duration }
 
 // grant asks for the lease with our own id, so that it can be revoked even if no reply ever comes.
 func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
-	ctx, cancel := context.WithTimeout(ctx, r.requestTimeout())
+	// Not called off by a stop: a revocation would overtake the grant, find no lease, and leave one behind.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.requestTimeout())
 	defer cancel()
 	return first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (granted, error) {
 		conn, err := m.conn()

@@ -470,12 +470,19 @@ func (s *session) lead(ctx context.Context, created int64) error {
 			v, _ := s.queue.view()
 			s.showQueue(v)
 		case err := <-led:
+			if s.cfg.Now() >= s.Snapshot().Deadlines.StopAt {
+				s.endTerm(ErrContactLost) // the holder's own clock was first
+			}
 			cause := context.Cause(lctx)
 			s.Candidate.mu.Lock()
 			s.term = nil
 			s.snapshot.Leading = false
 			s.Candidate.mu.Unlock()
-			s.transition(Stopping, "")
+			reason := ""
+			if cause != nil {
+				reason = cause.Error()
+			}
+			s.transition(Stopping, reason)
 			if cause != nil && errors.Is(err, cause) {
 				return nil // the term's own end is not a fault of Lead
 			}

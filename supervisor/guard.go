@@ -3,6 +3,7 @@
 package supervisor
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -88,6 +89,7 @@ type guard struct {
 	electorFd   int  // pidfd
 	electorGone bool // ended, or given up
 	exitCode    int  // announced by the elector
+	exitText    string
 	exiting     bool
 	inShut      bool          // the elector's pipe is at its end
 	heard       time.Duration // when the elector last spoke
@@ -655,7 +657,7 @@ func (g *guard) message(m message) {
 			g.beginStop(now, now+time.Duration(m.a))
 		}
 	case msgExit:
-		g.exiting, g.exitCode = true, int(m.a)
+		g.exiting, g.exitCode, g.exitText = true, int(m.a), string(m.text)
 	}
 }
 
@@ -822,6 +824,11 @@ func (g *guard) revokeEnded(ws unix.WaitStatus) {
 // exit is the process's exit code.
 func (g *guard) exit() int {
 	if g.exiting {
+		level := slog.LevelInfo
+		if g.exitCode != 0 {
+			level = slog.LevelError
+		}
+		g.log.Log(context.Background(), level, "exiting: "+g.exitText, "exit_code", g.exitCode)
 		return g.exitCode
 	}
 	g.log.Error("the elector is lost: exiting to be started again", "exit_code", ExitInternal)

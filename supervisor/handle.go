@@ -137,8 +137,11 @@ func (h *Handle) Extend(stopAt, killBy time.Duration) {
 	h.tell(message{kind: msgExtend, a: int64(stopAt), b: int64(killBy)})
 }
 
-// Exit tells the guard that the elector is about to end, and with which code the daemon shall.
-func (h *Handle) Exit(code int) { h.tell(message{kind: msgExit, a: int64(code)}) }
+// Exit tells the guard that the elector is about to end, and with which code the daemon shall, and why: the last line of the
+// log is the guard's.
+func (h *Handle) Exit(code int, why string) {
+	h.tell(message{kind: msgExit, a: int64(code), text: []byte(why)})
+}
 
 // Snapshot is the job as it is now.
 func (h *Handle) Snapshot() Job {

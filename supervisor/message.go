@@ -21,7 +21,7 @@ const (
 	msgStop                   // a: grace in nanoseconds, 0: kill at once, untilKillBy: the deadlines decide
 	msgPing                   // a: number
 	msgStatus                 // text: what systemd shows
-	msgExit                   // a: exit code; the elector is about to end in good order
+	msgExit                   // a: exit code, text: why; the elector is about to end in good order
 
 	// From the guard to the elector.
 	msgStarted  // a: pid of the job's first process

@@ -175,7 +175,7 @@ func electorMain(args []string) int {
 			<-handleDone
 			h.Lease(0, 0)
 			code, _ := strconv.Atoi(f[1])
-			h.Exit(code)
+			h.Exit(code, "test")
 			return code
 		}
 	}
