@@ -310,7 +310,11 @@ func elector(args []string) int {
 		g.Add(func() error { return campaignWithJob(ctx, cancel, candidate, handle) }, func(error) { cancel(errPlannedStop) })
 		addStatus(&g, candidate, changed, handle.Status)
 		handle.Ready()
-		return endingOf(g.Run())
+		err := g.Run()
+		if errors.Is(err, supervisor.ErrGuardGone) { // the last line is ours, then
+			log.Error("exiting: "+err.Error(), "exit_code", exitInternal)
+		}
+		return endingOf(err)
 	}()
 	handle.Exit(end.code, end.text)
 	return end.code

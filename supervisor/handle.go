@@ -386,7 +386,7 @@ func (h *Handle) avenge(why string) error {
 			wait()
 		}
 	}
-	h.log.Error(why+": the job is dead, the daemon ends", "elapsed", (Now() - began).String(), "exit_code", ExitInternal)
+	h.log.Error(why+": the job is dead", "elapsed", (Now() - began).String())
 	if h.cgroup != nil {
 		h.cgroup.remove()
 		h.cgroup = nil
