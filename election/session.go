@@ -236,7 +236,7 @@ type checked struct {
 // standby campaigns and waits. It returns the create revision of our key when that has won, or 0 when the session is over.
 // The context ends with Run's, or when it is too late to be elected.
 func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, election *concurrency.Election) (int64, error) {
-	campaigned := make(chan error)
+	campaigned := make(chan error, 1) // room for the last one, which nobody may want any more
 	campaign := func() {
 		var wait retry
 		for {
