@@ -252,7 +252,7 @@ func TestInterop_EtcdctlElect(t *testing.T) {
 	tr.must(other.Start())
 	t.Cleanup(func() { _ = other.Process.Kill(); _ = other.Wait() })
 	tr.must(e2e.Until(tr.waitContext(patience), func() error {
-		keys, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--print-value-only", tr.election)
+		keys, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--sort-by=create", "--print-value-only", tr.election)
 		if err == nil && keys != "a\nother\n" {
 			err = fmt.Errorf("candidates %q", keys)
 		}

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -40,10 +41,10 @@ type forker struct {
 // run serves requests until the process ends.
 func (f *forker) run() {
 	runtime.LockOSThread()
-	// What the job inherits of the signal mask is this thread's. What it could inherit of ignored signals is none:
-	// every signal has a handler here, and exec resets those.
+	// What the job inherits of the signal mask is this thread's. Signals that have a handler here are reset by exec.
 	var none unix.Sigset_t
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &none, nil)
+	resetIgnored()
 	if f.noNewPrivs {
 		_ = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 	}
@@ -90,4 +91,17 @@ func (f *forker) fork(s *start) (pid, pidfd int, err error) {
 		return 0, -1, err
 	}
 	return pid, pidfd, nil
+}
+
+// resetIgnored gives the default to the signals that were ignored when this process was started and have no handler in Go's
+// runtime, which are those that C libraries keep for themselves (32 to 34): the job would inherit that.
+func resetIgnored() {
+	const sigIgn, words = 1, 4 // of struct sigaction, whose first word is the handler on all systems that Go runs on but MIPS
+	for sig := uintptr(1); sig <= 64; sig++ {
+		var old, deflt [words]uintptr
+		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, 0, uintptr(unsafe.Pointer(&old)), 8, 0, 0)
+		if errno == 0 && old[0] == sigIgn {
+			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&deflt)), 0, 8, 0, 0)
+		}
+	}
 }

@@ -3,6 +3,7 @@
 package supervisor
 
 import (
+	"encoding/binary"
 	"errors"
 	"os"
 	"strconv"
@@ -32,14 +33,15 @@ type scanner struct {
 	self    int
 	started int // of this process, in clock ticks since boot
 
-	dirents [2][]byte // of a directory, and of one inside it
+	entry   [48]byte // room for the longest name in /proc, and for two numbers at most
+	dirents []byte
 	stat    [1024]byte
 	path    [64]byte
 	environ []byte
 
-	// What the last scan showed. In a scan each process is read while the directory is read, in the order of the numbers, and
-	// a child's number is higher than its parent's: whatever lives when the scan ends has been seen, alive, or descends from
-	// one that was. Only where the numbers have just started over can that fail, so that one clean scan alone proves nothing.
+	// What the last scan showed. Each process is read as soon as the directory shows it, in the order of the numbers, and a
+	// child's number is higher than its parent's: whatever lives when the scan ends has been seen, alive, or descends from one
+	// that was. Only where the numbers start over in that moment does that fail, so that one clean scan alone proves nothing.
 	pid, ppid []int32
 	alive     []bool // when it was read
 	member    []bool
@@ -63,7 +65,7 @@ func newScanner() (*scanner, error) {
 	s := &scanner{
 		proc:    proc,
 		self:    unix.Getpid(),
-		dirents: [2][]byte{make([]byte, 32<<10), make([]byte, 4<<10)},
+		dirents: make([]byte, 4<<10),
 		pid:     make([]int32, maxProcesses),
 		ppid:    make([]int32, maxProcesses),
 		alive:   make([]bool, maxProcesses),
@@ -178,41 +180,70 @@ func parseInt(b []byte) (v, n int) {
 	return v, n
 }
 
-// eachEntry calls f for every entry of the directory fd whose name is a number, until f returns false. Depth 1 is for a
-// directory inside of one that is being read.
-func (s *scanner) eachEntry(depth, fd int, f func(s *scanner, id int) bool) {
-	_, _ = unix.Seek(fd, 0, unix.SEEK_SET)
-	dirents := s.dirents[depth]
+// eachProcess calls f for every process, in the order of the numbers. The directory is read one entry at a time, for its next
+// entry is whatever process has the next number at that moment: a child that was forked since is not passed over.
+func (s *scanner) eachProcess(f func(s *scanner, pid int)) {
+	_, _ = unix.Seek(s.proc, 0, unix.SEEK_SET)
 	for count := 0; ; {
-		n, _, errno := unix.RawSyscall(unix.SYS_GETDENTS64, uintptr(fd), uintptr(unsafe.Pointer(&dirents[0])), uintptr(len(dirents)))
+		b, ok := s.getdents(s.proc, s.entry[:])
+		if !ok {
+			return
+		}
+		first := int(b[16]) | int(b[17])<<8
+		if pid, ok := entryNumber(b); ok {
+			f(s, pid)
+			if count++; count%256 == 0 {
+				s.breathe()
+			}
+		}
+		if len(b) > first { // there was room for two
+			_, _ = unix.Seek(s.proc, int64(binary.NativeEndian.Uint64(b[8:])), unix.SEEK_SET)
+		}
+	}
+}
+
+// eachThread calls f for every entry of a task directory, until f returns false.
+func (s *scanner) eachThread(dir int, f func(s *scanner, tid int) bool) {
+	for {
+		b, ok := s.getdents(dir, s.dirents)
+		if !ok {
+			return
+		}
+		for len(b) > 0 {
+			if tid, ok := entryNumber(b); ok && !f(s, tid) {
+				return
+			}
+			b = b[int(b[16])|int(b[17])<<8:]
+		}
+	}
+}
+
+// getdents reads entries of a directory (getdents64(2)). It is not ok at the end, and where it can't be read.
+func (s *scanner) getdents(fd int, buf []byte) ([]byte, bool) {
+	for {
+		n, _, errno := unix.RawSyscall(unix.SYS_GETDENTS64, uintptr(fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)))
 		if errno == unix.EINTR {
 			continue
 		}
 		if errno != 0 || n == 0 {
 			s.broken = s.broken || errno != 0 && !gone(errno)
-			return
+			return nil, false
 		}
-		b := dirents[:n]
-		for len(b) > 19 {
-			reclen := int(b[16]) | int(b[17])<<8
-			name := b[19:reclen]
-			if id, digits := parseInt(name); digits > 0 && name[digits] == 0 {
-				if !f(s, id) {
-					return
-				}
-				if count++; count%256 == 0 {
-					s.breathe()
-				}
-			}
-			b = b[reclen:]
-		}
+		return buf[:n], true
 	}
+}
+
+// entryNumber reads the name of the first directory entry in b as a number.
+func entryNumber(b []byte) (int, bool) {
+	name := b[19:]
+	v, digits := parseInt(name)
+	return v, digits > 0 && name[digits] == 0
 }
 
 // scan reads the process table.
 func (s *scanner) scan() {
 	s.n, s.broken = 0, false
-	s.eachEntry(0, s.proc, func(s *scanner, pid int) bool {
+	s.eachProcess(func(s *scanner, pid int) {
 		p := s.process(pid)
 		switch {
 		case p.ppid == 0:
@@ -222,7 +253,6 @@ func (s *scanner) scan() {
 			s.pid[s.n], s.ppid[s.n], s.alive[s.n], s.member[s.n] = int32(pid), int32(p.ppid), p.alive, false
 			s.n++
 		}
-		return true
 	})
 }
 
@@ -336,7 +366,7 @@ func (s *scanner) children(except ...int) (count int, ok bool) {
 		return 0, false
 	}
 	listed := true
-	s.eachEntry(1, dir, func(s *scanner, tid int) bool {
+	s.eachThread(dir, func(s *scanner, tid int) bool {
 		fd, errno := s.openat(s.procPath(s.self, "/task/", tid, "/children"), unix.O_RDONLY)
 		switch {
 		case errno == unix.ENOENT: // a thread that has ended, which hands its children on, or a kernel without the list
@@ -408,27 +438,26 @@ func (s *scanner) killByEnvironment(entry string, suspicious bool) (left bool) {
 		s.environ = make([]byte, 256<<10)
 	}
 	s.broken = false
-	s.eachEntry(0, s.proc, func(s *scanner, pid int) bool {
+	s.eachProcess(func(s *scanner, pid int) {
 		if pid == s.self {
-			return true
+			return
 		}
 		has, hidden := s.hasEnvironment(pid, entry)
 		if hidden && suspicious {
 			left = true
 		}
 		if !has {
-			return true
+			return
 		}
 		left = true
 		pidfd, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(pid), 0, 0)
 		if errno != 0 {
-			return true
+			return
 		}
 		if has, _ := s.hasEnvironment(pid, entry); has { // read again, now that the pidfd pins the process
 			signalPidfd(int(pidfd), unix.SIGKILL)
 		}
 		rawClose(int(pidfd))
-		return true
 	})
 	return left || s.broken
 }
@@ -447,7 +476,7 @@ func (s *scanner) hasEnvironment(pid int, entry string) (has, hidden bool) {
 		if errno != 0 {
 			return false, !gone(errno)
 		}
-		s.eachEntry(1, dir, func(s *scanner, tid int) bool {
+		s.eachThread(dir, func(s *scanner, tid int) bool {
 			b, _ = s.readEnvironment(s.procPath(pid, "/task/", tid, "/environ"))
 			return len(b) == 0
 		})
