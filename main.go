@@ -217,6 +217,8 @@ type jobHolder struct {
 	handle *supervisor.Handle
 	cfg    Config
 	margin atomic.Int64
+	// stopping says if the daemon was told to stop: the job may have ended for that before the term has.
+	stopping func() bool
 }
 
 func (h *jobHolder) Leased(id int64, ttl time.Duration) { h.handle.Lease(id, ttl) }
@@ -240,8 +242,7 @@ func (h *jobHolder) Lead(ctx context.Context, t election.Term) error {
 	switch {
 	case errors.As(err, &resign):
 		return &election.Backoff{For: resign.After}
-	case err == nil && h.cfg.Restart == string(supervisor.RestartNever) && !errors.Is(context.Cause(ctx), errPlannedStop) &&
-		!h.handle.Snapshot().StartedAt.IsZero():
+	case err == nil && h.cfg.Restart == string(supervisor.RestartNever) && !h.stopping() && !h.handle.Snapshot().StartedAt.IsZero():
 		return errLost
 	}
 	return err
@@ -276,7 +277,7 @@ func elector(args []string) int {
 	defer cancel(nil)
 	changed := make(chan struct{}, 1)
 	registry := prometheus.NewRegistry()
-	holder := &jobHolder{cfg: cfg}
+	holder := &jobHolder{cfg: cfg, stopping: func() bool { return ctx.Err() != nil }}
 	holder.margin.Store(int64(election.NewTiming(cfg.TTL.Duration, -1, cfg.Margin.Or(-1)).Margin))
 	var candidate *election.Candidate
 	handle, err := supervisor.Connect(supervisor.HandleConfig{
