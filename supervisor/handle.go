@@ -407,12 +407,7 @@ func (h *Handle) avenge(why string) error {
 // else nil. grace translates the cause of ctx's end: zero kills at once, negative leaves the job the time until kill-by.
 func (h *Handle) Supervise(ctx context.Context, t Term, grace func(cause error) time.Duration) error {
 	for {
-		select {
-		case <-t.Lost:
-			return nil
-		default:
-		}
-		if ctx.Err() != nil {
+		if over(ctx, t) {
 			return nil
 		}
 		ran := Now()
@@ -438,12 +433,24 @@ func (h *Handle) Supervise(ctx context.Context, t Term, grace func(cause error) 
 		case <-ctx.Done():
 			timer.Stop()
 		}
-		if ctx.Err() != nil {
+		if over(ctx, t) {
 			h.transition(JobExited, "the term ended", nil)
 		}
 		h.mu.Lock()
 		t.StopAt, t.KillBy = h.term.StopAt, h.term.KillBy
 		h.mu.Unlock()
+	}
+}
+
+// over says if the term has ended: nothing may be started in it any more.
+func over(ctx context.Context, t Term) bool {
+	select {
+	case <-ctx.Done():
+		return true
+	case <-t.Lost:
+		return true
+	default:
+		return false
 	}
 }
 
