@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -35,6 +36,8 @@ type session struct {
 	gone      chan struct{} // closed when the key or the lease is lost
 	closing   bool          // from here on our key goes because we want it to
 	trouble   error         // why the last renewal did not count
+
+	looking atomic.Pointer[chan struct{}] // closed when the check that was begun last is done
 }
 
 // session takes part in the election with one lease, until that is lost or the term it led to is over. It returns nil for
@@ -91,7 +94,7 @@ func (r *runner) session(ctx context.Context) error {
 
 	client := clientv3.NewCtxClient(sctx)
 	defer func() { _ = client.Close() }()
-	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout()}, nil)
+	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout(), looking: &s.looking}, nil)
 	client.Watcher = watches
 	client.Lease = sessionLease{alive: s.alive}
 	defer s.closeAlive()
@@ -259,7 +262,13 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 	}
 	results := make(chan checked, 1)
 	check := func(after time.Duration) {
-		running.Go(func() { results <- s.check(sctx, running, after) })
+		looked := make(chan struct{})
+		s.looking.Store(&looked)
+		running.Go(func() {
+			got := s.check(sctx, running, after)
+			close(looked)
+			results <- got
+		})
 	}
 	tick := time.NewTicker(MaxTurn / 2)
 	defer tick.Stop()
@@ -324,10 +333,11 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 }
 
 // check looks whether we lead, after a while: Election.Campaign returns nil even when its own key is gone
-// (https://github.com/etcd-io/etcd/issues/19597). A renewal and a linearizable read go out side by side. That our key is the
-// oldest which exists proves by itself that we lead, for a key made later can never be older; and that it exists proves that
-// the lease did when it was read. So the renewal is waited for only where the last one that counts is not the latest that was
-// due: its deadlines are as good as those of a leader in the middle of its term, and the next job is waiting.
+// (https://github.com/etcd-io/etcd/issues/19597). That our key is the oldest which exists in a linearizable read proves by itself
+// that we lead, for a key made later can never be older; and that it exists proves that the lease did when it was read. So where
+// the last renewal that was due counts, its deadlines are as good as those of a leader in the middle of its term, and the next one
+// follows the read, for etcd would serve it first and the job is waiting. Else a renewal goes out beside the read, and both
+// must succeed.
 func (s *session) check(lctx context.Context, running *sync.WaitGroup, after time.Duration) checked {
 	ctx, cancel := context.WithTimeout(lctx, after+s.requestTimeout())
 	defer cancel()
@@ -337,8 +347,11 @@ func (s *session) check(lctx context.Context, running *sync.WaitGroup, after tim
 		case <-ctx.Done():
 		}
 	}
-	demanded := make(chan (<-chan struct{}), 1)
-	running.Go(func() { demanded <- s.lease.renewNow(lctx) })
+	renewed := make(<-chan struct{})
+	fresh := s.cfg.Now() < s.Snapshot().Deadlines.End-s.timing.TTL+s.timing.RenewInterval()*3/2
+	if !fresh {
+		renewed = s.lease.renewNow(ctx)
+	}
 	oldest := &pb.RangeRequest{
 		Key: []byte(s.prefix), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(s.prefix)), KeysOnly: true,
 		Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
@@ -368,11 +381,12 @@ func (s *session) check(lctx context.Context, running *sync.WaitGroup, after tim
 	if err != nil {
 		return checked{err: err}
 	}
-	if s.cfg.Now() < s.Snapshot().Deadlines.End-s.timing.TTL+s.timing.RenewInterval()*3/2 {
+	if fresh {
+		running.Go(func() { s.lease.renewNow(lctx) })
 		return got
 	}
 	select {
-	case <-<-demanded:
+	case <-renewed:
 	case <-ctx.Done():
 		got.err = errors.New("the lease was not renewed")
 	}
@@ -498,9 +512,19 @@ type joinedKV struct {
 	members     *members
 	joinAfter   time.Duration
 	bound       time.Duration
+	looking     *atomic.Pointer[chan struct{}]
 }
 
+// Range is the campaign's read of who is ahead. The same event that brings it on has us look for ourselves, and etcd serves one
+// linearizable read after the other: ours is waited for, and this one can wait.
 func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc.CallOption) (*pb.RangeResponse, error) {
+	if looked := kv.looking.Load(); looked != nil {
+		select {
+		case <-*looked:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 	return joined(ctx, kv, func(ctx context.Context, c pb.KVClient) (*pb.RangeResponse, error) { return c.Range(ctx, in, opts...) })
 }
 
