@@ -60,13 +60,19 @@ func (g *gate) heal() {
 // StartProxy listens on a free port of 127.0.0.1 in front of target, a
 // host:port. Each piece of data arrives later by delay.
 func StartProxy(target string, delay time.Duration) (*Proxy, error) {
-	addr, err := FreeAddr()
-	if err != nil {
-		return nil, err
-	}
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("start a proxy for %s: %w", target, err)
+	var l net.Listener
+	for attempt := 0; ; attempt++ {
+		addr, err := FreeAddr()
+		if err != nil {
+			return nil, err
+		}
+		// A process that was being forked while FreePort looked has the port until its exec.
+		if l, err = net.Listen("tcp", addr); err == nil {
+			break
+		}
+		if attempt == 10 {
+			return nil, fmt.Errorf("start a proxy for %s: %w", target, err)
+		}
 	}
 	open := make(chan struct{})
 	close(open)

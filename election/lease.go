@@ -64,6 +64,7 @@ type lease struct {
 type attempt struct {
 	serial  int // 0: none outstanding; answers to earlier attempts are recognised by it
 	sent    time.Duration
+	since   time.Duration // when the first of the attempts was sent that have hung here, one after the other
 	abandon time.Duration // when to give it up
 	cancel  context.CancelFunc
 	renewal renewal // once that is answered, and the confirming read is outstanding
@@ -124,7 +125,11 @@ func (l *lease) run(ctx context.Context) {
 			}
 		}
 		if now >= l.next {
-			if i := l.idle(); i >= 0 {
+			i := l.idle()
+			if i < 0 {
+				i = l.replace(now)
+			}
+			if i >= 0 {
 				serial++
 				l.start(ctx, i, serial, now)
 			}
@@ -188,9 +193,42 @@ func (l *lease) idle() int {
 	return -1
 }
 
+// replace gives up the oldest attempt, if all endpoints have one that hangs, and returns its endpoint, else -1. While etcd has
+// no leader a member passes renewals on to the old one and does not come back to them: an attempt that is made after the
+// election is answered at once, and must not wait for those before it to be abandoned.
+func (l *lease) replace(now time.Duration) int {
+	if len(l.attempts) == 1 {
+		return -1
+	}
+	oldest := 0
+	for i := range l.attempts {
+		if l.attempts[i].abandon < l.attempts[oldest].abandon {
+			oldest = i
+		}
+	}
+	a := &l.attempts[oldest]
+	if now < a.abandon-l.timing.RenewInterval()+3*l.timing.joinAfter() {
+		return -1
+	}
+	l.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
+	since := a.since
+	l.finish(oldest)
+	l.doubt = true
+	if now-since >= l.timing.RenewInterval() {
+		l.events.suspect(oldest, true, context.DeadlineExceeded)
+		since = 0
+	}
+	a.since = since
+	return oldest
+}
+
 func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 	ctx, cancel := context.WithCancel(ctx)
-	l.attempts[i] = attempt{serial: serial, sent: now, abandon: now + l.timing.RenewInterval(), cancel: cancel}
+	since := l.attempts[i].since
+	if since == 0 {
+		since = now
+	}
+	l.attempts[i] = attempt{serial: serial, sent: now, since: since, abandon: now + l.timing.RenewInterval(), cancel: cancel}
 	go func() {
 		r, err := l.endpoints[i].renew(ctx, l.id)
 		l.report(ctx, answer{endpoint: i, serial: serial, renewal: r, err: err})
@@ -282,7 +320,7 @@ func (l *lease) count(now time.Duration, i int, sent, ttl time.Duration) {
 // finish frees the endpoint for the next attempt.
 func (l *lease) finish(i int) {
 	l.attempts[i].cancel()
-	l.attempts[i].serial = 0
+	l.attempts[i].serial, l.attempts[i].since = 0, 0
 }
 
 // failed gives up the attempt and arranges for the next one, at another endpoint if there is one. When a later attempt has
