@@ -47,7 +47,7 @@ func exitCodes() []entry {
 		{code(exitUsage), "wrong usage"},
 		{code(exitUnavailable), "status, check: nobody answers"},
 		{code(exitInternal), "internal fault: elector or guard lost (worth a restart)"},
-		{code(exitOS), "LEASEHOLD_LISTEN can't be bound, or the elector can't be started: before any campaign"},
+		{code(exitOS), "LEASEHOLD_LISTEN can't be bound, the elector can't be started, or a dead predecessor's job can't be killed: before any campaign"},
 		{code(exitNotElected), "not elected within LEASEHOLD_WAIT"},
 		{code(exitLost), "leadership lost under LEASEHOLD_RESTART=never after the job had started"},
 		{code(exitConfig), "wrong configuration"},
