@@ -245,7 +245,10 @@ func (c *Candidate) requestTimeout() time.Duration {
 func (c *Candidate) joinAfter() time.Duration { return Timing{TTL: c.cfg.TTL}.joinAfter() }
 
 // granted is a lease as etcd granted it.
-type granted struct{ ttl, sent time.Duration }
+type granted struct {
+	ttl, sent time.Duration
+	raftTerm  uint64 // of the member that only says so; 0 where a majority has granted it
+}
 
 // grant asks for the lease with our own id, so that it can be revoked even if no reply ever comes.
 func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
@@ -265,13 +268,13 @@ func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
 			// The same request was sent before, and its answer is late or lost. What came of it a renewal tells.
 			sent = r.cfg.Now()
 			renewed, err := m.renew(ctx, id)
-			return granted{renewed.ttl, sent}, err
+			return granted{renewed.ttl, sent, renewed.term}, err
 		case err != nil:
 			return granted{}, err
 		case resp.Error != "":
 			return granted{}, errors.New(resp.Error)
 		}
-		return granted{time.Duration(resp.TTL) * time.Second, sent}, nil
+		return granted{ttl: time.Duration(resp.TTL) * time.Second, sent: sent}, nil
 	})
 }
 

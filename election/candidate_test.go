@@ -552,12 +552,12 @@ func TestCandidate_Blockers(t *testing.T) {
 	cluster := newTestEtcd(t)
 	lease := strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]
 	for key, why := range map[string]string{
-		t.Name() + "/by hand":                     "no lease",
-		t.Name() + "/nested/" + lease:             "nested election",
-		t.Name() + "/it's\x01\xff/binary":         "no lease",
-		t.Name() + "/not-the-lease":               "not a candidate's",
-		t.Name() + "/":                            "no lease",
-		t.Name() + "/" + strings.Repeat("k", 600): "no lease",
+		t.Name() + "/by hand":                                "no lease",
+		t.Name() + "/nested/" + strings.TrimLeft(lease, "0"): "nested election",
+		t.Name() + "/it's\x01\xff/binary":                    "no lease",
+		t.Name() + "/not-the-lease":                          "not a candidate's",
+		t.Name() + "/":                                       "no lease",
+		t.Name() + "/" + strings.Repeat("k", 600):            "no lease",
 	} {
 		args := []string{"put", key, "\x01\xff" + strings.Repeat("v", 2*maxIdentity)}
 		if why != "no lease" {
@@ -583,6 +583,24 @@ func TestCandidate_Blockers(t *testing.T) {
 		a.stop(nil)
 		a.waitForReturn()
 	}
+}
+
+// Whoever writes to a leader's key takes its lease from it: it stays when the leader has gone, and blocks the others.
+func TestCandidate_LeadersKeyOverwritten(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	term := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	b.waitForState(Standby)
+	etcdctl(t, cluster, "put", term.Key, "somebody")
+	s := b.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
+	if s.Blocker.Key != term.Key || !strings.Contains(s.Blocker.Why, "no lease") {
+		t.Errorf("blocker %+v", s.Blocker)
+	}
+	a.stop(nil)
+	a.waitForReturn()
+	etcdctl(t, cluster, "del", term.Key)
+	b.waitForTerm()
 }
 
 func etcdctlDir(cluster *e2e.Cluster) string {

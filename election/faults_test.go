@@ -198,6 +198,36 @@ func TestCandidate_EtcdRestarted(t *testing.T) {
 	}
 }
 
+// Where nobody writes to etcd a watch that was opened again has no progress to tell of. That is no reason to open it once more.
+func TestCandidate_QuietAfterARestart(t *testing.T) {
+	cluster := newTestEtcd(t)
+	long := func(cfg *Config, _ *testHolder) { cfg.TTL = 5 * time.Second }
+	a := newTestCandidate(t, cluster.Endpoints(), "a", long)
+	term := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", long)
+	b.waitForState(Standby)
+	if err := cluster.Members[0].Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	watches := func() float64 {
+		// Before the first one there is no such sample.
+		n, _ := cluster.Members[0].Metric(t.Context(), `grpc_server_started_total{grpc_method="Watch"`)
+		return n
+	}
+	for attempt := 1; ; attempt++ {
+		before := watches()
+		a.waitForExtensions(6) // one an interval; silence is noticed after two
+		a.expectLeading(term)
+		n := watches() - before
+		if n == 0 && before > 0 {
+			break
+		}
+		if attempt == 4 { // the first ones are there to reconnect
+			t.Fatalf("%v watches were opened again within six intervals in which nothing happened", n)
+		}
+	}
+}
+
 // The watch of a standby goes on after etcd has compacted what it missed.
 func TestCandidate_Compaction(t *testing.T) {
 	cluster := newTestEtcd(t)

@@ -3,6 +3,7 @@ package election
 import (
 	"context"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -40,9 +41,14 @@ type lease struct {
 	events    leaseEvents
 	metrics   *metrics
 	turned    *atomic.Int64
+	// early is by how much to renew before the interval is over: those who joined or came back in a crowd must not renew in step.
+	early func() time.Duration
 
-	// created is the create revision of our key, 0 until it is known.
-	created atomic.Int64
+	mu sync.Mutex
+	// created is the create revision of our key from confirmFrom on, else 0.
+	created int64
+	// raftTerm is that of the renewal that counted last; 0 where it needs no confirmation, for a majority of etcd granted the lease.
+	raftTerm atomic.Uint64
 	// demands asks for a renewal that is sent after the demand; the channel is closed once it counts.
 	demands chan chan struct{}
 
@@ -54,10 +60,7 @@ type lease struct {
 	answers   chan answer
 	next      time.Duration // when to start the next attempt
 	prefer    int           // the endpoint to start with after a failure, else -1
-	// doubt says that an attempt has failed since the last renewal that counted: a member of etcd that lost its leadership
-	// may be what answers now.
-	doubt  bool
-	demand []demand
+	demand    []demand
 }
 
 // attempt is the renewal outstanding at one endpoint.
@@ -68,6 +71,7 @@ type attempt struct {
 	abandon time.Duration // when to give it up
 	cancel  context.CancelFunc
 	renewal renewal // once that is answered, and the confirming read is outstanding
+	created int64   // what that read must show
 }
 
 // answer is what an attempt reports: a renewal, or the reading that is to confirm one.
@@ -84,16 +88,18 @@ type demand struct {
 	done  chan struct{}
 }
 
-// newLease makes the keeper of a lease that was granted by a request sent at that moment.
-func newLease(id int64, key string, timing Timing, sent time.Duration, endpoints []endpoint, current *atomic.Int32,
-	now func() time.Duration, events leaseEvents, m *metrics, turned *atomic.Int64,
+// newLease makes the keeper of a lease that was granted.
+func newLease(id int64, key string, timing Timing, g granted, endpoints []endpoint, current *atomic.Int32,
+	now, early func() time.Duration, events leaseEvents, m *metrics, turned *atomic.Int64,
 ) *lease {
-	return &lease{
+	l := &lease{
 		id: id, key: key, timing: timing, endpoints: endpoints, current: current,
-		now: now, events: events, metrics: m, turned: turned,
-		demands: make(chan chan struct{}), answers: make(chan answer), sent: sent, deadlines: timing.From(sent),
-		attempts: make([]attempt, len(endpoints)), next: sent + timing.RenewInterval(), prefer: -1,
+		now: now, early: early, events: events, metrics: m, turned: turned,
+		demands: make(chan chan struct{}), answers: make(chan answer), sent: g.sent, deadlines: timing.From(g.sent),
+		attempts: make([]attempt, len(endpoints)), next: g.sent + timing.RenewInterval() - early(), prefer: -1,
 	}
+	l.raftTerm.Store(g.raftTerm)
+	return l
 }
 
 // renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts.
@@ -104,6 +110,31 @@ func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 	case <-ctx.Done():
 	}
 	return done
+}
+
+// confirmFrom says that we lead or look whether we do, and with which create revision of our key. When it returns every renewal
+// that counts without having been confirmed counts already; the others need a read that shows the key.
+func (l *lease) confirmFrom(created int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.created = created
+}
+
+// confirms tells if renewals have to be confirmed by now.
+func (l *lease) confirms() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.created != 0
+}
+
+// countAlone counts a renewal that no read has to confirm. Of any other it returns the create revision that the read must show.
+func (l *lease) countAlone(now time.Duration, a answer) (created int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.created == 0 {
+		l.count(now, a.endpoint, l.attempts[a.endpoint].sent, a.renewal)
+	}
+	return l.created
 }
 
 // run renews until ctx ends or the lease is lost.
@@ -200,11 +231,15 @@ func (l *lease) replace(now time.Duration) int {
 	if len(l.attempts) == 1 {
 		return -1
 	}
-	oldest := 0
+	oldest := -1
 	for i := range l.attempts {
-		if l.attempts[i].abandon < l.attempts[oldest].abandon {
+		// One of which the renewal was answered, and the confirming read is outstanding, does not hang.
+		if l.attempts[i].created == 0 && (oldest < 0 || l.attempts[i].abandon < l.attempts[oldest].abandon) {
 			oldest = i
 		}
+	}
+	if oldest < 0 {
+		return -1
 	}
 	a := &l.attempts[oldest]
 	if now < a.abandon-l.timing.RenewInterval()+3*l.timing.joinAfter() {
@@ -213,7 +248,6 @@ func (l *lease) replace(now time.Duration) int {
 	l.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
 	since := a.since
 	l.finish(oldest)
-	l.doubt = true
 	if now-since >= l.timing.RenewInterval() {
 		l.events.suspect(oldest, true, context.DeadlineExceeded)
 		since = 0
@@ -235,14 +269,17 @@ func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 	}()
 }
 
-// confirm reads our key from the endpoint whose renewal is in doubt. The read is answered by the leader that a majority of
-// etcd follows; when that is in another raft term than the renewal, the renewal may have been acknowledged by a leader of the
-// past, and is worth nothing.
+// confirm reads our key from the endpoint that has answered a renewal. Etcd's leader acknowledges renewals without asking anybody,
+// and one that was paused or cut off and deposed meanwhile may do so as well, for as long as it does not know (etcd #15247 tells
+// of its like). The read is answered by the leader that a majority of etcd follows; when that is in another raft term than the
+// renewal, the renewal is worth nothing.
 func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	ctx, cancel := context.WithCancel(ctx)
 	a := &l.attempts[i]
 	a.cancel()
-	a.cancel, a.abandon = cancel, now+l.timing.RenewInterval()
+	// A majority of etcd with slow disks takes its time for a read, and for no renewal. That the renewal was answered says that the
+	// member is there, and what counts is when it was sent: so the read may take longer.
+	a.cancel, a.abandon = cancel, now+2*l.timing.RenewInterval()
 	serial := a.serial
 	go func() {
 		r, err := l.endpoints[i].read(ctx, l.key)
@@ -263,7 +300,6 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 	now := l.now()
 	l.check(now)
 	this := &l.attempts[a.endpoint]
-	created := l.created.Load()
 	switch {
 	case errors.Is(a.err, rpctypes.ErrLeaseNotFound):
 		l.events.lost(ErrLeaseLost)
@@ -272,7 +308,7 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 		l.metrics.renewals.WithLabelValues(renewalFailed).Inc()
 		l.failed(now, a.endpoint)
 		l.events.suspect(a.endpoint, false, a.err)
-	case a.confirming && a.reading.created != created:
+	case a.confirming && a.reading.created != this.created:
 		l.events.lost(ErrKeyDeleted)
 		return true
 	case a.confirming && a.reading.term != this.renewal.term:
@@ -280,30 +316,31 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 		l.metrics.renewals.WithLabelValues(renewalUnconfirmed).Inc()
 		l.next, l.prefer = now, a.endpoint
 	case a.confirming:
-		l.count(now, a.endpoint, this.sent, this.renewal.ttl)
-	case created != 0 && (l.doubt || now-l.sent > l.timing.RenewInterval()*3/2):
-		this.renewal = a.renewal
-		l.confirm(ctx, a.endpoint, now)
+		l.count(now, a.endpoint, this.sent, this.renewal)
 	default:
-		l.count(now, a.endpoint, this.sent, a.renewal.ttl)
+		if created := l.countAlone(now, a); created != 0 {
+			this.renewal, this.created = a.renewal, created
+			l.confirm(ctx, a.endpoint, now)
+		}
 	}
 	return false
 }
 
 // count takes the good renewal into account. What counts is when it was sent: a late reply to an early attempt changes nothing.
-func (l *lease) count(now time.Duration, i int, sent, ttl time.Duration) {
+func (l *lease) count(now time.Duration, i int, sent time.Duration, r renewal) {
 	l.finish(i)
 	l.metrics.renewals.WithLabelValues(renewalOK).Inc()
 	l.metrics.duration.Observe((now - sent).Seconds())
 	if sent <= l.sent {
 		return
 	}
-	l.sent, l.doubt = sent, false
-	l.timing.TTL = ttl
+	l.sent = sent
+	l.raftTerm.Store(r.term)
+	l.timing.TTL = r.ttl
 	l.deadlines = l.timing.From(sent)
 	l.silent = now >= l.deadlines.StopAt
 	l.current.Store(int32(i))
-	l.next = sent + l.timing.RenewInterval()
+	l.next = sent + l.timing.RenewInterval() - l.early()
 	l.events.renewed(l.deadlines)
 	waiting := l.demand[:0]
 	for _, d := range l.demand {
@@ -327,7 +364,6 @@ func (l *lease) finish(i int) {
 // already been good, that can wait for its turn.
 func (l *lease) failed(now time.Duration, i int) {
 	l.finish(i)
-	l.doubt = true
 	if l.attempts[i].sent <= l.sent {
 		return
 	}

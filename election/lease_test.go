@@ -134,8 +134,8 @@ func newTestLease(t *testing.T, created int64, answers ...func(context.Context) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.lease = newLease(1, "key", NewTiming(10*time.Second, -1, -1), 0, endpoints, new(atomic.Int32), l.now, testEvents{l}, m, new(atomic.Int64))
-	l.created.Store(created)
+	l.lease = newLease(1, "key", NewTiming(10*time.Second, -1, -1), granted{}, endpoints, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
+	l.confirmFrom(created)
 	ctx, stop := context.WithCancel(t.Context())
 	l.stop = stop
 	done := make(chan struct{})
@@ -188,8 +188,23 @@ func TestLease_RenewsEveryInterval(t *testing.T) {
 		l.expect(t, "2s renewed until 12s", "4s renewed until 14s", "6s renewed until 16s")
 		expectAsked(t, l.endpoints[0], 2*time.Second, 4*time.Second, 6*time.Second)
 		expectAsked(t, l.endpoints[1])
-		if l.endpoints[0].reads != 0 {
-			t.Errorf("%d confirming reads though all is well", l.endpoints[0].reads)
+		if l.endpoints[0].reads != 3 {
+			t.Errorf("%d confirming reads of 3 renewals", l.endpoints[0].reads)
+		}
+	})
+}
+
+// A standby has nothing to lose: what it knows is confirmed by the read that tells it to lead.
+func TestLease_OfAStandbyIsNotConfirmed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLease(t, 0, refuse, good(3))
+		l.pass(5 * time.Second)
+		l.expect(t, "2.5s renewed until 12.5s", "4.5s renewed until 14.5s")
+		if n := l.endpoints[1].reads; n != 0 {
+			t.Errorf("%d confirming reads", n)
+		}
+		if term := l.raftTerm.Load(); term != 3 {
+			t.Errorf("raft term %d, want that of the last renewal", term)
 		}
 	})
 }
@@ -244,13 +259,6 @@ func TestLease_FailureIsRepeatedElsewhere(t *testing.T) {
 		l.expect(t, "2.5s renewed until 12.5s")
 		expectAsked(t, l.endpoints[0], 2*time.Second)
 		expectAsked(t, l.endpoints[1], 2500*ms)
-		if l.endpoints[1].reads != 1 {
-			t.Errorf("%d confirming reads after a failure, want 1", l.endpoints[1].reads)
-		}
-		l.pass(5 * time.Second)
-		if l.endpoints[1].reads != 1 {
-			t.Error("the renewal after a confirmed one was confirmed too")
-		}
 	})
 }
 
@@ -295,9 +303,9 @@ func TestLease_StopAtComesBeforeTheReply(t *testing.T) {
 
 func TestLease_DeposedLeaderIsNotBelieved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newTestLease(t, 7, refuse)
-		l.pass(4 * time.Second)
-		// A leader of the past acknowledges at once. Its read is answered by the new one.
+		l := newTestLease(t, 7, good(1))
+		l.pass(3 * time.Second)
+		// A leader of the past acknowledges at once, though all went well before. Its read is answered by the new one.
 		l.endpoints[0].mu.Lock()
 		l.endpoints[0].show = shows(7, 2)
 		l.endpoints[0].mu.Unlock()
@@ -309,20 +317,9 @@ func TestLease_DeposedLeaderIsNotBelieved(t *testing.T) {
 			return renewal{10 * time.Second, 2}, nil
 		})
 		l.pass(5 * time.Second)
-		l.expect(t, "4.5s renewed until 14.5s")
-		if stale != 3 || l.endpoints[0].reads != 3 {
-			t.Errorf("%d renewals and %d reads, want 3 of both", stale, l.endpoints[0].reads)
-		}
-	})
-}
-
-func TestLease_LongSilenceIsConfirmed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		l := newTestLease(t, 7, after(1100*ms, good(1)))
-		l.pass(4 * time.Second)
-		l.expect(t, "3.1s renewed until 12s") // 3.1 s after the grant: more than 1.5 intervals
-		if l.endpoints[0].reads != 1 {
-			t.Errorf("%d confirming reads, want 1", l.endpoints[0].reads)
+		l.expect(t, "2s renewed until 12s", "4s renewed until 14s")
+		if stale != 3 || l.endpoints[0].reads != 1+3 {
+			t.Errorf("%d renewals and %d reads, want 3 of both, and one read before", stale, l.endpoints[0].reads)
 		}
 	})
 }

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 )
 
@@ -81,14 +82,42 @@ func newMembers(cfg Config) (*members, error) {
 	return ms, nil
 }
 
-// reset drops the connection of m, on which nothing arrives any more: when the network is back, a new one is made at once, whereas
-// the kernel would wait for its next retransmission, which can be two minutes away.
+// reset replaces the connection of m, on which nothing arrives any more: when the network is back, a new one is made at once,
+// whereas the kernel would wait for its next retransmission, which can be two minutes away. Until the new one is up the old one
+// stays in use, for where packets are only lost now and then it may be the first to be good again.
 func (ms *members) reset(m *member) {
 	m.mu.Lock()
-	client := m.client
-	m.client = nil
+	defer m.mu.Unlock()
+	if m.closed || m.client == nil || m.next != nil {
+		return
+	}
+	next, err := m.dial()
+	if err != nil {
+		return
+	}
+	m.next = next
+	ms.closing.Go(func() { ms.replace(m, next) })
+}
+
+// replace waits until the new connection is up, or closed, and then closes the old one, and with it whatever waits there.
+func (ms *members) replace(m *member, next *clientv3.Client) {
+	conn := next.ActiveConnection()
+	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
+		if state == connectivity.Shutdown {
+			return
+		}
+		conn.Connect()
+		conn.WaitForStateChange(context.Background(), state) // ends when the connection is closed, too
+	}
+	m.mu.Lock()
+	old := m.client
+	if m.next == next {
+		m.client, m.next = next, nil
+	} else {
+		old = nil
+	}
 	m.mu.Unlock()
-	ms.closeClient(client)
+	ms.closeClient(old)
 }
 
 // closeClient closes in the background, for gRPC waits seconds for its last word to be written.
@@ -102,10 +131,11 @@ func (ms *members) closeClient(client *clientv3.Client) {
 func (ms *members) close() {
 	for _, m := range ms.list {
 		m.mu.Lock()
-		client := m.client
-		m.client, m.closed = nil, true
+		client, next := m.client, m.next
+		m.client, m.next, m.closed = nil, nil, true
 		m.mu.Unlock()
 		ms.closeClient(client)
+		ms.closeClient(next)
 	}
 	done := make(chan struct{})
 	go func() {
@@ -128,6 +158,7 @@ type member struct {
 
 	mu     sync.Mutex
 	client *clientv3.Client
+	next   *clientv3.Client // which is to replace it, while that is not up; else nil
 	closed bool
 }
 

@@ -37,7 +37,7 @@ func newMetrics(r prometheus.Registerer, snapshot func() Snapshot, now func() ti
 		}, []string{"result"}),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "leasehold_lease_renewal_duration_seconds",
-			Help:    "Time from sending a good lease renewal to its reply.",
+			Help:    "Time from sending a lease renewal until it counts.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
 		}),
 		terms: prometheus.NewCounter(prometheus.CounterOpts{

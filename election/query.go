@@ -64,12 +64,12 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	}
 	places := make([]place, 0, len(resp.Kvs))
 	for _, kv := range resp.Kvs {
-		places = append(places, newPlace(kv))
+		places = append(places, newPlace(prefix, kv))
 	}
 	sort.Slice(places, func(i, j int) bool { return places[i].created < places[j].created })
 	var r Report
 	for i, p := range places {
-		if !p.candidate(prefix) {
+		if !p.candidate {
 			r.Blockers = append(r.Blockers, *p.blocker(prefix))
 			continue
 		}

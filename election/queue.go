@@ -26,22 +26,22 @@ type place struct {
 	created  int64 // create revision: the order of the queue
 	lease    int64
 	identity string
+	// candidate: the key is one that a campaign in this election makes, the prefix and its own lease in hex.
+	candidate bool
 }
 
-func newPlace(kv *mvccpb.KeyValue) place {
+func newPlace(prefix string, kv *mvccpb.KeyValue) place {
 	value := kv.Value
 	if len(value) > maxIdentity {
 		value = value[:maxIdentity]
 	}
-	return place{string(kv.Key), kv.CreateRevision, kv.Lease, strings.ToValidUTF8(string(value), "�")}
+	return place{
+		key: string(kv.Key), created: kv.CreateRevision, lease: kv.Lease, identity: strings.ToValidUTF8(string(value), "�"),
+		candidate: kv.Lease != 0 && string(kv.Key) == fmt.Sprintf("%s%x", prefix, kv.Lease),
+	}
 }
 
 func (p place) entry() *Entry { return &Entry{Identity: p.identity, Key: p.key, Token: p.created} }
-
-// candidate tells whether the key is one that a campaign in this election makes: the prefix and its own lease in hex.
-func (p place) candidate(prefix string) bool {
-	return p.lease != 0 && p.key == fmt.Sprintf("%s%x", prefix, p.lease)
-}
 
 // blocker says why nothing that takes part in the election will remove the key.
 func (p place) blocker(prefix string) *Blocker {
@@ -89,22 +89,24 @@ func printable(s string) string {
 
 // view is what the queue shows a candidate.
 type view struct {
-	watched bool   // our key can be put: all that happens to it will be seen
-	head    *place // whoever is first, leader or blocker
-	own     *place
+	watched bool     // our key can be put: all that happens to it will be seen
+	head    *place   // whoever is first, leader or blocker
+	own     *place   // once it is known who is ahead of us
 	blocker *Blocker // the first one ahead of our own key
 }
 
 // leader returns the leader: whoever is first, if that is a candidate.
-func (v view) leader(prefix string) *Entry {
-	if v.head == nil || !v.head.candidate(prefix) {
+func (v view) leader() *Entry {
+	if v.head == nil || !v.head.candidate {
 		return nil
 	}
 	return v.head.entry()
 }
 
-// queue keeps the election's keys in memory, by one watch of the prefix from the revision of one read. etcd's Election.Observe
-// would cost a read and a watch per candidate at each change, and it never says that there is no leader.
+// queue keeps in memory who is ahead of us, by one read when our key has been put, and one watch from before that on. Who comes
+// later stands behind us and never matters to us, so the watch is of deletions only: that a candidate joins costs the others
+// nothing, and a change of leader an event each. etcd's Election.Observe would cost a read and a watch per candidate at each
+// change, and it never says that there is no leader.
 type queue struct {
 	prefix  string // with the slash
 	own     string
@@ -113,25 +115,28 @@ type queue struct {
 	legs    *legs
 	// changed has room for one: somebody has to look at the view again.
 	changed chan struct{}
-	// lost is called when our key is deleted or made anew. It must not block.
+	// lost is called when our key is deleted. It must not block.
 	lost func(cause error)
 	// suspects has room for one: a member that does not renew our lease.
 	suspects chan *member
-	turned   *atomic.Int64
-	now      func() time.Duration
+	// joins has room for one: our key has been put.
+	joins  chan struct{}
+	turned *atomic.Int64
+	now    func() time.Duration
 
 	mu       sync.Mutex
-	watched  bool // it has been, at least once
+	watched  bool  // it has been, at least once
+	created  int64 // our key's create revision; 0: not put yet
+	ranked   bool  // places are all that are ahead of our key, and that
+	revision int64 // at which places were read
 	places   map[string]place
-	created  int64 // our key's create revision once it was seen
-	expected int64 // the same as others have seen it
 	err      error // why it is not being watched
 }
 
 func newQueue(prefix, own string, ms *members, timing Timing, l *legs, now func() time.Duration, turned *atomic.Int64, lost func(error)) *queue {
 	return &queue{
 		prefix: prefix, own: own, members: ms, timing: timing, legs: l, now: now, turned: turned, lost: lost,
-		changed: make(chan struct{}, 1), suspects: make(chan *member, 1),
+		changed: make(chan struct{}, 1), suspects: make(chan *member, 1), joins: make(chan struct{}, 1),
 	}
 }
 
@@ -145,7 +150,8 @@ func (q *queue) run(ctx context.Context) {
 		q.mu.Lock()
 		q.err = err
 		q.mu.Unlock()
-		if q.now()-started > q.timing.RenewInterval() {
+		// A member that was silent all the time may have too much to do: to come back at once, all of us, would not help.
+		if age := q.now() - started; age > q.timing.TTL || age > q.timing.RenewInterval() && !errors.Is(err, errSilent) {
 			wait = retry{}
 		}
 		q.turned.Store(int64(q.now()))
@@ -153,46 +159,36 @@ func (q *queue) run(ctx context.Context) {
 	}
 }
 
-// errSilent is why a watch is given up that a member does not serve any more.
-var errSilent = errors.New("the watch is not answered")
+// Why a watch is given up.
+var (
+	errSilent  = errors.New("the watch is not answered")
+	errSuspect = errors.New("the member that serves the watch does not renew the lease")
+)
 
-// follow reads the queue and watches it from there, until the watch ends or the member is suspect.
+// follow watches the queue, until the watch ends or the member is suspect.
 func (q *queue) follow(ctx context.Context) error {
 	// Both halves of the liveness check take one such interval.
 	interval := min(q.timing.RenewInterval(), MaxTurn/2)
-	rctx, cancel := context.WithTimeout(ctx, interval)
-	type read struct {
-		from *member
-		resp *pb.RangeResponse
-	}
-	got, err := first(rctx, q.members, q.timing.joinAfter(), func(ctx context.Context, m *member) (read, error) {
-		conn, err := m.conn()
-		if err != nil {
-			return read{}, err
-		}
-		resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(q.prefix), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(q.prefix))})
-		return read{m, resp}, rpctypes.Error(err)
-	})
-	cancel()
+	from, err := q.probe(ctx, interval)
 	if err != nil {
-		return fmt.Errorf("read the queue: %w", err)
+		return err
 	}
-	q.turned.Store(int64(q.now()))
-	q.reset(got.resp.Kvs, got.resp.Header.Revision)
-
-	leg, err := q.legs.open(got.from)
+	leg, err := q.legs.open(from)
 	if err != nil {
 		return err
 	}
 	defer q.legs.drop(leg)
 	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
-	// Watch returns when the member has answered.
+	// Watch returns when the member has answered. What is read after that is not older than what the watch begins with.
 	answered := time.AfterFunc(interval, cancel)
-	events := leg.queue.Watch(wctx, q.prefix, clientv3.WithPrefix(), clientv3.WithRev(got.resp.Header.Revision+1), clientv3.WithFragment())
+	events := leg.queue.Watch(wctx, q.prefix, clientv3.WithPrefix(), clientv3.WithFilterPut(), clientv3.WithFragment())
 	if !answered.Stop() {
-		q.members.reset(got.from)
+		q.members.reset(from)
 		return errSilent
+	}
+	if err := q.rank(ctx, interval); err != nil {
+		return err
 	}
 	q.mu.Lock()
 	q.watched, q.err = true, nil
@@ -200,7 +196,12 @@ func (q *queue) follow(ctx context.Context) error {
 	q.mu.Unlock()
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	quiet := 0 // ticks since the last answer
+	quiet := 0        // ticks since the last answer
+	behind := false   // our key has been put, and who is ahead of it could not be read
+	looked := q.now() // at the head, once in a TTL
+	q.mu.Lock()
+	seen := q.revision
+	q.mu.Unlock()
 	for {
 		q.turned.Store(int64(q.now()))
 		select {
@@ -208,8 +209,10 @@ func (q *queue) follow(ctx context.Context) error {
 			return nil
 		case m := <-q.suspects:
 			if m == leg.member {
-				return errSilent
+				return errSuspect
 			}
+		case <-q.joins:
+			behind = q.rank(ctx, interval) != nil
 		case resp, ok := <-events:
 			if !ok {
 				return errors.New("the watch has ended")
@@ -217,10 +220,24 @@ func (q *queue) follow(ctx context.Context) error {
 			if err := resp.Err(); err != nil {
 				return fmt.Errorf("watch the queue: %w", err)
 			}
-			quiet = 0
+			quiet, seen = 0, max(seen, resp.Header.Revision)
 			q.apply(resp.Events)
 		case <-tick.C:
+			switch {
+			case behind:
+				behind = q.rank(ctx, interval) != nil
+			case q.now()-looked > q.timing.TTL:
+				looked = q.now()
+				q.lookAtHead(wctx, leg.member, interval)
+			}
+			q.turned.Store(int64(q.now()))
 			if quiet++; quiet > 1 {
+				// Etcd answers no request for progress before anything was written since the watch began: from the revision after the
+				// read, and so does the client after a broken connection. Then there is nothing to be missed either.
+				if q.unchanged(wctx, leg.member, seen, interval) {
+					quiet = 0
+					continue
+				}
 				q.members.reset(leg.member)
 				return errSilent
 			}
@@ -231,60 +248,146 @@ func (q *queue) follow(ctx context.Context) error {
 	}
 }
 
-// expect tells what the create revision of our key is, should the queue not have seen it yet.
-func (q *queue) expect(created int64) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.expected = created
+// unchanged tells if the member answers and knows of nothing later than the revision.
+func (q *queue) unchanged(ctx context.Context, m *member, revision int64, bound time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	conn, err := m.conn()
+	if err != nil {
+		return false
+	}
+	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(q.own), KeysOnly: true, Serializable: true})
+	return err == nil && resp.Header.Revision <= revision
 }
 
-// reset takes over what a read at that revision shows.
-func (q *queue) reset(kvs []*mvccpb.KeyValue, revision int64) {
+// probe finds the member that serves the watch: whoever answers first. What it answers is shown until our key is put: who leads.
+func (q *queue) probe(ctx context.Context, bound time.Duration) (*member, error) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.created == 0 && revision >= q.expected {
-		q.created = q.expected
+	joined := q.created != 0
+	q.mu.Unlock()
+	if joined {
+		from, _, err := q.ask(ctx, bound, &pb.RangeRequest{Key: []byte(q.own), KeysOnly: true})
+		return from, err
 	}
-	q.places = make(map[string]place, len(kvs))
-	for _, kv := range kvs {
-		q.places[string(kv.Key)] = newPlace(kv)
-	}
-	q.seen()
+	return q.read(ctx, bound, &pb.RangeRequest{Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND})
 }
 
-// apply takes over what a watch shows.
-func (q *queue) apply(events []*clientv3.Event) {
-	if len(events) == 0 {
+// lookAtHead reads the key that is first. Its candidate may have given it another value, and anybody may have taken its lease from
+// it by writing to it: then it never goes by itself. Neither is a deletion, so the watch does not tell. An answer that does not
+// come is no harm, for there is another look.
+func (q *queue) lookAtHead(ctx context.Context, m *member, bound time.Duration) {
+	v, _ := q.view()
+	if v.own == nil || v.head.key == v.own.key {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	conn, err := m.conn()
+	if err != nil {
+		return
+	}
+	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(v.head.key), Serializable: true})
+	if err != nil {
 		return
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for _, e := range events {
-		if e.Kv == nil {
-			continue
-		}
-		if e.Type == clientv3.EventTypeDelete {
-			delete(q.places, string(e.Kv.Key))
-		} else {
-			q.places[string(e.Kv.Key)] = newPlace(e.Kv)
-		}
-		if string(e.Kv.Key) == q.own {
-			q.seen() // at each event: it may have been deleted and made anew
-		}
+	now, there := q.places[v.head.key]
+	if !there || resp.Header.Revision < q.revision || len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != now.created {
+		return // the watch has told of it or will
 	}
-	q.seen()
+	if found := newPlace(q.prefix, resp.Kvs[0]); found != now {
+		q.places[v.head.key] = found
+		poke(q.changed)
+	}
 }
 
-// seen looks whether our key is still there, and passes the news on. The mutex is held.
-func (q *queue) seen() {
-	own, there := q.places[q.own]
-	switch {
-	case q.created == 0 && there:
-		q.created = own.created
-	case q.created != 0 && own.created != q.created:
+// read asks for keys of the election and takes over what it shows. It returns the member that has answered.
+func (q *queue) read(ctx context.Context, bound time.Duration, what *pb.RangeRequest) (*member, error) {
+	what.Key, what.RangeEnd = []byte(q.prefix), []byte(clientv3.GetPrefixRangeEnd(q.prefix))
+	from, resp, err := q.ask(ctx, bound, what)
+	if err == nil {
+		q.take(resp.Kvs, resp.Header.Revision, what.MaxCreateRevision)
+	}
+	return from, err
+}
+
+// ask reads over all members, and says which has answered.
+func (q *queue) ask(ctx context.Context, bound time.Duration, what *pb.RangeRequest) (*member, *pb.RangeResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	type answer struct {
+		from *member
+		resp *pb.RangeResponse
+	}
+	got, err := first(ctx, q.members, q.timing.joinAfter(), func(ctx context.Context, m *member) (answer, error) {
+		conn, err := m.conn()
+		if err != nil {
+			return answer{}, err
+		}
+		resp, err := pb.NewKVClient(conn).Range(ctx, what)
+		return answer{m, resp}, rpctypes.Error(err)
+	})
+	q.turned.Store(int64(q.now()))
+	if err != nil {
+		return nil, nil, fmt.Errorf("read the queue: %w", err)
+	}
+	return got.from, got.resp, nil
+}
+
+// rank reads who is ahead of us, if our key has been put.
+func (q *queue) rank(ctx context.Context, bound time.Duration) error {
+	q.mu.Lock()
+	created := q.created
+	q.mu.Unlock()
+	if created == 0 {
+		return nil
+	}
+	_, err := q.read(ctx, bound, &pb.RangeRequest{MaxCreateRevision: created})
+	return err
+}
+
+// joined says that our key has been put, and at which revision.
+func (q *queue) joined(created int64) {
+	q.mu.Lock()
+	q.created = created
+	q.mu.Unlock()
+	poke(q.joins)
+}
+
+// take takes over what a read at that revision shows, of all keys that were created until then, or of the first one only (0).
+func (q *queue) take(kvs []*mvccpb.KeyValue, revision, until int64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if until == 0 && q.ranked {
+		return // we know more
+	}
+	q.revision, q.ranked = revision, until != 0
+	q.places = make(map[string]place, len(kvs))
+	for _, kv := range kvs {
+		q.places[string(kv.Key)] = newPlace(q.prefix, kv)
+	}
+	if q.ranked && q.places[q.own].created != q.created {
 		q.lost(ErrKeyDeleted)
 	}
 	poke(q.changed)
+}
+
+// apply takes over what a watch shows: deletions.
+func (q *queue) apply(events []*clientv3.Event) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, e := range events {
+		key := string(e.Kv.Key)
+		if key == q.own {
+			q.lost(ErrKeyDeleted)
+		}
+		// The key may have been made anew before it was read.
+		if _, ahead := q.places[key]; ahead && e.Kv.ModRevision > q.revision {
+			delete(q.places, key)
+			poke(q.changed)
+		}
+	}
 }
 
 // suspect has the queue followed on another member, if it is that one which it is followed on.
@@ -299,7 +402,7 @@ func (q *queue) view() (view, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	v := view{watched: q.watched}
-	if own, ok := q.places[q.own]; ok {
+	if own, ok := q.places[q.own]; ok && q.ranked {
 		v.own = &own
 	}
 	var head, ahead place
@@ -307,7 +410,7 @@ func (q *queue) view() (view, error) {
 		if head.created == 0 || p.created < head.created {
 			head = p
 		}
-		if v.own != nil && p.created < v.own.created && (ahead.created == 0 || p.created < ahead.created) && !p.candidate(q.prefix) {
+		if v.own != nil && p.created < v.own.created && (ahead.created == 0 || p.created < ahead.created) && !p.candidate {
 			ahead = p
 		}
 	}

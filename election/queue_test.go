@@ -17,43 +17,40 @@ func kv(key string, created, lease int64) *mvccpb.KeyValue {
 	return &mvccpb.KeyValue{Key: []byte(key), CreateRevision: created, ModRevision: created, Lease: lease}
 }
 
-func put(key string, created, lease int64) *clientv3.Event {
-	return &clientv3.Event{Type: clientv3.EventTypePut, Kv: kv(key, created, lease)}
+func del(key string, revision int64) []*clientv3.Event {
+	return []*clientv3.Event{{Type: clientv3.EventTypeDelete, Kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: revision}}}
 }
 
-func del(key string) *clientv3.Event {
-	return &clientv3.Event{Type: clientv3.EventTypeDelete, Kv: &mvccpb.KeyValue{Key: []byte(key)}}
+// newTestQueue is one in which e/9 was first when the watch began.
+func newTestQueue(lost func(error)) *queue {
+	q := newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, lost)
+	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9)}, 5, 0)
+	return q
 }
 
 func TestQueue_OwnKey(t *testing.T) {
+	ranked := func(q *queue, own ...*mvccpb.KeyValue) {
+		q.joined(6)
+		q.take(append(own, kv("e/9", 3, 9)), 9, 6)
+	}
 	for name, test := range map[string]struct {
 		act  func(*queue)
 		lost bool
 	}{
-		"not there yet":         {func(q *queue) { q.reset(nil, 5); q.apply([]*clientv3.Event{put("e/9", 6, 9)}) }, false},
-		"put":                   {func(q *queue) { q.reset(nil, 5); q.apply([]*clientv3.Event{put("e/a", 6, 10)}) }, false},
-		"value changed":         {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10), put("e/a", 6, 10)}) }, false},
-		"deleted":               {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10)}); q.apply([]*clientv3.Event{del("e/a")}) }, true},
-		"put and deleted":       {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10), del("e/a")}) }, true},
-		"deleted and made anew": {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10), del("e/a"), put("e/a", 8, 10)}) }, true},
-		"made anew, seen late": {func(q *queue) {
-			q.apply([]*clientv3.Event{put("e/a", 6, 10)})
-			q.reset([]*mvccpb.KeyValue{kv("e/a", 8, 10)}, 9)
-		}, true},
-		"gone, seen late": {func(q *queue) { q.apply([]*clientv3.Event{put("e/a", 6, 10)}); q.reset(nil, 9) }, true},
-		"read again": {func(q *queue) {
-			q.apply([]*clientv3.Event{put("e/a", 6, 10)})
-			q.reset([]*mvccpb.KeyValue{kv("e/a", 6, 10)}, 9)
-		}, false},
-		"expected, not seen yet": {func(q *queue) { q.reset(nil, 5); q.expect(6); q.apply([]*clientv3.Event{put("e/9", 6, 9)}) }, false},
-		"expected, read before":  {func(q *queue) { q.expect(6); q.reset(nil, 5) }, false},
-		"expected, never seen":   {func(q *queue) { q.expect(6); q.reset(nil, 7) }, true},
-		"others deleted":         {func(q *queue) { q.apply([]*clientv3.Event{put("e/9", 5, 9), put("e/a", 6, 10), del("e/9")}) }, false},
+		"not there yet":                {func(q *queue) { q.apply(del("e/9", 6)) }, false},
+		"put":                          {func(q *queue) { ranked(q, kv("e/a", 6, 10)) }, false},
+		"put and deleted before read":  {func(q *queue) { ranked(q) }, true},
+		"put, deleted and made anew":   {func(q *queue) { ranked(q, kv("e/a", 8, 10)) }, true},
+		"deleted":                      {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.apply(del("e/a", 10)) }, true},
+		"deleted before it was ranked": {func(q *queue) { q.joined(6); q.apply(del("e/a", 7)) }, true},
+		"read again":                   {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q, kv("e/a", 6, 10)) }, false},
+		"gone, seen late":              {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q) }, true},
+		"watched again":                {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.take(nil, 12, 0) }, false},
+		"others deleted":               {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.apply(del("e/9", 10)); q.apply(del("e/b", 11)) }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			lost := false
-			q := newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, func(error) { lost = true })
-			q.reset(nil, 1)
+			q := newTestQueue(func(error) { lost = true })
 			test.act(q)
 			if lost != test.lost {
 				t.Errorf("lost: %v, want %v", lost, test.lost)
@@ -63,22 +60,36 @@ func TestQueue_OwnKey(t *testing.T) {
 }
 
 func TestQueue_View(t *testing.T) {
-	q := newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, func(error) {})
-	q.reset([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11), kv("e/later", 9, 0)}, 10)
+	q := newTestQueue(func(error) {})
 	v, _ := q.view()
-	if l := v.leader("e/"); l == nil || l.Key != "e/9" || l.Token != 3 {
+	if l := v.leader(); l == nil || l.Key != "e/9" || v.own != nil {
+		t.Errorf("before we join: %+v", v)
+	}
+	q.joined(8)
+	if v, _ = q.view(); v.own != nil {
+		t.Errorf("own place before it is known who is ahead: %+v", v)
+	}
+	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11)}, 10, 8)
+	v, _ = q.view()
+	if l := v.leader(); l == nil || l.Key != "e/9" || l.Token != 3 {
 		t.Errorf("leader %+v", l)
 	}
 	if v.blocker == nil || v.blocker.Key != "e/hand" {
 		t.Errorf("blocker %+v", v.blocker)
 	}
-	q.apply([]*clientv3.Event{del("e/9"), del("e/hand")})
+	// What the watch tells late of a time before the read is known already.
+	q.apply(del("e/9", 2))
+	if v, _ = q.view(); v.leader() == nil {
+		t.Error("an old deletion counts against a key that was made anew")
+	}
+	q.apply(del("e/9", 11))
+	q.apply(del("e/hand", 12))
 	v, _ = q.view()
-	if l := v.leader("e/"); l != nil || v.blocker == nil || v.blocker.Key != "e/n/b" || !strings.Contains(v.blocker.Why, "'e/n'") {
+	if l := v.leader(); l != nil || v.blocker == nil || v.blocker.Key != "e/n/b" || !strings.Contains(v.blocker.Why, "'e/n'") {
 		t.Errorf("leader %+v, blocker %+v", l, v.blocker)
 	}
-	q.apply([]*clientv3.Event{del("e/n/b")})
-	if v, _ = q.view(); v.leader("e/").Key != "e/a" || v.blocker != nil {
+	q.apply(del("e/n/b", 13))
+	if v, _ = q.view(); v.leader().Key != "e/a" || v.blocker != nil {
 		t.Errorf("view %+v", v)
 	}
 }

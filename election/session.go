@@ -37,6 +37,7 @@ type session struct {
 	closing   bool          // from here on our key goes because we want it to
 	trouble   error         // why the last renewal did not count
 
+	created atomic.Int64                  // our key's create revision once it is put
 	looking atomic.Pointer[chan struct{}] // closed when the check that was begun last is done
 }
 
@@ -57,17 +58,20 @@ func (r *runner) session(ctx context.Context) error {
 	defer running.Wait()
 	defer cancel()
 
-	// The queue is read and watched from while the lease is being granted, and before our key is put: the watch then sees
-	// all that happens to the key, and at once, whereas etcd serves a watch of the past only every 100 ms.
+	// The queue is watched from while the lease is being granted, and before our key is put: the watch then sees all that
+	// happens to the key, and at once, whereas etcd serves a watch of the past only every 100 ms. It ends before the lease is
+	// revoked, so that those who leave in a crowd are not told of each other.
+	qctx, stopQueue := context.WithCancel(sctx)
+	defer stopQueue()
 	watches := newLegs(r.members)
 	asked := NewTiming(r.cfg.TTL, r.cfg.LossGrace, r.cfg.Margin)
 	s.queue = newQueue(r.prefix, s.key, r.members, asked, watches, r.cfg.Now, &r.turns.queue, s.lost)
 	running.Go(func() {
 		defer r.turns.queue.Store(0)
-		s.queue.run(sctx)
+		s.queue.run(qctx)
 	})
 
-	defer s.release(ctx)
+	defer s.release(ctx, stopQueue)
 	patient, stop := r.patient(ctx)
 	defer stop()
 	r.cfg.Holder.Leased(s.id, r.cfg.TTL)
@@ -86,7 +90,8 @@ func (r *runner) session(ctx context.Context) error {
 	for i, m := range r.members.list {
 		endpoints[i] = m
 	}
-	s.lease = newLease(s.id, s.key, s.timing, g.sent, endpoints, &r.members.current, r.cfg.Now, s, r.metrics, &r.turns.lease)
+	early := func() time.Duration { return rand.N(s.timing.RenewInterval() / 5) }
+	s.lease = newLease(s.id, s.key, s.timing, g, endpoints, &r.members.current, r.cfg.Now, early, s, r.metrics, &r.turns.lease)
 	running.Go(func() {
 		defer r.turns.lease.Store(0)
 		s.lease.run(sctx)
@@ -94,7 +99,7 @@ func (r *runner) session(ctx context.Context) error {
 
 	client := clientv3.NewCtxClient(sctx)
 	defer func() { _ = client.Close() }()
-	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout(), looking: &s.looking}, nil)
+	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout(), looking: &s.looking, joined: s.joined}, nil)
 	client.Watcher = watches
 	client.Lease = sessionLease{alive: s.alive}
 	defer s.closeAlive()
@@ -145,10 +150,11 @@ func (s *session) join(ctx context.Context) (granted, error) {
 func newLeaseID() int64 { return 1 + rand.Int64N(1<<63-1) }
 
 // release revokes the lease, whether or not we know it to exist, as the last thing that the session does in etcd.
-func (s *session) release(ctx context.Context) {
+func (s *session) release(ctx context.Context, stopQueue func()) {
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
+	stopQueue()
 	bound := s.requestTimeout()
 	if s.timing.TTL != 0 {
 		bound = min(bound, s.timing.RenewInterval())
@@ -168,6 +174,12 @@ func (s *session) release(ctx context.Context) {
 	})
 }
 
+func (s *session) isClosing() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closing
+}
+
 func (s *session) closeAlive() { s.closeOnce.Do(func() { close(s.alive) }) }
 
 // renewed implements leaseEvents.
@@ -184,6 +196,15 @@ func (s *session) renewed(d Deadlines) {
 	}
 	s.Candidate.changed()
 	poke(s.changed)
+}
+
+// joined learns from the campaign that our key has been put.
+func (s *session) joined(created int64) {
+	if before := s.created.Swap(created); before != 0 && before != created {
+		s.lost(ErrKeyDeleted) // and put again by a campaign that did not know
+		return
+	}
+	s.queue.joined(created)
 }
 
 // contactLost implements leaseEvents.
@@ -231,9 +252,10 @@ func poke(c chan struct{}) {
 
 // checked is the result of looking whether we lead.
 type checked struct {
-	first   bool  // no key under the prefix was created before ours
-	created int64 // our key's create revision; 0: it is gone
-	err     error
+	first    bool   // no key under the prefix was created before ours
+	created  int64  // our key's create revision; 0: it is gone
+	raftTerm uint64 // of the member that answered
+	err      error
 }
 
 // standby campaigns and waits. It returns the create revision of our key when that has won, or 0 when the session is over.
@@ -250,7 +272,7 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 			case <-sctx.Done():
 				return
 			}
-			if err == nil {
+			if err == nil || s.isClosing() {
 				return
 			}
 			// Its key keeps its place, since the campaign's own context has not ended: campaign again in the same session.
@@ -284,10 +306,7 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 			campaigning = true
 			running.Go(campaign)
 		}
-		if v.own != nil {
-			s.lease.created.Store(v.own.created)
-		}
-		head := v.own != nil && v.head.key == v.own.key
+		head := v.own != nil && v.head.key == v.own.key // our own key is one of those that the head is chosen from
 		if s.cfg.Wait == 0 && !s.elected && v.own != nil && !head {
 			return 0, fmt.Errorf("%w: %s is ahead", ErrNotElected, quote(v.head.identity))
 		}
@@ -295,6 +314,9 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		// revision only after up to 100 ms, and the campaign then reads the queue once more. So whichever of the two says it
 		// first makes us look, and looking decides.
 		if (head || won) && !checking {
+			if created := s.created.Load(); created != 0 {
+				s.lease.confirmFrom(created)
+			}
 			checking = true
 			check(0)
 		}
@@ -335,9 +357,9 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 // check looks whether we lead, after a while: Election.Campaign returns nil even when its own key is gone
 // (https://github.com/etcd-io/etcd/issues/19597). That our key is the oldest which exists in a linearizable read proves by itself
 // that we lead, for a key made later can never be older; and that it exists proves that the lease did when it was read. So where
-// the last renewal that was due counts, its deadlines are as good as those of a leader in the middle of its term, and the next one
-// follows the read, for etcd would serve it first and the job is waiting. Else a renewal goes out beside the read, and both
-// must succeed.
+// the last renewal that was due counts, and the read confirms it, its deadlines are as good as those of a leader in the middle of
+// its term, and the next one follows the read, for etcd would serve it first and the job is waiting. Else there must be another
+// renewal, that is confirmed as those of a leader are.
 func (s *session) check(lctx context.Context, running *sync.WaitGroup, after time.Duration) checked {
 	ctx, cancel := context.WithTimeout(lctx, after+s.requestTimeout())
 	defer cancel()
@@ -347,9 +369,10 @@ func (s *session) check(lctx context.Context, running *sync.WaitGroup, after tim
 		case <-ctx.Done():
 		}
 	}
-	renewed := make(<-chan struct{})
-	fresh := s.cfg.Now() < s.Snapshot().Deadlines.End-s.timing.TTL+s.timing.RenewInterval()*3/2
-	if !fresh {
+	confirming := s.lease.confirms()
+	fresh := confirming && s.cfg.Now() < s.Snapshot().Deadlines.End-s.timing.TTL+s.timing.RenewInterval()*3/2
+	var renewed <-chan struct{}
+	if confirming && !fresh {
 		renewed = s.lease.renewNow(ctx)
 	}
 	oldest := &pb.RangeRequest{
@@ -369,7 +392,7 @@ func (s *session) check(lctx context.Context, running *sync.WaitGroup, after tim
 		if err != nil {
 			return checked{}, rpctypes.Error(err)
 		}
-		var c checked
+		c := checked{raftTerm: resp.Header.RaftTerm}
 		if kvs := resp.Responses[1].GetResponseRange().Kvs; len(kvs) > 0 {
 			c.created = kvs[0].CreateRevision
 		}
@@ -381,9 +404,16 @@ func (s *session) check(lctx context.Context, running *sync.WaitGroup, after tim
 	if err != nil {
 		return checked{err: err}
 	}
-	if fresh {
+	if !got.first {
+		return got
+	}
+	if last := s.lease.raftTerm.Load(); fresh && (last == 0 || last == got.raftTerm) {
 		running.Go(func() { s.lease.renewNow(lctx) })
 		return got
+	}
+	if renewed == nil {
+		s.lease.confirmFrom(got.created)
+		renewed = s.lease.renewNow(ctx)
 	}
 	select {
 	case <-renewed:
@@ -417,9 +447,13 @@ func (s *session) show(v view, trouble error) {
 
 // showQueue publishes who leads, and what we wait for.
 func (s *session) showQueue(v view) {
-	leader := v.leader(s.prefix)
+	leader := v.leader()
 	s.Candidate.mu.Lock()
 	snap := &s.snapshot
+	if snap.Leading {
+		// Ourselves: that was proven by more than a watch, which may be late.
+		leader, v.blocker = snap.Leader, nil
+	}
 	newLeader := !same(snap.Leader, leader)
 	changed := newLeader || !same(snap.Blocker, v.blocker)
 	snap.Leader, snap.Blocker = leader, v.blocker
@@ -440,8 +474,7 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	defer context.AfterFunc(lctx, s.closeAlive)()
-	s.lease.created.Store(created)
-	s.queue.expect(created)
+	s.lease.confirmFrom(created)
 	t := &term{end: end, lost: make(chan struct{})}
 	s.Candidate.mu.Lock()
 	deadlines := s.snapshot.Deadlines
@@ -449,6 +482,7 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	if begun {
 		s.term = t
 		s.snapshot.State, s.snapshot.Reason, s.snapshot.Since, s.snapshot.Leading = Leading, "", time.Now(), true
+		s.snapshot.Leader, s.snapshot.Blocker = &Entry{Identity: s.cfg.Identity, Key: s.key, Token: created}, nil
 	}
 	s.Candidate.mu.Unlock()
 	if !begun {
@@ -513,6 +547,7 @@ type joinedKV struct {
 	joinAfter   time.Duration
 	bound       time.Duration
 	looking     *atomic.Pointer[chan struct{}]
+	joined      func(created int64) // called when a campaign has put the key, or has found it put
 }
 
 // Range is the campaign's read of who is ahead. The same event that brings it on has us look for ourselves, and etcd serves one
@@ -529,7 +564,16 @@ func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc
 }
 
 func (kv *joinedKV) Txn(ctx context.Context, in *pb.TxnRequest, opts ...grpc.CallOption) (*pb.TxnResponse, error) {
-	return joined(ctx, kv, func(ctx context.Context, c pb.KVClient) (*pb.TxnResponse, error) { return c.Txn(ctx, in, opts...) })
+	resp, err := joined(ctx, kv, func(ctx context.Context, c pb.KVClient) (*pb.TxnResponse, error) { return c.Txn(ctx, in, opts...) })
+	// A campaign puts the key if that has no create revision yet, and else reads it.
+	if err == nil && len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE && in.Compare[0].GetCreateRevision() == 0 {
+		if resp.Succeeded {
+			kv.joined(resp.Header.Revision)
+		} else if kvs := resp.Responses[0].GetResponseRange().GetKvs(); len(kvs) > 0 {
+			kv.joined(kvs[0].CreateRevision)
+		}
+	}
+	return resp, err
 }
 
 func joined[T any](ctx context.Context, kv *joinedKV, call func(context.Context, pb.KVClient) (T, error)) (T, error) {

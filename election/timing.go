@@ -33,7 +33,7 @@ func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 	return Timing{TTL: granted, LossGrace: lossGrace, Margin: margin}
 }
 
-// RenewInterval is the time between the sending of two renewals when all is well.
+// RenewInterval is the time between the sending of two renewals when all is well. It may be up to a fifth shorter.
 func (t Timing) RenewInterval() time.Duration { return t.TTL / 5 }
 
 // joinAfter is for how long a request goes unanswered before another endpoint is asked as well.
