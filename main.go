@@ -308,7 +308,17 @@ func elector(args []string) int {
 		if err := addServer(&g, cfg, log, registry, snapshot); err != nil {
 			return ending{exitOS, err.Error()}
 		}
-		g.Add(func() error { return campaignWithJob(ctx, cancel, candidate, handle) }, func(error) { cancel(errPlannedStop) })
+		guardGone, stop := make(chan struct{}), make(chan struct{})
+		g.Add(func() error { return campaignWithJob(ctx, cancel, candidate, handle, guardGone) }, func(error) { cancel(errPlannedStop) })
+		// The endpoint is given up before the lease is, which may take long: whoever is started in our place wants to listen.
+		g.Add(func() error {
+			select {
+			case <-guardGone:
+				return supervisor.ErrGuardGone
+			case <-stop:
+				return nil
+			}
+		}, func(error) { close(stop) })
 		addStatus(&g, candidate, changed, handle.Status)
 		handle.Ready()
 		err := g.Run()
@@ -321,14 +331,20 @@ func elector(args []string) int {
 	return end.code
 }
 
-// campaignWithJob runs the candidate, and beside it the handle until the candidate is done.
-func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc, candidate *election.Candidate, handle *supervisor.Handle) error {
+// campaignWithJob runs the candidate, and beside it the handle until the candidate is done. It closes guardGone if the guard is,
+// once the job is dead.
+func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc, candidate *election.Candidate, handle *supervisor.Handle,
+	guardGone chan<- struct{},
+) error {
 	handleCtx, stop := context.WithCancel(context.Background())
 	handleDone := make(chan error, 1)
 	go func() {
 		err := handle.Run(handleCtx)
 		if err != nil {
 			cancel(err)
+		}
+		if errors.Is(err, supervisor.ErrGuardGone) {
+			close(guardGone)
 		}
 		handleDone <- err
 	}()

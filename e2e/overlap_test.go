@@ -137,6 +137,41 @@ func TestNeverTwoJobs(t *testing.T) {
 	}
 }
 
+// TestNeverTwoJobs_GuardHangsAtTheLastMoment: in the dark, just before it must
+// kill. The elector then has but the margin to notice it, and to kill.
+func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
+	for _, u := range users() {
+		t.Run(u.name, func(t *testing.T) {
+			t.Parallel()
+			neverTwo(t, func(t *testing.T) *trial {
+				tr := newTrial(t, u, e2e.ClusterConfig{})
+				tr.ttl = 10 * time.Second
+				leader, _, job := tr.pair("ignore-term")
+				leader.cut()
+				var end time.Duration
+				tr.must(e2e.Until(tr.waitContext(patience), func() error { // what was under way may still count
+					before := e2e.Now()
+					lease := tr.status(leader).Lease
+					end = before + time.Duration(lease.ValidFor*float64(time.Second))
+					if left := end - before; left > tr.ttl/2 {
+						return fmt.Errorf("the lease is good for %v", left)
+					}
+					return nil
+				}))
+				tr.sleepPast(end-tr.ttl/10-50*time.Millisecond, 0) // kill-by
+				tr.must(leader.Signal(syscall.SIGSTOP))
+				if late := tr.waitDead(job) - end; late > 0 {
+					t.Errorf("the job was dead %v after the end of its lease", late)
+				}
+				tr.waitNext(job, patience)
+				tr.waitExit(leader, 128+9)
+				tr.finish()
+				return tr
+			})
+		})
+	}
+}
+
 // TestNeverTwoJobs_OfTheUnwilling: jobs that do not end when they are asked to,
 // or of which a part escapes the usual ways to kill.
 func TestNeverTwoJobs_OfTheUnwilling(t *testing.T) {

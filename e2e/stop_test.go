@@ -4,6 +4,7 @@ package e2e_test
 
 import (
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -42,6 +43,32 @@ func TestStop_BetweenTwoRuns(t *testing.T) {
 			tr.noProcesses()
 		})
 	}
+}
+
+// Whoever is started in a lost daemon's place finds the endpoint's address free,
+// though the lease can't be revoked yet.
+func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
+	tr := ordinary(t)
+	tr.ttl = 5 * time.Minute
+	c := tr.start("a", "")
+	job := tr.waitJob(c)
+	elector, err := c.Elector()
+	tr.must(err)
+	c.cut()
+	tr.must(c.Signal(syscall.SIGKILL))
+	tr.waitDead(job)
+	tr.must(e2e.Until(tr.waitContext(10*time.Second), func() error {
+		l, err := net.Listen("tcp", c.Listen)
+		if err == nil {
+			err = l.Close()
+		}
+		return err
+	}))
+	if err := syscall.Kill(elector, 0); err != nil {
+		t.Errorf("the elector has ended before it could revoke: %v", err)
+	}
+	c.heal()
+	tr.nothingLeft()
 }
 
 // Whoever asks gets an answer, or learns soon that there is none.

@@ -554,6 +554,8 @@ func (g *guard) buried() {
 	g.log.Info("the job is dead", attrs...)
 	g.lateness = 0
 	g.job = job{}
+	// An elector whose job is dead pings once a second.
+	g.strikes, g.look = 0, max(g.look, now+3*time.Second)
 	g.tidyAt = now + time.Second
 }
 

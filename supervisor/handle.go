@@ -59,7 +59,6 @@ type Handle struct {
 	term  Term // of the job under way
 	alive bool // from the request to start until dead
 	jobFd int  // pidfd of the first process, -1: none
-	late  int  // ticks for which the job's death is overdue
 	// avenging says that the guard is given up: the deadlines that it knows stay as they are.
 	avenging bool
 }
@@ -194,45 +193,63 @@ func (h *Handle) Run(ctx context.Context) error {
 			}
 			h.hear(m)
 		case <-tick.C:
-			if h.deaf.Load() || h.owed(sent-answered) {
+			if h.deaf.Load() || h.hung(sent-answered) {
 				return h.avenge("the guard is hung")
 			}
-			if h.cfg.Turning() {
+			// Where the job is late to die the guard is asked even if our own loops are stuck: there is nobody else to notice.
+			if late := h.strikeLate(); late || h.cfg.Turning() {
 				sent++
 				h.tell(message{kind: msgPing, a: sent})
 			}
-			tick.Reset(h.interval())
+			tick.Reset(h.interval(Now()))
 		case <-h.started:
-			tick.Reset(h.interval())
+			tick.Reset(h.interval(Now()))
 		}
 	}
 }
 
-// interval is the time between two pings: while the job lives a third of what the guard may take to answer.
-func (h *Handle) interval() time.Duration {
+// hung says if the guard owes us the answers to more than three pings while the job lives. They are counted as we turn, so that
+// our own pause, or the host's, is not held against it.
+func (h *Handle) hung(owed int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.alive {
-		return min(h.cfg.TTL/30, time.Second)
-	}
-	return time.Second
+	return h.alive && owed > 3
 }
 
-// owed says if the guard owes us too much while the job lives: the answers to more than three pings, which are T/10, or the
-// job's death, for that long after kill-by and a quarter of the margin. Both are counted by our own turning, so that our own
-// pause, or the host's, is not held against it.
-func (h *Handle) owed(pings int64) bool {
+// strikeLate kills, where that needs no look around, a job that the guard should have killed by now: it may be hung, and to
+// be sure of that takes several turns, which on a starved machine are long. It says if there is such a job.
+func (h *Handle) strikeLate() bool {
 	h.mu.Lock()
-	defer h.mu.Unlock()
-	if !h.alive {
+	defer h.mu.Unlock() // so that no other job begins meanwhile
+	if !h.alive || Now() < h.late() {
 		return false
 	}
-	if Now() >= h.term.KillBy+h.cfg.Margin()/4 {
-		h.late++
-	} else {
-		h.late = 0
+	if h.jobFd >= 0 {
+		signalPidfd(h.jobFd, unix.SIGKILL)
 	}
-	return pings > 3 || h.late > 3
+	if h.cgroup != nil {
+		h.cgroup.killAll()
+	}
+	return true
+}
+
+// late is when the guard should have killed the job. The mutex is held.
+func (h *Handle) late() time.Duration { return h.term.KillBy + h.cfg.Margin()/4 }
+
+// interval is the time from now to the next ping: while the job lives a third of what the guard may take to answer, which is T/10.
+// From a quarter of the margin after kill-by on it is far less, for the job should be dead, and the rest of the margin is all
+// there is for noticing that the guard hangs and for killing in its place.
+func (h *Handle) interval(now time.Duration) time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case !h.alive:
+		return time.Second
+	case now < h.late():
+		return min(h.cfg.TTL/30, time.Second, h.late()-now)
+	}
+	margin := h.cfg.Margin()
+	return max(min(max(margin/16, 25*time.Millisecond), margin/8), time.Millisecond)
 }
 
 // read hands on what the guard says.
@@ -275,7 +292,7 @@ func (h *Handle) hear(m message) {
 		h.openJob(int(m.a))
 	case msgDead:
 		h.mu.Lock()
-		h.alive, h.late = false, 0
+		h.alive = false
 		h.closeJob()
 		h.mu.Unlock()
 	}
@@ -331,6 +348,9 @@ func (h *Handle) avenge(why string) error {
 	h.avenging = true
 	alive, jobFd, lease, stopAt := h.alive, h.jobFd, h.term.LeaseID, h.term.StopAt
 	h.mu.Unlock()
+	if alive {
+		h.transition(JobStopping, why, nil) // nobody may be told that it runs, from before it is killed
+	}
 	began := Now()
 	procs, err := h.scanner()
 	if err != nil {
@@ -457,6 +477,10 @@ func over(ctx context.Context, t Term) bool {
 // life runs the job once. ended says that it ended by itself, and not because ctx did.
 func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.Duration) (exit ExitError, ended bool, err error) {
 	h.mu.Lock()
+	if h.avenging {
+		h.mu.Unlock()
+		return exit, false, ErrGuardGone
+	}
 	h.term, h.alive = t, true
 	h.mu.Unlock()
 	h.transition(JobStarting, "elected", nil)
@@ -516,6 +540,9 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 func (h *Handle) transition(to JobState, reason string, change func(*Job)) {
 	h.mu.Lock()
 	from := h.job.State
+	if h.avenging && (to == JobStarting || to == JobRunning) {
+		to = JobStopping // the guard said so earlier
+	}
 	h.job.State = to
 	if change != nil {
 		change(&h.job)
