@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -75,6 +76,8 @@ type CandidateConfig struct {
 	Witness   *Witness // may be nil
 	// UID runs the daemon as an ordinary user, who can write to no cgroup.
 	UID uint32
+	// Node has the daemon there, and its health endpoint too. nil: on 127.0.0.1.
+	Node *Node
 	// Prepare may change the command before it starts. It may be nil.
 	Prepare func(*exec.Cmd)
 	// Stderr gets the daemon's log as well. It may be nil.
@@ -96,6 +99,12 @@ type Candidate struct {
 // environment holds nothing of this program's but PATH.
 func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	listen, err := FreeAddr()
+	if cfg.Node != nil {
+		listen = net.JoinHostPort(cfg.Node.Addr, "4040")
+		if cfg.Witness != nil {
+			err = errors.Join(err, cfg.Witness.listenOn(cfg.Node))
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -134,7 +143,7 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	if cfg.Prepare != nil {
 		cfg.Prepare(cmd)
 	}
-	if c.guard, err = startProcess(cmd); err != nil {
+	if c.guard, err = startProcessOn(cfg.Node, cmd); err != nil {
 		return nil, fmt.Errorf("start candidate %s: %w", cfg.Identity, err)
 	}
 	return c, nil

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -24,6 +25,8 @@ type ClusterConfig struct {
 	Size  int      // members; 0 is one
 	Flags []string // more flags for every member
 	TLS   *Certs   // serve clients over TLS and ask for their certificates
+	// Network has each member on a node of its own. nil: all on 127.0.0.1.
+	Network *Network
 }
 
 // Cluster is an etcd cluster of real server processes on 127.0.0.1. It does
@@ -46,6 +49,7 @@ type Member struct {
 	PeerURL   string
 	// MetricsURL serves /metrics and /health without TLS and without auth.
 	MetricsURL string
+	Node       *Node // nil on 127.0.0.1
 
 	cluster *Cluster
 	flags   []string
@@ -96,10 +100,22 @@ func (c *Cluster) start(ctx context.Context) error {
 	var initial []string
 	for i := range c.cfg.Size {
 		m := &Member{Name: "m" + strconv.Itoa(i+1), cluster: c, log: &buffer{}}
+		c.Members = append(c.Members, m)
+		if c.cfg.Network != nil {
+			node, err := c.cfg.Network.Node(m.Name)
+			if err != nil {
+				return err
+			}
+			m.Node = node
+		}
 		for _, u := range []struct {
-			url    *string
-			scheme string
-		}{{&m.ClientURL, scheme}, {&m.PeerURL, "http"}, {&m.MetricsURL, "http"}} {
+			url          *string
+			scheme, port string
+		}{{&m.ClientURL, scheme, "2379"}, {&m.PeerURL, "http", "2380"}, {&m.MetricsURL, "http", "2381"}} {
+			if m.Node != nil {
+				*u.url = u.scheme + "://" + net.JoinHostPort(m.Node.Addr, u.port)
+				continue
+			}
 			addr, err := FreeAddr()
 			if err != nil {
 				return err
@@ -107,7 +123,6 @@ func (c *Cluster) start(ctx context.Context) error {
 			*u.url = u.scheme + "://" + addr
 		}
 		initial = append(initial, m.Name+"="+m.PeerURL)
-		c.Members = append(c.Members, m)
 	}
 	for _, m := range c.Members {
 		m.flags = append([]string{
@@ -134,6 +149,9 @@ func (c *Cluster) start(ctx context.Context) error {
 func (c *Cluster) Close() {
 	for _, m := range c.Members {
 		m.Kill()
+		if m.Node != nil {
+			m.Node.Close()
+		}
 	}
 	_ = os.RemoveAll(c.dir) // in the temporary directory; nothing depends on it
 }
@@ -145,6 +163,15 @@ func (c *Cluster) Endpoints() []string {
 		urls = append(urls, m.ClientURL)
 	}
 	return urls
+}
+
+// Nodes are the nodes of all members.
+func (c *Cluster) Nodes() []*Node {
+	var nodes []*Node
+	for _, m := range c.Members {
+		nodes = append(nodes, m.Node)
+	}
+	return nodes
 }
 
 // WaitHealthy waits until every running member serves and has a leader.
@@ -249,7 +276,7 @@ func (m *Member) Start() error {
 			cmd.Env = append(cmd.Env, kv)
 		}
 	}
-	p, err := startProcess(cmd)
+	p, err := startProcessOn(m.Node, cmd)
 	if err != nil {
 		return fmt.Errorf("start etcd member %s: %w", m.Name, err)
 	}

@@ -35,6 +35,18 @@ type process struct {
 	ended chan struct{} // closed when the child has been reaped
 }
 
+// startProcessOn is startProcess on a node of a network, unless that is nil.
+func startProcessOn(node *Node, cmd *exec.Cmd) (p *process, err error) {
+	if node == nil {
+		return startProcess(cmd)
+	}
+	err = node.do(func() error {
+		p, err = startProcess(cmd)
+		return err
+	})
+	return p, err
+}
+
 // startProcess starts cmd so that it can't outlive this program, in a process
 // group of its own, so that Ctrl-C on a terminal reaches this program alone.
 func startProcess(cmd *exec.Cmd) (*process, error) {
@@ -148,6 +160,18 @@ func Until(ctx context.Context, f func() error) error {
 			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		case <-tick.C:
 		}
+	}
+}
+
+// Wait lets time pass: that of a fault, or that in which something is measured.
+func Wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 

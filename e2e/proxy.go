@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -28,11 +30,11 @@ const (
 type Proxy struct {
 	listener net.Listener
 	target   string
-	delay    time.Duration
 	done     chan struct{} // closed by Close
 	wait     sync.WaitGroup
 
 	mu       sync.Mutex
+	delay    time.Duration
 	conns    map[net.Conn]struct{}
 	toServer gate
 	toClient gate
@@ -60,14 +62,19 @@ func (g *gate) heal() {
 // StartProxy listens on a free port of 127.0.0.1 in front of target, a
 // host:port. Each piece of data arrives later by delay.
 func StartProxy(target string, delay time.Duration) (*Proxy, error) {
+	return StartProxyOn("127.0.0.1", target, delay)
+}
+
+// StartProxyOn is StartProxy on another address of this machine.
+func StartProxyOn(host, target string, delay time.Duration) (*Proxy, error) {
 	var l net.Listener
 	for attempt := 0; ; attempt++ {
-		addr, err := FreeAddr()
+		port, err := FreePort()
 		if err != nil {
 			return nil, err
 		}
 		// A process that was being forked while FreePort looked has the port until its exec.
-		if l, err = net.Listen("tcp", addr); err == nil {
+		if l, err = net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port))); err == nil {
 			break
 		}
 		if attempt == 10 {
@@ -88,6 +95,13 @@ func StartProxy(target string, delay time.Duration) (*Proxy, error) {
 
 // Addr is the proxy's host:port.
 func (p *Proxy) Addr() string { return p.listener.Addr().String() }
+
+// SetDelay changes by how much later the data arrives that comes from now on.
+func (p *Proxy) SetDelay(delay time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.delay = delay
+}
 
 // Cut makes the road dark in the given direction until Heal.
 func (p *Proxy) Cut(d Direction) {
@@ -183,13 +197,49 @@ func (p *Proxy) serve(client net.Conn) {
 	both.Wait()
 }
 
+// piece is what one read has brought, and when it is due at the other end.
+type piece struct {
+	data []byte
+	err  error
+	due  time.Time
+}
+
+// copy keeps the order of what it passes on, but does not let one piece's delay
+// add to the next one's: a long road is not a narrow one.
 func (p *Proxy) copy(dst, src net.Conn, d Direction) {
-	buf := make([]byte, 64<<10)
-	for {
-		n, err := src.Read(buf)
-		if p.delay > 0 && n > 0 {
+	pieces := make(chan piece, 1024)
+	var reader sync.WaitGroup
+	defer reader.Wait()
+	defer func() { _ = src.SetReadDeadline(time.Unix(1, 0)) }()
+	stopped := make(chan struct{})
+	defer close(stopped)
+	reader.Go(func() {
+		buf := make([]byte, 64<<10)
+		for {
+			n, err := src.Read(buf)
+			p.mu.Lock()
+			due := time.Now().Add(p.delay)
+			p.mu.Unlock()
 			select {
-			case <-time.After(p.delay):
+			case pieces <- piece{slices.Clone(buf[:n]), err, due}:
+			case <-stopped:
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	for {
+		var next piece
+		select {
+		case next = <-pieces:
+		case <-p.done:
+			return
+		}
+		if wait := time.Until(next.due); wait > 0 {
+			select {
+			case <-time.After(wait):
 			case <-p.done:
 				return
 			}
@@ -197,19 +247,19 @@ func (p *Proxy) copy(dst, src net.Conn, d Direction) {
 		if !p.pass(d) {
 			return
 		}
-		if n > 0 {
-			if _, err := dst.Write(buf[:n]); err != nil {
+		if len(next.data) > 0 {
+			if _, err := dst.Write(next.data); err != nil {
 				_ = src.Close()
 				return
 			}
 		}
 		switch {
-		case errors.Is(err, io.EOF):
+		case errors.Is(next.err, io.EOF):
 			if tcp, ok := dst.(*net.TCPConn); ok {
 				_ = tcp.CloseWrite() // the other direction may go on
 			}
 			return
-		case err != nil:
+		case next.err != nil:
 			_ = dst.Close()
 			return
 		}

@@ -30,6 +30,9 @@ type Hello struct {
 	Role      string `json:"role"` // "job" for the job's first process
 	// Started is the process' own reading of Now at its start.
 	Started time.Duration `json:"started"`
+	// Forked is the kernel's account of when the process came to be, rounded down
+	// to hundredths of a second. Until Started it has executed nothing of its own.
+	Forked time.Duration `json:"forked"`
 
 	Args        []string          `json:"args,omitempty"`
 	Env         []string          `json:"env,omitempty"`
@@ -65,18 +68,20 @@ type Term struct {
 // late by microseconds and their order is the kernel's.
 type Witness struct {
 	// Addr goes into the job's environment as WITNESS. It is an abstract unix
-	// socket: any user reaches it, and it leaves no file.
+	// socket: any user reaches it, and it leaves no file. Each node of a network
+	// has one of its own of this name.
 	Addr string
 
-	listener, epoll, wake int
-	stopped               atomic.Bool
-	done                  chan struct{} // closed when the thread has ended
+	epoll, wake int
+	stopped     atomic.Bool
+	done        chan struct{} // closed when the thread has ended
 
-	mu      sync.Mutex
-	conns   map[int]*Life // by descriptor, while open
-	input   map[int][]byte
-	lives   []*Life
-	changed chan struct{} // closed and replaced at each change
+	mu        sync.Mutex
+	listeners map[int]*Node // by descriptor; nil is where this program is
+	conns     map[int]*Life // by descriptor, while open
+	input     map[int][]byte
+	lives     []*Life
+	changed   chan struct{} // closed and replaced at each change
 }
 
 var witnesses atomic.Int64 // keeps addresses apart
@@ -84,9 +89,9 @@ var witnesses atomic.Int64 // keeps addresses apart
 // NewWitness starts a witness.
 func NewWitness() (*Witness, error) {
 	w := &Witness{
-		Addr:     fmt.Sprintf("@leasehold-witness-%d-%d", os.Getpid(), witnesses.Add(1)),
-		listener: -1, epoll: -1, wake: -1,
-		done: make(chan struct{}), changed: make(chan struct{}),
+		Addr:  fmt.Sprintf("@leasehold-witness-%d-%d", os.Getpid(), witnesses.Add(1)),
+		epoll: -1, wake: -1,
+		done: make(chan struct{}), changed: make(chan struct{}), listeners: map[int]*Node{},
 		conns: map[int]*Life{}, input: map[int][]byte{},
 	}
 	if err := w.open(); err != nil {
@@ -107,17 +112,54 @@ func (w *Witness) open() (err error) {
 	if err := w.watch(w.wake); err != nil {
 		return err
 	}
-	w.listener, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	return w.listen(nil)
+}
+
+// listenOn has the witness hear the jobs on a node as well. It is not an error
+// if it does already.
+func (w *Witness) listenOn(node *Node) error {
+	w.mu.Lock()
+	for _, n := range w.listeners {
+		if n == node {
+			w.mu.Unlock()
+			return nil
+		}
+	}
+	w.mu.Unlock()
+	if err := node.do(func() error { return w.listen(node) }); err != nil {
+		return fmt.Errorf("have the witness listen on node %s: %w", node.Name, err)
+	}
+	node.closing = append(node.closing, func() { w.leave(node) })
+	return nil
+}
+
+// leave closes the socket on a node, which would keep its namespace.
+func (w *Witness) leave(node *Node) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for fd, n := range w.listeners {
+		if n == node && !w.stopped.Load() {
+			delete(w.listeners, fd)
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+func (w *Witness) listen(node *Node) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
-	if err := unix.Bind(w.listener, &unix.SockaddrUnix{Name: w.Addr}); err != nil {
+	w.mu.Lock()
+	w.listeners[fd] = node // closed with the witness
+	w.mu.Unlock()
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: w.Addr}); err != nil {
 		return err
 	}
-	if err := unix.Listen(w.listener, 4096); err != nil {
+	if err := unix.Listen(fd, 4096); err != nil {
 		return err
 	}
-	return w.watch(w.listener)
+	return w.watch(fd)
 }
 
 // watch is edge-triggered: the kernel then hands events out in the order in
@@ -138,7 +180,10 @@ func (w *Witness) Close() {
 }
 
 func (w *Witness) closeDescriptors() {
-	for _, fd := range []int{w.listener, w.epoll, w.wake} {
+	for fd := range w.listeners {
+		_ = unix.Close(fd)
+	}
+	for _, fd := range []int{w.epoll, w.wake} {
 		if fd >= 0 {
 			_ = unix.Close(fd)
 		}
@@ -180,10 +225,12 @@ func (w *Witness) handle(events []unix.EpollEvent, now time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, e := range events {
-		switch fd := int(e.Fd); fd {
-		case w.wake:
-		case w.listener:
-			w.accept(now)
+		fd := int(e.Fd)
+		_, listener := w.listeners[fd]
+		switch {
+		case fd == w.wake:
+		case listener:
+			w.accept(fd, now)
 		default:
 			w.read(fd, now)
 		}
@@ -192,9 +239,9 @@ func (w *Witness) handle(events []unix.EpollEvent, now time.Duration) {
 	w.changed = make(chan struct{})
 }
 
-func (w *Witness) accept(now time.Duration) {
+func (w *Witness) accept(listener int, now time.Duration) {
 	for {
-		fd, _, err := unix.Accept4(w.listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
 		if err != nil {
 			return // EAGAIN: that was all of them
 		}
@@ -246,6 +293,33 @@ func (w *Witness) Lives() []Life {
 		}
 	}
 	return lives
+}
+
+// Follow calls f with the processes of all jobs, as they are at a moment or
+// later, at each change and as often as given until ctx ends. It forgets those
+// that have ended as soon as f has seen them so.
+func (w *Witness) Follow(ctx context.Context, every time.Duration, f func(at time.Duration, lives []Life)) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		w.mu.Lock()
+		changed, at := w.changed, Now()
+		var lives []Life
+		for _, l := range w.lives {
+			if l.known {
+				lives = append(lives, *l)
+			}
+		}
+		w.lives = slices.DeleteFunc(w.lives, func(l *Life) bool { return l.End != 0 })
+		w.mu.Unlock()
+		f(at, lives)
+		select {
+		case <-changed:
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // Terms sums the lives up, in the order of their starts.

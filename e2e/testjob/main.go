@@ -7,6 +7,7 @@
 //	slow-stop=DUR  on SIGTERM, end after DUR with code 0
 //	stop-code=N    on SIGTERM, end with code N
 //	exit=N         end at once with code N
+//	after=DUR      but only after DUR
 //	setsid         have a child in a session of its own that ignores SIGTERM
 //	hold-pipes     have a grandchild that keeps the standard streams open
 //	daemonize      have a descendant that forked twice and called setsid
@@ -14,6 +15,8 @@
 //	main-gone      end the main thread while other threads run on
 //	storm=N        N chains of processes, each of which forks and ends at once
 //	fill=N         fork up to N children, and another for each that dies
+//	memory=N       have N GiB of memory, all of it touched
+//	leave=N        have so much memory that N MiB are left for all others
 //
 // Every process that executes it holds a connection to the witness named in
 // $WITNESS while it lives, and inherits its parent's; a process that is only
@@ -81,10 +84,16 @@ func run(words []string) error {
 			return err
 		}
 	}
+	var due <-chan time.Time
 	if code := value(words, "exit="); code != "" && role == "job" {
-		os.Exit(number(code))
+		d, _ := time.ParseDuration(value(words, "after=")) // without one it is 0
+		due = time.After(d)
 	}
-	<-terminate
+	select {
+	case <-due:
+		os.Exit(number(value(words, "exit=")))
+	case <-terminate:
+	}
 	if d, err := time.ParseDuration(value(words, "slow-stop=")); err == nil {
 		time.Sleep(d)
 	}
@@ -168,6 +177,13 @@ func misbehave(words []string, witness *net.UnixConn) error {
 	if n := number(value(words, "fill=")); n > 0 {
 		go fill(n, fd)
 	}
+	if n := number(value(words, "memory=")); n > 0 {
+		go hoard(func(have, _ int64) bool { return have < int64(n)<<30 }, func() bool { return false })
+	}
+	if n := number(value(words, "leave=")); n > 0 {
+		go hoard(func(_, untouched int64) bool { return available()-untouched > int64(n)<<20 },
+			func() bool { return available() < int64(n)<<20/2 }) // others want more than when it came
+	}
 	if slices.Contains(words, "main-gone") {
 		// Not RawSyscall: the runtime must know that this thread is away, or
 		// it would wait for it at the next garbage collection.
@@ -202,7 +218,11 @@ func now() time.Duration {
 }
 
 func candidate() string { return os.Getenv("LEASEHOLD_IDENTITY") + os.Getenv("TESTJOB_CANDIDATE") }
-func token() string     { return os.Getenv("LEASEHOLD_FENCING_TOKEN") + os.Getenv("TESTJOB_TOKEN") }
+
+// token is the fencing token, or what etcdctl lock has in its place.
+func token() string {
+	return os.Getenv("LEASEHOLD_FENCING_TOKEN") + os.Getenv("TESTJOB_TOKEN") + os.Getenv("ETCD_LOCK_REV")
+}
 
 // greet returns nil without a witness to greet.
 func greet(role string, started time.Duration) (*net.UnixConn, error) {
@@ -215,10 +235,25 @@ func greet(role string, started time.Duration) (*net.UnixConn, error) {
 		return nil, err
 	}
 	hello := map[string]any{
-		"candidate": candidate(), "token": number(token()), "pid": os.Getpid(), "role": role, "started": started,
+		"candidate": candidate(), "token": number(token()), "pid": os.Getpid(), "role": role, "started": started, "forked": forked(),
 		"args": os.Args, "env": os.Environ(), "status": status(), "descriptors": descriptors(),
 	}
 	return conn, json.NewEncoder(conn).Encode(hello)
+}
+
+// forked is when this process was forked, rounded down to the kernel's hundredths
+// of a second.
+func forked() time.Duration {
+	data, err := os.ReadFile("/proc/self/stat")
+	if err != nil {
+		return 0
+	}
+	// The name, in parentheses, may hold anything; the start is field 22.
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	if len(fields) < 20 {
+		return 0
+	}
+	return time.Duration(number(fields[19])) * 10 * time.Millisecond
 }
 
 func status() map[string]string {
