@@ -1,0 +1,151 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/e2e"
+)
+
+// jobRows are jobs that don't end as they should, at a planned stop and when
+// the guard itself is killed.
+var jobRows = slices.Concat(
+	unruly("ignore-term", "ignores SIGTERM", true, "ignore-term"),
+	unruly("daemonize", "has forked twice and called setsid (daemonized)", false, "daemonize"),
+	unruly("storm", "is a storm of forks, ten at a time", false, "storm=10"),
+	unruly("setsid-child", "leaves a child in a session of its own, which ignores SIGTERM", false, "setsid"),
+	[]Row{{
+		Name: "gigabytes", Group: "job", About: "the job has 4 GB of memory to free; the road to etcd goes dark",
+		Job: []string{fmt.Sprintf("memory=%d", gigabytes)}, Alone: AllAlone,
+		Prepare: waitForMemory, Strike: watchingDeath(dark), After: deathOfThreads,
+	}},
+)
+
+// unruly are the two rows of a job. Where a stop is not obeyed, its grace of
+// half a second is part of the figure.
+func unruly(name, does string, grace bool, word string) []Row {
+	stopped := "planned stop"
+	if grace {
+		stopped += ", grace 0.5 s"
+	}
+	return []Row{
+		{Name: name + "-stop", Group: "job", About: fmt.Sprintf("the job %s; %s", does, stopped),
+			Job: []string{word}, Alone: OursAlone, Prepare: waitForRoles, Strike: stop},
+		{Name: name + "-killed", Group: "job", About: fmt.Sprintf("the job %s; the guard is killed", does),
+			Job: []string{word}, Alone: OursAlone, CI: word == "storm=10", User: true,
+			Prepare: waitForRoles, Strike: guardGets(syscall.SIGKILL)},
+	}
+}
+
+// waitForRoles waits until the job has the descendants that it is to have.
+func waitForRoles(ctx context.Context, t *Trial) error {
+	role := map[string]string{"daemonize": "daemon", "setsid": "setsid"}[t.Row.Job[0]]
+	if role == "" {
+		return nil
+	}
+	return within(ctx, patience, "no process in the role "+role, func(ctx context.Context) error {
+		return t.Witness.Wait(ctx, func(lives []e2e.Life) bool {
+			return slices.ContainsFunc(lives, func(l e2e.Life) bool { return l.Role == role })
+		})
+	})
+}
+
+const gigabytes = 4
+
+// waitForMemory waits until the job has touched all its memory.
+func waitForMemory(ctx context.Context, t *Trial) error {
+	return within(ctx, 3*patience, "the job's memory is not touched", func(ctx context.Context) error {
+		return e2e.Until(ctx, func() error {
+			statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", t.Job.Pid))
+			if err != nil {
+				return err
+			}
+			resident, err := strconv.Atoi(strings.Fields(string(statm))[1])
+			if err == nil && resident*os.Getpagesize() < gigabytes<<30 {
+				err = fmt.Errorf("%d MiB are touched", resident*os.Getpagesize()>>20)
+			}
+			return err
+		})
+	})
+}
+
+// watchingDeath strikes and watches for the moment from which on no thread of
+// the job runs in user space any more. Its connection closes only when its
+// memory has been freed.
+func watchingDeath(strike func(context.Context, *Trial) error) func(context.Context, *Trial) error {
+	return func(ctx context.Context, t *Trial) error {
+		found := make(chan time.Duration, 1)
+		ctx, cancel := context.WithCancel(ctx)
+		pid := t.Job.Pid
+		go func() { found <- deathOf(ctx, pid) }()
+		t.Notes["death"] = found
+		t.cleanup(func() {
+			cancel()
+			if _, waits := t.Notes["death"]; waits {
+				<-found
+			}
+		})
+		return strike(ctx, t)
+	}
+}
+
+// deathOf polls the threads of a process until SIGKILL has reached each of
+// them. It returns 0 when ctx ends first.
+func deathOf(ctx context.Context, pid int) time.Duration {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	pause := unix.NsecToTimespec(200_000)
+	for ctx.Err() == nil {
+		_ = unix.Nanosleep(&pause, nil)
+		if !exiting(fmt.Sprintf("/proc/%d/stat", pid)) { // the first thread is the cheapest to ask
+			continue
+		}
+		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid)) // none: it has been reaped
+		if !slices.ContainsFunc(threads, func(path string) bool { return !exiting(path) }) {
+			return e2e.Now()
+		}
+	}
+	return 0
+}
+
+// exiting tells if a thread has begun to exit, or is gone. See proc_pid_stat(5)
+// for the fields; PF_EXITING is the kernel's.
+func exiting(path string) bool {
+	const flagsField, pfExiting = 9, 0x4
+	stat, err := os.ReadFile(path)
+	if err != nil {
+		return true
+	}
+	// The name, in parentheses, may hold anything; the third field follows.
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	flags, err := strconv.ParseUint(fields[flagsField-3], 10, 64)
+	return err == nil && flags&pfExiting != 0
+}
+
+// deathOfThreads takes for the old job's death the moment that deathOf found.
+func deathOfThreads(_ context.Context, t *Trial) error {
+	found, _ := t.Notes["death"].(chan time.Duration)
+	closed := t.dead()
+	if closed == 0 { // it lives on, and that is the outcome
+		return nil
+	}
+	delete(t.Notes, "death")
+	if t.Killed = <-found; t.Killed == 0 || t.Killed > closed {
+		return errors.New("the job's connection closed before SIGKILL was seen at its threads")
+	}
+	t.Figure("memory freed after", closed-t.Killed)
+	return nil
+}
