@@ -1,0 +1,205 @@
+//go:build linux
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"leasehold/e2e"
+)
+
+const (
+	askEvery = 40 * time.Millisecond
+	// A daemon that hangs answers when it goes on, so questions wait for it; those
+	// that were sent while it hung are the most telling.
+	askPatience = 10 * time.Second
+	askAtOnce   = 8
+)
+
+// ask asks a candidate for /leader and /status all the time, whoever answers
+// there, until ctx ends.
+func (k *checker) ask(ctx context.Context, candidate, addr string) {
+	client := &http.Client{Timeout: askPatience, Transport: &http.Transport{MaxIdleConnsPerHost: 2, DisableCompression: true}}
+	defer client.CloseIdleConnections()
+	var asking sync.WaitGroup
+	defer asking.Wait()
+	free := make(chan struct{}, askAtOnce)
+	tick := time.NewTicker(askEvery)
+	defer tick.Stop()
+	for n := 0; ; n++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		// While questions hang, few more are sent.
+		if hanging := len(free); hanging > 2 && n%16 != 0 {
+			continue
+		}
+		select {
+		case free <- struct{}{}:
+		default:
+			continue
+		}
+		asking.Go(func() {
+			defer func() { <-free }()
+			k.askOnce(ctx, client, candidate, addr)
+		})
+	}
+}
+
+func (k *checker) askOnce(ctx context.Context, client *http.Client, candidate, addr string) {
+	sent := e2e.Now()
+	if code, _, err := get(ctx, client, "http://"+addr+"/leader"); err == nil {
+		k.answeredLeader(&yes{candidate: candidate, sent: sent, received: e2e.Now()}, code)
+	}
+	k.mu.Lock()
+	highest := k.highest
+	k.mu.Unlock()
+	sent = e2e.Now()
+	if code, body, err := get(ctx, client, "http://"+addr+"/status"); err == nil && code == http.StatusOK {
+		k.answeredStatus(candidate, sent, highest, body)
+	}
+}
+
+func get(ctx context.Context, client *http.Client, url string) (int, []byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, body, err
+}
+
+// status is what the checker reads of /status.
+type status struct {
+	State  string
+	Leader *struct {
+		Identity string
+		Token    int64
+	}
+	Lease *struct{ ID string }
+}
+
+// answeredStatus checks that nobody says to lead with a token lower than one
+// that had been received before the question was sent.
+func (k *checker) answeredStatus(candidate string, sent time.Duration, highest int64, body []byte) {
+	var s status
+	if err := json.Unmarshal(body, &s); err != nil {
+		k.violate([]string{candidate}, "/status of %s is no JSON: %v: %s", candidate, err, body)
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.counts.Status++
+	if s.Lease != nil {
+		if id, err := strconv.ParseInt(s.Lease.ID, 16, 64); err == nil {
+			k.claimed[id] = e2e.Now()
+		}
+	}
+	if s.Leader == nil {
+		return
+	}
+	k.highest = max(k.highest, s.Leader.Token)
+	if s.State != "leading" {
+		return
+	}
+	k.counts.Leading++
+	if s.Leader.Token >= highest {
+		return
+	}
+	if d := k.deedOn(s.Leader.Token, sent); d != nil && sent < d.at+k.ttl {
+		k.stale = append(k.stale, e2e.Milliseconds(sent-d.at))
+		return
+	}
+	k.violate([]string{candidate}, "/status of %s, asked at %v, says leading with token %d, after token %d had been received: %s",
+		candidate, sent-k.began, s.Leader.Token, highest, body)
+}
+
+func (k *checker) answeredLeader(y *yes, code int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.counts.Leader++
+	if code == http.StatusOK {
+		k.counts.Yes++
+		k.yes = append(k.yes, y)
+	}
+}
+
+const (
+	// explainAfter is when a job that /leader has spoken of must have told the
+	// witness of itself, and explainLooks how often the checker must have looked
+	// for it: a machine that hangs keeps them both from it.
+	explainAfter = 2 * time.Second
+	explainLooks = 30
+	// noticedIn bounds, generously, how soon leasehold notices what nobody can
+	// notice at once: that a job ended by itself, or with its guard.
+	noticedIn = 250 * time.Millisecond
+)
+
+// explain checks that /leader said 200 only while the candidate's job lived.
+func (k *checker) explain(now time.Duration, over bool) {
+	k.yes = slices.DeleteFunc(k.yes, func(y *yes) bool {
+		frozen := k.frozen[y.candidate]
+		last := span{}
+		var of *term
+		for _, t := range k.terms {
+			if t.candidate != y.candidate {
+				continue
+			}
+			for _, l := range t.lives {
+				// From the fork on the job is there, though it has yet to say so.
+				s := span{min(l.Started, l.Forked), until(l, now)}
+				if s.from <= y.received && s.to >= y.sent {
+					return true
+				}
+				if s.to < y.sent && s.to > last.to {
+					last, of = s, t
+				}
+			}
+		}
+		y.looked++
+		early := now < y.received+explainAfter || y.looked < explainLooks
+		if n := len(frozen); n > 0 && frozen[n-1].to > y.received { // the job may not have come to speak
+			early = early || now < frozen[n-1].to || now < frozen[n-1].to+explainAfter
+		}
+		if early && !over {
+			return false
+		}
+		if of == nil {
+			k.violate([]string{y.candidate}, "/leader of %s, asked at %v, says 200, and no job of it has lived lately", y.candidate, y.sent-k.began)
+			return true
+		}
+		after := y.sent - last.to
+		excuse, bound := "", time.Duration(0)
+		stopped := slices.IndexFunc(k.stopped[y.candidate], func(s span) bool { return s.from <= y.received && s.to >= last.to })
+		killed := k.killed[y.candidate]
+		switch {
+		case of.own && stopped >= 0:
+			excuse, bound = "the job's own end, its guard stopped", k.ttl/10+noticedIn
+		case of.own:
+			excuse, bound = "the job's own end", noticedIn
+		case killed != 0 && killed <= last.to && last.to < killed+noticedIn:
+			excuse, bound = "the job's end with its guard", noticedIn
+		}
+		k.late[excuse] = append(k.late[excuse], e2e.Milliseconds(after))
+		if after > bound {
+			k.violate([]string{y.candidate}, "/leader of %s, asked at %v, says 200 though its job had been dead for %v (after %s; token %d)",
+				y.candidate, y.sent-k.began, after, cmp.Or(excuse, "leasehold had killed it"), of.token)
+		}
+		return true
+	})
+}
