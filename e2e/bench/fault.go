@@ -6,10 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"os/exec"
-	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -28,9 +26,8 @@ type fault struct {
 	ttl, otherTTL time.Duration
 	// share of n is the number of trials; others get few where they wait.
 	share, otherShare float64
-	proxied           bool
 	ours              bool // the others have no such process
-	strike            func(ctx context.Context, s *stage, leader *candidate, key string, lease clientv3.LeaseID) error
+	strike            func(leader *candidate) error
 }
 
 const (
@@ -39,51 +36,29 @@ const (
 	few      = 1.0 / 16
 )
 
-func signalled(send func(*candidate) error) func(context.Context, *stage, *candidate, string, clientv3.LeaseID) error {
-	return func(_ context.Context, _ *stage, leader *candidate, _ string, _ clientv3.LeaseID) error {
-		return send(leader)
-	}
-}
-
 var faults = []fault{
 	{Name: "stop", part: "stop", ttl: longTTL, otherTTL: longTTL, share: 1, otherShare: 1,
-		strike: signalled((*candidate).stop)},
+		strike: func(c *candidate) error { return c.of.Stop(c.Candidate) }},
 	{Name: "kill", part: "kill", ttl: longTTL, otherTTL: shortTTL, share: 0.4, otherShare: few,
-		strike: signalled(func(c *candidate) error { return c.Signal(syscall.SIGKILL) })},
+		strike: func(c *candidate) error { return c.Signal(syscall.SIGKILL) }},
 	{Name: "kill-elector", part: "kill", ttl: longTTL, share: 0.4, ours: true,
-		strike: signalled(func(c *candidate) error { return c.SignalElector(syscall.SIGKILL) })},
-	{Name: "hang", part: "hang", ttl: shortTTL, otherTTL: shortTTL, share: 0.1, otherShare: few,
-		strike: signalled(func(c *candidate) error { return c.Signal(syscall.SIGSTOP) })},
-	{Name: "hang-elector", part: "hang", ttl: shortTTL, share: 0.1, ours: true,
-		strike: signalled(func(c *candidate) error { return c.SignalElector(syscall.SIGSTOP) })},
-	{Name: "cut", part: "cut", ttl: shortTTL, otherTTL: shortTTL, share: 0.2, otherShare: 0.1, proxied: true,
-		strike: signalled(func(c *candidate) error { c.road.Cut(e2e.BothWays); return nil })},
-	{Name: "key-deleted", part: "operator", ttl: longTTL, otherTTL: shortTTL, share: 0.5, otherShare: few,
-		strike: func(ctx context.Context, s *stage, _ *candidate, key string, _ clientv3.LeaseID) error {
-			_, err := s.client.Delete(ctx, key)
-			return err
-		}},
-	{Name: "lease-revoked", part: "operator", ttl: longTTL, otherTTL: shortTTL, share: 0.5, otherShare: few,
-		strike: func(ctx context.Context, s *stage, _ *candidate, _ string, lease clientv3.LeaseID) error {
-			_, err := s.client.Revoke(ctx, lease)
-			return err
-		}},
+		strike: func(c *candidate) error { return syscall.Kill(c.elector, syscall.SIGKILL) }},
 }
 
 // inTurns makes the trials of a fault, the contenders taking turns, so that
 // what else the machine does disturbs all alike.
-func (s *stage) inTurns(ctx context.Context, f fault, n int, with []contender) error {
+func (s *stage) inTurns(ctx context.Context, f fault, n int, with []e2e.Contender) error {
 	var pairs []*pair
 	var left []int
 	for _, c := range with {
 		share, ttl := f.share, f.ttl
-		if c.Name != leasehold.Name {
+		if c.Name != e2e.Leasehold.Name {
 			if f.ours {
 				continue
 			}
 			share, ttl = f.otherShare, f.otherTTL
 		}
-		p := &pair{stage: s, of: c, ttl: ttl, proxied: f.proxied}
+		p := &pair{stage: s, of: c, ttl: ttl}
 		defer p.close()
 		pairs, left = append(pairs, p), append(left, max(1, int(share*float64(n)+0.5)))
 	}
@@ -115,9 +90,8 @@ func (s *stage) inTurns(ctx context.Context, f fault, n int, with []contender) e
 // A pair is a leader and a standby of one contender.
 type pair struct {
 	*stage
-	of              contender
+	of              e2e.Contender
 	ttl             time.Duration
-	proxied         bool
 	election        string
 	leader, standby *candidate
 }
@@ -132,7 +106,7 @@ func (p *pair) close() {
 }
 
 // ready fills the places of the pair and waits until all is quiet.
-func (p *pair) ready(ctx context.Context) (key string, lease clientv3.LeaseID, err error) {
+func (p *pair) ready(ctx context.Context) (key string, err error) {
 	if p.leader == nil {
 		p.count++
 		p.election = fmt.Sprintf("bench/%d", p.count)
@@ -141,40 +115,25 @@ func (p *pair) ready(ctx context.Context) (key string, lease clientv3.LeaseID, e
 		if *c != nil {
 			continue
 		}
-		if *c, err = p.start(p.of, p.election, p.ttl, p.proxied, ""); err != nil {
-			return "", 0, err
+		if *c, err = p.start(p.of, p.election, p.ttl, ""); err != nil {
+			return "", err
 		}
 		if c == &p.leader {
 			if _, err := p.job(ctx, p.leader, patience); err != nil {
-				return "", 0, err
+				return "", err
 			}
 		}
 	}
-	if key, lease, err = p.queue(ctx, p.election, 2); err != nil {
-		return "", 0, fmt.Errorf("%w; log of the standby:\n%s", err, p.standby.Log())
+	if key, err = p.queue(ctx, p.election, 2); err != nil {
+		return "", fmt.Errorf("%w; log of the standby:\n%s", err, p.standby.Log())
 	}
-	quiet := settle
-	if p.proxied { // what follows depends on how long ago the lease was renewed
-		quiet += rand.N(p.ttl / 3)
-	}
-	return key, lease, wait(ctx, quiet)
-}
-
-func wait(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+	return key, e2e.Wait(ctx, settle)
 }
 
 // trial lets a fault befall the leader and takes the times of what follows.
 // Afterwards the standby leads.
 func (p *pair) trial(ctx context.Context, f fault) (Sample, error) {
-	key, lease, err := p.ready(ctx)
+	key, err := p.ready(ctx)
 	if err != nil {
 		return Sample{}, err
 	}
@@ -185,8 +144,13 @@ func (p *pair) trial(ctx context.Context, f fault) (Sample, error) {
 		return Sample{}, err
 	}
 
+	if f.ours { // to find it takes milliseconds
+		if p.leader.elector, err = p.leader.Elector(); err != nil {
+			return Sample{}, err
+		}
+	}
 	at := e2e.Now()
-	if err := f.strike(ctx, p.stage, p.leader, key, lease); err != nil {
+	if err := f.strike(p.leader); err != nil {
 		return Sample{}, err
 	}
 	next, err := p.job(ctx, p.standby, p.ttl+patience)
@@ -195,18 +159,18 @@ func (p *pair) trial(ctx context.Context, f fault) (Sample, error) {
 	}
 	sample := Sample{
 		Fault: f.Name, Contender: p.of.Name, Road: p.road, TTL: p.ttl.Seconds(),
-		Next: milliseconds(next.Started - at),
+		Next: e2e.Milliseconds(next.Started - at),
 	}
 	select {
 	case t := <-freed:
-		sample.Freed = milliseconds(t - at)
+		sample.Freed = e2e.Milliseconds(t - at)
 	case <-ctx.Done():
 		return Sample{}, context.Cause(ctx)
 	}
 	if dead, ok := p.dead(ctx, p.leader); ok {
-		sample.Dead, sample.Died = milliseconds(dead-at), true
+		sample.Dead, sample.Died = e2e.Milliseconds(dead-at), true
 	}
-	sample.Late = milliseconds(lateness(p.leader.Log()))
+	sample.Late = e2e.Milliseconds(e2e.Lateness(p.leader.Log()))
 	p.end(p.leader)
 	p.leader, p.standby = p.standby, nil
 	return sample, ctx.Err()
@@ -252,21 +216,6 @@ func (p *pair) dead(ctx context.Context, c *candidate) (time.Duration, bool) {
 	return end, err == nil
 }
 
-var latenessPattern = regexp.MustCompile(`guard_lateness=(\S+)`)
-
-// lateness is how late the guard served a deadline, by its own account.
-func lateness(log string) time.Duration {
-	var worst time.Duration
-	for _, m := range latenessPattern.FindAllStringSubmatch(log, -1) {
-		if d, err := time.ParseDuration(m[1]); err == nil {
-			worst = max(worst, d)
-		}
-	}
-	return worst
-}
-
-func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
-
 // measureExec measures what every contender pays: from the start of the job's
 // process to its first instruction.
 func (b *bench) measureExec(ctx context.Context, n int) error {
@@ -281,7 +230,7 @@ func (b *bench) measureExec(ctx context.Context, n int) error {
 		err := b.witness.Wait(ctx, func(lives []e2e.Life) bool {
 			for _, l := range lives {
 				if l.Candidate == identity {
-					b.results.Exec = append(b.results.Exec, milliseconds(l.Started-at))
+					b.results.Exec = append(b.results.Exec, e2e.Milliseconds(l.Started-at))
 					return true
 				}
 			}

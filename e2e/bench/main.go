@@ -6,8 +6,7 @@
 //
 //	bin/bench [-n 50] [-only stop,kill,…] [-json FILE]   measure and report
 //	bin/bench -report FILE                               the report of a run
-//	bin/bench -table FILE                                its table for the README
-//	bin/bench -table FILE -demo OUTPUT -readme README.md put both in there
+//	bin/bench -demo OUTPUT -readme README.md             put what make demo said into the README
 //
 // Times are from the fault to the next job's first instruction, both read from
 // CLOCK_BOOTTIME; whether the old job is dead by then is the witness' word. The
@@ -40,9 +39,8 @@ func run(args []string) int {
 	idle := flags.Duration("idle", time.Minute, "for how long to measure the CPU of candidates that do nothing")
 	out := flags.String("json", "bin/bench.json", "where to write what was measured")
 	report := flags.String("report", "", "print the report of such a file, and measure nothing")
-	table := flags.String("table", "", "print the README's table from such a file, and measure nothing")
 	demo := flags.String("demo", "", "the output of make demo, for -readme")
-	readme := flags.String("readme", "", "put table and demo into this file, between their markers")
+	readme := flags.String("readme", "", "put that into this file, between its markers, and measure nothing")
 	if err := flags.Parse(args); err != nil {
 		return 64
 	}
@@ -54,9 +52,7 @@ func run(args []string) int {
 		case *report != "":
 			return withResults(*report, func(r *results) error { return writeReport(os.Stdout, r) })
 		case *readme != "":
-			return refresh(*readme, *table, *demo)
-		case *table != "":
-			return withResults(*table, func(r *results) error { return writeTable(os.Stdout, r) })
+			return refresh(*readme, *demo)
 		}
 		wanted := strings.Split(*only, ",")
 		for _, w := range wanted {
@@ -74,7 +70,7 @@ func run(args []string) int {
 }
 
 // parts are what there is to measure.
-var parts = []string{"stop", "kill", "hang", "cut", "operator", "tls", "auth", "size", "idle"}
+var parts = []string{"stop", "kill", "tls", "auth", "size", "idle"}
 
 // measure measures the wanted parts, and reports what it has also when it is
 // interrupted.
@@ -149,7 +145,7 @@ func (b *bench) measure(ctx context.Context, n int, idle time.Duration, wanted [
 		if !want(f.part) {
 			continue
 		}
-		if err := plain.inTurns(ctx, f, n, contenders); err != nil {
+		if err := plain.inTurns(ctx, f, n, e2e.Contenders); err != nil {
 			return err
 		}
 	}
@@ -186,11 +182,11 @@ func (b *bench) measureRoad(ctx context.Context, road string, n int) error {
 	}
 	defer s.close()
 	for _, f := range faults {
-		with := []contender{leasehold, etcdctl}
+		with := []e2e.Contender{e2e.Leasehold, e2e.EtcdctlLock}
 		switch f.Name {
 		case "stop":
 		case "kill", "kill-elector":
-			with = []contender{leasehold}
+			with = []e2e.Contender{e2e.Leasehold}
 			f.share = 1
 		default:
 			continue

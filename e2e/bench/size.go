@@ -34,9 +34,9 @@ func (b *bench) measureBinaries() error {
 
 func (b *bench) binaries() map[string]string {
 	return map[string]string{
-		leasehold.Name: b.program("leasehold"),
-		stockloop.Name: b.program("stockloop"),
-		etcdctl.Name:   b.etcd.Ctl,
+		e2e.Leasehold.Name:   b.program("leasehold"),
+		e2e.StockLoop.Name:   b.program("stockloop"),
+		e2e.EtcdctlLock.Name: b.etcd.Ctl,
 	}
 }
 
@@ -58,7 +58,7 @@ func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
 			s.end(c.candidate)
 		}
 	}()
-	for _, of := range contenders {
+	for _, of := range e2e.Contenders {
 		s.count++
 		election := fmt.Sprintf("bench/%d", s.count)
 		for i, role := range []string{"leader", "standby"} {
@@ -66,17 +66,17 @@ func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
 			if err := copyFile(s.binaries()[of.Name], binary); err != nil {
 				return err
 			}
-			c, err := s.start(of, election, longTTL, false, binary)
+			c, err := s.start(of, election, longTTL, binary)
 			if err != nil {
 				return err
 			}
 			idlers = append(idlers, &idler{candidate: c, role: role})
-			if _, _, err := s.queue(ctx, election, int64(i+1)); err != nil {
+			if _, err := s.queue(ctx, election, int64(i+1)); err != nil {
 				return err
 			}
 		}
 	}
-	if err := wait(ctx, 10*time.Second); err != nil {
+	if err := e2e.Wait(ctx, 10*time.Second); err != nil {
 		return err
 	}
 	memory := func(when string) error {
@@ -106,14 +106,14 @@ func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
 	for _, c := range idlers {
 		c.before, c.begin = cpu(c.Guard()), e2e.Now()
 	}
-	if err := wait(ctx, during); err != nil {
+	if err := e2e.Wait(ctx, during); err != nil {
 		return err
 	}
 	for _, c := range idlers {
 		used := CPU{Contender: c.of.Name, Role: c.role, TTL: longTTL.Seconds(), Seconds: (e2e.Now() - c.begin).Seconds()}
 		after := cpu(c.Guard())
 		for _, pid := range slices.Sorted(maps.Keys(after)) {
-			used.Used = append(used.Used, milliseconds(after[pid]-c.before[pid]))
+			used.Used = append(used.Used, e2e.Milliseconds(after[pid]-c.before[pid]))
 		}
 		s.results.CPU = append(s.results.CPU, used)
 	}

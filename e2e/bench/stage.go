@@ -92,89 +92,47 @@ func clientTLS(certs *e2e.Certs) (*tls.Config, error) {
 	return &tls.Config{Certificates: []tls.Certificate{own}, RootCAs: roots, MinVersion: tls.VersionTLS12}, nil
 }
 
-// A contender is a program that keeps a job on one machine. command says how a
-// candidate of it is started.
-type contender struct {
-	Name    string
-	command func(s *stage, endpoints []string, election, identity string, ttl time.Duration, job []string) e2e.CandidateConfig
-}
-
-var (
-	leasehold = contender{"leasehold", func(s *stage, endpoints []string, _, _ string, _ time.Duration, job []string) e2e.CandidateConfig {
-		cfg := e2e.CandidateConfig{Binary: s.program("leasehold"), Endpoints: endpoints, Job: job, Env: []string{"LEASEHOLD_LOG_LEVEL=info"}}
-		switch s.road {
-		case "tls":
-			cfg.Env = append(cfg.Env, "LEASEHOLD_TLS_CA_FILE="+s.certs.CAFile,
-				"LEASEHOLD_TLS_CERT_FILE="+s.certs.ClientCertFile, "LEASEHOLD_TLS_KEY_FILE="+s.certs.ClientKeyFile)
-		case "auth":
-			cfg.Env = append(cfg.Env, "LEASEHOLD_USERNAME="+benchUser, "LEASEHOLD_PASSWORD="+benchPass)
-		}
-		return cfg
-	}}
-	stockloop = contender{"stock loop", func(s *stage, endpoints []string, election, identity string, ttl time.Duration, job []string) e2e.CandidateConfig {
-		return e2e.CandidateConfig{Binary: s.program("stockloop"), Args: job, Env: []string{
-			"ENDPOINTS=" + strings.Join(endpoints, ","), "ELECTION=" + election, "IDENTITY=" + identity, fmt.Sprintf("TTL=%.0f", ttl.Seconds()),
-		}}
-	}}
-	etcdctl = contender{"etcdctl lock", func(s *stage, endpoints []string, election, _ string, ttl time.Duration, job []string) e2e.CandidateConfig {
-		lock := s.etcd.EtcdctlCommand(endpoints, append([]string{"lock", fmt.Sprintf("--ttl=%.0f", ttl.Seconds()), election, "--"}, job...)...)
-		return e2e.CandidateConfig{Binary: lock.Path, Args: lock.Args[1:]}
-	}}
-	contenders = []contender{leasehold, stockloop, etcdctl}
-)
-
 // A candidate is one daemon of a contender.
 type candidate struct {
 	*e2e.Candidate
-	of       contender
-	road     *e2e.Proxy // nil: straight to etcd
+	of       e2e.Contender
+	elector  int // its pid, where that is to be killed
 	election string
 }
 
 // start starts a candidate with the test job. binary, if not empty, is a copy
 // of the contender's program.
-func (s *stage) start(of contender, election string, ttl time.Duration, proxied bool, binary string) (*candidate, error) {
+func (s *stage) start(of e2e.Contender, election string, ttl time.Duration, binary string) (*candidate, error) {
 	c := &candidate{of: of, election: election}
-	endpoints := s.etcd.Endpoints()
-	if proxied {
-		scheme, addr, _ := strings.Cut(endpoints[0], "://")
-		road, err := e2e.StartProxy(addr, 0)
-		if err != nil {
-			return nil, err
-		}
-		c.road, endpoints = road, []string{scheme + "://" + road.Addr()}
-	}
 	s.count++
 	identity := fmt.Sprintf("%s-%d", strings.ReplaceAll(of.Name, " ", "-"), s.count)
-	cfg := of.command(s, endpoints, election, identity, ttl, []string{s.program("testjob")})
-	cfg.Election, cfg.Identity, cfg.TTL, cfg.Witness = election, identity, ttl, s.witness
+	cfg := of.Config(e2e.Entry{Programs: s.programs, Etcd: s.etcd, Endpoints: s.etcd.Endpoints(), Election: election, Identity: identity, TTL: ttl, Witness: s.witness})
+	if of.Name == e2e.Leasehold.Name {
+		cfg.Env = append(cfg.Env, s.credentials()...)
+	}
 	if binary != "" {
 		cfg.Binary = binary
 	}
 	var err error
 	c.Candidate, err = e2e.StartCandidate(cfg)
-	if err != nil && c.road != nil {
-		c.road.Close()
-	}
 	return c, err
 }
 
-// stop asks the candidate to end. etcdctl lock does not pass signals on to its
-// command, so it gets them as Ctrl-C or systemd would send them: as a group.
-func (c *candidate) stop() error {
-	if c.of.Name == etcdctl.Name {
-		return syscall.Kill(-c.Guard(), syscall.SIGTERM)
+// credentials are the variables by which leasehold reaches this etcd.
+func (s *stage) credentials() []string {
+	switch s.road {
+	case "tls":
+		return []string{"LEASEHOLD_TLS_CA_FILE=" + s.certs.CAFile,
+			"LEASEHOLD_TLS_CERT_FILE=" + s.certs.ClientCertFile, "LEASEHOLD_TLS_KEY_FILE=" + s.certs.ClientKeyFile}
+	case "auth":
+		return []string{"LEASEHOLD_USERNAME=" + benchUser, "LEASEHOLD_PASSWORD=" + benchPass}
 	}
-	return c.Signal(syscall.SIGTERM)
+	return nil
 }
 
 // end ends the candidate and whatever it left behind.
 func (s *stage) end(c *candidate) {
-	if c.road != nil {
-		c.road.Heal()
-		defer c.road.Close()
-	}
-	if c.of.Name == leasehold.Name {
+	if c.of.Name == e2e.Leasehold.Name {
 		_ = c.Signal(syscall.SIGCONT)
 		if elector, err := c.Elector(); err == nil {
 			_ = syscall.Kill(elector, syscall.SIGCONT)
@@ -200,7 +158,7 @@ func (s *stage) job(ctx context.Context, c *candidate, within time.Duration) (e2
 
 // queue waits until the election has that many candidates, and returns the
 // leader's key.
-func (s *stage) queue(ctx context.Context, election string, length int64) (key string, lease clientv3.LeaseID, err error) {
+func (s *stage) queue(ctx context.Context, election string, length int64) (key string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	err = e2e.Until(ctx, func() error {
@@ -211,8 +169,8 @@ func (s *stage) queue(ctx context.Context, election string, length int64) (key s
 		if got.Count != length {
 			return fmt.Errorf("%d candidates in %s, want %d", got.Count, election, length)
 		}
-		key, lease = string(got.Kvs[0].Key), clientv3.LeaseID(got.Kvs[0].Lease)
+		key = string(got.Kvs[0].Key)
 		return nil
 	})
-	return key, lease, err
+	return key, err
 }
