@@ -13,7 +13,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench readme clean
+.PHONY: help build test lint demo run bench faults faults-docs soak readme clean
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -21,8 +21,12 @@ help:
 	@echo 'make lint    golangci-lint, built once into bin/'
 	@echo 'make demo    three candidates, three faults, within a minute; nothing is left but bin/'
 	@echo "make run     one candidate with a job of yours: make run JOB='sleep 100'"
-	@echo 'make bench   hand-over, failure and size, beside a stock loop and etcdctl lock; N=5 for a short run'
-	@echo 'make readme  put the figures of make bench and make demo into the README'
+	@echo 'make bench   hand-over and size, beside a stock loop and etcdctl lock; N=5 for a short run'
+	@echo 'make faults  every fault of a table, beside a stock loop and etcdctl lock: N=3 PEERS_N=1 ROWS=; needs root, nft, 20 minutes'
+	@echo 'make faults-docs  picture, table and README from docs/faults.json, which make faults JSON=docs/faults.json writes'
+	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft'
+	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
+	@echo 'make readme  make faults-docs, and what make demo says now into the README'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -59,11 +63,31 @@ bench: $(ETCD_TOOLS)
 	$(BUILD_SHOW) . ./e2e/bench ./e2e/stockloop ./e2e/testjob
 	@bin/bench $(if $(N),-n $(N)) $(BENCH)
 
-# The table of faults and the demo's output in the README, as this machine has them.
-readme: bench
-	$(BUILD_SHOW) . ./e2e/demo
+soak: $(ETCD_TOOLS)
+	$(BUILD_SHOW) . ./e2e/soak ./e2e/stockloop ./e2e/testjob
+	@bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK)
+
+# Smaller: SCALE='-candidates 100 -elections 100'. bin/scale -doc docs/scale.md puts what was measured into the document.
+bench-scale: $(ETCD_TOOLS)
+	$(BUILD_SHOW) ./e2e/scale
+	@bin/scale $(SCALE)
+
+# ROWS='?' lists the rows, ROWS=ci are those that CI runs.
+faults: $(ETCD_TOOLS)
+	$(BUILD_SHOW) . ./e2e/faults ./e2e/stockloop ./e2e/testjob
+	@bin/faults $(if $(N),-n $(N)) $(if $(PEERS_N),-peers-n $(PEERS_N)) $(if $(filter ci,$(ROWS)),-ci,$(if $(ROWS),-rows '$(ROWS)')) $(if $(PARALLEL),-parallel $(PARALLEL)) $(if $(JSON),-json '$(JSON)')
+
+faults-docs:
+	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/ ./e2e/faults
+	bin/faults -picture docs/faults.json -svg docs/faults.svg
+	bin/faults -table docs/faults.json >docs/faults.md
+	bin/faults -table docs/faults.json -readme README.md
+
+# The demo's output in the README, as this machine has it.
+readme: faults-docs
+	$(BUILD_SHOW) . ./e2e/demo ./e2e/bench
 	bin/demo >bin/demo.txt
-	bin/bench -readme README.md -table bin/bench.json -demo bin/demo.txt
+	bin/bench -readme README.md -demo bin/demo.txt
 
 clean:
 	rm -rf bin leasehold
