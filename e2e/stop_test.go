@@ -71,6 +71,24 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	tr.nothingLeft()
 }
 
+// That the job's end is seen where nobody is left to tell of it. A guard is known to hang only after seconds.
+func TestLeader_JobEndsWhileTheGuardHangs(t *testing.T) {
+	tr := ordinary(t)
+	tr.ttl = 5 * time.Minute
+	c := tr.start("a", "")
+	job := tr.waitJob(c)
+	tr.waitStatus(c, "/leader", http.StatusOK)
+	tr.must(c.Signal(syscall.SIGSTOP))
+	tr.must(syscall.Kill(job.Pid, syscall.SIGKILL))
+	dead := tr.waitDead(job)
+	tr.waitStatus(c, "/leader", http.StatusServiceUnavailable)
+	if took := e2e.Now() - dead; took > time.Second {
+		t.Errorf("/leader said 200 for %v after the job had ended", took)
+	}
+	tr.waitExit(c, 128+9)
+	tr.nothingLeft()
+}
+
 // Whoever asks gets an answer, or learns soon that there is none.
 func TestStatusAndCheck_OfTheHung(t *testing.T) {
 	tr := ordinary(t)

@@ -59,6 +59,8 @@ type Handle struct {
 	term  Term // of the job under way
 	alive bool // from the request to start until dead
 	jobFd int  // pidfd of the first process, -1: none
+	// jobGone says that the first process had ended before it could be opened.
+	jobGone bool
 	// avenging says that the guard is given up: the deadlines that it knows stay as they are.
 	avenging bool
 }
@@ -142,11 +144,16 @@ func (h *Handle) Exit(code int, why string) {
 	h.tell(message{kind: msgExit, a: int64(code), text: []byte(why)})
 }
 
-// Snapshot is the job as it is now.
+// Snapshot is the job as it is now. That its first process has ended is seen at once, not when the guard has told of it: our own
+// loops may hang, or have just gone on.
 func (h *Handle) Snapshot() Job {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.job
+	job := h.job
+	if job.State == JobRunning && (h.jobGone || h.jobFd >= 0 && pidfdEnded(h.jobFd)) {
+		job.State = JobStopping
+	}
+	return job
 }
 
 // tell sends a message. A guard that does not take it is as good as dead, which the next tick acts on.
@@ -224,13 +231,18 @@ func (h *Handle) strikeLate() bool {
 	if !h.alive || Now() < h.late() {
 		return false
 	}
+	h.strike()
+	return true
+}
+
+// strike kills what of the job can be named without looking around. The mutex is held.
+func (h *Handle) strike() {
 	if h.jobFd >= 0 {
 		signalPidfd(h.jobFd, unix.SIGKILL)
 	}
 	if h.cgroup != nil {
 		h.cgroup.killAll()
 	}
-	return true
 }
 
 // late is when the guard should have killed the job. The mutex is held.
@@ -302,18 +314,20 @@ func (h *Handle) hear(m message) {
 // openJob pins the job's first process, to know its end without the guard's help.
 func (h *Handle) openJob(pid int) {
 	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return
-	}
-	procs, err := h.scanner()
-	if err != nil || procs.parent(pid) != h.cfg.Guard {
-		_ = unix.Close(fd) // reaped already, and the number may be a stranger's
-		return
+	gone := errors.Is(err, unix.ESRCH)
+	if err == nil {
+		procs, err := h.scanner()
+		if gone = err != nil || procs.parent(pid) != h.cfg.Guard; gone {
+			_ = unix.Close(fd) // reaped already, and the number may be a stranger's
+		}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.closeJob()
-	h.jobFd = fd
+	h.jobGone = gone
+	if err == nil && !gone {
+		h.jobFd = fd
+	}
 }
 
 func (h *Handle) closeJob() {
@@ -497,6 +511,12 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 		case <-lost:
 			lost, ended = nil, false
 			h.tell(message{kind: msgStop, a: 0})
+			// The next leader starts already. The guard has to wake up first, and then sees to all of the job; the first blow is ours.
+			h.mu.Lock()
+			if !h.avenging { // else that is under way
+				h.strike()
+			}
+			h.mu.Unlock()
 		case <-done:
 			done, ended = nil, false
 			h.transition(JobStopping, context.Cause(ctx).Error(), nil)

@@ -145,9 +145,9 @@ const (
 	// for it: a machine that hangs keeps them both from it.
 	explainAfter = 2 * time.Second
 	explainLooks = 30
-	// noticedIn bounds, generously, how soon leasehold notices what nobody can
-	// notice at once: that a job ended by itself, or with its guard.
-	noticedIn = 250 * time.Millisecond
+	// noticedIn is from the witness's hearing of a process's end until the kernel
+	// tells it to whoever asks: a process at its end must have a processor for that.
+	noticedIn = 50 * time.Millisecond
 )
 
 // explain checks that /leader said 200 only while the candidate's job lived.
@@ -185,11 +185,8 @@ func (k *checker) explain(now time.Duration, over bool) {
 		}
 		after := y.sent - last.to
 		excuse, bound := "", time.Duration(0)
-		stopped := slices.IndexFunc(k.stopped[y.candidate], func(s span) bool { return s.from <= y.received && s.to >= last.to })
 		killed := k.killed[y.candidate]
 		switch {
-		case of.own && stopped >= 0:
-			excuse, bound = "the job's own end, its guard stopped", k.ttl/10+noticedIn
 		case of.own:
 			excuse, bound = "the job's own end", noticedIn
 		case killed != 0 && killed <= last.to && last.to < killed+noticedIn:

@@ -142,7 +142,6 @@ type checker struct {
 	idles      map[int]bool // faults, by their place, that came to nothing
 	mostLeases int
 	killed     map[string]time.Duration // when a candidate's guard last got SIGKILL
-	stopped    map[string][]span        // when its guard was stopped
 	claimed    map[int64]time.Duration  // leases, by when /status last named them
 	late       map[string][]float64     // /leader's 200 after a job's end, by its excuse, in ms after the end
 	stale      []float64                // /status' "leading" after a deed, in ms after it
@@ -176,7 +175,7 @@ func newChecker(set settings) *checker {
 	return &checker{
 		settings: set, began: e2e.Now(), broken: make(chan struct{}),
 		frozen: map[string][]span{}, late: map[string][]float64{}, pairs: map[[2]*term]*overlap{},
-		killed: map[string]time.Duration{}, stopped: map[string][]span{}, claimed: map[int64]time.Duration{}, idles: map[int]bool{},
+		killed: map[string]time.Duration{}, claimed: map[int64]time.Duration{}, idles: map[int]bool{},
 	}
 }
 
@@ -442,21 +441,10 @@ func (k *checker) freezes(candidate string) {
 	k.frozen[candidate] = append(k.frozen[candidate], span{e2e.Now(), forever})
 }
 
-func (k *checker) thaws(candidate string) { k.ends(k.frozen, candidate) }
-
-// stops and continues are the same for a guard's SIGSTOP and SIGCONT.
-func (k *checker) stops(candidate string) {
+func (k *checker) thaws(candidate string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.stopped[candidate] = append(k.stopped[candidate], span{e2e.Now(), forever})
-}
-
-func (k *checker) continues(candidate string) { k.ends(k.stopped, candidate) }
-
-func (k *checker) ends(spans map[string][]span, candidate string) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	spans[candidate][len(spans[candidate])-1].to = e2e.Now()
+	k.frozen[candidate][len(k.frozen[candidate])-1].to = e2e.Now()
 }
 
 // kills is told before a candidate's guard gets SIGKILL.

@@ -231,9 +231,8 @@ func (x *executor) hitCandidate(f fault, c *candidate) error {
 	}
 	switch f.name {
 	case "guard stopped":
-		x.check.stops(c.name)
 		signal(syscall.SIGSTOP)
-		lasting(func() { signal(syscall.SIGCONT); x.check.continues(c.name) })
+		lasting(func() { signal(syscall.SIGCONT) })
 		return nil
 	case "elector stopped":
 		signalElector(syscall.SIGSTOP)
