@@ -476,13 +476,15 @@ func (g *guard) beginKill(reason int) {
 	j.complain = j.killSince + 10*time.Second
 }
 
-// strike kills everything that can be named without looking.
+// strike kills everything that can be named without reading the process table.
 func (g *guard) strike() {
 	if g.job.pid != 0 {
 		signalPidfd(g.job.pidfd, unix.SIGKILL)
 	}
 	if g.cgroup != nil {
 		g.cgroup.killAll()
+	} else {
+		g.procs.killListed(g.children...)
 	}
 }
 

@@ -356,30 +356,14 @@ func signalPidfd(pidfd int, sig unix.Signal) {
 }
 
 // children counts the children of this process, but for those in except: zombies count until they are reaped. What can't be
-// read is not known, and ok is false. It reads the kernel's own list (proc_tid_children(5)); that can leave out a child only when
-// another is reaped while it is read, and none is reaped but by the caller. Where the kernel has no such list the process
-// table serves.
+// read is not known, and ok is false. Where the kernel has no lists of children the process table serves.
 func (s *scanner) children(except ...int) (count int, ok bool) {
 	s.broken = false
-	dir, errno := s.openat(s.procPath(s.self, "/task", 0, ""), unix.O_RDONLY|unix.O_DIRECTORY)
-	if errno != 0 {
-		return 0, false
-	}
-	listed := true
-	s.eachThread(dir, func(s *scanner, tid int) bool {
-		fd, errno := s.openat(s.procPath(s.self, "/task/", tid, "/children"), unix.O_RDONLY)
-		switch {
-		case errno == unix.ENOENT: // a thread that has ended, which hands its children on, or a kernel without the list
-			listed = false
-		case errno != 0:
-			s.broken = true
-		default:
-			count += s.countList(fd, except)
-			rawClose(fd)
+	listed := s.eachChild(s.self, func(_ *scanner, child int) {
+		if !contains(except, child) {
+			count++
 		}
-		return true
 	})
-	rawClose(dir)
 	if listed || s.broken {
 		return count, !s.broken
 	}
@@ -393,6 +377,56 @@ func (s *scanner) children(except ...int) (count int, ok bool) {
 	return count, !s.broken
 }
 
+// mostListed bounds for how long killListed goes on.
+const mostListed = 256
+
+// killListed kills what the kernel's lists of children show to descend from this process, but for those in except. It is far
+// quicker than to read the process table, and proves nothing: what forks meanwhile, or falls to another parent, is not seen.
+func (s *scanner) killListed(except ...int) {
+	s.n = 0
+	list := func(parent int) {
+		s.eachChild(parent, func(s *scanner, child int) {
+			if s.n < mostListed && !contains(except, child) {
+				s.pid[s.n], s.ppid[s.n], s.alive[s.n], s.member[s.n] = int32(child), int32(parent), true, true
+				s.n++
+			}
+		})
+	}
+	list(s.self)
+	for i := 0; i < s.n; i++ {
+		list(int(s.pid[i]))
+	}
+	s.signalMarked(s.self, unix.SIGKILL)
+}
+
+// eachChild calls f for every child of pid that the kernel's own lists show (proc_tid_children(5)); zombies are among them until
+// they are reaped. A list can leave out a child only when another is reaped while it is read; of our own children none is but
+// by the caller. It returns false if there is a thread without a list: that has ended, and hands its children on, or the kernel
+// has none.
+func (s *scanner) eachChild(pid int, f func(s *scanner, child int)) (listed bool) {
+	dir, errno := s.openat(s.procPath(pid, "/task", 0, ""), unix.O_RDONLY|unix.O_DIRECTORY)
+	if errno != 0 {
+		s.broken = s.broken || !gone(errno) || pid == s.self
+		return false
+	}
+	listed = true
+	s.eachThread(dir, func(s *scanner, tid int) bool {
+		fd, errno := s.openat(s.procPath(pid, "/task/", tid, "/children"), unix.O_RDONLY)
+		switch {
+		case errno == unix.ENOENT:
+			listed = false
+		case errno != 0:
+			s.broken = true
+		default:
+			s.eachListed(fd, f)
+			rawClose(fd)
+		}
+		return true
+	})
+	rawClose(dir)
+	return listed
+}
+
 func contains(list []int, v int) bool {
 	for _, e := range list {
 		if v == e {
@@ -402,17 +436,16 @@ func contains(list []int, v int) bool {
 	return false
 }
 
-// countList counts the numbers in fd that are not in except.
-func (s *scanner) countList(fd int, except []int) int {
-	count, v, digits := 0, 0, 0
-	for {
+// eachListed calls f for each of the numbers in fd.
+func (s *scanner) eachListed(fd int, f func(s *scanner, v int)) {
+	for v, digits := 0, 0; ; {
 		n, errno := rawRead(fd, s.stat[:])
 		if errno != 0 {
 			s.broken = s.broken || !gone(errno)
-			return count
+			return
 		}
 		if n == 0 {
-			return count
+			return
 		}
 		for _, c := range s.stat[:n] {
 			if c >= '0' && c <= '9' {
@@ -420,8 +453,8 @@ func (s *scanner) countList(fd int, except []int) int {
 				digits++
 				continue
 			}
-			if digits > 0 && !contains(except, v) {
-				count++
+			if digits > 0 {
+				f(s, v)
 			}
 			v, digits = 0, 0
 		}
