@@ -197,7 +197,7 @@ func (q *queue) follow(ctx context.Context) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	quiet := 0        // ticks since the last answer
-	behind := false   // our key has been put, and who is ahead of it could not be read
+	behind := false   // our key has been put, and who is ahead of it could not be read, or has changed without our knowing
 	looked := q.now() // at the head, once in a TTL
 	q.mu.Lock()
 	seen := q.revision
@@ -228,7 +228,7 @@ func (q *queue) follow(ctx context.Context) error {
 				behind = q.rank(ctx, interval) != nil
 			case q.now()-looked > q.timing.TTL:
 				looked = q.now()
-				q.lookAtHead(wctx, leg.member, interval)
+				behind = q.lookAtHead(wctx, leg.member, interval)
 			}
 			q.turned.Store(int64(q.now()))
 			if quiet++; quiet > 1 {
@@ -273,33 +273,38 @@ func (q *queue) probe(ctx context.Context, bound time.Duration) (*member, error)
 }
 
 // lookAtHead reads the key that is first. Its candidate may have given it another value, and anybody may have taken its lease from
-// it by writing to it: then it never goes by itself. Neither is a deletion, so the watch does not tell. An answer that does not
-// come is no harm, for there is another look.
-func (q *queue) lookAtHead(ctx context.Context, m *member, bound time.Duration) {
+// it by writing to it: then it never goes by itself. Neither is a deletion, so the watch does not tell. It returns true if the key
+// is gone: the watch will have told of it by the next look around, but nobody may wait for ever for an event. An answer that does
+// not come is no harm, for there is another look.
+func (q *queue) lookAtHead(ctx context.Context, m *member, bound time.Duration) (gone bool) {
 	v, _ := q.view()
 	if v.own == nil || v.head.key == v.own.key {
-		return
+		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
 	conn, err := m.conn()
 	if err != nil {
-		return
+		return false
 	}
 	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(v.head.key), Serializable: true})
 	if err != nil {
-		return
+		return false
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	now, there := q.places[v.head.key]
-	if !there || resp.Header.Revision < q.revision || len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != now.created {
-		return // the watch has told of it or will
+	switch {
+	case !there || resp.Header.Revision < q.revision:
+		return false
+	case len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != now.created:
+		return true
 	}
 	if found := newPlace(q.prefix, resp.Kvs[0]); found != now {
 		q.places[v.head.key] = found
 		poke(q.changed)
 	}
+	return false
 }
 
 // read asks for keys of the election and takes over what it shows. It returns the member that has answered.

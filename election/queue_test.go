@@ -5,12 +5,16 @@ import (
 	"errors"
 	"os/exec"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"leasehold/e2e"
 )
 
 func kv(key string, created, lease int64) *mvccpb.KeyValue {
@@ -148,4 +152,45 @@ func answerIn(millis int, err error) func(context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// A candidate must not wait for ever for an event that does not come.
+func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
+	cluster := newTestEtcd(t)
+	ms, err := newMembers(testConfig(t, cluster.Endpoints(), "a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ms.close()
+	client, err := ms.list[0].open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	put, err := client.Put(t.Context(), "e/a", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := newQueue("e/", "e/a", ms, Timing{TTL: time.Second}, newLegs(ms), e2e.Now, new(atomic.Int64), func(err error) { t.Error(err) })
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { q.run(ctx) })
+	defer running.Wait()
+	defer cancel()
+	q.joined(put.Header.Revision)
+	waitForHead := func(key string) {
+		t.Helper()
+		deadline := time.After(30 * time.Second)
+		for v, _ := q.view(); v.own == nil || v.head.key != key; v, _ = q.view() {
+			select {
+			case <-q.changed:
+			case <-deadline:
+				t.Fatalf("head %+v, want %s", v.head, key)
+			}
+		}
+	}
+	waitForHead("e/a")
+	q.mu.Lock()
+	q.places["e/gone"] = place{key: "e/gone", created: 1}
+	q.mu.Unlock()
+	waitForHead("e/a")
 }
