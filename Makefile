@@ -13,7 +13,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench faults faults-docs soak readme clean
+.PHONY: help build test lint demo run bench bench-scale faults faults-docs soak readme clean
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
