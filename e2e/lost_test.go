@@ -294,8 +294,8 @@ func TestForeignKeys(t *testing.T) {
 	}
 	c := tr.start("a", "")
 	tr.waitStatus(c, "/livez", http.StatusOK)
+	var blocker string
 	for range 5 { // each of them is named, one after the other
-		var blocker string
 		tr.must(e2e.Until(tr.waitContext(patience), func() error {
 			s := tr.status(c)
 			if s.Blocker == nil || s.Blocker.Key == blocker {

@@ -125,6 +125,12 @@ func (tr *trial) start(identity, behaviour string, change ...func(*e2e.Candidate
 	c.Candidate = d
 	tr.candidates = append(tr.candidates, c)
 	tr.Cleanup(func() {
+		if tr.Failed() { // what it knows, before it ends
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			code, body, err := d.Get(ctx, "/status")
+			cancel()
+			tr.Logf("/status of candidate %s: %d %s %v", identity, code, body, err)
+		}
 		d.Close()
 		if tr.Failed() {
 			tr.Logf("log of candidate %s:\n%s", identity, d.Log())

@@ -146,8 +146,9 @@ const (
 	explainAfter = 2 * time.Second
 	explainLooks = 30
 	// noticedIn is from the witness's hearing of a process's end until the kernel
-	// tells it to whoever asks: a process at its end must have a processor for that.
-	noticedIn = 50 * time.Millisecond
+	// tells it to whoever asks: a process at its end must have a processor for
+	// that, which a starved machine may not give it soon.
+	noticedIn = 250 * time.Millisecond
 )
 
 // explain checks that /leader said 200 only while the candidate's job lived.
