@@ -10,7 +10,9 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -205,5 +207,44 @@ func TestTLS_NewCertificates(t *testing.T) {
 	if lives := tr.witness.Lives(); len(lives) != 1 || lives[0].Pid != job.Pid || !lives[0].Alive() {
 		t.Errorf("the job was touched: %v", tr.summary())
 	}
+	tr.finish()
+}
+
+// A member of etcd whose disk hangs answers renewals, which it passes on, and
+// asks after watches, but hears of nothing any more. A standby whose watch it
+// serves finds that out.
+func TestStandby_OnAMemberWhoseDiskHangs(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		if os.Getenv("E2E_NO_SKIP") == "1" {
+			t.Fatal("needs strace, and E2E_NO_SKIP=1 forbids to skip")
+		}
+		t.Skip("skipped: needs strace, to make a disk hang")
+	}
+	t.Parallel()
+	tr := newTrial(t, users()[1], e2e.ClusterConfig{Size: 3, Flags: []string{"--unsafe-no-fsync=false"}})
+	tr.ttl = 5 * time.Second
+	leader, standby, job := tr.pair("")
+	etcdLeader, err := tr.etcd.Leader(tr.ctx)
+	tr.must(err)
+	hung := 0
+	if tr.etcd.Members[hung] == etcdLeader {
+		hung = 1
+	}
+	for i, road := range standby.roads {
+		if i != hung {
+			road.Cut(e2e.BothWays)
+		}
+	}
+	tr.waitRenewals(standby, 8) // long enough for the watch to have moved there
+	standby.heal()
+	end, err := tr.etcd.Members[hung].SlowDisk(tr.ctx, 10*time.Minute)
+	tr.must(err)
+	defer end()
+	tr.must(leader.Signal(syscall.SIGTERM))
+	tr.waitExit(leader, 0)
+	if next := tr.waitNext(job, patience); next.Candidate != "b" {
+		t.Errorf("the next job is %v, want b's", next)
+	}
+	end()
 	tr.finish()
 }

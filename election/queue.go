@@ -163,6 +163,7 @@ func (q *queue) run(ctx context.Context) {
 var (
 	errSilent  = errors.New("the watch is not answered")
 	errSuspect = errors.New("the member that serves the watch does not renew the lease")
+	errBehind  = errors.New("the watch has not told of what others know")
 )
 
 // follow watches the queue, until the watch ends or the member is suspect.
@@ -178,6 +179,8 @@ func (q *queue) follow(ctx context.Context) error {
 		return err
 	}
 	defer q.legs.drop(leg)
+	var looking sync.WaitGroup
+	defer looking.Wait()
 	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
 	// Watch returns when the member has answered. What is read after that is not older than what the watch begins with.
@@ -197,8 +200,9 @@ func (q *queue) follow(ctx context.Context) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	quiet := 0        // ticks since the last answer
-	behind := false   // our key has been put, and who is ahead of it could not be read, or has changed without our knowing
+	behind := false   // our key has been put, and who is ahead of it could not be read
 	looked := q.now() // at the head, once in a TTL
+	var looks chan place
 	q.mu.Lock()
 	seen := q.revision
 	q.mu.Unlock()
@@ -208,6 +212,7 @@ func (q *queue) follow(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case m := <-q.suspects:
+			// Also where there is no other: an etcd that stops waits for its watches to end.
 			if m == leg.member {
 				return errSuspect
 			}
@@ -223,12 +228,23 @@ func (q *queue) follow(ctx context.Context) error {
 			quiet, seen = 0, max(seen, resp.Header.Revision)
 			q.apply(resp.Events)
 		case <-tick.C:
+			select {
+			case gone := <-looks:
+				if gone != (place{}) && q.ahead(gone) {
+					q.members.reset(leg.member)
+					return errBehind
+				}
+				looked, looks = q.now(), nil
+			default:
+			}
 			switch {
 			case behind:
 				behind = q.rank(ctx, interval) != nil
-			case q.now()-looked > q.timing.TTL:
-				looked = q.now()
-				behind = q.lookAtHead(wctx, leg.member, interval)
+			case looks == nil && q.now()-looked > q.timing.TTL:
+				// Beside the watch, which must not wait for it.
+				found := make(chan place, 1)
+				looks = found
+				looking.Go(func() { found <- q.lookAtHead(wctx, interval) })
 			}
 			q.turned.Store(int64(q.now()))
 			if quiet++; quiet > 1 {
@@ -272,39 +288,40 @@ func (q *queue) probe(ctx context.Context, bound time.Duration) (*member, error)
 	return q.read(ctx, bound, &pb.RangeRequest{Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND})
 }
 
-// lookAtHead reads the key that is first. Its candidate may have given it another value, and anybody may have taken its lease from
-// it by writing to it: then it never goes by itself. Neither is a deletion, so the watch does not tell. It returns true if the key
-// is gone: the watch will have told of it by the next look around, but nobody may wait for ever for an event. An answer that does
-// not come is no harm, for there is another look.
-func (q *queue) lookAtHead(ctx context.Context, m *member, bound time.Duration) (gone bool) {
+// lookAtHead reads the key that is first, over all members. Its candidate may have given it another value, and anybody may have
+// taken its lease from it by writing to it: then it never goes by itself. Neither is a deletion, so the watch does not tell. If the
+// key is gone it returns its place: the watch will have told of that by the next tick, unless its member does not keep up with the
+// others, and answers all the same. An answer that does not come is no harm, for there is another look.
+func (q *queue) lookAtHead(ctx context.Context, bound time.Duration) (gone place) {
 	v, _ := q.view()
 	if v.own == nil || v.head.key == v.own.key {
-		return false
+		return place{}
 	}
-	ctx, cancel := context.WithTimeout(ctx, bound)
-	defer cancel()
-	conn, err := m.conn()
+	_, resp, err := q.ask(ctx, bound, &pb.RangeRequest{Key: []byte(v.head.key)})
 	if err != nil {
-		return false
-	}
-	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(v.head.key), Serializable: true})
-	if err != nil {
-		return false
+		return place{}
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	now, there := q.places[v.head.key]
 	switch {
-	case !there || resp.Header.Revision < q.revision:
-		return false
+	case !there || now.created != v.head.created || resp.Header.Revision < q.revision:
+		return place{}
 	case len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != now.created:
-		return true
+		return now
 	}
 	if found := newPlace(q.prefix, resp.Kvs[0]); found != now {
 		q.places[v.head.key] = found
 		poke(q.changed)
 	}
-	return false
+	return place{}
+}
+
+// ahead tells if the place is one of those that are ahead of us, for all that we know.
+func (q *queue) ahead(p place) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.places[p.key] == p
 }
 
 // read asks for keys of the election and takes over what it shows. It returns the member that has answered.
