@@ -4,6 +4,7 @@ package e2e_test
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -84,6 +85,39 @@ func TestLeader_JobEndsWhileTheGuardHangs(t *testing.T) {
 	tr.waitStatus(c, "/leader", http.StatusServiceUnavailable)
 	if took := e2e.Now() - dead; took > time.Second {
 		t.Errorf("/leader said 200 for %v after the job had ended", took)
+	}
+	tr.waitExit(c, 128+9)
+	tr.nothingLeft()
+}
+
+// An elector that hung while the job ended has yet to be told of that when it goes on, and finds questions waiting.
+func TestLeader_JobEndsWhileTheElectorHangs(t *testing.T) {
+	tr := ordinary(t)
+	tr.ttl = 5 * time.Minute
+	c := tr.start("a", "", func(cfg *e2e.CandidateConfig) { cfg.Env = append(cfg.Env, "LEASEHOLD_RESTART=never") })
+	job := tr.waitJob(c)
+	tr.waitStatus(c, "/leader", http.StatusOK)
+	elector, err := c.Elector()
+	tr.must(err)
+	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
+	tr.must(syscall.Kill(job.Pid, syscall.SIGKILL))
+	tr.waitDead(job)
+	var questions []net.Conn
+	for range 30 {
+		conn, err := net.Dial("tcp", c.Listen)
+		tr.must(err)
+		defer func() { _ = conn.Close() }()
+		_, err = io.WriteString(conn, "GET /leader HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		tr.must(err)
+		questions = append(questions, conn)
+	}
+	tr.must(syscall.Kill(elector, syscall.SIGCONT))
+	for _, conn := range questions {
+		tr.must(conn.SetReadDeadline(time.Now().Add(patience)))
+		answer, _ := io.ReadAll(conn) // it may end before it answers
+		if strings.Contains(string(answer), "200 OK") {
+			t.Errorf("the job is dead, and /leader says %q", answer)
+		}
 	}
 	tr.waitExit(c, 128+9)
 	tr.nothingLeft()

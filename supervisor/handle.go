@@ -150,7 +150,7 @@ func (h *Handle) Snapshot() Job {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	job := h.job
-	if job.State == JobRunning && (h.jobGone || h.jobFd >= 0 && pidfdEnded(h.jobFd)) {
+	if job.State == JobRunning && (!h.alive || h.jobGone || h.jobFd >= 0 && pidfdEnded(h.jobFd)) {
 		job.State = JobStopping
 	}
 	return job
@@ -316,16 +316,19 @@ func (h *Handle) openJob(pid int) {
 	fd, err := unix.PidfdOpen(pid, 0)
 	gone := errors.Is(err, unix.ESRCH)
 	if err == nil {
-		procs, err := h.scanner()
-		if gone = err != nil || procs.parent(pid) != h.cfg.Guard; gone {
-			_ = unix.Close(fd) // reaped already, and the number may be a stranger's
+		var procs *scanner
+		if procs, err = h.scanner(); err == nil {
+			gone = procs.parent(pid) != h.cfg.Guard // reaped already, and the number may be a stranger's
+		}
+		if gone || err != nil {
+			_ = unix.Close(fd)
 		}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.closeJob()
 	h.jobGone = gone
-	if err == nil && !gone {
+	if !gone && err == nil {
 		h.jobFd = fd
 	}
 }
