@@ -307,8 +307,11 @@ func TestForeignKeys(t *testing.T) {
 		if code, _, err := c.Get(tr.ctx, "/livez"); code != http.StatusOK {
 			t.Errorf("/livez: %d, %v", code, err)
 		}
-		_, err := tr.etcd.Etcdctl(tr.ctx, "del", blocker)
+		deleted, err := tr.etcd.Etcdctl(tr.ctx, "del", blocker)
 		tr.must(err)
+		if deleted != "1\n" {
+			t.Fatalf("etcdctl has deleted %q of %s", deleted, blocker)
+		}
 	}
 	tr.waitJob(c)
 	var s map[string]json.RawMessage
