@@ -280,6 +280,9 @@ func (c cell) words() (words, class string) {
 	switch {
 	case len(overlaps) > 0:
 		words = "next " + e2e.Span(e2e.Median(next)) + ", both alive "
+		if len(next) < len(c.samples) {
+			words = fmt.Sprintf("moved in %d of %d: ", len(next), len(c.samples)) + words
+		}
 		switch {
 		case c.livesOn() > 0:
 			words += "for good"
@@ -304,7 +307,7 @@ func (c cell) words() (words, class string) {
 	default:
 		words = "dead " + e2e.Span(e2e.Median(c.dead())) + ", next " + e2e.Span(e2e.Median(next))
 	}
-	if c.row.Untouched && words != "untouched" {
+	if c.row.Untouched && words != "untouched" && len(next) == len(c.samples) {
 		words = "moved: " + words
 	}
 	return words, class
@@ -371,14 +374,20 @@ func (c cell) short() string {
 		return "untouched"
 	case len(next) == 0:
 		return "dead; no next job"
-	case len(overlaps) == 0:
-		return "dead; " + e2e.Span(e2e.Median(next))
+	}
+	untouched := ""
+	if n := len(c.samples) - len(next); n > 0 {
+		untouched = fmt.Sprintf("untouched in %d of %d, else ", n, len(c.samples))
+	}
+	how := "dead"
+	switch {
 	case c.livesOn() > 0:
-		return "**alive**, and stays so; " + e2e.Span(e2e.Median(next))
+		how = "**alive**, and stays so"
+	case len(overlaps) > 0:
+		how = "**alive** for up to " + e2e.Span(slices.Max(overlaps))
+		if len(overlaps) < len(next) {
+			how = fmt.Sprintf("dead in %d of %d, else %s", len(next)-len(overlaps), len(next), how)
+		}
 	}
-	how := "**alive** for up to " + e2e.Span(slices.Max(overlaps))
-	if len(overlaps) < len(c.samples) {
-		how = fmt.Sprintf("dead in %d of %d, else %s", len(c.samples)-len(overlaps), len(c.samples), how)
-	}
-	return how + "; " + e2e.Span(e2e.Median(next))
+	return untouched + how + "; " + e2e.Span(e2e.Median(next))
 }

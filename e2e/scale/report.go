@@ -187,9 +187,8 @@ func writeCapacity(to io.Writer, r *results) error {
 	}
 	var b bytes.Buffer
 	p := func(format string, args ...any) { fmt.Fprintf(&b, format, args...) }
-	n, c := float64(pairs.Shape.candidates()), pairs.Steady.Count
-	interval := pairs.TTL / 5
-	formula := n/interval + n/min(interval, 2.5) + float64(pairs.Shape.Elections)/interval
+	n, leaders, c := float64(pairs.Shape.candidates()), float64(pairs.Shape.Elections), pairs.Steady.Count
+	formula := 5.5*n/pairs.TTL + max(5*n/pairs.TTL, n/2.5) + 5.5*leaders/pairs.TTL + n/pairs.TTL
 	p("- **Requests while nothing happens**: by the formula %.0f/s for %v; measured %.0f/s.\n", formula, pairs.Shape, c.total()/c.At)
 	share := c.EtcdCPU / c.At / n
 	p("- **etcd's CPU**: %.0f %% of a core for %.0f candidates in pairs. In proportion, which was not tried, half a core carries %.0f.\n",

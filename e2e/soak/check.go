@@ -142,6 +142,7 @@ type checker struct {
 	idles      map[int]bool // faults, by their place, that came to nothing
 	mostLeases int
 	killed     map[string]time.Duration // when a candidate's guard last got SIGKILL
+	stopped    map[string]time.Duration // and SIGSTOP
 	claimed    map[int64]time.Duration  // leases, by when /status last named them
 	late       map[string][]float64     // /leader's 200 after a job's end, by its excuse, in ms after the end
 	stale      []float64                // /status' "leading" after a deed, in ms after it
@@ -175,7 +176,7 @@ func newChecker(set settings) *checker {
 	return &checker{
 		settings: set, began: e2e.Now(), broken: make(chan struct{}),
 		frozen: map[string][]span{}, late: map[string][]float64{}, pairs: map[[2]*term]*overlap{},
-		killed: map[string]time.Duration{}, claimed: map[int64]time.Duration{}, idles: map[int]bool{},
+		killed: map[string]time.Duration{}, stopped: map[string]time.Duration{}, claimed: map[int64]time.Duration{}, idles: map[int]bool{},
 	}
 }
 
@@ -364,7 +365,7 @@ func (k *checker) pair(a, b *term, now time.Duration) {
 			return
 		}
 	case guardLate:
-		return
+		bound = k.ttl
 	}
 	if o.lasted > bound {
 		k.violate([]string{earlier.candidate, later.candidate}, "two jobs were alive for %v (%s%s): the %s, and the %s",
@@ -394,6 +395,10 @@ func (k *checker) classify(earlier *term, at time.Duration) (class, string) {
 		if f.length() >= k.margin() && f.from >= earlier.first && f.to <= at && at < f.to+k.ttl {
 			return afterThaw, fmt.Sprintf(" (frozen for %v until %v before)", f.length(), at-f.to)
 		}
+	}
+	// A guard that was stopped is no excuse: its elector stands in for it.
+	if at, ever := k.stopped[earlier.candidate]; ever && at >= earlier.first {
+		return unexcused, " (its guard had been stopped)"
 	}
 	for _, l := range latenessAround(k.log(earlier.candidate), k.wall(at)) {
 		if l > k.margin() {
@@ -445,6 +450,13 @@ func (k *checker) thaws(candidate string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.frozen[candidate][len(k.frozen[candidate])-1].to = e2e.Now()
+}
+
+// stops is told before a candidate's guard gets SIGSTOP.
+func (k *checker) stops(candidate string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.stopped[candidate] = e2e.Now()
 }
 
 // kills is told before a candidate's guard gets SIGKILL.

@@ -231,6 +231,7 @@ func (x *executor) hitCandidate(f fault, c *candidate) error {
 	}
 	switch f.name {
 	case "guard stopped":
+		x.check.stops(c.name)
 		signal(syscall.SIGSTOP)
 		lasting(func() { signal(syscall.SIGCONT) })
 		return nil
@@ -497,7 +498,7 @@ func (x *executor) hitElection(f fault) {
 // at once.
 func (x *executor) away(name string, hit bool, node *e2e.Node) bool {
 	at, ever := x.disturbed[name]
-	return hit || ever && e2e.Now() < at+recovers || x.roads.touched(node)
+	return hit || ever && e2e.Now() < at+recovers || x.roads.touched(node, x.etcd.Nodes())
 }
 
 // starve keeps the processors busy.

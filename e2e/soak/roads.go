@@ -61,11 +61,11 @@ func (r roads) apply(ways []e2e.Way) error {
 	return err
 }
 
-// touched tells if anything of a node is cut or lossy.
-func (r roads) touched(node *e2e.Node) bool {
+// touched tells if anything between a node and one of the others is cut or lossy.
+func (r roads) touched(node *e2e.Node, others []*e2e.Node) bool {
 	for _, loss := range r.lossOf {
 		for w := range loss {
-			if slices.Contains([]*e2e.Node{w.From, w.To}, node) {
+			if w.From == node && slices.Contains(others, w.To) || w.To == node && slices.Contains(others, w.From) {
 				return true
 			}
 		}
