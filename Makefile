@@ -13,7 +13,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench faults faults-docs soak readme clean
+.PHONY: help build test lint demo run bench faults faults-docs soak readme dist test-dist clean
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -27,6 +27,8 @@ help:
 	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
 	@echo 'make readme  make faults-docs, and what make demo says now into the README'
+	@echo 'make dist    a release for amd64 and arm64, in dist/: binary, tar.gz, deb, rpm, SBOM, checksums; the same commit gives the same bytes'
+	@echo 'make test-dist  packages in a clean Debian, their unit on a systemd, docs/process.md, and dist built anew elsewhere; needs root'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -89,8 +91,31 @@ readme: faults-docs
 	bin/demo >bin/demo.txt
 	bin/bench -readme README.md -demo bin/demo.txt
 
+# Whatever could make other bytes of the same commit is set: git's abbreviation, dates, and what an environment tells Go.
+DIST_ARCHES = amd64 arm64
+dist: override VERSION := $(shell git describe --tags --always --dirty --abbrev=12)
+dist: MAINTAINER ?= leasehold maintainers <maintainers@leasehold.example>
+dist: export CGO_ENABLED = 0
+dist: export GOFLAGS = -buildvcs=false
+dist: export GOWORK = off
+dist: export GOEXPERIMENT =
+dist: export GOAMD64 = v1
+dist: export GOARM64 = v8.0
+dist:
+	cd tools/dist && $(GO) build -trimpath -o ../../bin/dist .
+	rm -rf dist
+	set -e; for arch in $(DIST_ARCHES); do \
+		GOOS=linux GOARCH=$$arch $(GO) build $(BUILD_FLAGS) -o dist/leasehold_$(VERSION)_linux_$$arch .; \
+	done
+	bin/dist -version $(VERSION) -commit $$(git rev-parse HEAD) -date $$(git show -s --format=%ct HEAD) -maintainer '$(MAINTAINER)' $(DIST_ARCHES)
+
+# The tests that ship: they install what they need, and take minutes.
+test-dist: dist $(ETCD_TOOLS)
+	e2e/dist/prepare.sh
+	LEASEHOLD_SHIP=1 $(GO) test -count=1 -p 1 -timeout 20m ./e2e/dist
+
 clean:
-	rm -rf bin leasehold
+	rm -rf bin dist leasehold
 
 bin/etcd: tools/etcd/go.mod
 	@echo 'building bin/etcd, once; it takes about two minutes'
