@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	ossignal "os/signal"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -125,6 +126,8 @@ func guard(command []string) int {
 		unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU, unix.SIGALRM)
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
+	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
+	debug.SetTraceback("crash")
 
 	cfg, log, lines, ok := configure("run")
 	if !ok {
