@@ -14,6 +14,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
 .PHONY: help build test lint demo run bench faults faults-docs soak readme clean
+.PHONY: test-systemd
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -27,6 +28,7 @@ help:
 	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
 	@echo 'make readme  make faults-docs, and what make demo says now into the README'
+	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE for a package; needs root, installs what it needs'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -88,6 +90,12 @@ readme: faults-docs
 	$(BUILD_SHOW) . ./e2e/demo ./e2e/bench
 	bin/demo >bin/demo.txt
 	bin/bench -readme README.md -demo bin/demo.txt
+
+# RUN is a pattern of tests. A test that can't run has not passed.
+test-systemd: $(ETCD_TOOLS)
+	e2e/systemd/install.sh
+	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 TRIALS='$(TRIALS)' LEASEHOLD_DEB='$(abspath $(LEASEHOLD_DEB))' \
+		$(GO) test -count=1 -v -parallel 4 -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/systemd
 
 clean:
 	rm -rf bin leasehold
