@@ -13,7 +13,9 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench faults faults-docs soak readme dist test-dist clean
+.PHONY: help build test lint demo run bench faults faults-docs soak readme clean
+.PHONY: test-systemd
+.PHONY: dist test-dist
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -29,6 +31,7 @@ help:
 	@echo 'make readme  make faults-docs, and what make demo says now into the README'
 	@echo 'make dist    a release for amd64 and arm64, in dist/: binary, tar.gz, deb, rpm, SBOM, checksums; the same commit gives the same bytes'
 	@echo 'make test-dist  packages in a clean Debian, their unit on a systemd, docs/process.md, and dist built anew elsewhere; needs root'
+	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE for a package; needs root, installs what it needs'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -93,7 +96,7 @@ readme: faults-docs
 
 # Whatever could make other bytes of the same commit is set: git's abbreviation, dates, and what an environment tells Go.
 DIST_ARCHES = amd64 arm64
-dist: override VERSION := $(shell git describe --tags --always --dirty --abbrev=12)
+dist: VERSION := $(shell git describe --tags --always --dirty --abbrev=12)
 dist: MAINTAINER ?= leasehold maintainers <maintainers@leasehold.example>
 dist: export CGO_ENABLED = 0
 dist: export GOFLAGS = -buildvcs=false
@@ -109,10 +112,17 @@ dist:
 	done
 	bin/dist -version $(VERSION) -commit $$(git rev-parse HEAD) -date $$(git show -s --format=%ct HEAD) -maintainer '$(MAINTAINER)' $(DIST_ARCHES)
 
-# The tests that ship: they install what they need, and take minutes.
+# In the end the unit of the package goes through the test of the tree's.
 test-dist: dist $(ETCD_TOOLS)
 	e2e/dist/prepare.sh
-	LEASEHOLD_SHIP=1 $(GO) test -count=1 -p 1 -timeout 20m ./e2e/dist
+	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 $(GO) test -count=1 -v -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/dist
+	$(MAKE) test-systemd RUN=TestUnit_StartAndStop LEASEHOLD_DEB="$$(ls dist/leasehold_*_amd64.deb)"
+
+# RUN is a pattern of tests. A test that can't run has not passed.
+test-systemd: $(ETCD_TOOLS)
+	e2e/systemd/install.sh
+	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 TRIALS='$(TRIALS)' LEASEHOLD_DEB='$(abspath $(LEASEHOLD_DEB))' \
+		$(GO) test -count=1 -v -parallel 4 -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/systemd
 
 clean:
 	rm -rf bin dist leasehold
