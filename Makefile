@@ -108,7 +108,7 @@ dist:
 	cd tools/dist && $(GO) build -trimpath -o ../../bin/dist .
 	rm -rf dist
 	set -e; for arch in $(DIST_ARCHES); do \
-		GOOS=linux GOARCH=$$arch $(GO) build $(BUILD_FLAGS) -o dist/leasehold_$(VERSION)_linux_$$arch .; \
+		GOOS=linux GOARCH=$$arch $(GO) build $(BUILD_FLAGS) -o dist/leasehold-linux-$$arch .; \
 	done
 	bin/dist -version $(VERSION) -commit $$(git rev-parse HEAD) -date $$(git show -s --format=%ct HEAD) -maintainer '$(MAINTAINER)' $(DIST_ARCHES)
 

@@ -33,7 +33,7 @@ func main() {
 	flag.StringVar(&r.version, "version", "", "the version, as git describe has it")
 	flag.StringVar(&r.commit, "commit", "", "the commit")
 	flag.StringVar(&r.maintainer, "maintainer", "", "name and address of who answers for the packages")
-	flag.StringVar(&r.out, "out", "dist", "where the binaries are, as leasehold_VERSION_linux_ARCH, and all else is put")
+	flag.StringVar(&r.out, "out", "dist", "where the binaries are, as leasehold-linux-ARCH, and all else is put")
 	date := flag.Int64("date", 0, "the commit's date, in seconds since 1970")
 	flag.Parse()
 	r.date = time.Unix(*date, 0).UTC()
@@ -69,7 +69,7 @@ func (r *release) pack(arches []string) error {
 
 func (r *release) packArch(arch string) error {
 	base := "leasehold_" + r.version + "_linux_" + arch
-	path := filepath.Join(r.out, base)
+	path := filepath.Join(r.out, "leasehold-linux-"+arch)
 	binary, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -86,7 +86,7 @@ func (r *release) packArch(arch string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(path+".cdx.json", sbom, 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(r.out, base+".cdx.json"), sbom, 0o644); err != nil {
 		return err
 	}
 
@@ -204,9 +204,10 @@ func (r *release) packages(arch string, content []file) error {
 		return err
 	}
 	defer func() { _ = os.RemoveAll(stage) }()
-	contents := files.Contents{{
-		Destination: "/etc/leasehold", Type: files.TypeDir, FileInfo: &files.ContentFileInfo{Mode: 0o755, MTime: r.date},
-	}}
+	var contents files.Contents
+	for _, own := range []string{"/etc/leasehold", "/usr/share/doc/leasehold"} { // Else rpm would leave them behind.
+		contents = append(contents, &files.Content{Destination: own, Type: files.TypeDir, FileInfo: &files.ContentFileInfo{Mode: 0o755, MTime: r.date}})
+	}
 	for i, f := range content {
 		source := filepath.Join(stage, strconv.Itoa(i))
 		if err := os.WriteFile(source, f.content, 0o600); err != nil {
@@ -221,7 +222,8 @@ func (r *release) packages(arch string, content []file) error {
 			Name: "leasehold", Arch: arch, Platform: "linux", Version: r.packageVersion(), VersionSchema: "none",
 			Section: "admin", Priority: "optional", Maintainer: r.maintainer, License: "Apache-2.0", MTime: r.date, DisableGlobbing: true,
 			Description: "keep a job running on exactly one machine\n" +
-				"Each machine runs the daemon; the leader of an election in etcd runs the job, and kills all of it before its lease can pass to\nanother.",
+				"Each machine runs the daemon. The leader of an election in etcd runs the\n" +
+				"job, and kills all of it before its lease can pass to another machine.",
 			Overridables: nfpm.Overridables{
 				Contents: contents,
 				Scripts: nfpm.Scripts{
@@ -230,6 +232,9 @@ func (r *release) packages(arch string, content []file) error {
 				RPM: nfpm.RPM{BuildHost: "localhost"}, // Else it is this machine's name.
 			},
 		})
+		if format == "deb" {
+			info.License = "" // It belongs into the copyright file; Debian knows no such field.
+		}
 		if err := nfpm.PrepareForPackager(info, format); err != nil {
 			return err
 		}
@@ -267,28 +272,36 @@ func copyright(binary, arch string) ([]byte, error) {
 			folders[path] = dir
 		}
 	}
-	var b bytes.Buffer
-	b.WriteString("The binary holds code of others, under these licenses.\n")
+	var texts []string
+	holders := map[string][]string{} // Many have the same text.
 	for _, m := range modules {
-		var texts []string
+		found := 0
 		for _, pattern := range []string{"LICEN[CS]E*", "COPYING*", "NOTICE*"} {
-			found, err := filepath.Glob(filepath.Join(folders[m.Path], pattern))
+			paths, err := filepath.Glob(filepath.Join(folders[m.Path], pattern))
 			if err != nil {
 				return nil, err
 			}
-			texts = append(texts, found...)
+			for _, path := range paths {
+				content, err := os.ReadFile(path)
+				if err != nil {
+					return nil, err
+				}
+				text := string(bytes.TrimSpace(content))
+				if holders[text] == nil {
+					texts = append(texts, text)
+				}
+				holders[text] = append(holders[text], m.Path+" "+m.Version)
+				found++
+			}
 		}
-		if folders[m.Path] == "" || len(texts) == 0 {
+		if folders[m.Path] == "" || found == 0 {
 			return nil, fmt.Errorf("no license of %s is found", m.Path)
 		}
-		fmt.Fprintf(&b, "\n---- %s %s\n", m.Path, m.Version)
-		for _, path := range texts {
-			text, err := os.ReadFile(path)
-			if err != nil {
-				return nil, err
-			}
-			fmt.Fprintf(&b, "\n%s\n", bytes.TrimSpace(text))
-		}
+	}
+	var b bytes.Buffer
+	b.WriteString("The binary holds code of others, under these licenses.\n")
+	for _, text := range texts {
+		fmt.Fprintf(&b, "\n---- %s\n\n%s\n", strings.Join(holders[text], ", "), text)
 	}
 	return b.Bytes(), nil
 }
