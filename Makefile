@@ -114,6 +114,7 @@ dist:
 
 # In the end the unit of the package goes through the test of the tree's.
 test-dist: dist $(ETCD_TOOLS)
+	cd tools/dist && $(GO) test ./...
 	e2e/dist/prepare.sh
 	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 $(GO) test -count=1 -v -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/dist
 	$(MAKE) test-systemd RUN=TestUnit_StartAndStop LEASEHOLD_DEB="$$(ls dist/leasehold_*_amd64.deb)"
