@@ -353,7 +353,7 @@ func TestReproducible(t *testing.T) {
 	t.Parallel()
 	root := moduleRoot(t)
 	dir := t.TempDir()
-	make := func(where, umask string, env ...string) map[string]string {
+	makeDist := func(where, umask string, env ...string) map[string]string {
 		run(t, "git", "clone", "-q", root, where)
 		cmd := exec.CommandContext(t.Context(), "sh", "-c", "umask "+umask+"; exec nice make dist")
 		cmd.Dir = where
@@ -364,8 +364,8 @@ func TestReproducible(t *testing.T) {
 		return checksums(t, filepath.Join(where, "dist"))
 	}
 	modules := strings.TrimSpace(run(t, "go", "env", "GOMODCACHE"))
-	one := make(filepath.Join(dir, "one"), "022")
-	other := make(filepath.Join(dir, "another", "name of a folder"), "077", "GOCACHE="+filepath.Join(dir, "cache"), "GOMODCACHE="+modules,
+	one := makeDist(filepath.Join(dir, "one"), "022")
+	other := makeDist(filepath.Join(dir, "another", "name of a folder"), "077", "GOCACHE="+filepath.Join(dir, "cache"), "GOMODCACHE="+modules,
 		"HOME="+dir, "TZ=Asia/Kolkata", "LC_ALL=C", "GOFLAGS=-tags=other", "GOAMD64=v3", "SOURCE_DATE_EPOCH=1", "VERSION=9.9.9")
 	if !maps.Equal(one, other) || len(one) != 11 {
 		t.Errorf("%v\nis not\n%v", one, other)

@@ -9,6 +9,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"flag"
@@ -255,14 +256,14 @@ func copyright(binary, arch string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	list := exec.Command("go", "list", "-deps", "-tags", "grpcnotrace", "-f", "{{with .Module}}{{.Path}} {{.Dir}}{{end}}", ".")
+	list := exec.CommandContext(context.Background(), "go", "list", "-deps", "-tags", "grpcnotrace", "-f", "{{with .Module}}{{.Path}} {{.Dir}}{{end}}", ".")
 	list.Env = append(os.Environ(), "GOOS=linux", "GOARCH="+arch, "CGO_ENABLED=0")
 	list.Stderr = os.Stderr
 	out, err := list.Output()
 	if err != nil {
 		return nil, fmt.Errorf("go list: %w", err)
 	}
-	root, err := exec.Command("go", "env", "GOROOT").Output()
+	root, err := exec.CommandContext(context.Background(), "go", "env", "GOROOT").Output()
 	if err != nil {
 		return nil, fmt.Errorf("go env GOROOT: %w", err)
 	}
