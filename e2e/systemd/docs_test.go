@@ -16,6 +16,12 @@ import (
 
 var shellBlock = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
 
+// dropIns are the rows of the table with drop-ins, and setting what they set.
+var (
+	dropIns = regexp.MustCompile("(?m)^\\| [^|]+ \\| ([^|]*`[A-Z][A-Za-z]+=[^|]*) \\|$")
+	setting = regexp.MustCompile("`([A-Z][A-Za-z]+=[^`]*)`")
+)
+
 // TestDocs types what docs/systemd.md says, in its order.
 func TestDocs(t *testing.T) {
 	t.Parallel()
@@ -46,6 +52,10 @@ func TestDocs(t *testing.T) {
 		w.until(patience, func() error { // the job may be between fork and exec
 			for _, pid := range e2e.Children(guard) {
 				if status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && pid != elector && strings.HasPrefix(string(status), "Name:\tsleep\n") {
+					// Whatever the drop-in, the job keeps its cgroup.
+					if cgroup, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid)); err != nil || !strings.Contains(string(cgroup), service+"/leasehold-") {
+						t.Errorf("the job's cgroup: %s, %v", cgroup, err)
+					}
 					return nil
 				}
 			}
@@ -53,12 +63,39 @@ func TestDocs(t *testing.T) {
 		})
 		return string(status)
 	}
+	rows := 0
 	for _, block := range blocks {
 		commands := block[1]
 		has := func(s string) bool { return strings.Contains(commands, s) }
 		switch {
 		case packaged && has("install -m"):
 			continue
+		case has("User=root"): // before it come those of the table
+			_, table, _ := strings.Cut(string(text), "| the job | the drop-in |")
+			for _, row := range dropIns.FindAllStringSubmatch(table, -1) {
+				settings := setting.FindAllStringSubmatch(row[1], -1)
+				lines := "[Service]\n"
+				for _, s := range settings {
+					lines += s[1] + "\n"
+				}
+				if strings.Contains(lines, "User=") {
+					continue // the block that follows, see below
+				}
+				w.must(m.Write("/etc/systemd/system/"+service+".d/row.conf", lines))
+				w.run(m, "systemctl", "daemon-reload")
+				if out := w.run(m, "systemd-analyze", "verify", service); out != "" {
+					t.Errorf("%s: %s", lines, out)
+				}
+				w.run(m, "systemctl", "restart", service)
+				if status := leads(); strings.Contains(lines, "CAP_NET_BIND_SERVICE") != strings.Contains(status, "\nCapEff:\t0000000000000400\n") {
+					t.Errorf("%s gives:\n%s", lines, status)
+				}
+				rows++
+			}
+			if rows < 4 {
+				t.Errorf("the table shows %d drop-ins", rows)
+			}
+			w.must(os.Remove(m.Path("/etc/systemd/system/" + service + ".d/row.conf")))
 		case has("secret"):
 			w.must(w.etcd.EnableAuth(w.ctx, "candidate", "secret", "jobs/backup"))
 		}
@@ -86,6 +123,13 @@ func TestDocs(t *testing.T) {
 				if !strings.Contains(status, want) {
 					t.Errorf("no %q in:\n%s", want, status)
 				}
+			}
+			// The table's last row: set-user-id programs.
+			w.run(m, "sed", "-i", "s/^User=root$/User=backup/", "/etc/systemd/system/"+service+".d/job.conf")
+			w.run(m, "systemctl", "daemon-reload")
+			w.run(m, "systemctl", "restart", service)
+			if status := leads(); !strings.Contains(status, "\nNoNewPrivs:\t0\n") || strings.Contains(status, "\nUid:\t0\t") {
+				t.Errorf("with User=backup:\n%s", status)
 			}
 		case has("systemctl restart"):
 			leads()

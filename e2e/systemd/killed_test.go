@@ -80,6 +80,21 @@ func TestKilled_GuardWhileElectorHangs(t *testing.T) {
 	w.noOverlaps()
 }
 
+// Where all of it is killed at once nobody revokes the lease, and the next job
+// waits until it has expired.
+func TestKilled_Everything(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize", "LEASEHOLD_TTL=5s")
+	w.run(leader, "systemctl", "kill", "-s", "KILL", unit)
+	w.waitDead(life, patience)
+	if next := w.waitNext(life, patience); next.Candidate != standby.Name {
+		t.Errorf("the next job is of %s", next.Candidate)
+	}
+	w.waitStandby(leader, standby)
+	w.noOverlaps()
+}
+
 // Whatever hangs, the next job starts in time, never beside the old one, and
 // the unit comes back.
 func TestHung(t *testing.T) {

@@ -118,7 +118,7 @@ func Boot(ctx context.Context, cfg MachineConfig) (m *Machine, err error) {
 			return m, err
 		}
 	}
-	if m.cgroup, err = os.MkdirTemp(e2e.Cgroup2(), "leasehold-machine-"); err != nil {
+	if m.cgroup, err = os.MkdirTemp(e2e.Cgroup2(), cgroupPrefix(os.Getppid())); err != nil {
 		return m, err
 	}
 	// The units' users look into theirs through it.
@@ -162,9 +162,7 @@ func (m *Machine) Close() {
 		_ = m.cmd.Wait()
 	}
 	if m.cgroup != "" {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		_ = e2e.Until(ctx, func() error { return removeCgroup(m.cgroup) }) // a test that left something will say so
-		cancel()
+		_ = removeCgroupSoon(m.cgroup) // or later, by the program that started this one
 	}
 	if m.node != nil {
 		m.node.Close()
@@ -172,6 +170,18 @@ func (m *Machine) Close() {
 	if m.dir != "" {
 		_ = os.RemoveAll(m.dir)
 	}
+}
+
+// cgroupPrefix is how the cgroups of machines are named, by the pid of this
+// program's parent, which sees to what this one could not remove.
+func cgroupPrefix(parent int) string { return fmt.Sprintf("leasehold-machine-%d-", parent) }
+
+// removeCgroupSoon waits for the end of the processes in a cgroup, all of
+// which have been killed, and removes it.
+func removeCgroupSoon(dir string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return e2e.Until(ctx, func() error { return removeCgroup(dir) })
 }
 
 // removeCgroup removes a cgroup and those below it.

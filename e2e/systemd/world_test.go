@@ -4,9 +4,11 @@ package systemd
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -21,17 +23,37 @@ const patience = 30 * time.Second
 const unit = "leasehold@job.service"
 
 func TestMain(m *testing.M) {
-	// The network is made in a namespace of the program's own.
-	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 {
-		if inside, code := e2e.EnterNetwork(); !inside {
-			os.Exit(code)
-		}
+	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 && os.Getenv(e2e.NetworkVariable) == "" {
+		os.Exit(inNetwork())
 	}
 	code := m.Run()
 	if built.programs != nil {
 		built.programs.Remove()
 	}
 	os.Exit(code)
+}
+
+// inNetwork runs this program in a network namespace of its own, and clears up
+// after it, however it ends.
+func inNetwork() int {
+	dir, err := e2e.TempDir("leasehold-systemd-")
+	if err == nil {
+		err = os.Setenv("TMPDIR", dir)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	_, code := e2e.EnterNetwork()
+	cgroups, err := filepath.Glob(filepath.Join(e2e.Cgroup2(), cgroupPrefix(os.Getpid())+"*"))
+	for _, cgroup := range cgroups {
+		err = errors.Join(err, removeCgroupSoon(cgroup))
+	}
+	if err := errors.Join(err, os.RemoveAll(dir)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
 }
 
 var built struct {
