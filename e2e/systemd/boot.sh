@@ -7,6 +7,7 @@
 #   WORK   an empty directory
 #   FILES  what to put into its root, which is otherwise this machine's
 set -eu
+PATH=$PATH:/usr/sbin:/sbin
 name=$1 work=$2 files=$3
 if [ "${4-}" != inside ]; then
 	exec unshare --cgroup --propagation unchanged -- "$0" "$name" "$work" "$files" inside

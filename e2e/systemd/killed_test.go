@@ -14,36 +14,46 @@ import (
 	"leasehold/e2e"
 )
 
-// A guard or an elector that is killed costs milliseconds, though systemd
-// clears up after it. TRIALS=15 for a figure.
-func TestKilled_HandOver(t *testing.T) { // not beside others: it measures
+// A planned stop costs milliseconds, and so does a guard or an elector that is
+// killed, though systemd clears up after it. TRIALS=15 for a figure.
+func TestHandOver(t *testing.T) { // not beside others: it measures
 	trials := 5
 	if n, err := strconv.Atoi(os.Getenv("TRIALS")); err == nil {
 		trials = n
 	}
 	w := newWorld(t)
-	leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize")
-	for _, victim := range []string{"guard", "elector"} {
+	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize")
+	for _, fault := range []string{"systemctl stop", "guard killed", "elector killed"} {
 		var dead, took []float64
 		for range trials {
 			w.waitLeading(leader)
 			w.waitStandby(standby, leader)
 			guard, elector := w.processes(leader)
-			pid := map[string]int{"guard": guard, "elector": elector}[victim]
 			at := e2e.Now()
-			w.must(unix.Kill(pid, unix.SIGKILL))
+			switch fault {
+			case "systemctl stop":
+				w.run(leader, "systemctl", "stop", "--no-block", unit)
+			case "guard killed":
+				w.must(unix.Kill(guard, unix.SIGKILL))
+			case "elector killed":
+				w.must(unix.Kill(elector, unix.SIGKILL))
+			}
 			next := w.waitNext(life, patience)
 			if next.Candidate != standby.Name {
 				t.Errorf("the next job is of %s", next.Candidate)
 			}
 			took = append(took, e2e.Milliseconds(next.Started-at))
 			dead = append(dead, e2e.Milliseconds(w.waitDead(life, patience)-at))
+			if fault == "systemctl stop" {
+				w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "inactive"})
+				w.run(leader, "systemctl", "start", unit)
+			}
 			life, leader, standby = next, standby, leader
 		}
-		t.Logf("%s killed, %d trials: job dead after %s, next job on the other machine after %s (medians; longest %s)",
-			victim, trials, e2e.Span(e2e.Median(dead)), e2e.Span(e2e.Median(took)), e2e.Span(e2e.Percentile(took, 100)))
+		t.Logf("%s, %d trials: job dead after %s, next job on the other machine after %s (medians; longest %s)",
+			fault, trials, e2e.Span(e2e.Median(dead)), e2e.Span(e2e.Median(took)), e2e.Span(e2e.Percentile(took, 100)))
 		if median := e2e.Median(took); median > 100 {
-			t.Errorf("%s killed: %s to the next job, want 100 ms at most: %.0f", victim, e2e.Span(median), took)
+			t.Errorf("%s: %s to the next job, want 100 ms at most: %.0f", fault, e2e.Span(median), took)
 		}
 	}
 	w.waitStandby(standby, leader)
