@@ -14,6 +14,8 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
 .PHONY: help build test lint demo run bench bench-scale faults faults-docs soak readme clean
+.PHONY: test-systemd
+.PHONY: dist test-dist
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -27,6 +29,9 @@ help:
 	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
 	@echo 'make readme  make faults-docs, and what make demo says now into the README'
+	@echo 'make dist    a release for amd64 and arm64, in dist/: binary, tar.gz, deb, rpm, SBOM, checksums; the same commit gives the same bytes'
+	@echo 'make test-dist  packages in a clean Debian, their unit on a systemd, docs/process.md, and dist built anew elsewhere; needs root'
+	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE for a package; needs root, installs what it needs'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -89,8 +94,39 @@ readme: faults-docs
 	bin/demo >bin/demo.txt
 	bin/bench -readme README.md -demo bin/demo.txt
 
+# Whatever could make other bytes of the same commit is set: git's abbreviation, dates, and what an environment tells Go.
+DIST_ARCHES = amd64 arm64
+dist: VERSION := $(shell git describe --tags --always --dirty --abbrev=12)
+dist: MAINTAINER ?= leasehold maintainers <maintainers@leasehold.example>
+dist: export CGO_ENABLED = 0
+dist: export GOFLAGS = -buildvcs=false
+dist: export GOWORK = off
+dist: export GOEXPERIMENT =
+dist: export GOAMD64 = v1
+dist: export GOARM64 = v8.0
+dist:
+	cd tools/dist && $(GO) build -trimpath -o ../../bin/dist .
+	rm -rf dist
+	set -e; for arch in $(DIST_ARCHES); do \
+		GOOS=linux GOARCH=$$arch $(GO) build $(BUILD_FLAGS) -o dist/leasehold-linux-$$arch .; \
+	done
+	bin/dist -version $(VERSION) -commit $$(git rev-parse HEAD) -date $$(git show -s --format=%ct HEAD) -maintainer '$(MAINTAINER)' $(DIST_ARCHES)
+
+# In the end the unit of the package goes through the test of the tree's.
+test-dist: dist $(ETCD_TOOLS)
+	cd tools/dist && $(GO) test ./...
+	e2e/dist/prepare.sh
+	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 $(GO) test -count=1 -v -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/dist
+	$(MAKE) test-systemd RUN=TestUnit_StartAndStop LEASEHOLD_DEB="$$(ls dist/leasehold_*_amd64.deb)"
+
+# RUN is a pattern of tests. A test that can't run has not passed.
+test-systemd: $(ETCD_TOOLS)
+	e2e/systemd/install.sh
+	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 TRIALS='$(TRIALS)' LEASEHOLD_DEB='$(abspath $(LEASEHOLD_DEB))' \
+		$(GO) test -count=1 -v -parallel 4 -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/systemd
+
 clean:
-	rm -rf bin leasehold
+	rm -rf bin dist leasehold
 
 bin/etcd: tools/etcd/go.mod
 	@echo 'building bin/etcd, once; it takes about two minutes'

@@ -23,14 +23,18 @@ import (
 	"leasehold/supervisor"
 )
 
-var update = flag.Bool("update", false, "write docs/reference.md anew")
+var update = flag.Bool("update", false, "write what is generated from the code anew: docs/reference.md, packaging/")
 
 // TestReference: docs/reference.md says what the code does. With -update it is written.
 func TestReference(t *testing.T) {
-	path := filepath.Join("docs", "reference.md")
-	want := reference(t)
+	generated(t, filepath.Join("docs", "reference.md"), reference(t))
+}
+
+// generated compares a file with what the code says; with -update it writes it.
+func generated(t *testing.T, path, want string) {
+	t.Helper()
 	if *update {
-		if err := os.MkdirAll("docs", 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
@@ -42,7 +46,7 @@ func TestReference(t *testing.T) {
 		t.Fatal(err)
 	}
 	if string(got) != want {
-		t.Errorf("%s is not what the code says; write it with: go test -run TestReference . -update", path)
+		t.Errorf("%s is not what the code says; write it with: go test -run %s . -update", path, t.Name())
 	}
 }
 

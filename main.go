@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	ossignal "os/signal"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -125,6 +126,8 @@ func guard(command []string) int {
 		unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU, unix.SIGALRM)
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
+	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
+	debug.SetTraceback("crash")
 
 	cfg, log, lines, ok := configure("run")
 	if !ok {
@@ -145,7 +148,7 @@ func guard(command []string) int {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
 		Signals: signals, Children: children,
-		Notify: newNotifier(), Turned: newWatchdog(),
+		Notify: newNotifier(), Stopping: stopping(cfg), Turned: newWatchdog(),
 		Logger: log,
 	})
 	return code
@@ -189,6 +192,12 @@ func newNotifier() func(state string) {
 		default:
 		}
 	}
+}
+
+// stopping tells systemd that the daemon stops, and how long that may take: where it is longer than the unit's TimeoutStopSec=,
+// systemd waits. Beside the grace that is the time for a kill, and for giving the lease back.
+func stopping(cfg Config) string {
+	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", (cfg.StopGrace.Duration + 30*time.Second).Microseconds())
 }
 
 // newWatchdog makes the function that tells systemd's watchdog that the daemon turns, at most once in a third of what it allows.
@@ -398,7 +407,7 @@ func elect() int {
 				}
 			case <-signals:
 				if received++; received == 1 {
-					notify("STOPPING=1")
+					notify(stopping(cfg))
 					cancel(errPlannedStop)
 				} else if received == 2 {
 					close(holder.hurry)

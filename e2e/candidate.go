@@ -102,7 +102,7 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	if cfg.Node != nil {
 		listen = net.JoinHostPort(cfg.Node.Addr, "4040")
 		if cfg.Witness != nil {
-			err = errors.Join(err, cfg.Witness.listenOn(cfg.Node))
+			err = errors.Join(err, cfg.Witness.ListenOn(cfg.Node))
 		}
 	}
 	if err != nil {

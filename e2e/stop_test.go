@@ -219,3 +219,18 @@ func TestSecrets_NotInRefusals(t *testing.T) {
 		}
 	}
 }
+
+// A crash of the guard has no exit code, which would be taken for the job's.
+func TestGuardCrashes_EndsBySignal(t *testing.T) {
+	tr := ordinary(t)
+	leader, _, job := tr.pair("")
+	tr.must(leader.Signal(syscall.SIGSEGV))
+	tr.waitNext(job, patience)
+	code, err := leader.Wait(tr.waitContext(patience))
+	tr.must(err)
+	// By its own hand, or by the elector's, which does not wait until all that the runtime tells of a crash is written.
+	if code != 128+int(syscall.SIGABRT) && code != 128+int(syscall.SIGKILL) {
+		t.Errorf("the guard ended with code %d, want a signal", code)
+	}
+	tr.finish()
+}

@@ -115,9 +115,9 @@ func (w *Witness) open() (err error) {
 	return w.listen(nil)
 }
 
-// listenOn has the witness hear the jobs on a node as well. It is not an error
+// ListenOn has the witness hear the jobs on a node as well. It is not an error
 // if it does already.
-func (w *Witness) listenOn(node *Node) error {
+func (w *Witness) ListenOn(node *Node) error {
 	w.mu.Lock()
 	for _, n := range w.listeners {
 		if n == node {
@@ -126,7 +126,7 @@ func (w *Witness) listenOn(node *Node) error {
 		}
 	}
 	w.mu.Unlock()
-	if err := node.do(func() error { return w.listen(node) }); err != nil {
+	if err := node.Do(func() error { return w.listen(node) }); err != nil {
 		return fmt.Errorf("have the witness listen on node %s: %w", node.Name, err)
 	}
 	node.closing = append(node.closing, func() { w.leave(node) })

@@ -37,6 +37,7 @@ type GuardConfig struct {
 	Signals  <-chan os.Signal                                 // every signal that the process catches
 	Children <-chan os.Signal                                 // SIGCHLD, apart, so that a flood of them displaces no other
 	Notify   func(state string)                               // tells systemd; never blocks
+	Stopping string                                           // what it is told when a stop is asked for
 	Turned   func()                                           // guard and elector both turn: for systemd's watchdog; never blocks
 	Logger   *slog.Logger                                     // never blocks
 }
@@ -616,7 +617,7 @@ func (g *guard) signal(s unix.Signal) {
 	case unix.SIGCHLD: // the loop reaps at each turn
 	case unix.SIGTERM, unix.SIGINT:
 		if g.signals++; g.signals == 1 {
-			g.cfg.Notify("STOPPING=1")
+			g.cfg.Notify(g.cfg.Stopping)
 		}
 		if g.signals > 1 {
 			g.beginKill(killSignal)

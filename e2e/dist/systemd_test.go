@@ -1,0 +1,110 @@
+//go:build linux
+
+package dist_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+	"leasehold/e2e/systemd"
+)
+
+func TestMain(m *testing.M) {
+	// The machine's network is made in a namespace of the program's own.
+	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 {
+		if inside, code := e2e.EnterNetwork(); !inside {
+			os.Exit(code)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+// TestDeb_OnSystemd installs, installs again and removes the package on a
+// machine where systemd runs, as an administrator would: nothing is started,
+// systemd knows the unit without being told, a new installation leaves the job
+// alone, and removal hands over.
+func TestDeb_OnSystemd(t *testing.T) {
+	needs(t, "/lib/systemd/systemd", "nsenter", "ip", "dbus-daemon")
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	network, err := e2e.NewNetwork()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(network.Close)
+	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{Network: network})
+	m, err := systemd.Boot(ctx, systemd.MachineConfig{
+		Name: "a", Network: network, Files: map[string]string{"/root/leasehold.deb": artifact(t, "leasehold_*_amd64.deb")},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
+	on := func(args ...string) string {
+		t.Helper()
+		out, err := m.Run(ctx, args...)
+		if err != nil {
+			t.Fatalf("%v\n%s\n%s", err, out, m.Journal(ctx, "leasehold@job"))
+		}
+		return out
+	}
+	waitFor := func(want map[string]string) map[string]string {
+		t.Helper()
+		var properties map[string]string
+		bound, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		if err := e2e.Until(bound, func() (err error) {
+			if properties, err = m.Show(ctx, "leasehold@job"); err != nil {
+				return err
+			}
+			for name, value := range want {
+				if !strings.HasPrefix(properties[name], value) {
+					return fmt.Errorf("%s is %q, want %q", name, properties[name], value)
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatalf("%v\n%s", err, m.Journal(ctx, "leasehold@job"))
+		}
+		return properties
+	}
+
+	on("dpkg", "-i", "/root/leasehold.deb")
+	if out := on("systemctl", "list-units", "--all", "--plain", "--no-legend", "leasehold@*"); out != "" {
+		t.Errorf("the package has started something: %s", out)
+	}
+	if err := m.Write("/etc/leasehold/job.env", "JOB=sleep 3600\nLEASEHOLD_ELECTION=jobs/job\nLEASEHOLD_ENDPOINTS="+strings.Join(etcd.Endpoints(), ",")+"\n"); err != nil {
+		t.Fatal(err)
+	}
+	on("systemctl", "start", "leasehold@job")
+	before := waitFor(map[string]string{"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no"})
+	if want := "/usr/lib/systemd/system/leasehold@.service"; before["FragmentPath"] != want && "/usr"+before["FragmentPath"] != want {
+		t.Errorf("the unit is %s", before["FragmentPath"])
+	}
+
+	on("dpkg", "-i", "/root/leasehold.deb")
+	after := waitFor(map[string]string{"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no"})
+	if after["MainPID"] != before["MainPID"] || after["StatusText"] != before["StatusText"] {
+		t.Errorf("after another installation it is %s, %s; before it was %s, %s", after["MainPID"], after["StatusText"], before["MainPID"], before["StatusText"])
+	}
+
+	on("dpkg", "-r", "leasehold")
+	if gone := waitFor(map[string]string{"ActiveState": "inactive"}); gone["LoadState"] != "not-found" {
+		t.Errorf("after removal the unit is %s: systemd was not told", gone["LoadState"])
+	}
+	if keys, err := etcd.Etcdctl(ctx, "get", "--prefix", "--keys-only", "jobs/job"); err != nil || strings.TrimSpace(keys) != "" {
+		t.Errorf("after removal the election has %q (%v)", keys, err)
+	}
+	if _, err := os.Stat(m.Path("/etc/leasehold/job.env")); err != nil {
+		t.Errorf("the instance's settings are gone: %v", err)
+	}
+	if left, err := filepath.Glob(m.Path("/usr/*/*leasehold*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %q (%v)", left, err)
+	}
+}

@@ -1,0 +1,160 @@
+//go:build linux
+
+package systemd
+
+import (
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/e2e"
+)
+
+// A planned stop costs milliseconds, and so does a guard or an elector that is
+// killed, though systemd clears up after it. TRIALS=15 for a figure.
+func TestHandOver(t *testing.T) { // not beside others: it measures
+	trials := 5
+	if n, err := strconv.Atoi(os.Getenv("TRIALS")); err == nil {
+		trials = n
+	}
+	w := newWorld(t)
+	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize")
+	for _, fault := range []string{"systemctl stop", "guard killed", "elector killed"} {
+		var dead, took []float64
+		for range trials {
+			w.waitLeading(leader)
+			w.waitStandby(standby, leader)
+			guard, elector := w.processes(leader)
+			at := e2e.Now()
+			switch fault {
+			case "systemctl stop":
+				w.run(leader, "systemctl", "stop", "--no-block", unit)
+			case "guard killed":
+				w.must(unix.Kill(guard, unix.SIGKILL))
+			case "elector killed":
+				w.must(unix.Kill(elector, unix.SIGKILL))
+			}
+			next := w.waitNext(life, patience)
+			if next.Candidate != standby.Name {
+				t.Errorf("the next job is of %s", next.Candidate)
+			}
+			took = append(took, e2e.Milliseconds(next.Started-at))
+			dead = append(dead, e2e.Milliseconds(w.waitDead(life, patience)-at))
+			if fault == "systemctl stop" {
+				w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "inactive"})
+				w.run(leader, "systemctl", "start", unit)
+			}
+			life, leader, standby = next, standby, leader
+		}
+		t.Logf("%s, %d trials: job dead after %s, next job on the other machine after %s (medians; longest %s)",
+			fault, trials, e2e.Span(e2e.Median(dead)), e2e.Span(e2e.Median(took)), e2e.Span(e2e.Percentile(took, 100)))
+		if median := e2e.Median(took); median > 100 {
+			t.Errorf("%s: %s to the next job, want 100 ms at most: %.0f", fault, e2e.Span(median), took)
+		}
+	}
+	w.waitStandby(standby, leader)
+	w.noOverlaps()
+	for _, m := range w.machines {
+		properties, err := m.Show(w.ctx, unit)
+		w.must(err)
+		if n, err := strconv.Atoi(properties["NRestarts"]); err != nil || n < trials-1 {
+			t.Errorf("%s was restarted %s times on %s", unit, properties["NRestarts"], m.Name)
+		}
+	}
+}
+
+// Where the guard is killed and the elector hangs nobody is left but the unit
+// to kill the job, and it does so before the lease ends.
+func TestKilled_GuardWhileElectorHangs(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize")
+	guard, elector := w.processes(leader)
+	w.must(unix.Kill(elector, unix.SIGSTOP))
+	at := e2e.Now()
+	w.must(unix.Kill(guard, unix.SIGKILL))
+	if took := w.waitDead(life, patience) - at; took > 8*time.Second { // the lease has 12 s more at least
+		t.Errorf("the job was dead after %v", took)
+	}
+	w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "active", "NRestarts": "1", "Result": "success"})
+	if next := w.waitNext(life, patience); next.Candidate != standby.Name {
+		t.Errorf("the next job is of %s", next.Candidate)
+	}
+	if journal := leader.Journal(w.ctx, unit); strings.Contains(journal, "left-over") || strings.Contains(journal, "Control process exited") {
+		t.Errorf("something is left, or the unit could not clear up:\n%s", journal)
+	}
+	w.noOverlaps()
+}
+
+// Where all of it is killed at once nobody revokes the lease, and the next job
+// waits until it has expired.
+func TestKilled_Everything(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize", "LEASEHOLD_TTL=5s")
+	w.run(leader, "systemctl", "kill", "-s", "KILL", unit)
+	w.waitDead(life, patience)
+	if next := w.waitNext(life, patience); next.Candidate != standby.Name {
+		t.Errorf("the next job is of %s", next.Candidate)
+	}
+	w.waitStandby(leader, standby)
+	w.noOverlaps()
+}
+
+// Whatever hangs, the next job starts in time, never beside the old one, and
+// the unit comes back.
+func TestHung(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		ttl      string
+		elector  bool
+		standby  bool          // it befalls the one that waits
+		watchdog bool          // nothing else helps
+		within   time.Duration // next job
+	}{
+		// The elector sees to it, after a tenth of a TTL.
+		{name: "guard of the leader", ttl: "15s", within: 12 * time.Second},
+		// The guard does, at kill-by.
+		{name: "elector of the leader", ttl: "5s", elector: true, within: time.Minute},
+		{name: "elector of the standby", ttl: "5s", elector: true, standby: true},
+		{name: "guard of the standby", ttl: "5s", standby: true, watchdog: true},
+		// systemd is faster than the guard here. Nothing of the job may outlive the lease.
+		{name: "elector of the leader, long TTL", ttl: "40s", elector: true, watchdog: true, within: 2 * time.Minute},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize", "LEASEHOLD_TTL="+c.ttl)
+			struck := leader
+			if c.standby {
+				struck = standby
+			}
+			guard, elector := w.processes(struck)
+			pid := guard
+			if c.elector {
+				pid = elector
+			}
+			w.must(unix.Kill(pid, unix.SIGSTOP))
+			if c.standby {
+				w.waitFor(struck, unit, 2*time.Minute, map[string]string{"ActiveState": "active", "NRestarts": "1", "StatusText": "standby, leader is a"})
+				if !w.waitJob(leader).Alive() || len(w.witness.Terms()) != 1 {
+					t.Errorf("the job was moved: %v", w.witness.Terms())
+				}
+			} else {
+				next := w.waitNext(life, c.within)
+				if next.Candidate != standby.Name {
+					t.Errorf("the next job is of %s", next.Candidate)
+				}
+				w.waitFor(struck, unit, time.Minute, map[string]string{"ActiveState": "active", "NRestarts": "1", "StatusText": "standby, leader is b"})
+			}
+			if said := strings.Contains(struck.Journal(w.ctx, unit), "Watchdog timeout"); said != c.watchdog {
+				t.Errorf("the watchdog has acted: %v, want %v", said, c.watchdog)
+			}
+			w.noOverlaps()
+		})
+	}
+}

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Nothing is enabled or started: an instance has a name and a job, which only its owner knows.
+set -e
+if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload || true
+fi
