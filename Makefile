@@ -1,10 +1,12 @@
 # leasehold: build, test and show. `make` alone lists the targets.
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+DATE    ?= $(or $(shell TZ=UTC0 git log -1 --format=%cd --date=format-local:%Y-%m-%dT%H:%M:%SZ 2>/dev/null),unknown)
 GO      ?= go
 
 # Without gRPC's trace pages, which nobody serves here, the binary is 3 MB smaller, and so is what a standby keeps in memory.
-BUILD_FLAGS = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)'
+BUILD_FLAGS = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.date=$(DATE)'
 
 # The race detector needs a C compiler; RACE=1 insists on it (as CI does).
 CC_FOUND := $(shell command -v $$($(GO) env CC) 2>/dev/null)
@@ -13,7 +15,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench faults faults-docs soak readme clean
+.PHONY: help build test lint demo run bench faults faults-docs soak readme image test-image clean
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -27,6 +29,8 @@ help:
 	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
 	@echo 'make readme  make faults-docs, and what make demo says now into the README'
+	@echo 'make image   the container image, with docker, podman or buildah: IMAGE=$(IMAGE) PLATFORM= ENGINE='
+	@echo 'make test-image  the image, run for real with podman; installs podman, buildah, runc and debootstrap; needs root, Debian'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -88,6 +92,22 @@ readme: faults-docs
 	$(BUILD_SHOW) . ./e2e/demo ./e2e/bench
 	bin/demo >bin/demo.txt
 	bin/bench -readme README.md -demo bin/demo.txt
+
+IMAGE    ?= localhost/leasehold
+PLATFORM ?=
+# The first of these that works: docker may be a client without an engine.
+ENGINE   ?= $(shell for e in docker podman buildah; do $$e info >/dev/null 2>&1 && $$e version >/dev/null 2>&1 && echo $$e && break; done)
+comma    := ,
+# Of several platforms (PLATFORM=linux/amd64,linux/arm64) podman and buildah make one image only if they are told that it is a list.
+image:
+	@test -n '$(ENGINE)' || { echo 'none of docker, podman and buildah is here and works' >&2; exit 1; }
+	$(ENGINE) build $(if $(PLATFORM),--platform $(PLATFORM)) \
+		$(if $(and $(findstring $(comma),$(PLATFORM)),$(filter-out docker,$(ENGINE))),--manifest,-t) $(IMAGE) \
+		--build-arg VERSION='$(VERSION)' --build-arg COMMIT='$(COMMIT)' --build-arg DATE='$(DATE)' $(IMAGE_FLAGS) .
+
+test-image: $(ETCD_TOOLS)
+	e2e/image/prepare.sh
+	LEASEHOLD_SHIP=1 $(GO) test -count=1 -timeout 20m ./e2e/image
 
 clean:
 	rm -rf bin leasehold
