@@ -95,16 +95,16 @@ readme: faults-docs
 
 IMAGE    ?= localhost/leasehold
 PLATFORM ?=
-# The first of these that works: docker may be a client without an engine.
+# The first of these that works: docker may be a client without an engine. Its old builder knows no platforms.
 ENGINE   ?= $(shell for e in docker podman buildah; do $$e info >/dev/null 2>&1 && $$e version >/dev/null 2>&1 && echo $$e && break; done)
 comma    := ,
-# Podman and buildah make one image of several platforms (linux/amd64,linux/arm64) only if they are told that it is a list, and older ones
-# don't say themselves where they run.
+# Podman and buildah make one image of several platforms (linux/amd64,linux/arm64) only if they are told that it is a list, and
+# older ones don't tell the Dockerfile where they run.
 PLATFORM_FLAGS = $(if $(PLATFORM),--platform $(PLATFORM) \
 	$(if $(filter-out docker,$(ENGINE)),--build-arg BUILDPLATFORM=linux/$(shell uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')))
 image:
 	@test -n '$(ENGINE)' || { echo 'none of docker, podman and buildah is here and works' >&2; exit 1; }
-	$(ENGINE) build $(if $(and $(findstring $(comma),$(PLATFORM)),$(filter-out docker,$(ENGINE))),--manifest,-t) $(IMAGE) $(PLATFORM_FLAGS) \
+	DOCKER_BUILDKIT=1 $(ENGINE) build $(if $(and $(findstring $(comma),$(PLATFORM)),$(filter-out docker,$(ENGINE))),--manifest,-t) $(IMAGE) $(PLATFORM_FLAGS) \
 		--build-arg VERSION='$(VERSION)' --build-arg COMMIT='$(COMMIT)' --build-arg DATE='$(DATE)' $(IMAGE_FLAGS) .
 
 test-image: $(ETCD_TOOLS)

@@ -10,6 +10,7 @@ import (
 	"debug/elf"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"io"
 	"maps"
 	"os"
@@ -81,10 +82,10 @@ func TestImage(t *testing.T) {
 		var config struct {
 			Architecture, OS string
 			Config           struct {
-				User             string
-				Entrypoint, Cmd  []string
-				Labels           map[string]string
-				Volumes, Exposed map[string]any
+				User            string
+				Entrypoint, Cmd []string
+				Labels          map[string]string
+				Volumes         map[string]any
 			}
 		}
 		layout(t, dir, manifest.Config.Digest, &config)
@@ -133,8 +134,8 @@ func TestImage(t *testing.T) {
 		checkStatic(t, files["/leasehold"], machine)
 		checkBundle(t, files[bundle])
 	}
-	for missing := range machines {
-		t.Errorf("there is no image for %s", missing)
+	for machine := range machines {
+		t.Errorf("there is no image for %s", machine)
 	}
 }
 
@@ -151,7 +152,7 @@ func unpack(t *testing.T, layer []byte, file func(*tar.Header, []byte)) {
 	}
 	for files := tar.NewReader(in); ; {
 		header, err := files.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return
 		}
 		if err != nil {

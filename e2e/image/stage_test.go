@@ -54,10 +54,8 @@ func missing(root string) string {
 			return tool
 		}
 	}
-	for _, image := range []string{"storage.conf", "containers.conf"} {
-		if _, err := os.Stat(filepath.Join(root, "bin", "image", image)); err != nil {
-			return "the base images, which e2e/image/prepare.sh makes"
-		}
+	if _, err := os.Stat(filepath.Join(root, "bin", "image", "storage.conf")); err != nil {
+		return "the base images, which e2e/image/prepare.sh makes"
 	}
 	return ""
 }
@@ -139,8 +137,39 @@ func podman(t testing.TB, args ...string) string {
 	return strings.TrimSpace(out)
 }
 
+// cgroupParent is where podman puts the containers, for it never removes the parent that it makes.
+var cgroupParent = fmt.Sprintf("/leasehold-image-%d", os.Getpid())
+
+// removeCgroups removes what is left of it, in each hierarchy.
+func removeCgroups() error {
+	var dirs []string
+	for _, pattern := range []string{"/sys/fs/cgroup" + cgroupParent, "/sys/fs/cgroup/*" + cgroupParent} {
+		found, err := filepath.Glob(pattern)
+		if err != nil {
+			return err
+		}
+		for _, parent := range found {
+			_ = filepath.WalkDir(parent, func(path string, e os.DirEntry, err error) error {
+				if err == nil && e.IsDir() {
+					dirs = append(dirs, path)
+				}
+				return nil
+			})
+		}
+	}
+	var err error
+	for _, dir := range slices.Backward(dirs) { // what is inside comes first
+		err = errors.Join(err, os.Remove(dir))
+	}
+	return err
+}
+
 func TestMain(m *testing.M) {
 	code := m.Run()
+	if err := removeCgroups(); err != nil {
+		fmt.Fprintln(os.Stderr, "clean up:", err)
+		code = max(code, 1)
+	}
 	if built.programs != nil {
 		built.programs.Remove()
 		// The images that builds begin with are kept, for they take a minute to make.
@@ -210,7 +239,8 @@ func (s *stage) start(identity string, p plan) *box {
 	b := &box{name: fmt.Sprintf("leasehold-%d-%d", os.Getpid(), numbers.Add(1))}
 	args := append([]string{
 		"podman", "run", "--name", b.name, "--pull", "never", "--network", "host", "--log-driver", "none",
-		"--read-only", "--read-only-tmpfs=false", "--cap-drop", "all", "--security-opt", "no-new-privileges",
+		"--cgroup-parent", cgroupParent,
+		"--ipc", "none", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "all", "--security-opt", "no-new-privileges",
 		"--timeout", "600", // should this program not live to remove it
 		"--env", "LEASEHOLD_*", "--env", e2e.WitnessVariable, "-v", built.programs.Testjob + ":/testjob:ro",
 	}, p.flags...)
