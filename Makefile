@@ -1,10 +1,12 @@
 # leasehold: build, test and show. `make` alone lists the targets.
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+DATE    ?= $(or $(shell TZ=UTC0 git log -1 --format=%cd --date=format-local:%Y-%m-%dT%H:%M:%SZ 2>/dev/null),unknown)
 GO      ?= go
 
 # Without gRPC's trace pages, which nobody serves here, the binary is 3 MB smaller, and so is what a standby keeps in memory.
-BUILD_FLAGS = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION)'
+BUILD_FLAGS = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.date=$(DATE)'
 
 # The race detector needs a C compiler; RACE=1 insists on it (as CI does).
 CC_FOUND := $(shell command -v $$($(GO) env CC) 2>/dev/null)
@@ -14,7 +16,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
 .PHONY: help build test lint demo run bench bench-scale faults faults-docs soak readme clean
-.PHONY: test-systemd
+.PHONY: test-systemd image test-image
 .PHONY: dist test-dist
 
 help:
@@ -32,6 +34,8 @@ help:
 	@echo 'make dist    a release for amd64 and arm64, in dist/: binary, tar.gz, deb, rpm, SBOM, checksums; the same commit gives the same bytes'
 	@echo 'make test-dist  packages in a clean Debian, their unit on a systemd, docs/process.md, and dist built anew elsewhere; needs root'
 	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE for a package; needs root, installs what it needs'
+	@echo 'make image   the container image, with docker, podman or buildah: IMAGE=$(IMAGE) PLATFORM= ENGINE='
+	@echo 'make test-image  the image, run for real with podman; installs podman, buildah, runc and debootstrap; needs root, Debian'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -124,6 +128,24 @@ test-systemd: $(ETCD_TOOLS)
 	e2e/systemd/install.sh
 	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 TRIALS='$(TRIALS)' LEASEHOLD_DEB='$(abspath $(LEASEHOLD_DEB))' \
 		$(GO) test -count=1 -v -parallel 4 -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/systemd
+
+IMAGE    ?= localhost/leasehold
+PLATFORM ?=
+# The first of these that works: docker may be a client without an engine. Its old builder knows no platforms.
+ENGINE   ?= $(shell for e in docker podman buildah; do $$e info >/dev/null 2>&1 && $$e version >/dev/null 2>&1 && echo $$e && break; done)
+comma    := ,
+# Podman and buildah make one image of several platforms (linux/amd64,linux/arm64) only if they are told that it is a list, and
+# older ones don't tell the Dockerfile where they run.
+PLATFORM_FLAGS = $(if $(PLATFORM),--platform $(PLATFORM) \
+	$(if $(filter-out docker,$(ENGINE)),--build-arg BUILDPLATFORM=linux/$(shell uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')))
+image:
+	@test -n '$(ENGINE)' || { echo 'none of docker, podman and buildah is here and works' >&2; exit 1; }
+	DOCKER_BUILDKIT=1 $(ENGINE) build $(if $(and $(findstring $(comma),$(PLATFORM)),$(filter-out docker,$(ENGINE))),--manifest,-t) $(IMAGE) $(PLATFORM_FLAGS) \
+		--build-arg VERSION='$(VERSION)' --build-arg COMMIT='$(COMMIT)' --build-arg DATE='$(DATE)' $(IMAGE_FLAGS) .
+
+test-image: $(ETCD_TOOLS)
+	e2e/image/prepare.sh
+	LEASEHOLD_SHIP=1 $(GO) test -count=1 -timeout 20m ./e2e/image
 
 clean:
 	rm -rf bin dist leasehold

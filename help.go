@@ -33,6 +33,7 @@ func subcommands() []entry {
 		{"leasehold elect", "campaign and report, no job (sidecar)"},
 		{"leasehold status [--json]", "the election as etcd has it: leader, token, lease time left, queue"},
 		{"leasehold check [live|ready|leader|standby]", "ask the local daemon at LEASEHOLD_LISTEN (live if nothing is named)"},
+		{"leasehold install DEST", "copy this binary to DEST, a directory or a file: for an init container, which has no cp"},
 		{"leasehold version", "print the version"},
 		{"leasehold help", "print this"},
 	}
@@ -47,7 +48,7 @@ func exitCodes() []entry {
 		{code(exitUsage), "wrong usage"},
 		{code(exitUnavailable), "status, check: nobody answers"},
 		{code(exitInternal), "internal fault: elector or guard lost (worth a restart)"},
-		{code(exitOS), "LEASEHOLD_LISTEN can't be bound, the elector can't be started, or a dead predecessor's job can't be killed: before any campaign"},
+		{code(exitOS), "LEASEHOLD_LISTEN can't be bound, the elector can't be started, or a dead predecessor's job can't be killed: before any campaign; install: the copy can't be made"},
 		{code(exitNotElected), "not elected within LEASEHOLD_WAIT"},
 		{code(exitLost), "leadership lost under LEASEHOLD_RESTART=never after the job had started"},
 		{code(exitConfig), "wrong configuration"},
@@ -55,6 +56,10 @@ func exitCodes() []entry {
 		{code(exitNotFound), "COMMAND is not found"},
 	}
 }
+
+// lastWords is what help and docs/reference.md say of the termination message.
+const lastWords = "Unless the code is 0, the faults of the configuration or the last error are also written to " + terminationLog +
+	", which Kubernetes shows in the pod's status. The file is never made, and what a job wrote there itself is left as it is."
 
 func jobVariables() []entry {
 	return []entry{
@@ -92,6 +97,7 @@ func help() string {
 
 	b.WriteString("\nExit codes:\n")
 	writeEntries(&b, exitCodes())
+	b.WriteString("\n" + wrap(lastWords, "", 110))
 	return b.String()
 }
 
@@ -140,7 +146,7 @@ func likelyMeant(args []string) string {
 	if i := slices.Index(args, "--"); i >= 0 {
 		own, hasJob = args[:i], true
 	}
-	all := []string{"run", "elect", "status", "check", "version", "help"}
+	all := []string{"run", "elect", "status", "check", "install", "version", "help"}
 	for _, arg := range own {
 		if hint := settingHint(arg); hint != "" {
 			return hint
@@ -169,6 +175,8 @@ func likelyMeant(args []string) string {
 		return "check asks for one thing: " + strings.Join(health.Checks(), ", ")
 	case first == "status" && len(own) > 1:
 		return "status takes --json and nothing else"
+	case first == "install":
+		return "install takes one thing, a directory or a file to copy leasehold to: leasehold install DEST"
 	case slices.Contains(all, first):
 		return first + " takes nothing more"
 	case len(own) == 1 && nearest(first, all) != "" && !hasJob:

@@ -119,6 +119,7 @@ Every field is always present. Times are RFC 3339 in UTC. Fields may be added, a
 
 	b.WriteString("\n## Exit codes\n\n")
 	table(&b, "code", "when", exitCodes())
+	b.WriteString("\n" + lastWords + "\n")
 
 	b.WriteString("\n## Metrics\n\nOf the job and the guard only where there is a job.\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n")
 	for _, m := range metrics(t) {
@@ -261,6 +262,9 @@ func TestUsageHint(t *testing.T) {
 		{"check lead", "did you mean leader?"},
 		{"check qwertyuiop", "check asks for one thing: live, ready, leader, standby"},
 		{"check live ready", "check asks for one thing"},
+		{"install", "leasehold install DEST"},
+		{"install a b", "leasehold install DEST"},
+		{"install --help", "leasehold help prints the help"},
 		{"version x", "version takes nothing more"},
 		{"run -h", "leasehold help prints the help"},
 		{"--version", "leasehold version prints the version"},

@@ -18,6 +18,24 @@ type logWriter struct {
 	flush   chan chan struct{}
 	dropped atomic.Int64
 	notice  func(dropped int64) []byte
+	lastErr lastLine // of what was logged
+}
+
+// A lastLine keeps the last line that was written to it.
+type lastLine struct{ line atomic.Pointer[string] }
+
+// Write takes one line.
+func (l *lastLine) Write(line []byte) (int, error) {
+	text := string(line)
+	l.line.Store(&text)
+	return len(line), nil
+}
+
+func (l *lastLine) String() string {
+	if line := l.line.Load(); line != nil {
+		return *line
+	}
+	return ""
 }
 
 // newLogWriter starts a writer. Its goroutine lives as long as the process, for a blocked write can't be called off.
@@ -82,7 +100,15 @@ func (w *logWriter) Flush(d time.Duration) {
 	}
 }
 
-// newLogger makes the daemon's logger on standard error.
+// end flushes what was logged when the process that the user started ends, and leaves the last error where Kubernetes shows it.
+func (w *logWriter) end(code int) {
+	if code != 0 {
+		leaveMessage(terminationLog, w.lastErr.String(), true)
+	}
+	w.Flush(flushTime)
+}
+
+// newLogger makes the daemon's logger on standard error. The writer keeps the last error as well.
 func newLogger(cfg Log) (*slog.Logger, *logWriter) {
 	notice := func(n int64) []byte {
 		text := strconv.FormatInt(n, 10)
@@ -92,9 +118,9 @@ func newLogger(cfg Log) (*slog.Logger, *logWriter) {
 		return []byte(`level=WARN msg="standard error was blocked: log lines are lost" dropped=` + text + "\n")
 	}
 	w := newLogWriter(2, notice)
-	options := &slog.HandlerOptions{Level: cfg.Level.Level}
+	options, errorsOnly := &slog.HandlerOptions{Level: cfg.Level.Level}, &slog.HandlerOptions{Level: slog.LevelError}
 	if cfg.Format == "json" {
-		return slog.New(slog.NewJSONHandler(w, options)), w
+		return slog.New(slog.NewMultiHandler(slog.NewJSONHandler(w, options), slog.NewJSONHandler(&w.lastErr, errorsOnly))), w
 	}
-	return slog.New(slog.NewTextHandler(w, options)), w
+	return slog.New(slog.NewMultiHandler(slog.NewTextHandler(w, options), slog.NewTextHandler(&w.lastErr, errorsOnly))), w
 }

@@ -38,8 +38,12 @@ import (
 	"leasehold/supervisor"
 )
 
-// version is set by the build.
-var version = "dev"
+// Set by the build.
+var (
+	version = "dev"
+	commit  = "unknown"
+	date    = "unknown" // of the commit
+)
 
 // Roles that leasehold gives to its own processes. Users have no use for them.
 const (
@@ -58,8 +62,7 @@ func main() { os.Exit(dispatch(os.Args[1:])) }
 func dispatch(args []string) int {
 	closeOnExec()
 	if len(args) == 0 {
-		fmt.Fprint(os.Stderr, usageHint(args))
-		return exitUsage
+		return wrongUsage(args)
 	}
 	switch name, rest := args[0], args[1:]; {
 	case name == "--" && len(rest) > 0:
@@ -72,8 +75,10 @@ func dispatch(args []string) int {
 		return status(len(rest) == 1)
 	case name == "check" && (len(rest) == 0 || len(rest) == 1 && slices.Contains(health.Checks(), rest[0])):
 		return check(rest)
+	case name == "install" && len(rest) == 1 && rest[0] != "" && rest[0][0] != '-':
+		return install(rest[0])
 	case name == "version" && len(rest) == 0:
-		fmt.Println("leasehold", version)
+		fmt.Printf("leasehold %s (commit %s, %s)\n", version, commit, date)
 		return 0
 	case (name == "help" || name == "-h" || name == "--help") && len(rest) == 0:
 		fmt.Print(help())
@@ -87,7 +92,17 @@ func dispatch(args []string) int {
 		time.Sleep(10 * time.Second) // until the guard kills it
 		return 0
 	}
-	fmt.Fprint(os.Stderr, usageHint(args))
+	return wrongUsage(args)
+}
+
+// wrongUsage tells the user what is wrong, on standard error, and where Kubernetes shows it. The subcommands that a probe runs
+// have no say there: the container's last words are those of the process that it was started for.
+func wrongUsage(args []string) int {
+	hint := usageHint(args)
+	fmt.Fprint(os.Stderr, hint)
+	if len(args) == 0 || args[0] != "status" && args[0] != "check" {
+		leaveMessage(terminationLog, hint, false)
+	}
 	return exitUsage
 }
 
@@ -105,21 +120,21 @@ func closeOnExec() {
 	}
 }
 
-// configure reads the configuration of a subcommand and makes the logger.
-func configure(subcommand string) (Config, *slog.Logger, *logWriter, bool) {
+// configure reads the configuration of a subcommand and makes the logger. It tells what is wrong.
+func configure(subcommand string) (Config, *slog.Logger, *logWriter, error) {
 	cfg, err := loadConfig(subcommand, os.Environ())
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
-		return Config{}, nil, nil, false
+		return Config{}, nil, nil, err
 	}
 	log, lines := newLogger(cfg.Log)
-	return cfg, log, lines, true
+	return cfg, log, lines, nil
 }
 
 const flushTime = 200 * time.Millisecond
 
 // guard is the process that the user starts. It makes the elector, and runs and kills the job.
-func guard(command []string) int {
+func guard(command []string) (code int) {
 	// From the first moment, so that no signal ends us without the job's death. What is neither handled nor passed on is dropped.
 	signals := make(chan os.Signal, 64)
 	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT,
@@ -129,16 +144,17 @@ func guard(command []string) int {
 	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
 	debug.SetTraceback("crash")
 
-	cfg, log, lines, ok := configure("run")
-	if !ok {
+	cfg, log, lines, err := configure("run")
+	if err != nil {
+		leaveMessage(terminationLog, err.Error(), false)
 		return exitConfig
 	}
-	defer lines.Flush(flushTime)
+	defer func() { lines.end(code) }()
 	path, code := lookCommand(command[0], log)
 	if code != 0 {
 		return code
 	}
-	code = supervisor.RunGuard(supervisor.GuardConfig{
+	return supervisor.RunGuard(supervisor.GuardConfig{
 		Path: path, Argv: command, Env: withoutOurs(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
 		TTL: cfg.TTL.Duration, StopSignal: cfg.StopSignal.Signal,
@@ -151,7 +167,6 @@ func guard(command []string) int {
 		Notify: newNotifier(), Stopping: stopping(cfg), Turned: newWatchdog(),
 		Logger: log,
 	})
-	return code
 }
 
 // withoutOurs drops from an environment what is the daemon's alone: its settings, secrets among them, and its line to systemd.
@@ -267,8 +282,8 @@ func (h *jobHolder) Lead(ctx context.Context, t election.Term) error {
 func elector(args []string) int {
 	// The guard alone hears what the user says; what reaches us directly is dropped.
 	ossignal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGQUIT)
-	cfg, log, lines, ok := configure("run")
-	if !ok {
+	cfg, log, lines, err := configure("run")
+	if err != nil {
 		return exitConfig
 	}
 	defer lines.Flush(flushTime)
@@ -363,15 +378,16 @@ func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc, candid
 }
 
 // elect campaigns and reports, and runs no job.
-func elect() int {
+func elect() (code int) {
 	signals := make(chan os.Signal, 8)
 	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT)
 	ossignal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGQUIT, unix.SIGWINCH)
-	cfg, log, lines, ok := configure("elect")
-	if !ok {
+	cfg, log, lines, err := configure("elect")
+	if err != nil {
+		leaveMessage(terminationLog, err.Error(), false)
 		return exitConfig
 	}
-	defer lines.Flush(flushTime)
+	defer func() { lines.end(code) }()
 
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
@@ -610,8 +626,8 @@ func revoke(args []string) int {
 		return exitUsage
 	}
 	// What does not concern etcd must not stand in the way.
-	cfg, log, lines, ok := configure("status")
-	if !ok {
+	cfg, log, lines, err := configure("status")
+	if err != nil {
 		return exitConfig
 	}
 	defer lines.Flush(flushTime)
@@ -626,8 +642,8 @@ func revoke(args []string) int {
 
 // status prints the election as etcd has it.
 func status(asJSON bool) int {
-	cfg, log, lines, ok := configure("status")
-	if !ok {
+	cfg, log, lines, err := configure("status")
+	if err != nil {
 		return exitConfig
 	}
 	defer lines.Flush(flushTime)
@@ -654,8 +670,8 @@ func status(asJSON bool) int {
 
 // check asks the local daemon, for exec probes and images without curl.
 func check(args []string) int {
-	cfg, _, lines, ok := configure("check")
-	if !ok {
+	cfg, _, lines, err := configure("check")
+	if err != nil {
 		return exitConfig
 	}
 	defer lines.Flush(flushTime)

@@ -16,12 +16,13 @@ _leasehold() {
         return
     done
     if ((COMP_CWORD == 1)); then
-        choices='-- run elect status check version help'
+        choices='-- run elect status check install version help'
     elif ((COMP_CWORD == 2)); then
         case ${COMP_WORDS[1]} in
         run) choices='--' ;;
         status) choices='--json' ;;
         check) choices='live ready leader standby' ;;
+        install) compopt -o default ;;
         esac
     fi
     mapfile -t COMPREPLY < <(compgen -W "$choices" -- "$word")
