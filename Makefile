@@ -26,9 +26,9 @@ help:
 	@echo 'make demo    three candidates, three faults, within a minute; nothing is left but bin/'
 	@echo "make run     one candidate with a job of yours: make run JOB='sleep 100'"
 	@echo 'make bench   hand-over and size, beside a stock loop and etcdctl lock; N=5 for a short run'
-	@echo 'make faults  every fault of a table, beside a stock loop and etcdctl lock: N=3 PEERS_N=1 ROWS=; needs root, nft, 20 minutes'
+	@echo 'make faults  every fault of a table, beside a stock loop and etcdctl lock: N=3 PEERS_N=1 ROWS=; needs root, nft, ip, strace, 20 minutes'
 	@echo 'make faults-docs  picture, table and README from docs/faults.json, which make faults JSON=docs/faults.json writes'
-	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft'
+	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft, ip'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
 	@echo 'make readme  make faults-docs, and what make demo says now into the README'
 	@echo 'make dist    a release for amd64 and arm64, in dist/: binary, tar.gz, deb, rpm, SBOM, checksums; the same commit gives the same bytes'
