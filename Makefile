@@ -13,7 +13,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench faults faults-docs soak readme clean
+.PHONY: help build test lint demo run bench faults faults-docs soak readme k8s-certs test-k8s e2e-k8s clean
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -27,6 +27,9 @@ help:
 	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
 	@echo 'make readme  make faults-docs, and what make demo says now into the README'
+	@echo 'make k8s-certs  an authority and certificates for the etcd of k8s/etcd, into k8s/certs: NAMESPACE=default; again: renews them'
+	@echo 'make test-k8s   every manifest of k8s/, checked without a cluster, and run as processes; root, Debian (installs busybox)'
+	@echo 'make e2e-k8s    the same in the cluster of the current kubectl context: IMAGE=localhost/leasehold LOAD=; see e2e/k8s'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -88,6 +91,18 @@ readme: faults-docs
 	$(BUILD_SHOW) . ./e2e/demo ./e2e/bench
 	bin/demo >bin/demo.txt
 	bin/bench -readme README.md -demo bin/demo.txt
+
+NAMESPACE ?= default
+k8s-certs:
+	cd tools/k8s && $(GO) run ./certs -dir ../../k8s/certs -namespace $(NAMESPACE)
+
+test-k8s: $(ETCD_TOOLS)
+	tools/k8s/prepare.sh
+	cd tools/k8s && $(GO) test -vet=off -count=1 -timeout 30m ./...
+
+# LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
+e2e-k8s:
+	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 60m ./e2e/k8s
 
 clean:
 	rm -rf bin leasehold
