@@ -154,7 +154,7 @@ func (n *Network) Node(name string) (*Node, error) {
 	err = errors.Join(
 		ip("link", "add", node.wire, "type", "veth", "peer", "name", "eth0", "netns", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), node.namespace.Fd())),
 		ip("link", "set", node.wire, "master", n.bridge(), "up"),
-		node.do(func() error {
+		node.Do(func() error {
 			return errors.Join(
 				ip("link", "set", "lo", "up"),
 				ip("addr", "add", node.Addr+"/16", "dev", "eth0"),
@@ -186,9 +186,9 @@ func (node *Node) Close() {
 	_ = node.namespace.Close()
 }
 
-// do calls f on a thread that is in the node's namespace. What f starts is
+// Do calls f on a thread that is in the node's namespace. What f starts is
 // there too.
-func (node *Node) do(f func() error) error {
+func (node *Node) Do(f func() error) error {
 	runtime.LockOSThread()
 	here, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {

@@ -40,7 +40,7 @@ func startProcessOn(node *Node, cmd *exec.Cmd) (p *process, err error) {
 	if node == nil {
 		return startProcess(cmd)
 	}
-	err = node.do(func() error {
+	err = node.Do(func() error {
 		p, err = startProcess(cmd)
 		return err
 	})

@@ -126,7 +126,7 @@ func (w *Witness) listenOn(node *Node) error {
 		}
 	}
 	w.mu.Unlock()
-	if err := node.do(func() error { return w.listen(node) }); err != nil {
+	if err := node.Do(func() error { return w.listen(node) }); err != nil {
 		return fmt.Errorf("have the witness listen on node %s: %w", node.Name, err)
 	}
 	node.closing = append(node.closing, func() { w.leave(node) })
