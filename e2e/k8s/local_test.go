@@ -1,0 +1,111 @@
+//go:build linux
+
+package k8s_test
+
+import (
+	"context"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+// What the cluster's test rests on, without a cluster: the witness sees jobs begin and end, and sees it when two live at once.
+func TestWitness_SeesOverlap(t *testing.T) {
+	if os.Getenv("LEASEHOLD_SHIP") != "1" {
+		t.Skip("skipped: LEASEHOLD_SHIP=1 is not set (make e2e-k8s sets it)")
+	}
+	program := buildJob(t)
+	address, err := e2e.FreeAddr()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(out io.Writer, env []string, args ...string) *exec.Cmd {
+		cmd := exec.Command(program, args...)
+		cmd.Stdout, cmd.Stderr, cmd.Env = out, os.Stderr, env
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+		return cmd
+	}
+	lines, out := io.Pipe()
+	defer out.Close()
+	listening, told := make(chan struct{}), newRecord()
+	start(writer(func(p []byte) (int, error) {
+		if strings.HasPrefix(string(p), "listening") {
+			close(listening)
+		}
+		return out.Write(p)
+	}), nil, "witness", address)
+	go func() { _ = told.follow(lines) }()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	select {
+	case <-listening:
+	case <-ctx.Done():
+		t.Fatal("the witness does not listen")
+	}
+
+	run := func(name, token string) *exec.Cmd {
+		return start(io.Discard, []string{"LEASEHOLD_IDENTITY=" + name, "LEASEHOLD_FENCING_TOKEN=" + token}, "run", address)
+	}
+	wait := func(after, want string) string {
+		t.Helper()
+		job, pod, err := told.job(ctx, after)
+		if err != nil || job != want || !strings.HasPrefix(job, pod+" ") {
+			t.Fatalf("job %q of pod %q (%v), want %q", job, pod, err, want)
+		}
+		return job
+	}
+	gone := func() {
+		t.Helper()
+		if err := e2e.Until(ctx, func() error {
+			told.mu.Lock()
+			defer told.mu.Unlock()
+			if len(told.alive) > 0 {
+				return context.DeadlineExceeded
+			}
+			return nil
+		}); err != nil {
+			t.Fatal("a dead job is still alive to the witness")
+		}
+	}
+	first := run("a", "1")
+	job := wait("", "a 1")
+	_ = first.Process.Kill()
+	gone()
+	second := run("b", "2")
+	job = wait(job, "b 2")
+	if found := told.overlapped(); len(found) > 0 {
+		t.Errorf("one after the other, and yet: %v", found)
+	}
+	run("c", "3")
+	wait(job, "c 3")
+	if found := told.overlapped(); len(found) != 1 || found[0] != "c 3 began while b 2 lived" {
+		t.Errorf("two lived at once, and the witness says %q", found)
+	}
+	_ = second.Process.Signal(syscall.SIGTERM)
+}
+
+type writer func([]byte) (int, error)
+
+func (w writer) Write(p []byte) (int, error) { return w(p) }
+
+func buildJob(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "job")
+	build := exec.Command("go", "build", "-trimpath", "-o", path, "./job")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the job: %v\n%s", err, out)
+	}
+	return path
+}
