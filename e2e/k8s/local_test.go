@@ -95,6 +95,69 @@ func TestWitness_SeesOverlap(t *testing.T) {
 	_ = second.Process.Signal(syscall.SIGTERM)
 }
 
+// Where no cluster answers the test says so and is skipped.
+func TestCluster_SkipsWithoutOne(t *testing.T) {
+	t.Setenv("LEASEHOLD_SHIP", "1")
+	for name, config := range map[string]string{
+		"no context": "",
+		"nobody answers": `apiVersion: v1
+kind: Config
+clusters: [{name: dead, cluster: {server: "https://127.0.0.1:1"}}]
+contexts: [{name: dead, context: {cluster: dead}}]
+current-context: dead
+`,
+	} {
+		path := filepath.Join(t.TempDir(), "config")
+		if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv("KUBECONFIG", path)
+		skipped := false
+		t.Run(name, func(t *testing.T) {
+			defer func() { skipped = t.Skipped() }()
+			newCluster(t)
+		})
+		if !skipped {
+			t.Errorf("%s: not skipped", name)
+		}
+	}
+}
+
+// What the cluster's test applies is what it means to apply.
+func TestCluster_OverlaysRender(t *testing.T) {
+	kubectl, err := exec.LookPath("kubectl")
+	if err != nil {
+		t.Skip("skipped: there is no kubectl here")
+	}
+	root, err := e2e.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cluster{t: t, tree: filepath.Join(t.TempDir(), "k8s"), image: "example.com:5000/leasehold:v1"}
+	if err := os.CopyFS(c.tree, os.DirFS(filepath.Join(root, "k8s"))); err != nil {
+		t.Fatal(err)
+	}
+	for base, patches := range map[string][]string{
+		"wrapper":                 {jobPatch("")},
+		"wrapper/kubernetes-1.20": {jobPatch("")},
+		"wrapper/route-to-leader": {jobPatch("        env:\n        - {name: LEASEHOLD_TLL, value: 5s}\n"), oneAtATime},
+	} {
+		text, err := exec.Command(kubectl, "kustomize", c.write("mine", base, "job-image", patches...)).CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v\n%s", base, err, text)
+		}
+		wanted := []string{"image: example.com:5000/leasehold:v1", "image: job-image:latest", "- /job", "witness:4041", "LEASEHOLD_ELECTION"}
+		if len(patches) > 1 {
+			wanted = append(wanted, "LEASEHOLD_TLL", "maxUnavailable: 1\n", "path: /leader")
+		}
+		for _, want := range wanted {
+			if !strings.Contains(string(text), want) {
+				t.Errorf("%s: no %q in\n%s", base, want, text)
+			}
+		}
+	}
+}
+
 type writer func([]byte) (int, error)
 
 func (w writer) Write(p []byte) (int, error) { return w(p) }

@@ -53,4 +53,3 @@ func decode(in io.Reader) error {
 	}
 	return errors.Join(faults...)
 }
-
