@@ -46,7 +46,7 @@ func (w *world) startPods(objects []object, name string, count int) (daemons, ot
 			started := p.start(c)
 			if c.RestartPolicy != nil {
 				daemons = append(daemons, started)
-			} else if code := started.wait(w.t, time.Minute); code != 0 {
+			} else if code := started.end(w.t, time.Minute); code != 0 {
 				w.t.Fatalf("init container %s ended with %d: %s", c.Name, code, started.out)
 			}
 		}
@@ -130,7 +130,7 @@ func TestLive_Etcd(t *testing.T) {
 	// With the majority gone the last one is not ready, and yet not to be restarted.
 	for _, m := range members[1:] {
 		m.stop(t)
-		m.wait(t, time.Duration(*m.pod.spec.TerminationGracePeriodSeconds)*time.Second)
+		m.end(t, time.Duration(*m.pod.spec.TerminationGracePeriodSeconds)*time.Second)
 	}
 	until(t, "the last member not to be ready", func() error {
 		if first.probe(probes.ReadinessProbe) == nil {
@@ -163,7 +163,7 @@ func TestLive_Wrapper(t *testing.T) {
 
 	// One member lost is no reason to move the job.
 	members[0].stop(t)
-	members[0].wait(t, 30*time.Second)
+	members[0].end(t, 30*time.Second)
 
 	// Renewed certificates, mounted where the old ones are.
 	renewed := filepath.Join(t.TempDir(), "k8s")
@@ -199,7 +199,7 @@ func TestLive_Wrapper(t *testing.T) {
 	first.stop(t)
 	second, _ := leader(t, others)
 	t.Logf("a new leader %v after the old one's SIGTERM", time.Since(begin).Round(time.Millisecond))
-	if code := first.wait(t, time.Minute); code != 0 {
+	if code := first.end(t, time.Minute); code != 0 {
 		t.Errorf("the stopped pod ended with %d", code)
 	}
 	until(t, "the next job", func() error { return says(second, "running in "+second.pod.name+", token ") })
@@ -253,7 +253,7 @@ func TestLive_Sidecar(t *testing.T) {
 			begin := time.Now()
 			app(first).stop(t)
 			if grace == "0s" { // A native sidecar is stopped when the app is gone.
-				app(first).wait(t, 30*time.Second)
+				app(first).end(t, 30*time.Second)
 			}
 			first.stop(t)
 			if grace != "0s" {
@@ -263,7 +263,7 @@ func TestLive_Sidecar(t *testing.T) {
 					}
 					return nil
 				})
-				app(first).wait(t, 30*time.Second)
+				app(first).end(t, 30*time.Second)
 			}
 			second, _ := leader(t, others)
 			took := time.Since(begin)
@@ -275,13 +275,40 @@ func TestLive_Sidecar(t *testing.T) {
 			if took < held {
 				t.Errorf("the lease was given back after %v, for %v it was to be held for the app", took, held)
 			}
-			if code := first.wait(t, time.Minute); code != 0 {
+			if code := first.end(t, time.Minute); code != 0 {
 				t.Errorf("the sidecar ended with %d", code)
 			}
 			until(t, "the next app to hear of it", func() error { return says(app(second), second.pod.name+" leads") })
 			second.stop(t)
 			second.stop(t) // the second one says: at once
-			second.wait(t, time.Minute)
+			second.end(t, time.Minute)
 		})
+	}
+}
+
+// What is wrong with a manifest's settings is the termination message of its pod, every fault of it.
+func TestLive_TerminationMessage(t *testing.T) {
+	busybox(t)
+	w := newWorld(t, shared.rendered["etcd"])
+	for app, form := range map[string]string{"wrapper": "wrapper", "sidecar": "sidecar"} {
+		spec := find[appsv1.Deployment](t, shared.rendered[form], "Deployment", app).Spec.Template.Spec
+		p := w.pod(app, spec, nil)
+		for _, c := range spec.InitContainers {
+			if c.RestartPolicy == nil {
+				p.start(c).end(t, time.Minute)
+			}
+		}
+		c := *leaseholdIn(spec)
+		if c.TerminationMessagePolicy != corev1.TerminationMessageFallbackToLogsOnError {
+			t.Errorf("k8s/%s: other endings leave no message: %s", form, c.TerminationMessagePolicy)
+		}
+		c.Env = append(c.Env, corev1.EnvVar{Name: "LEASEHOLD_TLL", Value: "5s"}, corev1.EnvVar{Name: "LEASEHOLD_TTL", Value: "15"})
+		if code := p.start(c).end(t, time.Minute); code != 78 {
+			t.Errorf("k8s/%s: exit code %d, want 78", form, code)
+		}
+		message := string(read(t, filepath.Join(w.dir, app), c.Name+".termination-log"))
+		if !strings.Contains(message, "LEASEHOLD_TLL: unknown variable") || !strings.Contains(message, "LEASEHOLD_TTL: ") {
+			t.Errorf("k8s/%s: termination message %q", form, message)
+		}
 	}
 }

@@ -4,6 +4,7 @@ package k8s_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -134,7 +135,7 @@ func needs(t *testing.T, program string) string {
 }
 
 func stderr(err error) string {
-	if exit, ok := err.(*exec.ExitError); ok {
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		return fmt.Sprintf("%v: %s", err, exit.Stderr)
 	}
 	return err.Error()

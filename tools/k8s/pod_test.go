@@ -166,7 +166,7 @@ func (p *pod) start(c corev1.Container) *process {
 	}
 	go func() {
 		defer close(proc.ended)
-		_ = proc.Cmd.Wait() // what it ended with is in ProcessState
+		_ = proc.Wait() // what it ended with is in ProcessState
 	}()
 	w.t.Cleanup(func() {
 		children := e2e.Descendants(proc.Process.Pid)
@@ -193,7 +193,10 @@ func (w *world) container(p *pod, c corev1.Container) string {
 	line("mount -t tmpfs tmpfs /mnt && mkdir /mnt/up /mnt/work /mnt/root")
 	line("mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/up,workdir=/mnt/work /mnt/root")
 	line("cd /mnt/root")
-	line("for d in proc dev sys; do mount --rbind /$d $d; done")
+	line("for d in proc sys; do mount --rbind /$d $d; done")
+	line("mount -t tmpfs -o mode=755 tmpfs dev")
+	line("for d in null zero full random urandom; do touch dev/$d; mount --bind /dev/$d dev/$d; done")
+	line("touch dev/termination-log; mount --bind %s dev/termination-log", p.lastWords(c))
 	line("printf %%s '%s' >etc/hosts; echo 'hosts: files' >etc/nsswitch.conf", hosts.String())
 	install := func(program, at string) {
 		line("mkdir -p .%s; touch .%s; mount --bind %s .%s", filepath.Dir(at), at, program, at)
@@ -222,6 +225,16 @@ func (w *world) container(p *pod, c corev1.Container) string {
 	return s.String()
 }
 
+// lastWords is the file of a container's termination message.
+func (p *pod) lastWords(c corev1.Container) string {
+	p.world.t.Helper()
+	path := filepath.Join(p.world.dir, p.name, c.Name+".termination-log")
+	if err := errors.Join(os.WriteFile(path, nil, 0o666), os.Chmod(path, 0o666)); err != nil {
+		p.world.t.Fatal(err)
+	}
+	return path
+}
+
 // stop does what the kubelet does first to a container that is to end.
 func (p *process) stop(t *testing.T) {
 	t.Helper()
@@ -230,8 +243,8 @@ func (p *process) stop(t *testing.T) {
 	}
 }
 
-// wait waits for the end and returns the exit code.
-func (p *process) wait(t *testing.T, within time.Duration) int {
+// end waits for the end and returns the exit code.
+func (p *process) end(t *testing.T, within time.Duration) int {
 	t.Helper()
 	select {
 	case <-p.ended:
