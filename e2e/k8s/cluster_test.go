@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -337,6 +338,9 @@ func TestCluster(t *testing.T) {
 	node := strings.TrimSpace(c.kubectl("get", "pod", pod, "-o", "jsonpath={.spec.nodeName}"))
 	uncordon := func() { c.kubectl("uncordon", node) }
 	t.Cleanup(uncordon)
+	if c.nodes == 1 { // The PodDisruptionBudget would rightly stop the drain: there is no room for another pod.
+		c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
+	}
 	c.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--pod-selector=app.kubernetes.io/name=wrapper", "--timeout=5m")
 	if c.nodes == 1 {
 		uncordon() // There is nowhere else to go.
@@ -351,7 +355,71 @@ func TestCluster(t *testing.T) {
 
 	c.routeToLeader(job, func(what string) { current, _ = next(what, current, time.Minute) })
 	c.badSettings(job)
-	c.sidecar()
+	form := "sidecar/plain"
+	switch {
+	case c.sidecars:
+		form = "sidecar"
+	case c.old:
+		form = "sidecar/kubernetes-1.20"
+	}
+	c.sidecar(form)
+	c.pages(etcd, wrapper, form)
+}
+
+// pages types what the pages tell to type, with the folders that fit this cluster.
+func (c *cluster) pages(etcd, wrapper, sidecar string) {
+	c.t.Helper()
+	file := filepath.Join(c.tree, "wrapper/base/kustomization.yaml")
+	text, err := os.ReadFile(file)
+	if err == nil {
+		named := fmt.Sprintf("- name: localhost/leasehold\n  newName: %s\n  newTag: %q\n", repository(c.image), tag(c.image))
+		err = os.WriteFile(file, bytes.Replace(text, []byte("- name: localhost/leasehold\n  newTag: latest\n"), []byte(named), 1), 0o644)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	for _, page := range []string{"kubernetes-wrapper.md", "kubernetes-sidecar.md"} {
+		script, err := pageScript(filepath.Join(c.root, "docs", page), etcd, wrapper, sidecar)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		// The image has been made, and the copy of the tree has no Makefile.
+		prelude := fmt.Sprintf(`set -euo pipefail
+make() {
+	[ "$1" = image ] || { here=$PWD; (cd %s/tools/k8s && go run ./certs -dir "$here/k8s/certs"); }
+}
+`, c.root)
+		ctx, cancel := context.WithTimeout(c.t.Context(), 15*time.Minute)
+		cmd := exec.CommandContext(ctx, "bash", "-c", prelude+script)
+		cmd.Env, cmd.Dir = append(os.Environ(), "KUBECONFIG="+c.config), filepath.Dir(c.tree)
+		out, err := cmd.CombinedOutput()
+		cancel()
+		if err != nil {
+			c.t.Errorf("docs/%s: %v\n%s", page, err, out)
+		}
+	}
+}
+
+var (
+	block  = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
+	folder = regexp.MustCompile(`(?m)(-k k8s/|\[\.\./)(etcd|wrapper|sidecar)(\]?)$`)
+)
+
+// pageScript is what a page tells to type, with these folders of k8s/ in the place of etcd, wrapper and sidecar.
+func pageScript(page, etcd, wrapper, sidecar string) (string, error) {
+	text, err := os.ReadFile(page)
+	if err != nil {
+		return "", err
+	}
+	var script strings.Builder
+	for _, match := range block.FindAllSubmatch(text, -1) {
+		script.Write(match[1])
+	}
+	fit := map[string]string{"etcd": etcd, "wrapper": wrapper, "sidecar": sidecar}
+	return folder.ReplaceAllStringFunc(script.String(), func(found string) string {
+		m := folder.FindStringSubmatch(found)
+		return m[1] + fit[m[2]] + m[3]
+	}), nil
 }
 
 // routeToLeader shows what readiness on /leader does to a rolling update: with one pod at a time it stalls, and with all at once it
@@ -359,9 +427,7 @@ func TestCluster(t *testing.T) {
 func (c *cluster) routeToLeader(job string, next func(what string)) {
 	t := c.t
 	t.Helper()
-	if !c.old {
-		c.kubectl("delete", "pdb", "wrapper")
-	}
+	c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
 	updated := func() string {
 		return c.kubectl("get", "deployment", "wrapper", "-o",
 			"jsonpath={.status.observedGeneration} {.metadata.generation} {.status.updatedReplicas} {.status.replicas} {.status.readyReplicas}")
@@ -431,16 +497,9 @@ func (c *cluster) badSettings(job string) {
 }
 
 // sidecar runs the form that fits this cluster with the example's own image, and deletes the leader's pod.
-func (c *cluster) sidecar() {
+func (c *cluster) sidecar(form string) {
 	t := c.t
 	t.Helper()
-	form := "sidecar/plain"
-	switch {
-	case c.sidecars:
-		form = "sidecar"
-	case c.old:
-		form = "sidecar/kubernetes-1.20"
-	}
 	c.overlay("theirs", form, "docker.io/library/busybox:1.37")
 	c.kubectl("rollout", "status", "deployment/sidecar", "--timeout=10m")
 	leading := func() (string, error) {

@@ -158,6 +158,36 @@ func TestCluster_OverlaysRender(t *testing.T) {
 	}
 }
 
+// The pages' commands, for an old cluster of one node, are of the folders that serve it.
+func TestCluster_PagesFitTheCluster(t *testing.T) {
+	root, err := e2e.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for page, wanted := range map[string][]string{
+		"kubernetes-wrapper.md": {"-k k8s/etcd/one-member\n", "-k k8s/wrapper/kubernetes-1.20\n", "bases: [../wrapper/kubernetes-1.20]\n", "-k k8s/wrapper/route-to-leader\n", "-k k8s/mine\n"},
+		"kubernetes-sidecar.md": {"-k k8s/etcd/one-member\n", "-k k8s/sidecar/kubernetes-1.20\n"},
+	} {
+		script, err := pageScript(filepath.Join(root, "docs", page), "etcd/one-member", "wrapper/kubernetes-1.20", "sidecar/kubernetes-1.20")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range wanted {
+			if !strings.Contains(script, want) {
+				t.Errorf("%s: no %q in\n%s", page, want, script)
+			}
+		}
+		for _, not := range []string{"-k k8s/etcd\n", "-k k8s/wrapper\n", "-k k8s/sidecar\n"} {
+			if strings.Contains(script, not) {
+				t.Errorf("%s: still %q", page, not)
+			}
+		}
+		if out, err := exec.Command("bash", "-n", "-c", script).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", page, err, out)
+		}
+	}
+}
+
 type writer func([]byte) (int, error)
 
 func (w writer) Write(p []byte) (int, error) { return w(p) }
