@@ -17,7 +17,7 @@ ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
 .PHONY: help build test lint demo run bench bench-scale faults faults-docs soak readme clean
 .PHONY: test-systemd image test-image
-.PHONY: dist test-dist
+.PHONY: dist test-dist k8s-certs test-k8s e2e-k8s
 
 help:
 	@echo 'make build   the daemon: ./leasehold, static'
@@ -36,6 +36,9 @@ help:
 	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE for a package; needs root, installs what it needs'
 	@echo 'make image   the container image, with docker, podman or buildah: IMAGE=$(IMAGE) PLATFORM= ENGINE='
 	@echo 'make test-image  the image, run for real with podman; installs podman, buildah, runc and debootstrap; needs root, Debian'
+	@echo 'make k8s-certs  an authority and certificates for the etcd of k8s/etcd, into k8s/certs: NAMESPACE=default; again: renews them'
+	@echo 'make test-k8s   every manifest of k8s/, checked without a cluster, and run as processes; root, Debian (installs busybox)'
+	@echo 'make e2e-k8s    the same in the cluster of the current kubectl context: IMAGE=localhost/leasehold LOAD=; see e2e/k8s'
 	@echo 'make clean   remove what was built'
 
 build:
@@ -146,6 +149,18 @@ image:
 test-image: $(ETCD_TOOLS)
 	e2e/image/prepare.sh
 	LEASEHOLD_SHIP=1 $(GO) test -count=1 -timeout 20m ./e2e/image
+
+NAMESPACE ?= default
+k8s-certs:
+	cd tools/k8s && $(GO) run ./certs -dir ../../k8s/certs -namespace $(NAMESPACE)
+
+test-k8s: $(ETCD_TOOLS)
+	tools/k8s/prepare.sh
+	cd tools/k8s && $(GO) test -vet=off -count=1 -timeout 30m ./...
+
+# LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
+e2e-k8s:
+	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 60m ./e2e/k8s
 
 clean:
 	rm -rf bin dist leasehold

@@ -1,0 +1,547 @@
+//go:build linux
+
+package k8s_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+// A cluster is that of the current kubectl context, with a namespace of our own in it.
+type cluster struct {
+	t         *testing.T
+	root      string // of the repository
+	tree      string // a copy of k8s/, with certificates
+	config    string // a kubeconfig whose namespace is ours
+	namespace string
+	context   string
+	old       bool // before Kubernetes 1.21
+	sidecars  bool // 1.29 and newer
+	nodes     int
+	image     string
+}
+
+// newCluster skips the test where no cluster answers.
+func newCluster(t *testing.T) *cluster {
+	t.Helper()
+	if os.Getenv("LEASEHOLD_SHIP") != "1" {
+		t.Skip("skipped: LEASEHOLD_SHIP=1 is not set (make e2e-k8s sets it)")
+	}
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		t.Skip("skipped: there is no kubectl here, and so no cluster to ask")
+	}
+	current, err := exec.Command("kubectl", "config", "current-context").Output()
+	if err != nil {
+		t.Skip("skipped: no Kubernetes cluster: kubectl has no current context")
+	}
+	c := &cluster{t: t, context: strings.TrimSpace(string(current)), image: os.Getenv("IMAGE")}
+	var version struct {
+		ServerVersion struct{ Major, Minor string } `json:"serverVersion"`
+	}
+	out, err := exec.Command("kubectl", "version", "-o", "json", "--request-timeout=10s").Output()
+	if err != nil || json.Unmarshal(out, &version) != nil || version.ServerVersion.Minor == "" {
+		t.Skipf("skipped: no Kubernetes cluster answers in the context %s: %v", c.context, err)
+	}
+	minor, err := strconv.Atoi(strings.TrimRight(version.ServerVersion.Minor, "+"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.old, c.sidecars = minor < 21, minor >= 29
+	if c.root, err = e2e.ModuleRoot(); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	c.tree, c.config = filepath.Join(dir, "k8s"), filepath.Join(dir, "config")
+	if err := os.CopyFS(c.tree, os.DirFS(filepath.Join(c.root, "k8s"))); err != nil {
+		t.Fatal(err)
+	}
+	config, err := exec.Command("kubectl", "config", "view", "--raw", "--minify", "--flatten").Output()
+	if err == nil {
+		err = os.WriteFile(c.config, config, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.namespace = fmt.Sprintf("leasehold-e2e-%d", os.Getpid())
+	c.kubectl("create", "namespace", c.namespace)
+	t.Cleanup(func() {
+		if t.Failed() {
+			c.tell()
+		}
+		c.kubectl("delete", "namespace", c.namespace, "--timeout=5m")
+	})
+	// Clusters that don't know the label don't mind it.
+	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=restricted")
+	c.kubectl("config", "set-context", "--current", "--namespace="+c.namespace)
+	c.nodes = len(strings.Fields(c.kubectl("get", "nodes", "--field-selector=spec.unschedulable=false", "-o", "name")))
+	t.Logf("Kubernetes 1.%d in the context %s, nodes: %d", minor, c.context, c.nodes)
+	return c
+}
+
+// tell says what there is, for whoever has to find out why a test has failed.
+func (c *cluster) tell() {
+	for _, args := range [][]string{{"get", "all", "-o", "wide"}, {"get", "events"}, {"describe", "pods"}} {
+		out, _ := c.command(context.Background(), args...).CombinedOutput()
+		c.t.Logf("kubectl %s:\n%s", strings.Join(args, " "), out)
+	}
+}
+
+func (c *cluster) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "kubectl", args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.config)
+	cmd.Dir = filepath.Dir(c.tree)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+func (c *cluster) try(args ...string) (string, error) {
+	out, err := c.command(context.Background(), args...).Output()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		err = fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, exit.Stderr)
+	}
+	return string(out), err
+}
+
+func (c *cluster) kubectl(args ...string) string {
+	c.t.Helper()
+	out, err := c.try(args...)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return out
+}
+
+// overlay writes a kustomization with what this test changes, and applies it.
+func (c *cluster) overlay(name, base, image string, patches ...string) {
+	c.t.Helper()
+	c.kubectl("apply", "-k", c.write(name, base, image, patches...))
+}
+
+func (c *cluster) write(name, base, image string, patches ...string) (dir string) {
+	c.t.Helper()
+	dir = filepath.Join(c.tree, name)
+	text := fmt.Sprintf(`bases: [../%s]
+images:
+- {name: localhost/leasehold, newName: %s, newTag: "%s"}
+- {name: docker.io/library/busybox, newName: %s, newTag: "%s"}
+`, base, repository(c.image), tag(c.image), repository(image), tag(image))
+	for i := range patches {
+		if i == 0 {
+			text += "patchesStrategicMerge:\n"
+		}
+		text += fmt.Sprintf("- patch%d.yaml\n", i)
+	}
+	err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644))
+	for i, patch := range patches {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, fmt.Sprintf("patch%d.yaml", i)), []byte(patch), 0o644))
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return dir
+}
+
+func repository(image string) string {
+	if i := strings.LastIndexByte(image, ':'); i > strings.LastIndexByte(image, '/') {
+		return image[:i]
+	}
+	return image
+}
+
+func tag(image string) string {
+	if rest := strings.TrimPrefix(image[len(repository(image)):], ":"); rest != "" {
+		return rest
+	}
+	return "latest"
+}
+
+// images builds the images and brings them to the nodes.
+func (c *cluster) images() (job string) {
+	c.t.Helper()
+	run := func(dir, name string, args ...string) {
+		c.t.Helper()
+		cmd := exec.Command(name, args...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			c.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+		}
+	}
+	run(c.root, "make", "image", "IMAGE="+c.image)
+	job = repository(c.image) + "-e2e-job"
+	dir := filepath.Dir(buildJob(c.t))
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM scratch\nCOPY job /job\n"), 0o644); err != nil {
+		c.t.Fatal(err)
+	}
+	engines := []string{"docker", "podman", "buildah"}
+	i := slices.IndexFunc(engines, func(e string) bool { return exec.Command(e, "info").Run() == nil })
+	if i < 0 {
+		c.t.Fatal("none of docker, podman and buildah is here and works")
+	}
+	run(dir, engines[i], "build", "-t", job, ".")
+	load := os.Getenv("LOAD")
+	switch name, kind := strings.CutPrefix(c.context, "kind-"); {
+	case load != "":
+	case kind:
+		load = "kind load docker-image --name " + name
+	case c.context == "minikube":
+		load = "minikube image load"
+	default:
+		return job
+	}
+	for _, image := range []string{c.image, job} {
+		run(c.root, "sh", "-c", load+` "$1"`, "sh", image)
+	}
+	return job
+}
+
+const witnessManifest = `apiVersion: v1
+kind: Service
+metadata: {name: witness}
+spec:
+  selector: {app: witness}
+  ports: [{port: 4041}]
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: witness
+  labels: {app: witness}
+spec:
+  automountServiceAccountToken: false
+  securityContext: {runAsNonRoot: true, runAsUser: 65532, seccompProfile: {type: RuntimeDefault}}
+  containers:
+  - name: witness
+    image: %s
+    imagePullPolicy: IfNotPresent
+    command: [/job, witness, ":4041"]
+    securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+`
+
+func jobPatch(more string) string {
+	return `apiVersion: apps/v1
+kind: Deployment
+metadata: {name: wrapper}
+spec:
+  template:
+    spec:
+      containers:
+      - name: job
+        command: [/opt/leasehold/leasehold, --, /job]
+        args: [run, "witness:4041"]
+` + more
+}
+
+const oneAtATime = `apiVersion: apps/v1
+kind: Deployment
+metadata: {name: wrapper}
+spec:
+  strategy:
+    rollingUpdate: {maxUnavailable: 1, maxSurge: 0}
+`
+
+// The whole life of a Deployment in a cluster: the leader's pod is deleted, its node drained, the Deployment rolled; what readiness
+// on /leader does to that; a setting that is wrong. In all of it a witness sees to it that no two jobs live at once.
+func TestCluster(t *testing.T) {
+	c := newCluster(t)
+	job := c.images()
+
+	certs := exec.Command("go", "run", "./certs", "-dir", filepath.Join(c.tree, "certs"), "-namespace", c.namespace)
+	certs.Dir = filepath.Join(c.root, "tools", "k8s")
+	if out, err := certs.CombinedOutput(); err != nil {
+		t.Fatalf("make certificates: %v\n%s", err, out)
+	}
+	etcd, wrapper := "etcd", "wrapper"
+	if c.old {
+		etcd, wrapper = "etcd/kubernetes-1.20", "wrapper/kubernetes-1.20"
+	}
+	if c.nodes < 3 {
+		etcd = "etcd/one-member"
+	}
+	c.kubectl("apply", "-k", filepath.Join(c.tree, etcd))
+	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=10m")
+
+	witness := c.command(context.Background(), "apply", "-f", "-")
+	witness.Stdin = strings.NewReader(fmt.Sprintf(witnessManifest, job+":latest"))
+	if out, err := witness.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	c.kubectl("wait", "--for=condition=Ready", "pod/witness", "--timeout=2m")
+	told := newRecord()
+	ctx, cancel := context.WithCancel(t.Context())
+	logs := c.command(ctx, "logs", "-f", "pod/witness")
+	lines, err := logs.StdoutPipe()
+	if err == nil {
+		err = logs.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	followed := make(chan error, 1)
+	go func() { followed <- told.follow(io.TeeReader(lines, testWriter{t})) }()
+	defer func() {
+		select {
+		case err := <-followed:
+			t.Errorf("the witness' log has ended before the test: %v", err)
+		default:
+			cancel()
+			<-followed
+		}
+		_ = logs.Wait() // it was killed
+		for _, overlap := range told.overlapped() {
+			t.Errorf("two jobs at once: %s", overlap)
+		}
+	}()
+	// next waits for a job after the given one.
+	next := func(what, after string, within time.Duration) (string, string) {
+		t.Helper()
+		begin := time.Now()
+		bounded, cancel := context.WithTimeout(ctx, within)
+		defer cancel()
+		job, pod, err := told.job(bounded, after)
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		t.Logf("%s: job %s after %v", what, job, time.Since(begin).Round(time.Millisecond))
+		return job, pod
+	}
+
+	c.overlay("mine", wrapper, job, jobPatch(""))
+	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+	current, pod := next("the first one", "", time.Minute)
+	if out := c.kubectl("exec", "deployment/wrapper", "-c", "job", "--", "/opt/leasehold/leasehold", "status"); !strings.Contains(out, pod) {
+		t.Errorf("status does not name %s as the leader:\n%s", pod, out)
+	}
+
+	// A planned stop takes the job's own time and milliseconds; TTL and grace are 15 s and 10 s.
+	c.kubectl("delete", "pod", pod, "--wait=false")
+	current, pod = next("the leader's pod is deleted", current, 25*time.Second)
+	c.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
+	current, pod = next("the leader's pod is deleted by force", current, time.Minute)
+	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+
+	node := strings.TrimSpace(c.kubectl("get", "pod", pod, "-o", "jsonpath={.spec.nodeName}"))
+	uncordon := func() { c.kubectl("uncordon", node) }
+	t.Cleanup(uncordon)
+	if c.nodes == 1 { // The PodDisruptionBudget would rightly stop the drain: there is no room for another pod.
+		c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
+	}
+	c.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--pod-selector=app.kubernetes.io/name=wrapper", "--timeout=5m")
+	if c.nodes == 1 {
+		uncordon() // There is nowhere else to go.
+	}
+	current, _ = next("the leader's node is drained", current, 2*time.Minute)
+	uncordon()
+	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+
+	c.kubectl("rollout", "restart", "deployment/wrapper")
+	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+	current, _ = next("the Deployment is rolled", current, 25*time.Second)
+
+	c.routeToLeader(job, func(what string) { current, _ = next(what, current, time.Minute) })
+	c.badSettings(job)
+	form := "sidecar/plain"
+	switch {
+	case c.sidecars:
+		form = "sidecar"
+	case c.old:
+		form = "sidecar/kubernetes-1.20"
+	}
+	c.sidecar(form)
+	c.pages(etcd, wrapper, form)
+}
+
+// pages types what the pages tell to type, with the folders that fit this cluster.
+func (c *cluster) pages(etcd, wrapper, sidecar string) {
+	c.t.Helper()
+	file := filepath.Join(c.tree, "wrapper/base/kustomization.yaml")
+	text, err := os.ReadFile(file)
+	if err == nil {
+		named := fmt.Sprintf("- name: localhost/leasehold\n  newName: %s\n  newTag: %q\n", repository(c.image), tag(c.image))
+		err = os.WriteFile(file, bytes.Replace(text, []byte("- name: localhost/leasehold\n  newTag: latest\n"), []byte(named), 1), 0o644)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	for _, page := range []string{"kubernetes-wrapper.md", "kubernetes-sidecar.md"} {
+		script, err := pageScript(filepath.Join(c.root, "docs", page), etcd, wrapper, sidecar)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		// The image has been made, and the copy of the tree has no Makefile.
+		prelude := fmt.Sprintf(`set -euo pipefail
+make() {
+	[ "$1" = image ] || { here=$PWD; (cd %s/tools/k8s && go run ./certs -dir "$here/k8s/certs"); }
+}
+`, c.root)
+		ctx, cancel := context.WithTimeout(c.t.Context(), 15*time.Minute)
+		cmd := exec.CommandContext(ctx, "bash", "-c", prelude+script)
+		cmd.Env, cmd.Dir = append(os.Environ(), "KUBECONFIG="+c.config), filepath.Dir(c.tree)
+		out, err := cmd.CombinedOutput()
+		cancel()
+		if err != nil {
+			c.t.Errorf("docs/%s: %v\n%s", page, err, out)
+		}
+	}
+}
+
+var (
+	block  = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
+	folder = regexp.MustCompile(`(?m)(-k k8s/|\[\.\./)(etcd|wrapper|sidecar)(\]?)$`)
+)
+
+// pageScript is what a page tells to type, with these folders of k8s/ in the place of etcd, wrapper and sidecar.
+func pageScript(page, etcd, wrapper, sidecar string) (string, error) {
+	text, err := os.ReadFile(page)
+	if err != nil {
+		return "", err
+	}
+	var script strings.Builder
+	for _, match := range block.FindAllSubmatch(text, -1) {
+		script.Write(match[1])
+	}
+	fit := map[string]string{"etcd": etcd, "wrapper": wrapper, "sidecar": sidecar}
+	return folder.ReplaceAllStringFunc(script.String(), func(found string) string {
+		m := folder.FindStringSubmatch(found)
+		return m[1] + fit[m[2]] + m[3]
+	}), nil
+}
+
+// routeToLeader shows what readiness on /leader does to a rolling update: with one pod at a time it stalls, and with all at once it
+// does not.
+func (c *cluster) routeToLeader(job string, next func(what string)) {
+	t := c.t
+	t.Helper()
+	c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
+	updated := func() string {
+		return c.kubectl("get", "deployment", "wrapper", "-o",
+			"jsonpath={.status.observedGeneration} {.metadata.generation} {.status.updatedReplicas} {.status.replicas} {.status.readyReplicas}")
+	}
+	done := func() error {
+		f := strings.Fields(updated())
+		if len(f) != 5 || f[0] != f[1] || f[2] != "3" || f[3] != "3" || f[4] != "1" {
+			return fmt.Errorf("generations, updated, all and ready pods: %v", f)
+		}
+		return nil
+	}
+	wait := func(what string, within time.Duration) error {
+		ctx, cancel := context.WithTimeout(t.Context(), within)
+		defer cancel()
+		if err := e2e.Until(ctx, done); err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		return nil
+	}
+	c.overlay("mine", "wrapper/route-to-leader", job, jobPatch(""))
+	if err := wait("only the leader is ready", 3*time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	endpoints := c.kubectl("get", "endpoints", "leader", "-o", "jsonpath={.subsets[*].addresses[*].targetRef.name}")
+	if len(strings.Fields(endpoints)) != 1 {
+		t.Errorf("the Service routes to %q, want the leader alone", endpoints)
+	}
+	next("the Deployment is rolled all at once")
+	c.overlay("mine", "wrapper/route-to-leader", job, jobPatch(`        env:
+        - {name: ROLLED, value: one at a time}
+`), oneAtATime)
+	if err := wait("", 90*time.Second); err == nil {
+		t.Error("a rolling update that waits for readiness went through, and the page says that it stalls")
+	}
+	t.Logf("one at a time it stalls: generations, updated, all and ready pods: %s", updated())
+	c.overlay("mine", "wrapper/route-to-leader", job, jobPatch(`        env:
+        - {name: ROLLED, value: all at once}
+`))
+	if err := wait("all at once", 3*time.Minute); err != nil {
+		t.Error(err)
+	}
+	next("the Deployment is rolled all at once again")
+}
+
+// badSettings shows that the pod's status names every fault.
+func (c *cluster) badSettings(job string) {
+	t := c.t
+	t.Helper()
+	c.overlay("mine", "wrapper/route-to-leader", job, jobPatch(`        env:
+        - {name: LEASEHOLD_TLL, value: 5s}
+        - {name: LEASEHOLD_TTL, value: "15"}
+`))
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	err := e2e.Until(ctx, func() error {
+		message := c.kubectl("get", "pods", "-l", "app.kubernetes.io/name=wrapper", "-o",
+			"jsonpath={.items[*].status.containerStatuses[*].lastState.terminated.message}")
+		if !strings.Contains(message, "LEASEHOLD_TLL: unknown variable") || !strings.Contains(message, "LEASEHOLD_TTL: ") {
+			return fmt.Errorf("termination message %q", message)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Errorf("the pod does not say what is wrong: %v", err)
+	}
+	c.kubectl("delete", "deployment", "wrapper")
+}
+
+// sidecar runs the form that fits this cluster with the example's own image, and deletes the leader's pod.
+func (c *cluster) sidecar(form string) {
+	t := c.t
+	t.Helper()
+	c.overlay("theirs", form, "docker.io/library/busybox:1.37")
+	c.kubectl("rollout", "status", "deployment/sidecar", "--timeout=10m")
+	leading := func() (string, error) {
+		for _, pod := range strings.Fields(c.kubectl("get", "pods", "-l", "app.kubernetes.io/name=sidecar", "-o", "jsonpath={.items[*].metadata.name}")) {
+			if _, err := c.try("exec", pod, "-c", "leasehold", "--", "/leasehold", "check", "leader"); err == nil {
+				return pod, nil
+			}
+		}
+		return "", errors.New("nobody leads")
+	}
+	wait := func(not string) (leader string) {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		err := e2e.Until(ctx, func() (err error) {
+			if leader, err = leading(); err == nil && leader == not {
+				err = fmt.Errorf("%s still leads", not)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return leader
+	}
+	first := wait("")
+	c.kubectl("delete", "pod", first, "--wait=false")
+	second := wait(first)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := e2e.Until(ctx, func() error {
+		if out := c.kubectl("logs", second, "-c", "app"); !strings.Contains(out, second+" leads") {
+			return fmt.Errorf("the app says %q", out)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+type testWriter struct{ t *testing.T }
+
+func (w testWriter) Write(p []byte) (int, error) {
+	w.t.Logf("witness: %s", bytes.TrimSpace(p))
+	return len(p), nil
+}

@@ -1,0 +1,204 @@
+//go:build linux
+
+package k8s_test
+
+import (
+	"context"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+// What the cluster's test rests on, without a cluster: the witness sees jobs begin and end, and sees it when two live at once.
+func TestWitness_SeesOverlap(t *testing.T) {
+	if os.Getenv("LEASEHOLD_SHIP") != "1" {
+		t.Skip("skipped: LEASEHOLD_SHIP=1 is not set (make e2e-k8s sets it)")
+	}
+	program := buildJob(t)
+	address, err := e2e.FreeAddr()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func(out io.Writer, env []string, args ...string) *exec.Cmd {
+		cmd := exec.Command(program, args...)
+		cmd.Stdout, cmd.Stderr, cmd.Env = out, os.Stderr, env
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+		return cmd
+	}
+	lines, out := io.Pipe()
+	defer out.Close()
+	listening, told := make(chan struct{}), newRecord()
+	start(writer(func(p []byte) (int, error) {
+		if strings.HasPrefix(string(p), "listening") {
+			close(listening)
+		}
+		return out.Write(p)
+	}), nil, "witness", address)
+	go func() { _ = told.follow(lines) }()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	select {
+	case <-listening:
+	case <-ctx.Done():
+		t.Fatal("the witness does not listen")
+	}
+
+	run := func(name, token string) *exec.Cmd {
+		return start(io.Discard, []string{"LEASEHOLD_IDENTITY=" + name, "LEASEHOLD_FENCING_TOKEN=" + token}, "run", address)
+	}
+	wait := func(after, want string) string {
+		t.Helper()
+		job, pod, err := told.job(ctx, after)
+		if err != nil || job != want || !strings.HasPrefix(job, pod+" ") {
+			t.Fatalf("job %q of pod %q (%v), want %q", job, pod, err, want)
+		}
+		return job
+	}
+	gone := func() {
+		t.Helper()
+		if err := e2e.Until(ctx, func() error {
+			told.mu.Lock()
+			defer told.mu.Unlock()
+			if len(told.alive) > 0 {
+				return context.DeadlineExceeded
+			}
+			return nil
+		}); err != nil {
+			t.Fatal("a dead job is still alive to the witness")
+		}
+	}
+	first := run("a", "1")
+	job := wait("", "a 1")
+	_ = first.Process.Kill()
+	gone()
+	second := run("b", "2")
+	job = wait(job, "b 2")
+	if found := told.overlapped(); len(found) > 0 {
+		t.Errorf("one after the other, and yet: %v", found)
+	}
+	run("c", "3")
+	wait(job, "c 3")
+	if found := told.overlapped(); len(found) != 1 || found[0] != "c 3 began while b 2 lived" {
+		t.Errorf("two lived at once, and the witness says %q", found)
+	}
+	_ = second.Process.Signal(syscall.SIGTERM)
+}
+
+// Where no cluster answers the test says so and is skipped.
+func TestCluster_SkipsWithoutOne(t *testing.T) {
+	t.Setenv("LEASEHOLD_SHIP", "1")
+	for name, config := range map[string]string{
+		"no context": "",
+		"nobody answers": `apiVersion: v1
+kind: Config
+clusters: [{name: dead, cluster: {server: "https://127.0.0.1:1"}}]
+contexts: [{name: dead, context: {cluster: dead}}]
+current-context: dead
+`,
+	} {
+		path := filepath.Join(t.TempDir(), "config")
+		if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv("KUBECONFIG", path)
+		skipped := false
+		t.Run(name, func(t *testing.T) {
+			defer func() { skipped = t.Skipped() }()
+			newCluster(t)
+		})
+		if !skipped {
+			t.Errorf("%s: not skipped", name)
+		}
+	}
+}
+
+// What the cluster's test applies is what it means to apply.
+func TestCluster_OverlaysRender(t *testing.T) {
+	kubectl, err := exec.LookPath("kubectl")
+	if err != nil {
+		t.Skip("skipped: there is no kubectl here")
+	}
+	root, err := e2e.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &cluster{t: t, tree: filepath.Join(t.TempDir(), "k8s"), image: "example.com:5000/leasehold:v1"}
+	if err := os.CopyFS(c.tree, os.DirFS(filepath.Join(root, "k8s"))); err != nil {
+		t.Fatal(err)
+	}
+	for base, patches := range map[string][]string{
+		"wrapper":                 {jobPatch("")},
+		"wrapper/kubernetes-1.20": {jobPatch("")},
+		"wrapper/route-to-leader": {jobPatch("        env:\n        - {name: LEASEHOLD_TLL, value: 5s}\n"), oneAtATime},
+	} {
+		text, err := exec.Command(kubectl, "kustomize", c.write("mine", base, "job-image", patches...)).CombinedOutput()
+		if err != nil {
+			t.Errorf("%s: %v\n%s", base, err, text)
+		}
+		wanted := []string{"image: example.com:5000/leasehold:v1", "image: job-image:latest", "- /job", "witness:4041", "LEASEHOLD_ELECTION"}
+		if len(patches) > 1 {
+			wanted = append(wanted, "LEASEHOLD_TLL", "maxUnavailable: 1\n", "path: /leader")
+		}
+		for _, want := range wanted {
+			if !strings.Contains(string(text), want) {
+				t.Errorf("%s: no %q in\n%s", base, want, text)
+			}
+		}
+	}
+}
+
+// The pages' commands, for an old cluster of one node, are of the folders that serve it.
+func TestCluster_PagesFitTheCluster(t *testing.T) {
+	root, err := e2e.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for page, wanted := range map[string][]string{
+		"kubernetes-wrapper.md": {"-k k8s/etcd/one-member\n", "-k k8s/wrapper/kubernetes-1.20\n", "bases: [../wrapper/kubernetes-1.20]\n", "-k k8s/wrapper/route-to-leader\n", "-k k8s/mine\n"},
+		"kubernetes-sidecar.md": {"-k k8s/etcd/one-member\n", "-k k8s/sidecar/kubernetes-1.20\n"},
+	} {
+		script, err := pageScript(filepath.Join(root, "docs", page), "etcd/one-member", "wrapper/kubernetes-1.20", "sidecar/kubernetes-1.20")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range wanted {
+			if !strings.Contains(script, want) {
+				t.Errorf("%s: no %q in\n%s", page, want, script)
+			}
+		}
+		for _, not := range []string{"-k k8s/etcd\n", "-k k8s/wrapper\n", "-k k8s/sidecar\n"} {
+			if strings.Contains(script, not) {
+				t.Errorf("%s: still %q", page, not)
+			}
+		}
+		if out, err := exec.Command("bash", "-n", "-c", script).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", page, err, out)
+		}
+	}
+}
+
+type writer func([]byte) (int, error)
+
+func (w writer) Write(p []byte) (int, error) { return w(p) }
+
+func buildJob(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "job")
+	build := exec.Command("go", "build", "-trimpath", "-o", path, "./job")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the job: %v\n%s", err, out)
+	}
+	return path
+}

@@ -1,0 +1,129 @@
+//go:build linux
+
+package k8s_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+)
+
+var block = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
+
+// Each command of the pages is run here, in their order and in a copy of the tree, as far as it needs no cluster: what would be
+// applied is rendered by the real kubectl and has to pass the checks. `make e2e-k8s` runs the same commands in a cluster.
+func TestPages_Commands(t *testing.T) {
+	kubectl := needs(t, "kubectl")
+	for _, page := range []string{"kubernetes-wrapper.md", "kubernetes-sidecar.md"} {
+		t.Run(page, func(t *testing.T) {
+			text, err := os.ReadFile(filepath.Join(shared.root, "docs", page))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var script strings.Builder
+			for _, match := range block.FindAllSubmatch(text, -1) {
+				script.Write(match[1])
+			}
+			tree, asked := t.TempDir(), filepath.Join(t.TempDir(), "asked")
+			if err := copyTree(filepath.Join(shared.root, "k8s"), filepath.Join(tree, "k8s")); err != nil {
+				t.Fatal(err)
+			}
+			makefile, err := os.ReadFile(filepath.Join(shared.root, "Makefile"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(tree, "Makefile"), makefile, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			// The image needs a builder, and is another test's.
+			prelude := fmt.Sprintf(`set -euo pipefail
+make() {
+	case $1 in
+	k8s-certs) command make -n "$@" >/dev/null; %s -dir k8s/certs ;;
+	image) ;;
+	*) echo "this test does not know make $1"; exit 1 ;;
+	esac
+}
+n=0
+kubectl() {
+	case "$1 $2" in
+	"apply -k") n=$((n + 1)); %s kustomize "$3" >%s.$n ;;
+	"rollout status"|"exec deployment/"*|"logs -l"|"delete pdb") echo "$*" >>%s ;;
+	*) echo "this test does not know kubectl $*"; exit 1 ;;
+	esac
+}
+`, shared.certs, kubectl, asked, asked)
+			cmd := exec.Command("bash", "-c", prelude+script.String())
+			cmd.Dir = tree
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+
+			applied, err := filepath.Glob(asked + ".*")
+			if err != nil || len(applied) < 2 {
+				t.Fatalf("the page applies %d things (%v)", len(applied), err)
+			}
+			var all []object
+			for _, file := range applied {
+				rendered, err := os.ReadFile(file)
+				if err != nil {
+					t.Fatal(err)
+				}
+				objects, err := split(rendered)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, o := range objects {
+					if _, err := decode(o.yaml); err != nil {
+						t.Errorf("%v: %v", o, err)
+					}
+				}
+				for name, pod := range templates(t, objects) {
+					if fault := restrictedFault(t, pod); fault != "" {
+						t.Errorf("%s: %s", name, fault)
+					}
+				}
+				all = append(all, objects...)
+			}
+			// What is asked of a Deployment is asked of one that was applied, and of a container that it has.
+			lines, err := os.ReadFile(asked)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for line := range strings.Lines(string(lines)) {
+				words := strings.Fields(line)
+				for i, word := range words {
+					if name, found := strings.CutPrefix(word, "deployment/"); found {
+						spec := find[appsv1.Deployment](t, all, "Deployment", name).Spec.Template.Spec
+						if words[0] == "exec" && leaseholdIn(spec).Name != words[i+2] {
+							t.Errorf("%q: leasehold is in container %s", line, leaseholdIn(spec).Name)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
+// Every path of k8s/ and docs/ that the pages name is there.
+func TestPages_Paths(t *testing.T) {
+	named := regexp.MustCompile("k8s/[a-z0-9./-]+[a-z0-9]")
+	for _, page := range []string{"kubernetes-wrapper.md", "kubernetes-sidecar.md"} {
+		text, err := os.ReadFile(filepath.Join(shared.root, "docs", page))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range named.FindAllString(string(text), -1) {
+			made := strings.HasPrefix(path, "k8s/mine") || path == "k8s/certs/ca.key"
+			if _, err := os.Stat(filepath.Join(shared.root, path)); err != nil && !made {
+				t.Errorf("docs/%s names %s: %v", page, path, err)
+			}
+		}
+	}
+}
