@@ -20,11 +20,13 @@ if ((${#missing[@]})); then
 fi
 
 mkdir -p bin/image
+# Not in bin/: where the path of its sockets is too long, podman waits for 20 s at the end of each container.
+runroot=/run/leasehold-image-$(cksum <<<"$PWD" | cut -d ' ' -f 1)
 cat >bin/image/storage.conf <<END
 [storage]
 driver = "overlay"
 graphroot = "$PWD/bin/image/storage"
-runroot = "$PWD/bin/image/run"
+runroot = "$runroot"
 END
 # No systemd is needed. The limits are such that no container asks for more than a root without CAP_SYS_RESOURCE has.
 cat >bin/image/containers.conf <<END

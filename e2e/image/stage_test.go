@@ -183,6 +183,9 @@ func TestMain(m *testing.M) {
 				code = max(code, 1)
 			}
 		}
+		if run, err := command(built.root, "podman", "info", "--format", "{{.Store.RunRoot}}"); err == nil && strings.HasPrefix(run, "/run/leasehold-image-") {
+			_ = os.RemoveAll(strings.TrimSpace(run)) // no container is left that it could be of use to
+		}
 	}
 	os.Exit(code)
 }
