@@ -56,6 +56,7 @@ endif
 
 lint: bin/golangci-lint
 	bin/golangci-lint run ./...
+	for m in tools/dist tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint run -c ../../.golangci.yml ./...) || exit; done
 
 # What these run is built into bin/ first: `go run` would not pass signals on.
 BUILD_SHOW = @test -x bin/leasehold || echo 'building leasehold into bin/; it takes about a minute the first time'; \

@@ -215,7 +215,7 @@ func newStage(t *testing.T) *stage {
 
 // run runs a part of a test, at the end of which its containers are gone.
 func (s *stage) run(name string, part func(s *stage)) {
-	s.T.Run(name, func(t *testing.T) {
+	s.Run(name, func(t *testing.T) {
 		of := *s
 		of.T = t
 		part(&of)
