@@ -112,6 +112,9 @@ dist: export GOWORK = off
 dist: export GOEXPERIMENT =
 dist: export GOAMD64 = v1
 dist: export GOARM64 = v8.0
+dist: export GOFIPS140 = off
+dist: COMMIT := $(shell git rev-parse HEAD)
+dist: DATE := $(shell TZ=UTC0 git log -1 --format=%cd --date=format-local:%Y-%m-%dT%H:%M:%SZ)
 dist:
 	cd tools/dist && $(GO) build -trimpath -o ../../bin/dist .
 	rm -rf dist
@@ -124,6 +127,7 @@ dist:
 test-dist: dist $(ETCD_TOOLS)
 	cd tools/dist && $(GO) test ./...
 	e2e/dist/prepare.sh
+	e2e/systemd/install.sh
 	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 $(GO) test -count=1 -v -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/dist
 	$(MAKE) test-systemd RUN=TestUnit_StartAndStop LEASEHOLD_DEB="$$(ls dist/leasehold_*_amd64.deb)"
 
@@ -149,7 +153,7 @@ image:
 
 test-image: $(ETCD_TOOLS)
 	e2e/image/prepare.sh
-	LEASEHOLD_SHIP=1 $(GO) test -count=1 -timeout 20m ./e2e/image
+	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 $(GO) test -count=1 -v -timeout 20m $(if $(RUN),-run '$(RUN)') ./e2e/image
 
 NAMESPACE ?= default
 k8s-certs:
@@ -157,11 +161,11 @@ k8s-certs:
 
 test-k8s: $(ETCD_TOOLS)
 	tools/k8s/prepare.sh
-	cd tools/k8s && $(GO) test -vet=off -count=1 -timeout 30m ./...
+	cd tools/k8s && E2E_NO_SKIP=1 $(GO) test -vet=off -count=1 -timeout 30m ./...
 
 # LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
 e2e-k8s:
-	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 60m ./e2e/k8s
+	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 90m ./e2e/k8s
 
 clean:
 	rm -rf bin dist leasehold

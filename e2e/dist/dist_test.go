@@ -75,6 +75,19 @@ func artifact(t *testing.T, pattern string) string {
 
 func binary(t *testing.T, arch string) string { return artifact(t, "leasehold-linux-"+arch) }
 
+// versionLine is what `leasehold version` says.
+func versionLine(t *testing.T) string {
+	t.Helper()
+	git := func(args ...string) string {
+		return strings.TrimSpace(run(t, "git", append([]string{"-C", moduleRoot(t)}, args...)...))
+	}
+	date, err := time.Parse(time.RFC3339, git("show", "-s", "--format=%cI", "HEAD"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("leasehold %s (commit %s, %s)", version(t), git("rev-parse", "HEAD"), date.UTC().Format(time.RFC3339))
+}
+
 // version is the release's, as the names of its files have it.
 func version(t *testing.T) string {
 	return strings.Split(filepath.Base(artifact(t, "leasehold_*_linux_amd64.tar.gz")), "_")[1]
@@ -174,7 +187,7 @@ func TestBinary(t *testing.T) {
 				}
 				return string(out), cmd.ProcessState.ExitCode()
 			}
-			if out, code := leasehold(nil, "version"); out != "leasehold "+version(t)+"\n" || code != 0 {
+			if out, code := leasehold(nil, "version"); out != versionLine(t)+"\n" || code != 0 {
 				t.Errorf("version: %d, %q", code, out)
 			}
 			if out, code := leasehold(nil, "help"); !strings.Contains(out, "LEASEHOLD_ELECTION") || code != 0 {
@@ -366,7 +379,7 @@ func TestReproducible(t *testing.T) {
 	modules := strings.TrimSpace(run(t, "go", "env", "GOMODCACHE"))
 	one := makeDist(filepath.Join(dir, "one"), "022")
 	other := makeDist(filepath.Join(dir, "another", "name of a folder"), "077", "GOCACHE="+filepath.Join(dir, "cache"), "GOMODCACHE="+modules,
-		"HOME="+dir, "TZ=Asia/Kolkata", "LC_ALL=C", "GOFLAGS=-tags=other", "GOAMD64=v3", "SOURCE_DATE_EPOCH=1", "VERSION=9.9.9")
+		"HOME="+dir, "TZ=Asia/Kolkata", "LC_ALL=C", "GOFLAGS=-tags=other", "GOAMD64=v3", "SOURCE_DATE_EPOCH=1", "VERSION=9.9.9", "COMMIT=none", "DATE=never", "GOFIPS140=latest")
 	if differ := differing(one, other); len(differ) > 0 || len(one) != 11 {
 		t.Errorf("of %d files, these differ between two clones: %q", len(one), differ)
 	}
@@ -496,7 +509,7 @@ func TestDeb_Install(t *testing.T) {
 		echo "== purged"; diff /run/before /run/after | grep -v /run/after || true
 		echo "== end"`)
 	for name, want := range map[string]string{
-		"verify": "", "version": "leasehold " + version(t), "enabled": "", "same": "same", "purged": "",
+		"verify": "", "version": versionLine(t), "enabled": "", "same": "same", "purged": "",
 	} {
 		if got := strings.TrimSpace(section(out, name)); name == "purged" && strings.Contains(got, ">") || name != "purged" && got != want {
 			t.Errorf("%s: %q, want %q", name, got, want)
@@ -533,7 +546,7 @@ func TestRPM_Content(t *testing.T) {
 			t.Errorf("%s: it holds another binary", arch)
 		}
 		if arch == "amd64" {
-			if got := run(t, filepath.Join(dir, "usr/bin/leasehold"), "version"); got != "leasehold "+version(t)+"\n" {
+			if got := run(t, filepath.Join(dir, "usr/bin/leasehold"), "version"); got != versionLine(t)+"\n" {
 				t.Errorf("%s: version says %q", arch, got)
 			}
 		}
@@ -556,7 +569,7 @@ func TestRPM_Install(t *testing.T) {
 		$rpm -e leasehold
 		echo "== left"; find "$1/root" -xdev -path '*leasehold*' -not -path '*/var/lib/*' -printf '/%P\n' | sort
 		echo "== end"`, "sh", t.TempDir(), root, rpm)
-	for name, want := range map[string]string{"verify": "", "version": "leasehold " + version(t), "left": "/etc/leasehold\n/etc/leasehold/mine.env"} {
+	for name, want := range map[string]string{"verify": "", "version": versionLine(t), "left": "/etc/leasehold\n/etc/leasehold/mine.env"} {
 		if got := strings.TrimSpace(section(out, name)); got != want {
 			t.Errorf("%s: %q, want %q\n%s", name, got, want, out)
 		}

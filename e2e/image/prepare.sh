@@ -39,6 +39,9 @@ events_logger = "none"
 END
 export CONTAINERS_STORAGE_CONF=$PWD/bin/image/storage.conf CONTAINERS_CONF=$PWD/bin/image/containers.conf
 
+# What a run that was cut short has left. Nobody else has containers in this storage.
+podman rm --all --force --time 0 >/dev/null
+
 root=''
 # What debootstrap has mounted is let go of first, whatever happens.
 clean() {

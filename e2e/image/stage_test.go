@@ -86,8 +86,8 @@ func needImages(t *testing.T) {
 			built.programs, built.err = e2e.Build(context.Background(), ".", "./e2e/testjob")
 		}
 		for _, args := range [][]string{
-			// The engine is chosen as it is for anybody.
-			append([]string{"make", "image", "IMAGE=" + imageLeasehold}, buildFlags()),
+			// The engine is chosen as it is for anybody, but that docker knows nothing of our base images.
+			append([]string{"make", "image", "IMAGE=" + imageLeasehold, "ENGINE=podman"}, buildFlags()),
 			append([]string{"make", "image", "IMAGE=" + imageBoth, "ENGINE=buildah", "PLATFORM=linux/amd64,linux/arm64"}, buildFlags()),
 			{"podman", "build", "-q", "--isolation", "chroot", "--pull-never", "--layers=false", "-t", imageJob, "examples/image"},
 		} {
