@@ -281,7 +281,7 @@ func (c cell) words() (words, class string) {
 	case len(overlaps) > 0:
 		words = "next " + e2e.Span(e2e.Median(next)) + ", both alive "
 		if len(next) < len(c.samples) {
-			words = fmt.Sprintf("moved in %d of %d: ", len(next), len(c.samples)) + words
+			words = fmt.Sprintf("moved in %d of %d, both alive ", len(next), len(c.samples)) // there is no room for more
 		}
 		switch {
 		case c.livesOn() > 0:
