@@ -68,11 +68,12 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 }
 
 // Where the guard is killed and the elector hangs nobody is left but the unit
-// to kill the job, and it does so before the lease ends.
+// to kill the job, and it does so before the lease ends, whatever PATH the env
+// file has.
 func TestKilled_GuardWhileElectorHangs(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize")
+	leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize", "PATH=/nowhere")
 	guard, elector := w.processes(leader)
 	w.must(unix.Kill(elector, unix.SIGSTOP))
 	at := e2e.Now()
