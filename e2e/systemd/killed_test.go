@@ -120,7 +120,7 @@ func TestHung(t *testing.T) {
 		// The elector sees to it, after a tenth of a TTL.
 		{name: "guard of the leader", ttl: "15s", within: 12 * time.Second},
 		// The guard does, at kill-by.
-		{name: "elector of the leader", ttl: "5s", elector: true, within: time.Minute},
+		{name: "elector of the leader", ttl: "5s", elector: true, within: 8 * time.Second},
 		{name: "elector of the standby", ttl: "5s", elector: true, standby: true},
 		{name: "guard of the standby", ttl: "5s", standby: true, watchdog: true},
 		// systemd is faster than the guard here. Nothing of the job may outlive the lease.
