@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 // TestDeb_OnSystemd installs, installs again and removes the package on a
 // machine where systemd runs, as an administrator would: nothing is started,
 // systemd knows the unit without being told, a new installation leaves the job
-// alone, and removal hands over.
+// alone, a removal that can't stop it fails, and one that can hands over.
 func TestDeb_OnSystemd(t *testing.T) {
 	needs(t, "/lib/systemd/systemd", "nsenter", "ip", "dbus-daemon")
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
@@ -92,6 +92,23 @@ func TestDeb_OnSystemd(t *testing.T) {
 	after := waitFor(map[string]string{"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no"})
 	if after["MainPID"] != before["MainPID"] || after["StatusText"] != before["StatusText"] {
 		t.Errorf("after another installation it is %s, %s; before it was %s, %s", after["MainPID"], after["StatusText"], before["MainPID"], before["StatusText"])
+	}
+
+	// Whatever the reason for which systemd can't stop it.
+	if err := m.Write("/root/no/systemctl", "#!/bin/sh\n[ \"$1\" != stop ] || exit 1\nexec /usr/bin/systemctl \"$@\"\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(m.Path("/root/no/systemctl"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := m.Run(ctx, "env", "PATH=/root/no:/usr/sbin:/usr/bin:/sbin:/bin", "dpkg", "-r", "leasehold"); err == nil {
+		t.Errorf("the package is removed though its job is not stopped:\n%s", out)
+	}
+	if still := waitFor(map[string]string{"ActiveState": "active"}); still["MainPID"] != before["MainPID"] {
+		t.Errorf("after a removal that failed it is %s; before it was %s", still["MainPID"], before["MainPID"])
+	}
+	if _, err := os.Stat(m.Path("/usr/bin/leasehold")); err != nil {
+		t.Errorf("after a removal that failed: %v", err)
 	}
 
 	on("dpkg", "-r", "leasehold")
