@@ -324,6 +324,11 @@ func TestUnit_ExitCodes(t *testing.T) {
 	w.waitFor(m, unit, patience, map[string]string{"ExecMainStatus": "75", "NRestarts": "2"})
 	stop()
 
+	// The address is none of the machine's, and so it may be later: 71.
+	start("/usr/bin/testjob", "LEASEHOLD_LISTEN=192.0.2.1:4040")
+	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "activating", "SubState": "auto-restart", "ExecMainStatus": "71"})
+	stop()
+
 	// The address is taken: 71.
 	w.must(m.Write("/etc/leasehold/x.env", w.settings("/bin/sleep 3600", "LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=127.0.0.1:4040")))
 	w.run(m, "systemctl", "start", "leasehold@x")
