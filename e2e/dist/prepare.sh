@@ -13,8 +13,17 @@ if ((${#missing[@]})); then
 	apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 
+# What debootstrap has mounted is let go of first, whatever happens.
+clean() {
+	if [[ -d bin/debian.new ]]; then
+		umount -q bin/debian.new/proc bin/debian.new/sys || true
+		rm -rf --one-file-system bin/debian.new
+	fi
+}
+
 if [[ ! -d bin/debian ]]; then
-	rm -rf bin/debian.new
+	trap clean EXIT
+	clean # it may have been killed
 	mkdir -p bin
 	release=$(. /etc/os-release && echo "$VERSION_CODENAME")
 	debootstrap --variant=minbase "$release" bin/debian.new

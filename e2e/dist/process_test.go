@@ -62,7 +62,7 @@ func TestProcessPage(t *testing.T) {
 	work := filepath.Join(home, "release")
 	run(t, "cp", "-r", cmd.Dir, work)
 	cmd.Dir = work
-	cmd.Env = []string{"HOME=" + home, "PATH=" + filepath.Dir(server) + ":" + os.Getenv("PATH")}
+	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + t.TempDir(), "PATH=" + filepath.Dir(server) + ":" + os.Getenv("PATH")}
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.HasSuffix(string(out), "== end\n") {
 		t.Fatalf("%v\n%s", err, out)

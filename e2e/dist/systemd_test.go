@@ -28,7 +28,8 @@ func TestMain(m *testing.M) {
 // TestDeb_OnSystemd installs, installs again and removes the package on a
 // machine where systemd runs, as an administrator would: nothing is started,
 // systemd knows the unit without being told, a new installation leaves the job
-// alone, and removal hands over.
+// alone, a removal that can't stop it fails, and one that can hands over and
+// leaves nothing enabled.
 func TestDeb_OnSystemd(t *testing.T) {
 	needs(t, "/lib/systemd/systemd", "nsenter", "ip", "dbus-daemon")
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
@@ -82,7 +83,12 @@ func TestDeb_OnSystemd(t *testing.T) {
 	if err := m.Write("/etc/leasehold/job.env", "JOB=sleep 3600\nLEASEHOLD_ELECTION=jobs/job\nLEASEHOLD_ENDPOINTS="+strings.Join(etcd.Endpoints(), ",")+"\n"); err != nil {
 		t.Fatal(err)
 	}
-	on("systemctl", "start", "leasehold@job")
+	on("systemctl", "enable", "--now", "leasehold@job")
+	const link = "/etc/systemd/system/multi-user.target.wants/leasehold@job.service"
+	enabled := func() bool {
+		_, err := os.Lstat(m.Path(link))
+		return err == nil
+	}
 	before := waitFor(map[string]string{"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no"})
 	if want := "/usr/lib/systemd/system/leasehold@.service"; before["FragmentPath"] != want && "/usr"+before["FragmentPath"] != want {
 		t.Errorf("the unit is %s", before["FragmentPath"])
@@ -92,6 +98,26 @@ func TestDeb_OnSystemd(t *testing.T) {
 	after := waitFor(map[string]string{"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no"})
 	if after["MainPID"] != before["MainPID"] || after["StatusText"] != before["StatusText"] {
 		t.Errorf("after another installation it is %s, %s; before it was %s, %s", after["MainPID"], after["StatusText"], before["MainPID"], before["StatusText"])
+	}
+	if !enabled() {
+		t.Error("another installation has disabled the instance")
+	}
+
+	// Whatever the reason for which systemd can't stop it.
+	if err := m.Write("/root/no/systemctl", "#!/bin/sh\n[ \"$1\" != stop ] || exit 1\nexec /usr/bin/systemctl \"$@\"\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(m.Path("/root/no/systemctl"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := m.Run(ctx, "env", "PATH=/root/no:/usr/sbin:/usr/bin:/sbin:/bin", "dpkg", "-r", "leasehold"); err == nil {
+		t.Errorf("the package is removed though its job is not stopped:\n%s", out)
+	}
+	if still := waitFor(map[string]string{"ActiveState": "active"}); still["MainPID"] != before["MainPID"] || !enabled() {
+		t.Errorf("after a removal that failed it is %s (enabled: %v); before it was %s", still["MainPID"], enabled(), before["MainPID"])
+	}
+	if _, err := os.Stat(m.Path("/usr/bin/leasehold")); err != nil {
+		t.Errorf("after a removal that failed: %v", err)
 	}
 
 	on("dpkg", "-r", "leasehold")
@@ -103,6 +129,9 @@ func TestDeb_OnSystemd(t *testing.T) {
 	}
 	if _, err := os.Stat(m.Path("/etc/leasehold/job.env")); err != nil {
 		t.Errorf("the instance's settings are gone: %v", err)
+	}
+	if enabled() {
+		t.Errorf("%s is left", link)
 	}
 	if left, err := filepath.Glob(m.Path("/usr/*/*leasehold*")); err != nil || len(left) > 0 {
 		t.Errorf("left: %q (%v)", left, err)

@@ -68,26 +68,76 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 }
 
 // Where the guard is killed and the elector hangs nobody is left but the unit
-// to kill the job, and it does so before the lease ends.
+// to kill the job, and it does so before the lease ends: whatever PATH the env
+// file has, and wherever cgroup v2 is mounted.
 func TestKilled_GuardWhileElectorHangs(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		more  []string // in the env file
+		moved bool     // cgroup v2 is not where systemd has it
+	}{
+		{name: "with a PATH that leads nowhere", more: []string{"PATH=/nowhere"}},
+		{name: "with another mount point", moved: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize", c.more...)
+			if c.moved {
+				w.clearUpWith(leader, "mkdir -p /run/unified && mount --move /sys/fs/cgroup /run/unified")
+			}
+			guard, elector := w.processes(leader)
+			w.must(unix.Kill(elector, unix.SIGSTOP))
+			at := e2e.Now()
+			w.must(unix.Kill(guard, unix.SIGKILL))
+			if took := w.waitDead(life, patience) - at; took > 8*time.Second { // the lease has 12 s more at least
+				t.Errorf("the job was dead after %v", took)
+			}
+			w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "active", "NRestarts": "1", "Result": "success"})
+			if next := w.waitNext(life, patience); next.Candidate != standby.Name {
+				t.Errorf("the next job is of %s", next.Candidate)
+			}
+			journal := leader.Journal(w.ctx, unit)
+			for _, bad := range []string{"left-over", "Control process exited", "see to its own cgroup"} {
+				if strings.Contains(journal, bad) {
+					t.Errorf("something is left, or the unit could not clear up:\n%s", journal)
+					break
+				}
+			}
+			w.noOverlaps()
+		})
+	}
+}
+
+// Where there is no cgroup v2 the unit can't clear up, and says so.
+func TestKilled_NoCgroup(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize")
-	guard, elector := w.processes(leader)
-	w.must(unix.Kill(elector, unix.SIGSTOP))
-	at := e2e.Now()
-	w.must(unix.Kill(guard, unix.SIGKILL))
-	if took := w.waitDead(life, patience) - at; took > 8*time.Second { // the lease has 12 s more at least
-		t.Errorf("the job was dead after %v", took)
+	m := w.boot("a")
+	w.configure(m, "/usr/bin/testjob")
+	w.run(m, "systemctl", "start", unit)
+	w.waitJob(m)
+	w.clearUpWith(m, "umount -l /sys/fs/cgroup")
+	w.run(m, "systemctl", "stop", unit)
+	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, "the unit can not see to its own cgroup") {
+		t.Errorf("the journal does not say that the unit can't clear up:\n%s", journal)
 	}
-	w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "active", "NRestarts": "1", "Result": "success"})
-	if next := w.waitNext(life, patience); next.Candidate != standby.Name {
-		t.Errorf("the next job is of %s", next.Candidate)
+}
+
+// clearUpWith lets what the unit does at its end do it in a mount namespace of
+// its own, after the commands.
+func (w *world) clearUpWith(m *Machine, commands string) {
+	w.t.Helper()
+	text := w.run(m, "systemctl", "cat", unit)
+	_, command, found := strings.Cut(text, "\nExecStopPost=+/bin/sh ")
+	command, _, ended := strings.Cut(command, "\n\n")
+	if !found || !ended {
+		w.t.Fatalf("the unit has no ExecStopPost= that is known here:\n%s", text)
 	}
-	if journal := leader.Journal(w.ctx, unit); strings.Contains(journal, "left-over") || strings.Contains(journal, "Control process exited") {
-		t.Errorf("something is left, or the unit could not clear up:\n%s", journal)
-	}
-	w.noOverlaps()
+	w.must(m.Write("/usr/bin/before", "#!/bin/sh\n"+commands+" && exec /bin/sh \"$@\"\n"))
+	w.must(os.Chmod(m.Path("/usr/bin/before"), 0o755))
+	w.dropIn(m, "[Service]\nExecStopPost=\nExecStopPost=+/usr/bin/unshare --mount --propagation private -- /usr/bin/before "+command+"\n")
 }
 
 // Where all of it is killed at once nobody revokes the lease, and the next job
@@ -119,7 +169,7 @@ func TestHung(t *testing.T) {
 		// The elector sees to it, after a tenth of a TTL.
 		{name: "guard of the leader", ttl: "15s", within: 12 * time.Second},
 		// The guard does, at kill-by.
-		{name: "elector of the leader", ttl: "5s", elector: true, within: time.Minute},
+		{name: "elector of the leader", ttl: "5s", elector: true, within: 8 * time.Second},
 		{name: "elector of the standby", ttl: "5s", elector: true, standby: true},
 		{name: "guard of the standby", ttl: "5s", standby: true, watchdog: true},
 		// systemd is faster than the guard here. Nothing of the job may outlive the lease.

@@ -187,6 +187,20 @@ func TestUnit_RestartReadsSettings(t *testing.T) {
 	if got, want := fmt.Sprintf("%q", life.Args[1:]), fmt.Sprintf("%q", []string{"two words", `and "three" more`, "back slash", "$HOME", ";", "*"}); got != want {
 		t.Errorf("the job's arguments are %s, want %s", got, want)
 	}
+	w.configure(m, `'"/usr/bin/testjob" "two words" more'`)
+	w.run(m, "systemctl", "restart", unit)
+	life = w.waitNext(life, patience)
+	if got, want := fmt.Sprintf("%q", life.Args[1:]), `["two words" "more"]`; got != want {
+		t.Errorf("in quotes as a whole, the job's arguments are %s, want %s", got, want)
+	}
+	w.configure(m, `"/usr/bin/testjob" "changed"`) // joined
+	if out, err := m.Run(w.ctx, "systemctl", "restart", unit); err == nil {
+		t.Errorf("a command that begins with quotes is no longer joined: %s", out)
+	}
+	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "failed", "ExecMainStatus": "127"})
+	if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, `the command \"/usr/bin/testjobchanged\" is not found`) {
+		t.Errorf("the journal does not name the command as it came:\n%s", journal)
+	}
 	w.configure(m, "/usr/bin/testjob changed", "LEASEHOLD_IDENTITY=somebody")
 	w.run(m, "systemctl", "restart", unit)
 	next := w.waitNext(life, patience)
@@ -308,6 +322,11 @@ func TestUnit_ExitCodes(t *testing.T) {
 	w.waitNext(next, patience)
 	start("/usr/bin/testjob", "LEASEHOLD_WAIT=0s")
 	w.waitFor(m, unit, patience, map[string]string{"ExecMainStatus": "75", "NRestarts": "2"})
+	stop()
+
+	// The address is none of the machine's, and so it may be later: 71.
+	start("/usr/bin/testjob", "LEASEHOLD_LISTEN=192.0.2.1:4040")
+	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "activating", "SubState": "auto-restart", "ExecMainStatus": "71"})
 	stop()
 
 	// The address is taken: 71.
