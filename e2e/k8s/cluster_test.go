@@ -369,16 +369,10 @@ func TestCluster(t *testing.T) {
 // pages types what the pages tell to type, with the folders that fit this cluster.
 func (c *cluster) pages(etcd, wrapper, sidecar string) {
 	c.t.Helper()
-	file := filepath.Join(c.tree, "wrapper/base/kustomization.yaml")
-	text, err := os.ReadFile(file)
-	if err == nil {
-		named := fmt.Sprintf("- name: localhost/leasehold\n  newName: %s\n  newTag: %q\n", repository(c.image), tag(c.image))
-		err = os.WriteFile(file, bytes.Replace(text, []byte("- name: localhost/leasehold\n  newTag: latest\n"), []byte(named), 1), 0o644)
-	}
-	if err != nil {
-		c.t.Fatal(err)
-	}
 	for _, page := range []string{"kubernetes-wrapper.md", "kubernetes-sidecar.md"} {
+		if err := nameImage(c.tree, filepath.Join(c.root, "docs", page), c.image); err != nil {
+			c.t.Fatal(err)
+		}
 		script, err := pageScript(filepath.Join(c.root, "docs", page), etcd, wrapper, sidecar)
 		if err != nil {
 			c.t.Fatal(err)
@@ -402,8 +396,30 @@ make() {
 
 var (
 	block  = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
+	named  = regexp.MustCompile("`k8s/([a-z0-9./-]+/kustomization.yaml)`")
 	folder = regexp.MustCompile(`(?m)(-k k8s/|\[\.\./)(etcd|wrapper|sidecar)(\]?)$`)
 )
+
+// nameImage names leasehold's image where a page says that it is to be named.
+func nameImage(tree, page, image string) error {
+	text, err := os.ReadFile(page)
+	if err != nil {
+		return err
+	}
+	entry := fmt.Sprintf("- name: localhost/leasehold\n  newName: %s\n  newTag: %q\n", repository(image), tag(image))
+	for _, match := range named.FindAllSubmatch(text, -1) {
+		file := filepath.Join(tree, string(match[1]))
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		text = bytes.ReplaceAll(text, []byte("- name: localhost/leasehold\n  newTag: latest\n"), []byte(entry))
+		if err := os.WriteFile(file, text, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // pageScript is what a page tells to type, with these folders of k8s/ in the place of etcd, wrapper and sidecar.
 func pageScript(page, etcd, wrapper, sidecar string) (string, error) {

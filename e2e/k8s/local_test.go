@@ -158,6 +158,36 @@ func TestCluster_OverlaysRender(t *testing.T) {
 	}
 }
 
+// The files in which the pages have leasehold's image named are those that name it in everything that is applied.
+func TestCluster_PagesNameTheImage(t *testing.T) {
+	kubectl, err := exec.LookPath("kubectl")
+	if err != nil {
+		t.Skip("skipped: there is no kubectl here")
+	}
+	root, err := e2e.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for page, overlays := range map[string][]string{
+		"kubernetes-wrapper.md": {"wrapper", "wrapper/kubernetes-1.20", "wrapper/route-to-leader"},
+		"kubernetes-sidecar.md": {"sidecar", "sidecar/plain", "sidecar/kubernetes-1.20"},
+	} {
+		tree := filepath.Join(t.TempDir(), "k8s")
+		if err := os.CopyFS(tree, os.DirFS(filepath.Join(root, "k8s"))); err != nil {
+			t.Fatal(err)
+		}
+		if err := nameImage(tree, filepath.Join(root, "docs", page), "example.com:5000/leasehold:v1"); err != nil {
+			t.Fatal(err)
+		}
+		for _, overlay := range overlays {
+			text, err := exec.Command(kubectl, "kustomize", filepath.Join(tree, overlay)).CombinedOutput()
+			if err != nil || !strings.Contains(string(text), "image: example.com:5000/leasehold:v1\n") || strings.Contains(string(text), "localhost/leasehold") {
+				t.Errorf("docs/%s: k8s/%s does not have the image that was named: %v\n%s", page, overlay, err, text)
+			}
+		}
+	}
+}
+
 // The pages' commands, for an old cluster of one node, are of the folders that serve it.
 func TestCluster_PagesFitTheCluster(t *testing.T) {
 	root, err := e2e.ModuleRoot()
