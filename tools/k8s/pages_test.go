@@ -8,10 +8,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 )
 
 var block = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
@@ -70,6 +72,7 @@ kubectl() {
 				t.Fatalf("the page applies %d things (%v)", len(applied), err)
 			}
 			var all []object
+			elections, last := map[string]string{}, map[string]*corev1.Container{}
 			for _, file := range applied {
 				rendered, err := os.ReadFile(file)
 				if err != nil {
@@ -90,6 +93,21 @@ kubectl() {
 					}
 				}
 				all = append(all, objects...)
+				// Rolled into another election, old and new pods would each have a leader; and what is the reader's own stays.
+				for name, pod := range templates(t, objects) {
+					c := leaseholdIn(pod.Spec)
+					if c == nil {
+						continue
+					}
+					election := environment(t, *c, "pod", shared.rendered["etcd"])["LEASEHOLD_ELECTION"]
+					if before, found := elections[name]; found && before != election {
+						t.Errorf("%s is rolled from the election %s into %s: two jobs at once", name, before, election)
+					}
+					if before := last[name]; before != nil && strings.Contains(before.Image, "debian") && (c.Image != before.Image || !slices.Equal(c.Args, before.Args)) {
+						t.Errorf("%s: the reader's job %s %q is rolled back to %s %q", name, before.Image, before.Args, c.Image, c.Args)
+					}
+					elections[name], last[name] = election, c
+				}
 			}
 			// What is asked of a Deployment is asked of one that was applied, and of a container that it has.
 			lines, err := os.ReadFile(asked)
