@@ -379,6 +379,26 @@ func TestManifests_Pods(t *testing.T) {
 	})
 }
 
+// The rule that the pages give for a port of the reader's own lets everybody in there, and 4040 stays as it was.
+func TestManifests_PortsOfOnesOwn(t *testing.T) {
+	const rule = "- ports: [{protocol: TCP, port: 8080}]"
+	for _, app := range []string{"wrapper", "sidecar"} {
+		if page := read(t, filepath.Join(shared.root, "docs"), "kubernetes-"+app+".md"); !strings.Contains(string(page), "`"+rule+"`") {
+			t.Errorf("docs/kubernetes-%s.md does not have the rule %s", app, rule)
+		}
+		text := string(read(t, filepath.Join(shared.tree, app, "base"), "network-policy.yaml"))
+		o, err := decode([]byte(strings.Replace(text, "  ingress:\n", "  ingress:\n  "+rule+"\n", 1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := find[networkingv1.NetworkPolicy](t, shared.rendered[app], "NetworkPolicy", app).Spec.Ingress
+		ingress := o.(*networkingv1.NetworkPolicy).Spec.Ingress
+		if len(ingress) != len(before)+1 || ingress[0].Ports[0].Port.IntValue() != 8080 || len(ingress[0].From) > 0 || !reflect.DeepEqual(ingress[1:], before) {
+			t.Errorf("k8s/%s: with that rule the NetworkPolicy lets in %+v", app, ingress)
+		}
+	}
+}
+
 // Only who bears the label that k8s/etcd's NetworkPolicy asks for, and has the Secret, gets through to etcd.
 func TestManifests_ClientsReachEtcd(t *testing.T) {
 	etcd := shared.rendered["etcd"]
