@@ -409,8 +409,13 @@ func TestManifests_ClientsReachEtcd(t *testing.T) {
 			continue
 		}
 		pod := find[appsv1.Deployment](t, shared.rendered[name], "Deployment", app).Spec.Template
-		if !selects(netpol.Spec.Ingress[0].From[0].PodSelector, pod.Labels) {
+		from := netpol.Spec.Ingress[0].From[0]
+		if !selects(from.PodSelector, pod.Labels) {
 			t.Errorf("k8s/%s: the NetworkPolicy of k8s/etcd shuts its pods out", name)
+		}
+		// No selector at all means its own namespace alone.
+		if from.NamespaceSelector == nil || !selects(from.NamespaceSelector, map[string]string{"kubernetes.io/metadata.name": "elsewhere"}) {
+			t.Errorf("k8s/%s: the NetworkPolicy of k8s/etcd shuts out its pods in other namespaces", name)
 		}
 		c := leaseholdIn(pod.Spec)
 		i := slices.IndexFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Secret != nil })
