@@ -204,6 +204,21 @@ func TestManifests_Kubernetes120(t *testing.T) {
 	})
 }
 
+// The pages have this for those who don't want a drain to wait for pods that are not ready. It can't be there by default: the
+// manifests are for 1.21 and newer.
+func TestManifests_EvictionPolicy(t *testing.T) {
+	for _, app := range []string{"wrapper", "sidecar"} {
+		text := substitute(t, shared.rendered[app], "PodDisruptionBudget", "maxUnavailable: 1\n", "maxUnavailable: 1\n  unhealthyPodEvictionPolicy: AlwaysAllow\n")
+		_, err := decode(text)
+		if err = errors.Join(err, schemaFault("1.27", text)); err != nil {
+			t.Errorf("k8s/%s: Kubernetes 1.27 does not take unhealthyPodEvictionPolicy, and the page says so: %v", app, err)
+		}
+		if schemaFault("1.23", text) == nil {
+			t.Errorf("k8s/%s: Kubernetes 1.23 takes unhealthyPodEvictionPolicy, and the page says that it does not", app)
+		}
+	}
+}
+
 func schemaFault(version string, text []byte) error {
 	v, err := validator.New(openapiclient.NewHardcodedBuiltins(version))
 	if err != nil {
