@@ -414,6 +414,24 @@ func TestManifests_PortsOfOnesOwn(t *testing.T) {
 	}
 }
 
+// A Service's port is not the one that a NetworkPolicy sees: behind 53 the DNS of OpenShift listens on 5353.
+func TestManifests_EtcdReachesDNS(t *testing.T) {
+	netpol := find[networkingv1.NetworkPolicy](t, shared.rendered["etcd"], "NetworkPolicy", "etcd")
+	var open []string
+	for _, rule := range netpol.Spec.Egress {
+		for _, port := range rule.Ports {
+			if len(rule.To) == 0 {
+				open = append(open, fmt.Sprint(*port.Protocol, " ", port.Port))
+			}
+		}
+	}
+	for _, want := range []string{"UDP 53", "TCP 53", "UDP 5353", "TCP 5353"} {
+		if !slices.Contains(open, want) {
+			t.Errorf("etcd can't reach %s, only %v", want, open)
+		}
+	}
+}
+
 // Only who bears the label that k8s/etcd's NetworkPolicy asks for, and has the Secret, gets through to etcd.
 func TestManifests_ClientsReachEtcd(t *testing.T) {
 	etcd := shared.rendered["etcd"]
