@@ -414,6 +414,32 @@ func TestManifests_PortsOfOnesOwn(t *testing.T) {
 	}
 }
 
+// An etcd of another chart in the same namespace bears the same name, and is not ours to route to, count or shut off.
+func TestManifests_EtcdOfOthers(t *testing.T) {
+	etcd := shared.rendered["etcd"]
+	set := find[appsv1.StatefulSet](t, etcd, "StatefulSet", "etcd").Spec
+	netpol := find[networkingv1.NetworkPolicy](t, etcd, "NetworkPolicy", "etcd").Spec
+	selectors := map[string]*metav1.LabelSelector{
+		"Service":             {MatchLabels: find[corev1.Service](t, etcd, "Service", "etcd").Spec.Selector},
+		"StatefulSet":         set.Selector,
+		"PodDisruptionBudget": find[policyv1.PodDisruptionBudget](t, etcd, "PodDisruptionBudget", "etcd").Spec.Selector,
+		"NetworkPolicy":       &netpol.PodSelector,
+		"rule for peers in":   netpol.Ingress[1].From[0].PodSelector,
+		"rule for peers out":  netpol.Egress[0].To[0].PodSelector,
+	}
+	for i, c := range set.Template.Spec.TopologySpreadConstraints {
+		selectors[fmt.Sprintf("spread constraint %d", i)] = c.LabelSelector
+	}
+	for what, selector := range selectors {
+		if !selects(selector, set.Template.Labels) {
+			t.Errorf("%s: it does not select our own members", what)
+		}
+		if selects(selector, map[string]string{"app.kubernetes.io/name": "etcd", "app.kubernetes.io/instance": "theirs"}) {
+			t.Errorf("%s: it selects an etcd that is not ours", what)
+		}
+	}
+}
+
 // A Service's port is not the one that a NetworkPolicy sees: behind 53 the DNS of OpenShift listens on 5353.
 func TestManifests_EtcdReachesDNS(t *testing.T) {
 	netpol := find[networkingv1.NetworkPolicy](t, shared.rendered["etcd"], "NetworkPolicy", "etcd")
