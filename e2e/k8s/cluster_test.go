@@ -68,7 +68,7 @@ func newCluster(t *testing.T) *cluster {
 	}
 	dir := t.TempDir()
 	c.tree, c.config = filepath.Join(dir, "k8s"), filepath.Join(dir, "config")
-	if err := os.CopyFS(c.tree, os.DirFS(filepath.Join(c.root, "k8s"))); err != nil {
+	if err := copyTree(filepath.Join(c.root, "k8s"), c.tree); err != nil {
 		t.Fatal(err)
 	}
 	config, err := exec.Command("kubectl", "config", "view", "--raw", "--minify", "--flatten").Output()
@@ -92,6 +92,30 @@ func newCluster(t *testing.T) *cluster {
 	c.nodes = len(strings.Fields(c.kubectl("get", "nodes", "--field-selector=spec.unschedulable=false", "-o", "name")))
 	t.Logf("Kubernetes 1.%d in the context %s, nodes: %d", minor, c.context, c.nodes)
 	return c
+}
+
+// copyTree copies what git knows of a folder: nobody's certificates, least of all the authority's key, leave their place.
+func copyTree(from, to string) error {
+	return filepath.WalkDir(from, func(path string, entry os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		relative, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		switch {
+		case entry.IsDir():
+			return os.MkdirAll(filepath.Join(to, relative), 0o755)
+		case slices.Contains([]string{".crt", ".key", ".new"}, filepath.Ext(path)):
+			return nil
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(to, relative), data, 0o644)
+	})
 }
 
 // tell says what there is, for whoever has to find out why a test has failed.

@@ -4,10 +4,12 @@ package k8s_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -123,6 +125,31 @@ current-context: dead
 	}
 }
 
+// The user's own certificates stay where they are.
+func TestCluster_CopiesNoCertificates(t *testing.T) {
+	from, to := t.TempDir(), filepath.Join(t.TempDir(), "k8s")
+	for _, file := range []string{"kustomization.yaml", "certs/kustomization.yaml", "certs/ca.crt", "certs/ca.key", "certs/ca.key.new"} {
+		path := filepath.Join(from, file)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(file), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := copyTree(from, to); err != nil {
+		t.Fatal(err)
+	}
+	var copied []string
+	for _, pattern := range []string{"*.*", "certs/*"} {
+		found, err := filepath.Glob(filepath.Join(to, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		copied = append(copied, found...)
+	}
+	if want := []string{filepath.Join(to, "kustomization.yaml"), filepath.Join(to, "certs/kustomization.yaml")}; !slices.Equal(copied, want) {
+		t.Errorf("copied %v, want %v", copied, want)
+	}
+}
+
 // What the cluster's test applies is what it means to apply.
 func TestCluster_OverlaysRender(t *testing.T) {
 	kubectl, err := exec.LookPath("kubectl")
@@ -134,7 +161,7 @@ func TestCluster_OverlaysRender(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := &cluster{t: t, tree: filepath.Join(t.TempDir(), "k8s"), image: "example.com:5000/leasehold:v1"}
-	if err := os.CopyFS(c.tree, os.DirFS(filepath.Join(root, "k8s"))); err != nil {
+	if err := copyTree(filepath.Join(root, "k8s"), c.tree); err != nil {
 		t.Fatal(err)
 	}
 	for base, patches := range map[string][]string{
@@ -173,7 +200,7 @@ func TestCluster_PagesNameTheImage(t *testing.T) {
 		"kubernetes-sidecar.md": {"sidecar", "sidecar/plain", "sidecar/kubernetes-1.20"},
 	} {
 		tree := filepath.Join(t.TempDir(), "k8s")
-		if err := os.CopyFS(tree, os.DirFS(filepath.Join(root, "k8s"))); err != nil {
+		if err := copyTree(filepath.Join(root, "k8s"), tree); err != nil {
 			t.Fatal(err)
 		}
 		if err := nameImage(tree, filepath.Join(root, "docs", page), "example.com:5000/leasehold:v1"); err != nil {
