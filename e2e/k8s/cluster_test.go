@@ -89,9 +89,36 @@ func newCluster(t *testing.T) *cluster {
 	// Clusters that don't know the label don't mind it.
 	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=restricted")
 	c.kubectl("config", "set-context", "--current", "--namespace="+c.namespace)
-	c.nodes = len(strings.Fields(c.kubectl("get", "nodes", "--field-selector=spec.unschedulable=false", "-o", "name")))
+	if c.nodes, err = usableNodes(c.kubectl("get", "nodes", "-o", "json")); err != nil {
+		t.Fatal(err)
+	}
 	t.Logf("Kubernetes 1.%d in the context %s, nodes: %d", minor, c.context, c.nodes)
 	return c
+}
+
+// usableNodes counts those of a list that pods of ours may go to. Control planes are mostly tainted.
+func usableNodes(list string) (count int, err error) {
+	var nodes struct {
+		Items []struct {
+			Spec struct {
+				Unschedulable bool
+				Taints        []struct{ Effect string }
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(list), &nodes); err != nil {
+		return 0, err
+	}
+	for _, node := range nodes.Items {
+		tainted := false
+		for _, taint := range node.Spec.Taints {
+			tainted = tainted || taint.Effect == "NoSchedule" || taint.Effect == "NoExecute"
+		}
+		if !tainted && !node.Spec.Unschedulable {
+			count++
+		}
+	}
+	return count, nil
 }
 
 // copyTree copies what git knows of a folder: nobody's certificates, least of all the authority's key, leave their place.

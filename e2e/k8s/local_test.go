@@ -125,6 +125,20 @@ current-context: dead
 	}
 }
 
+// Only nodes that take pods count: with two of them and a control plane, an etcd of three would wait for ever.
+func TestCluster_UsableNodes(t *testing.T) {
+	count, err := usableNodes(`{"items": [
+		{"spec": {"taints": [{"effect": "NoSchedule", "key": "node-role.kubernetes.io/control-plane"}]}},
+		{"spec": {"taints": [{"effect": "NoExecute", "key": "node.kubernetes.io/unreachable"}]}},
+		{"spec": {"unschedulable": true, "taints": [{"effect": "NoSchedule", "key": "node.kubernetes.io/unschedulable"}]}},
+		{"spec": {"taints": [{"effect": "PreferNoSchedule", "key": "spot"}]}},
+		{"spec": {"podCIDR": "10.244.0.0/24"}}
+	]}`)
+	if err != nil || count != 2 {
+		t.Errorf("%d nodes (%v), want 2", count, err)
+	}
+}
+
 // The user's own certificates stay where they are.
 func TestCluster_CopiesNoCertificates(t *testing.T) {
 	from, to := t.TempDir(), filepath.Join(t.TempDir(), "k8s")
