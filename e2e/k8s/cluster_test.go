@@ -78,7 +78,14 @@ func newCluster(t *testing.T) *cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.namespace = fmt.Sprintf("leasehold-e2e-%d", os.Getpid())
+	old, err := leftovers(c.kubectl("get", "namespaces", "-o", "json"), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, namespace := range old {
+		c.kubectl("delete", "namespace", namespace, "--wait=false")
+	}
+	c.namespace = fmt.Sprintf("%s%d", prefix, os.Getpid())
 	c.kubectl("create", "namespace", c.namespace)
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -94,6 +101,29 @@ func newCluster(t *testing.T) *cluster {
 	}
 	t.Logf("Kubernetes 1.%d in the context %s, nodes: %d", minor, c.context, c.nodes)
 	return c
+}
+
+const prefix = "leasehold-e2e-"
+
+// leftovers returns those of a list of namespaces that a run has left which was killed. A run that goes on is not that old.
+func leftovers(list string, now time.Time) (names []string, err error) {
+	var namespaces struct {
+		Items []struct {
+			Metadata struct {
+				Name              string
+				CreationTimestamp time.Time
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(list), &namespaces); err != nil {
+		return nil, err
+	}
+	for _, namespace := range namespaces.Items {
+		if m := namespace.Metadata; strings.HasPrefix(m.Name, prefix) && now.Sub(m.CreationTimestamp) > 6*time.Hour {
+			names = append(names, m.Name)
+		}
+	}
+	return names, nil
 }
 
 // usableNodes counts those of a list that pods of ours may go to. Control planes are mostly tainted.

@@ -139,6 +139,19 @@ func TestCluster_UsableNodes(t *testing.T) {
 	}
 }
 
+// A run that was killed leaves its namespace; nobody else's is touched, nor that of a run that goes on.
+func TestCluster_Leftovers(t *testing.T) {
+	names, err := leftovers(`{"items": [
+		{"metadata": {"name": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}},
+		{"metadata": {"name": "leasehold", "creationTimestamp": "2026-01-01T00:00:00Z"}},
+		{"metadata": {"name": "leasehold-e2e-17", "creationTimestamp": "2026-01-01T00:00:00Z"}},
+		{"metadata": {"name": "leasehold-e2e-18", "creationTimestamp": "2026-01-02T09:00:00Z"}}
+	]}`, time.Date(2026, 1, 2, 12, 0, 0, 0, time.UTC))
+	if err != nil || !slices.Equal(names, []string{"leasehold-e2e-17"}) {
+		t.Errorf("%v (%v), want leasehold-e2e-17 alone", names, err)
+	}
+}
+
 // The user's own certificates stay where they are.
 func TestCluster_CopiesNoCertificates(t *testing.T) {
 	from, to := t.TempDir(), filepath.Join(t.TempDir(), "k8s")
