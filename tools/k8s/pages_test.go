@@ -3,6 +3,9 @@
 package k8s_test
 
 import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -36,18 +39,19 @@ func TestPages_Commands(t *testing.T) {
 			if err := copyTree(filepath.Join(shared.root, "k8s"), filepath.Join(tree, "k8s")); err != nil {
 				t.Fatal(err)
 			}
-			makefile, err := os.ReadFile(filepath.Join(shared.root, "Makefile"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(filepath.Join(tree, "Makefile"), makefile, 0o644); err != nil {
-				t.Fatal(err)
+			// What make k8s-certs needs of the tree.
+			for _, file := range []string{"Makefile", "go.mod", "go.sum", "tools/k8s/go.mod", "tools/k8s/go.sum", "tools/k8s/certs/main.go"} {
+				to := filepath.Join(tree, file)
+				err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, read(t, shared.root, file), 0o644))
+				if err != nil {
+					t.Fatal(err)
+				}
 			}
 			// The image needs a builder, and is another test's.
 			prelude := fmt.Sprintf(`set -euo pipefail
 make() {
 	case $1 in
-	k8s-certs) command make -n "$@" >/dev/null; %s -dir k8s/certs ;;
+	k8s-certs) command make "$@" ;;
 	image) ;;
 	*) echo "this test does not know make $1"; exit 1 ;;
 	esac
@@ -60,11 +64,20 @@ kubectl() {
 	*) echo "this test does not know kubectl $*"; exit 1 ;;
 	esac
 }
-`, shared.certs, kubectl, asked, asked)
+`, kubectl, asked, asked)
 			cmd := exec.Command("bash", "-c", prelude+script.String())
 			cmd.Dir = tree
 			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Fatalf("%v\n%s", err, out)
+			}
+
+			// As the page says for clients of other namespaces.
+			if out, err := exec.Command("make", "-C", tree, "k8s-certs", "NAMESPACE=mine").CombinedOutput(); err != nil {
+				t.Fatalf("make k8s-certs NAMESPACE=mine: %v\n%s", err, out)
+			}
+			block, _ := pem.Decode(read(t, filepath.Join(tree, "k8s/certs"), "server.crt"))
+			if server, err := x509.ParseCertificate(block.Bytes); err != nil || server.VerifyHostname("etcd-0.etcd.mine") != nil {
+				t.Errorf("make k8s-certs NAMESPACE=mine: the server's certificate is not for etcd-0.etcd.mine (%v)", err)
 			}
 
 			applied, err := filepath.Glob(asked + ".*")
