@@ -76,20 +76,21 @@ func TestManifests_AllAreTested(t *testing.T) {
 	}
 }
 
+// values are what the objects say, in the order of their names.
+func values(t *testing.T, objects []object) (all []any) {
+	t.Helper()
+	for _, o := range slices.SortedFunc(slices.Values(objects), func(a, b object) int { return strings.Compare(a.String(), b.String()) }) {
+		var value any
+		if err := yaml.Unmarshal(o.yaml, &value); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, value)
+	}
+	return all
+}
+
 // kubectl 1.20 has kustomize 2.0.3 in it, which reads less and writes otherwise.
 func TestManifests_OldAndNewKustomizeAgree(t *testing.T) {
-	sorted := func(objects []object) []any {
-		var all []any
-		slices.SortFunc(objects, func(a, b object) int { return strings.Compare(a.String(), b.String()) })
-		for _, o := range objects {
-			var value any
-			if err := yaml.Unmarshal(o.yaml, &value); err != nil {
-				t.Fatal(err)
-			}
-			all = append(all, value)
-		}
-		return all
-	}
 	for name := range overlays {
 		text, err := exec.Command(shared.old, "render", filepath.Join(shared.tree, name)).Output()
 		if err != nil {
@@ -100,7 +101,7 @@ func TestManifests_OldAndNewKustomizeAgree(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if old, today := sorted(objects), sorted(slices.Clone(shared.rendered[name])); !reflect.DeepEqual(old, today) {
+		if old, today := values(t, objects), values(t, shared.rendered[name]); !reflect.DeepEqual(old, today) {
 			t.Errorf("k8s/%s differs: kustomize 2.0.3 renders\n%v\nthat of today\n%v", name, old, today)
 		}
 	}

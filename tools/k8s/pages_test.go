@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -35,7 +36,8 @@ func TestPages_Commands(t *testing.T) {
 			for _, match := range block.FindAllSubmatch(text, -1) {
 				script.Write(match[1])
 			}
-			tree, asked := t.TempDir(), filepath.Join(t.TempDir(), "asked")
+			tree, dir := t.TempDir(), t.TempDir()
+			asked, old := filepath.Join(dir, "asked"), filepath.Join(dir, "old")
 			if err := copyTree(filepath.Join(shared.root, "k8s"), filepath.Join(tree, "k8s")); err != nil {
 				t.Fatal(err)
 			}
@@ -59,12 +61,12 @@ make() {
 n=0
 kubectl() {
 	case "$1 $2" in
-	"apply -k") n=$((n + 1)); %s kustomize "$3" >%s.$n ;;
+	"apply -k") n=$((n + 1)); %s kustomize "$3" >%s.$n; %s render "$3" >%s.$n ;;
 	"rollout status"|"exec deployment/"*|"logs -l"|"delete pdb") echo "$*" >>%s ;;
 	*) echo "this test does not know kubectl $*"; exit 1 ;;
 	esac
 }
-`, kubectl, asked, asked)
+`, kubectl, asked, shared.old, old, asked)
 			cmd := exec.Command("bash", "-c", prelude+script.String())
 			cmd.Dir = tree
 			if out, err := cmd.CombinedOutput(); err != nil {
@@ -94,6 +96,14 @@ kubectl() {
 				objects, err := split(rendered)
 				if err != nil {
 					t.Fatal(err)
+				}
+				// kubectl 1.20 makes the same of what the page has the reader write.
+				before, err := split(read(t, dir, strings.Replace(filepath.Base(file), "asked", "old", 1)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if old, today := values(t, before), values(t, objects); !reflect.DeepEqual(old, today) {
+					t.Errorf("kustomize 2.0.3 renders\n%v\nthat of today\n%v", old, today)
 				}
 				for _, o := range objects {
 					if _, err := decode(o.yaml); err != nil {
