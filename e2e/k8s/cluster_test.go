@@ -409,9 +409,10 @@ func TestCluster(t *testing.T) {
 		t.Errorf("status does not name %s as the leader:\n%s", pod, out)
 	}
 
-	// A planned stop takes the job's own time and milliseconds; TTL and grace are 15 s and 10 s.
+	// A planned stop takes the job's own time, which is nothing, and milliseconds. A lease that is not given back takes the TTL, 15 s.
+	const planned = 10 * time.Second
 	c.kubectl("delete", "pod", pod, "--wait=false")
-	current, pod = next("the leader's pod is deleted", current, 25*time.Second)
+	current, pod = next("the leader's pod is deleted", current, planned)
 	c.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
 	current, pod = next("the leader's pod is deleted by force", current, time.Minute)
 	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
@@ -430,9 +431,18 @@ func TestCluster(t *testing.T) {
 	uncordon()
 	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
 
+	told.longestGap() // so far
 	c.kubectl("rollout", "restart", "deployment/wrapper")
 	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
-	current, _ = next("the Deployment is rolled", current, 25*time.Second)
+	current, _ = next("the Deployment is rolled", current, planned)
+	switch gap := told.longestGap(); {
+	case gap == 0:
+		t.Error("the Deployment was rolled, and no job ended")
+	case gap > planned:
+		t.Errorf("the Deployment was rolled, and for %v there was no job", gap)
+	default:
+		t.Logf("the Deployment is rolled: no job for %v at most", gap.Round(time.Millisecond))
+	}
 
 	c.routeToLeader(job, func(what string) { current, _ = next(what, current, time.Minute) })
 	c.badSettings(job)

@@ -82,10 +82,21 @@ func TestWitness_SeesOverlap(t *testing.T) {
 	}
 	first := run("a", "1")
 	job := wait("", "a 1")
+	if gap := told.longestGap(); gap != 0 {
+		t.Errorf("no job has ended, and for %v there was none", gap)
+	}
 	_ = first.Process.Kill()
 	gone()
+	began := time.Now()
 	second := run("b", "2")
 	job = wait(job, "b 2")
+	// It can't be less than nothing, nor more than the time since the first one was seen to be dead and a little.
+	if gap, most := told.longestGap(), time.Since(began)+5*time.Second; gap <= 0 || gap > most {
+		t.Errorf("for %v there was no job, want more than nothing and less than %v", gap, most)
+	}
+	if gap := told.longestGap(); gap != 0 {
+		t.Errorf("a gap of %v is told twice", gap)
+	}
 	if found := told.overlapped(); len(found) > 0 {
 		t.Errorf("one after the other, and yet: %v", found)
 	}
