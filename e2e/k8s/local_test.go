@@ -4,10 +4,12 @@ package k8s_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -80,10 +82,21 @@ func TestWitness_SeesOverlap(t *testing.T) {
 	}
 	first := run("a", "1")
 	job := wait("", "a 1")
+	if gap := told.longestGap(); gap != 0 {
+		t.Errorf("no job has ended, and for %v there was none", gap)
+	}
 	_ = first.Process.Kill()
 	gone()
+	began := time.Now()
 	second := run("b", "2")
 	job = wait(job, "b 2")
+	// It can't be less than nothing, nor more than the time since the first one was seen to be dead and a little.
+	if gap, most := told.longestGap(), time.Since(began)+5*time.Second; gap <= 0 || gap > most {
+		t.Errorf("for %v there was no job, want more than nothing and less than %v", gap, most)
+	}
+	if gap := told.longestGap(); gap != 0 {
+		t.Errorf("a gap of %v is told twice", gap)
+	}
 	if found := told.overlapped(); len(found) > 0 {
 		t.Errorf("one after the other, and yet: %v", found)
 	}
@@ -123,6 +136,58 @@ current-context: dead
 	}
 }
 
+// Only nodes that take pods count: with two of them and a control plane, an etcd of three would wait for ever.
+func TestCluster_UsableNodes(t *testing.T) {
+	count, err := usableNodes(`{"items": [
+		{"spec": {"taints": [{"effect": "NoSchedule", "key": "node-role.kubernetes.io/control-plane"}]}},
+		{"spec": {"taints": [{"effect": "NoExecute", "key": "node.kubernetes.io/unreachable"}]}},
+		{"spec": {"unschedulable": true, "taints": [{"effect": "NoSchedule", "key": "node.kubernetes.io/unschedulable"}]}},
+		{"spec": {"taints": [{"effect": "PreferNoSchedule", "key": "spot"}]}},
+		{"spec": {"podCIDR": "10.244.0.0/24"}}
+	]}`)
+	if err != nil || count != 2 {
+		t.Errorf("%d nodes (%v), want 2", count, err)
+	}
+}
+
+// A run that was killed leaves its namespace; nobody else's is touched, nor that of a run that goes on.
+func TestCluster_Leftovers(t *testing.T) {
+	names, err := leftovers(`{"items": [
+		{"metadata": {"name": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}},
+		{"metadata": {"name": "leasehold", "creationTimestamp": "2026-01-01T00:00:00Z"}},
+		{"metadata": {"name": "leasehold-e2e-17", "creationTimestamp": "2026-01-01T00:00:00Z"}},
+		{"metadata": {"name": "leasehold-e2e-18", "creationTimestamp": "2026-01-02T09:00:00Z"}}
+	]}`, time.Date(2026, 1, 2, 12, 0, 0, 0, time.UTC))
+	if err != nil || !slices.Equal(names, []string{"leasehold-e2e-17"}) {
+		t.Errorf("%v (%v), want leasehold-e2e-17 alone", names, err)
+	}
+}
+
+// The user's own certificates stay where they are.
+func TestCluster_CopiesNoCertificates(t *testing.T) {
+	from, to := t.TempDir(), filepath.Join(t.TempDir(), "k8s")
+	for _, file := range []string{"kustomization.yaml", "certs/kustomization.yaml", "certs/ca.crt", "certs/ca.key", "certs/ca.key.new"} {
+		path := filepath.Join(from, file)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(file), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := copyTree(from, to); err != nil {
+		t.Fatal(err)
+	}
+	var copied []string
+	for _, pattern := range []string{"*.*", "certs/*"} {
+		found, err := filepath.Glob(filepath.Join(to, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		copied = append(copied, found...)
+	}
+	if want := []string{filepath.Join(to, "kustomization.yaml"), filepath.Join(to, "certs/kustomization.yaml")}; !slices.Equal(copied, want) {
+		t.Errorf("copied %v, want %v", copied, want)
+	}
+}
+
 // What the cluster's test applies is what it means to apply.
 func TestCluster_OverlaysRender(t *testing.T) {
 	kubectl, err := exec.LookPath("kubectl")
@@ -134,7 +199,7 @@ func TestCluster_OverlaysRender(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := &cluster{t: t, tree: filepath.Join(t.TempDir(), "k8s"), image: "example.com:5000/leasehold:v1"}
-	if err := os.CopyFS(c.tree, os.DirFS(filepath.Join(root, "k8s"))); err != nil {
+	if err := copyTree(filepath.Join(root, "k8s"), c.tree); err != nil {
 		t.Fatal(err)
 	}
 	for base, patches := range map[string][]string{
@@ -158,6 +223,36 @@ func TestCluster_OverlaysRender(t *testing.T) {
 	}
 }
 
+// The files in which the pages have leasehold's image named are those that name it in everything that is applied.
+func TestCluster_PagesNameTheImage(t *testing.T) {
+	kubectl, err := exec.LookPath("kubectl")
+	if err != nil {
+		t.Skip("skipped: there is no kubectl here")
+	}
+	root, err := e2e.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for page, overlays := range map[string][]string{
+		"kubernetes-wrapper.md": {"wrapper", "wrapper/kubernetes-1.20", "wrapper/route-to-leader"},
+		"kubernetes-sidecar.md": {"sidecar", "sidecar/plain", "sidecar/kubernetes-1.20"},
+	} {
+		tree := filepath.Join(t.TempDir(), "k8s")
+		if err := copyTree(filepath.Join(root, "k8s"), tree); err != nil {
+			t.Fatal(err)
+		}
+		if err := nameImage(tree, filepath.Join(root, "docs", page), "example.com:5000/leasehold:v1"); err != nil {
+			t.Fatal(err)
+		}
+		for _, overlay := range overlays {
+			text, err := exec.Command(kubectl, "kustomize", filepath.Join(tree, overlay)).CombinedOutput()
+			if err != nil || !strings.Contains(string(text), "image: example.com:5000/leasehold:v1\n") || strings.Contains(string(text), "localhost/leasehold") {
+				t.Errorf("docs/%s: k8s/%s does not have the image that was named: %v\n%s", page, overlay, err, text)
+			}
+		}
+	}
+}
+
 // The pages' commands, for an old cluster of one node, are of the folders that serve it.
 func TestCluster_PagesFitTheCluster(t *testing.T) {
 	root, err := e2e.ModuleRoot()
@@ -165,7 +260,7 @@ func TestCluster_PagesFitTheCluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	for page, wanted := range map[string][]string{
-		"kubernetes-wrapper.md": {"-k k8s/etcd/one-member\n", "-k k8s/wrapper/kubernetes-1.20\n", "bases: [../wrapper/kubernetes-1.20]\n", "-k k8s/wrapper/route-to-leader\n", "-k k8s/mine\n"},
+		"kubernetes-wrapper.md": {"-k k8s/etcd/one-member\n", "-k k8s/wrapper/kubernetes-1.20\n", "bases: [../wrapper/kubernetes-1.20]\n", "bases: [../wrapper/route-to-leader]|' ", "-k k8s/mine\n"},
 		"kubernetes-sidecar.md": {"-k k8s/etcd/one-member\n", "-k k8s/sidecar/kubernetes-1.20\n"},
 	} {
 		script, err := pageScript(filepath.Join(root, "docs", page), "etcd/one-member", "wrapper/kubernetes-1.20", "sidecar/kubernetes-1.20")

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 )
 
 // A record is what the witness has told: which jobs live, and which ever lived at once.
@@ -19,6 +20,8 @@ type record struct {
 	last     string // that began
 	count    int    // of jobs that began
 	overlaps []string
+	idle     time.Time     // since when no job lives; zero while one does
+	gap      time.Duration // the longest such time that has ended
 	changed  chan struct{} // closed and replaced at each change
 }
 
@@ -35,10 +38,16 @@ func (r *record) follow(lines io.Reader) error {
 			if len(r.alive) > 0 {
 				r.overlaps = append(r.overlaps, fmt.Sprintf("%s began while %s lived", name, strings.Join(r.alive, ", ")))
 			}
+			if !r.idle.IsZero() {
+				r.gap, r.idle = max(r.gap, time.Since(r.idle)), time.Time{}
+			}
 			r.alive, r.last = append(r.alive, name), name
 			r.count++
 		case "end":
 			r.alive = slices.DeleteFunc(r.alive, func(n string) bool { return n == name })
+			if len(r.alive) == 0 {
+				r.idle = time.Now()
+			}
 		}
 		close(r.changed)
 		r.changed = make(chan struct{})
@@ -63,6 +72,15 @@ func (r *record) job(ctx context.Context, after string) (job, pod string, err er
 			return "", "", fmt.Errorf("no job after %q: %w", after, context.Cause(ctx))
 		}
 	}
+}
+
+// longestGap returns the longest time without a job that has ended since it was asked last.
+func (r *record) longestGap() time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	gap := r.gap
+	r.gap = 0
+	return gap
 }
 
 func (r *record) overlapped() []string {

@@ -118,7 +118,7 @@ func copyTree(from, to string) error {
 		switch {
 		case entry.IsDir():
 			return os.MkdirAll(filepath.Join(to, relative), 0o755)
-		case filepath.Ext(path) == ".crt" || filepath.Ext(path) == ".key":
+		case slices.Contains([]string{".crt", ".key", ".new"}, filepath.Ext(path)):
 			return nil
 		}
 		data, err := os.ReadFile(path)

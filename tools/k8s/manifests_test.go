@@ -76,20 +76,21 @@ func TestManifests_AllAreTested(t *testing.T) {
 	}
 }
 
+// values are what the objects say, in the order of their names.
+func values(t *testing.T, objects []object) (all []any) {
+	t.Helper()
+	for _, o := range slices.SortedFunc(slices.Values(objects), func(a, b object) int { return strings.Compare(a.String(), b.String()) }) {
+		var value any
+		if err := yaml.Unmarshal(o.yaml, &value); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, value)
+	}
+	return all
+}
+
 // kubectl 1.20 has kustomize 2.0.3 in it, which reads less and writes otherwise.
 func TestManifests_OldAndNewKustomizeAgree(t *testing.T) {
-	sorted := func(objects []object) []any {
-		var all []any
-		slices.SortFunc(objects, func(a, b object) int { return strings.Compare(a.String(), b.String()) })
-		for _, o := range objects {
-			var value any
-			if err := yaml.Unmarshal(o.yaml, &value); err != nil {
-				t.Fatal(err)
-			}
-			all = append(all, value)
-		}
-		return all
-	}
 	for name := range overlays {
 		text, err := exec.Command(shared.old, "render", filepath.Join(shared.tree, name)).Output()
 		if err != nil {
@@ -100,7 +101,7 @@ func TestManifests_OldAndNewKustomizeAgree(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if old, today := sorted(objects), sorted(slices.Clone(shared.rendered[name])); !reflect.DeepEqual(old, today) {
+		if old, today := values(t, objects), values(t, shared.rendered[name]); !reflect.DeepEqual(old, today) {
 			t.Errorf("k8s/%s differs: kustomize 2.0.3 renders\n%v\nthat of today\n%v", name, old, today)
 		}
 	}
@@ -202,6 +203,21 @@ func TestManifests_Kubernetes120(t *testing.T) {
 			}
 		}
 	})
+}
+
+// The pages have this for those who don't want a drain to wait for pods that are not ready. It can't be there by default: the
+// manifests are for 1.21 and newer.
+func TestManifests_EvictionPolicy(t *testing.T) {
+	for _, app := range []string{"wrapper", "sidecar"} {
+		text := substitute(t, shared.rendered[app], "PodDisruptionBudget", "maxUnavailable: 1\n", "maxUnavailable: 1\n  unhealthyPodEvictionPolicy: AlwaysAllow\n")
+		_, err := decode(text)
+		if err = errors.Join(err, schemaFault("1.27", text)); err != nil {
+			t.Errorf("k8s/%s: Kubernetes 1.27 does not take unhealthyPodEvictionPolicy, and the page says so: %v", app, err)
+		}
+		if schemaFault("1.23", text) == nil {
+			t.Errorf("k8s/%s: Kubernetes 1.23 takes unhealthyPodEvictionPolicy, and the page says that it does not", app)
+		}
+	}
 }
 
 func schemaFault(version string, text []byte) error {
@@ -379,6 +395,70 @@ func TestManifests_Pods(t *testing.T) {
 	})
 }
 
+// The rule that the pages give for a port of the reader's own lets everybody in there, and 4040 stays as it was.
+func TestManifests_PortsOfOnesOwn(t *testing.T) {
+	const rule = "- ports: [{protocol: TCP, port: 8080}]"
+	for _, app := range []string{"wrapper", "sidecar"} {
+		if page := read(t, filepath.Join(shared.root, "docs"), "kubernetes-"+app+".md"); !strings.Contains(string(page), "`"+rule+"`") {
+			t.Errorf("docs/kubernetes-%s.md does not have the rule %s", app, rule)
+		}
+		text := string(read(t, filepath.Join(shared.tree, app, "base"), "network-policy.yaml"))
+		o, err := decode([]byte(strings.Replace(text, "  ingress:\n", "  ingress:\n  "+rule+"\n", 1)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := find[networkingv1.NetworkPolicy](t, shared.rendered[app], "NetworkPolicy", app).Spec.Ingress
+		ingress := o.(*networkingv1.NetworkPolicy).Spec.Ingress
+		if len(ingress) != len(before)+1 || ingress[0].Ports[0].Port.IntValue() != 8080 || len(ingress[0].From) > 0 || !reflect.DeepEqual(ingress[1:], before) {
+			t.Errorf("k8s/%s: with that rule the NetworkPolicy lets in %+v", app, ingress)
+		}
+	}
+}
+
+// An etcd of another chart in the same namespace bears the same name, and is not ours to route to, count or shut off.
+func TestManifests_EtcdOfOthers(t *testing.T) {
+	etcd := shared.rendered["etcd"]
+	set := find[appsv1.StatefulSet](t, etcd, "StatefulSet", "etcd").Spec
+	netpol := find[networkingv1.NetworkPolicy](t, etcd, "NetworkPolicy", "etcd").Spec
+	selectors := map[string]*metav1.LabelSelector{
+		"Service":             {MatchLabels: find[corev1.Service](t, etcd, "Service", "etcd").Spec.Selector},
+		"StatefulSet":         set.Selector,
+		"PodDisruptionBudget": find[policyv1.PodDisruptionBudget](t, etcd, "PodDisruptionBudget", "etcd").Spec.Selector,
+		"NetworkPolicy":       &netpol.PodSelector,
+		"rule for peers in":   netpol.Ingress[1].From[0].PodSelector,
+		"rule for peers out":  netpol.Egress[0].To[0].PodSelector,
+	}
+	for i, c := range set.Template.Spec.TopologySpreadConstraints {
+		selectors[fmt.Sprintf("spread constraint %d", i)] = c.LabelSelector
+	}
+	for what, selector := range selectors {
+		if !selects(selector, set.Template.Labels) {
+			t.Errorf("%s: it does not select our own members", what)
+		}
+		if selects(selector, map[string]string{"app.kubernetes.io/name": "etcd", "app.kubernetes.io/instance": "theirs"}) {
+			t.Errorf("%s: it selects an etcd that is not ours", what)
+		}
+	}
+}
+
+// A Service's port is not the one that a NetworkPolicy sees: behind 53 the DNS of OpenShift listens on 5353.
+func TestManifests_EtcdReachesDNS(t *testing.T) {
+	netpol := find[networkingv1.NetworkPolicy](t, shared.rendered["etcd"], "NetworkPolicy", "etcd")
+	var open []string
+	for _, rule := range netpol.Spec.Egress {
+		for _, port := range rule.Ports {
+			if len(rule.To) == 0 {
+				open = append(open, fmt.Sprint(*port.Protocol, " ", port.Port))
+			}
+		}
+	}
+	for _, want := range []string{"UDP 53", "TCP 53", "UDP 5353", "TCP 5353"} {
+		if !slices.Contains(open, want) {
+			t.Errorf("etcd can't reach %s, only %v", want, open)
+		}
+	}
+}
+
 // Only who bears the label that k8s/etcd's NetworkPolicy asks for, and has the Secret, gets through to etcd.
 func TestManifests_ClientsReachEtcd(t *testing.T) {
 	etcd := shared.rendered["etcd"]
@@ -389,8 +469,13 @@ func TestManifests_ClientsReachEtcd(t *testing.T) {
 			continue
 		}
 		pod := find[appsv1.Deployment](t, shared.rendered[name], "Deployment", app).Spec.Template
-		if !selects(netpol.Spec.Ingress[0].From[0].PodSelector, pod.Labels) {
+		from := netpol.Spec.Ingress[0].From[0]
+		if !selects(from.PodSelector, pod.Labels) {
 			t.Errorf("k8s/%s: the NetworkPolicy of k8s/etcd shuts its pods out", name)
+		}
+		// No selector at all means its own namespace alone.
+		if from.NamespaceSelector == nil || !selects(from.NamespaceSelector, map[string]string{"kubernetes.io/metadata.name": "elsewhere"}) {
+			t.Errorf("k8s/%s: the NetworkPolicy of k8s/etcd shuts out its pods in other namespaces", name)
 		}
 		c := leaseholdIn(pod.Spec)
 		i := slices.IndexFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Secret != nil })

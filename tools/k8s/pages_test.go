@@ -3,15 +3,21 @@
 package k8s_test
 
 import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 )
 
 var block = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
@@ -30,22 +36,24 @@ func TestPages_Commands(t *testing.T) {
 			for _, match := range block.FindAllSubmatch(text, -1) {
 				script.Write(match[1])
 			}
-			tree, asked := t.TempDir(), filepath.Join(t.TempDir(), "asked")
+			tree, dir := t.TempDir(), t.TempDir()
+			asked, old := filepath.Join(dir, "asked"), filepath.Join(dir, "old")
 			if err := copyTree(filepath.Join(shared.root, "k8s"), filepath.Join(tree, "k8s")); err != nil {
 				t.Fatal(err)
 			}
-			makefile, err := os.ReadFile(filepath.Join(shared.root, "Makefile"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(filepath.Join(tree, "Makefile"), makefile, 0o644); err != nil {
-				t.Fatal(err)
+			// What make k8s-certs needs of the tree.
+			for _, file := range []string{"Makefile", "go.mod", "go.sum", "tools/k8s/go.mod", "tools/k8s/go.sum", "tools/k8s/certs/main.go"} {
+				to := filepath.Join(tree, file)
+				err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, read(t, shared.root, file), 0o644))
+				if err != nil {
+					t.Fatal(err)
+				}
 			}
 			// The image needs a builder, and is another test's.
 			prelude := fmt.Sprintf(`set -euo pipefail
 make() {
 	case $1 in
-	k8s-certs) command make -n "$@" >/dev/null; %s -dir k8s/certs ;;
+	k8s-certs) command make "$@" ;;
 	image) ;;
 	*) echo "this test does not know make $1"; exit 1 ;;
 	esac
@@ -53,16 +61,25 @@ make() {
 n=0
 kubectl() {
 	case "$1 $2" in
-	"apply -k") n=$((n + 1)); %s kustomize "$3" >%s.$n ;;
+	"apply -k") n=$((n + 1)); %s kustomize "$3" >%s.$n; %s render "$3" >%s.$n ;;
 	"rollout status"|"exec deployment/"*|"logs -l"|"delete pdb") echo "$*" >>%s ;;
 	*) echo "this test does not know kubectl $*"; exit 1 ;;
 	esac
 }
-`, shared.certs, kubectl, asked, asked)
+`, kubectl, asked, shared.old, old, asked)
 			cmd := exec.Command("bash", "-c", prelude+script.String())
 			cmd.Dir = tree
 			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Fatalf("%v\n%s", err, out)
+			}
+
+			// As the page says for clients of other namespaces.
+			if out, err := exec.Command("make", "-C", tree, "k8s-certs", "NAMESPACE=mine").CombinedOutput(); err != nil {
+				t.Fatalf("make k8s-certs NAMESPACE=mine: %v\n%s", err, out)
+			}
+			block, _ := pem.Decode(read(t, filepath.Join(tree, "k8s/certs"), "server.crt"))
+			if server, err := x509.ParseCertificate(block.Bytes); err != nil || server.VerifyHostname("etcd-0.etcd.mine") != nil {
+				t.Errorf("make k8s-certs NAMESPACE=mine: the server's certificate is not for etcd-0.etcd.mine (%v)", err)
 			}
 
 			applied, err := filepath.Glob(asked + ".*")
@@ -70,6 +87,7 @@ kubectl() {
 				t.Fatalf("the page applies %d things (%v)", len(applied), err)
 			}
 			var all []object
+			elections, last := map[string]string{}, map[string]*corev1.Container{}
 			for _, file := range applied {
 				rendered, err := os.ReadFile(file)
 				if err != nil {
@@ -78,6 +96,14 @@ kubectl() {
 				objects, err := split(rendered)
 				if err != nil {
 					t.Fatal(err)
+				}
+				// kubectl 1.20 makes the same of what the page has the reader write.
+				before, err := split(read(t, dir, strings.Replace(filepath.Base(file), "asked", "old", 1)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if old, today := values(t, before), values(t, objects); !reflect.DeepEqual(old, today) {
+					t.Errorf("kustomize 2.0.3 renders\n%v\nthat of today\n%v", old, today)
 				}
 				for _, o := range objects {
 					if _, err := decode(o.yaml); err != nil {
@@ -90,6 +116,21 @@ kubectl() {
 					}
 				}
 				all = append(all, objects...)
+				// Rolled into another election, old and new pods would each have a leader; and what is the reader's own stays.
+				for name, pod := range templates(t, objects) {
+					c := leaseholdIn(pod.Spec)
+					if c == nil {
+						continue
+					}
+					election := environment(t, *c, "pod", shared.rendered["etcd"])["LEASEHOLD_ELECTION"]
+					if before, found := elections[name]; found && before != election {
+						t.Errorf("%s is rolled from the election %s into %s: two jobs at once", name, before, election)
+					}
+					if before := last[name]; before != nil && strings.Contains(before.Image, "debian") && (c.Image != before.Image || !slices.Equal(c.Args, before.Args)) {
+						t.Errorf("%s: the reader's job %s %q is rolled back to %s %q", name, before.Image, before.Args, c.Image, c.Args)
+					}
+					elections[name], last[name] = election, c
+				}
 			}
 			// What is asked of a Deployment is asked of one that was applied, and of a container that it has.
 			lines, err := os.ReadFile(asked)
