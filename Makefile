@@ -165,7 +165,7 @@ test-k8s: $(ETCD_TOOLS)
 
 # LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
 e2e-k8s:
-	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 90m ./e2e/k8s
+	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 120m ./e2e/k8s
 
 clean:
 	rm -rf bin dist leasehold
