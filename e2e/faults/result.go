@@ -201,9 +201,14 @@ func (r *Results) violations() []string {
 				all = append(all, fmt.Sprintf("%s, %s: no outcome: %s", s.Row, s.Candidate, s.Failure))
 			}
 		}
+		// What is p99 of a few trials is the worst of them, one bad moment of the machine.
+		bound := 10.0
+		if len(c.samples) < 20 {
+			bound *= 10
+		}
 		if p99 := e2e.Percentile(c.values(func(s Sample) *float64 { return &s.Overlap }), 99); strings.HasPrefix(c.candidate, e2e.Leasehold.Name) &&
-			c.row.Promise == Operator && p99 > 10 {
-			all = append(all, fmt.Sprintf("%s, %s: both jobs alive for %s at p99, more than 10 ms", c.row.Name, c.candidate, e2e.Span(p99)))
+			c.row.Promise == Operator && p99 > bound {
+			all = append(all, fmt.Sprintf("%s, %s: both jobs alive for %s at p99, more than %s", c.row.Name, c.candidate, e2e.Span(p99), e2e.Span(bound)))
 		}
 	}
 	return all
