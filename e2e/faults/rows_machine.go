@@ -41,15 +41,18 @@ var machineRows = []Row{
 			if err := errors.Join(err, e2e.Wait(ctx, time.Second)); err != nil {
 				return err
 			}
+			watchDeath(ctx, t)
 			thawed := e2e.Now()
 			t.frozen[0].to = thawed
 			t.Notes["thawed"] = thawed
 			return t.Leader.Thaw(ctx)
 		},
-		After: func(_ context.Context, t *Trial) error {
-			thawed, _ := t.Notes["thawed"].(time.Duration)
-			if end := t.dead(); end != 0 {
-				t.Figure("thaw to death", end-thawed)
+		After: func(ctx context.Context, t *Trial) error {
+			if err := deathOfThreads(ctx, t); err != nil {
+				return err
+			}
+			if thawed, _ := t.Notes["thawed"].(time.Duration); t.Killed != 0 {
+				t.Figure("thaw to death", t.Killed-thawed)
 			}
 			return nil
 		}},
