@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what `make test-image` needs, and makes the images that the builds begin with, for it asks no registry:
 # debian:bookworm-slim by debootstrap (with make and the certificates, which golang's has), and golang, which is that with this
-# machine's Go. All images are in bin/image, a storage that nobody else uses.
+# machine's Go. All images are in bin/.image, a storage that nobody else uses; the dot is for Go, which would take its own sources
+# in there for packages of this module.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PATH:/usr/local/go/bin:/usr/sbin:/sbin"
@@ -19,17 +20,17 @@ if ((${#missing[@]})); then
 	DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -y -q --no-install-recommends "${missing[@]}"
 fi
 
-mkdir -p bin/image
+mkdir -p bin/.image
 # Not in bin/: where the path of its sockets is too long, podman waits for 20 s at the end of each container.
 runroot=/run/leasehold-image-$(cksum <<<"$PWD" | cut -d ' ' -f 1)
-cat >bin/image/storage.conf <<END
+cat >bin/.image/storage.conf <<END
 [storage]
 driver = "overlay"
-graphroot = "$PWD/bin/image/storage"
+graphroot = "$PWD/bin/.image/storage"
 runroot = "$runroot"
 END
 # No systemd is needed. The limits are such that no container asks for more than a root without CAP_SYS_RESOURCE has.
-cat >bin/image/containers.conf <<END
+cat >bin/.image/containers.conf <<END
 [containers]
 default_ulimits = ["nofile=20000:20000", "nproc=32768:32768"]
 [engine]
@@ -37,7 +38,7 @@ runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "none"
 END
-export CONTAINERS_STORAGE_CONF=$PWD/bin/image/storage.conf CONTAINERS_CONF=$PWD/bin/image/containers.conf
+export CONTAINERS_STORAGE_CONF=$PWD/bin/.image/storage.conf CONTAINERS_CONF=$PWD/bin/.image/containers.conf
 
 # What a run that was cut short has left. Nobody else has containers in this storage.
 podman rm --all --force --time 0 >/dev/null
@@ -54,9 +55,9 @@ trap clean EXIT
 
 if ! podman image exists localhost/debian:bookworm-slim; then
 	echo 'making localhost/debian:bookworm-slim, once; it takes about a minute'
-	root=$(mktemp -d "$PWD/bin/image/root.XXXXXX")
-	debootstrap --variant=minbase --include=ca-certificates,make bookworm "$root" >bin/image/debootstrap.log ||
-		{ tail -n 20 bin/image/debootstrap.log >&2 && exit 1; }
+	root=$(mktemp -d "$PWD/bin/.image/root.XXXXXX")
+	debootstrap --variant=minbase --include=ca-certificates,make bookworm "$root" >bin/.image/debootstrap.log ||
+		{ tail -n 20 bin/.image/debootstrap.log >&2 && exit 1; }
 	tar -C "$root" -c --exclude ./var/cache/apt --exclude ./var/lib/apt/lists . |
 		podman import -q --change 'CMD ["bash"]' - localhost/debian:bookworm-slim >/dev/null
 fi

@@ -54,7 +54,7 @@ func missing(root string) string {
 			return tool
 		}
 	}
-	if _, err := os.Stat(filepath.Join(root, "bin", "image", "storage.conf")); err != nil {
+	if _, err := os.Stat(filepath.Join(root, "bin", ".image", "storage.conf")); err != nil {
 		return "the base images, which e2e/image/prepare.sh makes"
 	}
 	return ""
@@ -79,7 +79,7 @@ func needImages(t *testing.T) {
 	built.Do(func() {
 		built.root = root
 		for name, file := range map[string]string{"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf"} {
-			built.err = errors.Join(built.err, os.Setenv(name, filepath.Join(root, "bin", "image", file)))
+			built.err = errors.Join(built.err, os.Setenv(name, filepath.Join(root, "bin", ".image", file)))
 		}
 		began := time.Now()
 		if built.err == nil {
