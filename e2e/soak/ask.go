@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
 	"sync"
@@ -180,6 +181,10 @@ func (k *checker) explain(now time.Duration, over bool) {
 		if early && !over {
 			return false
 		}
+		if k.untold(y) {
+			k.counts.Untold++
+			return true
+		}
 		if of == nil {
 			k.violate([]string{y.candidate}, "/leader of %s, asked at %v, says 200, and no job of it has lived lately", y.candidate, y.sent-k.began)
 			return true
@@ -200,4 +205,40 @@ func (k *checker) explain(now time.Duration, over bool) {
 		}
 		return true
 	})
+}
+
+var jobLinePattern = regexp.MustCompile(`time=(\S+) .*msg="the job (runs|is dead)"`)
+
+// untold tells if an answer was of a job that by its daemon's log ran then, and
+// was killed before it could tell the witness of itself: on a starved machine
+// the start of a program may take longer than a term.
+func (k *checker) untold(y *yes) bool {
+	sent, received := k.wall(y.sent), k.wall(y.received)
+	var runs time.Time
+	for _, m := range jobLinePattern.FindAllStringSubmatch(k.log(y.candidate), -1) {
+		at, err := time.Parse(time.RFC3339Nano, m[1])
+		switch {
+		case err != nil:
+		case m[2] == "runs":
+			runs = at
+		case !runs.IsZero() && !runs.After(received) && !at.Before(sent):
+			return !k.told(y.candidate, runs, at)
+		default:
+			runs = time.Time{}
+		}
+	}
+	return false
+}
+
+// told tells if the witness has heard of a job of the candidate that started in
+// that time.
+func (k *checker) told(candidate string, from, to time.Time) bool {
+	for _, t := range k.terms {
+		for _, l := range t.lives {
+			if at := k.wall(l.Started); t.candidate == candidate && !at.Before(from.Add(-time.Second)) && !at.After(to.Add(time.Second)) {
+				return true
+			}
+		}
+	}
+	return false
 }

@@ -162,6 +162,7 @@ type counts struct {
 	Leading   int `json:"status_leading"`
 	Leader    int `json:"leader"`
 	Yes       int `json:"leader_yes"`
+	Untold    int `json:"leader_yes_untold"` // of jobs that were killed before the witness heard of them
 	Leases    int `json:"leases"`
 }
 

@@ -278,7 +278,7 @@ func (r *results) lines() []line {
 			line{"two alive after a thaw past the TTL", r.Thawed.String()},
 			line{"/status checked", fmt.Sprintf("%d times, %d of them leading", r.Counts.Status, r.Counts.Leading)},
 			line{"… still leading after an operator's deed", r.Stale.String()},
-			line{"/leader checked", fmt.Sprintf("%d times, %d of them 200", r.Counts.Leader, r.Counts.Yes)},
+			line{"/leader checked", fmt.Sprintf("%d times, %d of them 200; %d for a job that was killed before it told of itself", r.Counts.Leader, r.Counts.Yes, r.Counts.Untold)},
 		)
 		for _, excuse := range slices.Sorted(maps.Keys(r.Late)) {
 			lines = append(lines, line{"… still 200 after " + cmp.Or(excuse, "leasehold had killed the job"), r.Late[excuse].String()})
