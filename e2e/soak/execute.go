@@ -332,6 +332,7 @@ func (x *executor) hitRoad(f fault, c *candidate) error {
 				x.steps = append(x.steps, step{at: next, do: flap(!cut)})
 			}
 			if !cut {
+				x.disturbed[c.name] = e2e.Now() // what was lost while it was dark is still to be sent again
 				return x.roads.clear(f.number)
 			}
 			return x.roads.set(f.number, loss, ways)
