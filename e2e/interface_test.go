@@ -556,13 +556,14 @@ func TestHundredTerms(t *testing.T) {
 		tr.must(err)
 		job = tr.waitNext(job, patience)
 		if term == 10 {
+			tr.waitStatus(c, "/leader", http.StatusOK) // by then the elector has opened the job
 			fds = [2]int{count(c.Guard(), "fd"), count(elector, "fd")}
 		}
 	}
 	for i, pid := range []int{c.Guard(), elector} {
 		// A connection may be on its way out.
 		err := e2e.Until(tr.waitContext(10*time.Second), func() error {
-			if n := count(pid, "fd"); n > fds[i]+5 { // the job's own, and a connection's, may not have been there yet
+			if n := count(pid, "fd"); n > fds[i] {
 				return fmt.Errorf("%d descriptors after term 100, %d after term 10", n, fds[i])
 			}
 			return nil

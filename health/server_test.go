@@ -267,7 +267,7 @@ func TestServer_Burst(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n := again.Load(); n > 500 { // how many is the machine's affair, too
+	if n := again.Load(); n > 100 {
 		t.Errorf("%d of 1000 requests had to be tried again", n)
 	}
 }
