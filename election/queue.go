@@ -107,6 +107,9 @@ func (v view) leader() *Entry {
 // later stands behind us and never matters to us, so the watch is of deletions only: that a candidate joins costs the others
 // nothing, and a change of leader an event each. etcd's Election.Observe would cost a read and a watch per candidate at each
 // change, and it never says that there is no leader.
+//
+// That one read is the only thing a join asks for whose price grows with the queue, for whatever etcd sorts or filters it reads
+// whole. So a campaign is told the result as well, instead of asking for itself.
 type queue struct {
 	prefix  string // with the slash
 	own     string
@@ -119,24 +122,27 @@ type queue struct {
 	lost func(cause error)
 	// suspects has room for one: a member that does not renew our lease.
 	suspects chan *member
-	// joins has room for one: our key has been put.
-	joins  chan struct{}
-	turned *atomic.Int64
-	now    func() time.Duration
+	// joins has room for one: a campaign asks for the predecessor.
+	joins chan struct{}
+	// answers has room for one: the predecessor, for the campaign that asked.
+	answers chan *pb.RangeResponse
+	turned  *atomic.Int64
+	now     func() time.Duration
 
 	mu       sync.Mutex
-	watched  bool  // it has been, at least once
-	created  int64 // our key's create revision; 0: not put yet
-	ranked   bool  // places are all that are ahead of our key, and that
-	revision int64 // at which places were read
-	places   map[string]place
-	err      error // why it is not being watched
+	watched  bool             // it has been, at least once
+	created  int64            // our key's create revision; 0: not put yet
+	asked    bool             // a campaign asks for the predecessor and has no answer yet
+	places   map[string]place // all that are ahead of our key, and that; nil: not read yet
+	revision int64            // at which places were read
+	err      error            // why it is not being watched
 }
 
 func newQueue(prefix, own string, ms *members, timing Timing, l *legs, now func() time.Duration, turned *atomic.Int64, lost func(error)) *queue {
 	return &queue{
 		prefix: prefix, own: own, members: ms, timing: timing, legs: l, now: now, turned: turned, lost: lost,
 		changed: make(chan struct{}, 1), suspects: make(chan *member, 1), joins: make(chan struct{}, 1),
+		answers: make(chan *pb.RangeResponse, 1),
 	}
 }
 
@@ -170,7 +176,8 @@ var (
 func (q *queue) follow(ctx context.Context) error {
 	// Both halves of the liveness check take one such interval.
 	interval := min(q.timing.RenewInterval(), MaxTurn/2)
-	from, err := q.probe(ctx, interval)
+	// Whoever answers first serves the watch. Any key will do, but who may not read them all must not join.
+	from, answer, err := q.ask(ctx, interval, q.all(&pb.RangeRequest{Limit: 1, KeysOnly: true}))
 	if err != nil {
 		return err
 	}
@@ -204,7 +211,7 @@ func (q *queue) follow(ctx context.Context) error {
 	looked := q.now() // at the head, once in a TTL
 	var looks chan place
 	q.mu.Lock()
-	seen := q.revision
+	seen := max(answer.Header.Revision, q.revision)
 	q.mu.Unlock()
 	for {
 		q.turned.Store(int64(q.now()))
@@ -217,7 +224,7 @@ func (q *queue) follow(ctx context.Context) error {
 				return errSuspect
 			}
 		case <-q.joins:
-			behind = q.rank(ctx, interval) != nil
+			behind = q.isAsked() && q.rank(ctx, interval) != nil
 		case resp, ok := <-events:
 			if !ok {
 				return errors.New("the watch has ended")
@@ -276,18 +283,6 @@ func (q *queue) unchanged(ctx context.Context, m *member, revision int64, bound 
 	return err == nil && resp.Header.Revision <= revision
 }
 
-// probe finds the member that serves the watch: whoever answers first. What it answers is shown until our key is put: who leads.
-func (q *queue) probe(ctx context.Context, bound time.Duration) (*member, error) {
-	q.mu.Lock()
-	joined := q.created != 0
-	q.mu.Unlock()
-	if joined {
-		from, _, err := q.ask(ctx, bound, &pb.RangeRequest{Key: []byte(q.own), KeysOnly: true})
-		return from, err
-	}
-	return q.read(ctx, bound, &pb.RangeRequest{Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND})
-}
-
 // lookAtHead reads the key that is first, over all members. Its candidate may have given it another value, and anybody may have
 // taken its lease from it by writing to it: then it never goes by itself. Neither is a deletion, so the watch does not tell. If the
 // key is gone it returns its place: the watch will have told of that by the next tick, unless its member does not keep up with the
@@ -324,14 +319,10 @@ func (q *queue) ahead(p place) bool {
 	return q.places[p.key] == p
 }
 
-// read asks for keys of the election and takes over what it shows. It returns the member that has answered.
-func (q *queue) read(ctx context.Context, bound time.Duration, what *pb.RangeRequest) (*member, error) {
+// all makes it a request for keys of the election.
+func (q *queue) all(what *pb.RangeRequest) *pb.RangeRequest {
 	what.Key, what.RangeEnd = []byte(q.prefix), []byte(clientv3.GetPrefixRangeEnd(q.prefix))
-	from, resp, err := q.ask(ctx, bound, what)
-	if err == nil {
-		q.take(resp.Kvs, resp.Header.Revision, what.MaxCreateRevision)
-	}
-	return from, err
+	return what
 }
 
 // ask reads over all members, and says which has answered.
@@ -365,32 +356,65 @@ func (q *queue) rank(ctx context.Context, bound time.Duration) error {
 	if created == 0 {
 		return nil
 	}
-	_, err := q.read(ctx, bound, &pb.RangeRequest{MaxCreateRevision: created})
+	_, resp, err := q.ask(ctx, bound, q.all(&pb.RangeRequest{MaxCreateRevision: created}))
+	if err == nil {
+		q.take(resp.Kvs, resp.Header.Revision)
+	}
 	return err
 }
 
-// joined says that our key has been put, and at which revision.
+// joined says that a campaign has put our key, or found it put, and at which revision, and that it goes on to predecessor.
 func (q *queue) joined(created int64) {
 	q.mu.Lock()
-	q.created = created
+	q.created, q.asked = created, true
+	select {
+	case <-q.answers: // to an earlier campaign, which did not wait for it
+	default:
+	}
 	q.mu.Unlock()
 	poke(q.joins)
 }
 
-// take takes over what a read at that revision shows, of all keys that were created until then, or of the first one only (0).
-func (q *queue) take(kvs []*mvccpb.KeyValue, revision, until int64) {
+func (q *queue) isAsked() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if until == 0 && q.ranked {
-		return // we know more
+	return q.asked
+}
+
+// predecessor waits until it is known who is ahead of our key, and returns who is next to us, if anybody, as a campaign's own read
+// of this moment would.
+func (q *queue) predecessor(ctx context.Context) (*pb.RangeResponse, error) {
+	select {
+	case p := <-q.answers:
+		return p, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
-	q.revision, q.ranked = revision, until != 0
-	q.places = make(map[string]place, len(kvs))
+}
+
+// take takes over what rank has read at that revision.
+func (q *queue) take(kvs []*mvccpb.KeyValue, revision int64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.revision, q.places = revision, make(map[string]place, len(kvs))
+	predecessor := place{}
 	for _, kv := range kvs {
-		q.places[string(kv.Key)] = newPlace(q.prefix, kv)
+		p := newPlace(q.prefix, kv)
+		q.places[p.key] = p
+		if p.created < q.created && p.created > predecessor.created {
+			predecessor = p
+		}
 	}
-	if q.ranked && q.places[q.own].created != q.created {
+	if q.places[q.own].created != q.created {
 		q.lost(ErrKeyDeleted)
+	}
+	if q.asked {
+		q.asked = false
+		answer := &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: revision}}
+		if predecessor.created != 0 {
+			answer.Kvs = []*mvccpb.KeyValue{{Key: []byte(predecessor.key), CreateRevision: predecessor.created}}
+		}
+		q.answers <- answer // there is room: joined has emptied it, and only now it is filled
 	}
 	poke(q.changed)
 }
@@ -424,7 +448,7 @@ func (q *queue) view() (view, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	v := view{watched: q.watched}
-	if own, ok := q.places[q.own]; ok && q.ranked {
+	if own, ok := q.places[q.own]; ok {
 		v.own = &own
 	}
 	var head, ahead place

@@ -25,17 +25,14 @@ func del(key string, revision int64) []*clientv3.Event {
 	return []*clientv3.Event{{Type: clientv3.EventTypeDelete, Kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: revision}}}
 }
 
-// newTestQueue is one in which e/9 was first when the watch began.
 func newTestQueue(lost func(error)) *queue {
-	q := newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, lost)
-	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9)}, 5, 0)
-	return q
+	return newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, lost)
 }
 
 func TestQueue_OwnKey(t *testing.T) {
 	ranked := func(q *queue, own ...*mvccpb.KeyValue) {
 		q.joined(6)
-		q.take(append(own, kv("e/9", 3, 9)), 9, 6)
+		q.take(append(own, kv("e/9", 3, 9)), 9)
 	}
 	for name, test := range map[string]struct {
 		act  func(*queue)
@@ -49,7 +46,6 @@ func TestQueue_OwnKey(t *testing.T) {
 		"deleted before it was ranked": {func(q *queue) { q.joined(6); q.apply(del("e/a", 7)) }, true},
 		"read again":                   {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q, kv("e/a", 6, 10)) }, false},
 		"gone, seen late":              {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q) }, true},
-		"watched again":                {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.take(nil, 12, 0) }, false},
 		"others deleted":               {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.apply(del("e/9", 10)); q.apply(del("e/b", 11)) }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -65,15 +61,12 @@ func TestQueue_OwnKey(t *testing.T) {
 
 func TestQueue_View(t *testing.T) {
 	q := newTestQueue(func(error) {})
-	v, _ := q.view()
-	if l := v.leader(); l == nil || l.Key != "e/9" || v.own != nil {
-		t.Errorf("before we join: %+v", v)
-	}
 	q.joined(8)
-	if v, _ = q.view(); v.own != nil {
+	v, _ := q.view()
+	if v.own != nil {
 		t.Errorf("own place before it is known who is ahead: %+v", v)
 	}
-	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11)}, 10, 8)
+	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11)}, 10)
 	v, _ = q.view()
 	if l := v.leader(); l == nil || l.Key != "e/9" || l.Token != 3 {
 		t.Errorf("leader %+v", l)
@@ -96,6 +89,37 @@ func TestQueue_View(t *testing.T) {
 	if v, _ = q.view(); v.leader().Key != "e/a" || v.blocker != nil {
 		t.Errorf("view %+v", v)
 	}
+}
+
+// A campaign is told what its own read would show, and never what was read for an earlier one: to watch from a revision long past
+// has etcd read all that has happened since.
+func TestQueue_Predecessor(t *testing.T) {
+	q := newTestQueue(func(error) {})
+	read := func(revision int64, ahead ...*mvccpb.KeyValue) { q.take(append(ahead, kv("e/a", 8, 10)), revision) }
+	expect := func(key string, revision int64) {
+		t.Helper()
+		p, err := q.predecessor(t.Context())
+		if err != nil || p.Header.Revision != revision || (key == "") != (len(p.Kvs) == 0) || key != "" && string(p.Kvs[0].Key) != key {
+			t.Errorf("%v, %v, want %q at %d", p, err, key, revision)
+		}
+	}
+	q.joined(8)
+	read(10, kv("e/9", 3, 9), kv("e/7", 6, 7), kv("e/8", 5, 8))
+	read(11, kv("e/9", 3, 9), kv("e/7", 6, 7)) // nobody has asked
+	expect("e/7", 10)
+	q.joined(8)
+	read(20, kv("e/9", 3, 9)) // not waited for
+	q.joined(8)
+	expired, cancel := context.WithCancel(t.Context())
+	cancel()
+	if p, err := q.predecessor(expired); err == nil {
+		t.Errorf("the answer to an earlier campaign is given: %v", p)
+	}
+	read(30, kv("e/8", 5, 8))
+	expect("e/8", 30)
+	q.joined(8)
+	read(40)
+	expect("", 40)
 }
 
 func TestQuote(t *testing.T) {

@@ -99,7 +99,7 @@ func (r *runner) session(ctx context.Context) error {
 
 	client := clientv3.NewCtxClient(sctx)
 	defer func() { _ = client.Close() }()
-	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout(), looking: &s.looking, joined: s.joined}, nil)
+	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout(), looking: &s.looking, joined: s.joined, predecessor: s.queue.predecessor}, nil)
 	client.Watcher = watches
 	client.Lease = sessionLease{alive: s.alive}
 	defer s.closeAlive()
@@ -548,11 +548,23 @@ type joinedKV struct {
 	bound       time.Duration
 	looking     *atomic.Pointer[chan struct{}]
 	joined      func(created int64) // called when a campaign has put the key, or has found it put
+	predecessor func(context.Context) (*pb.RangeResponse, error)
+	begun       bool // joined was called, and nothing has been read since; the campaign's goroutine alone uses it
 }
 
-// Range is the campaign's read of who is ahead. The same event that brings it on has us look for ourselves, and etcd serves one
-// linearizable read after the other: ours is waited for, and this one can wait.
+// Range is the campaign's read of who is ahead. When it has just begun, the queue reads the same. Later the event that brings it on
+// has us look for ourselves, and etcd serves one linearizable read after the other: ours is waited for, and this one can wait.
 func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc.CallOption) (*pb.RangeResponse, error) {
+	if kv.begun {
+		kv.begun = false
+		pctx, cancel := context.WithTimeout(ctx, kv.bound)
+		resp, err := kv.predecessor(pctx)
+		cancel()
+		if err == nil {
+			return resp, nil
+		}
+		// The queue can't be watched, or not read in its time. To win, a read is enough.
+	}
 	if looked := kv.looking.Load(); looked != nil {
 		select {
 		case <-*looked:
@@ -568,8 +580,10 @@ func (kv *joinedKV) Txn(ctx context.Context, in *pb.TxnRequest, opts ...grpc.Cal
 	// A campaign puts the key if that has no create revision yet, and else reads it.
 	if err == nil && len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE && in.Compare[0].GetCreateRevision() == 0 {
 		if resp.Succeeded {
+			kv.begun = true
 			kv.joined(resp.Header.Revision)
 		} else if kvs := resp.Responses[0].GetResponseRange().GetKvs(); len(kvs) > 0 {
+			kv.begun = true
 			kv.joined(kvs[0].CreateRevision)
 		}
 	}
