@@ -178,6 +178,10 @@ func (c *Candidate) Run(ctx context.Context) error {
 	defer ms.close()
 	defer c.turns.run.Store(0)
 	r := &runner{Candidate: c, members: ms, started: c.cfg.Now()}
+	leftovers, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	r.leftovers = leftovers
+	defer r.revoking.Wait()
+	defer cancel()
 	for {
 		err := r.session(ctx)
 		var resigned *Backoff
@@ -200,8 +204,11 @@ type runner struct {
 	*Candidate
 	members *members
 	started time.Duration
-	elected bool  // at least once
-	left    int64 // a lease that could not be revoked
+	elected bool // at least once
+
+	// leftovers ends when Run returns, and with it what is revoking.
+	leftovers context.Context
+	revoking  sync.WaitGroup
 }
 
 // turn marks that the loop of Run has turned.
@@ -280,12 +287,23 @@ func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
 
 // revoke gives up the lease.
 func (r *runner) revoke(ctx context.Context, id int64, bound time.Duration) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
+	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
 	_, err := first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
 		return struct{}{}, m.revoke(ctx, id)
 	})
 	return err
+}
+
+// revokeLeftover goes on revoking a lease that could not be revoked when its session ended. Its key keeps all others waiting, and
+// that it expires in a TTL is not certain: a renewal that was sent into a dark network can arrive long after.
+func (r *runner) revokeLeftover(id int64) {
+	r.revoking.Go(func() {
+		var wait retry
+		for r.leftovers.Err() == nil && r.revoke(r.leftovers, id, r.requestTimeout()) != nil {
+			wait.sleep(r.leftovers)
+		}
+	})
 }
 
 // oneLine makes an error of many lines fit into a sentence.

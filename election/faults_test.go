@@ -501,6 +501,50 @@ func TestCandidate_TokensExpire(t *testing.T) {
 	c.waitForTerm()
 }
 
+// A lease that could not be revoked keeps nobody waiting once it can be, though it does not expire. What makes etcd refuse that
+// here, and all else that a candidate does nothing of, is a role that may only read for a while.
+func TestCandidate_LeaseNotRevoked(t *testing.T) {
+	cluster := newTestEtcd(t)
+	election := t.Name() + "/"
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", election); err != nil {
+		t.Fatal(err)
+	}
+	allow := func(what string) {
+		t.Helper()
+		if _, err := cluster.Etcdctl(t.Context(), "role", "grant-permission", "--prefix", "candidates", what, election); err != nil {
+			t.Fatal(err)
+		}
+	}
+	over := make(chan struct{})
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, h *testHolder) {
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+		h.lead = func(ctx context.Context, _ Term) error {
+			select {
+			case <-over:
+			case <-ctx.Done():
+			}
+			return nil
+		}
+	})
+	first := a.waitForTerm()
+	keeps := cluster.EtcdctlCommand(cluster.Endpoints(), "lease", "keep-alive", fmt.Sprintf("%x", first.LeaseID))
+	if err := keeps.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = keeps.Process.Kill()
+		_ = keeps.Wait() // by SIGKILL, or when the lease was gone
+	}()
+	allow("read")
+	over <- struct{}{}
+	a.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "permission denied") })
+	allow("readwrite")
+	if second := a.waitForTerm(); second.Token <= first.Token {
+		t.Errorf("token %d follows %d", second.Token, first.Token)
+	}
+	waitForLeases(t, cluster, a.Snapshot().LeaseID)
+}
+
 func TestCandidate_TLS(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")

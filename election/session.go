@@ -125,11 +125,6 @@ func (s *session) join(ctx context.Context) (granted, error) {
 	var wait retry
 	for {
 		s.turn()
-		// A lease of ours whose term is over would keep every candidate waiting until it expires.
-		if s.left != 0 && s.revoke(ctx, s.left, s.requestTimeout()) == nil {
-			s.left = 0
-		}
-		s.turn()
 		g, err := s.grant(ctx, s.id)
 		s.turn()
 		if err == nil {
@@ -159,13 +154,13 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	if s.timing.TTL != 0 {
 		bound = min(bound, s.timing.RenewInterval())
 	}
-	err := s.revoke(ctx, s.id, bound)
+	err := s.revoke(context.WithoutCancel(ctx), s.id, bound)
 	if err == nil {
 		s.cfg.Holder.Leased(0, 0)
 	} else {
-		s.left = s.id
+		s.revokeLeftover(s.id)
 		if s.timing.TTL != 0 {
-			s.log.Warn("lease not revoked, trying again before the next one", "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
+			s.log.Warn("lease not revoked, trying again", "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
 		}
 	}
 	s.turn()
