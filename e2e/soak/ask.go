@@ -123,11 +123,37 @@ func (k *checker) answeredStatus(candidate string, sent time.Duration, highest i
 		return
 	}
 	if d := k.deedOn(s.Leader.Token, sent); d != nil && sent < d.at+k.ttl {
-		k.stale = append(k.stale, e2e.Milliseconds(sent-d.at))
+		k.stale = append(k.stale, stale{candidate, s.Leader.Token, sent})
 		return
 	}
 	k.violate([]string{candidate}, "/status of %s, asked at %v, says leading with token %d, after token %d had been received: %s",
 		candidate, sent-k.began, s.Leader.Token, highest, body)
+}
+
+// stale is a "leading" of /status with a token lower than one received before,
+// after a deed that may excuse it.
+type stale struct {
+	candidate string
+	token     int64
+	sent      time.Duration
+}
+
+// excuse puts those under the class of their deed, once that is known. Whoever
+// was within reach of etcd has no excuse for long.
+func (k *checker) excuse(over bool) {
+	k.stale = slices.DeleteFunc(k.stale, func(s stale) bool {
+		d := k.deedOn(s.token, s.sent)
+		if d.stalled < 0 && !over {
+			return false
+		}
+		c, after := d.class(), s.sent-d.at
+		k.excused[c] = append(k.excused[c], e2e.Milliseconds(after))
+		if c == afterDeed && after > noticedIn {
+			k.violate([]string{s.candidate}, "/status of %s, asked at %v, says leading with token %d, %v after that was taken from it (%s), with etcd within its reach, and after a higher token had been received",
+				s.candidate, s.sent-k.began, s.token, after, d.cause)
+		}
+		return true
+	})
 }
 
 func (k *checker) answeredLeader(y *yes, code int) {

@@ -145,7 +145,8 @@ type checker struct {
 	stopped    map[string]time.Duration // and SIGSTOP
 	claimed    map[int64]time.Duration  // leases, by when /status last named them
 	late       map[string][]float64     // /leader's 200 after a job's end, by its excuse, in ms after the end
-	stale      []float64                // /status' "leading" after a deed, in ms after it
+	stale      []stale
+	excused    map[class][]float64 // /status' "leading" after a deed, in ms after it
 	// log is what the last daemons of a candidate wrote.
 	log      func(candidate string) string
 	pressure pressure
@@ -176,7 +177,7 @@ type yes struct {
 func newChecker(set settings) *checker {
 	return &checker{
 		settings: set, began: e2e.Now(), broken: make(chan struct{}),
-		frozen: map[string][]span{}, late: map[string][]float64{}, pairs: map[[2]*term]*overlap{},
+		frozen: map[string][]span{}, late: map[string][]float64{}, excused: map[class][]float64{}, pairs: map[[2]*term]*overlap{},
 		killed: map[string]time.Duration{}, stopped: map[string]time.Duration{}, claimed: map[int64]time.Duration{}, idles: map[int]bool{},
 	}
 }
@@ -311,6 +312,7 @@ func (k *checker) judge(now time.Duration) {
 		}
 	}
 	k.explain(now, false)
+	k.excuse(false)
 	kept := k.terms[:0]
 	for _, t := range k.terms {
 		if t.alive() || t.end() > now-remembered {

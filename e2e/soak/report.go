@@ -42,7 +42,7 @@ type results struct {
 
 	Thawed distribution            `json:"overlap_after_thaw"`
 	Late   map[string]distribution `json:"leader_yes_after_end"`
-	Stale  distribution            `json:"status_leading_after_deed"`
+	Stale  map[class]distribution  `json:"status_leading_after_deed"`
 
 	JobShare float64 `json:"job_share"` // of the time, with a living job
 	Gaps     []gap   `json:"longest_without_job"`
@@ -126,6 +126,7 @@ const (
 func (k *checker) verdict() error {
 	k.mu.Lock()
 	k.explain(e2e.Now(), true)
+	k.excuse(true)
 	d := distributionOf(k.afterDeeds(afterDeed))
 	bound := deedBound
 	if d.N < deedsJudged {
@@ -158,9 +159,12 @@ func (s *stage) results() *results {
 		About: s.about, Seed: s.seed, Faults: s.faults, TTL: e2e.Milliseconds(s.ttl), Contender: s.contender,
 		Lasted: e2e.Milliseconds(s.faulted.length()), Counts: k.counts, MostLeases: k.mostLeases, Exits: map[string]int{},
 		Deeds: distributionOf(k.afterDeeds(afterDeed)), Starved: distributionOf(k.afterDeeds(starved)),
-		Deaf: distributionOf(k.afterDeeds(deafToDeed)), Stale: distributionOf(k.stale),
-		Late: map[string]distribution{}, Recovery: e2e.Milliseconds(s.recover), Bound: e2e.Milliseconds(s.recoveryBound()),
+		Deaf: distributionOf(k.afterDeeds(deafToDeed)),
+		Late: map[string]distribution{}, Stale: map[class]distribution{}, Recovery: e2e.Milliseconds(s.recover), Bound: e2e.Milliseconds(s.recoveryBound()),
 		Stopped: e2e.Milliseconds(s.stopped), Cleared: e2e.Milliseconds(s.cleared),
+	}
+	for c, ms := range k.excused {
+		r.Stale[c] = distributionOf(ms)
 	}
 	for excuse, ms := range k.late {
 		r.Late[excuse] = distributionOf(ms)
@@ -277,7 +281,9 @@ func (r *results) lines() []line {
 			line{"… with the old leader out of reach", r.Deaf.String()},
 			line{"two alive after a thaw past the TTL", r.Thawed.String()},
 			line{"/status checked", fmt.Sprintf("%d times, %d of them leading", r.Counts.Status, r.Counts.Leading)},
-			line{"… still leading after an operator's deed", r.Stale.String()},
+			line{"… still leading after an operator's deed", r.Stale[afterDeed].String()},
+			line{"… with the machine starved", r.Stale[starved].String()},
+			line{"… with the old leader out of reach", r.Stale[deafToDeed].String()},
 			line{"/leader checked", fmt.Sprintf("%d times, %d of them 200; %d for a job that was killed before it told of itself", r.Counts.Leader, r.Counts.Yes, r.Counts.Untold)},
 		)
 		for _, excuse := range slices.Sorted(maps.Keys(r.Late)) {
