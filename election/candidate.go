@@ -209,6 +209,7 @@ type runner struct {
 	// leftovers ends when Run returns, and with it what is revoking.
 	leftovers context.Context
 	revoking  sync.WaitGroup
+	leftover  chan struct{} // closed when the last of them is revoked; nil: there was none
 }
 
 // turn marks that the loop of Run has turned.
@@ -298,7 +299,10 @@ func (r *runner) revoke(ctx context.Context, id int64, bound time.Duration) erro
 // revokeLeftover goes on revoking a lease that could not be revoked when its session ended. Its key keeps all others waiting, and
 // that it expires in a TTL is not certain: a renewal that was sent into a dark network can arrive long after.
 func (r *runner) revokeLeftover(id int64) {
+	done := make(chan struct{})
+	r.leftover = done
 	r.revoking.Go(func() {
+		defer close(done)
 		var wait retry
 		for r.leftovers.Err() == nil && r.revoke(r.leftovers, id, r.requestTimeout()) != nil {
 			wait.sleep(r.leftovers)

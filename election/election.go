@@ -45,7 +45,7 @@ func (b *Backoff) Error() string { return fmt.Sprintf("resigned for %v", b.For) 
 // Holder is told of the lease, and runs what leadership is for.
 type Holder interface {
 	// Leased is called with the id of a lease before etcd is asked for it, so that somebody else can revoke it should this
-	// process die. It is called with zeros once the lease is revoked or known to be gone.
+	// process die. It is called with zeros once the lease is revoked or known to be gone, unless another one was told by then.
 	Leased(id int64, ttl time.Duration)
 	// Extended is called with the new deadlines after each renewal while a term runs and stop-at has not passed. It must not
 	// block. A call may come just before Lead's own; the latest deadlines are those that count.

@@ -108,8 +108,8 @@ func (v view) leader() *Entry {
 // nothing, and a change of leader an event each. etcd's Election.Observe would cost a read and a watch per candidate at each
 // change, and it never says that there is no leader.
 //
-// That one read is the only thing a join asks for whose price grows with the queue, for whatever etcd sorts or filters it reads
-// whole. So a campaign is told the result as well, instead of asking for itself.
+// That one read is the only one of a join for which etcd reads the whole queue, as it does for whatever it sorts or filters. So a
+// campaign is told the result as well, instead of asking for itself.
 type queue struct {
 	prefix  string // with the slash
 	own     string

@@ -122,6 +122,14 @@ func (r *runner) session(ctx context.Context) error {
 
 // join gets the lease, however long that takes.
 func (s *session) join(ctx context.Context) (granted, error) {
+	if s.leftover != nil {
+		// Behind a key of our own we would only stand in our own way.
+		select {
+		case <-s.leftover:
+		case <-time.After(s.requestTimeout()):
+		case <-ctx.Done():
+		}
+	}
 	var wait retry
 	for {
 		s.turn()
@@ -160,7 +168,7 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	} else {
 		s.revokeLeftover(s.id)
 		if s.timing.TTL != 0 {
-			s.log.Warn("lease not revoked, trying again", "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
+			s.log.Warn("lease not revoked, trying again as long as the daemon runs", "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
 		}
 	}
 	s.turn()
@@ -544,17 +552,17 @@ type joinedKV struct {
 	looking     *atomic.Pointer[chan struct{}]
 	joined      func(created int64) // called when a campaign has put the key, or has found it put
 	predecessor func(context.Context) (*pb.RangeResponse, error)
-	begun       bool // joined was called, and nothing has been read since; the campaign's goroutine alone uses it
+	patience    time.Duration // with predecessor, after joined was called; else 0. The campaign's goroutine alone uses it
 }
 
 // Range is the campaign's read of who is ahead. When it has just begun, the queue reads the same. Later the event that brings it on
 // has us look for ourselves, and etcd serves one linearizable read after the other: ours is waited for, and this one can wait.
 func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc.CallOption) (*pb.RangeResponse, error) {
-	if kv.begun {
-		kv.begun = false
-		pctx, cancel := context.WithTimeout(ctx, kv.bound)
+	if kv.patience != 0 {
+		pctx, cancel := context.WithTimeout(ctx, kv.patience)
 		resp, err := kv.predecessor(pctx)
 		cancel()
+		kv.patience = 0
 		if err == nil {
 			return resp, nil
 		}
@@ -575,10 +583,11 @@ func (kv *joinedKV) Txn(ctx context.Context, in *pb.TxnRequest, opts ...grpc.Cal
 	// A campaign puts the key if that has no create revision yet, and else reads it.
 	if err == nil && len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE && in.Compare[0].GetCreateRevision() == 0 {
 		if resp.Succeeded {
-			kv.begun = true
+			kv.patience = kv.bound
 			kv.joined(resp.Header.Revision)
 		} else if kvs := resp.Responses[0].GetResponseRange().GetKvs(); len(kvs) > 0 {
-			kv.begun = true
+			// The watch was lost, and maybe what it would have told.
+			kv.patience = kv.joinAfter
 			kv.joined(kvs[0].CreateRevision)
 		}
 	}

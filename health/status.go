@@ -13,7 +13,7 @@ import (
 // status is the JSON of /status: a contract. Fields may be added, never renamed, and every one is always present. The desc tags
 // go into the reference.
 type status struct {
-	Name     string    `json:"name" desc:"the leader's identity; \"\" without a leader"`
+	Name     string    `json:"name" desc:"the leader's identity; \"\" without a leader, and until the candidate stands in the queue"`
 	Election string    `json:"election" desc:"the election's key prefix"`
 	Identity string    `json:"identity" desc:"this candidate's name"`
 	State    string    `json:"state" desc:"connecting, standby, leading or stopping"`
