@@ -114,7 +114,7 @@ func (k *checker) answeredStatus(candidate string, sent time.Duration, highest i
 	if s.Leader == nil {
 		return
 	}
-	k.highest = max(k.highest, s.Leader.Token)
+	k.receives(s.Leader.Token)
 	if s.State != "leading" {
 		return
 	}
@@ -123,33 +123,56 @@ func (k *checker) answeredStatus(candidate string, sent time.Duration, highest i
 		return
 	}
 	if d := k.deedOn(s.Leader.Token, sent); d != nil && sent < d.at+k.ttl {
-		k.stale = append(k.stale, stale{candidate, s.Leader.Token, sent})
+		k.stale = append(k.stale, stale{candidate, s.Leader.Token, sent, k.received(s.Leader.Token + 1)})
 		return
 	}
 	k.violate([]string{candidate}, "/status of %s, asked at %v, says leading with token %d, after token %d had been received: %s",
 		candidate, sent-k.began, s.Leader.Token, highest, body)
 }
 
+// rise is when a token was received that is higher than all before it.
+type rise struct {
+	token int64
+	at    time.Duration
+}
+
+func (k *checker) receives(token int64) {
+	if token > k.highest {
+		k.highest = token
+		k.rises = append(k.rises, rise{token, e2e.Now()})
+	}
+}
+
+// received is when one at least as high as that was received first.
+func (k *checker) received(token int64) time.Duration {
+	i, _ := slices.BinarySearchFunc(k.rises, token, func(r rise, t int64) int { return cmp.Compare(r.token, t) })
+	return k.rises[i].at
+}
+
 // stale is a "leading" of /status with a token lower than one received before,
 // after a deed that may excuse it.
 type stale struct {
-	candidate string
-	token     int64
-	sent      time.Duration
+	candidate    string
+	token        int64
+	sent, higher time.Duration
 }
 
-// excuse puts those under the class of their deed, once that is known. Whoever
-// was within reach of etcd has no excuse for long.
-func (k *checker) excuse(over bool) {
+// excuse puts those under the class of their deed. A leader within reach of
+// etcd that an operator's deed hit has no excuse for longer than until the next
+// renewal, which tells at the latest.
+func (k *checker) excuse(now time.Duration, over bool) {
 	k.stale = slices.DeleteFunc(k.stale, func(s stale) bool {
-		d := k.deedOn(s.token, s.sent)
-		if d.stalled < 0 && !over {
+		if !over && now < s.sent+2*pressureAround {
 			return false
 		}
-		c, after := d.class(), s.sent-d.at
+		d := k.deedOn(s.token, s.sent)
+		c, after := d.class(), s.sent-s.higher
+		if c == afterDeed && k.pressure.stalled(s.higher-pressureAround, s.sent+pressureAround) > 0.5 {
+			c = starved
+		}
 		k.excused[c] = append(k.excused[c], e2e.Milliseconds(after))
-		if c == afterDeed && after > noticedIn {
-			k.violate([]string{s.candidate}, "/status of %s, asked at %v, says leading with token %d, %v after that was taken from it (%s), with etcd within its reach, and after a higher token had been received",
+		if c == afterDeed && d.token != 0 && after > k.ttl/5+noticedIn {
+			k.violate([]string{s.candidate}, "/status of %s, asked at %v, says leading with token %d, %v after a higher one had been received (%s, and etcd was within reach)",
 				s.candidate, s.sent-k.began, s.token, after, d.cause)
 		}
 		return true

@@ -145,8 +145,9 @@ type checker struct {
 	stopped    map[string]time.Duration // and SIGSTOP
 	claimed    map[int64]time.Duration  // leases, by when /status last named them
 	late       map[string][]float64     // /leader's 200 after a job's end, by its excuse, in ms after the end
+	rises      []rise
 	stale      []stale
-	excused    map[class][]float64 // /status' "leading" after a deed, in ms after it
+	excused    map[class][]float64 // /status' "leading" after a deed, in ms after a higher token was received
 	// log is what the last daemons of a candidate wrote.
 	log      func(candidate string) string
 	pressure pressure
@@ -255,7 +256,7 @@ func (k *checker) termOf(l e2e.Life) *term {
 	t := &term{candidate: l.Candidate, token: l.Token, first: l.Started}
 	k.terms = append(k.terms, t)
 	k.counts.Terms++
-	k.highest = max(k.highest, l.Token)
+	k.receives(l.Token)
 	return t
 }
 
@@ -312,7 +313,7 @@ func (k *checker) judge(now time.Duration) {
 		}
 	}
 	k.explain(now, false)
-	k.excuse(false)
+	k.excuse(now, false)
 	kept := k.terms[:0]
 	for _, t := range k.terms {
 		if t.alive() || t.end() > now-remembered {
@@ -412,12 +413,16 @@ func (k *checker) classify(earlier *term, at time.Duration) (class, string) {
 }
 
 func (k *checker) deedOn(token int64, at time.Duration) *deed {
+	var any *deed
 	for i, d := range k.deeds {
-		if d.token == token || d.token == 0 && at >= d.at && at <= d.until {
+		switch {
+		case d.token == token && at >= d.at:
 			return &k.deeds[i]
+		case d.token == 0 && at >= d.at && at <= d.until:
+			any = &k.deeds[i]
 		}
 	}
-	return nil
+	return any
 }
 
 // wall is what the wall clock shows at a moment, for the daemons' logs.

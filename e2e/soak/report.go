@@ -126,7 +126,7 @@ const (
 func (k *checker) verdict() error {
 	k.mu.Lock()
 	k.explain(e2e.Now(), true)
-	k.excuse(true)
+	k.excuse(e2e.Now(), true)
 	d := distributionOf(k.afterDeeds(afterDeed))
 	bound := deedBound
 	if d.N < deedsJudged {
@@ -282,8 +282,8 @@ func (r *results) lines() []line {
 			line{"two alive after a thaw past the TTL", r.Thawed.String()},
 			line{"/status checked", fmt.Sprintf("%d times, %d of them leading", r.Counts.Status, r.Counts.Leading)},
 			line{"… still leading after an operator's deed", r.Stale[afterDeed].String()},
-			line{"… with the machine starved", r.Stale[starved].String()},
-			line{"… with the old leader out of reach", r.Stale[deafToDeed].String()},
+			line{"… the same, the machine starved", r.Stale[starved].String()},
+			line{"… the same, the old leader out of reach", r.Stale[deafToDeed].String()},
 			line{"/leader checked", fmt.Sprintf("%d times, %d of them 200; %d for a job that was killed before it told of itself", r.Counts.Leader, r.Counts.Yes, r.Counts.Untold)},
 		)
 		for _, excuse := range slices.Sorted(maps.Keys(r.Late)) {
