@@ -413,16 +413,16 @@ func (k *checker) classify(earlier *term, at time.Duration) (class, string) {
 }
 
 func (k *checker) deedOn(token int64, at time.Duration) *deed {
-	var any *deed
+	var window *deed
 	for i, d := range k.deeds {
 		switch {
 		case d.token == token && at >= d.at:
 			return &k.deeds[i]
 		case d.token == 0 && at >= d.at && at <= d.until:
-			any = &k.deeds[i]
+			window = &k.deeds[i]
 		}
 	}
-	return any
+	return window
 }
 
 // wall is what the wall clock shows at a moment, for the daemons' logs.
