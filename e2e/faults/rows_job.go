@@ -111,10 +111,15 @@ func watchDeath(ctx context.Context, t *Trial) {
 // them. It returns 0 when ctx ends first.
 func deathOf(ctx context.Context, pid int) time.Duration {
 	// It must not wait for a processor among all that has just woken. The thread
-	// ends with the goroutine, since that keeps it.
+	// must not end with the goroutine: with it would die what it has started, by
+	// the signal that a process gets at its parent thread's death.
 	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	fifo := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: 1}
 	_ = unix.SchedSetAttr(0, &fifo, 0) // where it is not permitted the figure is the worse for it
+	defer func() {
+		_ = unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}, 0)
+	}()
 	pause := unix.NsecToTimespec(200_000)
 	for ctx.Err() == nil {
 		_ = unix.Nanosleep(&pause, nil)
