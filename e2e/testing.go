@@ -64,7 +64,17 @@ func NewTestWitness(t testing.TB) *Witness {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(w.Close)
+	t.Cleanup(func() {
+		if t.Failed() { // once more where the logs of others end
+			for _, term := range w.Terms() {
+				t.Logf("the witness saw the job of %s (token %d) live from %v to %v", term.Candidate, term.Token, term.Start, term.End)
+			}
+			for _, o := range w.Overlaps() {
+				t.Log(o)
+			}
+		}
+		w.Close()
+	})
 	return w
 }
 

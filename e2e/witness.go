@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -88,6 +89,7 @@ var witnesses atomic.Int64 // keeps addresses apart
 
 // NewWitness starts a witness.
 func NewWitness() (*Witness, error) {
+	punctual()
 	w := &Witness{
 		Addr:  fmt.Sprintf("@leasehold-witness-%d-%d", os.Getpid(), witnesses.Add(1)),
 		epoll: -1, wake: -1,
@@ -101,6 +103,17 @@ func NewWitness() (*Witness, error) {
 	go w.run()
 	return w, nil
 }
+
+// punctual has the Go runtime keep nobody waiting who reads the clock when a
+// system call returns, as the witness does. That takes one of its processors,
+// and a fork holds one until its child has executed, milliseconds where many are
+// under way; so there are more of them than forks. A collection stops all
+// threads and waits for those forks as well; so it is rare.
+var punctual = sync.OnceFunc(func() {
+	runtime.GOMAXPROCS(max(16, runtime.GOMAXPROCS(0)))
+	debug.SetGCPercent(1000)
+	debug.SetMemoryLimit(256 << 20) // more than this only where it is needed
+})
 
 func (w *Witness) open() (err error) {
 	if w.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
