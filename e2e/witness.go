@@ -66,7 +66,7 @@ type Term struct {
 // Witness is told of the life of every process of every job: each holds a
 // connection to it. One thread waits in one epoll for all of them, with
 // real-time priority where that is permitted, so that the recorded ends are
-// late by microseconds and their order is the kernel's.
+// late by microseconds, rarely by more (see punctual).
 type Witness struct {
 	// Addr goes into the job's environment as WITNESS. It is an abstract unix
 	// socket: any user reaches it, and it leaves no file. Each node of a network

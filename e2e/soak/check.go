@@ -79,7 +79,7 @@ type deed struct {
 	token int64 // 0: of whichever term it hit
 	hit   bool  // that term's job was alive
 	cause string
-	until time.Duration // where token is 0: when what it did can last show
+	until time.Duration // when two jobs can last begin to live at once by it
 	// deaf: something may have kept the old leader from learning of it.
 	deaf string
 	// stalled is for how much of the time around it some process waited for a
@@ -245,7 +245,7 @@ func (k *checker) saw(now time.Duration, lives []e2e.Life) {
 		k.felt = now
 		k.feel(now)
 	}
-	k.judge(now)
+	k.judge(now, false)
 }
 
 func (k *checker) termOf(l e2e.Life) *term {
@@ -305,15 +305,16 @@ func words(args []string) string {
 // remembered is how long a term that has ended is compared with others.
 const remembered = 20 * time.Second
 
-// judge looks for two jobs alive at once.
-func (k *checker) judge(now time.Duration) {
+// judge looks for two jobs alive at once. At last, when no job lives and every
+// daemon has said what it had to, nothing waits for a later look.
+func (k *checker) judge(now time.Duration, last bool) {
 	for i, later := range k.terms {
 		for _, earlier := range k.terms[:i] {
-			k.pair(earlier, later, now)
+			k.pair(earlier, later, now, last)
 		}
 	}
-	k.explain(now, false)
-	k.excuse(now, false)
+	k.explain(now, last)
+	k.excuse(now, last)
 	kept := k.terms[:0]
 	for _, t := range k.terms {
 		if t.alive() || t.end() > now-remembered {
@@ -329,7 +330,7 @@ func (k *checker) judge(now time.Duration) {
 	}
 }
 
-func (k *checker) pair(a, b *term, now time.Duration) {
+func (k *checker) pair(a, b *term, now time.Duration, last bool) {
 	earlier, later := a, b
 	if b.token < a.token {
 		earlier, later = b, a
@@ -351,7 +352,8 @@ func (k *checker) pair(a, b *term, now time.Duration) {
 	o.lasted = total(shared)
 	// A guard says how late it was when all is over, so wait for that, but not for ever.
 	over := !earlier.alive() || !later.alive()
-	if o.lasted <= o.judged || !over && o.lasted < k.ttl || over && now < shared[len(shared)-1].to+200*time.Millisecond {
+	early := !over && o.lasted < k.ttl || over && now < shared[len(shared)-1].to+200*time.Millisecond
+	if o.lasted <= o.judged || early && !last {
 		return
 	}
 	o.judged = o.lasted
@@ -365,8 +367,7 @@ func (k *checker) pair(a, b *term, now time.Duration) {
 	case afterThaw:
 		bound = k.margin()
 		if o.lasted > bound && k.pressure.stalled(o.from-pressureAround, o.from+o.lasted+pressureAround) > 0.5 {
-			o.class = guardLate
-			return
+			o.class, bound = guardLate, k.ttl
 		}
 	case guardLate:
 		bound = k.ttl
@@ -396,7 +397,7 @@ func (k *checker) classify(earlier *term, at time.Duration) (class, string) {
 		}
 	}
 	for _, f := range k.frozen[earlier.candidate] {
-		if f.length() >= k.margin() && f.from >= earlier.first && f.to <= at && at < f.to+k.ttl {
+		if f.length() >= k.margin() && f.from >= earlier.first && f.to <= at && at <= f.to+k.margin() {
 			return afterThaw, fmt.Sprintf(" (frozen for %v until %v before)", f.length(), at-f.to)
 		}
 	}
@@ -404,7 +405,7 @@ func (k *checker) classify(earlier *term, at time.Duration) (class, string) {
 	if at, ever := k.stopped[earlier.candidate]; ever && at >= earlier.first {
 		return unexcused, " (its guard had been stopped)"
 	}
-	for _, l := range latenessAround(k.log(earlier.candidate), k.wall(at)) {
+	for _, l := range latenessSince(k.log(earlier.candidate), k.wall(at), k.ttl) {
 		if l > k.margin() {
 			return guardLate, fmt.Sprintf(" (by %v)", l)
 		}
@@ -416,9 +417,10 @@ func (k *checker) deedOn(token int64, at time.Duration) *deed {
 	var window *deed
 	for i, d := range k.deeds {
 		switch {
-		case d.token == token && at >= d.at:
+		case at < d.at || at > d.until:
+		case d.token == token:
 			return &k.deeds[i]
-		case d.token == 0 && at >= d.at && at <= d.until:
+		case d.token == 0:
 			window = &k.deeds[i]
 		}
 	}
@@ -430,14 +432,14 @@ func (k *checker) wall(at time.Duration) time.Time { return time.Now().Add(at - 
 
 var latenessPattern = regexp.MustCompile(`time=(\S+) .*guard_lateness=(\S+)`)
 
-// latenessAround is by how much a guard said to be late for deadlines of about
-// that moment.
-func latenessAround(log string, at time.Time) []time.Duration {
+// latenessSince is by how much a guard said to be late, where it said so within
+// a time after that moment: it does when the job is dead. A second is for the log.
+func latenessSince(log string, at time.Time, within time.Duration) []time.Duration {
 	var late []time.Duration
 	for _, m := range latenessPattern.FindAllStringSubmatch(log, -1) {
 		written, errTime := time.Parse(time.RFC3339Nano, m[1])
 		by, err := time.ParseDuration(m[2])
-		if errTime == nil && err == nil && written.Sub(at).Abs() < 10*time.Second {
+		if errTime == nil && err == nil && written.After(at.Add(-time.Second)) && written.Before(at.Add(within+time.Second)) {
 			late = append(late, by)
 		}
 	}
@@ -474,8 +476,8 @@ func (k *checker) kills(candidate string) {
 	k.killed[candidate] = e2e.Now()
 }
 
-// did is told before the deed is done.
-func (k *checker) did(d deed) {
+// did is told before the deed is done, and returns its number.
+func (k *checker) did(d deed) int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, t := range k.terms {
@@ -483,6 +485,15 @@ func (k *checker) did(d deed) {
 	}
 	d.stalled = -1
 	k.deeds = append(k.deeds, d)
+	return len(k.deeds) - 1
+}
+
+// worked is told when etcd has said that the deed is done. By then the old
+// leader, wherever it is, has renewed its lease for the last time.
+func (k *checker) worked(number int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.deeds[number].until = e2e.Now() + k.ttl
 }
 
 // leading names the candidate whose job lives, or "".

@@ -445,12 +445,19 @@ func (x *executor) hitEtcd(f fault) error {
 	return nil
 }
 
+const (
+	operatorWaits = 2 * time.Second
+	// etcdWorks is how long etcd may still work on a request that nobody waits
+	// for any more: five seconds and two elections (its ServerConfig.ReqTimeout).
+	etcdWorks = 7 * time.Second
+)
+
 // operate does what an operator would, who waits for etcd while other faults
 // begin. That it does not work out in the middle of them is no error.
 func (x *executor) operate(f fault, deed func(context.Context) error) {
 	n := len(x.done) - 1
 	x.busy.Go(func() {
-		ctx, cancel := context.WithTimeout(x.ctx, 2*time.Second)
+		ctx, cancel := context.WithTimeout(x.ctx, operatorWaits)
 		defer cancel()
 		if err := deed(ctx); err != nil {
 			x.check.note("  #%d came to nothing: %v", f.number, err)
@@ -485,11 +492,15 @@ func (x *executor) hitElection(f fault) {
 		key := got.Kvs[0]
 		leader := string(key.Value)
 		x.begins(f, fmt.Sprintf("%s, token %d", leader, key.CreateRevision))
-		x.check.did(deed{at: e2e.Now(), token: key.CreateRevision, cause: f.name, deaf: deaf[leader]})
+		now := e2e.Now()
+		n := x.check.did(deed{at: now, until: now + operatorWaits + etcdWorks + x.ttl, token: key.CreateRevision, cause: f.name, deaf: deaf[leader]})
 		if f.name == "leader's key deleted" {
 			_, err = x.client.Delete(ctx, string(key.Key))
 		} else {
 			_, err = x.client.Revoke(ctx, clientv3.LeaseID(key.Lease))
+		}
+		if err == nil {
+			x.check.worked(n)
 		}
 		return err
 	})

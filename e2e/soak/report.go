@@ -125,8 +125,7 @@ const (
 // verdict is passed when all is over.
 func (k *checker) verdict() error {
 	k.mu.Lock()
-	k.explain(e2e.Now(), true)
-	k.excuse(e2e.Now(), true)
+	k.judge(e2e.Now(), true)
 	d := distributionOf(k.afterDeeds(afterDeed))
 	bound := deedBound
 	if d.N < deedsJudged {
@@ -341,8 +340,9 @@ func writeSummary(w io.Writer, r *results) error {
 	fmt.Fprintf(&text, "# A long run under random faults\n\n"+
 		"Written by `bin/soak -from FILE -summary docs/soak.md` from the figures of `make soak SEED=%d FAULTS=%d`. Not by hand.\n\n", r.Seed, r.Faults)
 	fmt.Fprintf(&text, "%d candidates in one election, two of them an ordinary user's without a cgroup, and %d members of etcd, each on a\n"+
-		"network node of its own. Faults come one after another and overlapping; jobs ignore SIGTERM, daemonize, fork in storms, crash. Every\n"+
-		"promise is checked all the time, and the first one broken would have ended the run. %s.\n\n", candidateCount, memberCount, r.where())
+		"network node of its own. Faults come one after another and overlapping; jobs ignore SIGTERM, daemonize, fork in storms, crash.\n"+
+		"Checked all the time: lives of jobs, fencing tokens, /status, /leader, leases, processes and cgroups; the first promise broken would have\n"+
+		"ended the run. How soon a job comes back is checked after the last fault, and only shown before. %s.\n\n", candidateCount, memberCount, r.where())
 	if r.Violation != "" {
 		fmt.Fprintf(&text, "**A promise was broken, and the run ended with that:** %s.\n\n", r.Violation)
 	}

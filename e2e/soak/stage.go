@@ -432,6 +432,14 @@ func (s *stage) finish(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := e2e.Until(ctx, func() error {
+		if name := s.check.leading(); name != "" {
+			return fmt.Errorf("the job of candidate %s is alive", name)
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
 	// What a crash has left in etcd expires; that of a clean end is gone.
 	err := e2e.Until(ctx, func() error {
 		leases, err := s.etcd.Leases(ctx)

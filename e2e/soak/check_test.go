@@ -1,0 +1,71 @@
+//go:build linux
+
+package main
+
+import (
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+func lived(candidate string, token int64, from, to time.Duration) e2e.Life {
+	return e2e.Life{Hello: e2e.Hello{Candidate: candidate, Token: token, Pid: int(token), Role: "job", Started: from, Forked: from}, End: to}
+}
+
+func quietChecker() *checker {
+	k := newChecker(settings{ttl: 3 * time.Second})
+	k.log = func(string) string { return "" }
+	return k
+}
+
+// Two jobs alive at once are found however late in the run that was.
+func TestVerdict_OverlapAtTheEnd(t *testing.T) {
+	now := e2e.Now()
+	for _, c := range []struct {
+		name   string
+		end    time.Duration // of the earlier job
+		guilty bool
+	}{
+		{"both alive for a millisecond", now - time.Millisecond, true},
+		{"one after the other", now - 2*time.Millisecond, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := quietChecker()
+			k.saw(now, []e2e.Life{lived("a", 5, now-time.Second, c.end), lived("b", 9, now-2*time.Millisecond, now)})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}
+
+// A deed excuses two jobs for as long as it can be its doing, and no longer.
+func TestDeed_EndsToExcuse(t *testing.T) {
+	now := e2e.Now()
+	for _, c := range []struct {
+		name   string
+		worked bool
+		after  time.Duration // from the deed to the overlap
+		guilty bool
+	}{
+		{"done, soon after", true, time.Second, false},
+		{"done, long after", true, 5 * time.Second, true},
+		{"in doubt, soon after", false, 5 * time.Second, false},
+		{"in doubt, long after", false, time.Minute, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := quietChecker()
+			did := now - c.after
+			n := k.did(deed{at: did, until: did + operatorWaits + etcdWorks + k.ttl, token: 5, cause: "leader's key deleted", deaf: "its road was cut"})
+			if c.worked {
+				k.worked(n)
+				k.deeds[n].until += did - now // as if at once
+			}
+			k.saw(now, []e2e.Life{lived("a", 5, did-time.Second, now+50*time.Millisecond), lived("b", 9, now, now+time.Second)})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}
