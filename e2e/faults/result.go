@@ -331,7 +331,7 @@ func (r *Results) writeText(to io.Writer) error {
 func (r *Results) writeTable(to io.Writer) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Every fault, every candidate\n\nMade by `make faults` and `make faults-docs`: %s. Figures are medians and maxima, from the fault on, "+
-		"as the jobs' own connections to a witness tell; [the same as a picture](faults.svg), [each trial](faults.json).\n", r.headline())
+		"as the jobs' own connections to a witness tell (gigabytes and suspend: as the kernel tells that SIGKILL has reached each thread); [the same as a picture](faults.svg), [each trial](faults.json).\n", r.headline())
 	if len(r.Again) > 0 {
 		fmt.Fprintf(&b, "\nRun again later, after a repair or with another promise: %s.\n", strings.Join(r.Again, ", "))
 	}

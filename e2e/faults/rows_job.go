@@ -126,8 +126,12 @@ func deathOf(ctx context.Context, pid int) time.Duration {
 		if !killed(fmt.Sprintf("/proc/%d/task/%d", pid, pid)) { // the first thread is the cheapest to ask
 			continue
 		}
-		threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid)) // none: it has been reaped
-		if !slices.ContainsFunc(threads, func(dir string) bool { return !killed(dir) }) {
+		tasks := fmt.Sprintf("/proc/%d/task", pid)
+		threads, err := os.ReadDir(tasks)
+		if err != nil && !isGone(err) {
+			continue
+		}
+		if !slices.ContainsFunc(threads, func(e os.DirEntry) bool { return !killed(filepath.Join(tasks, e.Name())) }) {
 			return e2e.Now()
 		}
 	}
@@ -143,7 +147,7 @@ func killed(dir string) bool {
 	const sigkill, flagsField, pfExiting = 1 << (unix.SIGKILL - 1), 9, 0x4
 	status, err := os.ReadFile(filepath.Join(dir, "status"))
 	if err != nil {
-		return true
+		return isGone(err)
 	}
 	if found := pendingPattern.FindSubmatch(status); found != nil {
 		if pending, err := strconv.ParseUint(string(found[1]), 16, 64); err == nil && pending&sigkill != 0 {
@@ -152,13 +156,17 @@ func killed(dir string) bool {
 	}
 	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
 	if err != nil {
-		return true
+		return isGone(err)
 	}
 	// The name, in parentheses, may hold anything; the third field follows.
 	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 	flags, err := strconv.ParseUint(fields[flagsField-3], 10, 64)
 	return err == nil && flags&pfExiting != 0
 }
+
+// isGone tells if an error of /proc says that there is no such process or
+// thread any more. Any other says nothing of it.
+func isGone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
 
 // deathOfThreads takes for the old job's death the moment that deathOf found.
 func deathOfThreads(_ context.Context, t *Trial) error {
