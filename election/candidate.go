@@ -310,5 +310,18 @@ func (r *runner) revokeLeftover(id int64) {
 	})
 }
 
+// waitForLeftover waits for such a lease to be revoked, for as long as one request over all members may take. Behind a key of our
+// own we would only stand in our own way; and until the holder is told of another lease it is this one that it can revoke.
+func (r *runner) waitForLeftover(ctx context.Context) {
+	if r.leftover == nil {
+		return
+	}
+	select {
+	case <-r.leftover:
+	case <-time.After(r.requestTimeout()):
+	case <-ctx.Done():
+	}
+}
+
 // oneLine makes an error of many lines fit into a sentence.
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

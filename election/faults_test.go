@@ -545,6 +545,38 @@ func TestCandidate_LeaseNotRevoked(t *testing.T) {
 	waitForLeases(t, cluster, a.Snapshot().LeaseID)
 }
 
+// While a lease that could not be revoked is left, the holder is told of no other: it can revoke only the one it knows of.
+func TestCandidate_LeaseNotRevoked_HolderKnowsIt(t *testing.T) {
+	cluster := newTestEtcd(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	over, told := make(chan struct{}), make(chan int64, 100)
+	a := newTestCandidate(t, endpoints, "a", func(_ *Config, h *testHolder) {
+		h.lead = func(ctx context.Context, _ Term) error {
+			select {
+			case <-over:
+			case <-ctx.Done():
+			}
+			return nil
+		}
+		h.onLeased = func(id int64) { told <- id }
+	})
+	first := a.waitForTerm()
+	if id := <-told; id != first.LeaseID {
+		t.Fatalf("told of the lease %x", id)
+	}
+	roads[0].Cut(e2e.BothWays)
+	over <- struct{}{}
+	a.waitFor("done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" })
+	select {
+	case id := <-told:
+		t.Fatalf("told of the lease %x", id)
+	case <-time.After(200 * time.Millisecond): // a tenth of what is waited for it at most
+	}
+	roads[0].Heal()
+	a.waitForTerm()
+	waitForLeases(t, cluster, a.Snapshot().LeaseID)
+}
+
 func TestCandidate_TLS(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")

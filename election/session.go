@@ -48,6 +48,10 @@ func (r *runner) session(ctx context.Context) error {
 	if r.Snapshot().State != Connecting {
 		r.transition(Connecting, "campaigning again")
 	}
+	r.waitForLeftover(ctx)
+	if ctx.Err() != nil {
+		return nil
+	}
 	s := &session{
 		runner: r, id: newLeaseID(), changed: make(chan struct{}, 1), gone: make(chan struct{}),
 		alive: make(chan *clientv3.LeaseKeepAliveResponse),
@@ -122,14 +126,6 @@ func (r *runner) session(ctx context.Context) error {
 
 // join gets the lease, however long that takes.
 func (s *session) join(ctx context.Context) (granted, error) {
-	if s.leftover != nil {
-		// Behind a key of our own we would only stand in our own way.
-		select {
-		case <-s.leftover:
-		case <-time.After(s.requestTimeout()):
-		case <-ctx.Done():
-		}
-	}
 	var wait retry
 	for {
 		s.turn()
