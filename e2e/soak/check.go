@@ -285,7 +285,8 @@ func (k *checker) begun(t *term, l e2e.Life) {
 				earlier, later = other, t
 			}
 			at := max(o.Forked, l.Forked)
-			if c, why := k.classify(earlier, at); c == unexcused {
+			// After a deed of etcd's own the candidate may not have said so yet.
+			if c, why := k.classify(earlier, at); c == unexcused && k.deedOn(earlier.token, at) == nil {
 				k.violate([]string{t.candidate, other.candidate},
 					"the fencing tokens do not rise: the %s, started though the %s, had started before%s", earlier, later, why)
 			}
@@ -386,7 +387,7 @@ func (k *checker) awake(t *term, now time.Duration) []span {
 // classify finds the exception under which the earlier term's job may have
 // been alive at a moment together with a later one.
 func (k *checker) classify(earlier *term, at time.Duration) (class, string) {
-	if d := k.deedOn(earlier.token, at); d != nil {
+	if d := k.deedOn(earlier.token, at); d != nil && (d.token != 0 || d.deaf != "" || k.heard(earlier.candidate, at)) {
 		switch c := d.class(); c {
 		case deafToDeed:
 			return c, fmt.Sprintf(" (%s; %s)", d.cause, d.deaf)
@@ -429,6 +430,20 @@ func (k *checker) deedOn(token int64, at time.Duration) *deed {
 
 // wall is what the wall clock shows at a moment, for the daemons' logs.
 func (k *checker) wall(at time.Duration) time.Time { return time.Now().Add(at - e2e.Now()) }
+
+var lossPattern = regexp.MustCompile(`time=(\S+) .*(the lease|the leader's key) is gone from etcd`)
+
+// heard tells if a candidate wrote, about that moment, that etcd had taken its
+// term away: a deed of which nobody knows whom it hit excuses nobody else.
+func (k *checker) heard(candidate string, at time.Duration) bool {
+	around := k.wall(at)
+	for _, m := range lossPattern.FindAllStringSubmatch(k.log(candidate), -1) {
+		if written, err := time.Parse(time.RFC3339Nano, m[1]); err == nil && written.After(around.Add(-time.Second)) && written.Before(around.Add(k.ttl)) {
+			return true
+		}
+	}
+	return false
+}
 
 var latenessPattern = regexp.MustCompile(`time=(\S+) .*guard_lateness=(\S+)`)
 

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -63,6 +64,35 @@ func TestDeed_EndsToExcuse(t *testing.T) {
 				k.deeds[n].until += did - now // as if at once
 			}
 			k.saw(now, []e2e.Life{lived("a", 5, did-time.Second, now+50*time.Millisecond), lived("b", 9, now, now+time.Second)})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}
+
+// A deed of etcd's own, of which nobody knows whose term it took, excuses a
+// leader within reach only where that has heard of it.
+func TestDeed_OfEtcdExcusesWhomItHit(t *testing.T) {
+	now := e2e.Now()
+	const loss = `level=INFO msg="state changed" from=leading to=stopping reason="the lease is gone from etcd"`
+	for _, c := range []struct {
+		name, deaf, log string
+		written         time.Duration // before now
+		guilty          bool
+	}{
+		{"told", "", loss, 0, false},
+		{"not told", "", `level=INFO msg="the job is dead"`, 0, true},
+		{"told of an earlier one", "", loss, time.Minute, true},
+		{"out of reach", "etcd's other members were not all there", "", 0, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := quietChecker()
+			k.log = func(string) string {
+				return fmt.Sprintf("time=%s %s\n", time.Now().Add(-c.written).Format(time.RFC3339Nano), c.log)
+			}
+			k.did(deed{at: now - time.Second, until: now + time.Second, cause: "a leader of etcd went on after a pause of 3s", deaf: c.deaf})
+			k.saw(now, []e2e.Life{lived("a", 5, now-2*time.Second, now+5*time.Millisecond), lived("b", 9, now, now+time.Second)})
 			if err := k.verdict(); (err != nil) != c.guilty {
 				t.Errorf("the verdict is %v", err)
 			}
