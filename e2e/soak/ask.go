@@ -93,6 +93,7 @@ type status struct {
 		Token    int64
 	}
 	Lease *struct{ ID string }
+	Job   *struct{ State string }
 }
 
 // answeredStatus checks that nobody says to lead with a token lower than one
@@ -110,6 +111,14 @@ func (k *checker) answeredStatus(candidate string, sent time.Duration, highest i
 		if id, err := strconv.ParseInt(s.Lease.ID, 16, 64); err == nil {
 			k.claimed[id] = e2e.Now()
 		}
+	}
+	backsOff := s.State == "leading" && s.Job != nil && s.Job.State == "backoff"
+	if since := k.backsOff[candidate]; backsOff && since != 0 {
+		k.backoffs = append(k.backoffs, span{since, sent})
+	}
+	delete(k.backsOff, candidate)
+	if backsOff {
+		k.backsOff[candidate] = sent
 	}
 	if s.Leader == nil {
 		return

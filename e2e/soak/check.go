@@ -153,6 +153,10 @@ type checker struct {
 	pressure pressure
 	felt     time.Duration
 	silent   []span // when no member of etcd answered a read
+	// backoffs are when a leader said that its job had ended by itself and was to
+	// be started again; backsOff has who said so last, and when.
+	backoffs []span
+	backsOff map[string]time.Duration
 }
 
 // counts are of checks and of what was seen.
@@ -179,7 +183,7 @@ func newChecker(set settings) *checker {
 	return &checker{
 		settings: set, began: e2e.Now(), broken: make(chan struct{}),
 		frozen: map[string][]span{}, late: map[string][]float64{}, excused: map[class][]float64{}, pairs: map[[2]*term]*overlap{},
-		killed: map[string]time.Duration{}, stopped: map[string]time.Duration{}, claimed: map[int64]time.Duration{}, idles: map[int]bool{},
+		killed: map[string]time.Duration{}, stopped: map[string]time.Duration{}, claimed: map[int64]time.Duration{}, backsOff: map[string]time.Duration{}, idles: map[int]bool{},
 	}
 }
 
@@ -521,6 +525,14 @@ func (k *checker) leading() string {
 		}
 	}
 	return ""
+}
+
+// backedOff is for how much of a time a leader waited to start a job again that
+// had ended by itself.
+func (k *checker) backedOff(of span) time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return total(both([]span{of}, merge(k.backoffs)))
 }
 
 // aliveSince is the first moment after the given one at which a job could run,

@@ -99,3 +99,27 @@ func TestDeed_OfEtcdExcusesWhomItHit(t *testing.T) {
 		})
 	}
 }
+
+// Only the time between two answers that both say so counts as a leader's wait
+// to start its crashed job again.
+func TestStatus_Backoff(t *testing.T) {
+	k := quietChecker()
+	at := e2e.Now()
+	for i, a := range []struct{ candidate, state, job string }{
+		{"a", "leading", "backoff"},
+		{"a", "leading", "backoff"}, // 1 s
+		{"b", "standby", "backoff"},
+		{"a", "leading", "running"},
+		{"a", "leading", "backoff"},
+		{"a", "leading", "backoff"}, // 1 s, of which half is asked for
+	} {
+		body := fmt.Sprintf(`{"state":%q,"job":{"state":%q},"leader":{"identity":"a","token":5}}`, a.state, a.job)
+		k.answeredStatus(a.candidate, at+time.Duration(i)*time.Second, 5, []byte(body))
+	}
+	if got, want := k.backedOff(span{at, at + 4500*time.Millisecond}), 1500*time.Millisecond; got != want {
+		t.Errorf("%v, want %v", got, want)
+	}
+	if v := k.first.Load(); v != nil {
+		t.Error(v)
+	}
+}

@@ -88,10 +88,11 @@ func (d distribution) String() string {
 
 // gap is a time without a job.
 type gap struct {
-	At     float64  `json:"at_ms"` // from the beginning of the run
-	For    float64  `json:"for_ms"`
-	Silent float64  `json:"etcd_silent_ms"` // for so much of it etcd answered no read
-	During []string `json:"during"`         // the faults of that time
+	At      float64  `json:"at_ms"` // from the beginning of the run
+	For     float64  `json:"for_ms"`
+	Silent  float64  `json:"etcd_silent_ms"`    // for so much of it etcd answered no read
+	Backoff float64  `json:"leader_backoff_ms"` // for so much of it a leader waited to start a crashed job again
+	During  []string `json:"during"`            // the faults of that time
 }
 
 // afterDeeds are how long the old job lived on beside the next one after each
@@ -211,7 +212,8 @@ func (s *stage) results() *results {
 	gaps := without(whole, lived)
 	slices.SortFunc(gaps, func(a, b span) int { return cmp.Compare(b.length(), a.length()) })
 	for _, g := range gaps[:min(3, len(gaps))] {
-		r.Gaps = append(r.Gaps, gap{e2e.Milliseconds(g.from - s.began), e2e.Milliseconds(g.length()), e2e.Milliseconds(total(both([]span{g}, merge(k.silent)))), s.during(g)})
+		shared := func(spans []span) float64 { return e2e.Milliseconds(total(both([]span{g}, merge(spans)))) }
+		r.Gaps = append(r.Gaps, gap{e2e.Milliseconds(g.from - s.began), e2e.Milliseconds(g.length()), shared(k.silent), shared(k.backoffs), s.during(g)})
 	}
 	return r
 }
@@ -259,7 +261,8 @@ func (r *results) lines() []line {
 	}
 	for i, g := range r.Gaps {
 		lines = append(lines, line{[]string{"longest time without", "second longest", "third longest"}[i],
-			fmt.Sprintf("%s, for %s of it etcd answered no read; during: %s", e2e.Span(g.For), e2e.Span(g.Silent), strings.Join(g.During, ", "))})
+			fmt.Sprintf("%s; for %s of it a leader waited to start a crashed job again, for %s etcd answered no read; during: %s",
+				e2e.Span(g.For), e2e.Span(g.Backoff), e2e.Span(g.Silent), strings.Join(g.During, ", "))})
 	}
 	outside := "none"
 	for _, o := range r.Overlaps {
@@ -290,7 +293,7 @@ func (r *results) lines() []line {
 		}
 		lines = append(lines,
 			line{"leases checked", fmt.Sprintf("%d times; at most %d at once", r.Counts.Leases, r.MostLeases)},
-			line{"a job after the last heal", fmt.Sprintf("%s (bound: %s)", e2e.Span(r.Recovery), e2e.Span(r.Bound))},
+			line{"a job after the last heal", fmt.Sprintf("%s (bound: %s; a leader's wait to start a crashed job again apart)", e2e.Span(r.Recovery), e2e.Span(r.Bound))},
 			line{"all stopped, nothing left", fmt.Sprintf("in %s; etcd empty in %s", e2e.Span(r.Stopped), e2e.Span(r.Cleared))},
 		)
 	}
