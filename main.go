@@ -83,7 +83,7 @@ func dispatch(args []string) int {
 	case (name == "help" || name == "-h" || name == "--help") && len(rest) == 0:
 		fmt.Print(help())
 		return 0
-	case name == roleElector && len(rest) >= 1:
+	case name == roleElector && len(rest) >= 2:
 		return elector(rest)
 	case name == roleRevoke && len(rest) == 2:
 		return revoke(rest)
@@ -288,13 +288,14 @@ func elector(args []string) int {
 	}
 	defer lines.Flush(flushTime)
 	guardPid, err := strconv.Atoi(args[0])
-	if err != nil {
+	spawnerPid, err2 := strconv.Atoi(args[1])
+	if errors.Join(err, err2) != nil {
 		fmt.Fprint(os.Stderr, usageHint([]string{roleElector}))
 		return exitUsage
 	}
 	cgroupDir := ""
-	if len(args) > 1 {
-		cgroupDir = args[1]
+	if len(args) > 2 {
+		cgroupDir = args[2]
 	}
 
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -305,7 +306,7 @@ func elector(args []string) int {
 	holder.margin.Store(int64(election.NewTiming(cfg.TTL.Duration, -1, cfg.Margin.Or(-1)).Margin))
 	var candidate *election.Candidate
 	handle, err := supervisor.Connect(supervisor.HandleConfig{
-		In: 3, Out: 4, Guard: guardPid, CgroupDir: cgroupDir,
+		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guardPid, Spawner: spawnerPid, CgroupDir: cgroupDir,
 		TTL: cfg.TTL.Duration, Margin: holder.grantedMargin,
 		Restart: supervisor.Restart(cfg.Restart), RestartLimit: cfg.RestartLimit.N,
 		Signal:  func(unix.Signal) { cancel(errPlannedStop) },

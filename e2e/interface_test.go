@@ -293,15 +293,17 @@ func TestJob_Surroundings(t *testing.T) {
 					t.Errorf("%s of the job is not 0 in\n%s", field, data)
 				}
 			}
-			var open []string
-			entries, err := os.ReadDir(proc + "fd")
-			tr.must(err)
-			for _, e := range entries {
-				open = append(open, e.Name())
-			}
-			if !slices.Equal(open, []string{"0", "1", "2"}) {
-				t.Errorf("descriptors of the job: %q", open)
-			}
+			tr.must(e2e.Until(tr.waitContext(patience), func() error { // the program opens its libraries for a moment
+				var open []string
+				entries, err := os.ReadDir(proc + "fd")
+				for _, e := range entries {
+					open = append(open, e.Name())
+				}
+				if err == nil && !slices.Equal(open, []string{"0", "1", "2"}) {
+					err = fmt.Errorf("descriptors of the job: %q", open)
+				}
+				return err
+			}))
 
 			data, err = os.ReadFile(proc + "environ")
 			tr.must(err)

@@ -138,11 +138,18 @@ func (c *cgroup) waitEmpty(d time.Duration) bool {
 	}
 }
 
-// leaf makes a fresh cgroup for one start, in the place of the last one's, and opens it for CLONE_INTO_CGROUP.
-func (c *cgroup) leaf() (int, error) {
-	if c.leaves > 0 {
-		removeTree(filepath.Join(c.dir, strconv.Itoa(c.leaves)))
+// sweep removes the cgroups of starts before that of the number newest. The spawner has removed those that were simple to remove.
+func (c *cgroup) sweep(newest int) {
+	entries, _ := os.ReadDir(c.dir)
+	for _, e := range entries {
+		if n, err := strconv.Atoi(e.Name()); err == nil && n < newest {
+			removeTree(filepath.Join(c.dir, e.Name()))
+		}
 	}
+}
+
+// leaf makes a fresh cgroup for one start and opens it for CLONE_INTO_CGROUP. The spawner makes those of the job by itself.
+func (c *cgroup) leaf() (int, error) {
 	c.leaves++
 	dir := filepath.Join(c.dir, strconv.Itoa(c.leaves))
 	if err := os.Mkdir(dir, 0o755); err != nil {

@@ -58,22 +58,21 @@ const (
 	killSignal    // a second signal
 	killLeftover  // the first process ended and left others behind
 	killGuardGone // the elector killed the job in the guard's stead
+	killSpawner   // the spawner is gone
 )
 
 // KillReasons are the values of the reason label.
-var killReasons = [...]string{"none", "grace", "kill_by", "lost", "elector_gone", "second_signal", "left_behind", "guard_gone"}
-
-var errTooLate = errors.New("stop-at has passed")
+var killReasons = [...]string{"none", "grace", "kill_by", "lost", "elector_gone", "second_signal", "left_behind", "guard_gone", "spawner_gone"}
 
 const forever = time.Duration(1<<63 - 1)
 
 // guard is the dead-man's switch. One locked thread runs loop; it alone waits for children and sends signals.
 type guard struct {
-	cfg    GuardConfig
-	log    *slog.Logger
-	cgroup *cgroup // nil: none
-	procs  *scanner
-	forker *forker
+	cfg     GuardConfig
+	log     *slog.Logger
+	cgroup  *cgroup // nil: none
+	procs   *scanner
+	spawner *spawner
 
 	timer    int // timerfd on CLOCK_BOOTTIME
 	wakeR    int // bytes from other goroutines, which mean: look
@@ -81,10 +80,14 @@ type guard struct {
 	in, out  int // the pipe pair
 	inbox    inbox
 	sendBuf  [maxMessage]byte
-	fds      [5]unix.PollFd
+	fds      [6]unix.PollFd
 	armed    time.Duration
 	wakeBuf  [64]byte
-	children []int // those that are not the job's: elector, revoke
+	children []int // those that are not the job's: elector, spawner, revoke
+	unreaped bool  // there may be more children to wait for
+
+	noNewPrivs bool     // the job runs so
+	sweep      chan int // cgroups before this one are not needed any more
 
 	elector     int  // pid, 0: reaped
 	electorFd   int  // pidfd
@@ -92,6 +95,7 @@ type guard struct {
 	exitCode    int  // announced by the elector
 	exitText    string
 	exiting     bool
+	lost        string        // which process of ours was lost, for the last line of the log
 	inShut      bool          // the elector's pipe is at its end
 	heard       time.Duration // when the elector last spoke
 	look        time.Duration // when its silence is looked at next
@@ -105,16 +109,20 @@ type guard struct {
 	job      job
 	pending  [65]atomic.Int32 // signals that were caught and wait for the loop, by number
 	signals  int              // TERM and INT received
+	serial   int32            // of the last start
 	tidyAt   time.Duration
 	lateness time.Duration
 }
 
 // job is the state of the supervised command. The zero value: none.
 type job struct {
-	forking *start
-	pid     int // the first process; 0 once reaped
+	serial  int32 // of the start
+	forking bool  // the spawner has not yet told what came of the start
+	pid     int   // the first process; 0 once it has exited
 	pidfd   int
-	alive   bool // from the request to start until dead
+	ended   time.Duration // when pidfd told of its exit, while the spawner has not
+	alone   bool          // the spawner has seen that nothing of the job is left
+	alive   bool          // from the request to start until dead
 	started bool
 	status  unix.WaitStatus
 
@@ -137,7 +145,7 @@ func RunGuard(cfg GuardConfig) int {
 	// With a processor to spare for each goroutine the loop never waits for one when a system call returns.
 	runtime.GOMAXPROCS(6)
 	runtime.LockOSThread()
-	g := &guard{cfg: cfg, log: cfg.Logger, elector: 0, electorFd: -1}
+	g := &guard{cfg: cfg, log: cfg.Logger, electorFd: -1, lost: "the elector", sweep: make(chan int, 1)}
 	if code := g.open(); code != 0 {
 		return code
 	}
@@ -183,16 +191,28 @@ func (g *guard) open() int {
 	}
 	g.wakeR, g.wakeW, g.in, g.out = wake[0], wake[1], fromElector[0], toElector[1]
 
-	g.forker = &forker{cgroup: g.cgroup, now: Now, requests: make(chan *start, 2), wake: g.poke}
-	if g.cgroup == nil && !hasCapability(unix.CAP_KILL) {
-		g.forker.noNewPrivs = true
+	g.noNewPrivs = g.cgroup == nil && !hasCapability(unix.CAP_KILL)
+	if g.noNewPrivs {
 		g.log.Info("the job runs with no_new_privs: without a cgroup or CAP_KILL, a set-user-id process could not be killed")
 	}
-	go g.forker.run()
+	if hidden := procHidden(); hidden != "" {
+		g.log.Info("/proc hides processes: those of the job that it hides are found as children of the spawner", "mount_option", hidden)
+	}
+	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.proc, g.noNewPrivs); err != nil {
+		return fail("start the spawner", err)
+	}
+	g.spawner.tell(spawnPrepare, 0)
+	if g.cgroup != nil {
+		go func() {
+			for newest := range g.sweep {
+				g.cgroup.sweep(newest)
+			}
+		}()
+	}
 	go g.relaySignals()
 	warmThreads(4)
 
-	argv := append(append([]string{}, g.cfg.Elector...), strconv.Itoa(unix.Getpid()))
+	argv := append(append([]string{}, g.cfg.Elector...), strconv.Itoa(unix.Getpid()), strconv.Itoa(g.spawner.pid))
 	if g.cgroup != nil {
 		argv = append(argv, g.cgroup.dir)
 	}
@@ -203,25 +223,31 @@ func (g *guard) open() int {
 	g.inShut = false
 	g.elector, err = syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
 		Env:   os.Environ(),
-		Files: []uintptr{uintptr(null), 1, 2, uintptr(toElector[0]), uintptr(fromElector[1])},
+		Files: []uintptr{uintptr(null), 1, 2, uintptr(toElector[0]), uintptr(fromElector[1]), uintptr(g.spawner.elector), uintptr(g.spawner.pidfd)},
 		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &g.electorFd},
 	})
 	_ = unix.Close(null)
 	_ = unix.Close(toElector[0])
 	_ = unix.Close(fromElector[1])
+	_ = unix.Close(g.spawner.elector)
+	g.spawner.elector = -1
 	if err != nil {
 		g.elector = 0
 		return fail("start the elector", err)
 	}
 	g.listen(Now())
 	g.tidyAt = Now() + time.Second
-	g.children = append(make([]int, 0, 2), g.elector)
+	g.children = make([]int, 0, 3)
+	g.listChildren()
 	g.privileges()
 	return 0
 }
 
 // close gives back what open made. The job is dead by now.
 func (g *guard) close() {
+	if g.spawner != nil {
+		g.spawner.close()
+	}
 	if g.cgroup != nil {
 		g.cgroup.remove()
 	}
@@ -309,7 +335,7 @@ func (g *guard) loop() int {
 		}
 		g.poll()
 		g.hear()
-		g.takeStart()
+		g.hearSpawner()
 		g.reap()
 		g.tidy(now)
 	}
@@ -326,25 +352,32 @@ func (g *guard) poll() {
 		_ = unix.TimerfdSettime(g.timer, unix.TFD_TIMER_ABSTIME, &spec, nil)
 		g.armed = next
 	}
-	g.fds = [5]unix.PollFd{
+	g.fds = [6]unix.PollFd{
 		{Fd: int32(g.timer), Events: unix.POLLIN},
 		{Fd: int32(g.in), Events: unix.POLLIN},
 		{Fd: int32(g.wakeR), Events: unix.POLLIN},
 		{Fd: int32(g.electorFd), Events: unix.POLLIN},
 		{Fd: -1, Events: unix.POLLIN},
+		{Fd: int32(g.spawner.sock), Events: unix.POLLIN},
 	}
 	if g.inShut {
 		g.fds[1].Fd = -1
 	}
-	if g.elector == 0 || g.electorGone && g.job.forking != nil {
+	if g.elector == 0 {
 		g.fds[3].Fd = -1
 	}
-	if g.job.pid != 0 {
+	if g.job.pid != 0 && g.job.ended == 0 { // else it would wake us again and again
 		g.fds[4].Fd = int32(g.job.pidfd)
+	}
+	if g.spawner.pid == 0 {
+		g.fds[5].Fd = -1
 	}
 	var timeout *unix.Timespec
 	var soon unix.Timespec
-	if g.job.kill != killNone {
+	switch {
+	case g.unreaped:
+		timeout = &soon
+	case g.job.kill != killNone:
 		// The first rounds follow each other at once: what was killed is gone after some 100 µs.
 		pause := 100 * time.Microsecond
 		switch r := g.job.rounds; {
@@ -363,6 +396,9 @@ func (g *guard) poll() {
 		_, _ = unix.Read(g.timer, g.wakeBuf[:8])
 		g.armed = 0
 	}
+	if g.fds[4].Revents != 0 {
+		g.job.ended = Now()
+	}
 }
 
 // nextDeadline is the earliest of all that the clock alone brings about.
@@ -375,6 +411,12 @@ func (g *guard) nextDeadline() time.Duration {
 		} else {
 			next = min(next, j.stopBy)
 		}
+	}
+	if j := &g.job; j.kill == killNone && j.ended != 0 {
+		next = min(next, j.ended+exitPause)
+	}
+	if g.spawner.waiting && g.job.kill == killNone {
+		next = min(next, g.spawner.turned+g.spawnerPause())
 	}
 	if g.elector != 0 && !g.electorGone {
 		next = min(next, g.look)
@@ -402,8 +444,39 @@ func (g *guard) serveDeadlines(now time.Duration) {
 			g.log.Warn("stop-at has passed without a renewal: the job is told to stop", "signal", g.cfg.StopSignal.String(), "kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
 		}
 	}
+	if j.alive && j.kill == killNone && j.ended != 0 && now >= j.ended+exitPause {
+		g.log.Warn("the job's first process has exited and is not reaped: something traces it, or the spawner hangs", "pid", j.pid)
+		g.beginKill(killLeftover)
+	}
+	g.serveSpawnerSilence(now)
 	if g.revoke != 0 && now >= g.revokeBy {
 		_ = unix.Kill(g.revoke, unix.SIGKILL)
+	}
+}
+
+// exitPause is for how long the spawner may take to tell of an exit that the guard sees.
+const exitPause = time.Second
+
+// spawnerPause is for how long the spawner may do nothing of what it was asked for. While the job is to be killed that is far less
+// than the margin, for the guard needs the rest to kill all by itself.
+func (g *guard) spawnerPause() time.Duration {
+	if g.job.kill != killNone {
+		return max(g.cfg.TTL/20, 100*time.Millisecond) // half the margin
+	}
+	return max(g.cfg.TTL/3, time.Second)
+}
+
+// serveSpawnerSilence gives up a spawner that was asked for something and does not turn. All of the job falls to the guard then.
+func (g *guard) serveSpawnerSilence(now time.Duration) {
+	s := g.spawner
+	switch {
+	case !s.waiting:
+	case s.hasTurned(now):
+		s.waiting = g.job.kill != killNone && !g.job.alone // a spawner that kills turns again and again
+	case now-s.turned > g.spawnerPause():
+		g.log.Error("the spawner hangs: it is killed", "elapsed", (now - s.turned).String())
+		s.waiting = false
+		s.kill()
 	}
 }
 
@@ -467,8 +540,11 @@ func (g *guard) beginKill(reason int) {
 	if !j.alive || j.kill != killNone {
 		return
 	}
-	if j.forking != nil {
-		j.forking.cancelled.Store(true)
+	if j.forking {
+		atomic.StoreInt32(&g.spawner.area.cancelled, j.serial)
+	}
+	if !j.alone {
+		g.spawner.tell(spawnKill, j.serial)
 	}
 	if reason != killLeftover {
 		g.strike()
@@ -477,21 +553,30 @@ func (g *guard) beginKill(reason int) {
 	j.complain = j.killSince + 10*time.Second
 }
 
-// strike kills everything that can be named without reading the process table.
+// strike kills everything that can be named without reading the process table. The cgroup comes last, for the kernel may keep its
+// killer waiting (cgroup_mutex).
 func (g *guard) strike() {
 	if g.job.pid != 0 {
 		signalPidfd(g.job.pidfd, unix.SIGKILL)
 	}
+	g.procs.killListed(g.root(), g.children...)
 	if g.cgroup != nil {
 		g.cgroup.killAll()
-	} else {
-		g.procs.killListed(g.children...)
 	}
+}
+
+// root is the process from which all of the job descends.
+func (g *guard) root() int {
+	if g.spawner.pid != 0 {
+		return g.spawner.pid
+	}
+	return g.procs.self
 }
 
 // killRound kills what is left and looks if that was all.
 func (g *guard) killRound() {
 	j := &g.job
+	g.hearSpawner()
 	g.reap()
 	if g.dead() {
 		g.buried()
@@ -500,8 +585,9 @@ func (g *guard) killRound() {
 	g.strike()
 	// Reading the process table takes milliseconds. Where the first process or the cgroup is all there is, that is lost time.
 	if j.rounds++; j.rounds > 8 || g.cgroup == nil && j.pid == 0 {
-		g.procs.killDescendants(g.procs.self, g.children...)
+		g.procs.killDescendants(g.root(), g.children...)
 	}
+	g.hearSpawner()
 	g.reap()
 	if g.dead() {
 		g.buried()
@@ -513,14 +599,17 @@ func (g *guard) killRound() {
 	}
 }
 
-// dead says if nothing of the job is left: no child but our own, nothing in the cgroup, and no start under way.
-// A process state would not do: a process whose main thread has gone shows Z while its other threads run.
+// dead reports whether nothing of the job is left: no start under way, nothing in the cgroup, and no child of the spawner, or of ours
+// where the spawner is gone. A process state would not do: a process whose main thread has gone shows Z while its other threads run.
 func (g *guard) dead() bool {
 	j := &g.job
-	if j.forking != nil || j.pid != 0 || g.cgroup != nil && g.cgroup.populated() {
+	switch {
+	case j.forking || j.pid != 0 || g.cgroup != nil && g.cgroup.populated():
 		return false
+	case g.spawner.pid != 0:
+		return j.alone
 	}
-	left, known := g.procs.children(g.children...)
+	left, known := g.procs.children(g.noNewPrivs, g.children...)
 	return known && left == 0
 }
 
@@ -557,6 +646,7 @@ func (g *guard) buried() {
 	g.log.Info("the job is dead", attrs...)
 	g.lateness = 0
 	g.job = job{}
+	g.spawner.waiting = false
 	// An elector whose job is dead pings once a second.
 	g.strikes, g.look = 0, max(g.look, now+3*time.Second)
 	g.tidyAt = now + time.Second
@@ -581,10 +671,6 @@ func (g *guard) hear() {
 				g.signal(unix.Signal(n))
 			}
 		}
-	}
-	// While a start is under way nothing is reaped, but the elector's end is not waited for.
-	if g.fds[3].Revents != 0 && g.job.forking != nil && !g.electorGone {
-		g.loseElector()
 	}
 	if g.fds[1].Revents != 0 {
 		g.readElector()
@@ -650,6 +736,7 @@ func (g *guard) message(m message) {
 		// Once stop-at has passed, nothing moves the deadlines of this job any more. A planned stop is another thing.
 		if j.alive && now < j.stopAt {
 			j.stopAt, j.killBy = time.Duration(m.a), time.Duration(m.b)
+			atomic.StoreInt64(&g.spawner.area.stopAt, m.a) // for a start that is still under way
 		}
 	case msgStop:
 		switch {
@@ -676,42 +763,74 @@ func (g *guard) start(m message) {
 		g.loseElector()
 		return
 	}
-	term := Term{Key: string(m.text), Token: m.b, LeaseID: m.a}
-	s := &start{path: g.cfg.Path, argv: g.cfg.Argv, env: jobEnvironment(g.cfg, term), stopAt: time.Duration(m.c), pidfd: -1}
-	g.job = job{forking: s, pidfd: -1, alive: true, stopAt: time.Duration(m.c), killBy: time.Duration(m.d), stopBy: forever}
-	g.forker.requests <- s // never full: there is one job at a time, and one preparation before it
+	serial := g.serial + 1
+	g.serial = serial
+	g.job = job{serial: serial, forking: true, pidfd: -1, alive: true, stopAt: time.Duration(m.c), killBy: time.Duration(m.d), stopBy: forever}
+	if err := g.spawner.setTerm(termEnvironment(g.cfg, Term{Key: string(m.text), Token: m.b, LeaseID: m.a})); err != nil {
+		g.refused(int32(unix.E2BIG))
+		return
+	}
+	atomic.StoreInt64(&g.spawner.area.stopAt, m.c)
+	g.spawner.tell(spawnStart, serial)
 	if g.signals > 1 {
 		g.beginKill(killSignal)
 	}
 }
 
-// takeStart looks if the start is done.
-func (g *guard) takeStart() {
-	j := &g.job
-	if j.forking == nil || g.forker.done.Load() != j.forking {
-		return
-	}
-	s := j.forking
-	j.forking = nil
-	if s.err != nil {
-		j.pidfd = -1
-		if errors.Is(s.err, errTooLate) {
-			j.stopping, j.stopSince = true, Now() // by us, and not by itself
-		} else {
-			g.tell(message{kind: msgRefused, a: int64(startCode(s.err)), text: []byte(s.err.Error())})
-			g.log.Error(fmt.Sprintf("start job %q", g.cfg.Path), "err", s.err)
+// hearSpawner takes in what the spawner says.
+func (g *guard) hearSpawner() {
+	for g.spawner.pid != 0 {
+		fd, ok := g.spawner.hear()
+		if !ok {
+			return
 		}
-		g.beginKill(killLeftover)
-		return
+		m, j := g.spawner.got, &g.job
+		if !j.alive || m.serial != j.serial { // an answer to a kill that was not needed any more
+			if fd >= 0 {
+				rawClose(fd)
+			}
+			continue
+		}
+		switch m.kind {
+		case spawnStarted:
+			g.started(int(m.value), fd)
+		case spawnRefused:
+			j.alone = true // it has no child yet, or no more
+			g.refused(m.value)
+		case spawnExited:
+			j.alone = m.extra == 1
+			g.jobEnded(unix.WaitStatus(m.value))
+		case spawnGone:
+			j.alone = true
+		}
 	}
-	j.pid, j.pidfd, j.started = s.pid, s.pidfd, true
-	g.tell(message{kind: msgStarted, a: int64(s.pid)})
+}
+
+// started follows a start that has come to its exec.
+func (g *guard) started(pid, pidfd int) {
+	j := &g.job
+	j.forking, j.started, j.pid, j.pidfd = false, true, pid, pidfd
+	g.tell(message{kind: msgStarted, a: int64(pid)})
 	switch {
 	case j.kill != killNone:
 		g.strike()
 	case j.stopping:
 		signalPidfd(j.pidfd, g.cfg.StopSignal)
 	}
+}
+
+// refused follows a start that came to nothing.
+func (g *guard) refused(errno int32) {
+	j := &g.job
+	j.forking = false
+	if errno == spawnTooLate {
+		j.stopping, j.stopSince = true, Now() // by us, and not by itself
+	} else {
+		err := unix.Errno(errno)
+		g.tell(message{kind: msgRefused, a: int64(startCode(err)), text: []byte(err.Error())})
+		g.log.Error(fmt.Sprintf("start job %q", g.cfg.Path), "err", err)
+	}
+	g.beginKill(killLeftover)
 }
 
 // startCode is the exit code of a job that could not be started, as a shell has it.
@@ -725,10 +844,14 @@ func startCode(err error) int {
 	return 126
 }
 
-// reap waits for every child that has ended. While a start is under way it doesn't: the forker waits for a child whose exec
-// failed by its pid, and the first process's status must not be taken before its pid is known.
+// reapsPerRound bounds for how long a round reaps. The kernel looks through all children that live each time, and a guard that is
+// process 1 has those of others.
+const reapsPerRound = 64
+
+// reap waits for the children that have exited: our own, and the orphans that fall to us.
 func (g *guard) reap() {
-	for g.job.forking == nil {
+	g.unreaped = false
+	for range reapsPerRound {
 		var ws unix.WaitStatus
 		pid, _, errno := unix.RawSyscall6(unix.SYS_WAIT4, ^uintptr(0), uintptr(unsafe.Pointer(&ws)), unix.WNOHANG|unix.WALL, 0, 0, 0)
 		if errno == unix.EINTR {
@@ -740,18 +863,42 @@ func (g *guard) reap() {
 		switch int(pid) {
 		case g.elector:
 			g.electorEnded(ws)
+		case g.spawner.pid:
+			g.spawnerEnded(ws)
 		case g.revoke:
 			g.revokeEnded(ws)
 		case g.job.pid:
 			g.jobEnded(ws)
 		}
 	}
+	g.unreaped = true
+}
+
+// spawnerEnded follows the end of the spawner. The kernel has killed the job's first process, and what descends from that falls to us.
+func (g *guard) spawnerEnded(ws unix.WaitStatus) {
+	j := &g.job
+	g.hearSpawner() // its last words
+	g.spawner.pid, g.spawner.waiting, g.lost = 0, false, "the spawner"
+	g.listChildren()
+	j.forking = false
+	if j.pid != 0 {
+		if pid, _, errno := unix.RawSyscall6(unix.SYS_WAIT4, uintptr(j.pid), uintptr(unsafe.Pointer(&ws)), unix.WNOHANG|unix.WALL, 0, 0, 0); errno == unix.ECHILD || int(pid) == j.pid {
+			g.jobEnded(ws) // reaped by the spawner, which could not tell any more, or just now
+		}
+	}
+	if g.exiting && !j.alive {
+		return
+	}
+	g.exiting = false
+	g.log.Error("the spawner has ended: the job is killed and the lease revoked", "exit_code", ExitOf(ws).Code, "signal", ExitOf(ws).Signal)
+	g.beginKill(killSpawner)
+	g.loseElector()
 }
 
 // jobEnded follows the end of the first process: with it ends the job, and what it left behind is killed.
 func (g *guard) jobEnded(ws unix.WaitStatus) {
 	j := &g.job
-	j.pid, j.status = 0, ws
+	j.pid, j.ended, j.status = 0, 0, ws
 	exit := ExitOf(ws)
 	g.tell(message{kind: msgExited, a: int64(exit.Code), b: int64(exit.Signal)})
 	g.beginKill(killLeftover)
@@ -784,7 +931,7 @@ func (g *guard) electorEnded(ws unix.WaitStatus) {
 // listChildren lists the children that are not the job's.
 func (g *guard) listChildren() {
 	g.children = g.children[:0]
-	for _, pid := range []int{g.elector, g.revoke} {
+	for _, pid := range [...]int{g.elector, g.spawner.pid, g.revoke} {
 		if pid != 0 {
 			g.children = append(g.children, pid)
 		}
@@ -836,7 +983,7 @@ func (g *guard) exit() int {
 		g.log.Log(context.Background(), level, "exiting: "+g.exitText, "exit_code", g.exitCode)
 		return g.exitCode
 	}
-	g.log.Error("the elector is lost: exiting to be started again", "exit_code", ExitInternal)
+	g.log.Error(g.lost+" is lost: exiting to be started again", "exit_code", ExitInternal)
 	return ExitInternal
 }
 
@@ -847,8 +994,9 @@ func (g *guard) tidy(now time.Duration) {
 		return
 	}
 	g.tidyAt = now + time.Minute
+	g.spawner.tell(spawnPrepare, 0)
 	select {
-	case g.forker.requests <- nil:
+	case g.sweep <- int(atomic.LoadInt32(&g.spawner.area.leaf)):
 	default: // it has not come to the last one yet
 	}
 	var m runtime.MemStats
@@ -858,16 +1006,13 @@ func (g *guard) tidy(now time.Duration) {
 	}
 }
 
-// jobEnvironment is the daemon's environment, less what is the daemon's alone, plus the term.
-func jobEnvironment(cfg GuardConfig, t Term) []string {
-	return append(append(make([]string, 0, len(cfg.Env)+5), cfg.Env...),
-		"LEASEHOLD_ELECTION="+cfg.Election,
-		"LEASEHOLD_IDENTITY="+cfg.Identity,
-		"LEASEHOLD_KEY="+t.Key,
-		"LEASEHOLD_FENCING_TOKEN="+strconv.FormatInt(t.Token, 10),
-		leaseEntry(t.LeaseID),
-	)
+// termEnvironment is what the job's environment has of its term.
+func termEnvironment(cfg GuardConfig, t Term) []string {
+	return []string{
+		"LEASEHOLD_ELECTION=" + cfg.Election,
+		"LEASEHOLD_IDENTITY=" + cfg.Identity,
+		"LEASEHOLD_KEY=" + t.Key,
+		"LEASEHOLD_FENCING_TOKEN=" + strconv.FormatInt(t.Token, 10),
+		"LEASEHOLD_LEASE_ID=" + strconv.FormatInt(t.LeaseID, 16),
+	}
 }
-
-// leaseEntry is the entry of the environment by which an orphan of the job is known.
-func leaseEntry(lease int64) string { return "LEASEHOLD_LEASE_ID=" + strconv.FormatInt(lease, 16) }

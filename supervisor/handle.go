@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
@@ -18,8 +19,11 @@ import (
 
 // HandleConfig is what the elector's end needs to know.
 type HandleConfig struct {
-	In, Out      int    // the pipe pair
+	In, Out      int // the pipe pair
+	SpawnerSock  int // what the spawner says
+	SpawnerPidfd int
 	Guard        int    // pid
+	Spawner      int    // pid
 	CgroupDir    string // "": the job has none
 	TTL          time.Duration
 	Margin       func() time.Duration // of the lease as granted
@@ -42,9 +46,12 @@ type Handle struct {
 	restart *restarter
 
 	pipe    *os.File // In, for the netpoller
+	spawner *os.File // SpawnerSock, the same
 	guardFd int      // pidfd
+	procs   *scanner // Run's goroutine alone uses it
+	// killing is held while the cgroup is killed, which may take the kernel a while: not mu, for the endpoint waits for that.
+	killing sync.Mutex
 	cgroup  *cgroup
-	procs   *scanner
 
 	sending sync.Mutex
 	sendBuf [maxMessage]byte
@@ -52,15 +59,15 @@ type Handle struct {
 
 	started chan struct{} // room for one: a job was asked for
 	gone    chan struct{} // closed when the guard is gone and the job proven dead
+	killed  chan struct{} // closed when the spawner has told that the job is gone, and that it starts no other
 	events  chan message  // what concerns the job under way; a run takes all of it
 
-	mu    sync.Mutex
-	job   Job
-	term  Term // of the job under way
-	alive bool // from the request to start until dead
-	jobFd int  // pidfd of the first process, -1: none
-	// jobGone says that the first process had ended before it could be opened.
-	jobGone bool
+	mu     sync.Mutex
+	job    Job
+	term   Term // of the job under way
+	alive  bool // from the request to start until dead
+	jobFd  int  // pidfd of the first process, -1: none
+	jobPid int  // its pid: the guard tells of the start in its own time
 	// avenging says that the guard is given up: the deadlines that it knows stay as they are.
 	avenging bool
 }
@@ -84,7 +91,7 @@ type LastExit struct {
 func Connect(cfg HandleConfig) (*Handle, error) {
 	h := &Handle{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer), restart: newRestarter(cfg.Restart, cfg.RestartLimit),
-		started: make(chan struct{}, 1), gone: make(chan struct{}), events: make(chan message, 16),
+		started: make(chan struct{}, 1), gone: make(chan struct{}), killed: make(chan struct{}), events: make(chan message, 16),
 		job: Job{State: JobNone}, jobFd: -1, guardFd: -1,
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -102,12 +109,12 @@ func Connect(cfg HandleConfig) (*Handle, error) {
 			return nil, fmt.Errorf("open the job's cgroup: %w", err)
 		}
 	}
-	for _, fd := range []int{cfg.In, cfg.Out} {
+	for _, fd := range []int{cfg.In, cfg.Out, cfg.SpawnerSock} {
 		if err := unix.SetNonblock(fd, true); err != nil {
 			return nil, fmt.Errorf("open the guard's pipe: %w", err)
 		}
 	}
-	h.pipe = os.NewFile(uintptr(cfg.In), "guard")
+	h.pipe, h.spawner = os.NewFile(uintptr(cfg.In), "guard"), os.NewFile(uintptr(cfg.SpawnerSock), "spawner")
 	return h, nil
 }
 
@@ -150,7 +157,7 @@ func (h *Handle) Snapshot() Job {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	job := h.job
-	if job.State == JobRunning && (!h.alive || h.jobGone || h.jobFd >= 0 && pidfdEnded(h.jobFd)) {
+	if job.State == JobRunning && (!h.alive || h.jobFd >= 0 && h.jobPid == job.PID && pidfdEnded(h.jobFd)) {
 		job.State = JobStopping
 	}
 	return job
@@ -170,12 +177,13 @@ func (h *Handle) tell(m message) {
 func (h *Handle) Run(ctx context.Context) error {
 	var owned sync.WaitGroup
 	defer owned.Wait()
-	defer func() { _ = h.pipe.Close() }()
+	defer func() { _ = errors.Join(h.pipe.Close(), h.spawner.Close()) }()
 	stop := make(chan struct{})
 	defer close(stop)
 
 	messages := make(chan message)
 	owned.Go(func() { h.read(messages, stop) })
+	owned.Go(h.hearSpawner)
 	ended := make(chan struct{})
 	pipe, err := newPidfdWait(h.guardFd)
 	if err != nil {
@@ -227,19 +235,24 @@ func (h *Handle) hung(owed int64) bool {
 // be sure of that takes several turns, which on a starved machine are long. It says if there is such a job.
 func (h *Handle) strikeLate() bool {
 	h.mu.Lock()
-	defer h.mu.Unlock() // so that no other job begins meanwhile
-	if !h.alive || Now() < h.late() {
-		return false
+	late := h.alive && Now() >= h.late()
+	h.mu.Unlock()
+	if late {
+		h.strike()
 	}
-	h.strike()
-	return true
+	return late
 }
 
-// strike kills what of the job can be named without looking around. The mutex is held.
+// strike kills what of the job can be named without looking around. No other job begins meanwhile, unless the guard has told that
+// this one is dead.
 func (h *Handle) strike() {
+	h.mu.Lock()
 	if h.jobFd >= 0 {
 		signalPidfd(h.jobFd, unix.SIGKILL)
 	}
+	h.mu.Unlock()
+	h.killing.Lock()
+	defer h.killing.Unlock()
 	if h.cgroup != nil {
 		h.cgroup.killAll()
 	}
@@ -300,8 +313,6 @@ func (h *Handle) hear(m message) {
 	case msgLateness:
 		h.metrics.lateness.Observe(time.Duration(m.a).Seconds())
 		return
-	case msgStarted:
-		h.openJob(int(m.a))
 	case msgDead:
 		h.mu.Lock()
 		h.alive = false
@@ -311,26 +322,52 @@ func (h *Handle) hear(m message) {
 	h.events <- m // has room for all of one life, and a run takes all before the next begins
 }
 
-// openJob pins the job's first process, to know its end without the guard's help.
-func (h *Handle) openJob(pid int) {
-	fd, err := unix.PidfdOpen(pid, 0)
-	gone := errors.Is(err, unix.ESRCH)
-	if err == nil {
-		var procs *scanner
-		if procs, err = h.scanner(); err == nil {
-			gone = procs.parent(pid) != h.cfg.Guard // reaped already, and the number may be a stranger's
+// hearSpawner takes what the spawner says, until its end or ours. With each start comes a pidfd of the job's first process, by which
+// its end is known without the guard's help.
+func (h *Handle) hearSpawner() {
+	conn, err := h.spawner.SyscallConn()
+	if err != nil {
+		return
+	}
+	for {
+		var m spawnMessage
+		var control [unix.SizeofCmsghdr + 8]byte
+		n, controlLen := 0, 0
+		var received error
+		if err := conn.Read(func(fd uintptr) bool {
+			b := unsafe.Slice((*byte)(unsafe.Pointer(&m)), spawnMessageLen)
+			n, controlLen, _, _, received = unix.Recvmsg(int(fd), b, control[:], unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			return !errors.Is(received, unix.EAGAIN)
+		}); err != nil || received != nil || n != spawnMessageLen {
+			return // end-of-file decides nothing: the spawner's pidfd tells if it is gone
 		}
-		if gone || err != nil {
-			_ = unix.Close(fd)
+		switch m.kind {
+		case spawnStarted:
+			fd := -1
+			if messages, err := unix.ParseSocketControlMessage(control[:controlLen]); err == nil && len(messages) == 1 {
+				if fds, err := unix.ParseUnixRights(&messages[0]); err == nil && len(fds) == 1 {
+					fd = fds[0]
+				}
+			}
+			h.mu.Lock()
+			h.closeJob()
+			h.jobFd, h.jobPid = fd, int(m.value)
+			h.mu.Unlock()
+		case spawnGone:
+			select {
+			case <-h.killed:
+			default:
+				close(h.killed)
+			}
 		}
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.closeJob()
-	h.jobGone = gone
-	if !gone && err == nil {
-		h.jobFd = fd
-	}
+}
+
+// askSpawner asks the spawner to kill the job, and to start none any more.
+func (h *Handle) askSpawner() {
+	m := spawnMessage{kind: spawnKill}
+	b := unsafe.Slice((*byte)(unsafe.Pointer(&m)), spawnMessageLen)
+	_ = unix.Sendto(h.cfg.SpawnerSock, b, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
 }
 
 func (h *Handle) closeJob() {
@@ -354,38 +391,26 @@ func (h *Handle) scanner() (*scanner, error) {
 
 // avenge kills the job in the guard's stead, then the guard, and returns when both are proven dead.
 //
-// While a stopped guard lives, all of the job still descends from it, and its parentage is the best witness there is: the
-// guard goes only when that shows nothing alive. Afterwards the cgroup and the environment tell. See scanner for why a clean
-// scan is a proof, and why there must be two in a row.
+// The spawner, from which all of the job descends, kills and tells when nothing is left; it starts nothing any more, whatever it
+// may still find from the guard. We kill what we see of its descendants beside it: we see more of them at a time.
 //
-// A guard that is PID 1 can't be killed from inside its namespace. It is left, when the job is dead, and when stop-at has
-// passed for whatever start it may still find in its pipe.
+// A guard that is PID 1 can't be killed from inside its namespace. It is left when the job is dead.
 func (h *Handle) avenge(why string) error {
 	h.mu.Lock()
 	h.avenging = true
-	alive, jobFd, lease, stopAt := h.alive, h.jobFd, h.term.LeaseID, h.term.StopAt
+	alive := h.alive
 	h.mu.Unlock()
 	if alive {
 		h.transition(JobStopping, why, nil) // nobody may be told that it runs, from before it is killed
 	}
 	began := Now()
+	h.askSpawner()
 	procs, err := h.scanner()
 	if err != nil {
-		h.log.Error("the process table can't be read: orphans of the job are found by its cgroup alone", "err", err)
+		h.log.Error("the process table can't be read: the spawner alone finds the job", "err", err)
 	}
-	strike := func() (left bool) {
-		if jobFd >= 0 {
-			signalPidfd(jobFd, unix.SIGKILL)
-			left = !pidfdEnded(jobFd)
-		}
-		if h.cgroup != nil {
-			h.cgroup.killAll()
-			left = left || h.cgroup.populated()
-		}
-		return left
-	}
-	complain := began + 10*time.Second
-	wait := func() {
+	complain, killed := began+10*time.Second, h.killed
+	for !h.jobGone(procs) || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
 		pause := 200 * time.Microsecond
 		switch elapsed := Now() - began; {
 		case elapsed > 10*time.Second:
@@ -393,41 +418,23 @@ func (h *Handle) avenge(why string) error {
 		case elapsed > 100*time.Millisecond:
 			pause = time.Millisecond
 		}
-		time.Sleep(pause)
+		select {
+		case <-killed:
+			killed = nil // what is waited for now does not tell
+		case <-time.After(pause):
+		}
 		if Now() > complain {
 			complain += 10 * time.Second
 			h.log.Error("the job or its guard can't be killed; the lease is held on to", "elapsed", (Now() - began).Round(time.Second).String())
 		}
 	}
-	for clean := 0; alive && clean < 2 && !pidfdEnded(h.guardFd); {
-		clean++
-		if left := strike(); left || procs != nil && procs.killDescendants(h.cfg.Guard, unix.Getpid()) {
-			clean = 0
-			wait()
-		}
-	}
-	signalPidfd(h.guardFd, unix.SIGKILL)
-	for clean := 0; clean < 2; {
-		guardEnded := pidfdEnded(h.guardFd)
-		left := strike()
-		if alive && procs != nil && guardEnded && procs.killByEnvironment(leaseEntry(lease), Now() < began+time.Second) {
-			left = true
-		}
-		if !guardEnded && h.cfg.Guard == 1 {
-			guardEnded = !alive || Now() >= stopAt
-			left = left || procs != nil && procs.killDescendants(h.cfg.Guard, unix.Getpid())
-		}
-		clean++
-		if left || !guardEnded {
-			clean = 0
-			wait()
-		}
-	}
 	h.log.Error(why+": the job is dead", "elapsed", (Now() - began).String())
+	h.killing.Lock()
 	if h.cgroup != nil {
 		h.cgroup.remove()
 		h.cgroup = nil
 	}
+	h.killing.Unlock()
 	if alive {
 		h.metrics.kills.WithLabelValues(killReasons[killGuardGone]).Inc()
 	}
@@ -437,6 +444,35 @@ func (h *Handle) avenge(why string) error {
 	h.mu.Unlock()
 	close(h.gone)
 	return ErrGuardGone
+}
+
+// jobGone kills what is left of the job, then the guard, and reports whether nothing of the job is left.
+func (h *Handle) jobGone(procs *scanner) bool {
+	gone := true
+	select {
+	case <-h.killed:
+	default:
+		if gone = pidfdEnded(h.cfg.SpawnerPidfd); gone {
+			// Two processes were lost in one moment. What has left the job's cgroup is not found.
+			h.mu.Lock()
+			gone = h.jobFd < 0 || pidfdEnded(h.jobFd)
+			h.mu.Unlock()
+		} else {
+			h.askSpawner()
+			if procs != nil {
+				procs.killDescendants(h.cfg.Spawner, unix.Getpid())
+			}
+		}
+		h.strike()
+	}
+	if h.cgroup != nil && h.cgroup.populated() {
+		h.strike()
+		return false
+	}
+	if gone {
+		signalPidfd(h.guardFd, unix.SIGKILL)
+	}
+	return gone
 }
 
 // Supervise runs the job for one term: it starts it, starts it again as the restart policy says, and when ctx ends has it
@@ -515,11 +551,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 			lost, ended = nil, false
 			h.tell(message{kind: msgStop, a: 0})
 			// The next leader starts already. The guard has to wake up first, and then sees to all of the job; the first blow is ours.
-			h.mu.Lock()
-			if !h.avenging { // else that is under way
-				h.strike()
-			}
-			h.mu.Unlock()
+			h.strike()
 		case <-done:
 			done, ended = nil, false
 			h.transition(JobStopping, context.Cause(ctx).Error(), nil)

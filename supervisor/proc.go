@@ -3,10 +3,12 @@
 package supervisor
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 	"unsafe"
 
@@ -37,7 +39,6 @@ type scanner struct {
 	dirents []byte
 	stat    [1024]byte
 	path    [64]byte
-	environ []byte
 
 	// What the last scan showed. Each process is read as soon as the directory shows it, in the order of the numbers, and a
 	// child's number is higher than its parent's: whatever lives when the scan ends has been seen, alive, or descends from one
@@ -246,7 +247,7 @@ func (s *scanner) scan() {
 	s.eachProcess(func(s *scanner, pid int) {
 		p := s.process(pid)
 		switch {
-		case p.ppid == 0:
+		case p.ppid == 0 || p.started < s.started: // the job is younger than we are
 		case s.n == len(s.pid):
 			s.broken = true
 		default:
@@ -326,6 +327,11 @@ func (s *scanner) signalMarked(root int, sig unix.Signal) {
 			continue
 		}
 		pid := int(s.pid[i])
+		if int(s.ppid[i]) == s.self {
+			// A child of ours. Only we reap it, so that the number is not another's, and /proc may hide it.
+			_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
+			continue
+		}
 		pidfd, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(pid), 0, 0)
 		if errno == unix.ESRCH {
 			continue
@@ -356,33 +362,72 @@ func signalPidfd(pidfd int, sig unix.Signal) {
 }
 
 // children counts the children of this process, but for those in except: zombies count until they are reaped. What can't be
-// read is not known, and ok is false. Where the kernel has no lists of children the process table serves.
-func (s *scanner) children(except ...int) (count int, ok bool) {
+// read is not known, and ok is false. Where the kernel has no lists of children the process table serves. With noNewPrivs set a
+// child without that counts for nothing, for it can't descend from the job: somebody has put it into the container of which this
+// is process 1.
+func (s *scanner) children(noNewPrivs bool, except ...int) (count int, ok bool) {
 	s.broken = false
-	listed := s.eachChild(s.self, func(_ *scanner, child int) {
-		if !contains(except, child) {
+	counts := func(s *scanner, child int) {
+		if !contains(except, child) && (!noNewPrivs || !s.mayGainPrivileges(child)) {
 			count++
 		}
-	})
+	}
+	listed := s.eachChild(s.self, counts)
 	if listed || s.broken {
 		return count, !s.broken
 	}
 	s.scan()
 	count = 0
 	for i := range s.n {
-		if int(s.ppid[i]) == s.self && !contains(except, int(s.pid[i])) {
-			count++
+		if int(s.ppid[i]) == s.self {
+			counts(s, int(s.pid[i]))
 		}
 	}
 	return count, !s.broken
 }
 
+// mayGainPrivileges reports whether the process is known to run without no_new_privs.
+func (s *scanner) mayGainPrivileges(pid int) bool {
+	fd, errno := s.openat(s.procPath(pid, "", 0, "/status"), unix.O_RDONLY)
+	if errno != 0 {
+		return false
+	}
+	n, _ := rawRead(fd, s.dirents)
+	rawClose(fd)
+	return bytes.Contains(s.dirents[:n], noNewPrivsOff)
+}
+
+var noNewPrivsOff = []byte("\nNoNewPrivs:\t0\n")
+
+// procHidden returns the mount option by which /proc hides the processes of others, or "".
+func procHidden() string {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return ""
+	}
+	hidden := ""
+	for line := range strings.Lines(string(mounts)) {
+		before, after, _ := strings.Cut(strings.TrimSpace(line), " - ")
+		fields, options := strings.Fields(before), strings.Fields(after)
+		if len(fields) < 5 || fields[4] != "/proc" || len(options) < 3 {
+			continue
+		}
+		hidden = "" // the last mount there is the one that is seen
+		for option := range strings.SplitSeq(options[2], ",") {
+			if value, ok := strings.CutPrefix(option, "hidepid="); ok && value != "0" && value != "off" {
+				hidden = option
+			}
+		}
+	}
+	return hidden
+}
+
 // mostListed bounds for how long killListed goes on.
 const mostListed = 256
 
-// killListed kills what the kernel's lists of children show to descend from this process, but for those in except. It is far
+// killListed kills what the kernel's lists of children show to descend from root, but for those in except. It is far
 // quicker than to read the process table, and proves nothing: what forks meanwhile, or falls to another parent, is not seen.
-func (s *scanner) killListed(except ...int) {
+func (s *scanner) killListed(root int, except ...int) {
 	s.n = 0
 	list := func(parent int) {
 		s.eachChild(parent, func(s *scanner, child int) {
@@ -392,11 +437,11 @@ func (s *scanner) killListed(except ...int) {
 			}
 		})
 	}
-	list(s.self)
+	list(root)
 	for i := 0; i < s.n; i++ {
 		list(int(s.pid[i]))
 	}
-	s.signalMarked(s.self, unix.SIGKILL)
+	s.signalMarked(root, unix.SIGKILL)
 }
 
 // eachChild calls f for every child of pid that the kernel's own lists show (proc_tid_children(5)); zombies are among them until
@@ -459,95 +504,4 @@ func (s *scanner) eachListed(fd int, f func(s *scanner, v int)) {
 			v, digits = 0, 0
 		}
 	}
-}
-
-// killByEnvironment kills every process whose environment has the entry, e.g. LEASEHOLD_LEASE_ID=1f. It finds what is left
-// of a job whose guard is gone, unless it wiped its environment or belongs to another user. It returns if it found any, or
-// could not read the table. With suspicious set, a process younger than this one that shows no environment counts as found too,
-// though it is not killed: it may be at its end, or in the middle of an exec, when the old environment is gone and the new one
-// not there yet.
-func (s *scanner) killByEnvironment(entry string, suspicious bool) (left bool) {
-	if s.environ == nil {
-		s.environ = make([]byte, 256<<10)
-	}
-	s.broken = false
-	s.eachProcess(func(s *scanner, pid int) {
-		if pid == s.self {
-			return
-		}
-		has, hidden := s.hasEnvironment(pid, entry)
-		if hidden && suspicious {
-			left = true
-		}
-		if !has {
-			return
-		}
-		left = true
-		pidfd, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(pid), 0, 0)
-		if errno != 0 {
-			return
-		}
-		if has, _ := s.hasEnvironment(pid, entry); has { // read again, now that the pidfd pins the process
-			signalPidfd(int(pidfd), unix.SIGKILL)
-		}
-		rawClose(int(pidfd))
-	})
-	return left || s.broken
-}
-
-// hasEnvironment says if the environment of pid has the entry, or is hidden although pid may be of a job that this process knows.
-// A process whose main thread has ended shows its environment through its other threads.
-func (s *scanner) hasEnvironment(pid int, entry string) (has, hidden bool) {
-	b, errno := s.readEnvironment(s.procPath(pid, "", 0, "/environ"))
-	if len(b) == 0 {
-		p := s.process(pid)
-		// Without memory of its own a task shows nothing: ESRCH or an empty file, or EACCES to an ordinary user.
-		if !p.alive || p.kernel || p.started < s.started || !p.exiting && (errno == unix.EACCES || errno == unix.EPERM) {
-			return false, false
-		}
-		dir, errno := s.openat(s.procPath(pid, "/task", 0, ""), unix.O_RDONLY|unix.O_DIRECTORY)
-		if errno != 0 {
-			return false, !gone(errno)
-		}
-		s.eachThread(dir, func(s *scanner, tid int) bool {
-			b, _ = s.readEnvironment(s.procPath(pid, "/task/", tid, "/environ"))
-			return len(b) == 0
-		})
-		rawClose(dir)
-		hidden = len(b) == 0
-	}
-	for len(b) >= len(entry) {
-		if string(b[:len(entry)]) == entry && (len(b) == len(entry) || b[len(entry)] == 0) {
-			return true, false
-		}
-		i := 0
-		for i < len(b) && b[i] != 0 {
-			i++
-		}
-		if i == len(b) {
-			break
-		}
-		b = b[i+1:]
-	}
-	return false, hidden
-}
-
-func (s *scanner) readEnvironment(path *byte) ([]byte, unix.Errno) {
-	fd, errno := s.openat(path, unix.O_RDONLY)
-	if errno != 0 {
-		return nil, errno
-	}
-	defer rawClose(fd)
-	n := 0
-	for n < len(s.environ) {
-		m, errno := rawRead(fd, s.environ[n:])
-		if errno != 0 {
-			return nil, errno
-		}
-		if m == 0 {
-			break
-		}
-		n += m
-	}
-	return s.environ[:n], 0
 }

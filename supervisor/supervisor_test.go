@@ -112,14 +112,15 @@ func dialTest(hello string) net.Conn {
 func electorMain(args []string) int {
 	ossignal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	guard, _ := strconv.Atoi(args[0])
+	spawner, _ := strconv.Atoi(args[1])
 	cgroupDir := ""
-	if len(args) > 1 {
-		cgroupDir = args[1]
+	if len(args) > 2 {
+		cgroupDir = args[2]
 	}
 	test := dialTest("elector")
 	causes := map[string]error{"planned": errors.New("planned"), "contact": errors.New("contact"), "lost": errors.New("lost")}
 	h, err := Connect(HandleConfig{
-		In: 3, Out: 4, Guard: guard, CgroupDir: cgroupDir, TTL: testTTL, Margin: func() time.Duration { return 300 * time.Millisecond },
+		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guard, Spawner: spawner, CgroupDir: cgroupDir, TTL: testTTL, Margin: func() time.Duration { return 300 * time.Millisecond },
 		Restart: RestartNever, Signal: func(s unix.Signal) { fmt.Fprintf(test, "signal %d\n", s) },
 		Turning: func() bool { return true }, Changed: func() {},
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), Registerer: prometheus.NewRegistry(),

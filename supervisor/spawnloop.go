@@ -1,0 +1,623 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// This file is what runs in the spawner. The guard forks it without exec, so that it costs some pages of memory and not a whole
+// Go process. No Go runtime runs in it: it has one thread, no scheduler, no garbage collection, and its stack can't grow. So every
+// function here is nosplit (the linker checks the sum of their frames), allocates nothing, calls nothing but raw system calls, and
+// stores no pointer. All its data are in the spawnArea. All signals stay blocked in it, for it has no handlers.
+//
+// runtime_BeforeFork makes the child end loudly where that rule is broken. gVisor starts its stub processes in the same way.
+
+//go:linkname runtimeBeforeFork syscall.runtime_BeforeFork
+func runtimeBeforeFork()
+
+//go:linkname runtimeAfterFork syscall.runtime_AfterFork
+func runtimeAfterFork()
+
+// spawnMessage is a message between the spawner and the guard or the elector.
+type spawnMessage struct{ kind, serial, value, extra int32 }
+
+const spawnMessageLen = int(unsafe.Sizeof(spawnMessage{}))
+
+const (
+	// To the spawner.
+	spawnPrepare = int32(iota + 1) // make the cgroup for the next start
+	spawnStart                     // start the job; serial: of this start
+	spawnKill                      // kill the job with this serial; from the elector: whatever there is, and start nothing any more
+
+	// From the spawner.
+	spawnStarted // value: pid of the first process; its pidfd comes along
+	spawnRefused // value: errno, or spawnTooLate
+	spawnExited  // value: wait status of the first process, extra: 1 if no other process of the job is left
+	spawnGone    // nothing of the job is left, and a kill was asked for; to the elector: and nothing will be started
+)
+
+// spawnTooLate: stop-at has passed, the start was called off, or the spawner is closed.
+const spawnTooLate = -1
+
+// spawnArea is memory that the guard and the spawner share. The guard fills it before the fork.
+type spawnArea struct {
+	// The guard writes these at any time.
+	stopAt    int64 // atomic; no start after this time since boot
+	cancelled int32 // atomic; serial of the start that is called off
+
+	// The guard writes these before it asks for a start. They point into this area.
+	path, argv, envp uintptr
+
+	// The spawner writes these.
+	turns uint32 // atomic; a spawner that is asked for something and does not turn hangs
+	leaf  int32  // number of the newest cgroup for a start
+
+	// What the spawner was made with.
+	guardPid, guardSock, electorSock, cgroupFd, procFd int32
+	noNewPrivs, nullStdin                              int32
+	nofile                                             [2]uint64
+	keepIgnored                                        uint64 // signals that stay ignored, 1<<(n-1)
+	titleAt                                            unsafe.Pointer
+	titleLen                                           int32
+
+	// The rest is the spawner's own.
+	fds       [5]unix.PollFd // in the order of poll
+	listFd    int32
+	leafFd    int32
+	leafUsed  int32
+	serial    int32 // of the last start
+	first     int32 // pid of the job's first process until it is reaped
+	execErrno int32 // why it could not be executed
+	hasExited int32
+	status    int32
+	closed    int32
+	guardGone int32
+	killing   int32
+	killAsked int32 // serial of the guard's kill that waits for an answer
+	rounds    int32
+	raised    int32
+	pidfd     int32
+	word      int32
+	now       unix.Timespec
+	pause     unix.Timespec
+	pipe      [2]int32
+	sigset    uint64
+	action    [4]uint64
+	normal    unix.SchedAttr
+	urgent    unix.SchedAttr
+	clone     spawnClone
+	message   spawnMessage
+	iov       [2]uintptr
+	header    spawnHeader
+	control   spawnControl
+	listPath  [24]byte
+	name      [16]byte
+	title     [24]byte
+	null      [16]byte
+	number    [16]byte
+	buf       [4096]byte
+}
+
+// The places in spawnArea.fds.
+const (
+	pollGuardSock = iota
+	pollElectorSock
+	pollGuardPidfd
+	pollExec
+	pollSignal
+)
+
+// spawnClone is struct clone_args of clone3(2), version 2.
+type spawnClone struct {
+	flags, pidfd, childTid, parentTid, exitSignal, stack, stackSize, tls, setTid, setTidSize, cgroup uint64
+}
+
+// spawnHeader is struct msghdr, without pointers.
+type spawnHeader struct {
+	name       uintptr
+	nameLen    uint32
+	_          uint32
+	iov        uintptr
+	iovLen     uintptr
+	control    uintptr
+	controlLen uintptr
+	flags      int32
+	_          int32
+}
+
+// spawnControl is a struct cmsghdr with one descriptor.
+type spawnControl struct {
+	len         uintptr
+	level, kind int32
+	fd          int32
+	_           int32
+}
+
+// spawnerMain is the spawner from its first instruction on. It does not return.
+//
+//go:nosplit
+//go:norace
+//go:noinline
+func spawnerMain(a *spawnArea) {
+	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(&a.name)), 0, 0, 0, 0)
+	if a.noNewPrivs != 0 {
+		_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
+	}
+	if a.nofile[1] != 0 {
+		_, _, _ = unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&a.nofile)), 0, 0, 0)
+	}
+	a.showTitle()
+	a.resetIgnored()
+	a.keepOwnDescriptors()
+	a.turns++
+	for {
+		a.turn()
+	}
+}
+
+// showTitle writes over the copy of the guard's arguments, which is what ps shows.
+//
+//go:nosplit
+//go:norace
+//go:nocheckptr
+func (a *spawnArea) showTitle() {
+	for i := range a.titleLen {
+		b := byte(0)
+		if int(i) < len(a.title) {
+			b = a.title[i]
+		}
+		*(*byte)(unsafe.Add(a.titleAt, i)) = b
+	}
+}
+
+// resetIgnored gives the default to all signals that are ignored, but for those that the job shall ignore: exec keeps what is
+// ignored, and resets what has a handler.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) resetIgnored() {
+	const sigIgn = 1 // the first word of struct sigaction is the handler
+	for sig := uintptr(1); sig <= 64; sig++ {
+		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, 0, uintptr(unsafe.Pointer(&a.action)), 8, 0, 0)
+		if errno != 0 || a.action[0] != sigIgn || a.keepIgnored&(1<<(sig-1)) != 0 {
+			continue
+		}
+		a.action[0] = 0
+		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&a.action)), 0, 8, 0, 0)
+	}
+}
+
+// keepOwnDescriptors closes all that the guard had open, but for the standard streams, which are the job's, and our own.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) keepOwnDescriptors() {
+	next := max(a.guardSock, a.electorSock, a.procFd, a.cgroupFd) + 1
+	lowest := next
+	a.keep(&a.guardSock, &next)
+	a.keep(&a.electorSock, &next)
+	a.keep(&a.procFd, &next)
+	if a.cgroupFd >= 0 {
+		a.keep(&a.cgroupFd, &next)
+	}
+	closeRange(next, 1<<31-1)
+	closeRange(3, lowest-1)
+	if a.nullStdin != 0 {
+		null, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, ^uintptr(0), uintptr(unsafe.Pointer(&a.null)), unix.O_RDONLY|unix.O_CLOEXEC, 0, 0, 0)
+		if errno == 0 {
+			_, _, _ = unix.RawSyscall(unix.SYS_DUP3, null, 0, 0)
+			rawCloseSpawn(null)
+		}
+	}
+	guard, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(a.guardPid), 0, 0)
+	parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0)
+	orphaned := errno != 0 || parent != uintptr(a.guardPid)
+	a.sigset = 1 << (unix.SIGCHLD - 1)
+	sigfd, _, errno := unix.RawSyscall6(unix.SYS_SIGNALFD4, ^uintptr(0), uintptr(unsafe.Pointer(&a.sigset)), 8, unix.SFD_CLOEXEC|unix.SFD_NONBLOCK, 0, 0)
+	if errno != 0 {
+		sigfd = ^uintptr(0)
+	}
+	list, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(a.procFd), uintptr(unsafe.Pointer(&a.listPath)), unix.O_RDONLY|unix.O_CLOEXEC, 0, 0, 0)
+	a.listFd = -1
+	if errno == 0 {
+		a.listFd = int32(list)
+	}
+	a.fds[pollGuardSock].Fd, a.fds[pollElectorSock].Fd = a.guardSock, a.electorSock
+	a.fds[pollGuardPidfd].Fd, a.fds[pollExec].Fd, a.fds[pollSignal].Fd = int32(guard), -1, int32(sigfd)
+	for i := range a.fds {
+		a.fds[i].Events = unix.POLLIN
+	}
+	a.leafFd = -1
+	if orphaned {
+		a.guardIsGone()
+	}
+	_, _, _ = unix.RawSyscall6(unix.SYS_SCHED_GETATTR, 0, uintptr(unsafe.Pointer(&a.normal)), unsafe.Sizeof(a.normal), 0, 0, 0)
+}
+
+// keep moves a descriptor to the lowest number from next on, and closes what lies between.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) keep(fd, next *int32) {
+	moved, _, errno := unix.RawSyscall(unix.SYS_FCNTL, uintptr(*fd), unix.F_DUPFD_CLOEXEC, uintptr(*next))
+	if errno != 0 {
+		moved = ^uintptr(0)
+	} else if int32(moved) > *next {
+		closeRange(*next, int32(moved)-1)
+	}
+	*fd, *next = int32(moved), max(*next, int32(moved)+1)
+}
+
+//go:nosplit
+//go:norace
+func closeRange(from, to int32) {
+	if _, _, errno := unix.RawSyscall(unix.SYS_CLOSE_RANGE, uintptr(from), uintptr(to), 0); errno == 0 {
+		return
+	}
+	for fd := from; fd <= to && fd < 1024; fd++ { // Linux before 5.9
+		rawCloseSpawn(uintptr(fd))
+	}
+}
+
+//go:nosplit
+//go:norace
+func rawCloseSpawn(fd uintptr) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0) }
+
+// turn waits for something to do, and does it.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) turn() {
+	timeout := uintptr(0)
+	if a.killing != 0 {
+		a.killRound()
+		a.pause = unix.Timespec{Nsec: 100_000}
+		switch {
+		case a.rounds > 100:
+			a.pause.Nsec = 10_000_000
+		case a.rounds > 10:
+			a.pause.Nsec = 1_000_000
+		}
+		timeout = uintptr(unsafe.Pointer(&a.pause))
+	}
+	for i := range a.fds {
+		a.fds[i].Revents = 0
+	}
+	_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&a.fds)), uintptr(len(a.fds)), timeout, 0, 0, 0)
+	if a.fds[pollGuardPidfd].Revents != 0 {
+		a.guardIsGone()
+	}
+	if a.fds[pollElectorSock].Revents != 0 {
+		a.hearElector()
+	}
+	if a.fds[pollGuardSock].Revents != 0 {
+		a.hearGuard()
+	}
+	if a.fds[pollExec].Revents != 0 {
+		a.execDone()
+	}
+	if a.fds[pollSignal].Revents != 0 {
+		_, _, _ = unix.RawSyscall(unix.SYS_READ, uintptr(a.fds[pollSignal].Fd), uintptr(unsafe.Pointer(&a.buf)), uintptr(len(a.buf)))
+	}
+	a.reap()
+	a.turns++
+}
+
+// guardIsGone kills what there is, and then ends the spawner.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) guardIsGone() {
+	a.guardGone = 1
+	a.fds[pollGuardPidfd].Fd = -1
+	a.close()
+}
+
+// close kills what there is. Nothing is started any more.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) close() {
+	a.closed = 1
+	a.kill()
+}
+
+//go:nosplit
+//go:norace
+func (a *spawnArea) kill() {
+	if a.killing == 0 {
+		a.killing, a.rounds = 1, 0
+	}
+}
+
+// receive reads a message. At the end of the other side it stops looking there: the pidfd tells who has gone.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) receive(which int) bool {
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(a.fds[which].Fd), uintptr(unsafe.Pointer(&a.message)), uintptr(spawnMessageLen), unix.MSG_DONTWAIT, 0, 0)
+	if errno == 0 && n == uintptr(spawnMessageLen) {
+		return true
+	}
+	if errno != unix.EAGAIN {
+		a.fds[which].Fd = -1
+	}
+	return false
+}
+
+//go:nosplit
+//go:norace
+func (a *spawnArea) hearElector() {
+	if a.receive(pollElectorSock) && a.message.kind == spawnKill {
+		a.close()
+	}
+}
+
+//go:nosplit
+//go:norace
+func (a *spawnArea) hearGuard() {
+	if !a.receive(pollGuardSock) {
+		return
+	}
+	switch a.message.kind {
+	case spawnPrepare:
+		a.prepare()
+	case spawnStart:
+		a.serial = a.message.serial
+		if errno := a.start(); errno != 0 {
+			a.send(a.guardSock, spawnRefused, a.serial, errno, 0, -1)
+		}
+	case spawnKill:
+		a.killAsked = a.message.serial
+		a.kill()
+	}
+}
+
+// send sends a message, with a descriptor unless that is negative. The guard asks for little at a time and takes all answers, so
+// that there is always room for them.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) send(sock, kind, serial, value, extra, fd int32) {
+	a.message.kind, a.message.serial, a.message.value, a.message.extra = kind, serial, value, extra
+	a.header.control, a.header.controlLen = 0, 0
+	if fd >= 0 {
+		a.control.fd = fd
+		a.header.control, a.header.controlLen = uintptr(unsafe.Pointer(&a.control)), unsafe.Sizeof(a.control)
+	}
+	_, _, _ = unix.RawSyscall(unix.SYS_SENDMSG, uintptr(sock), uintptr(unsafe.Pointer(&a.header)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+}
+
+// prepare makes the cgroup for the next start, unless it is there.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) prepare() int32 {
+	if a.cgroupFd < 0 || a.leafFd >= 0 && a.leafUsed == 0 {
+		return 0
+	}
+	if a.leafFd >= 0 {
+		rawCloseSpawn(uintptr(a.leafFd))
+		a.leafFd = -1
+		// One in which the job has made others stays: the guard removes it.
+		_, _, _ = unix.RawSyscall(unix.SYS_UNLINKAT, uintptr(a.cgroupFd), uintptr(unsafe.Pointer(&a.number)), unix.AT_REMOVEDIR)
+	}
+	n := a.leaf + 1
+	i := len(a.number) - 1
+	for a.number[i] = 0; n > 0 && i > 0; n /= 10 {
+		i--
+		a.number[i] = byte('0' + n%10)
+	}
+	for j := 0; i < len(a.number); i, j = i+1, j+1 {
+		a.number[j] = a.number[i]
+	}
+	_, _, errno := unix.RawSyscall(unix.SYS_MKDIRAT, uintptr(a.cgroupFd), uintptr(unsafe.Pointer(&a.number)), 0o755)
+	if errno != 0 {
+		return int32(errno)
+	}
+	a.leaf++
+	fd, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(a.cgroupFd), uintptr(unsafe.Pointer(&a.number)), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
+	if errno != 0 {
+		return int32(errno)
+	}
+	a.leafFd, a.leafUsed = int32(fd), 0
+	return 0
+}
+
+// start forks the job and returns 0, or why it doesn't. What follows comes to execDone. It is a fork and not a vfork, for that
+// would keep the spawner from killing while a slow file system holds up the exec.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) start() int32 {
+	if a.closed != 0 || a.first != 0 {
+		return spawnTooLate
+	}
+	if errno := a.prepare(); errno != 0 {
+		return errno
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&a.pipe)), unix.O_CLOEXEC, 0); errno != 0 {
+		return int32(errno)
+	}
+	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
+	// The last look: whatever took its time has done so by now.
+	_, _, _ = unix.RawSyscall(unix.SYS_CLOCK_GETTIME, unix.CLOCK_BOOTTIME, uintptr(unsafe.Pointer(&a.now)), 0)
+	if a.cancelled == a.serial || a.now.Sec*1e9+a.now.Nsec >= a.stopAt {
+		rawCloseSpawn(uintptr(a.pipe[0]))
+		rawCloseSpawn(uintptr(a.pipe[1]))
+		return spawnTooLate
+	}
+	var pid uintptr
+	var errno unix.Errno
+	if a.leafFd >= 0 {
+		a.leafUsed = 1
+		a.clone.cgroup = uint64(a.leafFd)
+		pid, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)), unsafe.Sizeof(a.clone), 0)
+	} else {
+		// Where there is no cgroup there may be no clone3 either: seccomp filters can't look into its arguments.
+		pid, _, errno = unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_PIDFD|uintptr(unix.SIGCHLD), 0, uintptr(unsafe.Pointer(&a.pidfd)), 0, 0, 0)
+	}
+	if errno == 0 && pid == 0 {
+		a.exec(self)
+	}
+	rawCloseSpawn(uintptr(a.pipe[1]))
+	if errno != 0 {
+		rawCloseSpawn(uintptr(a.pipe[0]))
+		return int32(errno)
+	}
+	a.first, a.execErrno, a.hasExited = int32(pid), 0, 0
+	a.fds[pollExec].Fd = a.pipe[0]
+	return 0
+}
+
+// exec becomes the job, in the child. It does not return.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) exec(spawner uintptr) {
+	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0, 0)
+	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != spawner {
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0, 0) // too late for the signal
+	}
+	own := uint64(0) // on the stack: the area is shared with the spawner
+	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&own)), 0, 8, 0, 0)
+	_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, a.path, a.argv, a.envp)
+	failed := int32(errno)
+	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(a.pipe[1]), uintptr(unsafe.Pointer(&failed)), 4)
+	for {
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
+	}
+}
+
+// execDone learns what came of the exec: the pipe ends with it, or says why it failed.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) execDone() {
+	n, _, _ := unix.RawSyscall(unix.SYS_READ, uintptr(a.fds[pollExec].Fd), uintptr(unsafe.Pointer(&a.word)), 4)
+	rawCloseSpawn(uintptr(a.fds[pollExec].Fd))
+	a.fds[pollExec].Fd = -1
+	if n == 4 {
+		a.execErrno = a.word
+	} else {
+		a.send(a.electorSock, spawnStarted, a.serial, a.first, 0, a.pidfd)
+		a.send(a.guardSock, spawnStarted, a.serial, a.first, 0, a.pidfd)
+	}
+	rawCloseSpawn(uintptr(a.pidfd))
+}
+
+// reapsPerTurn bounds what a turn does: where thousands of children live on, the kernel takes long for each wait.
+const reapsPerTurn = 64
+
+// reap waits for children that have exited, and tells who needs to know.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) reap() {
+	var pid uintptr
+	var errno unix.Errno
+	for range reapsPerTurn {
+		pid, _, errno = unix.RawSyscall6(unix.SYS_WAIT4, ^uintptr(0), uintptr(unsafe.Pointer(&a.word)), unix.WNOHANG|unix.WALL, 0, 0, 0)
+		if errno != 0 || pid == 0 {
+			break
+		}
+		if int32(pid) == a.first {
+			a.status, a.hasExited = a.word, 1
+			if a.fds[pollExec].Fd >= 0 {
+				a.execDone()
+			}
+			a.first = 0
+		}
+	}
+	none := errno == unix.ECHILD
+	if errno == 0 && pid != 0 { // there may be more
+		a.rearm()
+	}
+	if a.hasExited != 0 {
+		a.hasExited = 0
+		switch {
+		case a.execErrno != 0:
+			a.send(a.guardSock, spawnRefused, a.serial, a.execErrno, 0, -1)
+		case none:
+			a.send(a.guardSock, spawnExited, a.serial, a.status, 1, -1)
+		default:
+			a.send(a.guardSock, spawnExited, a.serial, a.status, 0, -1)
+		}
+	}
+	if a.killing == 0 || !none {
+		return
+	}
+	a.killing = 0
+	if a.raised == 1 {
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_SETATTR, 0, uintptr(unsafe.Pointer(&a.normal)), 0)
+	}
+	a.raised = 0
+	if a.closed != 0 {
+		a.send(a.electorSock, spawnGone, 0, 0, 0, -1)
+	}
+	if a.guardGone != 0 {
+		for {
+			_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+		}
+	}
+	if a.killAsked != 0 {
+		a.send(a.guardSock, spawnGone, a.killAsked, 0, 0, -1)
+		a.killAsked = 0
+	}
+}
+
+// rearm makes the next turn come at once.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) rearm() {
+	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
+	_, _, _ = unix.RawSyscall(unix.SYS_KILL, self, uintptr(unix.SIGCHLD), 0)
+}
+
+// killRound kills the children. They can't be strangers, for nobody else reaps them. What descends from them falls to us as they
+// exit, so that in the end there is nobody but children.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) killRound() {
+	a.rounds++
+	if a.raised == 0 {
+		a.raised = 1
+		if _, _, errno := unix.RawSyscall(unix.SYS_SCHED_SETATTR, 0, uintptr(unsafe.Pointer(&a.urgent)), 0); errno != 0 {
+			a.raised = 2
+		}
+	}
+	if a.first != 0 {
+		_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(a.first), uintptr(unix.SIGKILL), 0)
+	}
+	if a.listFd < 0 {
+		return // the kernel has no lists of children: guard and elector find them in the process table
+	}
+	_, _, _ = unix.RawSyscall(unix.SYS_LSEEK, uintptr(a.listFd), 0, unix.SEEK_SET)
+	child := uintptr(0)
+	for {
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(a.listFd), uintptr(unsafe.Pointer(&a.buf)), uintptr(len(a.buf)))
+		if errno != 0 || n == 0 || n > uintptr(len(a.buf)) {
+			return
+		}
+		for i := uintptr(0); i < n; i++ {
+			c := a.buf[i]
+			if c >= '0' && c <= '9' {
+				child = child*10 + uintptr(c-'0')
+				continue
+			}
+			if child > 0 {
+				_, _, _ = unix.RawSyscall(unix.SYS_KILL, child, uintptr(unix.SIGKILL), 0)
+			}
+			child = 0
+		}
+		a.turns++
+	}
+}
