@@ -153,17 +153,22 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 func (c *Candidate) Guard() int { return c.guard.cmd.Process.Pid }
 
 // Elector is the pid of the guard's child that campaigns.
-func (c *Candidate) Elector() (int, error) {
+func (c *Candidate) Elector() (int, error) { return c.child("elector") }
+
+// Spawner is the pid of the guard's child from which the job descends.
+func (c *Candidate) Spawner() (int, error) { return c.child("spawner") }
+
+func (c *Candidate) child(name string) (int, error) {
 	for _, pid := range Children(c.Guard()) {
 		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if err != nil {
 			continue // it has just ended
 		}
-		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == "elector" {
+		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == name {
 			return pid, nil
 		}
 	}
-	return 0, fmt.Errorf("candidate %s has no elector", c.Identity)
+	return 0, fmt.Errorf("candidate %s has no %s", c.Identity, name)
 }
 
 // Signal sends a signal to the guard.

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -62,6 +63,33 @@ func electorPaused(tr *trial, leader, _ *candidate, job e2e.Life) {
 	next := tr.waitNext(job, patience)
 	tr.sleepPast(next.Started, tr.ttl)
 	_ = syscall.Kill(elector, syscall.SIGCONT) // its guard has killed it by now
+	tr.waitExit(leader, 70)
+}
+
+func spawnerKilled(tr *trial, leader, _ *candidate, job e2e.Life) {
+	spawner, err := leader.Spawner()
+	tr.must(err)
+	tr.must(syscall.Kill(spawner, syscall.SIGKILL))
+	tr.waitNext(job, soon)
+	tr.waitExit(leader, 70)
+}
+
+// spawnerPaused: nobody needs the spawner before the job is to end.
+func spawnerPaused(tr *trial, leader, _ *candidate, job e2e.Life) {
+	spawner, err := leader.Spawner()
+	tr.must(err)
+	tr.must(syscall.Kill(spawner, syscall.SIGSTOP))
+	tr.must(leader.Signal(syscall.SIGTERM))
+	tr.waitNext(job, patience)
+	tr.waitExit(leader, 70)
+}
+
+func spawnerPausedUnreachable(tr *trial, leader, _ *candidate, job e2e.Life) {
+	spawner, err := leader.Spawner()
+	tr.must(err)
+	tr.must(syscall.Kill(spawner, syscall.SIGSTOP))
+	leader.cut()
+	tr.waitNext(job, patience)
 	tr.waitExit(leader, 70)
 }
 
@@ -117,6 +145,9 @@ func TestNeverTwoJobs(t *testing.T) {
 		{"elector killed", electorKilled},
 		{"guard paused", guardPaused},
 		{"elector paused", electorPaused},
+		{"spawner killed", spawnerKilled},
+		{"spawner paused", spawnerPaused},
+		{"spawner paused, etcd unreachable", spawnerPausedUnreachable},
 		{"road dark", roadDark},
 		{"etcd stopped", etcdStopped},
 		{"standby's lease lost", standbyLeaseLost},
@@ -217,6 +248,53 @@ func TestNeverTwoJobs_OfTheUnwilling(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestNeverTwoJobs_OfTheHidden: a job of which a descendant can be found neither by its environment nor by its cgroup, and where
+// /proc hides it not by its entry either. Whichever process of the daemon is lost, it is found by descent.
+func TestNeverTwoJobs_OfTheHidden(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute")
+	}
+	faults := []fault{
+		{"planned stop", plannedStop},
+		{"guard killed", guardKilled},
+		{"guard paused", guardPaused},
+		{"elector killed", electorKilled},
+		{"spawner killed", spawnerKilled},
+		{"spawner paused, etcd unreachable", spawnerPausedUnreachable},
+		{"road dark", roadDark},
+	}
+	for _, u := range append(users(), user{name: "hidepid"}) {
+		for _, f := range faults {
+			t.Run(u.name+"/"+f.name, func(t *testing.T) {
+				t.Parallel()
+				neverTwo(t, func(t *testing.T) *trial {
+					tr := newTrial(t, u, e2e.ClusterConfig{})
+					leader, standby, job := tr.pair("ignore-term daemonize wipe-env huge-env undumpable leave-cgroup", func(cfg *e2e.CandidateConfig) {
+						if u.name == "hidepid" {
+							tr.hideProc(cfg)
+						}
+					})
+					tr.waitRoles(job, "daemon")
+					if says := strings.Contains(leader.Log(), "hidepid="); says != (u.name == "hidepid") {
+						t.Errorf("the log says that /proc hides processes: %t", says)
+					}
+					f.do(tr, leader, standby, job)
+					tr.finish()
+					return tr
+				})
+			})
+		}
+	}
+}
+
+// hideProc starts the daemon as an ordinary user where /proc hides what it may not read.
+func (tr *trial) hideProc(cfg *e2e.CandidateConfig) {
+	e2e.NeedsRoot(tr) // to mount it
+	cfg.UID = 0
+	tr.wrap(cfg, "unshare", "--mount", "sh", "-c",
+		`mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$0" "$@"`)
 }
 
 // TestNeverTwoJobs_NoProcessLeft: a job that takes every process there is, so

@@ -416,7 +416,7 @@ func (g *guard) nextDeadline() time.Duration {
 		next = min(next, j.ended+exitPause)
 	}
 	if g.spawner.waiting && g.job.kill == killNone {
-		next = min(next, g.spawner.turned+g.spawnerPause())
+		next = min(next, g.spawner.looked+g.spawnerPause(0)/3)
 	}
 	if g.elector != 0 && !g.electorGone {
 		next = min(next, g.look)
@@ -457,26 +457,30 @@ func (g *guard) serveDeadlines(now time.Duration) {
 // exitPause is for how long the spawner may take to tell of an exit that the guard sees.
 const exitPause = time.Second
 
-// spawnerPause is for how long the spawner may do nothing of what it was asked for. While the job is to be killed that is far less
-// than the margin, for the guard needs the rest to kill all by itself.
-func (g *guard) spawnerPause() time.Duration {
-	if g.job.kill != killNone {
-		return max(g.cfg.TTL/20, 100*time.Millisecond) // half the margin
+// spawnerPause is for how long the spawner may do nothing of what it was asked for. Where kill-by has passed, or the next leader may
+// be starting, that is half the margin, for the guard needs the rest to kill all by itself.
+func (g *guard) spawnerPause(now time.Duration) time.Duration {
+	if j := &g.job; j.kill == killLost || j.kill != killNone && now >= j.killBy {
+		return max(g.cfg.TTL/20, 100*time.Millisecond)
 	}
 	return max(g.cfg.TTL/3, time.Second)
 }
 
-// serveSpawnerSilence gives up a spawner that was asked for something and does not turn. All of the job falls to the guard then.
+// serveSpawnerSilence gives up a spawner that was asked for something and does not turn. All of the job falls to the guard then. As
+// with the elector, its silence must outlast three looks.
 func (g *guard) serveSpawnerSilence(now time.Duration) {
 	s := g.spawner
-	switch {
+	switch pause := g.spawnerPause(now); {
 	case !s.waiting:
 	case s.hasTurned(now):
 		s.waiting = g.job.kill != killNone && !g.job.alone // a spawner that kills turns again and again
-	case now-s.turned > g.spawnerPause():
-		g.log.Error("the spawner hangs: it is killed", "elapsed", (now - s.turned).String())
-		s.waiting = false
-		s.kill()
+	case now >= s.looked+pause/3:
+		s.looked = now
+		if s.missed++; s.missed >= 3 {
+			g.log.Error("the spawner hangs: it is killed", "elapsed", (now - s.turned).String())
+			s.waiting = false
+			s.kill()
+		}
 	}
 }
 

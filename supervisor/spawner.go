@@ -40,6 +40,8 @@ type spawner struct {
 	waiting bool          // it was asked for something, and owes a turn
 	turns   uint32        // as last seen
 	turned  time.Duration // when it was last seen to turn, or was asked
+	looked  time.Duration // when it was last looked at
+	missed  int           // looks in a row at which it had not
 }
 
 // termVariables is how many entries of the environment a term adds, and termBytes bounds their length.
@@ -90,7 +92,7 @@ func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner
 	a.urgent = unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: 1}
 	copy(a.listPath[:len(a.listPath)-1], "thread-self/children")
 	copy(a.name[:len(a.name)-1], "leasehold-spawn")
-	copy(a.title[:len(a.title)-1], os.Args[0]+"\x00spawner")
+	copy(a.title[:len(a.title)-1], "leasehold\x00spawner")
 	copy(a.null[:len(a.null)-1], os.DevNull)
 	// The kernel lays out a process's arguments one after the other.
 	last := os.Args[len(os.Args)-1]
@@ -189,7 +191,7 @@ func (s *spawner) tell(kind, serial int32) {
 
 // asked notes that the spawner owes a turn from now on.
 func (s *spawner) asked(now time.Duration) {
-	s.waiting, s.turned, s.turns = true, now, atomic.LoadUint32(&s.area.turns)
+	s.waiting, s.turned, s.looked, s.missed, s.turns = true, now, now, 0, atomic.LoadUint32(&s.area.turns)
 }
 
 // hasTurned reports whether the spawner has turned since it was last seen to.
@@ -198,7 +200,7 @@ func (s *spawner) hasTurned(now time.Duration) bool {
 	if turns == s.turns {
 		return false
 	}
-	s.turns, s.turned = turns, now
+	s.turns, s.turned, s.looked, s.missed = turns, now, now, 0
 	return true
 }
 

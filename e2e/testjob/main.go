@@ -11,7 +11,10 @@
 //	setsid         have a child in a session of its own that ignores SIGTERM
 //	hold-pipes     have a grandchild that keeps the standard streams open
 //	daemonize      have a descendant that forked twice and called setsid
-//	wipe-env       that descendant has none of the job's environment
+//	wipe-env       the job's descendants have none of its environment
+//	huge-env       they have an environment of 400 KiB
+//	undumpable     /proc shows other processes of their user little of them
+//	leave-cgroup   they leave the job's cgroup for the one above it, where that is permitted
 //	main-gone      end the main thread while other threads run on
 //	storm=N        N chains of processes, each of which forks and ends at once
 //	fill=N         fork up to N children, and another for each that dies
@@ -62,6 +65,9 @@ func run(words []string) error {
 	terminate := make(chan os.Signal, 1)
 	if value(words, "slow-stop=") != "" || value(words, "stop-code=") != "" {
 		signal.Notify(terminate, syscall.SIGTERM)
+	}
+	if role != "job" {
+		hide(words)
 	}
 	if slices.Contains(words, "ignore-term") || role != "job" {
 		signal.Ignore(syscall.SIGTERM)
@@ -140,6 +146,11 @@ func start(role string, words []string, witness *net.UnixConn, pipes bool) (*exe
 		cmd.Env = []string{"TESTJOB_ROLE=" + role, "WITNESS=" + os.Getenv("WITNESS"),
 			"TESTJOB_CANDIDATE=" + candidate(), "TESTJOB_TOKEN=" + token()}
 	}
+	if slices.Contains(words, "huge-env") {
+		for i := range 4 { // the kernel takes entries of up to 128 KiB
+			cmd.Env = append([]string{fmt.Sprintf("FILLER%d=%s", i, strings.Repeat("x", 100<<10))}, cmd.Env...)
+		}
+	}
 	if pipes {
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	}
@@ -158,6 +169,27 @@ func start(role string, words []string, witness *net.UnixConn, pipes bool) (*exe
 		return nil, fmt.Errorf("start %s: %w", role, err)
 	}
 	return cmd, nil
+}
+
+// hide takes this process from where those may look who search for the job.
+func hide(words []string) {
+	if slices.Contains(words, "undumpable") {
+		_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+	}
+	if !slices.Contains(words, "leave-cgroup") {
+		return
+	}
+	data, _ := os.ReadFile("/proc/self/cgroup")
+	for line := range strings.Lines(string(data)) {
+		path, found := strings.CutPrefix(strings.TrimSpace(line), "0::")
+		above, _, inJobs := strings.Cut(path, "/leasehold-")
+		if !found || !inJobs {
+			continue
+		}
+		for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+			_ = os.WriteFile(mount+above+"/cgroup.procs", []byte(strconv.Itoa(os.Getpid())), 0)
+		}
+	}
 }
 
 func misbehave(words []string, witness *net.UnixConn) error {
