@@ -38,6 +38,7 @@ type scanner struct {
 	entry   [48]byte // room for the longest name in /proc, and for two numbers at most
 	dirents []byte
 	stat    [1024]byte
+	status  [4096]byte
 	path    [64]byte
 
 	// What the last scan showed. Each process is read as soon as the directory shows it, in the order of the numbers, and a
@@ -392,9 +393,9 @@ func (s *scanner) mayGainPrivileges(pid int) bool {
 	if errno != 0 {
 		return false
 	}
-	n, _ := rawRead(fd, s.dirents)
+	n, _ := rawRead(fd, s.status[:])
 	rawClose(fd)
-	return bytes.Contains(s.dirents[:n], noNewPrivsOff)
+	return bytes.Contains(s.status[:n], noNewPrivsOff)
 }
 
 var noNewPrivsOff = []byte("\nNoNewPrivs:\t0\n")
