@@ -558,12 +558,14 @@ func (g *guard) beginKill(reason int) {
 }
 
 // strike kills everything that can be named without reading the process table. The cgroup comes last, for the kernel may keep its
-// killer waiting (cgroup_mutex).
+// killer waiting (cgroup_mutex); the spawner kills by descent beside it.
 func (g *guard) strike() {
 	if g.job.pid != 0 {
 		signalPidfd(g.job.pidfd, unix.SIGKILL)
 	}
-	g.procs.killListed(g.root(), g.children...)
+	if g.cgroup == nil || g.spawner.pid == 0 {
+		g.procs.killListed(g.root(), g.children...)
+	}
 	if g.cgroup != nil {
 		g.cgroup.killAll()
 	}

@@ -78,6 +78,7 @@ type spawnArea struct {
 	killing   int32
 	killAsked int32 // serial of the guard's kill that waits for an answer
 	rounds    int32
+	nextRound int64 // since boot
 	raised    int32
 	pidfd     int32
 	word      int32
@@ -86,7 +87,6 @@ type spawnArea struct {
 	pipe      [2]int32
 	sigset    uint64
 	action    [4]uint64
-	normal    unix.SchedAttr
 	urgent    unix.SchedAttr
 	clone     spawnClone
 	message   spawnMessage
@@ -236,7 +236,6 @@ func (a *spawnArea) keepOwnDescriptors() {
 	if orphaned {
 		a.guardIsGone()
 	}
-	_, _, _ = unix.RawSyscall6(unix.SYS_SCHED_GETATTR, 0, uintptr(unsafe.Pointer(&a.normal)), unsafe.Sizeof(a.normal), 0, 0, 0)
 }
 
 // keep moves a descriptor to the lowest number from next on, and closes what lies between.
@@ -275,14 +274,20 @@ func rawCloseSpawn(fd uintptr) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0
 func (a *spawnArea) turn() {
 	timeout := uintptr(0)
 	if a.killing != 0 {
-		a.killRound()
-		a.pause = unix.Timespec{Nsec: 100_000}
-		switch {
-		case a.rounds > 100:
-			a.pause.Nsec = 10_000_000
-		case a.rounds > 10:
-			a.pause.Nsec = 1_000_000
+		now := a.readClock()
+		if now >= a.nextRound {
+			began := now
+			a.killRound()
+			now = a.readClock()
+			// What was killed needs the processor to exit, so most of the time is left to that.
+			a.nextRound = now + max(100_000, 4*(now-began))
+			if a.rounds > 100 {
+				a.nextRound = max(a.nextRound, now+10_000_000)
+			} else if a.rounds > 10 {
+				a.nextRound = max(a.nextRound, now+1_000_000)
+			}
 		}
+		a.pause = unix.Timespec{Nsec: min(a.nextRound-now, 10_000_000)}
 		timeout = uintptr(unsafe.Pointer(&a.pause))
 	}
 	for i := range a.fds {
@@ -331,7 +336,7 @@ func (a *spawnArea) close() {
 //go:norace
 func (a *spawnArea) kill() {
 	if a.killing == 0 {
-		a.killing, a.rounds = 1, 0
+		a.killing, a.rounds, a.nextRound = 1, 0, 0
 	}
 }
 
@@ -446,8 +451,7 @@ func (a *spawnArea) start() int32 {
 	}
 	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
 	// The last look: whatever took its time has done so by now.
-	_, _, _ = unix.RawSyscall(unix.SYS_CLOCK_GETTIME, unix.CLOCK_BOOTTIME, uintptr(unsafe.Pointer(&a.now)), 0)
-	if a.cancelled == a.serial || a.now.Sec*1e9+a.now.Nsec >= a.stopAt {
+	if a.cancelled == a.serial || a.readClock() >= a.stopAt {
 		rawCloseSpawn(uintptr(a.pipe[0]))
 		rawCloseSpawn(uintptr(a.pipe[1]))
 		return spawnTooLate
@@ -473,6 +477,15 @@ func (a *spawnArea) start() int32 {
 	a.first, a.execErrno, a.hasExited = int32(pid), 0, 0
 	a.fds[pollExec].Fd = a.pipe[0]
 	return 0
+}
+
+// readClock returns nanoseconds since boot.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) readClock() int64 {
+	_, _, _ = unix.RawSyscall(unix.SYS_CLOCK_GETTIME, unix.CLOCK_BOOTTIME, uintptr(unsafe.Pointer(&a.now)), 0)
+	return a.now.Sec*1e9 + a.now.Nsec
 }
 
 // exec becomes the job, in the child. It does not return.
@@ -554,10 +567,6 @@ func (a *spawnArea) reap() {
 		return
 	}
 	a.killing = 0
-	if a.raised == 1 {
-		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_SETATTR, 0, uintptr(unsafe.Pointer(&a.normal)), 0)
-	}
-	a.raised = 0
 	if a.closed != 0 {
 		a.send(a.electorSock, spawnGone, 0, 0, 0, -1)
 	}
@@ -588,11 +597,10 @@ func (a *spawnArea) rearm() {
 //go:norace
 func (a *spawnArea) killRound() {
 	a.rounds++
-	if a.raised == 0 {
+	// While the guard kills too, with a priority of its own, what is killed needs the other processors to exit.
+	if a.closed != 0 && a.raised == 0 {
 		a.raised = 1
-		if _, _, errno := unix.RawSyscall(unix.SYS_SCHED_SETATTR, 0, uintptr(unsafe.Pointer(&a.urgent)), 0); errno != 0 {
-			a.raised = 2
-		}
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_SETATTR, 0, uintptr(unsafe.Pointer(&a.urgent)), 0)
 	}
 	if a.first != 0 {
 		_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(a.first), uintptr(unix.SIGKILL), 0)
