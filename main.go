@@ -157,7 +157,7 @@ func guard(command []string) (code int) {
 	return supervisor.RunGuard(supervisor.GuardConfig{
 		Path: path, Argv: command, Env: withoutOurs(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
-		TTL: cfg.TTL.Duration, StopSignal: cfg.StopSignal.Signal,
+		TTL: cfg.TTL.Duration, StopSignal: cfg.StopSignal.Signal, NewPrivs: cfg.NoNewPrivs == "off",
 		Elector: []string{"leasehold", roleElector},
 		Probe:   []string{"leasehold", roleProbe},
 		Revoke: func(lease int64, within time.Duration) []string {

@@ -30,6 +30,7 @@ type GuardConfig struct {
 	Identity   string
 	TTL        time.Duration // as configured; bounds how long a silent elector is borne
 	StopSignal unix.Signal
+	NewPrivs   bool // the job may gain privileges, although what has gained them may not be killed
 
 	Elector  []string                                         // argv of the elector; guard and cgroup are added
 	Probe    []string                                         // argv of a process that sleeps
@@ -184,10 +185,7 @@ func (g *guard) open() int {
 	g.wakeR, g.wakeW, g.in, g.out = wake[0], wake[1], fromElector[0], toElector[1]
 
 	g.forker = &forker{cgroup: g.cgroup, now: Now, requests: make(chan *start, 2), wake: g.poke}
-	if g.cgroup == nil && !hasCapability(unix.CAP_KILL) {
-		g.forker.noNewPrivs = true
-		g.log.Info("the job runs with no_new_privs: without a cgroup or CAP_KILL, a set-user-id process could not be killed")
-	}
+	g.forker.noNewPrivs = g.noNewPrivs()
 	go g.forker.run()
 	go g.relaySignals()
 	warmThreads(4)
@@ -263,6 +261,23 @@ func warmThreads(n int) {
 		})
 	}
 	done.Wait()
+}
+
+// noNewPrivs reports whether the job must not gain privileges: without CAP_KILL a set-user-id process is out of our reach. A
+// cgroup is no help, for such a process can leave it.
+func (g *guard) noNewPrivs() bool {
+	if hasCapability(unix.CAP_KILL) {
+		return false
+	}
+	if !g.cfg.NewPrivs {
+		g.log.Info("the job runs with no_new_privs: without CAP_KILL a set-user-id process could not be killed")
+		return true
+	}
+	if set, _ := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); set == 0 {
+		g.log.Warn("LEASEHOLD_NO_NEW_PRIVS=off, and the daemon lacks CAP_KILL: " +
+			"a set-user-id process of the job that can't be killed may run beside the next job")
+	}
+	return false
 }
 
 // hasCapability says if this process has the capability in effect (capget(2)).

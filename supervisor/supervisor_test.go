@@ -50,8 +50,8 @@ func TestMain(m *testing.M) {
 	os.Exit(runTests(m))
 }
 
-// guardBinary is a copy of the test binary that an ordinary user can execute.
-var guardBinary string
+// guardBinary is a copy of the test binary that an ordinary user can execute, and setuidBinary one that makes them who the test is.
+var guardBinary, setuidBinary string
 
 func runTests(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "supervisor")
@@ -59,9 +59,13 @@ func runTests(m *testing.M) int {
 		panic(err)
 	}
 	defer os.RemoveAll(dir)
-	guardBinary = filepath.Join(dir, "leasehold")
+	guardBinary, setuidBinary = filepath.Join(dir, "leasehold"), filepath.Join(dir, "setuid")
 	image, err := os.ReadFile("/proc/self/exe")
-	if err := errors.Join(err, os.Chmod(dir, 0o755), os.WriteFile(guardBinary, image, 0o755)); err != nil {
+	err = errors.Join(err, os.Chmod(dir, 0o755))
+	for _, path := range []string{guardBinary, setuidBinary} {
+		err = errors.Join(err, os.WriteFile(path, image, 0o755))
+	}
+	if err := errors.Join(err, os.Chmod(setuidBinary, 0o755|os.ModeSetuid)); err != nil {
 		panic(err)
 	}
 	return m.Run()
@@ -87,7 +91,7 @@ func guardMain() int {
 	}
 	return RunGuard(GuardConfig{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
-		Election: "election", Identity: "identity", TTL: testTTL, StopSignal: unix.SIGTERM,
+		Election: "election", Identity: "identity", TTL: testTTL, StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
 		Revoke: func(lease int64, _ time.Duration) []string {
 			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
@@ -200,6 +204,16 @@ func jobMain(behaviour string) {
 		os.Exit(0)
 	case "stubborn":
 		ossignal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGINT)
+	case "sudo":
+		cmd := exec.Command(os.Getenv("TEST_SETUID"), "job", "escape")
+		if err := cmd.Start(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	case "escape": // as sudo does, and from the cgroup: who may, may write there
+		_ = syscall.Setuid(0)
+		_ = os.WriteFile(os.Getenv("TEST_OUTSIDE"), []byte(strconv.Itoa(os.Getpid())), 0)
+		dialTest(fmt.Sprintf("job escape as-%d", os.Geteuid()))
+		select {}
 	case "exit-5":
 		os.Exit(5)
 	case "leave-behind":
@@ -248,6 +262,12 @@ type rig struct {
 
 func newRig(t *testing.T, job string, uid int, env ...string) *rig {
 	t.Helper()
+	return newRigIn(t, nil, job, uid, env...)
+}
+
+// newRigIn starts the guard in a cgroup, where one is given.
+func newRigIn(t *testing.T, cgroup *os.File, job string, uid int, env ...string) *rig {
+	t.Helper()
 	r := &rig{t: t, lease: rand.Int64(), exited: make(chan int, 1), alive: map[string]int{}, pids: map[string]int{}}
 	r.cond = sync.NewCond(&r.mu)
 	dir, err := os.MkdirTemp("", "rig")
@@ -283,6 +303,9 @@ func newRig(t *testing.T, job string, uid int, env ...string) *rig {
 	if uid != 0 {
 		r.guard.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}
 		r.guard.Dir = "/"
+	}
+	if cgroup != nil {
+		r.guard.SysProcAttr.UseCgroupFD, r.guard.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
 	}
 	if err := r.guard.Start(); err != nil {
 		t.Fatal(err)
@@ -592,4 +615,78 @@ func TestGuard_LostContactKillsForkStorm(t *testing.T) {
 		r.tell("exit 0")
 		r.waitExit(0)
 	})
+}
+
+// TestGuard_SetUserID: what gains privileges can leave the job's cgroup, and a guard without CAP_KILL can't kill it there. So it
+// gains none, unless the user wants it to.
+func TestGuard_SetUserID(t *testing.T) {
+	const user = 65534
+	parent := needCgroup(t)
+	outside := filepath.Join(parent, "cgroup.procs")
+	for _, c := range []struct {
+		name string
+		env  []string
+		euid int
+	}{
+		{"no_new_privs", nil, user},
+		{"off", []string{"TEST_NEW_PRIVS=1"}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			dir := delegateCgroup(t, parent, user)
+			r := newRigIn(t, dir, "sudo", user, append(c.env, "TEST_SETUID="+setuidBinary, "TEST_OUTSIDE="+outside)...)
+			if dirs, _ := filepath.Glob(filepath.Join(dir.Name(), cgroupPrefix+"*")); len(dirs) != 1 {
+				t.Fatalf("the job has no cgroup of its own: %q", dirs)
+			}
+			r.tell("lead 1h 2h")
+			said := r.waitSaid("job escape")
+			if !strings.HasPrefix(said, fmt.Sprintf("job escape as-%d ", c.euid)) {
+				t.Fatalf("%q, want the user %d", said, c.euid)
+			}
+			r.tell("end lost")
+			if c.euid == 0 { // the guard can't kill it, and the lease is held on to
+				r.wait("the rest of the job is dead", func() bool { return len(r.alive) == 1 })
+				pid, err := strconv.Atoi(said[strings.LastIndexByte(said, ' ')+1:])
+				if err := errors.Join(err, unix.Kill(pid, unix.SIGKILL)); err != nil {
+					t.Error(err)
+				}
+			}
+			r.waitSaid("led <nil>")
+			r.requireDead()
+			r.tell("exit 0")
+			r.waitExit(0)
+		})
+	}
+}
+
+// delegateCgroup makes a cgroup that belongs to a user.
+func delegateCgroup(t *testing.T, parent string, uid int) *os.File {
+	t.Helper()
+	dir, err := os.MkdirTemp(parent, "delegated-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
+		for end := time.Now().Add(testWait); ; _, _ = unix.Poll(nil, 5) {
+			if removeTree(dir); unix.Access(dir, unix.F_OK) != nil {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("%s can't be removed", dir)
+				return
+			}
+		}
+	})
+	for _, name := range []string{"", "cgroup.procs", "cgroup.subtree_control"} {
+		if err := os.Chown(filepath.Join(dir, name), uid, uid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
 }
