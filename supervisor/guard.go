@@ -66,6 +66,9 @@ var killReasons = [...]string{"none", "grace", "kill_by", "lost", "elector_gone"
 
 var errTooLate = errors.New("stop-at has passed")
 
+// hurry is the time that the elector has to give the lease back after a second signal, and the revoking process after it.
+const hurry = time.Second
+
 const forever = time.Duration(1<<63 - 1)
 
 // guard is the dead-man's switch. One locked thread runs loop; it alone waits for children and sends signals.
@@ -106,6 +109,8 @@ type guard struct {
 	job      job
 	pending  [65]atomic.Int32 // signals that were caught and wait for the loop, by number
 	signals  int              // TERM and INT received
+	hurryBy  time.Duration    // after the second of them: when the elector must have ended; 0: there was none
+	hurried  bool             // it had not
 	tidyAt   time.Duration
 	lateness time.Duration
 }
@@ -393,6 +398,9 @@ func (g *guard) nextDeadline() time.Duration {
 	}
 	if g.elector != 0 && !g.electorGone {
 		next = min(next, g.look)
+		if g.hurryBy != 0 && !g.job.alive {
+			next = min(next, g.hurryBy)
+		}
 	}
 	if g.revoke != 0 {
 		next = min(next, g.revokeBy)
@@ -416,6 +424,11 @@ func (g *guard) serveDeadlines(now time.Duration) {
 			g.late(now - j.stopAt)
 			g.log.Warn("stop-at has passed without a renewal: the job is told to stop", "signal", g.cfg.StopSignal.String(), "kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
 		}
+	}
+	if g.hurryBy != 0 && now >= g.hurryBy && !g.job.alive && g.elector != 0 && !g.electorGone {
+		g.log.Error("the elector has not ended within " + hurry.String() + " of the second signal: it is killed")
+		g.hurried = true
+		g.loseElector()
 	}
 	if g.revoke != 0 && now >= g.revokeBy {
 		_ = unix.Kill(g.revoke, unix.SIGKILL)
@@ -572,6 +585,9 @@ func (g *guard) buried() {
 	g.log.Info("the job is dead", attrs...)
 	g.lateness = 0
 	g.job = job{}
+	if g.signals > 1 {
+		g.hurryBy = now + hurry // until now it was needed, to renew the lease
+	}
 	// An elector whose job is dead pings once a second.
 	g.strikes, g.look = 0, max(g.look, now+3*time.Second)
 	g.tidyAt = now + time.Second
@@ -633,6 +649,10 @@ func (g *guard) signal(s unix.Signal) {
 	case unix.SIGTERM, unix.SIGINT:
 		if g.signals++; g.signals == 1 {
 			g.cfg.Notify(g.cfg.Stopping)
+		}
+		if g.signals == 2 {
+			g.hurryBy = Now() + hurry
+			g.revokeBy = min(g.revokeBy, g.hurryBy+hurry)
 		}
 		if g.signals > 1 {
 			g.beginKill(killSignal)
@@ -822,6 +842,9 @@ func (g *guard) startRevoke() {
 	lease := g.lease
 	g.lease = 0
 	within := max(g.leaseTTL, g.cfg.TTL)
+	if g.hurryBy != 0 {
+		within = 2 * hurry
+	}
 	pid, err := syscall.ForkExec("/proc/self/exe", g.cfg.Revoke(lease, within), &syscall.ProcAttr{
 		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
@@ -850,6 +873,10 @@ func (g *guard) exit() int {
 		}
 		g.log.Log(context.Background(), level, "exiting: "+g.exitText, "exit_code", g.exitCode)
 		return g.exitCode
+	}
+	if g.hurried { // nothing of what was asked for is left undone
+		g.log.Warn("exiting: planned stop; the elector was killed", "exit_code", 0)
+		return 0
 	}
 	g.log.Error("the elector is lost: exiting to be started again", "exit_code", ExitInternal)
 	return ExitInternal
