@@ -547,7 +547,11 @@ func TestHandle_GuardKilled(t *testing.T) {
 				t.Run(job+"/"+unix.SignalName(sig), func(t *testing.T) {
 					t.Parallel()
 					r := newRig(t, job, uid)
-					r.tell("lead 1h 2h")
+					if sig == unix.SIGSTOP { // which matters only near kill-by
+						r.tell("lead 4s 5s")
+					} else {
+						r.tell("lead 1h 2h")
+					}
 					r.waitJobs(1)
 					if job == "daemonize" {
 						r.waitJobs(2)
@@ -561,6 +565,52 @@ func TestHandle_GuardKilled(t *testing.T) {
 				})
 			}
 		}
+	})
+}
+
+// TestHandle_SilentGuard: silence alone costs the job nothing. It does where the guard had to act.
+func TestHandle_SilentGuard(t *testing.T) {
+	stopped := func(t *testing.T, lead string) *rig {
+		t.Parallel()
+		r := newRig(t, "stubborn", 0)
+		r.tell(lead)
+		r.waitJobs(1)
+		_ = unix.Kill(r.guard.Process.Pid, unix.SIGSTOP)
+		return r
+	}
+	taken := func(r *rig) {
+		r.t.Helper()
+		r.waitSaid("led " + ErrGuardGone.Error())
+		r.requireDead()
+		r.waitExit(-1)
+		r.tell("exit 70")
+	}
+	t.Run("far from kill-by", func(t *testing.T) {
+		r := stopped(t, "lead 1h 2h")
+		time.Sleep(testTTL / 2) // five times what it may take to answer elsewhere
+		_ = unix.Kill(r.guard.Process.Pid, unix.SIGCONT)
+		r.waitJobs(1)
+		r.tell("end lost")
+		r.waitSaid("led <nil>")
+		r.requireDead()
+		r.tell("exit 0")
+		r.waitExit(0)
+	})
+	t.Run("a loss", func(t *testing.T) {
+		r := stopped(t, "lead 1h 2h")
+		began := Now()
+		r.tell("end lost")
+		taken(r)
+		if took := Now() - began; took > 4*time.Second {
+			t.Errorf("it took %v", took)
+		} else {
+			t.Logf("it took %v", took)
+		}
+	})
+	t.Run("near the kill-by that it knows", func(t *testing.T) {
+		r := stopped(t, "lead 2s 3s")
+		r.tell("extend 1h 2h")
+		taken(r)
 	})
 }
 
