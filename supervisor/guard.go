@@ -346,6 +346,9 @@ func (g *guard) poll() {
 		_ = unix.TimerfdSettime(g.timer, unix.TFD_TIMER_ABSTIME, &spec, nil)
 		g.armed = next
 	}
+	// What has ended and can't be reaped is a zombie that a tracer holds: the tracer's end comes as a SIGCHLD. It is not polled in
+	// every other turn, which sleeps for a while.
+	held := g.elector != 0 && g.fds[3].Revents != 0 || g.job.pid != 0 && g.fds[4].Revents != 0
 	g.fds = [5]unix.PollFd{
 		{Fd: int32(g.timer), Events: unix.POLLIN},
 		{Fd: int32(g.in), Events: unix.POLLIN},
@@ -356,18 +359,20 @@ func (g *guard) poll() {
 	if g.inShut {
 		g.fds[1].Fd = -1
 	}
-	if g.elector == 0 || g.electorGone && g.job.forking != nil {
+	if g.elector == 0 || held || g.electorGone && g.job.forking != nil {
 		g.fds[3].Fd = -1
 	}
-	if g.job.pid != 0 {
+	if g.job.pid != 0 && !held {
 		g.fds[4].Fd = int32(g.job.pidfd)
 	}
 	var timeout *unix.Timespec
 	var soon unix.Timespec
-	if g.job.kill != killNone {
+	if g.job.kill != killNone || held {
 		// The first rounds follow each other at once: what was killed is gone after some 100 µs.
 		pause := 100 * time.Microsecond
 		switch r := g.job.rounds; {
+		case g.job.kill == killNone:
+			pause = 50 * time.Millisecond
 		case r > 1000:
 			pause = 100 * time.Millisecond
 		case r > 100:
@@ -432,6 +437,7 @@ func (g *guard) serveDeadlines(now time.Duration) {
 	}
 	if g.revoke != 0 && now >= g.revokeBy {
 		_ = unix.Kill(g.revoke, unix.SIGKILL)
+		g.revokeBy = now + time.Second // it may be frozen
 	}
 }
 

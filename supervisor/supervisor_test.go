@@ -42,6 +42,9 @@ func TestMain(m *testing.M) {
 			os.Exit(0)
 		case "revoke":
 			dialTest("revoke " + os.Args[2])
+			if os.Getenv("TEST_REVOKE") == "hang" {
+				select {}
+			}
 			os.Exit(0)
 		case "job":
 			jobMain(os.Args[2])
@@ -653,6 +656,92 @@ func TestGuard_SecondSignalKills(t *testing.T) {
 	r.requireDead()
 	r.tell("exit 0")
 	r.waitExit(0)
+}
+
+// TestGuard_SleepsBesideZombies: a process that has ended can't be reaped for as long as a tracer holds it.
+func TestGuard_SleepsBesideZombies(t *testing.T) {
+	t.Run("job", func(t *testing.T) {
+		t.Parallel()
+		r := newRig(t, "plain", 0)
+		r.tell("lead 1h 2h")
+		release := hold(t, number(r.waitSaid("job")))
+		_ = unix.Kill(number(r.waitSaid("job")), unix.SIGKILL)
+		r.requireSleep()
+		release()
+		r.waitSaid("led the job was ended by signal 9")
+		r.tell("exit 0")
+		r.waitExit(0)
+	})
+	t.Run("revoke", func(t *testing.T) {
+		t.Parallel()
+		r := newRig(t, "plain", 0, "TEST_REVOKE=hang")
+		r.tell("lead 1h 2h")
+		r.waitJobs(1)
+		_ = unix.Kill(r.pids["elector"], unix.SIGKILL)
+		release := hold(t, number(r.waitSaid("revoke"))) // until its time is up, and longer
+		time.Sleep(testTTL)
+		r.requireSleep()
+		release()
+		r.waitExit(ExitInternal)
+	})
+}
+
+// number is the pid at the end of what a process said first.
+func number(said string) int {
+	pid, _ := strconv.Atoi(said[strings.LastIndexByte(said, ' ')+1:])
+	return pid
+}
+
+// hold traces a process, so that nobody reaps it before it is released. The rest of the test is bound to its thread.
+func hold(t *testing.T, pid int) (release func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.PtraceSeize(pid); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		t.Helper()
+		for {
+			var ws unix.WaitStatus
+			if _, err := unix.Wait4(pid, &ws, unix.WALL, nil); err != nil && err != unix.EINTR {
+				t.Fatal(err)
+			}
+			if ws.Signaled() {
+				return
+			}
+			_ = unix.PtraceCont(pid, int(ws.StopSignal()))
+		}
+	}
+}
+
+// requireSleep fails if the guard, and what it has started, takes more than a little of a processor.
+func (r *rig) requireSleep() {
+	r.t.Helper()
+	const interval = time.Second
+	pids := []int{r.guard.Process.Pid}
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pids[0]))
+	for _, path := range lists {
+		list, _ := os.ReadFile(path)
+		for _, f := range strings.Fields(string(list)) {
+			pids = append(pids, number(" "+f))
+		}
+	}
+	used := func() (sum time.Duration) {
+		for _, pid := range pids {
+			var ts unix.Timespec
+			if unix.ClockGettime(int32(^pid<<3|2), &ts) == nil { // its CPU-time clock, clock_getcpuclockid(3)
+				sum += time.Duration(ts.Nano())
+			}
+		}
+		return sum
+	}
+	before := used()
+	time.Sleep(interval)
+	if busy := used() - before; busy > interval/4 {
+		r.t.Errorf("in %v the guard was busy for %v", interval, busy)
+	} else {
+		r.t.Logf("in %v the guard was busy for %v", interval, busy)
+	}
 }
 
 func TestGuard_LostContactKillsForkStorm(t *testing.T) {
