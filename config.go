@@ -56,6 +56,7 @@ type Config struct {
 	Margin       duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, starved machines, poor clocks"`
 	Restart      string   `split_words:"true" default:"on-failure" desc:"what follows when the job ends by itself: always, on-failure or never. Where it is not restarted, the daemon exits with the job's code"`
 	RestartLimit count    `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`
+	NoNewPrivs   string   `split_words:"true" default:"auto" desc:"auto: where the daemon lacks CAP_KILL the job runs with no_new_privs, so that sudo and other set-user-id programs gain nothing: they could not be killed; off: they may gain, and one that can't be killed may run beside the next job"`
 	Wait         duration `split_words:"true" shown:"for ever" desc:"give up when not elected in this time from the start; 0s: try once"`
 	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
 	Log          Log      `split_words:"true"`
@@ -134,6 +135,9 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	if c.Restart = strings.ToLower(c.Restart); !slices.Contains([]string{"always", "on-failure", "never"}, c.Restart) {
 		f.add("RESTART", "%s is unknown: write always, on-failure or never", quote(c.Restart))
 	}
+	if c.NoNewPrivs = strings.ToLower(c.NoNewPrivs); c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
+		f.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote(c.NoNewPrivs))
+	}
 	f.add("LISTEN", "%w", listenFault(c.Listen))
 	if c.Log.Format = strings.ToLower(c.Log.Format); c.Log.Format != "text" && c.Log.Format != "json" {
 		f.add("LOG_FORMAT", "%s is unknown: write text or json", quote(c.Log.Format))
@@ -142,7 +146,7 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	c.validateAuth(f)
 
 	if f.subcommand == "elect" {
-		for _, name := range []string{"STOP_SIGNAL", "RESTART", "RESTART_LIMIT"} {
+		for _, name := range []string{"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT"} {
 			if set[name] {
 				f.add(name, "it is about a job, and elect runs none: unset it, or write leasehold -- COMMAND")
 			}

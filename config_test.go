@@ -62,6 +62,7 @@ func TestConfig_Defaults(t *testing.T) {
 		{"MARGIN", cfg.Margin.Or(-1), time.Duration(-1)},
 		{"RESTART", cfg.Restart, "on-failure"},
 		{"RESTART_LIMIT", cfg.RestartLimit.N, 5},
+		{"NO_NEW_PRIVS", cfg.NoNewPrivs, "auto"},
 		{"WAIT", cfg.Wait.Or(-1), time.Duration(-1)},
 		{"LISTEN", cfg.Listen, "127.0.0.1:4040"},
 		{"LOG_LEVEL", cfg.Log.Level.Level, slog.LevelInfo},
@@ -253,10 +254,10 @@ func TestConfig_Refusals(t *testing.T) {
 		{"unknown, near a service link", "PORTS=1", []string{"PORTS: unknown variable"}},
 		{"unknown, near a port link", "WEB_PORT_80=1", []string{"WEB_PORT_80: unknown variable"}},
 
-		{"all at once", "ELECTION= TTL=15 ENDPOINTS=a STOP_SIGNAL=9 RESTART=x RESTART_LIMIT=x WAIT=x LISTEN=x LOG_LEVEL=x LOG_FORMAT=x TLS_CA_FILE=/x" +
+		{"all at once", "ELECTION= TTL=15 ENDPOINTS=a STOP_SIGNAL=9 RESTART=x RESTART_LIMIT=x NO_NEW_PRIVS=x WAIT=x LISTEN=x LOG_LEVEL=x LOG_FORMAT=x TLS_CA_FILE=/x" +
 			" TLS_KEY_FILE=/x USERNAME=u DIAL_TIMEOUT=x MARGIN=x LOSS_GRACE=x STOP_GRACE=x IDENTITY=\x01 XYZXYZXYZ=1", []string{
 			"TTL: ", "STOP_SIGNAL: ", "STOP_GRACE: ", "LOSS_GRACE: ", "MARGIN: ", "RESTART_LIMIT: ", "WAIT: ", "LOG_LEVEL: ", "DIAL_TIMEOUT: ",
-			"ENDPOINTS: ", "ELECTION: ", "IDENTITY: ", "RESTART: ", "LISTEN: ", "LOG_FORMAT: ", "TLS_CA_FILE: ", "TLS_CERT_FILE: ", "USERNAME: ", "XYZXYZXYZ: "}},
+			"ENDPOINTS: ", "ELECTION: ", "IDENTITY: ", "RESTART: ", "NO_NEW_PRIVS: ", "LISTEN: ", "LOG_FORMAT: ", "TLS_CA_FILE: ", "TLS_CERT_FILE: ", "USERNAME: ", "XYZXYZXYZ: "}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			settings := strings.Split(c.settings, " ")
@@ -310,6 +311,7 @@ func TestConfig_OnlyWhatTheSubcommandNeedsIsChecked(t *testing.T) {
 		{"elect", "ELECTION=e STOP_GRACE=1s RESTART=", ""},
 		{"elect", "ELECTION=e RESTART=never", "RESTART: it is about a job, and elect runs none"},
 		{"elect", "ELECTION=e RESTART_LIMIT=5", "RESTART_LIMIT: it is about a job"},
+		{"elect", "ELECTION=e NO_NEW_PRIVS=off", "NO_NEW_PRIVS: it is about a job"},
 		{"elect", "ELECTION=e STOP_SIGNAL=TERM", "STOP_SIGNAL: it is about a job"},
 		{"check", "TTL=x NO_SUCH_VARIABLE=1 TLS_CA_FILE=/missing", ""},
 		{"check", "LISTEN=x", "LISTEN: "},

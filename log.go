@@ -4,6 +4,7 @@ package main
 
 import (
 	"log/slog"
+	"runtime"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -42,6 +43,12 @@ func (l *lastLine) String() string {
 func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
 	w := &logWriter{lines: make(chan []byte, 256), flush: make(chan chan struct{}), notice: notice}
 	go func() {
+		// A terminal with tostop asks who writes from the background to stop, unless the thread blocks that signal. The guard
+		// catches it, which would have the kernel try the write again for ever.
+		runtime.LockOSThread()
+		ttou := unix.Sigset_t{}
+		ttou.Val[0] = 1 << (unix.SIGTTOU - 1)
+		_ = unix.PthreadSigmask(unix.SIG_BLOCK, &ttou, nil)
 		for {
 			select {
 			case line := <-w.lines:

@@ -137,8 +137,7 @@ const flushTime = 200 * time.Millisecond
 func guard(command []string) (code int) {
 	// From the first moment, so that no signal ends us without the job's death. What is neither handled nor passed on is dropped.
 	signals := make(chan os.Signal, 64)
-	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT,
-		unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU, unix.SIGALRM)
+	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT, unix.SIGALRM)
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
 	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
@@ -150,6 +149,8 @@ func guard(command []string) (code int) {
 		return exitConfig
 	}
 	defer func() { lines.end(code) }()
+	// What would stop us. Not before the configuration is read, whose faults are written from here: see newLogWriter.
+	ossignal.Notify(signals, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
 	path, code := lookCommand(command[0], log)
 	if code != 0 {
 		return code
@@ -157,7 +158,7 @@ func guard(command []string) (code int) {
 	return supervisor.RunGuard(supervisor.GuardConfig{
 		Path: path, Argv: command, Env: withoutOurs(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
-		TTL: cfg.TTL.Duration, StopSignal: cfg.StopSignal.Signal,
+		TTL: cfg.TTL.Duration, StopSignal: cfg.StopSignal.Signal, NewPrivs: cfg.NoNewPrivs == "off",
 		Elector: []string{"leasehold", roleElector},
 		Probe:   []string{"leasehold", roleProbe},
 		Revoke: func(lease int64, within time.Duration) []string {

@@ -453,6 +453,77 @@ func TestStandardErrorBlocked_LostLinesAreCounted(t *testing.T) {
 	}
 }
 
+// TestStandardErrorTostop: in the background of a terminal that stops who writes, the daemon writes all the same, and sleeps.
+func TestStandardErrorTostop(t *testing.T) {
+	tr := ordinary(t)
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	tr.must(err)
+	defer func() { _ = master.Close() }()
+	tr.must(unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0))
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	tr.must(err)
+	terminal, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	tr.must(err)
+	defer func() { _ = terminal.Close() }()
+	shown := make(chan string, 1)
+	go func() {
+		var all strings.Builder
+		buf := make([]byte, 4096)
+		for {
+			n, err := master.Read(buf)
+			all.Write(buf[:n])
+			if err != nil || strings.Contains(all.String(), "exit_code=0") {
+				shown <- all.String()
+				return
+			}
+		}
+	}()
+	var shell *exec.Cmd
+	c := tr.start("a", "", func(cfg *e2e.CandidateConfig) {
+		cfg.Prepare = func(cmd *exec.Cmd) {
+			// The terminal is the shell's, and the daemon in its background.
+			shell = cmd
+			cmd.Args = append([]string{"setsid", "--ctty", "--wait", "sh", "-c", `stty tostop; set -m; "$@" & wait $!`, "sh", cmd.Path}, cmd.Args[1:]...)
+			cmd.Path, err = exec.LookPath("setsid")
+			tr.must(err)
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = terminal, terminal, terminal
+		}
+	})
+	tr.waitStatus(c, "/leader", http.StatusOK)
+	var daemon int
+	for _, pid := range e2e.Descendants(shell.Process.Pid) {
+		if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); strings.HasPrefix(string(cmdline), tr.programs.Leasehold+"\x00--\x00") {
+			daemon = pid
+		}
+	}
+	used := func() time.Duration {
+		var ts unix.Timespec
+		tr.must(unix.ClockGettime(int32(^daemon<<3|2), &ts)) // its CPU-time clock, clock_getcpuclockid(3)
+		return time.Duration(ts.Nano())
+	}
+	const interval = time.Second
+	before := used()
+	tr.sleepPast(e2e.Now(), interval)
+	if busy := used() - before; busy > interval/4 {
+		t.Errorf("in %v the guard was busy for %v", interval, busy)
+	} else {
+		t.Logf("in %v the guard was busy for %v", interval, busy)
+	}
+	tr.must(syscall.Kill(daemon, syscall.SIGTERM))
+	tr.waitExit(c, 0)
+	select {
+	case text := <-shown:
+		for _, want := range []string{"the job gets no cgroup", "the job runs", "exiting: planned stop"} {
+			if !strings.Contains(text, want) {
+				t.Errorf("the terminal does not show %q:\n%s", want, text)
+			}
+		}
+	case <-time.After(patience):
+		t.Error("the last line does not come")
+	}
+	tr.finish()
+}
+
 // Systemd must not be told that all is well while half of the daemon hangs.
 func TestNotify_WatchdogWhileBothTurn(t *testing.T) {
 	tr := ordinary(t)

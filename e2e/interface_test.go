@@ -330,6 +330,32 @@ func TestJob_Surroundings(t *testing.T) {
 	}
 }
 
+// TestJob_NoNewPrivs: a job that the daemon may not be able to kill gains no privileges, unless the user wants it to, and then the
+// log warns.
+func TestJob_NoNewPrivs(t *testing.T) {
+	for _, u := range users() {
+		for _, setting := range []string{"", "off"} {
+			t.Run(u.name+"/"+setting, func(t *testing.T) {
+				t.Parallel()
+				tr := newTrial(t, u, e2e.ClusterConfig{})
+				c := tr.start("a", "", command("grep", "^NoNewPrivs", "/proc/self/status"), variables("LEASEHOLD_RESTART=never", "LEASEHOLD_NO_NEW_PRIVS="+setting))
+				tr.waitExit(c, 0)
+				want := "NoNewPrivs:\t0\n"
+				if !u.root && setting == "" {
+					want = "NoNewPrivs:\t1\n"
+				}
+				if out := c.Output(); out != want {
+					t.Errorf("the job has %q, want %q", out, want)
+				}
+				if warned := strings.Contains(c.Log(), "level=WARN msg=\"LEASEHOLD_NO_NEW_PRIVS=off"); warned != (!u.root && setting == "off") {
+					t.Errorf("is there a warning? %v", warned)
+				}
+				tr.finish()
+			})
+		}
+	}
+}
+
 func TestSecrets(t *testing.T) {
 	tr := ordinary(t)
 	const secret = "very-secret-word"

@@ -72,6 +72,42 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	tr.nothingLeft()
 }
 
+// TestStop_ASecondSignalWaitsForNobody: neither for an elector that hangs, nor for an etcd that does not answer it.
+func TestStop_ASecondSignalWaitsForNobody(t *testing.T) {
+	stopped := func(c *candidate) error { return c.SignalElector(syscall.SIGSTOP) }
+	for _, delay := range []struct {
+		name string
+		do   func(c *candidate) error
+	}{
+		{"the elector hangs", stopped},
+		{"etcd is cut off", func(c *candidate) error { c.cut(); return nil }},
+		{"both", func(c *candidate) error { c.cut(); return stopped(c) }},
+	} {
+		t.Run(delay.name, func(t *testing.T) {
+			t.Parallel()
+			tr := newTrial(t, users()[1], e2e.ClusterConfig{})
+			tr.ttl = 5 * time.Minute
+			leader, standby, job := tr.pair("ignore-term", variables("LEASEHOLD_STOP_GRACE=1m"))
+			for _, c := range []*candidate{standby, leader} {
+				tr.must(delay.do(c))
+				began := e2e.Now()
+				tr.must(c.Signal(syscall.SIGTERM))
+				tr.must(c.Signal(syscall.SIGINT))
+				tr.waitExit(c, 0)
+				if took := e2e.Now() - began; took > 8*time.Second { // docker stop waits 10 s
+					t.Errorf("the stop of %s took %v", c.Identity, took)
+				} else {
+					t.Logf("the stop of %s took %v", c.Identity, took)
+				}
+			}
+			tr.waitDead(job)
+			if delay.name == "the elector hangs" {
+				tr.nothingLeft()
+			}
+		})
+	}
+}
+
 // That the job's end is seen where nobody is left to tell of it. A guard is known to hang only after seconds.
 func TestLeader_JobEndsWhileTheGuardHangs(t *testing.T) {
 	tr := ordinary(t)

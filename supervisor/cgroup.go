@@ -4,6 +4,7 @@ package supervisor
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -20,7 +21,9 @@ import (
 // cgroupPrefix is how the job's cgroup is named: a random part follows.
 const cgroupPrefix = "leasehold-"
 
-// cgroup is the job's own cgroup (v2). Its maker holds a lock on it while it lives, so that what a dead one left is known.
+// cgroup is the job's own cgroup (v2). Its maker holds an exclusive lock on its directory while it lives: one that takes a shared
+// lock is a leftover of a dead maker. The directory's mode is 0700, so that no other user can open and lock it. The parent, which
+// anybody can lock, is not locked.
 //
 // Each start gets a fresh leaf inside it: since Linux 6.14 whatever is cloned into a cgroup that was ever killed by cgroup.kill
 // is killed at once (seen with 6.18: the fork compares the kill counts of two different cgroups).
@@ -40,33 +43,44 @@ func newCgroup(probe []string) (*cgroup, error) {
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := lockDir(parent, 15*time.Second)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
 	if err := removeLeftovers(parent); err != nil {
 		return nil, err
 	}
-
-	dir, err := os.MkdirTemp(parent, cgroupPrefix)
+	c, err := makeCgroup(parent)
 	if err != nil {
 		return nil, err
-	}
-	c, err := openCgroup(dir)
-	if err != nil {
-		_ = os.Remove(dir)
-		return nil, err
-	}
-	if err := unix.Flock(c.fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		c.remove()
-		return nil, fmt.Errorf("lock %s: %w", dir, err)
 	}
 	if err := c.probe(probe); err != nil {
 		c.remove()
 		return nil, err
 	}
 	return c, nil
+}
+
+// makeCgroup makes a cgroup and locks it. Until it is locked it looks like a leftover, and another guard that starts may remove it:
+// then it is made again.
+func makeCgroup(parent string) (*cgroup, error) {
+	for try := 1; ; try++ {
+		dir, err := os.MkdirTemp(parent, cgroupPrefix)
+		if err != nil {
+			return nil, err
+		}
+		c, err := openCgroup(dir)
+		if err == nil {
+			err = unix.Flock(c.fd, unix.LOCK_EX|unix.LOCK_NB)
+		}
+		removed := unix.Access(dir, unix.F_OK) != nil // perhaps before we had the lock
+		if err == nil && !removed {
+			return c, nil
+		}
+		if c != nil {
+			c.close()
+		}
+		_ = os.Remove(dir)
+		if try == 100 || !removed && !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("make a cgroup in %s: %w", parent, cmp.Or(err, error(unix.ENOENT)))
+		}
+	}
 }
 
 // openCgroup opens an existing cgroup; the elector uses it for the guard's.
@@ -99,10 +113,10 @@ func (c *cgroup) close() {
 	}
 }
 
-// remove closes and removes the cgroup and those that the job made inside it. It must be empty.
+// remove removes and closes the cgroup and those that the job made inside it. It must be empty.
 func (c *cgroup) remove() {
-	c.close()
 	removeTree(c.dir)
+	c.close() // and with it the lock
 }
 
 // killAll sends SIGKILL to everything in the cgroup.
@@ -252,29 +266,11 @@ func unescapeMount(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-// lockDir locks a directory, so that nobody mistakes a cgroup that is just being made for a leftover.
-func lockDir(dir string, wait time.Duration) (unlock func(), err error) {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
-	}
-	for end := Now() + wait; ; {
-		err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { _ = unix.Close(fd) }, nil
-		}
-		if Now() > end {
-			_ = unix.Close(fd)
-			return nil, fmt.Errorf("%w: somebody else holds the lock of %s: %w", errLeftover, dir, err)
-		}
-		_, _ = unix.Poll(nil, 5)
-	}
-}
-
 // errLeftover says that a predecessor's job may be alive: no other may be started beside it.
 var errLeftover = errors.New("a job whose guard is gone may be alive")
 
-// removeLeftovers kills and removes the cgroups whose maker is gone: their lock can be taken.
+// removeLeftovers kills and removes the cgroups whose maker is gone: a shared lock can be taken. Guards that start at the same
+// time share it, so that each of them waits until the leftover is empty.
 func removeLeftovers(parent string) error {
 	dirs, _ := filepath.Glob(filepath.Join(parent, cgroupPrefix+"[0-9]*")) // as MkdirTemp names them
 	for _, dir := range dirs {
@@ -282,7 +278,7 @@ func removeLeftovers(parent string) error {
 		if err != nil {
 			continue // gone meanwhile, or another user's
 		}
-		if unix.Flock(c.fd, unix.LOCK_EX|unix.LOCK_NB) != nil {
+		if unix.Flock(c.fd, unix.LOCK_SH|unix.LOCK_NB) != nil {
 			c.close()
 			continue
 		}

@@ -4,7 +4,10 @@ package supervisor
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -106,19 +109,7 @@ func TestCgroup_RemovesLeftovers(t *testing.T) {
 	defer unix.Close(livingLeaf)
 	alive := startIn(t, livingLeaf, "sleep 1000")
 
-	left := filepath.Join(parent, cgroupPrefix+"0leftover")
-	inner := filepath.Join(left, "1", "inner")
-	if err := os.MkdirAll(inner, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { removeTree(left) })
-	fd, err := unix.Open(inner, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-	dead := startIn(t, fd, "sleep 1000")
-
+	left, dead := newLeftover(t, parent)
 	newTestCgroup(t)
 	if !pidfdEnded(dead) {
 		t.Error("the leftover's process lives")
@@ -129,4 +120,76 @@ func TestCgroup_RemovesLeftovers(t *testing.T) {
 	if pidfdEnded(alive) {
 		t.Error("a living guard's cgroup was killed")
 	}
+}
+
+// newLeftover makes what a dead guard leaves: a cgroup that nobody has locked, and a process in it.
+func newLeftover(t *testing.T, parent string) (dir string, pidfd int) {
+	t.Helper()
+	dir = filepath.Join(parent, cgroupPrefix+"0leftover")
+	inner := filepath.Join(dir, "1", "inner")
+	if err := os.MkdirAll(inner, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { removeTree(dir) })
+	fd, err := unix.Open(inner, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	return dir, startIn(t, fd, "sleep 1000")
+}
+
+// TestCgroup_LocksOfOthers: a lock on a directory that anybody can open keeps nobody from starting, and nobody else can open ours.
+func TestCgroup_LocksOfOthers(t *testing.T) {
+	parent := needCgroup(t)
+	lock, err := os.Open(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	c := newTestCgroup(t)
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("it took %v to make a cgroup", took)
+	}
+	cmd := exec.Command("/bin/sh", "-c", `exec 9<"$1"`, "sh", c.dir)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
+		t.Errorf("an ordinary user opens %s: %v, %s", c.dir, err, out)
+	}
+}
+
+// TestCgroup_ManyAtOnce: guards that start at the same time each see the leftover dead, and none removes another's cgroup.
+func TestCgroup_ManyAtOnce(t *testing.T) {
+	parent := needCgroup(t)
+	_, dead := newLeftover(t, parent)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 50 {
+				if err := removeLeftovers(parent); err != nil {
+					t.Error(err)
+				}
+				if !pidfdEnded(dead) {
+					t.Error("the leftover's process lives")
+				}
+				c, err := makeCgroup(parent)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if err := removeLeftovers(parent); err != nil {
+					t.Error(err)
+				}
+				if err := unix.Access(c.dir, unix.F_OK); err != nil {
+					t.Errorf("the cgroup of a living guard was removed: %v", err)
+				}
+				c.remove()
+			}
+		})
+	}
+	wg.Wait()
 }

@@ -30,6 +30,7 @@ type GuardConfig struct {
 	Identity   string
 	TTL        time.Duration // as configured; bounds how long a silent elector is borne
 	StopSignal unix.Signal
+	NewPrivs   bool // the job may gain privileges, although what has gained them may not be killed
 
 	Elector  []string                                         // argv of the elector; guard and cgroup are added
 	Probe    []string                                         // argv of a process that sleeps
@@ -63,6 +64,9 @@ const (
 
 // KillReasons are the values of the reason label.
 var killReasons = [...]string{"none", "grace", "kill_by", "lost", "elector_gone", "second_signal", "left_behind", "guard_gone", "spawner_gone"}
+
+// hurry is the time that the elector has to give the lease back after a second signal, and the revoking process after it.
+const hurry = time.Second
 
 const forever = time.Duration(1<<63 - 1)
 
@@ -110,6 +114,8 @@ type guard struct {
 	pending  [65]atomic.Int32 // signals that were caught and wait for the loop, by number
 	signals  int              // TERM and INT received
 	serial   int32            // of the last start
+	hurryBy  time.Duration    // after the second of them: when the elector must have ended; 0: there was none
+	hurried  bool             // it had not
 	tidyAt   time.Duration
 	lateness time.Duration
 }
@@ -191,10 +197,7 @@ func (g *guard) open() int {
 	}
 	g.wakeR, g.wakeW, g.in, g.out = wake[0], wake[1], fromElector[0], toElector[1]
 
-	g.noNewPrivs = g.cgroup == nil && !hasCapability(unix.CAP_KILL)
-	if g.noNewPrivs {
-		g.log.Info("the job runs with no_new_privs: without a cgroup or CAP_KILL, a set-user-id process could not be killed")
-	}
+	g.noNewPrivs = g.wantsNoNewPrivs()
 	if hidden := procHidden(); hidden != "" {
 		g.log.Info("/proc hides processes: those of the job that it hides are found as children of the spawner", "mount_option", hidden)
 	}
@@ -291,6 +294,23 @@ func warmThreads(n int) {
 	done.Wait()
 }
 
+// wantsNoNewPrivs reports whether the job must not gain privileges: without CAP_KILL a set-user-id process is out of our reach. A
+// cgroup is no help, for such a process can leave it.
+func (g *guard) wantsNoNewPrivs() bool {
+	if hasCapability(unix.CAP_KILL) {
+		return false
+	}
+	if !g.cfg.NewPrivs {
+		g.log.Info("the job runs with no_new_privs: without CAP_KILL a set-user-id process could not be killed")
+		return true
+	}
+	if set, _ := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); set == 0 {
+		g.log.Warn("LEASEHOLD_NO_NEW_PRIVS=off, and the daemon lacks CAP_KILL: " +
+			"a set-user-id process of the job that can't be killed may run beside the next job")
+	}
+	return false
+}
+
 // hasCapability says if this process has the capability in effect (capget(2)).
 func hasCapability(capability int) bool {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
@@ -352,6 +372,9 @@ func (g *guard) poll() {
 		_ = unix.TimerfdSettime(g.timer, unix.TFD_TIMER_ABSTIME, &spec, nil)
 		g.armed = next
 	}
+	// An elector that has exited and can't be reaped is a zombie that a tracer holds: the tracer's end comes as a SIGCHLD. It is not
+	// polled in every other turn, which sleeps for a while.
+	held := g.elector != 0 && g.fds[3].Revents != 0
 	g.fds = [6]unix.PollFd{
 		{Fd: int32(g.timer), Events: unix.POLLIN},
 		{Fd: int32(g.in), Events: unix.POLLIN},
@@ -363,7 +386,7 @@ func (g *guard) poll() {
 	if g.inShut {
 		g.fds[1].Fd = -1
 	}
-	if g.elector == 0 {
+	if g.elector == 0 || held {
 		g.fds[3].Fd = -1
 	}
 	if g.job.pid != 0 && g.job.ended == 0 { // else it would wake us again and again
@@ -377,10 +400,12 @@ func (g *guard) poll() {
 	switch {
 	case g.unreaped:
 		timeout = &soon
-	case g.job.kill != killNone:
+	case g.job.kill != killNone || held:
 		// The first rounds follow each other at once: what was killed is gone after some 100 µs.
 		pause := 100 * time.Microsecond
 		switch r := g.job.rounds; {
+		case g.job.kill == killNone:
+			pause = 50 * time.Millisecond
 		case r > 1000:
 			pause = 100 * time.Millisecond
 		case r > 100:
@@ -420,6 +445,9 @@ func (g *guard) nextDeadline() time.Duration {
 	}
 	if g.elector != 0 && !g.electorGone {
 		next = min(next, g.look)
+		if g.hurryBy != 0 && !g.job.alive {
+			next = min(next, g.hurryBy)
+		}
 	}
 	if g.revoke != 0 {
 		next = min(next, g.revokeBy)
@@ -449,8 +477,14 @@ func (g *guard) serveDeadlines(now time.Duration) {
 		g.beginKill(killLeftover)
 	}
 	g.serveSpawnerSilence(now)
+	if g.hurryBy != 0 && now >= g.hurryBy && !g.job.alive && g.elector != 0 && !g.electorGone {
+		g.log.Error("the elector has not ended within " + hurry.String() + " of the second signal: it is killed")
+		g.hurried = true
+		g.loseElector()
+	}
 	if g.revoke != 0 && now >= g.revokeBy {
 		_ = unix.Kill(g.revoke, unix.SIGKILL)
+		g.revokeBy = now + time.Second // it may be frozen
 	}
 }
 
@@ -653,6 +687,9 @@ func (g *guard) buried() {
 	g.lateness = 0
 	g.job = job{}
 	g.spawner.waiting = false
+	if g.signals > 1 {
+		g.hurryBy = now + hurry // until now it was needed, to renew the lease
+	}
 	// An elector whose job is dead pings once a second.
 	g.strikes, g.look = 0, max(g.look, now+3*time.Second)
 	g.tidyAt = now + time.Second
@@ -710,6 +747,10 @@ func (g *guard) signal(s unix.Signal) {
 	case unix.SIGTERM, unix.SIGINT:
 		if g.signals++; g.signals == 1 {
 			g.cfg.Notify(g.cfg.Stopping)
+		}
+		if g.signals == 2 {
+			g.hurryBy = Now() + hurry
+			g.revokeBy = min(g.revokeBy, g.hurryBy+hurry)
 		}
 		if g.signals > 1 {
 			g.beginKill(killSignal)
@@ -960,6 +1001,9 @@ func (g *guard) startRevoke() {
 	lease := g.lease
 	g.lease = 0
 	within := max(g.leaseTTL, g.cfg.TTL)
+	if g.hurryBy != 0 {
+		within = 2 * hurry
+	}
 	pid, err := syscall.ForkExec("/proc/self/exe", g.cfg.Revoke(lease, within), &syscall.ProcAttr{
 		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
@@ -989,6 +1033,11 @@ func (g *guard) exit() int {
 		g.log.Log(context.Background(), level, "exiting: "+g.exitText, "exit_code", g.exitCode)
 		return g.exitCode
 	}
+	if g.hurried { // nothing of what was asked for is left undone
+		g.log.Warn("exiting: planned stop; the elector was killed", "exit_code", 0)
+		return 0
+	}
+	g.log.Error("the elector is lost: exiting to be started again", "exit_code", ExitInternal)
 	g.log.Error(g.lost+" is lost: exiting to be started again", "exit_code", ExitInternal)
 	return ExitInternal
 }

@@ -3,11 +3,14 @@
 package supervisor
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -57,17 +60,21 @@ type Handle struct {
 	sendBuf [maxMessage]byte
 	deaf    atomic.Bool // the guard does not take messages
 
-	started chan struct{} // room for one: a job was asked for
-	gone    chan struct{} // closed when the guard is gone and the job proven dead
-	killed  chan struct{} // closed when the spawner has told that the job is gone, and that it starts no other
-	events  chan message  // what concerns the job under way; a run takes all of it
+	retime chan struct{} // room for one: a job was asked for, or its stop, and the next ping may be due earlier
+	gone   chan struct{} // closed when the guard is gone and the job proven dead
+	killed chan struct{} // closed when the spawner has told that the job is gone, and that it starts no other
+	events chan message  // what concerns the job under way; a run takes all of it
 
-	mu     sync.Mutex
-	job    Job
-	term   Term // of the job under way
-	alive  bool // from the request to start until dead
-	jobFd  int  // pidfd of the first process, -1: none
-	jobPid int  // its pid: the guard tells of the start in its own time
+	mu    sync.Mutex
+	job   Job
+	term  Term // of the job under way
+	alive bool // from the request to start until dead
+	// due is when the guard was to have the job dead because we asked for its stop; forever: we have not.
+	due time.Duration
+	// known is the last kill-by that the guard is sure to have read: it has answered a ping that was sent later.
+	known  time.Duration
+	jobFd  int // pidfd of the first process, -1: none
+	jobPid int // its pid: the guard tells of the start in its own time
 	// avenging says that the guard is given up: the deadlines that it knows stay as they are.
 	avenging bool
 }
@@ -91,7 +98,7 @@ type LastExit struct {
 func Connect(cfg HandleConfig) (*Handle, error) {
 	h := &Handle{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer), restart: newRestarter(cfg.Restart, cfg.RestartLimit),
-		started: make(chan struct{}, 1), gone: make(chan struct{}), killed: make(chan struct{}), events: make(chan message, 16),
+		retime: make(chan struct{}, 1), gone: make(chan struct{}), killed: make(chan struct{}), events: make(chan message, 16),
 		job: Job{State: JobNone}, jobFd: -1, guardFd: -1,
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -195,6 +202,7 @@ func (h *Handle) Run(ctx context.Context) error {
 	tick := time.NewTimer(0)
 	defer tick.Stop()
 	var sent, answered int64
+	var pinged time.Duration // kill-by when the last ping was sent
 	for {
 		select {
 		case <-ctx.Done():
@@ -213,22 +221,31 @@ func (h *Handle) Run(ctx context.Context) error {
 			}
 			// Where the job is late to die the guard is asked even if our own loops are stuck: there is nobody else to notice.
 			if late := h.strikeLate(); late || h.cfg.Turning() {
+				h.mu.Lock()
+				if sent == answered {
+					h.known = max(h.known, pinged)
+				}
+				pinged = h.term.KillBy
+				h.mu.Unlock()
 				sent++
 				h.tell(message{kind: msgPing, a: sent})
 			}
 			tick.Reset(h.interval(Now()))
-		case <-h.started:
+		case <-h.retime:
 			tick.Reset(h.interval(Now()))
 		}
 	}
 }
 
-// hung says if the guard owes us the answers to more than three pings while the job lives. They are counted as we turn, so that
-// our own pause, or the host's, is not held against it.
+// hung reports whether the guard is taken for hung: it owes us the answers to more than three pings while there is something for it
+// to do. That is the start, what follows the end of the first process, and from a margin before kill-by on the kill. Until then its
+// silence does no harm, and a machine that stalls must not cost the job. Pings are counted as we turn, so that our own pause, or
+// the host's, is not held against it.
 func (h *Handle) hung(owed int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.alive && owed > 3
+	busy := h.jobFd < 0 || pidfdEnded(h.jobFd) || Now() >= min(h.known-h.cfg.Margin(), h.due)
+	return h.alive && owed > 3 && busy
 }
 
 // strikeLate kills, where that needs no look around, a job that the guard should have killed by now: it may be hung, and to
@@ -259,11 +276,12 @@ func (h *Handle) strike() {
 }
 
 // late is when the guard should have killed the job. The mutex is held.
-func (h *Handle) late() time.Duration { return h.term.KillBy + h.cfg.Margin()/4 }
+func (h *Handle) late() time.Duration { return min(h.term.KillBy, h.due) + h.cfg.Margin()/4 }
 
-// interval is the time from now to the next ping: while the job lives a third of what the guard may take to answer, which is T/10.
-// From a quarter of the margin after kill-by on it is far less, for the job should be dead, and the rest of the margin is all
-// there is for noticing that the guard hangs and for killing in its place.
+// interval is the time from now to the next ping: while the job lives a third of T/10, which is what the guard may take to answer
+// where that matters. From a quarter of the margin after kill-by on, or after the moment that a stop of ours allows, it is far
+// less, for the job should be dead, and the rest of the margin is all there is for noticing that the guard hangs and for killing
+// in its place.
 func (h *Handle) interval(now time.Duration) time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -409,6 +427,12 @@ func (h *Handle) avenge(why string) error {
 	if err != nil {
 		h.log.Error("the process table can't be read: the spawner alone finds the job", "err", err)
 	}
+	if alive {
+		h.strike()
+	}
+	if !pidfdEnded(h.guardFd) {
+		h.log.Error(why+": it is killed, and the job with it", "threads", threadStates(h.cfg.Guard))
+	}
 	complain, killed := began+10*time.Second, h.killed
 	for !h.jobGone(procs) || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
 		pause := 200 * time.Microsecond
@@ -475,6 +499,22 @@ func (h *Handle) jobGone(procs *scanner) bool {
 	return gone
 }
 
+// threadStates is what the kernel tells of the threads of a process: the state of each, and where in the kernel it waits, as far as
+// we may know.
+func threadStates(pid int) string {
+	var states []string
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*", pid))
+	for _, task := range tasks {
+		stat, _ := os.ReadFile(task + "/stat")
+		wchan, _ := os.ReadFile(task + "/wchan")
+		call, _ := os.ReadFile(task + "/syscall")
+		state := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]) + " ?")[0]
+		number, _, _ := strings.Cut(strings.TrimSpace(string(call)), " ")
+		states = append(states, strings.TrimSpace(fmt.Sprintf("%s:%s %s %s", filepath.Base(task), state, wchan, number)))
+	}
+	return strings.Join(states, ", ")
+}
+
 // Supervise runs the job for one term: it starts it, starts it again as the restart policy says, and when ctx ends has it
 // stopped. It returns when nothing of the job is alive: ErrGuardGone, an *ExitError or a *ResignError where that ended it,
 // else nil. grace translates the cause of ctx's end: zero kills at once, negative leaves the job the time until kill-by.
@@ -534,13 +574,10 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 		h.mu.Unlock()
 		return exit, false, ErrGuardGone
 	}
-	h.term, h.alive = t, true
+	h.term, h.alive, h.due, h.known = t, true, forever, t.KillBy
 	h.mu.Unlock()
 	h.transition(JobStarting, "elected", nil)
-	select {
-	case h.started <- struct{}{}:
-	default:
-	}
+	h.pingSoon()
 	h.tell(message{kind: msgStart, a: t.LeaseID, b: t.Token, c: int64(t.StopAt), d: int64(t.KillBy), text: []byte(t.Key)})
 
 	done, lost := ctx.Done(), t.Lost
@@ -551,12 +588,22 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 			lost, ended = nil, false
 			h.tell(message{kind: msgStop, a: 0})
 			// The next leader starts already. The guard has to wake up first, and then sees to all of the job; the first blow is ours.
+			h.mu.Lock()
+			h.due = Now()
+			h.mu.Unlock()
 			h.strike()
+			h.pingSoon()
 		case <-done:
 			done, ended = nil, false
 			h.transition(JobStopping, context.Cause(ctx).Error(), nil)
 			g := grace(context.Cause(ctx))
 			h.tell(message{kind: msgStop, a: max(int64(g), untilKillBy)})
+			if g >= 0 {
+				h.mu.Lock()
+				h.due = min(h.due, Now()+g)
+				h.mu.Unlock()
+				h.pingSoon()
+			}
 		case <-h.gone:
 			h.transition(JobExited, ErrGuardGone.Error(), func(j *Job) { j.PID = 0 })
 			return exit, false, ErrGuardGone
@@ -588,6 +635,14 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 				return exit, ended && m.c == 0, nil
 			}
 		}
+	}
+}
+
+// pingSoon has the time of the next ping worked out anew.
+func (h *Handle) pingSoon() {
+	select {
+	case h.retime <- struct{}{}:
+	default:
 	}
 }
 

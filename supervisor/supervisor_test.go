@@ -42,6 +42,9 @@ func TestMain(m *testing.M) {
 			os.Exit(0)
 		case "revoke":
 			dialTest("revoke " + os.Args[2])
+			if os.Getenv("TEST_REVOKE") == "hang" {
+				select {}
+			}
 			os.Exit(0)
 		case "job":
 			jobMain(os.Args[2])
@@ -50,8 +53,8 @@ func TestMain(m *testing.M) {
 	os.Exit(runTests(m))
 }
 
-// guardBinary is a copy of the test binary that an ordinary user can execute.
-var guardBinary string
+// guardBinary is a copy of the test binary that an ordinary user can execute, and setuidBinary one that makes them who the test is.
+var guardBinary, setuidBinary string
 
 func runTests(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "supervisor")
@@ -59,9 +62,13 @@ func runTests(m *testing.M) int {
 		panic(err)
 	}
 	defer os.RemoveAll(dir)
-	guardBinary = filepath.Join(dir, "leasehold")
+	guardBinary, setuidBinary = filepath.Join(dir, "leasehold"), filepath.Join(dir, "setuid")
 	image, err := os.ReadFile("/proc/self/exe")
-	if err := errors.Join(err, os.Chmod(dir, 0o755), os.WriteFile(guardBinary, image, 0o755)); err != nil {
+	err = errors.Join(err, os.Chmod(dir, 0o755))
+	for _, path := range []string{guardBinary, setuidBinary} {
+		err = errors.Join(err, os.WriteFile(path, image, 0o755))
+	}
+	if err := errors.Join(err, os.Chmod(setuidBinary, 0o755|os.ModeSetuid)); err != nil {
 		panic(err)
 	}
 	return m.Run()
@@ -87,7 +94,7 @@ func guardMain() int {
 	}
 	return RunGuard(GuardConfig{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
-		Election: "election", Identity: "identity", TTL: testTTL, StopSignal: unix.SIGTERM,
+		Election: "election", Identity: "identity", TTL: testTTL, StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
 		Revoke: func(lease int64, _ time.Duration) []string {
 			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
@@ -201,6 +208,16 @@ func jobMain(behaviour string) {
 		os.Exit(0)
 	case "stubborn":
 		ossignal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGINT)
+	case "sudo":
+		cmd := exec.Command(os.Getenv("TEST_SETUID"), "job", "escape")
+		if err := cmd.Start(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	case "escape": // as sudo does, and from the cgroup: who may, may write there
+		_ = syscall.Setuid(0)
+		_ = os.WriteFile(os.Getenv("TEST_OUTSIDE"), []byte(strconv.Itoa(os.Getpid())), 0)
+		dialTest(fmt.Sprintf("job escape as-%d", os.Geteuid()))
+		select {}
 	case "exit-5":
 		os.Exit(5)
 	case "leave-behind":
@@ -249,6 +266,12 @@ type rig struct {
 
 func newRig(t *testing.T, job string, uid int, env ...string) *rig {
 	t.Helper()
+	return newRigIn(t, nil, job, uid, env...)
+}
+
+// newRigIn starts the guard in a cgroup, where one is given.
+func newRigIn(t *testing.T, cgroup *os.File, job string, uid int, env ...string) *rig {
+	t.Helper()
 	r := &rig{t: t, lease: rand.Int64(), exited: make(chan int, 1), alive: map[string]int{}, pids: map[string]int{}}
 	r.cond = sync.NewCond(&r.mu)
 	dir, err := os.MkdirTemp("", "rig")
@@ -284,6 +307,9 @@ func newRig(t *testing.T, job string, uid int, env ...string) *rig {
 	if uid != 0 {
 		r.guard.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}
 		r.guard.Dir = "/"
+	}
+	if cgroup != nil {
+		r.guard.SysProcAttr.UseCgroupFD, r.guard.SysProcAttr.CgroupFD = true, int(cgroup.Fd())
 	}
 	if err := r.guard.Start(); err != nil {
 		t.Fatal(err)
@@ -525,7 +551,11 @@ func TestHandle_GuardKilled(t *testing.T) {
 				t.Run(job+"/"+unix.SignalName(sig), func(t *testing.T) {
 					t.Parallel()
 					r := newRig(t, job, uid)
-					r.tell("lead 1h 2h")
+					if sig == unix.SIGSTOP { // which matters only near kill-by
+						r.tell("lead 4s 5s")
+					} else {
+						r.tell("lead 1h 2h")
+					}
 					r.waitJobs(1)
 					if job == "daemonize" {
 						r.waitJobs(2)
@@ -539,6 +569,52 @@ func TestHandle_GuardKilled(t *testing.T) {
 				})
 			}
 		}
+	})
+}
+
+// TestHandle_SilentGuard: silence alone costs the job nothing. It does where the guard had to act.
+func TestHandle_SilentGuard(t *testing.T) {
+	stopped := func(t *testing.T, lead string) *rig {
+		t.Parallel()
+		r := newRig(t, "stubborn", 0)
+		r.tell(lead)
+		r.waitJobs(1)
+		_ = unix.Kill(r.guard.Process.Pid, unix.SIGSTOP)
+		return r
+	}
+	taken := func(r *rig) {
+		r.t.Helper()
+		r.waitSaid("led " + ErrGuardGone.Error())
+		r.requireDead()
+		r.waitExit(-1)
+		r.tell("exit 70")
+	}
+	t.Run("far from kill-by", func(t *testing.T) {
+		r := stopped(t, "lead 1h 2h")
+		time.Sleep(testTTL / 2) // five times what it may take to answer elsewhere
+		_ = unix.Kill(r.guard.Process.Pid, unix.SIGCONT)
+		r.waitJobs(1)
+		r.tell("end lost")
+		r.waitSaid("led <nil>")
+		r.requireDead()
+		r.tell("exit 0")
+		r.waitExit(0)
+	})
+	t.Run("a loss", func(t *testing.T) {
+		r := stopped(t, "lead 1h 2h")
+		began := Now()
+		r.tell("end lost")
+		taken(r)
+		if took := Now() - began; took > 4*time.Second {
+			t.Errorf("it took %v", took)
+		} else {
+			t.Logf("it took %v", took)
+		}
+	})
+	t.Run("near the kill-by that it knows", func(t *testing.T) {
+		r := stopped(t, "lead 2s 3s")
+		r.tell("extend 1h 2h")
+		taken(r)
 	})
 }
 
@@ -583,6 +659,92 @@ func TestGuard_SecondSignalKills(t *testing.T) {
 	r.waitExit(0)
 }
 
+// TestGuard_SleepsBesideZombies: a process that has ended can't be reaped for as long as a tracer holds it.
+func TestGuard_SleepsBesideZombies(t *testing.T) {
+	t.Run("job", func(t *testing.T) {
+		t.Parallel()
+		r := newRig(t, "plain", 0)
+		r.tell("lead 1h 2h")
+		release := hold(t, number(r.waitSaid("job")))
+		_ = unix.Kill(number(r.waitSaid("job")), unix.SIGKILL)
+		r.requireSleep()
+		release()
+		r.waitSaid("led the job was ended by signal 9")
+		r.tell("exit 0")
+		r.waitExit(0)
+	})
+	t.Run("revoke", func(t *testing.T) {
+		t.Parallel()
+		r := newRig(t, "plain", 0, "TEST_REVOKE=hang")
+		r.tell("lead 1h 2h")
+		r.waitJobs(1)
+		_ = unix.Kill(r.pids["elector"], unix.SIGKILL)
+		release := hold(t, number(r.waitSaid("revoke"))) // until its time is up, and longer
+		time.Sleep(testTTL)
+		r.requireSleep()
+		release()
+		r.waitExit(ExitInternal)
+	})
+}
+
+// number is the pid at the end of what a process said first.
+func number(said string) int {
+	pid, _ := strconv.Atoi(said[strings.LastIndexByte(said, ' ')+1:])
+	return pid
+}
+
+// hold traces a process, so that nobody reaps it before it is released. The rest of the test is bound to its thread.
+func hold(t *testing.T, pid int) (release func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	if err := unix.PtraceSeize(pid); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		t.Helper()
+		for {
+			var ws unix.WaitStatus
+			if _, err := unix.Wait4(pid, &ws, unix.WALL, nil); err != nil && err != unix.EINTR {
+				t.Fatal(err)
+			}
+			if ws.Signaled() {
+				return
+			}
+			_ = unix.PtraceCont(pid, int(ws.StopSignal()))
+		}
+	}
+}
+
+// requireSleep fails if the guard, and what it has started, takes more than a little of a processor.
+func (r *rig) requireSleep() {
+	r.t.Helper()
+	const interval = time.Second
+	pids := []int{r.guard.Process.Pid}
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pids[0]))
+	for _, path := range lists {
+		list, _ := os.ReadFile(path)
+		for _, f := range strings.Fields(string(list)) {
+			pids = append(pids, number(" "+f))
+		}
+	}
+	used := func() (sum time.Duration) {
+		for _, pid := range pids {
+			var ts unix.Timespec
+			if unix.ClockGettime(int32(^pid<<3|2), &ts) == nil { // its CPU-time clock, clock_getcpuclockid(3)
+				sum += time.Duration(ts.Nano())
+			}
+		}
+		return sum
+	}
+	before := used()
+	time.Sleep(interval)
+	if busy := used() - before; busy > interval/4 {
+		r.t.Errorf("in %v the guard was busy for %v", interval, busy)
+	} else {
+		r.t.Logf("in %v the guard was busy for %v", interval, busy)
+	}
+}
+
 func TestGuard_LostContactKillsForkStorm(t *testing.T) {
 	eachUser(t, func(t *testing.T, uid int) {
 		r := newRig(t, "storm", uid)
@@ -593,4 +755,78 @@ func TestGuard_LostContactKillsForkStorm(t *testing.T) {
 		r.tell("exit 0")
 		r.waitExit(0)
 	})
+}
+
+// TestGuard_SetUserID: what gains privileges can leave the job's cgroup, and a guard without CAP_KILL can't kill it there. So it
+// gains none, unless the user wants it to.
+func TestGuard_SetUserID(t *testing.T) {
+	const user = 65534
+	parent := needCgroup(t)
+	outside := filepath.Join(parent, "cgroup.procs")
+	for _, c := range []struct {
+		name string
+		env  []string
+		euid int
+	}{
+		{"no_new_privs", nil, user},
+		{"off", []string{"TEST_NEW_PRIVS=1"}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			dir := delegateCgroup(t, parent, user)
+			r := newRigIn(t, dir, "sudo", user, append(c.env, "TEST_SETUID="+setuidBinary, "TEST_OUTSIDE="+outside)...)
+			if dirs, _ := filepath.Glob(filepath.Join(dir.Name(), cgroupPrefix+"*")); len(dirs) != 1 {
+				t.Fatalf("the job has no cgroup of its own: %q", dirs)
+			}
+			r.tell("lead 1h 2h")
+			said := r.waitSaid("job escape")
+			if !strings.HasPrefix(said, fmt.Sprintf("job escape as-%d ", c.euid)) {
+				t.Fatalf("%q, want the user %d", said, c.euid)
+			}
+			r.tell("end lost")
+			if c.euid == 0 { // the guard can't kill it, and the lease is held on to
+				r.wait("the rest of the job is dead", func() bool { return len(r.alive) == 1 })
+				pid, err := strconv.Atoi(said[strings.LastIndexByte(said, ' ')+1:])
+				if err := errors.Join(err, unix.Kill(pid, unix.SIGKILL)); err != nil {
+					t.Error(err)
+				}
+			}
+			r.waitSaid("led <nil>")
+			r.requireDead()
+			r.tell("exit 0")
+			r.waitExit(0)
+		})
+	}
+}
+
+// delegateCgroup makes a cgroup that belongs to a user.
+func delegateCgroup(t *testing.T, parent string, uid int) *os.File {
+	t.Helper()
+	dir, err := os.MkdirTemp(parent, "delegated-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
+		for end := time.Now().Add(testWait); ; _, _ = unix.Poll(nil, 5) {
+			if removeTree(dir); unix.Access(dir, unix.F_OK) != nil {
+				return
+			}
+			if time.Now().After(end) {
+				t.Errorf("%s can't be removed", dir)
+				return
+			}
+		}
+	})
+	for _, name := range []string{"", "cgroup.procs", "cgroup.subtree_control"} {
+		if err := os.Chown(filepath.Join(dir, name), uid, uid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
 }

@@ -134,7 +134,7 @@ func TestDocs(t *testing.T) {
 				}
 			}
 			// The table's last row: set-user-id programs.
-			w.run(m, "sed", "-i", "s/^User=root$/User=backup/", "/etc/systemd/system/"+service+".d/job.conf")
+			w.run(m, "sed", "-i", "s/^User=root$/User=backup\\nAmbientCapabilities=CAP_KILL/", "/etc/systemd/system/"+service+".d/job.conf")
 			w.run(m, "systemctl", "daemon-reload")
 			w.run(m, "systemctl", "restart", service)
 			if status := leads(); !strings.Contains(status, "\nNoNewPrivs:\t0\n") || strings.Contains(status, "\nUid:\t0\t") {
