@@ -146,6 +146,10 @@ type Config struct {
 	// Username and Password are for etcd's own authentication. Password is called anew for each; nil means none.
 	Username string
 	Password func() (string, error)
+	// AuthToken is a token that etcd gave this user earlier, and Authenticated is called with each new one. It must not block.
+	// Both may be empty.
+	AuthToken     string
+	Authenticated func(token string)
 	// Now reads CLOCK_BOOTTIME.
 	Now        func() time.Duration
 	Logger     *slog.Logger

@@ -29,6 +29,7 @@ type members struct {
 	list []*member
 	// current is the index of the member that gave the last good answer. Requests go there first.
 	current atomic.Int32
+	auth    *auth // nil: none
 	// closing counts the connections and watchers that are being closed, which can take a while when nobody answers.
 	closing sync.WaitGroup
 }
@@ -41,13 +42,12 @@ func newMembers(cfg Config) (*members, error) {
 	if err != nil {
 		return nil, err
 	}
-	var a *auth
-	if cfg.Username != "" && cfg.Password != nil {
-		a = &auth{username: cfg.Username, password: cfg.Password}
-	}
 	ms := &members{}
+	if cfg.Username != "" && cfg.Password != nil {
+		ms.auth = newAuth(cfg, ms)
+	}
 	for _, endpoint := range cfg.Endpoints {
-		m := &member{endpoint: endpoint, auth: a, authenticating: make(chan struct{}, 1)}
+		m := &member{endpoint: endpoint, auth: ms.auth}
 		options := []grpc.DialOption{
 			// gRPC's own backoff goes up to two minutes.
 			grpc.WithConnectParams(grpc.ConnectParams{
@@ -60,8 +60,8 @@ func newMembers(cfg Config) (*members, error) {
 		if strings.HasPrefix(endpoint, "https://") {
 			options = append(options, grpc.WithTransportCredentials(creds))
 		}
-		if a != nil {
-			options = append(options, grpc.WithPerRPCCredentials(a), grpc.WithChainUnaryInterceptor(m.intercept))
+		if ms.auth != nil {
+			options = append(options, grpc.WithPerRPCCredentials(ms.auth), grpc.WithChainUnaryInterceptor(m.intercept))
 		}
 		m.dial = func() (*clientv3.Client, error) {
 			return clientv3.New(clientv3.Config{
@@ -88,7 +88,7 @@ func newMembers(cfg Config) (*members, error) {
 func (ms *members) reset(m *member) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closed || m.client == nil || m.next != nil {
+	if m.closed || m.client == nil || m.next != nil || m.auth != nil && m.auth.busy() {
 		return
 	}
 	next, err := m.dial()
@@ -129,6 +129,9 @@ func (ms *members) closeClient(client *clientv3.Client) {
 
 // close ends all connections. It waits for them only briefly: those that nobody answers on end by themselves.
 func (ms *members) close() {
+	if ms.auth != nil {
+		ms.auth.close()
+	}
 	for _, m := range ms.list {
 		m.mu.Lock()
 		client, next := m.client, m.next
@@ -153,8 +156,6 @@ type member struct {
 	endpoint string
 	dial     func() (*clientv3.Client, error)
 	auth     *auth // shared by all members; nil: none
-	// authenticating is a lock that can be waited for until a context ends.
-	authenticating chan struct{}
 
 	mu     sync.Mutex
 	client *clientv3.Client
@@ -202,7 +203,7 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 		return renewal{}, err
 	}
 	var r renewal
-	err = m.authenticated(ctx, conn, func() error {
+	err = m.authenticated(ctx, func() error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		stream, err := pb.NewLeaseClient(conn).LeaseKeepAlive(ctx)
@@ -270,6 +271,9 @@ type memberError struct {
 }
 
 func (e *memberError) Error() string {
+	if other := (*memberError)(nil); errors.As(e.err, &other) {
+		return other.Error() // of another member, which was asked for a token
+	}
 	s, ok := status.FromError(e.err)
 	switch {
 	case errors.Is(e.err, context.DeadlineExceeded), errors.Is(e.err, context.Canceled),
