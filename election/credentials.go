@@ -60,7 +60,7 @@ const (
 
 func newAuth(cfg Config, ms *members) *auth {
 	a := &auth{
-		username: cfg.Username, password: cfg.Password, members: ms, spread: Timing{TTL: cfg.TTL}.repeatAfter(),
+		username: cfg.Username, password: cfg.Password, members: ms, spread: min(cfg.TTL/20, time.Second),
 		obtained: cfg.Authenticated, token: cfg.AuthToken, known: cfg.AuthToken != "",
 	}
 	a.life, a.end = context.WithCancel(context.Background())
