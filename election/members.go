@@ -13,6 +13,7 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
@@ -231,24 +232,61 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 // reading is what a linearizable read of one key shows.
 type reading struct {
 	created int64 // the key's create revision, 0 when there is no such key
+	lease   int64 // that it is bound to
 	term    uint64
 }
 
-// read reads the key, linearizably.
+// read reads the key, linearizably. Not the key only: from 3.7 on etcd does not show its lease then.
 func (m *member) read(ctx context.Context, key string) (reading, error) {
 	conn, err := m.conn()
 	if err != nil {
 		return reading{}, err
 	}
-	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(key), KeysOnly: true})
+	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(key)})
 	if err != nil {
 		return reading{}, rpctypes.Error(err)
 	}
 	r := reading{term: resp.GetHeader().GetRaftTerm()}
 	if len(resp.Kvs) > 0 {
-		r.created = resp.Kvs[0].CreateRevision
+		r.created, r.lease = resp.Kvs[0].CreateRevision, resp.Kvs[0].Lease
 	}
 	return r, nil
+}
+
+// readBoth reads twice in one linearizable transaction.
+func (m *member) readBoth(ctx context.Context, one, other *pb.RangeRequest) (header *pb.ResponseHeader, a, b []*mvccpb.KeyValue, err error) {
+	conn, err := m.conn()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	resp, err := pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+		{Request: &pb.RequestOp_RequestRange{RequestRange: one}},
+		{Request: &pb.RequestOp_RequestRange{RequestRange: other}},
+	}})
+	if err != nil {
+		return nil, nil, nil, rpctypes.Error(err)
+	}
+	return resp.Header, resp.Responses[0].GetResponseRange().Kvs, resp.Responses[1].GetResponseRange().Kvs, nil
+}
+
+// remove deletes the key if it has that create revision; 0: whichever it has.
+func (m *member) remove(ctx context.Context, key string, created int64) error {
+	r, err := m.read(ctx, key)
+	if err != nil || r.created == 0 || created != 0 && r.created != created {
+		return err
+	}
+	conn, err := m.conn()
+	if err != nil {
+		return err
+	}
+	_, err = pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{
+		Compare: []*pb.Compare{{
+			Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
+			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: r.created},
+		}},
+		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)}}}},
+	})
+	return rpctypes.Error(err)
 }
 
 // revoke revokes the lease. That etcd does not know it is as good.

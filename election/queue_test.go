@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -190,7 +191,10 @@ func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	put, err := client.Put(t.Context(), "e/a", "")
+	if _, err := pb.NewLeaseClient(client.ActiveConnection()).LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: 0xa, TTL: 600}); err != nil {
+		t.Fatal(err)
+	}
+	put, err := client.Put(t.Context(), "e/a", "", clientv3.WithLease(0xa))
 	if err != nil {
 		t.Fatal(err)
 	}
