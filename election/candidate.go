@@ -312,16 +312,21 @@ func (r *runner) revoke(ctx context.Context, l leaving, bound time.Duration) err
 }
 
 // revokeLeftover goes on revoking a lease that could not be revoked when its session ended. Its key keeps all others waiting, and
-// that it expires in a TTL is not certain: a renewal that was sent into a dark network can arrive long after.
+// that it expires in a TTL is not certain: a renewal that was sent into a dark network can arrive long after. When Run ends there is
+// one last attempt, as for the lease of a session that a planned stop ends.
 func (r *runner) revokeLeftover(l leaving) {
 	done := make(chan struct{})
 	r.leftover = done
 	r.revoking.Go(func() {
 		defer close(done)
 		var wait retry
-		for r.leftovers.Err() == nil && r.revoke(r.leftovers, l, r.requestTimeout()) != nil {
+		for r.leftovers.Err() == nil {
+			if r.revoke(r.leftovers, l, r.requestTimeout()) == nil {
+				return
+			}
 			wait.sleep(r.leftovers)
 		}
+		_ = r.revoke(context.WithoutCancel(r.leftovers), l, r.requestTimeout()) // else it expires
 	})
 }
 

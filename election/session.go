@@ -160,13 +160,17 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	}
 	left := leaving{s.id, s.key, s.created.Load()}
 	err := s.revoke(context.WithoutCancel(ctx), left, bound)
-	if err == nil {
+	then := "trying again as long as the daemon runs"
+	switch {
+	case err == nil:
 		s.cfg.Holder.Leased(0, 0)
-	} else {
+	case ctx.Err() != nil:
+		then = "it will expire" // this was the last attempt
+	default:
 		s.revokeLeftover(left)
-		if s.timing.TTL != 0 {
-			s.log.Warn("lease not revoked, trying again as long as the daemon runs", "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
-		}
+	}
+	if err != nil && s.timing.TTL != 0 {
+		s.log.Warn("lease not revoked, "+then, "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
 	}
 	s.turn()
 	s.update(func(snap *Snapshot) {
@@ -545,17 +549,18 @@ type joinedKV struct {
 	looking     *atomic.Pointer[chan struct{}]
 	joined      func(created int64) // called when a campaign has put the key, or has found it put
 	predecessor func(context.Context) (*pb.RangeResponse, error)
-	patience    time.Duration // with predecessor, after joined was called; else 0. The campaign's goroutine alone uses it
+	// waitTimeout is for how long predecessor is waited for, after joined was called; else 0. The campaign's goroutine alone uses it.
+	waitTimeout time.Duration
 }
 
 // Range is the campaign's read of who is ahead. When it has just begun, the queue reads the same. Later the event that brings it on
 // has us look for ourselves, and etcd serves one linearizable read after the other: ours is waited for, and this one can wait.
 func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc.CallOption) (*pb.RangeResponse, error) {
-	if kv.patience != 0 {
-		pctx, cancel := context.WithTimeout(ctx, kv.patience)
+	if kv.waitTimeout != 0 {
+		pctx, cancel := context.WithTimeout(ctx, kv.waitTimeout)
 		resp, err := kv.predecessor(pctx)
 		cancel()
-		kv.patience = 0
+		kv.waitTimeout = 0
 		if err == nil {
 			return resp, nil
 		}
@@ -576,11 +581,11 @@ func (kv *joinedKV) Txn(ctx context.Context, in *pb.TxnRequest, opts ...grpc.Cal
 	// A campaign puts the key if that has no create revision yet, and else reads it.
 	if err == nil && len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE && in.Compare[0].GetCreateRevision() == 0 {
 		if resp.Succeeded {
-			kv.patience = kv.bound
+			kv.waitTimeout = kv.bound
 			kv.joined(resp.Header.Revision)
 		} else if kvs := resp.Responses[0].GetResponseRange().GetKvs(); len(kvs) > 0 {
 			// The watch was lost, and maybe what it would have told.
-			kv.patience = kv.joinAfter
+			kv.waitTimeout = kv.joinAfter
 			kv.joined(kvs[0].CreateRevision)
 		}
 	}
