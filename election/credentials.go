@@ -18,6 +18,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 )
 
 // auth holds the token that etcd gave for a user name and password. With both in its Config etcd's client would authenticate
@@ -52,8 +53,11 @@ type authentication struct {
 }
 
 const (
-	// authBound is for how long an authentication is kept: etcd may have hundreds of passwords to check before ours.
-	authBound = 30 * time.Second
+	// authBound is for how long an authentication is kept, while etcd answers a ping every 10 s within 20 s: it may have thousands of
+	// passwords to check beside ours, and is done with all of them at about the same time.
+	authBound = 5 * time.Minute
+	pingEvery = 10 * time.Second
+	pingBound = 20 * time.Second
 	// refusalHolds is the pause after a refused password, which costs etcd as much as a good one.
 	refusalHolds = time.Second
 )
@@ -222,7 +226,7 @@ func (a *auth) ask(first *member) (token string, err error) {
 // authenticate gets a token from this member, over a connection of its own: those for requests are replaced when requests wait for
 // too long, and one to a member that hangs does not come up.
 func (m *member) authenticate(ctx context.Context, username, password string) (string, error) {
-	client, err := m.dial()
+	client, err := m.dial(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingEvery, Timeout: pingBound}))
 	if err != nil {
 		return "", &memberError{m.endpoint, err}
 	}

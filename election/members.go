@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -64,10 +65,10 @@ func newMembers(cfg Config) (*members, error) {
 		if ms.auth != nil {
 			options = append(options, grpc.WithPerRPCCredentials(ms.auth), grpc.WithChainUnaryInterceptor(m.intercept))
 		}
-		m.dial = func() (*clientv3.Client, error) {
+		m.dial = func(more ...grpc.DialOption) (*clientv3.Client, error) {
 			return clientv3.New(clientv3.Config{
 				Endpoints:   []string{endpoint},
-				DialOptions: options,
+				DialOptions: slices.Concat(options, more),
 				Logger:      zap.NewNop(),
 				// Requests are repeated here, on another member.
 				MaxUnaryRetries: 1,
@@ -155,7 +156,7 @@ func (ms *members) close() {
 // member is one endpoint of etcd. Its connection is made when first needed.
 type member struct {
 	endpoint string
-	dial     func() (*clientv3.Client, error)
+	dial     func(more ...grpc.DialOption) (*clientv3.Client, error)
 	auth     *auth // shared by all members; nil: none
 
 	mu     sync.Mutex
