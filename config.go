@@ -35,6 +35,11 @@ const (
 
 	// maxDuration keeps each sum of settings and clock readings far from the end of int64.
 	maxDuration = 365 * 24 * time.Hour
+
+	// maxTTL is the longest TTL of which etcd makes no checkpoints (feature LeaseCheckpoint, off by default). Of a longer one it may
+	// record, after a renewal, how much was left before that, and from the next election of its own leader on, or even from that
+	// renewal on, keep the lease only for so long. It has then acknowledged more than it keeps, and two jobs could run at once.
+	maxTTL = 5 * time.Minute
 )
 
 // Config is the daemon's whole configuration. It is read from the environment, from variables that start with LEASEHOLD_; no
@@ -49,7 +54,7 @@ type Config struct {
 	Endpoints    []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, with commas between them; a bare host:port is http, or https where LEASEHOLD_TLS_* is set"`
 	Election     string   `split_words:"true" shown:"required" desc:"election key prefix, used as given: etcdctl elect --listen NAME sees the same election"`
 	Identity     string   `split_words:"true" shown:"host name" desc:"this candidate's name: the value of its key, which other programs read"`
-	TTL          duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, at least 2s"`
+	TTL          duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, from 2s to 5m"`
 	StopSignal   signal   `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
 	StopGrace    duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL"`
 	LossGrace    duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, inside the lease's life; 0s: SIGKILL at once"`
@@ -161,6 +166,8 @@ func (c *Config) validateTiming(f *faults) {
 	case c.TTL.err != nil:
 	case ttl < 2*time.Second:
 		f.add("TTL", "%s is too short: write 2s or more", ttl)
+	case ttl > maxTTL:
+		f.add("TTL", "%s is too long: write 5m (300s) or less; etcd can shorten a longer lease after it was renewed", ttl)
 	case ttl%time.Second != 0:
 		f.add("TTL", "%s is not in whole seconds, and etcd knows no others: write %s", ttl, ttl.Truncate(time.Second))
 	}

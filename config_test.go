@@ -185,7 +185,8 @@ func TestConfig_Refusals(t *testing.T) {
 		{"TTL zero", "TTL=0s", []string{"TTL: 0s is too short"}},
 		{"TTL negative", "TTL=-5s", []string{`TTL: "-5s" is negative`}},
 		{"TTL not in seconds", "TTL=2500ms", []string{"TTL: 2.5s is not in whole seconds, and etcd knows no others: write 2s"}},
-		{"TTL too long", "TTL=9000000000s", []string{`TTL: "9000000000s" is too long: write 8760h`}},
+		{"TTL far too long", "TTL=9000000000s", []string{`TTL: "9000000000s" is too long: write 8760h`}},
+		{"TTL too long", "TTL=301s", []string{"TTL: 5m1s is too long: write 5m (300s) or less"}},
 		{"TTL beyond all bounds", "TTL=99999999999999999999s", []string{`TTL: "99999999999999999999s" is not a duration`}},
 		{"arithmetic", "TTL=5s LOSS_GRACE=2s", []string{
 			"TTL: loss grace 2s + margin 500ms + 3 × renewal interval 1s = 5.5s is more than the TTL 5s: raise it, or lower LEASEHOLD_LOSS_GRACE"}},

@@ -32,14 +32,14 @@ func (h *grantHolder) Lead(ctx context.Context, _ election.Term) error {
 // happen after the lease was asked to be revoked, leaves no lease behind.
 func TestStop_DuringTheGrant(t *testing.T) {
 	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{})
-	cfg, err := load(t, "elect", "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=600s")
+	cfg, err := load(t, "elect", "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
 	if err != nil {
 		t.Fatal(err)
 	}
 	const stops = 600
 	for i := range stops {
 		holder := &grantHolder{asked: make(chan struct{})}
-		candidate, err := newCandidate(cfg, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), holder, make(chan struct{}, 1))
+		candidate, err := newCandidate(cfg, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), holder, make(chan struct{}, 1), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -321,7 +321,7 @@ func elector(args []string) int {
 	}
 	holder.handle = handle
 	end := func() ending {
-		candidate, err = newCandidate(cfg, log, registry, holder, changed)
+		candidate, err = newCandidate(cfg, log, registry, holder, changed, handle.Token)
 		if err != nil {
 			return ending{exitConfig, "set up the candidate: " + err.Error()}
 		}
@@ -396,7 +396,7 @@ func elect() (code int) {
 	changed := make(chan struct{}, 1)
 	registry := prometheus.NewRegistry()
 	holder := &leaseHolder{grace: cfg.StopGrace.Duration, hurry: make(chan struct{})}
-	candidate, err := newCandidate(cfg, log, registry, holder, changed)
+	candidate, err := newCandidate(cfg, log, registry, holder, changed, nil)
 	if err != nil {
 		log.Error("set up the candidate", "err", err)
 		return exitConfig
@@ -489,8 +489,11 @@ func electionConfig(cfg Config, log *slog.Logger) election.Config {
 	return c
 }
 
-func newCandidate(cfg Config, log *slog.Logger, registry *prometheus.Registry, holder election.Holder, changed chan struct{}) (*election.Candidate, error) {
+func newCandidate(cfg Config, log *slog.Logger, registry *prometheus.Registry, holder election.Holder, changed chan struct{},
+	authenticated func(token string),
+) (*election.Candidate, error) {
 	c := electionConfig(cfg, log)
+	c.Authenticated = authenticated
 	c.Registerer, c.Holder, c.Changed = registry, holder, func() { signalChange(changed) }
 	return election.New(c)
 }
@@ -619,7 +622,8 @@ func endingOf(err error) ending {
 	return ending{exitInternal, err.Error()}
 }
 
-// revoke gives a dead elector's lease back. Its arguments are the lease in hex and for how long to try.
+// revoke gives a dead elector's lease back. Its arguments are the lease in hex and for how long to try. On its standard input it
+// reads the token that etcd gave the elector, if any.
 func revoke(args []string) int {
 	lease, err := strconv.ParseInt(args[0], 16, 64)
 	within, err2 := time.ParseDuration(args[1])
@@ -633,9 +637,15 @@ func revoke(args []string) int {
 		return exitConfig
 	}
 	defer lines.Flush(flushTime)
+	token, err := io.ReadAll(os.Stdin)
+	if err != nil {
+		log.Warn("read the elector's token: etcd has to check the password instead", "err", err)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
-	if err := election.Revoke(ctx, electionConfig(cfg, log), lease); err != nil {
+	ec := electionConfig(cfg, log)
+	ec.AuthToken = string(token)
+	if err := election.Revoke(ctx, ec, lease); err != nil {
 		log.Warn("revoke the lease", "lease", args[0], "err", err)
 		return exitUnavailable
 	}

@@ -62,7 +62,7 @@ func TestElect_HundredTerms(t *testing.T) {
 	log, registry := slog.New(slog.DiscardHandler), prometheus.NewRegistry()
 	changed := make(chan struct{}, 1)
 	holder := &leaseHolder{hurry: make(chan struct{})}
-	candidate, err := newCandidate(cfg, log, registry, holder, changed)
+	candidate, err := newCandidate(cfg, log, registry, holder, changed, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

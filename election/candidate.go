@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -129,7 +130,7 @@ func (c *Candidate) endTerm(cause error) {
 		c.mu.Unlock()
 		return
 	}
-	first, lost := !t.over, errors.Is(cause, ErrLeaseLost) || errors.Is(cause, ErrKeyDeleted)
+	first, lost := !t.over, errors.Is(cause, ErrLeaseLost) || errors.Is(cause, ErrKeyDeleted) || errors.Is(cause, ErrKeyOverwritten)
 	if first {
 		t.over = true
 		c.snapshot.State, c.snapshot.Reason, c.snapshot.Leading, c.snapshot.Since = Stopping, cause.Error(), false, time.Now()
@@ -286,27 +287,46 @@ func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
 	})
 }
 
-// revoke gives up the lease.
-func (r *runner) revoke(ctx context.Context, id int64, bound time.Duration) error {
+// leaving is what a session leaves in etcd.
+type leaving struct {
+	lease   int64
+	key     string
+	created int64 // the key's create revision; 0: it was not put
+}
+
+// revoke gives up the lease, and the key if that has stayed, for it was overwritten. The job has exited: in which order they go
+// does not matter. The lease goes first, so that the next leader does not wait for a look at the key, which mostly finds nothing.
+func (r *runner) revoke(ctx context.Context, l leaving, bound time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
 	_, err := first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
-		return struct{}{}, m.revoke(ctx, id)
+		return struct{}{}, m.revoke(ctx, l.lease)
+	})
+	if err != nil || l.created == 0 {
+		return err
+	}
+	_, err = first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
+		return struct{}{}, m.remove(ctx, l.key, l.created)
 	})
 	return err
 }
 
 // revokeLeftover goes on revoking a lease that could not be revoked when its session ended. Its key keeps all others waiting, and
-// that it expires in a TTL is not certain: a renewal that was sent into a dark network can arrive long after.
-func (r *runner) revokeLeftover(id int64) {
+// that it expires in a TTL is not certain: a renewal that was sent into a dark network can arrive long after. When Run ends there is
+// one last attempt, as for the lease of a session that a planned stop ends.
+func (r *runner) revokeLeftover(l leaving) {
 	done := make(chan struct{})
 	r.leftover = done
 	r.revoking.Go(func() {
 		defer close(done)
 		var wait retry
-		for r.leftovers.Err() == nil && r.revoke(r.leftovers, id, r.requestTimeout()) != nil {
+		for r.leftovers.Err() == nil {
+			if r.revoke(r.leftovers, l, r.requestTimeout()) == nil {
+				return
+			}
 			wait.sleep(r.leftovers)
 		}
+		_ = r.revoke(context.WithoutCancel(r.leftovers), l, r.requestTimeout()) // else it expires
 	})
 }
 
@@ -323,5 +343,7 @@ func (r *runner) waitForLeftover(ctx context.Context) {
 	}
 }
 
-// oneLine makes an error of many lines fit into a sentence.
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+// oneLine makes an error of many lines fit into a sentence. Where all requests wait for one token they fail alike.
+func oneLine(err error) string {
+	return strings.Join(slices.Compact(strings.Split(err.Error(), "\n")), "; ")
+}

@@ -585,21 +585,70 @@ func TestCandidate_Blockers(t *testing.T) {
 	}
 }
 
-// Whoever writes to a leader's key takes its lease from it: it stays when the leader has gone, and blocks the others.
+// Whoever writes to a leader's key takes its lease from it. It must not stay and block the others.
 func TestCandidate_LeadersKeyOverwritten(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		flags func(t *testing.T, cluster *e2e.Cluster) []string
+		seen  bool // by the leader, before its planned stop
+	}{
+		{"seen", func(*testing.T, *e2e.Cluster) []string { return nil }, true},
+		{"not seen", func(*testing.T, *e2e.Cluster) []string { return nil }, false},
+		{"with another lease", func(t *testing.T, cluster *e2e.Cluster) []string {
+			return []string{"--lease=" + strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]}
+		}, true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			cluster := newTestEtcd(t)
+			a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testHolder) {
+				cfg.TTL = 30 * time.Second // renewed each 6 s
+			})
+			term := a.waitForTerm()
+			b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+			b.waitForState(Standby)
+			put := append([]string{"put", term.Key, "somebody"}, row.flags(t, cluster)...)
+			if row.seen {
+				etcdctl(t, cluster, put...)
+				if end := a.waitForEnd(); !errors.Is(end.cause, ErrKeyOverwritten) {
+					t.Errorf("the term's context ended with %v", end.cause)
+				}
+				select {
+				case <-term.Lost:
+				default:
+					t.Error("Term.Lost is not closed")
+				}
+				a.waitForState(Standby) // again
+			} else {
+				a.waitForExtensions(1)
+				etcdctl(t, cluster, put...)
+				a.stop(nil)
+				a.waitForReturn()
+			}
+			b.waitForTerm()
+			a.stop(nil)
+			a.waitForReturn()
+			b.stop(nil)
+			b.waitForReturn()
+			if out := etcdctl(t, cluster, "get", "--prefix", "--keys-only", t.Name()); out != "" {
+				t.Errorf("keys left in etcd: %s", out)
+			}
+		})
+	}
+}
+
+func TestCandidate_StandbysKeyOverwritten(t *testing.T) {
 	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
-	term := a.waitForTerm()
+	a.waitForTerm()
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
-	b.waitForState(Standby)
-	etcdctl(t, cluster, "put", term.Key, "somebody")
-	s := b.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
-	if s.Blocker.Key != term.Key || !strings.Contains(s.Blocker.Why, "no lease") {
-		t.Errorf("blocker %+v", s.Blocker)
+	old := b.waitForState(Standby).LeaseID
+	key := fmt.Sprintf("%s/%x", t.Name(), old)
+	etcdctl(t, cluster, "put", key, "somebody")
+	b.waitFor("standby again", func(s Snapshot) bool { return s.State == Standby && s.LeaseID != old })
+	if out := etcdctl(t, cluster, "get", key); out != "" {
+		t.Errorf("the key is still there: %s", out)
 	}
 	a.stop(nil)
-	a.waitForReturn()
-	etcdctl(t, cluster, "del", term.Key)
 	b.waitForTerm()
 }
 
@@ -677,7 +726,12 @@ func TestRevoke(t *testing.T) {
 		t.Error(err)
 	}
 	waitForLeases(t, cluster)
+	key := fmt.Sprintf("%s/%x", cfg.Election, lease)
+	etcdctl(t, cluster, "put", key, "somebody")
 	if err := Revoke(t.Context(), cfg, lease); err != nil {
 		t.Errorf("a lease that is gone: %v", err)
+	}
+	if out := etcdctl(t, cluster, "get", key); out != "" {
+		t.Errorf("the candidate's key, overwritten, is still there: %s", out)
 	}
 }

@@ -6,33 +6,70 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 )
 
 // auth holds the token that etcd gave for a user name and password. With both in its Config etcd's client would authenticate
 // before every stream, at 80 ms of bcrypt each; here it is done once, and again only when etcd says that the token is no good.
+//
+// A candidate has one authentication in flight, whichever requests need it. It outlives them: etcd checks a password to the end,
+// although nobody waits any more. If a whole fleet threw away what it has begun and began it again, as after a restart of etcd,
+// etcd would have time for nothing else.
 type auth struct {
 	username string
 	password func() (string, error)
+	members  *members
+	spread   time.Duration      // a token is replaced after up to so long, for those of a fleet may end together
+	obtained func(token string) // called with each new token; may be nil
 
-	mu    sync.Mutex
-	token string
-	known bool // etcd has given a token, or said that it wants none
-	// refusal is that of our user name or password, and is taken for an answer until refused + refusalHolds: to check a
-	// password costs etcd 80 ms.
-	refusal error
-	refused time.Time
+	life context.Context // ends with the members
+	end  context.CancelFunc
+
+	mu       sync.Mutex
+	token    string
+	known    bool            // etcd has given a token, or said that it wants none
+	inFlight *authentication // nil: none
+	// failure is why the last one failed. It is taken for an answer until retryAt.
+	failure error
+	retryAt time.Time
 }
 
-const refusalHolds = time.Second
+// authentication is one that is in flight.
+type authentication struct {
+	done chan struct{} // closed when it has ended
+	err  error         // set before that
+}
+
+const (
+	// authBound is for how long an authentication is kept, while etcd answers a ping every 10 s within 20 s: it may have thousands of
+	// passwords to check beside ours, and is done with all of them at about the same time.
+	authBound = 5 * time.Minute
+	pingEvery = 10 * time.Second
+	pingBound = 20 * time.Second
+	// refusalHolds is the pause after a refused password, which costs etcd as much as a good one.
+	refusalHolds = time.Second
+)
+
+func newAuth(cfg Config, ms *members) *auth {
+	a := &auth{
+		username: cfg.Username, password: cfg.Password, members: ms, spread: min(cfg.TTL/20, time.Second),
+		obtained: cfg.Authenticated, token: cfg.AuthToken, known: cfg.AuthToken != "",
+	}
+	a.life, a.end = context.WithCancel(context.Background())
+	return a
+}
 
 // GetRequestMetadata implements credentials.PerRPCCredentials.
 func (a *auth) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
@@ -52,29 +89,21 @@ func (a *auth) current() (token string, known bool) {
 	return a.token, a.known
 }
 
-func (a *auth) set(token string) {
+// busy reports whether requests may be waiting for a token: that they get no answer says nothing of a member, then.
+func (a *auth) busy() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.token, a.known, a.refusal = token, true, nil
+	return a.inFlight != nil
 }
 
-func (a *auth) refuse(err error) {
+// close calls off what is in flight.
+func (a *auth) close() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.refusal, a.refused = err, time.Now()
+	a.end()
 }
 
-// refusing returns the refusal that was a moment ago.
-func (a *auth) refusing() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if time.Since(a.refused) < refusalHolds {
-		return a.refusal
-	}
-	return nil
-}
-
-// unauthenticated tells whether a new token may help.
+// unauthenticated reports whether a new token may help.
 func unauthenticated(err error) bool {
 	err = rpctypes.Error(err)
 	return errors.Is(err, rpctypes.ErrInvalidAuthToken) || errors.Is(err, rpctypes.ErrUserEmpty) || errors.Is(err, rpctypes.ErrAuthOldRevision)
@@ -86,17 +115,17 @@ func (m *member) intercept(ctx context.Context, method string, req, reply any, c
 	if method == pb.Auth_Authenticate_FullMethodName {
 		return invoke(ctx, method, req, reply, conn, opts...)
 	}
-	return m.authenticated(ctx, conn, func() error { return invoke(ctx, method, req, reply, conn, opts...) })
+	return m.authenticated(ctx, func() error { return invoke(ctx, method, req, reply, conn, opts...) })
 }
 
 // authenticated carries out the call with a token, and once more with a new one if etcd refuses the one we have.
-func (m *member) authenticated(ctx context.Context, conn *grpc.ClientConn, call func() error) error {
+func (m *member) authenticated(ctx context.Context, call func() error) error {
 	if m.auth == nil {
 		return call()
 	}
 	token, known := m.auth.current()
 	if !known {
-		if err := m.authenticate(ctx, conn, token); err != nil {
+		if err := m.auth.replace(ctx, token, m); err != nil {
 			return err
 		}
 		token, _ = m.auth.current()
@@ -105,45 +134,108 @@ func (m *member) authenticated(ctx context.Context, conn *grpc.ClientConn, call 
 	if !unauthenticated(err) {
 		return err
 	}
-	if err := m.authenticate(ctx, conn, token); err != nil {
+	if err := m.auth.replace(ctx, token, m); err != nil {
 		return err
 	}
 	return call()
 }
 
-// authenticate gets a token in place of the refused one, unless somebody has meanwhile. There is one lock for each member and
-// not one for all: a member that does not answer must not hold up the others.
-func (m *member) authenticate(ctx context.Context, conn *grpc.ClientConn, refused string) error {
-	select {
-	case m.authenticating <- struct{}{}:
-		defer func() { <-m.authenticating }()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if token, known := m.auth.current(); known && token != refused {
+// replace waits for a token in place of the refused one. The member that it was needed for is asked for it first.
+func (a *auth) replace(ctx context.Context, refused string, first *member) error {
+	a.mu.Lock()
+	switch {
+	case a.known && a.token != refused:
+		a.mu.Unlock()
 		return nil
-	}
-	if err := m.auth.refusing(); err != nil {
-		return err
-	}
-	password, err := m.auth.password()
-	if err != nil {
-		return fmt.Errorf("read the password: %w", err)
-	}
-	resp, err := pb.NewAuthClient(conn).Authenticate(ctx, &pb.AuthenticateRequest{Name: m.auth.username, Password: password})
-	switch err = rpctypes.Error(err); {
-	case errors.Is(err, rpctypes.ErrAuthNotEnabled):
-		m.auth.set("")
-		return nil
-	case err != nil:
-		err = fmt.Errorf("authenticate as %q: %w", m.auth.username, err)
-		if errors.Is(err, rpctypes.ErrAuthFailed) {
-			m.auth.refuse(err)
+	case a.life.Err() != nil:
+		a.mu.Unlock()
+		return errClosed
+	case a.inFlight == nil && time.Now().Before(a.retryAt):
+		defer a.mu.Unlock()
+		return a.failure
+	case a.inFlight == nil:
+		this := &authentication{done: make(chan struct{})}
+		a.inFlight = this
+		pause := time.Duration(0)
+		if a.known {
+			pause = rand.N(a.spread + 1)
 		}
-		return err
+		a.members.closing.Go(func() { a.run(this, pause, first) })
 	}
-	m.auth.set(resp.Token)
-	return nil
+	this := a.inFlight
+	a.mu.Unlock()
+	select {
+	case <-this.done:
+		return this.err
+	case <-ctx.Done():
+		return fmt.Errorf("authenticate as %q: %w", a.username, ctx.Err())
+	}
+}
+
+// run carries out the authentication after the pause.
+func (a *auth) run(this *authentication, pause time.Duration, first *member) {
+	select {
+	case <-time.After(pause):
+	case <-a.life.Done():
+	}
+	began := time.Now()
+	token, err := a.ask(first)
+	if err == nil && token != "" && a.obtained != nil {
+		a.obtained(token)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.inFlight, this.err = nil, err
+	close(this.done)
+	if err == nil {
+		a.token, a.known = token, true
+		return
+	}
+	// Whatever took etcd long is not repeated soon, and not by all at once.
+	hold := max(time.Since(began), 50*time.Millisecond)
+	if errors.Is(err, rpctypes.ErrAuthFailed) {
+		hold = refusalHolds
+	}
+	a.failure, a.retryAt = err, time.Now().Add(hold/2+rand.N(hold))
+}
+
+// ask asks one member after the other, and never two at a time, until one knows the password as good or bad.
+func (a *auth) ask(first *member) (token string, err error) {
+	password, err := a.password()
+	if err != nil {
+		return "", fmt.Errorf("read the password: %w", err)
+	}
+	// A member that knows of no leader says so at once, then.
+	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(a.life), authBound)
+	defer cancel()
+	list := a.members.list
+	start := slices.Index(list, first)
+	for i := range list {
+		m := list[(start+i)%len(list)]
+		token, err = m.authenticate(ctx, a.username, password)
+		switch {
+		case errors.Is(err, rpctypes.ErrAuthNotEnabled):
+			return "", nil
+		case err == nil, errors.Is(err, rpctypes.ErrAuthFailed), ctx.Err() != nil:
+			return token, err
+		}
+	}
+	return "", err
+}
+
+// authenticate gets a token from this member, over a connection of its own: those for requests are replaced when requests wait for
+// too long, and one to a member that hangs does not come up.
+func (m *member) authenticate(ctx context.Context, username, password string) (string, error) {
+	client, err := m.dial(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingEvery, Timeout: pingBound}))
+	if err != nil {
+		return "", &memberError{m.endpoint, err}
+	}
+	defer m.auth.members.closeClient(client)
+	resp, err := pb.NewAuthClient(client.ActiveConnection()).Authenticate(ctx, &pb.AuthenticateRequest{Name: username, Password: password})
+	if err != nil {
+		return "", &memberError{m.endpoint, fmt.Errorf("authenticate as %q: %w", username, rpctypes.Error(err))}
+	}
+	return resp.Token, nil
 }
 
 // reloading are transport credentials that read their files at each handshake, so that renewed certificates are used without

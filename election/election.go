@@ -32,6 +32,8 @@ var (
 	ErrLeaseLost = errors.New("the lease is gone from etcd")
 	// ErrKeyDeleted: the key was deleted, or deleted and made anew. The next leader may be starting.
 	ErrKeyDeleted = errors.New("the leader's key is gone from etcd")
+	// ErrKeyOverwritten: somebody wrote to the key, which took our lease from it. Nothing but a hand or we will remove it now.
+	ErrKeyOverwritten = errors.New("the candidate's key was overwritten in etcd, and with that lost its lease")
 )
 
 // ErrNotElected is what Run returns when Config.Wait has passed before the candidate was elected.
@@ -51,8 +53,8 @@ type Holder interface {
 	// block. A call may come just before Lead's own; the latest deadlines are those that count.
 	Extended(Deadlines)
 	// Lead is called when a term begins, and returns when nothing of what leadership is for is alive. Its context ends when
-	// the term does: with the cause with which Run's context ended (a planned stop), ErrContactLost, ErrLeaseLost or
-	// ErrKeyDeleted. The lease is renewed until Lead returns and revoked after that, never before.
+	// the term does: with the cause with which Run's context ended (a planned stop), ErrContactLost, ErrLeaseLost,
+	// ErrKeyDeleted or ErrKeyOverwritten. The lease is renewed until Lead returns and revoked after that, never before.
 	//
 	// The result nil, or the term's own end, means: campaign again. A *Backoff means: campaign again after that time. Any
 	// other error ends Run, which returns it.
@@ -146,6 +148,10 @@ type Config struct {
 	// Username and Password are for etcd's own authentication. Password is called anew for each; nil means none.
 	Username string
 	Password func() (string, error)
+	// AuthToken is a token that etcd gave this user earlier, and Authenticated is called with each new one. It must not block.
+	// Both may be empty.
+	AuthToken     string
+	Authenticated func(token string)
 	// Now reads CLOCK_BOOTTIME.
 	Now        func() time.Duration
 	Logger     *slog.Logger

@@ -577,6 +577,36 @@ func TestCandidate_LeaseNotRevoked_HolderKnowsIt(t *testing.T) {
 	waitForLeases(t, cluster, a.Snapshot().LeaseID)
 }
 
+// A planned stop makes a last attempt to revoke what an earlier session left.
+func TestCandidate_LeaseNotRevoked_PlannedStop(t *testing.T) {
+	cluster := newTestEtcd(t)
+	roads, endpoints := newTestRoads(t, cluster)
+	over := make(chan struct{})
+	a := newTestCandidate(t, endpoints, "a", func(cfg *Config, h *testHolder) {
+		cfg.TTL = time.Minute // it can't have expired
+		h.lead = func(ctx context.Context, _ Term) error {
+			select {
+			case <-over:
+			case <-ctx.Done():
+			}
+			return nil
+		}
+	})
+	first := a.waitForTerm()
+	waitForLeases(t, cluster, first.LeaseID)
+	roads[0].Cut(e2e.BothWays)
+	over <- struct{}{}
+	a.waitFor("done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" })
+	a.stop(nil)
+	roads[0].Heal()
+	if err := a.waitForReturn(); err != nil {
+		t.Errorf("Run after a planned stop: %v", err)
+	}
+	if leases, err := cluster.Leases(t.Context()); err != nil || len(leases) != 0 {
+		t.Errorf("leases in etcd: %v, %v", leases, err)
+	}
+}
+
 func TestCandidate_TLS(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")

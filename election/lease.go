@@ -23,7 +23,7 @@ type leaseEvents interface {
 	renewed(Deadlines)
 	// contactLost is called once when stop-at passes, before any renewal that comes later is counted.
 	contactLost()
-	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted) is gone.
+	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted, ErrKeyOverwritten) is gone.
 	lost(cause error)
 	// suspect is called when a renewal at that endpoint failed or, with dead set, was abandoned.
 	suspect(endpoint int, dead bool, err error)
@@ -310,6 +310,9 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 		l.events.suspect(a.endpoint, false, a.err)
 	case a.confirming && a.reading.created != this.created:
 		l.events.lost(ErrKeyDeleted)
+		return true
+	case a.confirming && a.reading.lease != l.id:
+		l.events.lost(ErrKeyOverwritten)
 		return true
 	case a.confirming && a.reading.term != this.renewal.term:
 		l.finish(a.endpoint)

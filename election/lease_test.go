@@ -80,8 +80,12 @@ func hang(ctx context.Context) (renewal, error) {
 
 func refuse(context.Context) (renewal, error) { return renewal{}, errors.New("refused") }
 
+const testLeaseID = 1
+
 func shows(created int64, term uint64) func(context.Context) (reading, error) {
-	return func(context.Context) (reading, error) { return reading{created, term}, nil }
+	return func(context.Context) (reading, error) {
+		return reading{created: created, lease: testLeaseID, term: term}, nil
+	}
 }
 
 // testLease keeps a lease of 10 s (so: renewals every 2 s, the next endpoint after 500 ms, stop-at 7 s after sending) that was
@@ -134,7 +138,7 @@ func newTestLease(t *testing.T, created int64, answers ...func(context.Context) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.lease = newLease(1, "key", NewTiming(10*time.Second, -1, -1), granted{}, endpoints, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
+	l.lease = newLease(testLeaseID, "key", NewTiming(10*time.Second, -1, -1), granted{}, endpoints, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
 	l.confirmFrom(created)
 	ctx, stop := context.WithCancel(t.Context())
 	l.stop = stop
@@ -355,6 +359,16 @@ func TestLease_ConfirmationShowsAnotherKey(t *testing.T) {
 			l.expect(t, "2.5s "+ErrKeyDeleted.Error())
 		})
 	}
+}
+
+// Whoever writes to a key takes its lease from it.
+func TestLease_ConfirmationShowsAnotherLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLease(t, 7, good(1))
+		l.endpoints[0].show = func(context.Context) (reading, error) { return reading{created: 7, term: 1}, nil }
+		l.pass(5 * time.Second)
+		l.expect(t, "2s "+ErrKeyOverwritten.Error())
+	})
 }
 
 func TestLease_Lost(t *testing.T) {

@@ -7,12 +7,14 @@ import (
 	"io"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
@@ -29,6 +31,7 @@ type members struct {
 	list []*member
 	// current is the index of the member that gave the last good answer. Requests go there first.
 	current atomic.Int32
+	auth    *auth // nil: none
 	// closing counts the connections and watchers that are being closed, which can take a while when nobody answers.
 	closing sync.WaitGroup
 }
@@ -41,13 +44,12 @@ func newMembers(cfg Config) (*members, error) {
 	if err != nil {
 		return nil, err
 	}
-	var a *auth
-	if cfg.Username != "" && cfg.Password != nil {
-		a = &auth{username: cfg.Username, password: cfg.Password}
-	}
 	ms := &members{}
+	if cfg.Username != "" && cfg.Password != nil {
+		ms.auth = newAuth(cfg, ms)
+	}
 	for _, endpoint := range cfg.Endpoints {
-		m := &member{endpoint: endpoint, auth: a, authenticating: make(chan struct{}, 1)}
+		m := &member{endpoint: endpoint, auth: ms.auth}
 		options := []grpc.DialOption{
 			// gRPC's own backoff goes up to two minutes.
 			grpc.WithConnectParams(grpc.ConnectParams{
@@ -60,13 +62,13 @@ func newMembers(cfg Config) (*members, error) {
 		if strings.HasPrefix(endpoint, "https://") {
 			options = append(options, grpc.WithTransportCredentials(creds))
 		}
-		if a != nil {
-			options = append(options, grpc.WithPerRPCCredentials(a), grpc.WithChainUnaryInterceptor(m.intercept))
+		if ms.auth != nil {
+			options = append(options, grpc.WithPerRPCCredentials(ms.auth), grpc.WithChainUnaryInterceptor(m.intercept))
 		}
-		m.dial = func() (*clientv3.Client, error) {
+		m.dial = func(more ...grpc.DialOption) (*clientv3.Client, error) {
 			return clientv3.New(clientv3.Config{
 				Endpoints:   []string{endpoint},
-				DialOptions: options,
+				DialOptions: slices.Concat(options, more),
 				Logger:      zap.NewNop(),
 				// Requests are repeated here, on another member.
 				MaxUnaryRetries: 1,
@@ -88,7 +90,7 @@ func newMembers(cfg Config) (*members, error) {
 func (ms *members) reset(m *member) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closed || m.client == nil || m.next != nil {
+	if m.closed || m.client == nil || m.next != nil || m.auth != nil && m.auth.busy() {
 		return
 	}
 	next, err := m.dial()
@@ -129,6 +131,9 @@ func (ms *members) closeClient(client *clientv3.Client) {
 
 // close ends all connections. It waits for them only briefly: those that nobody answers on end by themselves.
 func (ms *members) close() {
+	if ms.auth != nil {
+		ms.auth.close()
+	}
 	for _, m := range ms.list {
 		m.mu.Lock()
 		client, next := m.client, m.next
@@ -151,10 +156,8 @@ func (ms *members) close() {
 // member is one endpoint of etcd. Its connection is made when first needed.
 type member struct {
 	endpoint string
-	dial     func() (*clientv3.Client, error)
+	dial     func(more ...grpc.DialOption) (*clientv3.Client, error)
 	auth     *auth // shared by all members; nil: none
-	// authenticating is a lock that can be waited for until a context ends.
-	authenticating chan struct{}
 
 	mu     sync.Mutex
 	client *clientv3.Client
@@ -202,7 +205,7 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 		return renewal{}, err
 	}
 	var r renewal
-	err = m.authenticated(ctx, conn, func() error {
+	err = m.authenticated(ctx, func() error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		stream, err := pb.NewLeaseClient(conn).LeaseKeepAlive(ctx)
@@ -230,24 +233,61 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 // reading is what a linearizable read of one key shows.
 type reading struct {
 	created int64 // the key's create revision, 0 when there is no such key
+	lease   int64 // that it is bound to
 	term    uint64
 }
 
-// read reads the key, linearizably.
+// read reads the key, linearizably. Not the key only: from 3.7 on etcd does not show its lease then.
 func (m *member) read(ctx context.Context, key string) (reading, error) {
 	conn, err := m.conn()
 	if err != nil {
 		return reading{}, err
 	}
-	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(key), KeysOnly: true})
+	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(key)})
 	if err != nil {
 		return reading{}, rpctypes.Error(err)
 	}
 	r := reading{term: resp.GetHeader().GetRaftTerm()}
 	if len(resp.Kvs) > 0 {
-		r.created = resp.Kvs[0].CreateRevision
+		r.created, r.lease = resp.Kvs[0].CreateRevision, resp.Kvs[0].Lease
 	}
 	return r, nil
+}
+
+// readBoth reads twice in one linearizable transaction.
+func (m *member) readBoth(ctx context.Context, one, other *pb.RangeRequest) (header *pb.ResponseHeader, a, b []*mvccpb.KeyValue, err error) {
+	conn, err := m.conn()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	resp, err := pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+		{Request: &pb.RequestOp_RequestRange{RequestRange: one}},
+		{Request: &pb.RequestOp_RequestRange{RequestRange: other}},
+	}})
+	if err != nil {
+		return nil, nil, nil, rpctypes.Error(err)
+	}
+	return resp.Header, resp.Responses[0].GetResponseRange().Kvs, resp.Responses[1].GetResponseRange().Kvs, nil
+}
+
+// remove deletes the key if it has that create revision; 0: whichever it has.
+func (m *member) remove(ctx context.Context, key string, created int64) error {
+	r, err := m.read(ctx, key)
+	if err != nil || r.created == 0 || created != 0 && r.created != created {
+		return err
+	}
+	conn, err := m.conn()
+	if err != nil {
+		return err
+	}
+	_, err = pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{
+		Compare: []*pb.Compare{{
+			Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
+			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: r.created},
+		}},
+		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)}}}},
+	})
+	return rpctypes.Error(err)
 }
 
 // revoke revokes the lease. That etcd does not know it is as good.
@@ -270,6 +310,9 @@ type memberError struct {
 }
 
 func (e *memberError) Error() string {
+	if other := (*memberError)(nil); errors.As(e.err, &other) {
+		return other.Error() // of another member, which was asked for a token
+	}
 	s, ok := status.FromError(e.err)
 	switch {
 	case errors.Is(e.err, context.DeadlineExceeded), errors.Is(e.err, context.Canceled),

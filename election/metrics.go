@@ -24,9 +24,10 @@ type metrics struct {
 
 // lossReasons maps the causes of a loss to the values of the label reason of leasehold_losses_total.
 var lossReasons = map[error]string{
-	ErrContactLost: "contact_lost",
-	ErrLeaseLost:   "lease_lost",
-	ErrKeyDeleted:  "key_deleted",
+	ErrContactLost:    "contact_lost",
+	ErrLeaseLost:      "lease_lost",
+	ErrKeyDeleted:     "key_deleted",
+	ErrKeyOverwritten: "key_overwritten",
 }
 
 func newMetrics(r prometheus.Registerer, snapshot func() Snapshot, now func() time.Duration) (*metrics, error) {

@@ -88,7 +88,7 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	return r, nil
 }
 
-// Revoke revokes the lease. It asks all members, again and again, until one says that the lease is gone or ctx ends.
+// Revoke revokes the lease of a candidate, and removes its key if that stays: somebody has overwritten it. It asks all members, again and again, until one says that the lease is gone or ctx ends.
 func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 	ms, bound, err := queryMembers(cfg)
 	if err != nil {
@@ -101,6 +101,11 @@ func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 		_, err := first(rctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
 			return struct{}{}, m.revoke(ctx, leaseID)
 		})
+		if err == nil {
+			_, err = first(rctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
+				return struct{}{}, m.remove(ctx, fmt.Sprintf("%s/%x", cfg.Election, leaseID), 0)
+			})
+		}
 		cancel()
 		if err == nil {
 			return nil

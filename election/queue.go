@@ -283,8 +283,8 @@ func (q *queue) unchanged(ctx context.Context, m *member, revision int64, bound 
 	return err == nil && resp.Header.Revision <= revision
 }
 
-// lookAtHead reads the key that is first, over all members. Its candidate may have given it another value, and anybody may have
-// taken its lease from it by writing to it: then it never goes by itself. Neither is a deletion, so the watch does not tell. If the
+// lookAtHead reads the key that is first, and our own, over all members. The candidate may have given it another value, and anybody
+// may have taken the lease from either by writing to it: then it never goes by itself. None is a deletion, so the watch does not tell. If the
 // key is gone it returns its place: the watch will have told of that by the next tick, unless its member does not keep up with the
 // others, and answers all the same. An answer that does not come is no harm, for there is another look.
 func (q *queue) lookAtHead(ctx context.Context, bound time.Duration) (gone place) {
@@ -292,20 +292,32 @@ func (q *queue) lookAtHead(ctx context.Context, bound time.Duration) (gone place
 	if v.own == nil || v.head.key == v.own.key {
 		return place{}
 	}
-	_, resp, err := q.ask(ctx, bound, &pb.RangeRequest{Key: []byte(v.head.key)})
+	type answer struct {
+		header    *pb.ResponseHeader
+		head, own []*mvccpb.KeyValue
+	}
+	ctx, cancel := context.WithTimeout(ctx, bound)
+	defer cancel()
+	got, err := first(ctx, q.members, q.timing.joinAfter(), func(ctx context.Context, m *member) (a answer, err error) {
+		a.header, a.head, a.own, err = m.readBoth(ctx, &pb.RangeRequest{Key: []byte(v.head.key)}, &pb.RangeRequest{Key: []byte(q.own)})
+		return a, err
+	})
 	if err != nil {
 		return place{}
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if len(got.own) > 0 && got.own[0].CreateRevision == q.created && !newPlace(q.prefix, got.own[0]).candidate {
+		q.lost(ErrKeyOverwritten)
+	}
 	now, there := q.places[v.head.key]
 	switch {
-	case !there || now.created != v.head.created || resp.Header.Revision < q.revision:
+	case !there || now.created != v.head.created || got.header.Revision < q.revision:
 		return place{}
-	case len(resp.Kvs) == 0 || resp.Kvs[0].CreateRevision != now.created:
+	case len(got.head) == 0 || got.head[0].CreateRevision != now.created:
 		return now
 	}
-	if found := newPlace(q.prefix, resp.Kvs[0]); found != now {
+	if found := newPlace(q.prefix, got.head[0]); found != now {
 		q.places[v.head.key] = found
 		poke(q.changed)
 	}
@@ -405,8 +417,11 @@ func (q *queue) take(kvs []*mvccpb.KeyValue, revision int64) {
 			predecessor = p
 		}
 	}
-	if q.places[q.own].created != q.created {
+	switch own := q.places[q.own]; {
+	case own.created != q.created:
 		q.lost(ErrKeyDeleted)
+	case !own.candidate:
+		q.lost(ErrKeyOverwritten)
 	}
 	if q.asked {
 		q.asked = false

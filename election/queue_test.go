@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -178,6 +179,48 @@ func answerIn(millis int, err error) func(context.Context) error {
 	}
 }
 
+// A campaign is told who is ahead by the queue's read. When it has joined again the watch was lost, and maybe the queue can't tell:
+// then the campaign soon reads for itself.
+func TestJoinedKV_WaitTimeout(t *testing.T) {
+	cluster := newTestEtcd(t)
+	ms, err := newMembers(testConfig(t, cluster.Endpoints(), "a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ms.close()
+	const hedgeDelay, bound = 50 * time.Millisecond, 3 * time.Second
+	kv := &joinedKV{
+		members: ms, joinAfter: hedgeDelay, bound: bound, looking: new(atomic.Pointer[chan struct{}]), joined: func(int64) {},
+		predecessor: func(ctx context.Context) (*pb.RangeResponse, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+	}
+	key := []byte("e/a")
+	read := &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: key}}}
+	for _, row := range []struct {
+		name        string
+		least, most time.Duration
+	}{{"join", bound, 10 * bound}, {"join again", hedgeDelay, bound}, {"join once more", hedgeDelay, bound}} {
+		if _, err := kv.Txn(t.Context(), &pb.TxnRequest{ // as a campaign does
+			Compare: []*pb.Compare{{Key: key, Target: pb.Compare_CREATE, TargetUnion: &pb.Compare_CreateRevision{}}},
+			Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: key}}}},
+			Failure: []*pb.RequestOp{read},
+		}); err != nil {
+			t.Fatal(err)
+		}
+		began := e2e.Now()
+		resp, err := kv.Range(t.Context(), read.GetRequestRange())
+		if took := e2e.Now() - began; err != nil || len(resp.Kvs) != 1 || took < row.least || took >= row.most {
+			t.Errorf("%s: %v, %v after %v", row.name, resp, err, took)
+		}
+		began = e2e.Now()
+		if _, err := kv.Range(t.Context(), read.GetRequestRange()); err != nil || e2e.Now()-began >= bound {
+			t.Errorf("%s: the second read: %v after %v", row.name, err, e2e.Now()-began)
+		}
+	}
+}
+
 // A candidate must not wait for ever for an event that does not come.
 func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	cluster := newTestEtcd(t)
@@ -190,7 +233,10 @@ func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	put, err := client.Put(t.Context(), "e/a", "")
+	if _, err := pb.NewLeaseClient(client.ActiveConnection()).LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: 0xa, TTL: 600}); err != nil {
+		t.Fatal(err)
+	}
+	put, err := client.Put(t.Context(), "e/a", "", clientv3.WithLease(0xa))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -148,7 +148,7 @@ func (s *session) join(ctx context.Context) (granted, error) {
 // newLeaseID chooses the id of a lease: positive, as etcd's own are, and not one that anybody else will choose.
 func newLeaseID() int64 { return 1 + rand.Int64N(1<<63-1) }
 
-// release revokes the lease, whether or not we know it to exist, as the last thing that the session does in etcd.
+// release revokes the lease and removes the key, whether or not we know it to exist, as the last thing that the session does in etcd.
 func (s *session) release(ctx context.Context, stopQueue func()) {
 	s.mu.Lock()
 	s.closing = true
@@ -158,14 +158,19 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	if s.timing.TTL != 0 {
 		bound = min(bound, s.timing.RenewInterval())
 	}
-	err := s.revoke(context.WithoutCancel(ctx), s.id, bound)
-	if err == nil {
+	left := leaving{s.id, s.key, s.created.Load()}
+	err := s.revoke(context.WithoutCancel(ctx), left, bound)
+	then := "trying again as long as the daemon runs"
+	switch {
+	case err == nil:
 		s.cfg.Holder.Leased(0, 0)
-	} else {
-		s.revokeLeftover(s.id)
-		if s.timing.TTL != 0 {
-			s.log.Warn("lease not revoked, trying again as long as the daemon runs", "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
-		}
+	case ctx.Err() != nil:
+		then = "it will expire" // this was the last attempt
+	default:
+		s.revokeLeftover(left)
+	}
+	if err != nil && s.timing.TTL != 0 {
+		s.log.Warn("lease not revoked, "+then, "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
 	}
 	s.turn()
 	s.update(func(snap *Snapshot) {
@@ -253,6 +258,7 @@ func poke(c chan struct{}) {
 type checked struct {
 	first    bool   // no key under the prefix was created before ours
 	created  int64  // our key's create revision; 0: it is gone
+	lease    int64  // that our key is bound to
 	raftTerm uint64 // of the member that answered
 	err      error
 }
@@ -341,6 +347,8 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		case got := <-results:
 			checking = false
 			switch {
+			case got.err == nil && got.created != 0 && got.lease != s.id:
+				s.lost(ErrKeyOverwritten)
 			case got.err == nil && got.first:
 				return got.created, nil
 			case got.err == nil && got.created == 0 && won:
@@ -378,32 +386,25 @@ func (s *session) check(lctx context.Context, running *sync.WaitGroup, after tim
 		Key: []byte(s.prefix), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(s.prefix)), KeysOnly: true,
 		Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
 	}
-	own := &pb.RangeRequest{Key: []byte(s.key), KeysOnly: true}
+	own := &pb.RangeRequest{Key: []byte(s.key)} // with its lease: see read
 	got, err := first(ctx, s.members, s.timing.joinAfter(), func(ctx context.Context, m *member) (checked, error) {
-		conn, err := m.conn()
+		header, head, ours, err := m.readBoth(ctx, oldest, own)
 		if err != nil {
 			return checked{}, err
 		}
-		resp, err := pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
-			{Request: &pb.RequestOp_RequestRange{RequestRange: oldest}},
-			{Request: &pb.RequestOp_RequestRange{RequestRange: own}},
-		}})
-		if err != nil {
-			return checked{}, rpctypes.Error(err)
+		c := checked{raftTerm: header.RaftTerm}
+		if len(ours) > 0 {
+			c.created, c.lease = ours[0].CreateRevision, ours[0].Lease
 		}
-		c := checked{raftTerm: resp.Header.RaftTerm}
-		if kvs := resp.Responses[1].GetResponseRange().Kvs; len(kvs) > 0 {
-			c.created = kvs[0].CreateRevision
-		}
-		if kvs := resp.Responses[0].GetResponseRange().Kvs; len(kvs) > 0 {
-			c.first = string(kvs[0].Key) == s.key
+		if len(head) > 0 {
+			c.first = string(head[0].Key) == s.key
 		}
 		return c, nil
 	})
 	if err != nil {
 		return checked{err: err}
 	}
-	if !got.first {
+	if !got.first || got.lease != s.id {
 		return got
 	}
 	if last := s.lease.raftTerm.Load(); fresh && (last == 0 || last == got.raftTerm) {
@@ -548,17 +549,18 @@ type joinedKV struct {
 	looking     *atomic.Pointer[chan struct{}]
 	joined      func(created int64) // called when a campaign has put the key, or has found it put
 	predecessor func(context.Context) (*pb.RangeResponse, error)
-	patience    time.Duration // with predecessor, after joined was called; else 0. The campaign's goroutine alone uses it
+	// waitTimeout is for how long predecessor is waited for, after joined was called; else 0. The campaign's goroutine alone uses it.
+	waitTimeout time.Duration
 }
 
 // Range is the campaign's read of who is ahead. When it has just begun, the queue reads the same. Later the event that brings it on
 // has us look for ourselves, and etcd serves one linearizable read after the other: ours is waited for, and this one can wait.
 func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc.CallOption) (*pb.RangeResponse, error) {
-	if kv.patience != 0 {
-		pctx, cancel := context.WithTimeout(ctx, kv.patience)
+	if kv.waitTimeout != 0 {
+		pctx, cancel := context.WithTimeout(ctx, kv.waitTimeout)
 		resp, err := kv.predecessor(pctx)
 		cancel()
-		kv.patience = 0
+		kv.waitTimeout = 0
 		if err == nil {
 			return resp, nil
 		}
@@ -579,11 +581,11 @@ func (kv *joinedKV) Txn(ctx context.Context, in *pb.TxnRequest, opts ...grpc.Cal
 	// A campaign puts the key if that has no create revision yet, and else reads it.
 	if err == nil && len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE && in.Compare[0].GetCreateRevision() == 0 {
 		if resp.Succeeded {
-			kv.patience = kv.bound
+			kv.waitTimeout = kv.bound
 			kv.joined(resp.Header.Revision)
 		} else if kvs := resp.Responses[0].GetResponseRange().GetKvs(); len(kvs) > 0 {
 			// The watch was lost, and maybe what it would have told.
-			kv.patience = kv.joinAfter
+			kv.waitTimeout = kv.joinAfter
 			kv.joined(kvs[0].CreateRevision)
 		}
 	}

@@ -34,7 +34,7 @@ type GuardConfig struct {
 
 	Elector  []string                                         // argv of the elector; guard and cgroup are added
 	Probe    []string                                         // argv of a process that sleeps
-	Revoke   func(lease int64, within time.Duration) []string // argv of the process that revokes a lease
+	Revoke   func(lease int64, within time.Duration) []string // argv of the process that revokes a lease; it reads the elector's token from its standard input
 	Signals  <-chan os.Signal                                 // every signal that the process catches
 	Children <-chan os.Signal                                 // SIGCHLD, apart, so that a flood of them displaces no other
 	Notify   func(state string)                               // tells systemd; never blocks
@@ -107,7 +107,9 @@ type guard struct {
 
 	lease    int64
 	leaseTTL time.Duration
-	revoke   int // pid of the revoking process
+	tokenBuf [maxText]byte
+	token    []byte // in tokenBuf: what etcd takes for the elector's password
+	revoke   int    // pid of the revoking process
 	revokeBy time.Duration
 
 	job      job
@@ -777,6 +779,8 @@ func (g *guard) message(m message) {
 		g.cfg.Notify("STATUS=" + string(m.text))
 	case msgLease:
 		g.lease, g.leaseTTL = m.a, time.Duration(m.b)
+	case msgToken:
+		g.token = append(g.tokenBuf[:0], m.text...)
 	case msgStart:
 		g.start(m)
 	case msgExtend:
@@ -960,7 +964,7 @@ func (g *guard) electorEnded(ws unix.WaitStatus) {
 			break
 		}
 		for m, ok := g.inbox.next(); ok; m, ok = g.inbox.next() {
-			if m.kind == msgExit || m.kind == msgLease {
+			if m.kind == msgExit || m.kind == msgLease || m.kind == msgToken {
 				g.message(m)
 			}
 		}
@@ -1004,14 +1008,23 @@ func (g *guard) startRevoke() {
 	if g.hurryBy != 0 {
 		within = 2 * hurry
 	}
-	pid, err := syscall.ForkExec("/proc/self/exe", g.cfg.Revoke(lease, within), &syscall.ProcAttr{
-		Env: os.Environ(), Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
-	})
+	// The token goes by a pipe, where no other user can read it. It fits into that whole.
+	var token [2]int
+	err := unix.Pipe2(token[:], unix.O_CLOEXEC)
+	if err == nil {
+		_, _ = unix.Write(token[1], g.token) // without it the revoking process takes the password
+		_ = unix.Close(token[1])
+		g.revoke, err = syscall.ForkExec("/proc/self/exe", g.cfg.Revoke(lease, within), &syscall.ProcAttr{
+			Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1, 2}, Sys: &syscall.SysProcAttr{Setsid: true},
+		})
+		_ = unix.Close(token[0])
+	}
 	if err != nil {
+		g.revoke = 0
 		g.log.Error("the lease could not be revoked and will expire", "lease", strconv.FormatInt(lease, 16), "err", err)
 		return
 	}
-	g.revoke, g.revokeBy = pid, Now()+within
+	g.revokeBy = Now() + within
 	g.listChildren()
 }
 

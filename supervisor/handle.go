@@ -138,6 +138,15 @@ func (h *Handle) Lease(id int64, ttl time.Duration) {
 	h.tell(message{kind: msgLease, a: id, b: int64(ttl)})
 }
 
+// Token hands on what etcd takes in place of the password, so that a revocation need not wait for etcd to check that. What does not
+// fit into a message is not handed on.
+func (h *Handle) Token(token string) {
+	if len(token) > maxText {
+		token = ""
+	}
+	h.tell(message{kind: msgToken, text: []byte(token)})
+}
+
 // Extend hands later deadlines to the guard.
 func (h *Handle) Extend(stopAt, killBy time.Duration) {
 	h.mu.Lock()

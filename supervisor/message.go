@@ -22,6 +22,7 @@ const (
 	msgPing                   // a: number
 	msgStatus                 // text: what systemd shows
 	msgExit                   // a: exit code, text: why; the elector is about to end in good order
+	msgToken                  // text: what etcd takes for the elector's password, for who revokes in its stead; "": nothing
 
 	// From the guard to the elector.
 	msgStarted  // a: pid of the job's first process

@@ -96,7 +96,7 @@ func writeReport(to io.Writer, r *results) error {
 	steady := func(name string, t *Trial, s Steady) {
 		c := s.Count
 		p("| %s | %.1f | %.1f | %.1f | %.1f | %d (%.1f) | %.1f %% of a core | %s |\n", name, c.total()/c.At, c.rate("LeaseKeepAlive"), c.rate("Progress"),
-			c.rate("Range"), s.Peak, c.rate("LeaseKeepAlive")/10, 100*c.EtcdCPU/c.At, size(t.Memory.EtcdResident))
+			c.rate("Range")+c.rate("Txn"), s.Peak, c.rate("LeaseKeepAlive")/10, 100*c.EtcdCPU/c.At, size(t.Memory.EtcdResident))
 	}
 	for _, t := range r.Trials {
 		steady(t.Shape.String(), t, t.Steady)

@@ -1,0 +1,95 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"leasehold/e2e"
+)
+
+// newTestEtcdOnOneCore starts an etcd of one member with auth, all of whose threads share a core.
+func newTestEtcdOnOneCore(t *testing.T) *e2e.Cluster {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	etcd, err := e2e.FindEtcd(t.Context(), os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := filepath.Join(t.TempDir(), "etcd")
+	if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/sh\nexec taskset -c 0 '%s' \"$@\"\n", etcd.Server), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	etcd.Server = script
+	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{Etcd: etcd})
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()); err != nil {
+		t.Fatal(err)
+	}
+	return cluster
+}
+
+// A restart of etcd makes all simple tokens invalid. Etcd checks one password in 80 ms of a core, and checks it to the end although
+// nobody waits any more: a fleet must not throw away what it has begun, or it never comes back. TEST_FLEET is how many leaders it has;
+// docs/scale.md shows what was measured.
+func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
+	fleet := 60 // it takes them 5 to 8 s to come back
+	if n, err := strconv.Atoi(os.Getenv("TEST_FLEET")); err == nil {
+		fleet = n
+	}
+	cluster := newTestEtcdOnOneCore(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Duration(fleet)*1500*time.Millisecond)
+	defer cancel()
+	var all []*testCandidate
+	waitForAll := func(since time.Duration) error {
+		return e2e.Until(ctx, func() error {
+			for i, c := range all {
+				// The renewal that counts was sent since.
+				if s := c.Snapshot(); !s.Leading || s.Deadlines.End-s.TTL < since {
+					return fmt.Errorf("candidate %d: %+v", i, s)
+				}
+			}
+			return nil
+		})
+	}
+	began := e2e.Now()
+	for i := range fleet {
+		all = append(all, newTestCandidate(t, cluster.Endpoints(), fmt.Sprintf("c%d", i), func(cfg *Config, _ *testHolder) {
+			cfg.Election += fmt.Sprintf("/%d", i)
+			cfg.TTL = 15 * time.Second
+			cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+			cfg.Logger = slog.New(slog.DiscardHandler)
+		}))
+	}
+	if err := waitForAll(0); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d leaders began within %v", fleet, e2e.Now()-began)
+	stopped := e2e.Now()
+	if err := cluster.Members[0].Restart(ctx); err != nil {
+		t.Fatal(err)
+	}
+	up := e2e.Now()
+	err := waitForAll(up)
+	back := e2e.Now()
+	lost := 0
+	for _, c := range all {
+		lost += len(c.ended)
+	}
+	authenticated, errMetric := cluster.Members[0].Metric(ctx, `grpc_server_started_total{grpc_method="Authenticate"`)
+	t.Logf("etcd was down for %v; all were back %v after its start; %d terms were lost; %v authentications were begun",
+		up-stopped, back-up, lost, authenticated)
+	if err := errors.Join(err, errMetric); err != nil {
+		t.Error(err)
+	}
+	if authenticated > float64(2*fleet) {
+		t.Errorf("%v authentications for %d candidates", authenticated, fleet)
+	}
+}
