@@ -4,6 +4,7 @@ package supervisor
 
 import (
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -28,6 +29,7 @@ type start struct {
 type forker struct {
 	cgroup     *cgroup
 	noNewPrivs bool
+	ignored    []unix.Signal // these stay so for the job
 	now        func() time.Duration
 
 	requests chan *start // nil: get ready for the next
@@ -44,7 +46,7 @@ func (f *forker) run() {
 	// What the job inherits of the signal mask is this thread's. Signals that have a handler here are reset by exec.
 	var none unix.Sigset_t
 	_ = unix.PthreadSigmask(unix.SIG_SETMASK, &none, nil)
-	resetIgnored()
+	resetIgnored(f.ignored)
 	if f.noNewPrivs {
 		_ = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 	}
@@ -94,13 +96,13 @@ func (f *forker) fork(s *start) (pid, pidfd int, err error) {
 }
 
 // resetIgnored gives the default to the signals that were ignored when this process was started and have no handler in Go's
-// runtime, which are those that C libraries keep for themselves (32 to 34): the job would inherit that.
-func resetIgnored() {
+// runtime, but for those to keep: the job would inherit that. They are those that C libraries keep for themselves (32 to 34).
+func resetIgnored(keep []unix.Signal) {
 	const sigIgn, words = 1, 4 // of struct sigaction, whose first word is the handler on all systems that Go runs on but MIPS
 	for sig := uintptr(1); sig <= 64; sig++ {
 		var old, deflt [words]uintptr
 		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, 0, uintptr(unsafe.Pointer(&old)), 8, 0, 0)
-		if errno == 0 && old[0] == sigIgn {
+		if errno == 0 && old[0] == sigIgn && !slices.Contains(keep, unix.Signal(sig)) {
 			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&deflt)), 0, 8, 0, 0)
 		}
 	}

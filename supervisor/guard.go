@@ -36,6 +36,7 @@ type GuardConfig struct {
 	Revoke   func(lease int64, within time.Duration) []string // argv of the process that revokes a lease
 	Signals  <-chan os.Signal                                 // every signal that the process catches
 	Children <-chan os.Signal                                 // SIGCHLD, apart, so that a flood of them displaces no other
+	Ignored  []unix.Signal                                    // what the job ignores from its start; all else has its default
 	Notify   func(state string)                               // tells systemd; never blocks
 	Stopping string                                           // what it is told when a stop is asked for
 	Turned   func()                                           // guard and elector both turn: for systemd's watchdog; never blocks
@@ -183,7 +184,7 @@ func (g *guard) open() int {
 	}
 	g.wakeR, g.wakeW, g.in, g.out = wake[0], wake[1], fromElector[0], toElector[1]
 
-	g.forker = &forker{cgroup: g.cgroup, now: Now, requests: make(chan *start, 2), wake: g.poke}
+	g.forker = &forker{cgroup: g.cgroup, ignored: g.cfg.Ignored, now: Now, requests: make(chan *start, 2), wake: g.poke}
 	if g.cgroup == nil && !hasCapability(unix.CAP_KILL) {
 		g.forker.noNewPrivs = true
 		g.log.Info("the job runs with no_new_privs: without a cgroup or CAP_KILL, a set-user-id process could not be killed")
