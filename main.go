@@ -135,9 +135,7 @@ const flushTime = 200 * time.Millisecond
 
 // guard is the process that the user starts. It makes the elector, and runs and kills the job.
 func guard(command []string) (code int) {
-	// From the first moment, so that no signal ends us without the job's death. What is neither handled nor passed on is dropped.
-	signals := make(chan os.Signal, 64)
-	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT, unix.SIGALRM)
+	caught := catchSignals(unix.SIGALRM) // what is neither handled nor passed on is dropped
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
 	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
@@ -150,7 +148,8 @@ func guard(command []string) (code int) {
 	}
 	defer func() { lines.end(code) }()
 	// What would stop us. Not before the configuration is read, whose faults are written from here: see newLogWriter.
-	ossignal.Notify(signals, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
+	ossignal.Notify(caught.signals, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
+	go caught.relayHangUps(log)
 	path, code := lookCommand(command[0], log)
 	if code != 0 {
 		return code
@@ -164,7 +163,7 @@ func guard(command []string) (code int) {
 		Revoke: func(lease int64, within time.Duration) []string {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
-		Signals: signals, Children: children,
+		Signals: caught.signals, Children: children, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
 		Notify: newNotifier(), Stopping: stopping(cfg), Turned: newWatchdog(),
 		Logger: log,
 	})
@@ -381,15 +380,14 @@ func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc, candid
 
 // elect campaigns and reports, and runs no job.
 func elect() (code int) {
-	signals := make(chan os.Signal, 8)
-	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT)
-	ossignal.Notify(make(chan os.Signal, 1), unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGQUIT, unix.SIGWINCH)
+	caught := catchSignals()
 	cfg, log, lines, err := configure("elect")
 	if err != nil {
 		leaveMessage(terminationLog, err.Error(), false)
 		return exitConfig
 	}
 	defer func() { lines.end(code) }()
+	go caught.relayHangUps(log)
 
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
@@ -423,7 +421,10 @@ func elect() (code int) {
 				if turning(candidate.Snapshot()) == nil {
 					turned()
 				}
-			case <-signals:
+			case s := <-caught.signals:
+				if s != unix.SIGTERM && s != unix.SIGINT {
+					continue
+				}
 				if received++; received == 1 {
 					notify(stopping(cfg))
 					cancel(errPlannedStop)

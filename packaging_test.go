@@ -64,6 +64,8 @@ Durations have a unit: 15s, 500ms, 1m30s.
 	b.WriteString(`.SH SIGNALS
 TERM and INT stop the job and hand over; a second one kills the job at once.
 HUP, USR1, USR2, WINCH and QUIT go to the job's first process.
+A terminal that hangs up stops the daemon as TERM does, unless HUP was ignored (nohup).
+HUP, INT and QUIT that were ignored at the start stay ignored, by the job too.
 .SH EXIT STATUS
 `)
 	tagged(&b, exitCodes())

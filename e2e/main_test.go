@@ -6,7 +6,9 @@ import (
 	"context"
 	"flag"
 	"os"
+	"os/signal"
 	"sync"
+	"syscall"
 	"testing"
 
 	"leasehold/e2e"
@@ -47,6 +49,12 @@ func build(t *testing.T, programs **e2e.Programs, packages ...string) *e2e.Progr
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	// What a shell has this program ignore, the daemons must not inherit.
+	for _, s := range []os.Signal{syscall.SIGHUP, syscall.SIGINT} {
+		if signal.Ignored(s) {
+			signal.Notify(make(chan os.Signal, 1), s)
+		}
+	}
 	// These tests wait for leases to run out most of the time, so that more of
 	// them fit side by side than there are processors.
 	if err := flag.Set("test.parallel", "6"); err != nil {

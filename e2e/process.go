@@ -48,13 +48,14 @@ func startProcessOn(node *Node, cmd *exec.Cmd) (p *process, err error) {
 }
 
 // startProcess starts cmd so that it can't outlive this program, in a process
-// group of its own, so that Ctrl-C on a terminal reaches this program alone.
+// group of its own, or a session, so that Ctrl-C on a terminal reaches this
+// program alone.
 func startProcess(cmd *exec.Cmd) (*process, error) {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-	cmd.SysProcAttr.Setpgid = true
+	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}

@@ -37,6 +37,7 @@ type GuardConfig struct {
 	Revoke   func(lease int64, within time.Duration) []string // argv of the process that revokes a lease; it reads the elector's token from its standard input
 	Signals  <-chan os.Signal                                 // every signal that the process catches
 	Children <-chan os.Signal                                 // SIGCHLD, apart, so that a flood of them displaces no other
+	Ignored  []unix.Signal                                    // what the job ignores from its start; all else has its default
 	Notify   func(state string)                               // tells systemd; never blocks
 	Stopping string                                           // what it is told when a stop is asked for
 	Turned   func()                                           // guard and elector both turn: for systemd's watchdog; never blocks

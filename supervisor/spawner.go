@@ -81,6 +81,9 @@ func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner
 	if noNewPrivs {
 		a.noNewPrivs = 1
 	}
+	for _, sig := range cfg.Ignored {
+		a.keepIgnored |= 1 << (sig - 1)
+	}
 	a.nofile = [2]uint64{nofile.Original.Soft, nofile.Original.Hard}
 	a.message = spawnMessage{}
 	a.iov = [2]uintptr{uintptr(unsafe.Pointer(&a.message)), uintptr(spawnMessageLen)}

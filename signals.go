@@ -1,0 +1,90 @@
+//go:build linux
+
+package main
+
+import (
+	"log/slog"
+	"os"
+	ossignal "os/signal"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/supervisor"
+)
+
+// caught is how a process that the user starts hears signals: not those that were ignored when it was started.
+type caught struct {
+	signals  chan os.Signal // SIGHUP only from relayHangUps
+	hangUps  chan os.Signal
+	ignored  []unix.Signal
+	terminal bool // it was started with a controlling terminal
+}
+
+// catchSignals is called at the first moment, so that no signal ends the process in disorder. More are those that it catches
+// besides the usual ones.
+//
+// A shell has its commands ignore what they shall not end by: nohup SIGHUP, a background shell SIGINT and SIGQUIT. That stays so.
+// SIGTERM is caught whatever the shell says: a daemon must be stoppable.
+func catchSignals(more ...os.Signal) *caught {
+	c := &caught{signals: make(chan os.Signal, 64), hangUps: make(chan os.Signal, 64), terminal: hasTerminal()}
+	if ossignal.Ignored(unix.SIGHUP) {
+		c.ignored = append(c.ignored, unix.SIGHUP)
+	} else {
+		ossignal.Notify(c.hangUps, unix.SIGHUP)
+	}
+	if ossignal.Ignored(unix.SIGINT) {
+		// Go's runtime hides whether SIGQUIT was ignored. Shells ignore both or none.
+		c.ignored = append(c.ignored, unix.SIGINT, unix.SIGQUIT)
+		ossignal.Ignore(unix.SIGQUIT)
+	} else {
+		ossignal.Notify(c.signals, unix.SIGINT, unix.SIGQUIT)
+	}
+	ossignal.Notify(c.signals, append(more, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH)...)
+	return c
+}
+
+// ignoredByJob returns the signals that the job ignores from its start: ours, but for the one that is to stop it.
+func (c *caught) ignoredByJob(stop unix.Signal) []unix.Signal {
+	if slices.Contains(c.ignored, stop) {
+		ossignal.Notify(make(chan os.Signal, 1), stop) // and dropped: exec resets what is caught, and only that
+	}
+	return slices.DeleteFunc(slices.Clone(c.ignored), func(s unix.Signal) bool { return s == stop })
+}
+
+// relayHangUps hands each SIGHUP on, and SIGTERM in its place when it comes from a terminal that hangs up. It never returns.
+func (c *caught) relayHangUps(log *slog.Logger) {
+	gone := false
+	for s := range c.hangUps {
+		if gone {
+			continue // the kernel and the shell may both send one: the second must not count as a second SIGTERM
+		}
+		if gone = c.terminal && losesTerminal(); gone {
+			log.Info("the terminal has hung up: stopping")
+			s = unix.SIGTERM
+		}
+		c.signals <- s
+	}
+}
+
+// losesTerminal reports whether the controlling terminal is gone, or goes within a second: shells and terminal emulators send
+// SIGHUP, and exit a moment later.
+func losesTerminal() bool {
+	for end := supervisor.Now() + time.Second; hasTerminal(); time.Sleep(20 * time.Millisecond) {
+		if supervisor.Now() > end {
+			return false
+		}
+	}
+	return true
+}
+
+// hasTerminal reports whether this process has a controlling terminal. A terminal that hangs up, or whose session's leader exits,
+// is nobody's any more.
+func hasTerminal() bool {
+	fd, err := unix.Open("/dev/tty", unix.O_RDONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err == nil {
+		_ = unix.Close(fd)
+	}
+	return err == nil
+}
