@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -147,7 +148,7 @@ func TestFirst(t *testing.T) {
 			{"failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, nil)}, 20 * ms, 1, nil},
 			{"two unanswered", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil), answerIn(5, nil)}, 205 * ms, 2, nil},
 			{"all failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, refused)}, 20 * ms, 0, refused},
-			{"none", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil)}, time.Second, 0, context.DeadlineExceeded},
+			{"none", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil)}, time.Second, 1, context.DeadlineExceeded},
 		} {
 			members := &members{}
 			for i := range test.answers {
@@ -160,6 +161,35 @@ func TestFirst(t *testing.T) {
 			})
 			if took := time.Since(began); took != test.took || !errors.Is(err, test.err) || members.current.Load() != test.from {
 				t.Errorf("%s: %v after %v from %d", test.name, err, took, members.current.Load())
+			}
+			cancel()
+			synctest.Wait()
+		}
+	})
+}
+
+// However long the delay, all members are asked in time.
+func TestFirst_AsksAllInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bound = 2500 * ms
+		for _, test := range []struct {
+			members, hung int
+			took          time.Duration
+		}{{3, 1, 833333333}, {5, 2, 1000 * ms}, {5, 4, 2000 * ms}} {
+			members := &members{}
+			for range test.members {
+				members.list = append(members.list, &member{})
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), bound)
+			began := time.Now()
+			_, err := first(ctx, members, 15*time.Second, func(ctx context.Context, m *member) (int, error) {
+				if slices.Index(members.list, m) < test.hung {
+					return 0, answerIn(1e6, nil)(ctx)
+				}
+				return 0, nil
+			})
+			if took := time.Since(began); err != nil || took != test.took {
+				t.Errorf("%d of %d members hung: %v after %v, want an answer after %v", test.hung, test.members, err, took, test.took)
 			}
 			cancel()
 			synctest.Wait()
