@@ -395,6 +395,22 @@ func TestLease_RenewNow(t *testing.T) {
 	})
 }
 
+// While etcd does not answer, a candidate that has won demands a renewal again and again. Nobody waits for the old ones.
+func TestLease_RenewNow_GivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLease(t, 7, hang)
+		for range 1000 {
+			ctx, giveUp := context.WithTimeout(t.Context(), 2*time.Second)
+			l.renewNow(ctx)
+			l.pass(l.now() + 2500*ms)
+			giveUp()
+		}
+		if n := len(l.demand); n > 1 {
+			t.Errorf("%d demands are kept", n)
+		}
+	})
+}
+
 // Who has won waits for such a renewal, and gives up after 2.5 s: that must do also where two of five members hang.
 func TestLease_RenewNow_LongTTL(t *testing.T) {
 	for _, ttl := range []time.Duration{time.Minute, 5 * time.Minute} {
