@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"leasehold/e2e"
 )
@@ -592,6 +593,52 @@ func TestCandidate_TokensExpire(t *testing.T) {
 	a.waitForExtensions(1)
 	a.stop(nil)
 	c.waitForTerm()
+}
+
+// A refused renewal says nothing of the member's watch: to open that again has etcd read the whole queue.
+func TestCandidate_RefusedRenewalKeepsTheWatch(t *testing.T) {
+	cluster := newTestEtcd(t)
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
+		t.Fatal(err)
+	}
+	root, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Username: "root", Password: "root-secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	registry := prometheus.NewRegistry()
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testHolder) {
+		cfg.TTL, cfg.Registerer = 15*time.Second, registry
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+	})
+	term := a.waitForTerm()
+	a.waitForExtensions(1)
+	watches := func() float64 {
+		t.Helper()
+		n, err := cluster.Members[0].Metric(t.Context(), `grpc_server_started_total{grpc_method="Watch"`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := watches()
+	if _, err := root.UserChangePassword(t.Context(), "candidate", "other"); err != nil { // and its tokens are no good any more
+		t.Fatal(err)
+	}
+	until(t, func() error {
+		if n := gather(t, registry)["leasehold_lease_renewals_total failed"]; n < 1 {
+			return fmt.Errorf("no renewal was refused")
+		}
+		return nil
+	})
+	if _, err := root.UserChangePassword(t.Context(), "candidate", "secret"); err != nil {
+		t.Fatal(err)
+	}
+	a.waitForExtensions(2)
+	a.expectLeading(term)
+	if n := watches() - before; n != 0 {
+		t.Errorf("%v watches were opened again", n)
+	}
 }
 
 // A lease that could not be revoked keeps nobody waiting once it can be, though it does not expire. What makes etcd refuse that

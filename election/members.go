@@ -288,6 +288,15 @@ func (e *memberError) Error() string {
 
 func (e *memberError) Unwrap() error { return e.err }
 
+// unavailable reports whether the member can't be reached, or says itself that it can't serve now.
+func unavailable(err error) bool {
+	var said rpctypes.EtcdError
+	if errors.As(err, &said) {
+		return said.Code() == codes.Unavailable
+	}
+	return status.Code(err) == codes.Unavailable
+}
+
 // first asks the current member, and when it has not answered after hedgeDelay the next one as well, and so on; a failure brings
 // the next at once. The delay is shorter where ctx would end before all have been asked, with as much time left for the last one.
 // The first good answer counts, and whoever gave it is current from then on. The other requests are cancelled and not waited for.
