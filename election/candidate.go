@@ -158,14 +158,18 @@ type retry struct{ pause time.Duration }
 
 func (r *retry) sleep(ctx context.Context) {
 	if r.pause > 0 {
-		timer := time.NewTimer(r.pause*4/5 + rand.N(r.pause*2/5))
-		defer timer.Stop()
-		select {
-		case <-ctx.Done():
-		case <-timer.C:
-		}
+		pause(ctx, r.pause*4/5+rand.N(r.pause*2/5))
 	}
 	r.pause = min(max(2*r.pause, 100*time.Millisecond), time.Second)
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
 }
 
 // Run takes part in the election until ctx ends, which is a planned stop: the term, if one runs, ends with the cause of ctx, and

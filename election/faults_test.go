@@ -9,11 +9,13 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"leasehold/e2e"
 )
@@ -309,6 +311,98 @@ func TestCandidate_MemberLost(t *testing.T) {
 	}
 }
 
+// The longer the TTL, the longer a renewal can wait for a member that hangs on an open connection; a request can not. Nothing
+// takes a TTL: not a planned stop, which has to revoke, nor to win, nor to join again.
+func TestCandidate_HungMember_LongTTL(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	for _, test := range []struct {
+		name       string
+		ttl        time.Duration
+		size, hung int
+		leader     bool // etcd's leader is among those that hang
+	}{
+		{"a follower", time.Minute, 3, 1, false},
+		{"the leader of etcd", 5 * time.Minute, 3, 1, true},
+		{"two of five, 1 min", time.Minute, 5, 2, false},
+		{"two of five, 5 min", 5 * time.Minute, 5, 2, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			testHungMember(t, e2e.NewTestCluster(t, e2e.ClusterConfig{Size: test.size}), test.ttl, test.hung, test.leader)
+		})
+	}
+}
+
+func testHungMember(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, hung int, withLeader bool) {
+	leader, err := cluster.Leader(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Those that will hang are the first ones, in the order in which candidates ask.
+	members := slices.Clone(cluster.Members)
+	slices.SortStableFunc(members, func(a, b *e2e.Member) int {
+		if (a == leader) == (b == leader) {
+			return 0
+		}
+		if (a == leader) == withLeader {
+			return -1
+		}
+		return 1
+	})
+	// Until all have a connection to the first one the others are out of reach, so that it is asked first afterwards.
+	var roads []*e2e.Proxy
+	var endpoints []string
+	for _, m := range members {
+		road := e2e.NewTestProxy(t, m.ClientURL)
+		roads = append(roads, road)
+		endpoints = append(endpoints, "http://"+road.Addr())
+	}
+	again := make(chan struct{})
+	long := func(cfg *Config, h *testHolder) {
+		cfg.TTL = ttl
+		h.lead = func(ctx context.Context, _ Term) error {
+			select {
+			case <-again:
+			case <-ctx.Done():
+			}
+			return nil
+		}
+	}
+	for _, road := range roads[1:] {
+		road.Cut(e2e.BothWays)
+	}
+	a := newTestCandidate(t, endpoints, "a", long)
+	a.waitForTerm()
+	b := newTestCandidate(t, endpoints, "b", long)
+	b.waitForState(Standby)
+	for _, road := range roads[1:] {
+		road.Heal()
+	}
+	for _, m := range members[:hung] {
+		if err := m.Pause(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := cluster.Leader(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// Each of these waits is half a TTL of a minute at most. That the watch is on a hung member a standby notices after two
+	// intervals of 2.5 s.
+	began := e2e.Now()
+	again <- struct{}{} // a resigns, and joins again behind b
+	b.waitForTerm()
+	t.Logf("to revoke and to win: %v", e2e.Now()-began)
+	a.waitForState(Standby)
+	t.Logf("to join again: %v", e2e.Now()-began)
+	began = e2e.Now()
+	b.stop(nil)
+	b.waitForReturn()
+	t.Logf("to stop: %v", e2e.Now()-began)
+	a.waitForTerm()
+	t.Logf("the planned hand-over: %v", e2e.Now()-began)
+}
+
 // A watch is silent on a member that went dark. The standby finds out and watches on another.
 func TestCandidate_StandbyOnADarkMember(t *testing.T) {
 	cluster := newTestCluster3(t)
@@ -499,6 +593,52 @@ func TestCandidate_TokensExpire(t *testing.T) {
 	a.waitForExtensions(1)
 	a.stop(nil)
 	c.waitForTerm()
+}
+
+// A refused renewal says nothing of the member's watch: to open that again has etcd read the whole queue.
+func TestCandidate_RefusedRenewalKeepsTheWatch(t *testing.T) {
+	cluster := newTestEtcd(t)
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
+		t.Fatal(err)
+	}
+	root, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Username: "root", Password: "root-secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	registry := prometheus.NewRegistry()
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testHolder) {
+		cfg.TTL, cfg.Registerer = 15*time.Second, registry
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+	})
+	term := a.waitForTerm()
+	a.waitForExtensions(1)
+	watches := func() float64 {
+		t.Helper()
+		n, err := cluster.Members[0].Metric(t.Context(), `grpc_server_started_total{grpc_method="Watch"`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := watches()
+	if _, err := root.UserChangePassword(t.Context(), "candidate", "other"); err != nil { // and its tokens are no good any more
+		t.Fatal(err)
+	}
+	until(t, func() error {
+		if n := gather(t, registry)["leasehold_lease_renewals_total failed"]; n < 1 {
+			return fmt.Errorf("no renewal was refused")
+		}
+		return nil
+	})
+	if _, err := root.UserChangePassword(t.Context(), "candidate", "secret"); err != nil {
+		t.Fatal(err)
+	}
+	a.waitForExtensions(2)
+	a.expectLeading(term)
+	if n := watches() - before; n != 0 {
+		t.Errorf("%v watches were opened again", n)
+	}
 }
 
 // A lease that could not be revoked keeps nobody waiting once it can be, though it does not expire. What makes etcd refuse that

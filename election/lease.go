@@ -3,6 +3,7 @@ package election
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,8 +50,8 @@ type lease struct {
 	created int64
 	// raftTerm is that of the renewal that counted last; 0 where it needs no confirmation, for a majority of etcd granted the lease.
 	raftTerm atomic.Uint64
-	// demands asks for a renewal that is sent after the demand; the channel is closed once it counts.
-	demands chan chan struct{}
+	// demands asks for a renewal that is sent after the demand.
+	demands chan demand
 
 	// What follows belongs to run.
 	sent      time.Duration // when the renewal that counts was sent
@@ -84,8 +85,18 @@ type answer struct {
 }
 
 type demand struct {
-	since time.Duration
-	done  chan struct{}
+	since   time.Duration
+	done    chan struct{}   // closed once such a renewal counts
+	givenUp <-chan struct{} // closed when nobody waits for it any more
+}
+
+func (d demand) isGivenUp() bool {
+	select {
+	case <-d.givenUp:
+		return true
+	default:
+		return false
+	}
 }
 
 // newLease makes the keeper of a lease that was granted.
@@ -95,18 +106,18 @@ func newLease(id int64, key string, timing Timing, g granted, endpoints []endpoi
 	l := &lease{
 		id: id, key: key, timing: timing, endpoints: endpoints, current: current,
 		now: now, early: early, events: events, metrics: m, turned: turned,
-		demands: make(chan chan struct{}), answers: make(chan answer), sent: g.sent, deadlines: timing.From(g.sent),
+		demands: make(chan demand), answers: make(chan answer), sent: g.sent, deadlines: timing.From(g.sent),
 		attempts: make([]attempt, len(endpoints)), next: g.sent + timing.RenewInterval() - early(), prefer: -1,
 	}
 	l.raftTerm.Store(g.raftTerm)
 	return l
 }
 
-// renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts.
+// renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts, unless the context has ended before.
 func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 	done := make(chan struct{})
 	select {
-	case l.demands <- done:
+	case l.demands <- demand{done: done, givenUp: ctx.Done()}:
 	case <-ctx.Done():
 	}
 	return done
@@ -148,6 +159,7 @@ func (l *lease) run(ctx context.Context) {
 		now := l.now()
 		l.turned.Store(int64(now))
 		l.check(now)
+		l.demand = slices.DeleteFunc(l.demand, demand.isGivenUp)
 		for i := range l.attempts {
 			if a := &l.attempts[i]; a.serial != 0 && now >= a.abandon {
 				l.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
@@ -171,10 +183,10 @@ func (l *lease) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-timer.C:
-		case done := <-l.demands:
-			now := l.now()
-			l.demand = append(l.demand, demand{now, done})
-			l.next = now
+		case d := <-l.demands:
+			d.since = l.now()
+			l.demand = append(l.demand, d)
+			l.next = d.since
 		case a := <-l.answers:
 			if a.serial != l.attempts[a.endpoint].serial {
 				continue // it was abandoned

@@ -126,6 +126,11 @@ func (e testEvents) suspect(endpoint int, dead bool, _ error) {
 
 func newTestLease(t *testing.T, created int64, answers ...func(context.Context) (renewal, error)) *testLease {
 	t.Helper()
+	return newTestLeaseOf(t, 10*time.Second, created, answers...)
+}
+
+func newTestLeaseOf(t *testing.T, ttl time.Duration, created int64, answers ...func(context.Context) (renewal, error)) *testLease {
+	t.Helper()
 	start := time.Now()
 	l := &testLease{now: func() time.Duration { return time.Since(start) }}
 	var endpoints []endpoint
@@ -138,7 +143,7 @@ func newTestLease(t *testing.T, created int64, answers ...func(context.Context) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.lease = newLease(testLeaseID, "key", NewTiming(10*time.Second, -1, -1), granted{}, endpoints, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
+	l.lease = newLease(testLeaseID, "key", NewTiming(ttl, -1, -1), granted{}, endpoints, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
 	l.confirmFrom(created)
 	ctx, stop := context.WithCancel(t.Context())
 	l.stop = stop
@@ -402,6 +407,39 @@ func TestLease_RenewNow(t *testing.T) {
 		l.pass(4500 * ms)
 		expectAsked(t, l.endpoints[0], 2*time.Second, 2300*ms, 4300*ms)
 	})
+}
+
+// While etcd does not answer, a candidate that has won demands a renewal again and again. Nobody waits for the old ones.
+func TestLease_RenewNow_GivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLease(t, 7, hang)
+		for range 1000 {
+			ctx, giveUp := context.WithTimeout(t.Context(), 2*time.Second)
+			l.renewNow(ctx)
+			l.pass(l.now() + 2500*ms)
+			giveUp()
+		}
+		if n := len(l.demand); n > 1 {
+			t.Errorf("%d demands are kept", n)
+		}
+	})
+}
+
+// Who has won waits for such a renewal, and gives up after 2.5 s: that must do also where two of five members hang.
+func TestLease_RenewNow_LongTTL(t *testing.T) {
+	for _, ttl := range []time.Duration{time.Minute, 5 * time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			l := newTestLeaseOf(t, ttl, 7, hang, hang, good(1), good(1), good(1))
+			l.pass(5 * time.Second)
+			done := l.renewNow(t.Context())
+			l.pass(5*time.Second + MaxTurn/2 - ms)
+			select {
+			case <-done:
+			default:
+				t.Errorf("TTL %v: not renewed", ttl)
+			}
+		})
+	}
 }
 
 // After the end of a term renewals go on, so that a successor waits while something of the job is still alive.

@@ -331,10 +331,21 @@ func (e *memberError) Error() string {
 
 func (e *memberError) Unwrap() error { return e.err }
 
-// first asks the current member, and when it has not answered after joinAfter the next one as well, and so on; a failure brings
-// the next at once. The first good answer counts, and whoever gave it is current from then on. The other requests are cancelled
-// and not waited for. What is asked must be harmless when done twice.
-func first[T any](ctx context.Context, ms *members, joinAfter time.Duration, ask func(context.Context, *member) (T, error)) (T, error) {
+// unavailable reports whether the member can't be reached, or says itself that it can't serve now.
+func unavailable(err error) bool {
+	var said rpctypes.EtcdError
+	if errors.As(err, &said) {
+		return said.Code() == codes.Unavailable
+	}
+	return status.Code(err) == codes.Unavailable
+}
+
+// first asks the current member, and when it has not answered after hedgeDelay the next one as well, and so on; a failure brings
+// the next at once. The delay is shorter where ctx would end before all have been asked, with as much time left for the last one.
+// The first good answer counts, and whoever gave it is current from then on. The other requests are cancelled and not waited for.
+// When none has come in time the next member is current, so that the same one is not asked first again. What is asked must be
+// harmless when done twice.
+func first[T any](ctx context.Context, ms *members, hedgeDelay time.Duration, ask func(context.Context, *member) (T, error)) (T, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type answer struct {
@@ -355,11 +366,17 @@ func first[T any](ctx context.Context, ms *members, joinAfter time.Duration, ask
 			answers <- answer{i, got, err}
 		}()
 	}
-	join := time.NewTicker(joinAfter)
-	defer join.Stop()
+	delay := func() time.Duration {
+		if end, ok := ctx.Deadline(); ok {
+			return min(hedgeDelay, time.Until(end)/time.Duration(1+len(ms.list)-asked))
+		}
+		return hedgeDelay
+	}
 	answered := make([]bool, len(ms.list))
 	var errs []error
 	next()
+	hedge := time.NewTimer(delay())
+	defer hedge.Stop()
 	for {
 		select {
 		case a := <-answers:
@@ -373,10 +390,14 @@ func first[T any](ctx context.Context, ms *members, joinAfter time.Duration, ask
 				return a.got, errors.Join(errs...)
 			}
 			next()
-			join.Reset(joinAfter)
-		case <-join.C:
+			hedge.Reset(delay())
+		case <-hedge.C:
 			next()
+			hedge.Reset(delay())
 		case <-ctx.Done():
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				ms.current.CompareAndSwap(int32(start), int32((start+1)%len(ms.list)))
+			}
 			for i := range asked {
 				if i := (start + i) % len(ms.list); !answered[i] {
 					errs = append(errs, &memberError{ms.list[i].endpoint, ctx.Err()})

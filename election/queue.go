@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -159,10 +160,20 @@ func (q *queue) run(ctx context.Context) {
 		// A member that was silent all the time may have too much to do: to come back at once, all of us, would not help.
 		if age := q.now() - started; age > q.timing.TTL || age > q.timing.RenewInterval() && !errors.Is(err, errSilent) {
 			wait = retry{}
+			pause(ctx, q.spread())
 		}
 		q.turned.Store(int64(q.now()))
 		wait.sleep(ctx)
 	}
+}
+
+// spread is for how long to wait, by chance, before the queue is read again after its watch has ended: those of all others may have
+// ended too, and each of them reads as many keys as are ahead of it. The first ones wait for next to nothing.
+func (q *queue) spread() time.Duration {
+	q.mu.Lock()
+	keys := len(q.places)
+	q.mu.Unlock()
+	return rand.N(1 + min(time.Duration(keys)*10*time.Millisecond, q.timing.RenewInterval(), MaxTurn/2))
 }
 
 // Why a watch is given up.

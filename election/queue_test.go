@@ -3,7 +3,9 @@ package election
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -148,7 +150,7 @@ func TestFirst(t *testing.T) {
 			{"failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, nil)}, 20 * ms, 1, nil},
 			{"two unanswered", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil), answerIn(5, nil)}, 205 * ms, 2, nil},
 			{"all failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, refused)}, 20 * ms, 0, refused},
-			{"none", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil)}, time.Second, 0, context.DeadlineExceeded},
+			{"none", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil)}, time.Second, 1, context.DeadlineExceeded},
 		} {
 			members := &members{}
 			for i := range test.answers {
@@ -161,6 +163,35 @@ func TestFirst(t *testing.T) {
 			})
 			if took := time.Since(began); took != test.took || !errors.Is(err, test.err) || members.current.Load() != test.from {
 				t.Errorf("%s: %v after %v from %d", test.name, err, took, members.current.Load())
+			}
+			cancel()
+			synctest.Wait()
+		}
+	})
+}
+
+// However long the delay, all members are asked in time.
+func TestFirst_AsksAllInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const bound = 2500 * ms
+		for _, test := range []struct {
+			members, hung int
+			took          time.Duration
+		}{{3, 1, 833333333}, {5, 2, 1000 * ms}, {5, 4, 2000 * ms}} {
+			members := &members{}
+			for range test.members {
+				members.list = append(members.list, &member{})
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), bound)
+			began := time.Now()
+			_, err := first(ctx, members, 15*time.Second, func(ctx context.Context, m *member) (int, error) {
+				if slices.Index(members.list, m) < test.hung {
+					return 0, answerIn(1e6, nil)(ctx)
+				}
+				return 0, nil
+			})
+			if took := time.Since(began); err != nil || took != test.took {
+				t.Errorf("%d of %d members hung: %v after %v, want an answer after %v", test.hung, test.members, err, took, test.took)
 			}
 			cancel()
 			synctest.Wait()
@@ -221,14 +252,14 @@ func TestJoinedKV_WaitTimeout(t *testing.T) {
 	}
 }
 
-// A candidate must not wait for ever for an event that does not come.
-func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
-	cluster := newTestEtcd(t)
+// newRunningQueue follows the queue e, in which our own key has so many others ahead of it. It returns its create revision too.
+func newRunningQueue(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, ahead int) (*queue, int64) {
+	t.Helper()
 	ms, err := newMembers(testConfig(t, cluster.Endpoints(), "a"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ms.close()
+	t.Cleanup(ms.close)
 	client, err := ms.list[0].open()
 	if err != nil {
 		t.Fatal(err)
@@ -236,17 +267,30 @@ func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	if _, err := pb.NewLeaseClient(client.ActiveConnection()).LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: 0xa, TTL: 600}); err != nil {
 		t.Fatal(err)
 	}
+	for i := range ahead {
+		if _, err := client.Put(t.Context(), fmt.Sprintf("e/%d", i), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
 	put, err := client.Put(t.Context(), "e/a", "", clientv3.WithLease(0xa))
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := newQueue("e/", "e/a", ms, Timing{TTL: time.Second}, newLegs(ms), e2e.Now, new(atomic.Int64), func(err error) { t.Error(err) })
-	ctx, cancel := context.WithCancel(t.Context())
+	q := newQueue("e/", "e/a", ms, Timing{TTL: ttl}, newLegs(ms), e2e.Now, new(atomic.Int64), func(err error) { t.Error(err) })
+	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { q.run(ctx) })
-	defer running.Wait()
-	defer cancel()
-	q.joined(put.Header.Revision)
+	t.Cleanup(func() {
+		cancel()
+		running.Wait()
+	})
+	return q, put.Header.Revision
+}
+
+// A candidate must not wait for ever for an event that does not come.
+func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
+	q, own := newRunningQueue(t, newTestEtcd(t), time.Second, 0)
+	q.joined(own)
 	waitForHead := func(key string) {
 		t.Helper()
 		deadline := time.After(30 * time.Second)
@@ -263,4 +307,61 @@ func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	q.places["e/gone"] = place{key: "e/gone", created: 1}
 	q.mu.Unlock()
 	waitForHead("e/a")
+}
+
+// Those that have lost their watches at the same time do not come back at the same time, the more of them there are. The first in
+// the queue, which matter, come back first.
+func TestQueue_ComesBackSpread(t *testing.T) {
+	for _, test := range []struct {
+		keys      int
+		ttl, want time.Duration
+	}{{1, 15 * time.Second, 10 * ms}, {2, 15 * time.Second, 20 * ms}, {50, 15 * time.Second, 500 * ms}, {1000, 15 * time.Second, 3 * time.Second}, {1000, 5 * time.Minute, MaxTurn / 2}} {
+		q := newTestQueue(func(error) {})
+		q.timing.TTL = test.ttl
+		q.places = map[string]place{}
+		for i := range test.keys {
+			q.places[fmt.Sprint(i)] = place{}
+		}
+		least, most := time.Hour, time.Duration(0)
+		for range 1000 {
+			d := q.spread()
+			least, most = min(least, d), max(most, d)
+		}
+		if most > test.want || most < test.want*4/5 || least > test.want/5 {
+			t.Errorf("%d keys are read after %v to %v, want 0 to %v", test.keys, least, most, test.want)
+		}
+	}
+}
+
+// The watch of a queue of forty is opened again after 100 ms on average, with this TTL.
+func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
+	cluster := newTestEtcd(t)
+	q, own := newRunningQueue(t, cluster, time.Second, 40)
+	q.joined(own)
+	// served waits until there is a watch, and that one is another than the last.
+	served := func(last *leg) *leg {
+		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(ms) {
+			q.legs.mu.Lock()
+			current := q.legs.current
+			q.legs.mu.Unlock()
+			if current != nil && current != last {
+				return current
+			}
+		}
+		t.Fatal("no watch is opened")
+		return nil
+	}
+	most := time.Duration(0)
+	for range 10 {
+		leg := served(nil)
+		time.Sleep(2 * q.timing.RenewInterval()) // a watch that ends as soon as it has begun is another matter
+		began := e2e.Now()
+		q.suspect(leg.member)
+		served(leg)
+		most = max(most, e2e.Now()-began)
+	}
+	t.Logf("the longest of 10 pauses: %v", most)
+	if most < 50*ms { // by chance: one time in a million
+		t.Errorf("the watch was opened again within %v each of 10 times", most)
+	}
 }

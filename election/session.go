@@ -244,7 +244,10 @@ func (s *session) suspect(endpoint int, dead bool, err error) {
 	if dead {
 		s.members.reset(m)
 	}
-	s.queue.suspect(m)
+	// A refusal, of too many requests or of a token, says nothing of the watch.
+	if dead || unavailable(err) {
+		s.queue.suspect(m)
+	}
 }
 
 func poke(c chan struct{}) {

@@ -36,11 +36,14 @@ func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 // RenewInterval is the time between the sending of two renewals when all is well. It may be up to a fifth shorter.
 func (t Timing) RenewInterval() time.Duration { return t.TTL / 5 }
 
-// joinAfter is for how long a request goes unanswered before another endpoint is asked as well.
-func (t Timing) joinAfter() time.Duration { return max(t.TTL/20, 50*time.Millisecond) }
+// joinAfter is for how long a request goes unanswered before another endpoint is asked as well. However long the TTL is, a
+// candidate that has won must not wait longer for the renewal that proves it.
+func (t Timing) joinAfter() time.Duration {
+	return min(max(t.TTL/20, 50*time.Millisecond), time.Second)
+}
 
 // repeatAfter is the pause before a failed request is repeated.
-func (t Timing) repeatAfter() time.Duration { return t.TTL / 20 }
+func (t Timing) repeatAfter() time.Duration { return min(t.TTL/20, time.Second) }
 
 // Validate refuses a timing in which losing two renewals in a row would end the term.
 func (t Timing) Validate() error {
