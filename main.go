@@ -509,7 +509,10 @@ func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.
 	if err != nil {
 		return fmt.Errorf("LEASEHOLD_LISTEN: the health endpoint can't be bound, choose another address, or off: %w", err)
 	}
-	server := health.New(health.Config{Logger: log, Registry: registry, Snapshot: snapshot, Now: supervisor.Now, Version: version})
+	name, _, _ := net.SplitHostPort(cfg.Listen) // sound, or nothing could be bound
+	server := health.New(health.Config{
+		Logger: log, Registry: registry, Snapshot: snapshot, Now: supervisor.Now, Version: version, Name: name,
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	g.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
 	return nil
