@@ -150,6 +150,8 @@ func guard(command []string) (code int) {
 	// What would stop us. Not before the configuration is read, whose faults are written from here: see newLogWriter.
 	ossignal.Notify(caught.signals, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
 	go caught.relayHangUps(log)
+	notify, told := newNotifier()
+	defer told()
 	path, code := lookCommand(command[0], log)
 	if code != 0 {
 		return code
@@ -164,7 +166,7 @@ func guard(command []string) (code int) {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
 		Signals: caught.signals, Children: children, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
-		Notify: newNotifier(), Stopping: stopping(cfg), Turned: newWatchdog(),
+		Notify: notify, Stopping: stopping(cfg), Turned: newWatchdog(),
 		Logger: log,
 	})
 }
@@ -190,23 +192,33 @@ func lookCommand(name string, log *slog.Logger) (string, int) {
 	return "", exitNotFound
 }
 
-// newNotifier makes the function that tells systemd. A slow systemd loses notifications, and holds up nobody.
-func newNotifier() func(state string) {
+// newNotifier makes the function that tells systemd, and one that at the end waits for a moment until systemd has been told. A slow
+// systemd loses notifications, and holds up nobody.
+func newNotifier() (notify func(state string), told func()) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
-		return func(string) {}
+		return func(string) {}, func() {}
 	}
-	states := make(chan string, 64)
-	go func() { // lives as long as the process
+	states, done := make(chan string, 64), make(chan struct{})
+	go func() { // lives as long as the process, where systemd does not listen
 		for s := range states {
 			_, _ = daemon.SdNotify(false, s)
 		}
+		close(done)
 	}()
-	return func(state string) {
+	notify = func(state string) {
 		select {
 		case states <- state:
 		default:
 		}
 	}
+	told = func() {
+		close(states)
+		select {
+		case <-done:
+		case <-time.After(flushTime):
+		}
+	}
+	return notify, told
 }
 
 // stopping tells systemd that the daemon stops, and how long that may take: where it is longer than the unit's TimeoutStopSec=,
@@ -352,6 +364,7 @@ func elector(args []string) int {
 		}
 		return endingOf(err)
 	}()
+	handle.Status(printable("exiting: " + end.text)) // the unit restarts nothing where the code is the job's own
 	handle.Exit(end.code, end.text)
 	return end.code
 }
@@ -400,7 +413,9 @@ func elect() (code int) {
 		return exitConfig
 	}
 	snapshot := func() health.Snapshot { return healthSnapshot(cfg, candidate.Snapshot()) }
-	notify, turned := newNotifier(), newWatchdog()
+	notify, told := newNotifier()
+	defer told()
+	turned := newWatchdog()
 
 	var g run.Group
 	if err := addServer(&g, cfg, log, registry, snapshot); err != nil {
@@ -515,7 +530,10 @@ func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.
 	if err != nil {
 		return fmt.Errorf("LEASEHOLD_LISTEN: the health endpoint can't be bound, choose another address, or off: %w", err)
 	}
-	server := health.New(health.Config{Logger: log, Registry: registry, Snapshot: snapshot, Now: supervisor.Now, Version: version})
+	name, _, _ := net.SplitHostPort(cfg.Listen) // sound, or nothing could be bound
+	server := health.New(health.Config{
+		Logger: log, Registry: registry, Snapshot: snapshot, Now: supervisor.Now, Version: version, Name: name,
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	g.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
 	return nil

@@ -405,6 +405,34 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
+// The endpoint tells its status to those who ask for the name that it was given, and not to a web page that goes by another.
+func TestListen_ByName(t *testing.T) {
+	tr := ordinary(t)
+	name, err := os.Hostname()
+	tr.must(err)
+	listener, err := net.Listen("tcp", net.JoinHostPort(name, "0"))
+	if err != nil {
+		t.Skipf("skipped: this machine's name is of no use as an address: %v", err)
+	}
+	address := listener.Addr().String()
+	tr.must(listener.Close())
+	_, port, err := net.SplitHostPort(address)
+	tr.must(err)
+	c := tr.start("a", "", subcommand("elect"), variables("LEASEHOLD_LISTEN="+net.JoinHostPort(name, port)))
+	c.Listen = net.JoinHostPort(name, port)
+	tr.waitStatus(c, "/status", http.StatusOK)
+	req, err := http.NewRequestWithContext(tr.ctx, http.MethodGet, "http://"+address+"/status", nil)
+	tr.must(err)
+	req.Host = "page.example"
+	resp, err := http.DefaultClient.Do(req)
+	tr.must(err)
+	tr.must(resp.Body.Close())
+	if resp.StatusCode != http.StatusMisdirectedRequest {
+		t.Errorf("/status for page.example: %s, want 421", resp.Status)
+	}
+	tr.finish()
+}
+
 func TestSignals_GoToTheJob(t *testing.T) {
 	tr := ordinary(t)
 	leader := tr.start("a", "", command("sh", "-c",

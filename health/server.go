@@ -7,21 +7,24 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"runtime"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// Config is what a Server is made of. All fields but Version are required.
+// Config is what a Server is made of. All fields but Version and Name are required.
 type Config struct {
 	Logger   *slog.Logger
 	Registry *prometheus.Registry // Of its own: what /metrics shows.
 	Snapshot func() Snapshot      // Called for each request. Must not block.
 	Now      func() time.Duration // The clock of the snapshot's deadlines.
 	Version  string
+	Name     string // The host of the address that it listens at, where that is a name.
 }
 
 // Server is the health endpoint.
@@ -40,7 +43,7 @@ func Endpoints() []Endpoint {
 		{"/readyz", "200 while the candidate is in the election, waiting or leading"},
 		{"/leader", "200 only while leading, before stop-at, with the job running (or none asked for)"},
 		{"/standby", "200 only while waiting its turn"},
-		{"/status", "200 with JSON"},
+		{"/status", "200 with JSON; 421, like the next two, to a request for a host name that is neither localhost nor that of LEASEHOLD_LISTEN"},
 		{"/", "the same JSON; its name is the leader's identity"},
 		{"/metrics", "metrics for Prometheus"},
 	}
@@ -71,14 +74,14 @@ func New(cfg Config) *Server {
 	handle("/readyz", s.probe(func(s Snapshot, _ time.Duration) error { return s.ready() }))
 	handle("/leader", s.probe(Snapshot.leader))
 	handle("/standby", s.probe(func(s Snapshot, _ time.Duration) error { return s.standby() }))
-	handle("/status", s.status)
-	handle("/{$}", s.status)
+	handle("/status", s.ours(s.status))
+	handle("/{$}", s.ours(s.status))
 	metrics := promhttp.HandlerFor(cfg.Registry, promhttp.HandlerOpts{
 		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn),
 		// Each scrape being served holds the whole text in memory.
 		MaxRequestsInFlight: 4,
 	})
-	handle("/metrics", metrics.ServeHTTP)
+	handle("/metrics", s.ours(metrics.ServeHTTP))
 	s.handler = mux
 	return s
 }
@@ -105,6 +108,25 @@ func (s *Server) probe(rule func(Snapshot, time.Duration) error) http.HandlerFun
 func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	snapshot, now := s.now()
 	write(w, http.StatusOK, "application/json", snapshot.json(now, s.cfg.Version))
+}
+
+// ours answers 421 where the request is for a host name that is not ours. A web page can give its own name our address (DNS
+// rebinding) and then read what its visitor's browser gets from here. Probes say too little to be worth it.
+func (s *Server) ours(h http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		host := r.Host
+		if name, _, err := net.SplitHostPort(host); err == nil {
+			host = name
+		}
+		_, err := netip.ParseAddr(strings.Trim(host, "[]"))
+		// Browsers always send a host. HTTP/1.0 has none.
+		if err == nil || host == "" || strings.EqualFold(host, "localhost") || strings.EqualFold(host, s.cfg.Name) {
+			h(w, r)
+			return
+		}
+		write(w, http.StatusMisdirectedRequest, "text/plain; charset=utf-8",
+			[]byte("ask by IP address, as localhost, or by the name in LEASEHOLD_LISTEN (or send one of them as the header Host)\n"))
+	}
 }
 
 func write(w http.ResponseWriter, code int, contentType string, body []byte) {

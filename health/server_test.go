@@ -47,6 +47,7 @@ func newTestServer(t *testing.T, s Snapshot) *testServer {
 		Snapshot: func() Snapshot { return *ts.snapshot.Load() },
 		Now:      func() time.Duration { return time.Duration(ts.now.Load()) },
 		Version:  "v1",
+		Name:     "here.example",
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -158,6 +159,66 @@ func TestServer_Answers(t *testing.T) {
 	body := ts.do(t, "GET", "/metrics").body
 	if want := fmt.Sprintf("leasehold_build_info{goversion=%q,version=\"v1\"} 1", runtime.Version()); !strings.Contains(body, want) {
 		t.Errorf("/metrics has no %s: %s", want, body)
+	}
+}
+
+// TestServer_Host: a web page that gives its own name our address by DNS reads nothing, while probes are answered for any name.
+func TestServer_Host(t *testing.T) {
+	ts := newTestServer(t, leading())
+	ask := func(method, path, host string) (int, string) {
+		t.Helper()
+		conn, err := net.Dial("tcp", ts.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+		_, _ = io.WriteString(conn, method+" "+path+" "+host+"\r\n\r\n")
+		resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
+		if err != nil {
+			t.Fatalf("%s %s %q: %v", method, path, host, err)
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, string(body)
+	}
+	for host, want := range map[string]int{
+		"HTTP/1.0":                               200,
+		"HTTP/1.0\r\nHost: evil.example":         421,
+		"HTTP/1.1\r\nHost: evil.example":         421,
+		"HTTP/1.1\r\nHost: evil.example:4040":    421,
+		"HTTP/1.1\r\nHost: localhost.evil":       421,
+		"HTTP/1.1\r\nHost: 127.0.0.1.evil":       421,
+		"HTTP/1.1\r\nHost: evil:127.0.0.1":       421,
+		"HTTP/1.1\r\nHost: [evil]":               421,
+		"HTTP/1.1\r\nHost: localhost":            200,
+		"HTTP/1.1\r\nHost: LocalHost:1":          200,
+		"HTTP/1.1\r\nHost: 10.1.2.3":             200,
+		"HTTP/1.1\r\nHost: 10.1.2.3:4040":        200,
+		"HTTP/1.1\r\nHost: [::1]":                200,
+		"HTTP/1.1\r\nHost: [fd00::1]:4040":       200,
+		"HTTP/1.1\r\nHost: Here.Example":         200,
+		"HTTP/1.1\r\nHost: here.example:9999":    200,
+		"HTTP/1.1\r\nHost: sub.here.example:404": 421,
+	} {
+		for _, path := range []string{"/status", "/", "/metrics", "/livez", "/readyz", "/leader"} {
+			want := want
+			if strings.HasSuffix(path, "z") || path == "/leader" {
+				want = 200
+			}
+			for _, method := range []string{"GET", "HEAD", "OPTIONS"} {
+				code, body := ask(method, path, host)
+				if code != want {
+					t.Errorf("%s %s %q: %d, want %d", method, path, host, code, want)
+				}
+				if code == 421 && method == "GET" && !strings.Contains(body, "LEASEHOLD_LISTEN") {
+					t.Errorf("%s %s %q: the answer does not say what to do: %q", method, path, host, body)
+				}
+			}
+		}
 	}
 }
 

@@ -300,7 +300,7 @@ func TestUnit_ExitCodes(t *testing.T) {
 		return nil
 	})
 	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive"})
-	for _, code := range []string{"1", "2", "3", "143"} {
+	for _, code := range []string{"1", "2", "3", "70", "71", "75", "76", "143"} { // the daemon's own among them
 		start("/usr/bin/testjob exit="+code, "LEASEHOLD_RESTART=never")
 		w.waitFor(m, unit, patience, map[string]string{"ActiveState": "failed", "ExecMainStatus": code, "NRestarts": "0"})
 	}
