@@ -27,9 +27,12 @@ func TestLost_ByAnOperator(t *testing.T) {
 		name   string
 		args   func(s status) []string
 		reason string
+		within time.Duration // the next job starts
 	}{
-		{"key deleted", func(s status) []string { return []string{"del", s.Leader.Key} }, "key_deleted"},
-		{"lease revoked", func(s status) []string { return []string{"lease", "revoke", s.Lease.ID} }, ""},
+		{"key deleted", func(s status) []string { return []string{"del", s.Leader.Key} }, "key_deleted", soon},
+		{"lease revoked", func(s status) []string { return []string{"lease", "revoke", s.Lease.ID} }, "", soon},
+		// The leader's own reads show that, and the key goes once the job has exited.
+		{"key overwritten", func(s status) []string { return []string{"put", s.Leader.Key, "somebody"} }, "key_overwritten", patience},
 	}
 	for _, u := range users() {
 		for _, l := range losses {
@@ -40,7 +43,7 @@ func TestLost_ByAnOperator(t *testing.T) {
 					leader, standby, job := tr.pair(behaviour)
 					_, err := tr.etcd.Etcdctl(tr.ctx, l.args(tr.status(leader))...)
 					tr.must(err)
-					next := tr.waitNext(job, soon)
+					next := tr.waitNext(job, l.within)
 					end := tr.waitDead(job)
 					if late := end - next.Started; late > time.Second {
 						t.Errorf("the old job died %v after the next one's start", late)

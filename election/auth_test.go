@@ -93,3 +93,34 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 		t.Errorf("%v authentications for %d candidates", authenticated, fleet)
 	}
 }
+
+// A member that hangs takes nothing from a leader that has to authenticate for each renewal, and keeps nobody from joining.
+func TestCandidate_TokensExpireWhileAMemberHangs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{Size: 3, Flags: []string{"--auth-token-ttl=1"}})
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()); err != nil {
+		t.Fatal(err)
+	}
+	withAuth := func(cfg *Config, _ *testHolder) {
+		cfg.TTL = 15 * time.Second
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+	}
+	a := newTestCandidate(t, cluster.Endpoints(), "a", withAuth)
+	term := a.waitForTerm()
+	for i, m := range cluster.Members {
+		if err := m.Pause(); err != nil {
+			t.Fatal(err)
+		}
+		b := newTestCandidate(t, cluster.Endpoints(), fmt.Sprintf("b%d", i), withAuth)
+		b.waitForState(Standby)
+		a.waitForExtensions(1)
+		a.expectLeading(term)
+		if err := m.Continue(); err != nil {
+			t.Fatal(err)
+		}
+		a.waitForExtensions(1)
+	}
+	a.expectLeading(term)
+}

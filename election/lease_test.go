@@ -369,10 +369,12 @@ func TestLease_ConfirmationShowsAnotherKey(t *testing.T) {
 // Whoever writes to a key takes its lease from it.
 func TestLease_ConfirmationShowsAnotherLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newTestLease(t, 7, good(1))
+		l := newTestLease(t, 7, refuse)
 		l.endpoints[0].show = func(context.Context) (reading, error) { return reading{created: 7, term: 1}, nil }
+		l.pass(2100 * ms)
+		l.endpoints[0].set(good(1))
 		l.pass(5 * time.Second)
-		l.expect(t, "2s "+ErrKeyOverwritten.Error())
+		l.expect(t, "2.5s "+ErrKeyOverwritten.Error())
 	})
 }
 
