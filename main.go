@@ -148,6 +148,10 @@ func guard(command []string) (code int) {
 	}
 	defer func() { lines.end(code) }()
 	go caught.relayHangUps(log)
+	if err := leaveStdin(); err != nil {
+		log.Error("leave the terminal to the shell", "err", err)
+		return exitOS
+	}
 	path, code := lookCommand(command[0], log)
 	if code != 0 {
 		return code
