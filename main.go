@@ -388,6 +388,10 @@ func elect() (code int) {
 		return exitConfig
 	}
 	defer func() { lines.end(code) }()
+	if err := hideMemory(); err != nil {
+		log.Error("set dumpable", "err", err)
+		return exitOS
+	}
 	go caught.relayHangUps(log)
 
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -621,8 +625,12 @@ func endingOf(err error) ending {
 	return ending{exitInternal, err.Error()}
 }
 
+// hideMemory keeps this process's memory, which holds secrets, from other processes of its user. Guard and elector do it themselves.
+func hideMemory() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
+
 // revoke gives a dead elector's lease back. Its arguments are the lease in hex and for how long to try.
 func revoke(args []string) int {
+	_ = hideMemory() // without, the lease must be revoked all the same
 	lease, err := strconv.ParseInt(args[0], 16, 64)
 	within, err2 := time.ParseDuration(args[1])
 	if errors.Join(err, err2) != nil {
