@@ -152,6 +152,10 @@ func guard(command []string) (code int) {
 	go caught.relayHangUps(log)
 	notify, told := newNotifier()
 	defer told()
+	if err := leaveStdin(); err != nil {
+		log.Error("leave the terminal to the shell", "err", err)
+		return exitOS
+	}
 	path, code := lookCommand(command[0], log)
 	if code != 0 {
 		return code
@@ -400,6 +404,10 @@ func elect() (code int) {
 		return exitConfig
 	}
 	defer func() { lines.end(code) }()
+	if err := hideMemory(); err != nil {
+		log.Error("set dumpable", "err", err)
+		return exitOS
+	}
 	go caught.relayHangUps(log)
 
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -641,9 +649,13 @@ func endingOf(err error) ending {
 	return ending{exitInternal, err.Error()}
 }
 
+// hideMemory keeps this process's memory, which holds secrets, from other processes of its user. Guard and elector do it themselves.
+func hideMemory() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
+
 // revoke gives a dead elector's lease back. Its arguments are the lease in hex and for how long to try. On its standard input it
 // reads the token that etcd gave the elector, if any.
 func revoke(args []string) int {
+	_ = hideMemory() // without, the lease must be revoked all the same
 	lease, err := strconv.ParseInt(args[0], 16, 64)
 	within, err2 := time.ParseDuration(args[1])
 	if errors.Join(err, err2) != nil {

@@ -88,3 +88,21 @@ func hasTerminal() bool {
 	}
 	return err == nil
 }
+
+// leaveStdin puts /dev/null in the place of a standard input that is a terminal in whose foreground we are not. The shell's job
+// control keeps its background from reading the terminal, but the job, in a session of its own, would take the shell's keystrokes.
+func leaveStdin() error {
+	if _, err := unix.IoctlGetTermios(0, unix.TCGETS); err != nil {
+		return nil // no terminal
+	}
+	// An error: it is another session's.
+	if foreground, err := unix.IoctlGetInt(0, unix.TIOCGPGRP); err == nil && foreground == unix.Getpgrp() {
+		return nil
+	}
+	null, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(null) }()
+	return unix.Dup3(null, 0, 0)
+}

@@ -226,6 +226,48 @@ func TestTerminal_StopSignalIsNotIgnored(t *testing.T) {
 	tr.nothingLeft()
 }
 
+// What is typed into a shell's terminal is for who has the foreground.
+func TestTerminal_Stdin(t *testing.T) {
+	const cat = `[ -t 0 ] && echo terminal || readlink /proc/self/fd/0; cat`
+	t.Run("foreground", func(t *testing.T) {
+		tr := ordinary(t)
+		master, slave := newTerminal(t)
+		c := tr.start("a", "", command("sh", "-c", cat), onTerminal(slave))
+		tr.waitOutput(c, "terminal\n")
+		_, err := master.WriteString("typed\n")
+		tr.must(err)
+		tr.waitOutput(c, "terminal\ntyped\n")
+		tr.finish()
+	})
+	// The shell's job control gives the daemon a process group of its own.
+	for name, script := range map[string]string{
+		"background":      `set -m; exec 3<&0; "$@" <&3 3<&- & while read line; do echo "shell: $line"; done`,
+		"another session": `exec 3<&0; setsid "$@" <&3 3<&- & while read line; do echo "shell: $line"; done`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			tr := ordinary(t)
+			master, slave := newTerminal(t)
+			c := tr.start("a", "", command("sh", "-c", cat+"; echo end; sleep 1000"), tr.shell(script), onTerminal(slave))
+			tr.waitOutput(c, "/dev/null\nend\n")
+			typed := "/dev/null\nend\n"
+			for i := range 20 {
+				_, err := fmt.Fprintf(master, "%d\n", i)
+				tr.must(err)
+				typed += fmt.Sprintf("shell: %d\n", i)
+				tr.waitOutput(c, typed)
+			}
+			daemon := e2e.Children(c.Guard())
+			if len(daemon) != 1 {
+				t.Fatalf("children of the shell: %v", daemon)
+			}
+			tr.must(syscall.Kill(daemon[0], syscall.SIGTERM))
+			tr.nothingLeft()
+			tr.must(master.Close())
+			<-c.Ended()
+		})
+	}
+}
+
 // sharedDir is a directory that the daemon's user can write to.
 func (tr *trial) sharedDir() string {
 	dir, err := e2e.TempDir("e2e-terminal-")

@@ -230,35 +230,41 @@ func (c *cgroup) hears(fd int, d time.Duration) bool {
 
 // ownCgroup finds the directory of this process's cgroup v2.
 func ownCgroup() (string, error) {
-	b, err := os.ReadFile("/proc/self/cgroup")
+	cgroups, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return "", err
 	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	return findCgroup(string(cgroups), string(mounts))
+}
+
+// findCgroup is ownCgroup for a process whose /proc says this.
+func findCgroup(cgroups, mounts string) (string, error) {
 	path := ""
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(cgroups) {
 		if p, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
 			path = p
 		}
 	}
-	if path == "" || strings.HasPrefix(path, "/..") {
+	if path == "" || path == "/.." || strings.HasPrefix(path, "/../") {
 		return "", errors.New("this process is in no cgroup v2 that it can see")
 	}
-	b, err = os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(mounts) {
 		// 42 32 0:37 ROOT MOUNTPOINT options… - cgroup2 …, proc_pid_mountinfo(5)
 		before, after, _ := strings.Cut(line, " - ")
 		fields := strings.Fields(before)
 		if !strings.HasPrefix(after, "cgroup2 ") || len(fields) < 5 {
 			continue
 		}
-		if rel, ok := strings.CutPrefix(path, strings.TrimSuffix(fields[3], "/")); ok {
+		root := strings.TrimSuffix(unescapeMount(fields[3]), "/")
+		if rel, ok := strings.CutPrefix(path, root); ok && (rel == "" || rel[0] == '/') {
 			return filepath.Join(unescapeMount(fields[4]), rel), nil
 		}
 	}
-	return "", errors.New("no cgroup v2 is mounted")
+	return "", errors.New("no cgroup v2 is mounted where this process's is to be seen")
 }
 
 // unescapeMount undoes the octal escapes of mountinfo.

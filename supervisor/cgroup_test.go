@@ -193,3 +193,29 @@ func TestCgroup_ManyAtOnce(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestFindCgroup: a mount shows what lies below its root, and not what only begins with the same letters.
+func TestFindCgroup(t *testing.T) {
+	mount := func(root, point string) string {
+		return "42 32 0:37 " + root + " " + point + " rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"
+	}
+	const v1 = "33 32 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
+	for _, row := range []struct{ path, mounts, want string }{
+		{"/", v1 + mount("/", "/sys/fs/cgroup"), "/sys/fs/cgroup"},
+		{"/a/b", mount("/", "/sys/fs/cgroup"), "/sys/fs/cgroup/a/b"},
+		{"/foo", mount("/foo", "/sys/fs/cgroup"), "/sys/fs/cgroup"},
+		{"/foo/bar", mount("/foo", "/sys/fs/cgroup"), "/sys/fs/cgroup/bar"},
+		{"/foobar", mount("/foo", "/sys/fs/cgroup"), ""},
+		{"/foobar", mount("/foo", "/mnt/foo") + mount("/", "/sys/fs/cgroup"), "/sys/fs/cgroup/foobar"},
+		{"/with space/x", mount(`/with\040space`, `/mnt/a\040b`), "/mnt/a b/x"},
+		{"/..", mount("/", "/sys/fs/cgroup"), ""},
+		{"/../other", mount("/", "/sys/fs/cgroup"), ""},
+		{"/..x", mount("/", "/sys/fs/cgroup"), "/sys/fs/cgroup/..x"},
+		{"/a", v1, ""},
+	} {
+		got, err := findCgroup("1:pids:/x\n0::"+row.path+"\n", row.mounts)
+		if got != row.want || (err == nil) != (row.want != "") {
+			t.Errorf("%s in %q: %q, %v; want %q", row.path, row.mounts, got, err, row.want)
+		}
+	}
+}

@@ -270,8 +270,14 @@ func (g *guard) close() {
 // privileges asks for what makes the loop's thread punctual, where it is permitted.
 func (g *guard) privileges() {
 	var limit unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) == nil && limit.Cur == unix.RLIM_INFINITY {
-		_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) == nil {
+		// Below a finite limit the lock would hold until that is reached, and then no memory could be had. With a limit of 0 it takes
+		// a CAP_IPC_LOCK that counts, which one of a user namespace does not.
+		none := unix.Rlimit{Max: limit.Max}
+		if limit.Cur == unix.RLIM_INFINITY || unix.Setrlimit(unix.RLIMIT_MEMLOCK, &none) == nil {
+			_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+			_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit) // the job inherits it
+		}
 	}
 	fifo := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: 1}
 	if unix.SchedSetAttr(0, &fifo, 0) == nil {

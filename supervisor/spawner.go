@@ -96,7 +96,6 @@ func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner
 	copy(a.listPath[:len(a.listPath)-1], "thread-self/children")
 	copy(a.name[:len(a.name)-1], "leasehold-spawn")
 	copy(a.title[:len(a.title)-1], "leasehold\x00spawner")
-	copy(a.null[:len(a.null)-1], os.DevNull)
 	// The kernel lays out a process's arguments one after the other.
 	last := os.Args[len(os.Args)-1]
 	a.titleAt = unsafe.Pointer(unsafe.StringData(os.Args[0]))

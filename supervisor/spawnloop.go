@@ -57,7 +57,7 @@ type spawnArea struct {
 
 	// What the spawner was made with.
 	guardPid, guardSock, electorSock, cgroupFd, procFd int32
-	noNewPrivs, nullStdin                              int32
+	noNewPrivs                                         int32
 	nofile                                             [2]uint64
 	keepIgnored                                        uint64 // signals that stay ignored, 1<<(n-1)
 	titleAt                                            unsafe.Pointer
@@ -96,7 +96,6 @@ type spawnArea struct {
 	listPath  [24]byte
 	name      [16]byte
 	title     [24]byte
-	null      [16]byte
 	number    [16]byte
 	buf       [4096]byte
 }
@@ -207,13 +206,6 @@ func (a *spawnArea) keepOwnDescriptors() {
 	}
 	closeRange(next, 1<<31-1)
 	closeRange(3, lowest-1)
-	if a.nullStdin != 0 {
-		null, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, ^uintptr(0), uintptr(unsafe.Pointer(&a.null)), unix.O_RDONLY|unix.O_CLOEXEC, 0, 0, 0)
-		if errno == 0 {
-			_, _, _ = unix.RawSyscall(unix.SYS_DUP3, null, 0, 0)
-			rawCloseSpawn(null)
-		}
-	}
 	guard, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(a.guardPid), 0, 0)
 	parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0)
 	orphaned := errno != 0 || parent != uintptr(a.guardPid)

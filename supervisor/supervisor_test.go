@@ -830,3 +830,48 @@ func delegateCgroup(t *testing.T, parent string, uid int) *os.File {
 	t.Cleanup(func() { _ = f.Close() })
 	return f
 }
+
+// TestGuard_LocksMemory: with CAP_IPC_LOCK whatever the limit, without it only where there is none.
+func TestGuard_LocksMemory(t *testing.T) {
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &old); err != nil {
+		t.Fatal(err)
+	}
+	finite := old.Cur != unix.RLIM_INFINITY
+	eachUser(t, func(t *testing.T, uid int) {
+		want := !finite || uid == 0 && hasCapability(unix.CAP_IPC_LOCK)
+		r := newRig(t, "plain", uid)
+		r.tell("lead 1h 2h")
+		r.waitJobs(1)
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.guard.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if locked := !strings.Contains(string(text), "VmLck:\t       0 kB\n"); locked != want {
+			t.Errorf("memory is locked: %v, want %v; limit %d", locked, want, old.Cur)
+		}
+		if mine, jobs := lockLimit(t, os.Getpid()), lockLimit(t, r.pids["job"]); jobs != mine {
+			t.Errorf("the job's limit is %q, want %q", jobs, mine)
+		}
+		r.tell("end planned")
+		r.waitSaid("led <nil>")
+		r.tell("exit 0")
+		r.waitExit(0)
+	})
+}
+
+// lockLimit is the line of /proc that tells how much memory a process may lock.
+func lockLimit(t *testing.T, pid int) string {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if strings.HasPrefix(line, "Max locked memory") {
+			return line
+		}
+	}
+	t.Fatalf("no limit of locked memory in %s", text)
+	return ""
+}
