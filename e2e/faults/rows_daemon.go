@@ -28,6 +28,17 @@ func electorGets(sig syscall.Signal) func(context.Context, *Trial) error {
 	}
 }
 
+func spawnerGets(sig syscall.Signal) func(context.Context, *Trial) error {
+	return func(_ context.Context, t *Trial) error {
+		spawner, err := t.Leader.Spawner()
+		if err != nil {
+			return err
+		}
+		t.Begin() // to find it takes milliseconds
+		return syscall.Kill(spawner, sig)
+	}
+}
+
 // andDark cuts the leader off from etcd as well.
 func andDark(strike func(context.Context, *Trial) error) func(context.Context, *Trial) error {
 	return func(ctx context.Context, t *Trial) error { return errors.Join(strike(ctx, t), t.Dark(t.Leader)) }
@@ -49,4 +60,8 @@ var daemonRows = []Row{
 		Ours: true, User: true, Strike: electorGets(syscall.SIGSTOP)},
 	{Name: "elector-hung-dark", Group: "daemon", About: "the elector hangs, and its road to etcd is dark",
 		Ours: true, Strike: andDark(electorGets(syscall.SIGSTOP))},
+	{Name: "spawner-killed", Group: "daemon", About: "the spawner, between guard and job, is killed with SIGKILL",
+		Ours: true, Alone: OursAlone, CI: true, User: true, Strike: spawnerGets(syscall.SIGKILL)},
+	{Name: "spawner-hung-unreachable", Group: "daemon", About: "the spawner hangs, and etcd is unreachable",
+		Ours: true, User: true, Strike: andDark(spawnerGets(syscall.SIGSTOP))},
 }

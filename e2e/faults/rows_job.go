@@ -32,6 +32,10 @@ var jobRows = slices.Concat(
 		Name: "gigabytes", Group: "job", About: "the job has 4 GB of memory to free; the road to etcd goes dark",
 		Job: []string{fmt.Sprintf("memory=%d", gigabytes)}, Alone: AllAlone,
 		Prepare: waitForMemory, Strike: watchingDeath(dark), After: deathOfThreads,
+	}, {
+		Name: "orphans", Group: "job", About: "the job has thousands of orphans and three fork loops; etcd is unreachable and the deadline passes",
+		Job: []string{fmt.Sprintf("orphans=%d", orphans), "storm=3"}, Ours: true, Alone: AllAlone, CI: true, User: true,
+		Prepare: waitForOrphans, Strike: dark, After: timerLatency,
 	}},
 )
 
@@ -62,6 +66,37 @@ func waitForRoles(ctx context.Context, t *Trial) error {
 			return slices.ContainsFunc(lives, func(l e2e.Life) bool { return l.Role == role })
 		})
 	})
+}
+
+const orphans = 8000
+
+// waitForOrphans waits until the orphans are there.
+func waitForOrphans(ctx context.Context, t *Trial) error {
+	return within(ctx, 3*patience, "the job has too few orphans", func(ctx context.Context) error {
+		return e2e.Until(ctx, func() error {
+			spawner, err := t.Leader.Spawner()
+			if err != nil {
+				return err
+			}
+			if n := len(e2e.Children(spawner)); n < orphans {
+				return fmt.Errorf("%d orphans", n)
+			}
+			return nil
+		})
+	})
+}
+
+var latencyPattern = regexp.MustCompile(`guard_lateness=(\S+)`)
+
+// timerLatency reads from the leader's log how late the guard served a deadline.
+func timerLatency(_ context.Context, t *Trial) error {
+	found := latencyPattern.FindStringSubmatch(t.Leader.Log())
+	if found == nil {
+		return errors.New("the leader's log tells of no timer latency")
+	}
+	latency, err := time.ParseDuration(found[1])
+	t.Figure("timer latency", latency)
+	return err
 }
 
 const gigabytes = 4

@@ -18,6 +18,7 @@
 //	main-gone      end the main thread while other threads run on
 //	storm=N        N chains of processes, each of which forks and ends at once
 //	fill=N         fork up to N children, and another for each that dies
+//	orphans=N      have N idle descendants whose parents have exited
 //	memory=N       have N GiB of memory, all of it touched
 //	leave=N        have so much memory that N MiB are left for all others
 //
@@ -208,6 +209,9 @@ func misbehave(words []string, witness *net.UnixConn) error {
 	}
 	if n := number(value(words, "fill=")); n > 0 {
 		go fill(n, fd)
+	}
+	if n := number(value(words, "orphans=")); n > 0 {
+		orphan(n, fd)
 	}
 	if n := number(value(words, "memory=")); n > 0 {
 		go hoard(func(have, _ int64) bool { return have < int64(n)<<30 }, func() bool { return false })
