@@ -56,8 +56,8 @@ type Config struct {
 	Identity     string   `split_words:"true" shown:"host name" desc:"this candidate's name: the value of its key, which other programs read"`
 	TTL          duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, from 2s to 5m"`
 	StopSignal   signal   `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
-	StopGrace    duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL"`
-	LossGrace    duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, inside the lease's life; 0s: SIGKILL at once"`
+	StopGrace    duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL; elect: from /leader's 503 until the lease is given back"`
+	LossGrace    duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, inside the lease's life; 0s: SIGKILL at once. elect: from /leader's 503 until another can lead"`
 	Margin       duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, starved machines, poor clocks"`
 	Restart      string   `split_words:"true" default:"on-failure" desc:"what follows when the job ends by itself: always, on-failure or never. Where it is not restarted, the daemon exits with the job's code"`
 	RestartLimit count    `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`

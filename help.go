@@ -30,7 +30,7 @@ type entry struct{ name, meaning string }
 func subcommands() []entry {
 	return []entry{
 		{"leasehold -- COMMAND [ARG...]", "run COMMAND while leading (also: leasehold run -- COMMAND)"},
-		{"leasehold elect", "campaign and report, no job (sidecar)"},
+		{"leasehold elect", "campaign and report, no job (sidecar). Two apps that ask /leader never work at once if in each poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <= LEASEHOLD_STOP_GRACE"},
 		{"leasehold status [--json]", "the election as etcd has it: leader, token, lease time left, queue"},
 		{"leasehold check [live|ready|leader|standby]", "ask the local daemon at LEASEHOLD_LISTEN (live if nothing is named)"},
 		{"leasehold install DEST", "copy this binary to DEST, a directory or a file: for an init container, which has no cp"},

@@ -37,9 +37,12 @@ func leader(t *testing.T, daemons []*process) (*process, []*process) {
 }
 
 // startPods starts pods of a Deployment: its init containers, then the others; leasehold's are returned, and the others.
-func (w *world) startPods(objects []object, name string, count int) (daemons, others []*process) {
+func (w *world) startPods(objects []object, name string, count int, changes ...func(*corev1.PodSpec)) (daemons, others []*process) {
 	w.t.Helper()
 	spec := find[appsv1.Deployment](w.t, objects, "Deployment", name).Spec.Template.Spec
+	for _, change := range changes {
+		change(&spec)
+	}
 	for i := range count {
 		p := w.pod(fmt.Sprintf("%s-7d4b9c6f5-%d", name, i), spec, nil)
 		for _, c := range spec.InitContainers {
@@ -252,43 +255,148 @@ func TestLive_Sidecar(t *testing.T) {
 			if says(app(others[0]), "leads") == nil {
 				t.Error("the app of a standby was told that it leads")
 			}
-			grace := environment(t, first.spec, "", w.configs)["LEASEHOLD_STOP_GRACE"]
-			begin := time.Now()
-			app(first).stop(t)
-			if grace == "0s" { // A native sidecar is stopped when the app is gone.
-				app(first).end(t, 30*time.Second)
-			}
-			first.stop(t)
-			if grace != "0s" {
-				until(t, "/leader to turn", func() error {
-					if code, err := first.get(4040, "/leader"); err != nil || code != http.StatusServiceUnavailable {
-						return fmt.Errorf("%d (%w)", code, err)
-					}
-					return nil
-				})
-				app(first).end(t, 30*time.Second)
-			}
-			second, _ := leader(t, others)
-			took := time.Since(begin)
-			held, err := time.ParseDuration(grace)
+			held, err := time.ParseDuration(environment(t, first.spec, "", w.configs)["LEASEHOLD_STOP_GRACE"])
 			if err != nil {
 				t.Fatal(err)
 			}
+			app(first).stop(t)
+			if form == "sidecar" { // A native sidecar is stopped when the app is gone.
+				app(first).end(t, 30*time.Second)
+			}
+			begin := time.Now()
+			first.stop(t)
+			first.turns(t)
+			app(first).end(t, 30*time.Second)
+			second, _ := leader(t, others)
+			took := time.Since(begin)
 			if took < held {
 				t.Errorf("the lease was given back after %v, for %v it was to be held for the app", took, held)
 			}
 			if took > held+5*time.Second {
-				t.Errorf("a new leader only %v after the first SIGTERM, and the lease was to be held for %v", took.Round(time.Millisecond), held)
+				t.Errorf("a new leader only %v after the sidecar's SIGTERM, and the lease was to be held for %v", took.Round(time.Millisecond), held)
 			}
+			t.Logf("a new leader %v after the sidecar's SIGTERM", took.Round(time.Millisecond))
 			if code := first.end(t, time.Minute); code != 0 {
 				t.Errorf("the sidecar ended with %d", code)
 			}
 			until(t, "the next app to hear of it", func() error { return says(app(second), second.pod.name+" leads") })
-			second.stop(t)
-			second.stop(t) // the second one says: at once
-			second.end(t, time.Minute)
+			second.hurry(t)
 		})
 	}
+}
+
+// turns waits until a sidecar that was stopped says that it does not lead.
+func (p *process) turns(t *testing.T) {
+	t.Helper()
+	until(t, "/leader to turn 503", func() error {
+		if code, err := p.get(4040, "/leader"); err != nil || code != http.StatusServiceUnavailable {
+			return fmt.Errorf("%d (%w)", code, err)
+		}
+		return nil
+	})
+}
+
+// hurry stops a leading sidecar at once: a second signal says so.
+func (p *process) hurry(t *testing.T) {
+	t.Helper()
+	p.stop(t)
+	p.turns(t)
+	p.stop(t)
+	p.end(t, time.Minute)
+}
+
+// The sidecar is stopped while the app works, as it may for so long after it has asked: two apps never work at once. The kubelet
+// does that to a pod that is deleted by force or evicted, and where the sidecar alone is restarted.
+func TestLive_SidecarStopsFirst(t *testing.T) {
+	busybox(t)
+	w := newWorld(t, shared.rendered["etcd/one-member"])
+	w.startEtcd()
+	for _, c := range []struct {
+		name, form string
+		forced     bool
+		grace      string // in the place of the manifest's
+		overlaps   bool
+	}{
+		{name: "restarted", form: "sidecar"},
+		{name: "restarted, second container", form: "sidecar/plain"},
+		{name: "forced", form: "sidecar", forced: true},
+		{name: "can fail", form: "sidecar", grace: "0s", overlaps: true},
+		{name: "can fail, forced", form: "sidecar", forced: true, grace: "0s", overlaps: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			// It ignores TERM, asks, and works for all but a second of the time that it has. The second is for a busy machine.
+			tm := timingOf(t, shared.rendered[c.form], "sidecar")
+			script := fmt.Sprintf(`trap '' TERM
+				while :; do
+					read asked _ </proc/uptime
+					if wget -q -O /dev/null http://127.0.0.1:4040/leader 2>/dev/null; then
+						echo "from $asked"
+						sleep %v
+						read done _ </proc/uptime
+						echo "to $done"
+					else
+						sleep 0.05
+					fi
+				done`, (tm.lossGrace - time.Second).Seconds())
+			daemons, apps := w.startPods(shared.rendered[c.form], "sidecar", 2, func(spec *corev1.PodSpec) {
+				app := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == "app" })
+				spec.Containers[app].Args = []string{script}
+				if c.grace != "" {
+					sidecar := leaseholdIn(*spec)
+					sidecar.Env = append(sidecar.Env, corev1.EnvVar{Name: "LEASEHOLD_STOP_GRACE", Value: c.grace})
+				}
+			})
+			app := func(of *process) *process {
+				return apps[slices.IndexFunc(apps, func(a *process) bool { return a.pod == of.pod })]
+			}
+			first, others := leader(t, daemons)
+			steps := func(p *process) int { return strings.Count(app(p).out.String(), "from ") }
+			before := steps(first)
+			until(t, "a step to begin", func() error {
+				if steps(first) == before {
+					return errors.New("none has")
+				}
+				return nil
+			})
+			first.stop(t)
+			if c.forced {
+				app(first).stop(t)
+				time.Sleep(time.Second) // the grace that the kubelet leaves
+				first.kill()
+				app(first).kill()
+			}
+			until(t, "the other app to work", func() error { return says(app(others[0]), "to ") })
+			app(first).kill()
+			app(others[0]).kill()
+			overlap := false
+			for _, a := range app(first).worked(t) {
+				for _, b := range app(others[0]).worked(t) {
+					overlap = overlap || a.from < b.to && b.from < a.to
+				}
+			}
+			if overlap != c.overlaps {
+				t.Errorf("two apps worked at once: %v, want %v: %v and %v", overlap, c.overlaps, app(first).worked(t), app(others[0]).worked(t))
+			}
+			first.end(t, time.Minute)
+			others[0].hurry(t)
+		})
+	}
+}
+
+type interval struct{ from, to float64 } // in seconds of /proc/uptime
+
+// worked returns when the app of a test worked. Its last step ended with it.
+func (p *process) worked(t *testing.T) (steps []interval) {
+	t.Helper()
+	for line := range strings.Lines(p.out.String()) {
+		var at float64
+		if _, err := fmt.Sscanf(line, "from %g", &at); err == nil {
+			steps = append(steps, interval{at, p.killed})
+		} else if _, err := fmt.Sscanf(line, "to %g", &at); err == nil {
+			steps[len(steps)-1].to = at
+		}
+	}
+	return steps
 }
 
 // What is wrong with a manifest's settings is the termination message of its pod, every fault of it.

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -495,6 +496,7 @@ func TestManifests_ClientsReachEtcd(t *testing.T) {
 // A timing is what a pod and its daemon have to agree on.
 type timing struct {
 	ttl, stopGrace, lossGrace, podGrace time.Duration
+	poll                                time.Duration // of the app that asks a sidecar
 	liveness, readiness                 *corev1.Probe
 	strategy                            appsv1.DeploymentStrategy
 	pdb, native, elect                  bool
@@ -524,6 +526,11 @@ func timingOf(t *testing.T, objects []object, app string) timing {
 		native: c.RestartPolicy != nil, elect: slices.Equal(c.Args, []string{"elect"}),
 	}
 	tm.lossGrace = seconds("LEASEHOLD_LOSS_GRACE", tm.ttl/5)
+	for _, other := range spec.Containers {
+		if pause := regexp.MustCompile(`(?m)^\s*sleep ([0-9.]+) &`).FindStringSubmatch(strings.Join(other.Args, "\n")); pause != nil {
+			tm.poll, _ = time.ParseDuration(pause[1] + "s")
+		}
+	}
 	if env["LEASEHOLD_LISTEN"] != ":4040" || env["LEASEHOLD_IDENTITY"] != "pod" {
 		t.Errorf("it listens on %q as %q, want :4040 and the pod's name", env["LEASEHOLD_LISTEN"], env["LEASEHOLD_IDENTITY"])
 	}
@@ -560,14 +567,19 @@ func (tm timing) faults() (faults []string) {
 		add("readiness is given up after %v, later than a TTL (%v)", b, tm.ttl)
 	}
 	// A planned stop ends with the job's death, and the revoke, which is bounded by a fifth of the TTL. The rest is for a slow node.
-	if need := max(tm.stopGrace, tm.lossGrace) + tm.ttl/5 + 5*time.Second; tm.podGrace < need {
+	need := max(tm.stopGrace, tm.lossGrace) + tm.ttl/5 + 5*time.Second
+	if tm.native { // It is stopped after the app, which may finish its step.
+		need += tm.lossGrace
+	}
+	if tm.podGrace < need {
 		add("the pod has %v to stop, and needs %v", tm.podGrace, need)
 	}
-	if tm.native && tm.stopGrace != 0 {
-		add("the app is gone before a native sidecar is stopped, and yet the lease is held for %v", tm.stopGrace)
+	// The rule of the page. What time to stop the app has is what the page leaves it.
+	if tm.elect && (tm.poll <= 0 || tm.poll >= tm.lossGrace) {
+		add("the app asks every %v, and has to be done within %v of asking", tm.poll, tm.lossGrace)
 	}
-	if tm.elect && !tm.native && tm.stopGrace == 0 {
-		add("the app is stopped together with leasehold, and has no time for it")
+	if tm.elect && tm.stopGrace < tm.lossGrace {
+		add("the app may work for %v after it has asked, and the lease is given back %v after the stop", tm.lossGrace, tm.stopGrace)
 	}
 	return faults
 }
@@ -593,8 +605,10 @@ func TestManifests_Timing(t *testing.T) {
 		"the liveness probe times out": func(tm *timing) { tm.liveness.TimeoutSeconds = 60 },
 		"a rolling update waits":       func(tm *timing) { tm.readiness.HTTPGet.Path = "/leader" },
 		"lets no node be drained":      func(tm *timing) { tm.readiness.HTTPGet.Path = "/leader" },
-		"the app is gone":              func(tm *timing) { tm.native = true },
-		"and has no time":              func(tm *timing) { tm.elect, tm.stopGrace = true, 0 },
+		"needs 21s":                    func(tm *timing) { tm.native, tm.podGrace = true, 20*time.Second },
+		"the app asks every 0s":        func(tm *timing) { tm.elect = true },
+		"the app asks every 4s":        func(tm *timing) { tm.elect, tm.poll = true, 4*time.Second },
+		"given back 2s after":          func(tm *timing) { tm.elect, tm.stopGrace = true, 2*time.Second },
 	} {
 		tm := timingOf(t, shared.rendered["wrapper"], "wrapper")
 		spoil(&tm)

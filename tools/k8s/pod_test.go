@@ -116,6 +116,8 @@ type process struct {
 	spec  corev1.Container
 	out   *output
 	ended chan struct{}
+
+	killed float64 // when kill had done its work, in seconds of /proc/uptime
 }
 
 // output collects what a container writes.
@@ -241,6 +243,18 @@ func (p *process) stop(t *testing.T) {
 	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// kill does what the kubelet does when the time is over. Once killed it does nothing more.
+func (p *process) kill() {
+	if p.killed != 0 {
+		return
+	}
+	for _, pid := range append([]int{p.Process.Pid}, e2e.Descendants(p.Process.Pid)...) {
+		_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
+	}
+	<-p.ended
+	p.killed = e2e.Now().Seconds() // both count from the boot, suspend included
 }
 
 // end waits for the end and returns the exit code.
