@@ -294,14 +294,19 @@ func TestJob_Surroundings(t *testing.T) {
 					t.Errorf("%s of the job is not %s in\n%s", field, mask, data)
 				}
 			}
-			var open []string
-			entries, err := os.ReadDir(proc + "fd")
-			tr.must(err)
-			for _, e := range entries {
-				open = append(open, e.Name())
-			}
-			if !slices.Equal(open, []string{"0", "1", "2"}) {
-				t.Errorf("descriptors of the job: %q", open)
+			// It opens libraries when it starts, and closes them.
+			if err := e2e.Until(tr.waitContext(10*time.Second), func() error {
+				var open []string
+				entries, err := os.ReadDir(proc + "fd")
+				for _, e := range entries {
+					open = append(open, e.Name())
+				}
+				if err == nil && !slices.Equal(open, []string{"0", "1", "2"}) {
+					err = fmt.Errorf("descriptors of the job: %q", open)
+				}
+				return err
+			}); err != nil {
+				t.Error(err)
 			}
 
 			data, err = os.ReadFile(proc + "environ")
