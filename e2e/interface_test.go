@@ -294,7 +294,8 @@ func TestJob_Surroundings(t *testing.T) {
 					t.Errorf("%s of the job is not %s in\n%s", field, mask, data)
 				}
 			}
-			tr.must(e2e.Until(tr.waitContext(patience), func() error { // the program opens its libraries for a moment
+			// It opens libraries when it starts, and closes them.
+			if err := e2e.Until(tr.waitContext(10*time.Second), func() error {
 				var open []string
 				entries, err := os.ReadDir(proc + "fd")
 				for _, e := range entries {
@@ -304,7 +305,9 @@ func TestJob_Surroundings(t *testing.T) {
 					err = fmt.Errorf("descriptors of the job: %q", open)
 				}
 				return err
-			}))
+			}); err != nil {
+				t.Error(err)
+			}
 
 			data, err = os.ReadFile(proc + "environ")
 			tr.must(err)

@@ -60,6 +60,26 @@ func (tr *trial) shell(script string) func(*e2e.CandidateConfig) {
 	return func(cfg *e2e.CandidateConfig) { tr.wrap(cfg, "sh", "-c", script, "sh") }
 }
 
+// daemonOf waits for the daemon that a shell has started in its background, and returns its pid and a pidfd. It ends with the test.
+func (tr *trial) daemonOf(shell *candidate) (pid, pidfd int) {
+	tr.Helper()
+	tr.must(e2e.Until(tr.waitContext(patience), func() error {
+		children := e2e.Children(shell.Guard())
+		if len(children) != 1 {
+			return fmt.Errorf("children of the shell: %v", children)
+		}
+		pid = children[0]
+		return nil
+	}))
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	tr.must(err)
+	tr.Cleanup(func() {
+		_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0) // it has ended, if all went well
+		_ = unix.Close(pidfd)
+	})
+	return pid, pidfd
+}
+
 // tells is a job that tells which signals it gets, and ends after TERM.
 func tells() func(*e2e.CandidateConfig) {
 	return command("sh", "-c", `trap "echo got TERM; exit 0" TERM; for s in HUP INT QUIT; do trap "echo got $s" $s; done; echo ready; while :; do sleep 0.01; done`)
@@ -132,17 +152,8 @@ func TestTerminal_HangUp(t *testing.T) {
 			}
 			return nil
 		}))
-		daemon := e2e.Children(shell.Guard())
-		if len(daemon) != 1 {
-			t.Fatalf("children of the shell: %v", daemon)
-		}
-		pidfd, err := unix.PidfdOpen(daemon[0], 0)
-		tr.must(err)
-		t.Cleanup(func() {
-			_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0) // it has ended, if all went well
-			_ = unix.Close(pidfd)
-		})
-		_, err = master.WriteString("\n")
+		_, pidfd := tr.daemonOf(shell)
+		_, err := master.WriteString("\n")
 		tr.must(err)
 		if err := e2e.Until(tr.waitContext(patience), func() error {
 			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0); n != 1 {
@@ -248,6 +259,7 @@ func TestTerminal_Stdin(t *testing.T) {
 			tr := ordinary(t)
 			master, slave := newTerminal(t)
 			c := tr.start("a", "", command("sh", "-c", cat+"; echo end; sleep 1000"), tr.shell(script), onTerminal(slave))
+			daemon, _ := tr.daemonOf(c)
 			tr.waitOutput(c, "/dev/null\nend\n")
 			typed := "/dev/null\nend\n"
 			for i := range 20 {
@@ -256,11 +268,7 @@ func TestTerminal_Stdin(t *testing.T) {
 				typed += fmt.Sprintf("shell: %d\n", i)
 				tr.waitOutput(c, typed)
 			}
-			daemon := e2e.Children(c.Guard())
-			if len(daemon) != 1 {
-				t.Fatalf("children of the shell: %v", daemon)
-			}
-			tr.must(syscall.Kill(daemon[0], syscall.SIGTERM))
+			tr.must(syscall.Kill(daemon, syscall.SIGTERM))
 			tr.nothingLeft()
 			tr.must(master.Close())
 			<-c.Ended()

@@ -143,6 +143,7 @@ type job struct {
 	killSince time.Duration
 	complain  time.Duration
 	rounds    int
+	nextRound time.Duration
 }
 
 // RunGuard runs the guard until the elector has ended and nothing of the job is alive, and returns the process's exit code.
@@ -409,20 +410,11 @@ func (g *guard) poll() {
 	switch {
 	case g.unreaped:
 		timeout = &soon
-	case g.job.kill != killNone || held:
-		// The first rounds follow each other at once: what was killed is gone after some 100 µs.
-		pause := 100 * time.Microsecond
-		switch r := g.job.rounds; {
-		case g.job.kill == killNone:
-			pause = 50 * time.Millisecond
-		case r > 1000:
-			pause = 100 * time.Millisecond
-		case r > 100:
-			pause = 5 * time.Millisecond
-		case r > 10:
-			pause = time.Millisecond
-		}
-		soon = unix.NsecToTimespec(int64(pause))
+	case g.job.kill != killNone:
+		soon = unix.NsecToTimespec(int64(min(max(g.job.nextRound-Now(), 0), 100*time.Millisecond)))
+		timeout = &soon
+	case held:
+		soon = unix.NsecToTimespec(int64(50 * time.Millisecond))
 		timeout = &soon
 	}
 	_, _, _ = unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&g.fds[0])), uintptr(len(g.fds)), uintptr(unsafe.Pointer(timeout)), 0, 0, 0)
@@ -631,11 +623,16 @@ func (g *guard) killRound() {
 		g.buried()
 		return
 	}
+	began := Now()
+	if began < j.nextRound {
+		return
+	}
 	g.strike()
 	// Reading the process table takes milliseconds. Where the first process or the cgroup is all there is, that is lost time.
 	if j.rounds++; j.rounds > 8 || g.cgroup == nil && j.pid == 0 {
 		g.procs.killDescendants(g.root(), g.children...)
 	}
+	j.nextRound = began + g.roundPause(Now()-began)
 	g.hearSpawner()
 	g.reap()
 	if g.dead() {
@@ -646,6 +643,25 @@ func (g *guard) killRound() {
 		j.complain = now + 10*time.Second
 		g.log.Error("the job can't be killed; the lease is held on to", "elapsed", (now - j.killSince).Round(time.Second).String(), "pid", j.pid)
 	}
+}
+
+// roundPause is the time from the beginning of a round to the next one. The first follow each other at once: what was killed is gone
+// after some 100 µs. Thousands of processes take seconds to exit, and need the processor for that: most of it is left to them
+// where the kernel has killed them all at one stroke, and half of it where they may still fork.
+func (g *guard) roundPause(took time.Duration) time.Duration {
+	pause, share := 100*time.Microsecond, 1
+	switch r := g.job.rounds; {
+	case r > 1000:
+		pause = 100 * time.Millisecond
+	case r > 100:
+		pause = 5 * time.Millisecond
+	case r > 10:
+		pause = time.Millisecond
+	}
+	if g.cgroup != nil {
+		share = 4
+	}
+	return took + max(pause, time.Duration(share)*took)
 }
 
 // dead reports whether nothing of the job is left: no start under way, nothing in the cgroup, and no child of the spawner, or of ours

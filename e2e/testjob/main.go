@@ -86,6 +86,9 @@ func run(words []string) error {
 	if role == "between" {
 		return nil // a descendant of ours is the daemon
 	}
+	if role == "parent" {
+		return orphan(number(value(words, "orphans=")), witness)
+	}
 	if role == "job" {
 		if err := misbehave(words, witness); err != nil {
 			return err
@@ -121,6 +124,15 @@ func spawn(role string, words []string, witness *net.UnixConn) error {
 		if has("hold-pipes") {
 			if _, err := start("child", words, witness, true); err != nil {
 				return err
+			}
+		}
+		if value(words, "orphans=") != "" {
+			parent, err := start("parent", words, witness, false)
+			if err != nil {
+				return err
+			}
+			if err := parent.Wait(); err != nil {
+				return fmt.Errorf("leave orphans: %w", err)
 			}
 		}
 		if has("daemonize") {
@@ -193,25 +205,28 @@ func hide(words []string) {
 	}
 }
 
+// descriptor is that of the connection to the witness, or -1.
+func descriptor(witness *net.UnixConn) (fd int, err error) {
+	if witness == nil {
+		return -1, nil
+	}
+	raw, err := witness.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	return fd, raw.Control(func(u uintptr) { fd = int(u) })
+}
+
 func misbehave(words []string, witness *net.UnixConn) error {
-	fd := -1
-	if witness != nil {
-		raw, err := witness.SyscallConn()
-		if err != nil {
-			return err
-		}
-		if err := raw.Control(func(u uintptr) { fd = int(u) }); err != nil {
-			return err
-		}
+	fd, err := descriptor(witness)
+	if err != nil {
+		return err
 	}
 	if n := number(value(words, "storm=")); n > 0 {
 		storm(n, fd)
 	}
 	if n := number(value(words, "fill=")); n > 0 {
 		go fill(n, fd)
-	}
-	if n := number(value(words, "orphans=")); n > 0 {
-		orphan(n, fd)
 	}
 	if n := number(value(words, "memory=")); n > 0 {
 		go hoard(func(have, _ int64) bool { return have < int64(n)<<30 }, func() bool { return false })
