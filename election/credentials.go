@@ -208,7 +208,7 @@ func (a *auth) ask(first *member) (token string, err error) {
 	// A member that knows of no leader says so at once, then.
 	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(a.life), authBound)
 	defer cancel()
-	list := a.members.list
+	list := a.members.all()
 	start := slices.Index(list, first)
 	for i := range list {
 		m := list[(start+i)%len(list)]
