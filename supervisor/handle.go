@@ -432,18 +432,18 @@ func (h *Handle) avenge(why string) error {
 	}
 	began := Now()
 	h.askSpawner()
+	if alive {
+		h.strike()
+	}
 	procs, err := h.scanner()
 	if err != nil {
 		h.log.Error("the process table can't be read: the spawner alone finds the job", "err", err)
-	}
-	if alive {
-		h.strike()
 	}
 	if !pidfdEnded(h.guardFd) {
 		h.log.Error(why+": it is killed, and the job with it", "threads", threadStates(h.cfg.Guard))
 	}
 	complain, killed := began+10*time.Second, h.killed
-	for !h.jobGone(procs) || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
+	for !h.jobGone(procs, Now() > began+5*time.Millisecond) || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
 		pause := 200 * time.Microsecond
 		switch elapsed := Now() - began; {
 		case elapsed > 10*time.Second:
@@ -479,8 +479,9 @@ func (h *Handle) avenge(why string) error {
 	return ErrGuardGone
 }
 
-// jobGone kills what is left of the job, then the guard, and reports whether nothing of the job is left.
-func (h *Handle) jobGone(procs *scanner) bool {
+// jobGone kills what is left of the job, then the guard, and reports whether nothing of the job is left. To look through the process
+// table takes milliseconds, in which the spawner is mostly done.
+func (h *Handle) jobGone(procs *scanner, look bool) bool {
 	gone := true
 	select {
 	case <-h.killed:
@@ -492,7 +493,7 @@ func (h *Handle) jobGone(procs *scanner) bool {
 			h.mu.Unlock()
 		} else {
 			h.askSpawner()
-			if procs != nil {
+			if look && procs != nil {
 				procs.killDescendants(h.cfg.Spawner, unix.Getpid())
 			}
 		}
