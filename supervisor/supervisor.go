@@ -2,16 +2,16 @@
 
 // Package supervisor runs the job while this candidate leads, and sees to it that the job is dead before anybody else's can run.
 //
-// It has two ends, in two processes. The guard is what the user started: it owns every child, holds the deadlines and
-// kills. The elector holds a Handle, through which it asks for a start, hands on later deadlines, and learns of the job's end.
-// Either kills the job when it loses the other.
+// It is spread over three processes. The guard is what the user started: it holds the deadlines and kills. The elector, its child,
+// holds a Handle, through which it asks for a start, hands on later deadlines, and learns of the job's end. The spawner, a child of
+// the guard's too, starts the job, and is the parent of all that the job leaves behind.
+// Whichever of them is lost, the others kill the job.
 //
-// Promised: once a deadline has passed, or one of the two processes is gone, every process of the job is killed, and "dead" is said
-// only when the kernel shows none: no child of the guard's, nothing in the job's cgroup.
+// Promised: once a deadline has passed, or one of the three is gone, every process of the job is killed, and "dead" is said
+// only when the kernel shows none: no child of the spawner, nothing in the job's cgroup.
 //
 // Not promised: anything about work that the job gave to another daemon; a job in uninterruptible sleep dies when that ends,
-// and until then its death is not claimed. When the guard is killed outright and the job has no cgroup, a descendant
-// that wiped its environment, or runs as another user, can be missed.
+// and until then its death is not claimed. When guard and spawner are killed in one moment, what has left the job's cgroup is missed.
 package supervisor
 
 import (
