@@ -292,8 +292,23 @@ func (a *spawnArea) turn() {
 	if a.fds[pollElectorSock].Revents != 0 {
 		a.hearElector()
 	}
-	if a.fds[pollGuardSock].Revents != 0 {
-		a.hearGuard()
+	if a.fds[pollGuardSock].Revents != 0 && a.receive(pollGuardSock) {
+		switch a.message.kind {
+		case spawnPrepare:
+			a.prepare()
+		case spawnStart:
+			a.serial = a.message.serial
+			errno := a.prepare()
+			if errno == 0 {
+				errno = a.start()
+			}
+			if errno != 0 {
+				a.send(a.guardSock, spawnRefused, a.serial, errno, 0, -1)
+			}
+		case spawnKill:
+			a.killAsked = a.message.serial
+			a.kill()
+		}
 	}
 	if a.fds[pollExec].Revents != 0 {
 		a.execDone()
@@ -352,26 +367,6 @@ func (a *spawnArea) receive(which int) bool {
 func (a *spawnArea) hearElector() {
 	if a.receive(pollElectorSock) && a.message.kind == spawnKill {
 		a.close()
-	}
-}
-
-//go:nosplit
-//go:norace
-func (a *spawnArea) hearGuard() {
-	if !a.receive(pollGuardSock) {
-		return
-	}
-	switch a.message.kind {
-	case spawnPrepare:
-		a.prepare()
-	case spawnStart:
-		a.serial = a.message.serial
-		if errno := a.start(); errno != 0 {
-			a.send(a.guardSock, spawnRefused, a.serial, errno, 0, -1)
-		}
-	case spawnKill:
-		a.killAsked = a.message.serial
-		a.kill()
 	}
 }
 
@@ -434,9 +429,6 @@ func (a *spawnArea) prepare() int32 {
 func (a *spawnArea) start() int32 {
 	if a.closed != 0 || a.first != 0 {
 		return spawnTooLate
-	}
-	if errno := a.prepare(); errno != 0 {
-		return errno
 	}
 	if _, _, errno := unix.RawSyscall(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&a.pipe)), unix.O_CLOEXEC, 0); errno != 0 {
 		return int32(errno)

@@ -4,6 +4,7 @@ package image_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -98,8 +99,8 @@ func wholeTree(s *stage, reason string, flags ...string) {
 	if now := b.pid(s); now != pid {
 		s.Errorf("the container's process 1 was %d and is %d", pid, now)
 	}
-	if n := len(e2e.Descendants(pid)); n != 1+len(roles) { // the elector and the job
-		s.Errorf("%d processes in the container, want %d", n, 1+len(roles))
+	if n := len(e2e.Descendants(pid)); n != 2+len(roles) { // the elector, the spawner and the job
+		s.Errorf("%d processes in the container, want %d", n, 2+len(roles))
 	}
 	// A planned stop of a job that will not stop: killed after the grace.
 	b.kill(s, "TERM")
@@ -124,7 +125,7 @@ func TestZombies(t *testing.T) {
 				left = append(left, string(stat[:bytes.LastIndexByte(stat, ')')+3]))
 			}
 		}
-		if len(left) != 2 { // the elector and the job
+		if len(left) != 3 { // the elector, the spawner and the job
 			return fmt.Errorf("%d processes are left: %q", len(left), left)
 		}
 		return nil
@@ -181,6 +182,37 @@ func TestPID1_CantBeKilledFromInside(t *testing.T) {
 	s.waitRenewals(b, 3)
 	s.waitStatus(b, "/leader", http.StatusOK)
 	// The guard answers, and stops as planned.
+	b.kill(t, "TERM")
+	s.waitExit(b, 0)
+}
+
+// TestStranger: what root has put into the container falls to process 1, which may not kill it. It is not the job's, and keeps
+// neither the next job nor the container's end waiting.
+func TestStranger(t *testing.T) {
+	s := newStage(t)
+	b := s.start("a", plan{image: imageJob, args: []string{"sleep", "infinity"}})
+	s.waitStatus(b, "/leader", http.StatusOK)
+	podman(t, "exec", "-u", "0", b.name, "sh", "-c", "sleep infinity >/dev/null 2>&1 &")
+	s.must(e2e.Until(s.wait(patience), func() error {
+		for _, pid := range e2e.Children(b.pid(t)) {
+			if status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n") {
+				return nil
+			}
+		}
+		return errors.New("process 1 has no child of root's")
+	}))
+	lease := s.lease()
+	_, err := s.etcd.Etcdctl(s.ctx, "lease", "revoke", lease)
+	s.must(err)
+	s.must(e2e.Until(s.wait(patience), func() error {
+		if code, body, err := b.Get(s.ctx, "/leader"); err != nil || code != http.StatusOK {
+			return fmt.Errorf("/leader: %d, %s, %w", code, body, err)
+		}
+		if s.lease() == lease {
+			return errors.New("the lease is the old one")
+		}
+		return nil
+	}))
 	b.kill(t, "TERM")
 	s.waitExit(b, 0)
 }

@@ -50,7 +50,7 @@ func TestDocs(t *testing.T) {
 		w.must(err)
 		var status []byte
 		w.until(patience, func() error { // the job may be between fork and exec
-			for _, pid := range e2e.Children(guard) {
+			for _, pid := range e2e.Descendants(guard) {
 				if status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && pid != elector && strings.HasPrefix(string(status), "Name:\tsleep\n") {
 					// Whatever the drop-in, the job keeps its cgroup.
 					if cgroup, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid)); err != nil || !strings.Contains(string(cgroup), service+"/leasehold-") {
