@@ -208,10 +208,11 @@ func TestStranger(t *testing.T) {
 		if code, body, err := b.Get(s.ctx, "/leader"); err != nil || code != http.StatusOK {
 			return fmt.Errorf("/leader: %d, %s, %w", code, body, err)
 		}
-		if s.lease() == lease {
-			return errors.New("the lease is the old one")
+		leases, err := s.etcd.Leases(s.ctx)
+		if err == nil && (len(leases) != 1 || leases[0] == lease) {
+			err = fmt.Errorf("leases %q, want a new one", leases)
 		}
-		return nil
+		return err
 	}))
 	b.kill(t, "TERM")
 	s.waitExit(b, 0)
