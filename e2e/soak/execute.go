@@ -200,22 +200,26 @@ func (x *executor) hitCandidate(f fault, c *candidate) error {
 	if d == nil {
 		return x.nothing(f)
 	}
-	elector, err := openElector(d)
+	find := d.Elector
+	if strings.HasPrefix(f.name, "spawner") {
+		find = d.Spawner
+	}
+	child, err := openChild(d, find)
 	if err != nil && x.contender == leasehold {
 		return x.nothing(f) // it has just started, or is ending
 	}
 	// Errors of signals mean that the process has ended meanwhile.
 	signal := func(sig syscall.Signal) { _ = d.Signal(sig) }
-	signalElector := func(sig syscall.Signal) {
-		if elector < 0 {
+	signalChild := func(sig syscall.Signal) {
+		if child < 0 {
 			signal(sig)
 			return
 		}
-		_ = unix.PidfdSendSignal(elector, sig, nil, 0)
+		_ = unix.PidfdSendSignal(child, sig, nil, 0)
 	}
-	closeElector := func() {
-		if elector >= 0 {
-			_ = unix.Close(elector)
+	closeChild := func() {
+		if child >= 0 {
+			_ = unix.Close(child)
 		}
 	}
 	x.begins(f, c.name)
@@ -225,7 +229,7 @@ func (x *executor) hitCandidate(f fault, c *candidate) error {
 			c.hit = false
 			x.disturbed[c.name] = e2e.Now()
 			heal()
-			closeElector()
+			closeChild()
 			return nil
 		})
 	}
@@ -235,22 +239,22 @@ func (x *executor) hitCandidate(f fault, c *candidate) error {
 		signal(syscall.SIGSTOP)
 		lasting(func() { signal(syscall.SIGCONT) })
 		return nil
-	case "elector stopped":
-		signalElector(syscall.SIGSTOP)
-		lasting(func() { signalElector(syscall.SIGCONT) })
+	case "elector stopped", "spawner stopped":
+		signalChild(syscall.SIGSTOP)
+		lasting(func() { signalChild(syscall.SIGCONT) })
 		return nil
 	case "frozen briefly", "frozen for long":
 		thaw, err := x.freeze(c)
 		lasting(thaw)
 		return err
 	}
-	defer closeElector()
+	defer closeChild()
 	switch f.name {
 	case "guard killed":
 		x.check.kills(c.name)
 		signal(syscall.SIGKILL)
-	case "elector killed":
-		signalElector(syscall.SIGKILL)
+	case "elector killed", "spawner killed":
+		signalChild(syscall.SIGKILL)
 	case "asked to end twice":
 		signal(syscall.SIGTERM)
 		signal(syscall.SIGTERM)
@@ -260,9 +264,9 @@ func (x *executor) hitCandidate(f fault, c *candidate) error {
 	return nil
 }
 
-// openElector holds the elector's process, so that a later signal hits no other.
-func openElector(d *daemon) (int, error) {
-	pid, err := d.Elector()
+// openChild holds a child of the guard, so that a later signal hits no other.
+func openChild(d *daemon, find func() (int, error)) (int, error) {
+	pid, err := find()
 	if err != nil {
 		return -1, err
 	}
@@ -270,9 +274,9 @@ func openElector(d *daemon) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	if again, err := d.Elector(); err != nil || again != pid {
+	if again, err := find(); err != nil || again != pid {
 		_ = unix.Close(fd)
-		return -1, fmt.Errorf("the elector of %s is another now", d.Identity)
+		return -1, fmt.Errorf("the guard of %s has another child now", d.Identity)
 	}
 	return fd, nil
 }

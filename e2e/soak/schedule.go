@@ -46,6 +46,8 @@ var kinds = []kind{
 	{"elector killed", 6, onCandidate, 0, 0},
 	{"guard stopped", 4, onCandidate, 0.02, 1.2},
 	{"elector stopped", 4, onCandidate, 0.02, 1.4},
+	{"spawner killed", 4, onCandidate, 0, 0},
+	{"spawner stopped", 3, onCandidate, 0.02, 1.4},
 	{"frozen briefly", 3, onCandidate, 0.1, 0.8},
 	{"frozen for long", 2, onCandidate, 1, 1.5},
 	{"asked to end", 5, onCandidate, 0, 0},
