@@ -46,7 +46,7 @@ const (
 //
 //nolint:lll // One variable a line.
 type Config struct {
-	Endpoints    []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, with commas between them; a bare host:port is http, or https where LEASEHOLD_TLS_* is set"`
+	Endpoints    []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, with commas between them; a bare host:port is http, or https where LEASEHOLD_TLS_* is set; each address of a host name counts as an endpoint"`
 	Election     string   `split_words:"true" shown:"required" desc:"election key prefix, used as given: etcdctl elect --listen NAME sees the same election"`
 	Identity     string   `split_words:"true" shown:"host name" desc:"this candidate's name: the value of its key, which other programs read"`
 	TTL          duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, at least 2s"`

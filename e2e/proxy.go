@@ -81,6 +81,19 @@ func StartProxyOn(host, target string, delay time.Duration) (*Proxy, error) {
 			return nil, fmt.Errorf("start a proxy for %s: %w", target, err)
 		}
 	}
+	return newProxy(l, target, delay), nil
+}
+
+// StartProxyAt is StartProxy at a host:port of this machine.
+func StartProxyAt(addr, target string) (*Proxy, error) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("start a proxy for %s: %w", target, err)
+	}
+	return newProxy(l, target, 0), nil
+}
+
+func newProxy(l net.Listener, target string, delay time.Duration) *Proxy {
 	open := make(chan struct{})
 	close(open)
 	p := &Proxy{
@@ -90,7 +103,7 @@ func StartProxyOn(host, target string, delay time.Duration) (*Proxy, error) {
 		toServer: gate{open}, toClient: gate{open},
 	}
 	p.wait.Go(p.accept)
-	return p, nil
+	return p
 }
 
 // Addr is the proxy's host:port.

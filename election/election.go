@@ -127,7 +127,7 @@ type TLS struct {
 
 // Config configures a candidate.
 type Config struct {
-	// Endpoints are the URLs of etcd's members.
+	// Endpoints are the URLs of etcd's members. Where the host is a name, each of its addresses is one.
 	Endpoints []string
 	// Election is the key prefix, without the slash that follows it.
 	Election string
@@ -142,7 +142,9 @@ type Config struct {
 	Wait time.Duration
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
-	TLS         TLS
+	// lookup finds the addresses of a host. nil: the system's resolver.
+	lookup func(ctx context.Context, host string) ([]string, error)
+	TLS    TLS
 	// Username and Password are for etcd's own authentication. Password is called anew for each; nil means none.
 	Username string
 	Password func() (string, error)

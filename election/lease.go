@@ -33,15 +33,15 @@ type leaseEvents interface {
 // lease keeps one lease alive. One goroutine, that of run, does all the deciding; each attempt to renew has another one, which
 // reports to it and which it never waits for.
 type lease struct {
-	id        int64
-	key       string
-	timing    Timing
-	endpoints []endpoint
-	current   *atomic.Int32 // the endpoint to ask first
-	now       func() time.Duration
-	events    leaseEvents
-	metrics   *metrics
-	turned    *atomic.Int64
+	id      int64
+	key     string
+	timing  Timing
+	list    func() []endpoint // there may be more of them later
+	current *atomic.Int32     // the endpoint to ask first
+	now     func() time.Duration
+	events  leaseEvents
+	metrics *metrics
+	turned  *atomic.Int64
 	// early is by how much to renew before the interval is over: those who joined or came back in a crowd must not renew in step.
 	early func() time.Duration
 
@@ -54,6 +54,7 @@ type lease struct {
 	demands chan demand
 
 	// What follows belongs to run.
+	endpoints []endpoint
 	sent      time.Duration // when the renewal that counts was sent
 	deadlines Deadlines
 	silent    bool // stop-at has passed and contactLost was called
@@ -100,14 +101,14 @@ func (d demand) isGivenUp() bool {
 }
 
 // newLease makes the keeper of a lease that was granted.
-func newLease(id int64, key string, timing Timing, g granted, endpoints []endpoint, current *atomic.Int32,
+func newLease(id int64, key string, timing Timing, g granted, list func() []endpoint, current *atomic.Int32,
 	now, early func() time.Duration, events leaseEvents, m *metrics, turned *atomic.Int64,
 ) *lease {
 	l := &lease{
-		id: id, key: key, timing: timing, endpoints: endpoints, current: current,
+		id: id, key: key, timing: timing, list: list, current: current,
 		now: now, early: early, events: events, metrics: m, turned: turned,
 		demands: make(chan demand), answers: make(chan answer), sent: g.sent, deadlines: timing.From(g.sent),
-		attempts: make([]attempt, len(endpoints)), next: g.sent + timing.RenewInterval() - early(), prefer: -1,
+		next: g.sent + timing.RenewInterval() - early(), prefer: -1,
 	}
 	l.raftTerm.Store(g.raftTerm)
 	return l
@@ -159,6 +160,8 @@ func (l *lease) run(ctx context.Context) {
 		now := l.now()
 		l.turned.Store(int64(now))
 		l.check(now)
+		l.endpoints = l.list()
+		l.attempts = append(l.attempts, make([]attempt, len(l.endpoints)-len(l.attempts))...)
 		l.demand = slices.DeleteFunc(l.demand, demand.isGivenUp)
 		for i := range l.attempts {
 			if a := &l.attempts[i]; a.serial != 0 && now >= a.abandon {
@@ -275,8 +278,9 @@ func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 		since = now
 	}
 	l.attempts[i] = attempt{serial: serial, sent: now, since: since, abandon: now + l.timing.RenewInterval(), cancel: cancel}
+	at := l.endpoints[i]
 	go func() {
-		r, err := l.endpoints[i].renew(ctx, l.id)
+		r, err := at.renew(ctx, l.id)
 		l.report(ctx, answer{endpoint: i, serial: serial, renewal: r, err: err})
 	}()
 }
@@ -292,9 +296,9 @@ func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	// A majority of etcd with slow disks takes its time for a read, and for no renewal. That the renewal was answered says that the
 	// member is there, and what counts is when it was sent: so the read may take longer.
 	a.cancel, a.abandon = cancel, now+2*l.timing.RenewInterval()
-	serial := a.serial
+	serial, at := a.serial, l.endpoints[i]
 	go func() {
-		r, err := l.endpoints[i].read(ctx, l.key)
+		r, err := at.read(ctx, l.key)
 		l.report(ctx, answer{endpoint: i, serial: serial, confirming: true, reading: r, err: err})
 	}()
 }

@@ -139,7 +139,7 @@ func newTestLeaseOf(t *testing.T, ttl time.Duration, created int64, answers ...f
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.lease = newLease(1, "key", NewTiming(ttl, -1, -1), granted{}, endpoints, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
+	l.lease = newLease(1, "key", NewTiming(ttl, -1, -1), granted{}, func() []endpoint { return endpoints }, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
 	l.confirmFrom(created)
 	ctx, stop := context.WithCancel(t.Context())
 	l.stop = stop

@@ -26,7 +26,9 @@ import (
 // members are the endpoints of etcd, each with a connection of its own, so that which member is asked is decided here and not
 // by a balancer: etcd's client takes turns per request, and a connection on which nothing arrives any more stays in its round.
 type members struct {
-	list []*member
+	hosts []*host // those of the endpoints that name one
+	mu    sync.Mutex
+	known []*member // more may be added, when a name has more addresses
 	// current is the index of the member that gave the last good answer. Requests go there first.
 	current atomic.Int32
 	// closing counts the connections and watchers that are being closed, which can take a while when nobody answers.
@@ -46,8 +48,8 @@ func newMembers(cfg Config) (*members, error) {
 		a = &auth{username: cfg.Username, password: cfg.Password}
 	}
 	ms := &members{}
-	for _, endpoint := range cfg.Endpoints {
-		m := &member{endpoint: endpoint, auth: a, authenticating: make(chan struct{}, 1)}
+	add := func(endpoint string, h *host, number int) {
+		m := &member{endpoint: endpoint, host: h, number: number, auth: a, authenticating: make(chan struct{}, 1)}
 		options := []grpc.DialOption{
 			// gRPC's own backoff goes up to two minutes.
 			grpc.WithConnectParams(grpc.ConnectParams{
@@ -59,6 +61,9 @@ func newMembers(cfg Config) (*members, error) {
 		}
 		if strings.HasPrefix(endpoint, "https://") {
 			options = append(options, grpc.WithTransportCredentials(creds))
+		}
+		if h != nil {
+			options = append(options, h.dialer(number))
 		}
 		if a != nil {
 			options = append(options, grpc.WithPerRPCCredentials(a), grpc.WithChainUnaryInterceptor(m.intercept))
@@ -72,14 +77,31 @@ func newMembers(cfg Config) (*members, error) {
 				MaxUnaryRetries: 1,
 			})
 		}
-		ms.list = append(ms.list, m)
+		ms.mu.Lock()
+		defer ms.mu.Unlock()
+		ms.known = append(ms.known, m)
 	}
-	if len(ms.list) == 0 {
+	for _, endpoint := range cfg.Endpoints {
+		h := newHost(endpoint, cfg.lookup)
+		if h != nil {
+			h.add = func(number int) { add(endpoint, h, number) }
+			ms.hosts = append(ms.hosts, h)
+		}
+		add(endpoint, h, 0)
+	}
+	if len(cfg.Endpoints) == 0 {
 		return nil, errors.New("no endpoints")
 	}
 	// Many candidates have the same list: they should not all begin with the same member.
-	ms.current.Store(rand.Int32N(int32(len(ms.list))))
+	ms.current.Store(rand.Int32N(int32(len(cfg.Endpoints))))
 	return ms, nil
+}
+
+// all returns the members there are by now. None is ever removed.
+func (ms *members) all() []*member {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return ms.known
 }
 
 // reset replaces the connection of m, on which nothing arrives any more: when the network is back, a new one is made at once,
@@ -129,7 +151,7 @@ func (ms *members) closeClient(client *clientv3.Client) {
 
 // close ends all connections. It waits for them only briefly: those that nobody answers on end by themselves.
 func (ms *members) close() {
-	for _, m := range ms.list {
+	for _, m := range ms.all() {
 		m.mu.Lock()
 		client, next := m.client, m.next
 		m.client, m.next, m.closed = nil, nil, true
@@ -151,6 +173,8 @@ func (ms *members) close() {
 // member is one endpoint of etcd. Its connection is made when first needed.
 type member struct {
 	endpoint string
+	host     *host // nil: the endpoint is an address
+	number   int   // of the member among those of the host
 	dial     func() (*clientv3.Client, error)
 	auth     *auth // shared by all members; nil: none
 	// authenticating is a lock that can be waited for until a context ends.
@@ -160,6 +184,14 @@ type member struct {
 	client *clientv3.Client
 	next   *clientv3.Client // which is to replace it, while that is not up; else nil
 	closed bool
+}
+
+// name is the endpoint, and which of its addresses.
+func (m *member) name() string {
+	if m.host == nil || m.host.address(m.number) == "" {
+		return m.endpoint
+	}
+	return m.endpoint + " (" + m.host.address(m.number) + ")"
 }
 
 // open returns the client of the connection, which it makes if there is none. It does not wait for the connection to be up:
@@ -310,26 +342,32 @@ func first[T any](ctx context.Context, ms *members, hedgeDelay time.Duration, as
 		got  T
 		err  error
 	}
-	answers := make(chan answer, len(ms.list))
-	start, asked := int(ms.current.Load()), 0
+	answers := make(chan answer)
+	start, asked, answered := int(ms.current.Load()), map[int]bool{}, map[int]bool{}
 	next := func() {
-		if asked == len(ms.list) {
+		all := ms.all() // more may have been added meanwhile
+		for i := range all {
+			i = (start + i) % len(all)
+			if asked[i] {
+				continue
+			}
+			asked[i] = true
+			go func() {
+				got, err := ask(ctx, all[i])
+				select {
+				case answers <- answer{i, got, err}:
+				case <-ctx.Done():
+				}
+			}()
 			return
 		}
-		i := (start + asked) % len(ms.list)
-		asked++
-		go func() {
-			got, err := ask(ctx, ms.list[i])
-			answers <- answer{i, got, err}
-		}()
 	}
 	delay := func() time.Duration {
 		if end, ok := ctx.Deadline(); ok {
-			return min(hedgeDelay, time.Until(end)/time.Duration(1+len(ms.list)-asked))
+			return min(hedgeDelay, time.Until(end)/time.Duration(1+len(ms.all())-len(asked)))
 		}
 		return hedgeDelay
 	}
-	answered := make([]bool, len(ms.list))
 	var errs []error
 	next()
 	hedge := time.NewTimer(delay())
@@ -342,8 +380,9 @@ func first[T any](ctx context.Context, ms *members, hedgeDelay time.Duration, as
 				return a.got, nil
 			}
 			answered[a.from] = true
-			errs = append(errs, &memberError{ms.list[a.from].endpoint, a.err})
-			if len(errs) == len(ms.list) {
+			errs = append(errs, &memberError{ms.all()[a.from].name(), a.err})
+			if len(errs) == len(ms.all()) {
+				ms.lookAgain()
 				return a.got, errors.Join(errs...)
 			}
 			next()
@@ -352,12 +391,14 @@ func first[T any](ctx context.Context, ms *members, hedgeDelay time.Duration, as
 			next()
 			hedge.Reset(delay())
 		case <-ctx.Done():
+			all := ms.all()
 			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-				ms.current.CompareAndSwap(int32(start), int32((start+1)%len(ms.list)))
+				ms.current.CompareAndSwap(int32(start), int32((start+1)%len(all)))
+				ms.lookAgain()
 			}
-			for i := range asked {
-				if i := (start + i) % len(ms.list); !answered[i] {
-					errs = append(errs, &memberError{ms.list[i].endpoint, ctx.Err()})
+			for i, m := range all {
+				if asked[i] && !answered[i] {
+					errs = append(errs, &memberError{m.name(), ctx.Err()})
 				}
 			}
 			var none T

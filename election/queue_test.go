@@ -153,7 +153,7 @@ func TestFirst(t *testing.T) {
 		} {
 			members := &members{}
 			for i := range test.answers {
-				members.list = append(members.list, &member{endpoint: string(rune('a' + i))})
+				members.known = append(members.known, &member{endpoint: string(rune('a' + i))})
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			began := time.Now()
@@ -179,12 +179,12 @@ func TestFirst_AsksAllInTime(t *testing.T) {
 		}{{3, 1, 833333333}, {5, 2, 1000 * ms}, {5, 4, 2000 * ms}} {
 			members := &members{}
 			for range test.members {
-				members.list = append(members.list, &member{})
+				members.known = append(members.known, &member{})
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), bound)
 			began := time.Now()
 			_, err := first(ctx, members, 15*time.Second, func(ctx context.Context, m *member) (int, error) {
-				if slices.Index(members.list, m) < test.hung {
+				if slices.Index(members.known, m) < test.hung {
 					return 0, answerIn(1e6, nil)(ctx)
 				}
 				return 0, nil
@@ -217,7 +217,7 @@ func newRunningQueue(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, ahea
 		t.Fatal(err)
 	}
 	t.Cleanup(ms.close)
-	client, err := ms.list[0].open()
+	client, err := ms.all()[0].open()
 	if err != nil {
 		t.Fatal(err)
 	}

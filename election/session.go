@@ -90,9 +90,11 @@ func (r *runner) session(ctx context.Context) error {
 	r.update(func(snap *Snapshot) {
 		snap.LeaseID, snap.TTL, snap.Deadlines = s.id, g.ttl, s.timing.From(g.sent)
 	})
-	endpoints := make([]endpoint, len(r.members.list))
-	for i, m := range r.members.list {
-		endpoints[i] = m
+	endpoints := func() (all []endpoint) {
+		for _, m := range r.members.all() {
+			all = append(all, m)
+		}
+		return all
 	}
 	early := func() time.Duration { return rand.N(s.timing.RenewInterval() / 5) }
 	s.lease = newLease(s.id, s.key, s.timing, g, endpoints, &r.members.current, r.cfg.Now, early, s, r.metrics, &r.turns.lease)
@@ -228,13 +230,13 @@ func (s *session) lost(cause error) {
 
 // suspect implements leaseEvents.
 func (s *session) suspect(endpoint int, dead bool, err error) {
-	m := s.members.list[endpoint]
+	m := s.members.all()[endpoint]
 	s.mu.Lock()
 	news := s.trouble == nil
-	s.trouble = &memberError{m.endpoint, err}
+	s.trouble = &memberError{m.name(), err}
 	s.mu.Unlock()
 	if news {
-		s.log.Warn("lease not renewed, trying again at another endpoint", "err", &memberError{m.endpoint, err})
+		s.log.Warn("lease not renewed, trying again at another endpoint", "err", &memberError{m.name(), err})
 	}
 	if dead {
 		s.members.reset(m)

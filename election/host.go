@@ -1,0 +1,103 @@
+package election
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/url"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc"
+)
+
+// host is an endpoint with the name of a host in it. Each address of the name is a member of its own: to gRPC all of them are one
+// connection, and where its member hangs there would be no other to ask. The name is looked up at each attempt to connect, and
+// when no member has answered a request. An address that the name has lost is never connected to again, for it may belong to
+// another etcd by then.
+type host struct {
+	name, port string
+	lookup     func(ctx context.Context, name string) ([]string, error)
+	add        func(number int) // makes one more member
+	again      atomic.Bool      // the name is being looked up beside any attempt to connect
+
+	mu sync.Mutex
+	// addresses are those of the members, by number. A blank one waits for a new address.
+	addresses []string
+}
+
+// newHost returns nil for an endpoint that is not of a name.
+func newHost(endpoint string, lookup func(context.Context, string) ([]string, error)) *host {
+	u, err := url.Parse(endpoint)
+	if err != nil || u.Port() == "" || net.ParseIP(u.Hostname()) != nil {
+		return nil
+	}
+	if lookup == nil {
+		lookup = net.DefaultResolver.LookupHost
+	}
+	return &host{name: u.Hostname(), port: u.Port(), lookup: lookup, addresses: []string{""}}
+}
+
+// resolve looks the name up and sees that each of its addresses has a member.
+func (h *host) resolve(ctx context.Context) error {
+	found, err := h.lookup(ctx, h.name)
+	if err != nil {
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	added := slices.DeleteFunc(slices.Clone(found), func(a string) bool { return slices.Contains(h.addresses, a) })
+	// Many candidates have the same name: they should not all begin with the same member.
+	rand.Shuffle(len(added), func(i, j int) { added[i], added[j] = added[j], added[i] })
+	for i, address := range h.addresses {
+		switch {
+		case slices.Contains(found, address):
+		case len(added) == 0:
+			h.addresses[i] = ""
+		default:
+			h.addresses[i], added = added[0], added[1:]
+		}
+	}
+	for _, address := range added {
+		h.addresses = append(h.addresses, address)
+		h.add(len(h.addresses) - 1)
+	}
+	return nil
+}
+
+func (h *host) address(number int) string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.addresses[number]
+}
+
+// dialer has the member of that number connect to its address. All else, such as the name that TLS asks a certificate for, is as
+// if gRPC had looked the name up.
+func (h *host) dialer(number int) grpc.DialOption {
+	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+		if err := h.resolve(ctx); err != nil {
+			return nil, err
+		}
+		address := h.address(number)
+		if address == "" {
+			return nil, fmt.Errorf("%s has fewer addresses now", h.name)
+		}
+		return (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort(address, h.port))
+	})
+}
+
+// lookAgain looks the names up, in the background.
+func (ms *members) lookAgain() {
+	for _, h := range ms.hosts {
+		if h.again.CompareAndSwap(false, true) {
+			ms.closing.Go(func() {
+				defer h.again.Store(false)
+				ctx, cancel := context.WithTimeout(context.Background(), MaxTurn)
+				defer cancel()
+				_ = h.resolve(ctx) // an error shows when the next connection is made
+			})
+		}
+	}
+}
