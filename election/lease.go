@@ -278,8 +278,9 @@ func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 		since = now
 	}
 	l.attempts[i] = attempt{serial: serial, sent: now, since: since, abandon: now + l.timing.RenewInterval(), cancel: cancel}
+	at := l.endpoints[i]
 	go func() {
-		r, err := l.endpoints[i].renew(ctx, l.id)
+		r, err := at.renew(ctx, l.id)
 		l.report(ctx, answer{endpoint: i, serial: serial, renewal: r, err: err})
 	}()
 }
@@ -295,9 +296,9 @@ func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	// A majority of etcd with slow disks takes its time for a read, and for no renewal. That the renewal was answered says that the
 	// member is there, and what counts is when it was sent: so the read may take longer.
 	a.cancel, a.abandon = cancel, now+2*l.timing.RenewInterval()
-	serial := a.serial
+	serial, at := a.serial, l.endpoints[i]
 	go func() {
-		r, err := l.endpoints[i].read(ctx, l.key)
+		r, err := at.read(ctx, l.key)
 		l.report(ctx, answer{endpoint: i, serial: serial, confirming: true, reading: r, err: err})
 	}()
 }
