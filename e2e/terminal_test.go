@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -97,7 +98,7 @@ func (tr *trial) waitOutput(c *candidate, want string) {
 }
 
 // ignored is which signals a process ignores, as /proc has it.
-func ignored(t *testing.T, pid int) string {
+func ignored(t *testing.T, pid int) uint64 {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
@@ -105,11 +106,15 @@ func ignored(t *testing.T, pid int) string {
 	}
 	for line := range strings.Lines(string(text)) {
 		if mask, found := strings.CutPrefix(line, "SigIgn:\t"); found {
-			return strings.TrimSpace(mask)
+			set, err := strconv.ParseUint(strings.TrimSpace(mask), 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return set
 		}
 	}
 	t.Fatalf("no SigIgn in %s", text)
-	return ""
+	return 0
 }
 
 // A terminal that hangs up ends the daemon in order. As long as the terminal is
@@ -176,14 +181,14 @@ func TestTerminal_IgnoredStaysIgnored(t *testing.T) {
 		name    string
 		start   func(*trial) func(*e2e.CandidateConfig)
 		signals []syscall.Signal
-		mask    string
+		mask    uint64
 	}{
 		{"nohup", func(tr *trial) func(*e2e.CandidateConfig) {
 			return func(cfg *e2e.CandidateConfig) { tr.wrap(cfg, "nohup") }
-		}, []syscall.Signal{unix.SIGHUP}, "0000000000000001"},
+		}, []syscall.Signal{unix.SIGHUP}, 1},
 		{"background of a shell", func(tr *trial) func(*e2e.CandidateConfig) {
 			return tr.shell(`trap "" INT QUIT; exec "$@"`) // which it does itself after &
-		}, []syscall.Signal{unix.SIGINT, unix.SIGQUIT}, "0000000000000006"},
+		}, []syscall.Signal{unix.SIGINT, unix.SIGQUIT}, 6},
 	} {
 		for _, elect := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/elect=%v", row.name, elect), func(t *testing.T) {
@@ -200,9 +205,13 @@ func TestTerminal_IgnoredStaysIgnored(t *testing.T) {
 					tr.waitOutput(c, "ready\n")
 					processes = append(processes, *tr.status(c).Job.PID)
 				}
-				for _, pid := range processes {
-					if mask := ignored(t, pid); mask != row.mask {
-						t.Errorf("process %d ignores %s, want %s", pid, mask, row.mask)
+				for i, pid := range processes {
+					mask := ignored(t, pid)
+					if i == 0 {
+						mask &= 1<<31 - 1 // of those that C libraries keep for themselves the daemon resets only the job's
+					}
+					if mask != row.mask {
+						t.Errorf("process %d ignores %#x, want %#x", pid, mask, row.mask)
 					}
 				}
 				for _, sig := range row.signals {
