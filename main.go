@@ -414,6 +414,10 @@ func elect() (code int) {
 	defer cancel(nil)
 	changed := make(chan struct{}, 1)
 	registry := prometheus.NewRegistry()
+	if loss := election.NewTiming(cfg.TTL.Duration, cfg.LossGrace.Or(-1), -1).LossGrace; cfg.StopGrace.Duration < loss {
+		log.Warn("LEASEHOLD_STOP_GRACE is shorter than LEASEHOLD_LOSS_GRACE: after a planned stop whoever asks has less time to stop than after a loss",
+			"stop_grace", cfg.StopGrace.String(), "loss_grace", loss.String())
+	}
 	holder := &leaseHolder{grace: cfg.StopGrace.Duration, hurry: make(chan struct{})}
 	candidate, err := newCandidate(cfg, log, registry, holder, changed, nil)
 	if err != nil {
@@ -484,7 +488,8 @@ func (h *leaseHolder) Lead(ctx context.Context, t election.Term) error {
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errPlannedStop):
 		hold = h.grace
-	case errors.Is(cause, election.ErrContactLost):
+	case errors.Is(cause, election.ErrContactLost), errors.Is(cause, election.ErrKeyOverwritten):
+		// Nobody else can lead yet: not before the lease ends, or not before the key is removed, which is for us to do.
 		hold = time.Duration(h.end.Load()) - supervisor.Now()
 	}
 	timer := time.NewTimer(hold)

@@ -327,3 +327,25 @@ func TestForeignKeys(t *testing.T) {
 	tr.must(c.Signal(syscall.SIGTERM))
 	tr.waitExit(c, 0)
 }
+
+// TestElect_KeyOverwritten: the key keeps all others waiting until it is removed. So whoever asks has the time to stop.
+func TestElect_KeyOverwritten(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[1], e2e.ClusterConfig{})
+	tr.ttl = 5 * time.Second
+	a := tr.start("a", "", subcommand("elect"))
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	b := tr.start("b", "", subcommand("elect"))
+	tr.waitStatus(b, "/standby", http.StatusOK)
+	key := tr.status(a).Leader.Key
+	_, err := tr.etcd.Etcdctl(tr.ctx, "put", key, "x")
+	tr.must(err)
+	tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
+	turned := e2e.Now()
+	tr.waitStatus(b, "/leader", http.StatusOK)
+	const lossGrace = time.Second // a fifth of the TTL
+	if gap := e2e.Now() - turned; gap < lossGrace*9/10 {
+		t.Errorf("the next one leads %v after /leader turned, want %v at least", gap, lossGrace)
+	}
+	tr.finish()
+}

@@ -130,7 +130,7 @@ func (c *Candidate) endTerm(cause error) {
 		c.mu.Unlock()
 		return
 	}
-	first, lost := !t.over, errors.Is(cause, ErrLeaseLost) || errors.Is(cause, ErrKeyDeleted) || errors.Is(cause, ErrKeyOverwritten)
+	first, lost := !t.over, errors.Is(cause, ErrLeaseLost) || errors.Is(cause, ErrKeyDeleted)
 	if first {
 		t.over = true
 		c.snapshot.State, c.snapshot.Reason, c.snapshot.Leading, c.snapshot.Since = Stopping, cause.Error(), false, time.Now()
@@ -298,21 +298,23 @@ type leaving struct {
 	created int64 // the key's create revision; 0: it was not put
 }
 
-// revoke gives up the lease, and the key if that has stayed, for it was overwritten. The job has exited: in which order they go
-// does not matter. The lease goes first, so that the next leader does not wait for a look at the key, which mostly finds nothing.
+// revoke gives up the key and the lease. The job has exited. The key goes by itself, and first: one that was overwritten does not
+// go with the lease, and would keep all others waiting for ever; and the next leader waits for no more than the key.
 func (r *runner) revoke(ctx context.Context, l leaving, bound time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
+	var keyErr error
+	if l.created != 0 {
+		half, cancel := context.WithTimeout(ctx, bound/2)
+		_, keyErr = first(half, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
+			return struct{}{}, m.remove(ctx, l.key, l.created)
+		})
+		cancel()
+	}
 	_, err := first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
 		return struct{}{}, m.revoke(ctx, l.lease)
 	})
-	if err != nil || l.created == 0 {
-		return err
-	}
-	_, err = first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
-		return struct{}{}, m.remove(ctx, l.key, l.created)
-	})
-	return err
+	return errors.Join(keyErr, err)
 }
 
 // revokeLeftover goes on revoking a lease that could not be revoked when its session ended. Its key keeps all others waiting, and

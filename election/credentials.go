@@ -58,6 +58,8 @@ const (
 	authBound = 5 * time.Minute
 	pingEvery = 10 * time.Second
 	pingBound = 20 * time.Second
+	// mostHold bounds the pause after an authentication that failed, but for chance.
+	mostHold = 5 * time.Second
 	// refusalHolds is the pause after a refused password, which costs etcd as much as a good one.
 	refusalHolds = time.Second
 )
@@ -126,7 +128,7 @@ func (m *member) authenticated(ctx context.Context, call func() error) error {
 	token, known := m.auth.current()
 	if !known {
 		if err := m.auth.replace(ctx, token, m); err != nil {
-			return err
+			return authError{err}
 		}
 		token, _ = m.auth.current()
 	}
@@ -135,7 +137,7 @@ func (m *member) authenticated(ctx context.Context, call func() error) error {
 		return err
 	}
 	if err := m.auth.replace(ctx, token, m); err != nil {
-		return err
+		return authError{err}
 	}
 	return call()
 }
@@ -192,7 +194,7 @@ func (a *auth) run(this *authentication, pause time.Duration, first *member) {
 		return
 	}
 	// Whatever took etcd long is not repeated soon, and not by all at once.
-	hold := max(time.Since(began), 50*time.Millisecond)
+	hold := min(max(time.Since(began), 50*time.Millisecond), mostHold)
 	if errors.Is(err, rpctypes.ErrAuthFailed) {
 		hold = refusalHolds
 	}
@@ -228,12 +230,12 @@ func (a *auth) ask(first *member) (token string, err error) {
 func (m *member) authenticate(ctx context.Context, username, password string) (string, error) {
 	client, err := m.dial(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingEvery, Timeout: pingBound}))
 	if err != nil {
-		return "", &memberError{m.endpoint, err}
+		return "", &memberError{m.name(), err}
 	}
 	defer m.auth.members.closeClient(client)
 	resp, err := pb.NewAuthClient(client.ActiveConnection()).Authenticate(ctx, &pb.AuthenticateRequest{Name: username, Password: password})
 	if err != nil {
-		return "", &memberError{m.endpoint, fmt.Errorf("authenticate as %q: %w", username, rpctypes.Error(err))}
+		return "", &memberError{m.name(), fmt.Errorf("authenticate as %q: %w", username, rpctypes.Error(err))}
 	}
 	return resp.Token, nil
 }

@@ -32,7 +32,8 @@ var (
 	ErrLeaseLost = errors.New("the lease is gone from etcd")
 	// ErrKeyDeleted: the key was deleted, or deleted and made anew. The next leader may be starting.
 	ErrKeyDeleted = errors.New("the leader's key is gone from etcd")
-	// ErrKeyOverwritten: somebody wrote to the key, which took our lease from it. Nothing but a hand or we will remove it now.
+	// ErrKeyOverwritten: somebody wrote to the key, which took our lease from it. No other can lead before the key is removed,
+	// which is for us to do, or for a hand.
 	ErrKeyOverwritten = errors.New("the candidate's key was overwritten in etcd, and with that lost its lease")
 )
 
@@ -72,7 +73,7 @@ type Term struct {
 	// Deadlines are those at the beginning of the term.
 	Deadlines Deadlines
 	Timing    Timing
-	// Lost is closed when the lease or the key is gone, also when Lead's context had already ended for a milder cause:
+	// Lost is closed when the lease or the key is gone, which an overwritten key is not, also when Lead's context had already ended for a milder cause:
 	// whatever still runs must be killed at once, for the next leader may be starting.
 	Lost <-chan struct{}
 }

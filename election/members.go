@@ -304,19 +304,19 @@ func (m *member) readBoth(ctx context.Context, one, other *pb.RangeRequest) (hea
 
 // remove deletes the key if it has that create revision; 0: whichever it has.
 func (m *member) remove(ctx context.Context, key string, created int64) error {
-	r, err := m.read(ctx, key)
-	if err != nil || r.created == 0 || created != 0 && r.created != created {
-		return err
-	}
 	conn, err := m.conn()
 	if err != nil {
 		return err
 	}
-	_, err = pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{
-		Compare: []*pb.Compare{{
+	var only []*pb.Compare
+	if created != 0 {
+		only = []*pb.Compare{{
 			Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
-			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: r.created},
-		}},
+			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: created},
+		}}
+	}
+	_, err = pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{
+		Compare: only,
 		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)}}}},
 	})
 	return rpctypes.Error(err)
@@ -363,8 +363,16 @@ func (e *memberError) Error() string {
 
 func (e *memberError) Unwrap() error { return e.err }
 
+// authError says why there is no token. It says nothing of the member that one is needed for.
+type authError struct{ error }
+
+func (e authError) Unwrap() error { return e.error }
+
 // unavailable reports whether the member can't be reached, or says itself that it can't serve now.
 func unavailable(err error) bool {
+	if errors.As(err, &authError{}) {
+		return false
+	}
 	var said rpctypes.EtcdError
 	if errors.As(err, &said) {
 		return said.Code() == codes.Unavailable

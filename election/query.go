@@ -2,6 +2,7 @@ package election
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sort"
 	"time"
@@ -88,7 +89,8 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	return r, nil
 }
 
-// Revoke revokes the lease of a candidate, and removes its key if that stays: somebody has overwritten it. It asks all members, again and again, until one says that the lease is gone or ctx ends.
+// Revoke removes a candidate's key, which stays without its lease where somebody has overwritten it, and revokes the lease. It asks all
+// members, again and again, until both are gone or ctx ends.
 func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 	ms, bound, err := queryMembers(cfg)
 	if err != nil {
@@ -98,14 +100,15 @@ func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 	var wait retry
 	for {
 		rctx, cancel := context.WithTimeout(ctx, bound)
+		half, cancelHalf := context.WithTimeout(rctx, bound/2)
+		_, keyErr := first(half, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
+			return struct{}{}, m.remove(ctx, fmt.Sprintf("%s/%x", cfg.Election, leaseID), 0)
+		})
+		cancelHalf()
 		_, err := first(rctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
 			return struct{}{}, m.revoke(ctx, leaseID)
 		})
-		if err == nil {
-			_, err = first(rctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
-				return struct{}{}, m.remove(ctx, fmt.Sprintf("%s/%x", cfg.Election, leaseID), 0)
-			})
-		}
+		err = errors.Join(keyErr, err)
 		cancel()
 		if err == nil {
 			return nil

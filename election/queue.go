@@ -160,8 +160,8 @@ func (q *queue) run(ctx context.Context) {
 		// A member that was silent all the time may have too much to do: to come back at once, all of us, would not help.
 		if age := q.now() - started; age > q.timing.TTL || age > q.timing.RenewInterval() && !errors.Is(err, errSilent) {
 			wait = retry{}
-			pause(ctx, q.spread())
 		}
+		pause(ctx, q.spread())
 		q.turned.Store(int64(q.now()))
 		wait.sleep(ctx)
 	}

@@ -167,12 +167,12 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	case err == nil:
 		s.cfg.Holder.Leased(0, 0)
 	case ctx.Err() != nil:
-		then = "it will expire" // this was the last attempt
+		then = "the lease will expire" // this was the last attempt
 	default:
 		s.revokeLeftover(left)
 	}
 	if err != nil && s.timing.TTL != 0 {
-		s.log.Warn("lease not revoked, "+then, "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
+		s.log.Warn("key and lease not removed, "+then, "lease", fmt.Sprintf("%x", s.id), "err", oneLine(err))
 	}
 	s.turn()
 	s.update(func(snap *Snapshot) {
@@ -242,6 +242,9 @@ func (s *session) suspect(endpoint int, dead bool, err error) {
 	s.mu.Unlock()
 	if news {
 		s.log.Warn("lease not renewed, trying again at another endpoint", "err", &memberError{m.name(), err})
+	}
+	if dead && s.members.auth != nil && s.members.auth.busy() {
+		return // it waits for a token, maybe
 	}
 	if dead {
 		s.members.reset(m)
