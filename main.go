@@ -163,7 +163,8 @@ func guard(command []string) (code int) {
 	return supervisor.RunGuard(supervisor.GuardConfig{
 		Path: path, Argv: command, Env: withoutOurs(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
-		TTL: cfg.TTL.Duration, StopSignal: cfg.StopSignal.Signal, NewPrivs: cfg.NoNewPrivs == "off",
+		TTL: cfg.TTL.Duration, Margin: election.NewTiming(cfg.TTL.Duration, -1, cfg.Margin.Or(-1)).Margin,
+		StopSignal: cfg.StopSignal.Signal, NewPrivs: cfg.NoNewPrivs == "off",
 		Elector: []string{"leasehold", roleElector},
 		Probe:   []string{"leasehold", roleProbe},
 		Revoke: func(lease int64, within time.Duration) []string {

@@ -125,6 +125,9 @@ func (c *cgroup) killAll() {
 	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(c.kill), uintptr(unsafe.Pointer(&c.buf[0])), 1)
 }
 
+// killAllBlocking is killAll for those who have other goroutines: the kernel may keep its caller waiting.
+func (c *cgroup) killAllBlocking() { _, _ = unix.Write(c.kill, []byte{'1'}) }
+
 // populated says if there is a process in the cgroup. What can't be read counts as populated, unless the cgroup is gone,
 // which it can be only when it was empty.
 func (c *cgroup) populated() bool {

@@ -29,6 +29,7 @@ type GuardConfig struct {
 	Election   string
 	Identity   string
 	TTL        time.Duration // as configured; bounds how long a silent elector is borne
+	Margin     time.Duration // of the lease; bounds how long a silent spawner is borne after kill-by
 	StopSignal unix.Signal
 	NewPrivs   bool // the job may gain privileges, although what has gained them may not be killed
 
@@ -496,7 +497,7 @@ const exitPause = time.Second
 // be starting, that is half the margin, for the guard needs the rest to kill all by itself.
 func (g *guard) spawnerPause(now time.Duration) time.Duration {
 	if j := &g.job; j.kill == killLost || j.kill != killNone && now >= j.killBy {
-		return max(g.cfg.TTL/20, 100*time.Millisecond)
+		return g.cfg.Margin / 2
 	}
 	return max(g.cfg.TTL/3, time.Second)
 }
@@ -856,6 +857,9 @@ func (g *guard) hearSpawner() {
 	for g.spawner.pid != 0 {
 		fd, ok := g.spawner.hear()
 		if !ok {
+			if g.fds[5].Revents&unix.POLLHUP != 0 && pidfdEnded(g.spawner.pidfd) {
+				g.spawnerEnded() // though a tracer may keep it from being reaped
+			}
 			return
 		}
 		m, j := g.spawner.got, &g.job
@@ -872,10 +876,13 @@ func (g *guard) hearSpawner() {
 			j.alone = true // it has no child yet, or no more
 			g.refused(m.value)
 		case spawnExited:
-			j.alone = m.extra == 1
+			j.alone, j.forking = m.extra == 1, false
 			g.jobEnded(unix.WaitStatus(m.value))
 		case spawnGone:
-			j.alone = true
+			j.alone, j.forking = true, false
+			if j.pid != 0 {
+				g.jobEnded(unix.WaitStatus(unix.SIGKILL))
+			}
 		}
 	}
 }
@@ -937,8 +944,12 @@ func (g *guard) reap() {
 		switch int(pid) {
 		case g.elector:
 			g.electorEnded(ws)
-		case g.spawner.pid:
-			g.spawnerEnded(ws)
+		case g.spawner.pid, g.spawner.zombie:
+			if g.hearSpawner(); g.spawner.pid != 0 { // its last words first
+				g.spawnerEnded()
+			}
+			g.spawner.zombie = 0
+			g.listChildren()
 		case g.revoke:
 			g.revokeEnded(ws)
 		case g.job.pid:
@@ -949,13 +960,13 @@ func (g *guard) reap() {
 }
 
 // spawnerEnded follows the end of the spawner. The kernel has killed the job's first process, and what descends from that falls to us.
-func (g *guard) spawnerEnded(ws unix.WaitStatus) {
+func (g *guard) spawnerEnded() {
 	j := &g.job
-	g.hearSpawner() // its last words
-	g.spawner.pid, g.spawner.waiting, g.lost = 0, false, "the spawner"
+	g.spawner.pid, g.spawner.zombie, g.spawner.waiting, g.lost = 0, g.spawner.pid, false, "the spawner"
 	g.listChildren()
 	j.forking = false
 	if j.pid != 0 {
+		var ws unix.WaitStatus
 		if pid, _, errno := unix.RawSyscall6(unix.SYS_WAIT4, uintptr(j.pid), uintptr(unsafe.Pointer(&ws)), unix.WNOHANG|unix.WALL, 0, 0, 0); errno == unix.ECHILD || int(pid) == j.pid {
 			g.jobEnded(ws) // reaped by the spawner, which could not tell any more, or just now
 		}
@@ -964,7 +975,7 @@ func (g *guard) spawnerEnded(ws unix.WaitStatus) {
 		return
 	}
 	g.exiting = false
-	g.log.Error("the spawner has ended: the job is killed and the lease revoked", "exit_code", ExitOf(ws).Code, "signal", ExitOf(ws).Signal)
+	g.log.Error("the spawner has ended: the job is killed and the lease revoked")
 	g.beginKill(killSpawner)
 	g.loseElector()
 }
@@ -1005,7 +1016,7 @@ func (g *guard) electorEnded(ws unix.WaitStatus) {
 // listChildren lists the children that are not the job's.
 func (g *guard) listChildren() {
 	g.children = g.children[:0]
-	for _, pid := range [...]int{g.elector, g.spawner.pid, g.revoke} {
+	for _, pid := range [...]int{g.elector, g.spawner.pid, g.spawner.zombie, g.revoke} {
 		if pid != 0 {
 			g.children = append(g.children, pid)
 		}
@@ -1073,7 +1084,6 @@ func (g *guard) exit() int {
 		g.log.Warn("exiting: planned stop; the elector was killed", "exit_code", 0)
 		return 0
 	}
-	g.log.Error("the elector is lost: exiting to be started again", "exit_code", ExitInternal)
 	g.log.Error(g.lost+" is lost: exiting to be started again", "exit_code", ExitInternal)
 	return ExitInternal
 }

@@ -67,8 +67,9 @@ type Handle struct {
 
 	mu    sync.Mutex
 	job   Job
-	term  Term // of the job under way
-	alive bool // from the request to start until dead
+	term  Term          // of the job under way
+	alive bool          // from the request to start until dead
+	asked time.Duration // when the start was asked for
 	// due is when the guard was to have the job dead because we asked for its stop; forever: we have not.
 	due time.Duration
 	// known is the last kill-by that the guard is sure to have read: it has answered a ping that was sent later.
@@ -253,7 +254,7 @@ func (h *Handle) Run(ctx context.Context) error {
 func (h *Handle) hung(owed int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	busy := h.jobFd < 0 || pidfdEnded(h.jobFd) || Now() >= min(h.known-h.cfg.Margin(), h.due)
+	busy := h.jobFd < 0 && Now() < h.asked+h.cfg.TTL/3 || h.jobFd >= 0 && pidfdEnded(h.jobFd) || Now() >= min(h.known-h.cfg.Margin(), h.due)
 	return h.alive && owed > 3 && busy
 }
 
@@ -280,7 +281,7 @@ func (h *Handle) strike() {
 	h.killing.Lock()
 	defer h.killing.Unlock()
 	if h.cgroup != nil {
-		h.cgroup.killAll()
+		h.cgroup.killAllBlocking()
 	}
 }
 
@@ -443,7 +444,8 @@ func (h *Handle) avenge(why string) error {
 		h.log.Error(why+": it is killed, and the job with it", "threads", threadStates(h.cfg.Guard))
 	}
 	complain, killed := began+10*time.Second, h.killed
-	for !h.jobGone(procs, Now() > began+5*time.Millisecond) || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
+	sees := procHidden() == ""
+	for !h.jobGone(procs, Now() > began+5*time.Millisecond, sees && Now() > began+max(h.cfg.Margin()/2, time.Second)) || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
 		pause := 200 * time.Microsecond
 		switch elapsed := Now() - began; {
 		case elapsed > 10*time.Second:
@@ -480,8 +482,8 @@ func (h *Handle) avenge(why string) error {
 }
 
 // jobGone kills what is left of the job, then the guard, and reports whether nothing of the job is left. To look through the process
-// table takes milliseconds, in which the spawner is mostly done.
-func (h *Handle) jobGone(procs *scanner, look bool) bool {
+// table takes milliseconds, in which the spawner is mostly done. One that hangs is killed once nothing is seen to descend from it.
+func (h *Handle) jobGone(procs *scanner, look, hangs bool) bool {
 	gone := true
 	select {
 	case <-h.killed:
@@ -493,8 +495,8 @@ func (h *Handle) jobGone(procs *scanner, look bool) bool {
 			h.mu.Unlock()
 		} else {
 			h.askSpawner()
-			if look && procs != nil {
-				procs.killDescendants(h.cfg.Spawner, unix.Getpid())
+			if look && procs != nil && !procs.killDescendants(h.cfg.Spawner, unix.Getpid()) && hangs {
+				signalPidfd(h.cfg.SpawnerPidfd, unix.SIGKILL)
 			}
 		}
 		h.strike()
@@ -584,7 +586,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 		h.mu.Unlock()
 		return exit, false, ErrGuardGone
 	}
-	h.term, h.alive, h.due, h.known = t, true, forever, t.KillBy
+	h.term, h.alive, h.asked, h.due, h.known = t, true, Now(), forever, t.KillBy
 	h.mu.Unlock()
 	h.transition(JobStarting, "elected", nil)
 	h.pingSoon()

@@ -28,7 +28,8 @@ type spawner struct {
 	terms   int // where in mem the entries of the term go
 	sock    int // SOCK_SEQPACKET, non-blocking
 	elector int // the elector's end, until that has it, then -1
-	pid     int // 0: reaped
+	pid     int // 0: it has ended
+	zombie  int // its pid then, until it is reaped
 	pidfd   int
 
 	sent    spawnMessage

@@ -86,7 +86,7 @@ type spawnArea struct {
 	pause     unix.Timespec
 	pipe      [2]int32
 	sigset    uint64
-	action    [4]uint64
+	action    [4]uint64 // zeros
 	urgent    unix.SchedAttr
 	clone     spawnClone
 	message   spawnMessage
@@ -147,12 +147,12 @@ func spawnerMain(a *spawnArea) {
 	if a.noNewPrivs != 0 {
 		_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
 	}
-	if a.nofile[1] != 0 {
+	a.showTitle()
+	a.resetSignals()
+	a.keepOwnDescriptors()
+	if a.nofile[1] != 0 { // the limit may lie below our own descriptors
 		_, _, _ = unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&a.nofile)), 0, 0, 0)
 	}
-	a.showTitle()
-	a.resetIgnored()
-	a.keepOwnDescriptors()
 	a.turns++
 	for {
 		a.turn()
@@ -174,20 +174,16 @@ func (a *spawnArea) showTitle() {
 	}
 }
 
-// resetIgnored gives the default to all signals that are ignored, but for those that the job shall ignore: exec keeps what is
-// ignored, and resets what has a handler.
+// resetSignals gives the default to all signals but those that the job shall ignore. They are blocked until the job's exec, before
+// which no handler of Go's may run.
 //
 //go:nosplit
 //go:norace
-func (a *spawnArea) resetIgnored() {
-	const sigIgn = 1 // the first word of struct sigaction is the handler
+func (a *spawnArea) resetSignals() {
 	for sig := uintptr(1); sig <= 64; sig++ {
-		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, 0, uintptr(unsafe.Pointer(&a.action)), 8, 0, 0)
-		if errno != 0 || a.action[0] != sigIgn || a.keepIgnored&(1<<(sig-1)) != 0 {
-			continue
+		if a.keepIgnored&(1<<(sig-1)) == 0 { // the action is all zeros; it is refused for SIGKILL and SIGSTOP
+			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&a.action)), 0, 8, 0, 0)
 		}
-		a.action[0] = 0
-		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&a.action)), 0, 8, 0, 0)
 	}
 }
 
@@ -201,8 +197,12 @@ func (a *spawnArea) keepOwnDescriptors() {
 	a.keep(&a.guardSock, &next)
 	a.keep(&a.electorSock, &next)
 	a.keep(&a.procFd, &next)
-	if a.cgroupFd >= 0 {
+	hasCgroup := a.cgroupFd >= 0
+	if hasCgroup {
 		a.keep(&a.cgroupFd, &next)
+	}
+	for a.guardSock < 0 || a.electorSock < 0 || a.procFd < 0 || hasCgroup && a.cgroupFd < 0 { // the guard sees our end
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, ExitOS, 0, 0)
 	}
 	closeRange(next, 1<<31-1)
 	closeRange(3, lowest-1)
@@ -307,6 +307,7 @@ func (a *spawnArea) turn() {
 			}
 		case spawnKill:
 			a.killAsked = a.message.serial
+			a.leafUsed = 1 // the guard kills its cgroup from now on, and since Linux 6.14 nothing can be started in it then
 			a.kill()
 		}
 	}
@@ -370,19 +371,21 @@ func (a *spawnArea) hearElector() {
 	}
 }
 
-// send sends a message, with a descriptor unless that is negative. The guard asks for little at a time and takes all answers, so
-// that there is always room for them.
+// send sends a message, with a descriptor unless that is negative, and reports whether it went. The guard asks for little at a time
+// and takes all answers, so that there is always room for them; a descriptor can be one too many for the kernel (unix(7),
+// ETOOMANYREFS).
 //
 //go:nosplit
 //go:norace
-func (a *spawnArea) send(sock, kind, serial, value, extra, fd int32) {
+func (a *spawnArea) send(sock, kind, serial, value, extra, fd int32) bool {
 	a.message.kind, a.message.serial, a.message.value, a.message.extra = kind, serial, value, extra
 	a.header.control, a.header.controlLen = 0, 0
 	if fd >= 0 {
 		a.control.fd = fd
 		a.header.control, a.header.controlLen = uintptr(unsafe.Pointer(&a.control)), unsafe.Sizeof(a.control)
 	}
-	_, _, _ = unix.RawSyscall(unix.SYS_SENDMSG, uintptr(sock), uintptr(unsafe.Pointer(&a.header)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	_, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(sock), uintptr(unsafe.Pointer(&a.header)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	return errno == 0
 }
 
 // prepare makes the cgroup for the next start, unless it is there.
@@ -504,7 +507,9 @@ func (a *spawnArea) execDone() {
 		a.execErrno = a.word
 	} else {
 		a.send(a.electorSock, spawnStarted, a.serial, a.first, 0, a.pidfd)
-		a.send(a.guardSock, spawnStarted, a.serial, a.first, 0, a.pidfd)
+		if !a.send(a.guardSock, spawnStarted, a.serial, a.first, 0, a.pidfd) {
+			a.kill() // the guard could not signal it
+		}
 	}
 	rawCloseSpawn(uintptr(a.pidfd))
 }

@@ -75,8 +75,9 @@ func runTests(m *testing.M) int {
 }
 
 const (
-	testTTL  = 3 * time.Second
-	testWait = 20 * time.Second
+	testTTL    = 3 * time.Second
+	testMargin = 300 * time.Millisecond
+	testWait   = 20 * time.Second
 )
 
 func guardMain() int {
@@ -94,7 +95,7 @@ func guardMain() int {
 	}
 	return RunGuard(GuardConfig{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
-		Election: "election", Identity: "identity", TTL: testTTL, StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
+		Election: "election", Identity: "identity", TTL: testTTL, Margin: testMargin, StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
 		Revoke: func(lease int64, _ time.Duration) []string {
 			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
@@ -127,7 +128,7 @@ func electorMain(args []string) int {
 	test := dialTest("elector")
 	causes := map[string]error{"planned": errors.New("planned"), "contact": errors.New("contact"), "lost": errors.New("lost")}
 	h, err := Connect(HandleConfig{
-		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guard, Spawner: spawner, CgroupDir: cgroupDir, TTL: testTTL, Margin: func() time.Duration { return 300 * time.Millisecond },
+		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guard, Spawner: spawner, CgroupDir: cgroupDir, TTL: testTTL, Margin: func() time.Duration { return testMargin },
 		Restart: RestartNever, Signal: func(s unix.Signal) { fmt.Fprintf(test, "signal %d\n", s) },
 		Turning: func() bool { return true }, Changed: func() {},
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), Registerer: prometheus.NewRegistry(),
@@ -147,8 +148,11 @@ func electorMain(args []string) int {
 	lease, _ := strconv.ParseInt(os.Getenv("TEST_LEASE"), 10, 64)
 	h.Lease(lease, testTTL)
 	h.Ready()
-	term, end := context.WithCancelCause(context.Background())
-	defer end(nil)
+	var term context.Context
+	var end context.CancelCauseFunc
+	begin := func() { term, end = context.WithCancelCause(context.Background()) }
+	begin()
+	defer func() { end(nil) }()
 	lines := bufio.NewScanner(test)
 	for lines.Scan() {
 		f := strings.Fields(lines.Text())
@@ -174,6 +178,9 @@ func electorMain(args []string) int {
 				})
 				fmt.Fprintf(test, "led %v\n", err)
 			}()
+		case "again":
+			end(nil)
+			begin()
 		case "extend":
 			h.Extend(Now()+duration(1), Now()+duration(2))
 		case "end":
@@ -403,6 +410,28 @@ func (r *rig) requireDead() {
 		}
 		_ = unix.Close(fd)
 	}
+}
+
+// children lists the guard's.
+func (r *rig) children() (pids []int) {
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", r.guard.Process.Pid))
+	for _, path := range lists {
+		list, _ := os.ReadFile(path)
+		for _, f := range strings.Fields(string(list)) {
+			pids = append(pids, number(" "+f))
+		}
+	}
+	return pids
+}
+
+// count counts what was said so. The mutex is held.
+func (r *rig) count(line string) (n int) {
+	for _, s := range r.said {
+		if s == line {
+			n++
+		}
+	}
+	return n
 }
 
 func (r *rig) tell(format string, args ...any) {
@@ -687,6 +716,63 @@ func TestGuard_SleepsBesideZombies(t *testing.T) {
 	})
 }
 
+// TestGuard_SpawnerLost: all of the job falls to the guard, also while a tracer keeps the spawner from being reaped.
+func TestGuard_SpawnerLost(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		for _, traced := range []bool{false, true} {
+			t.Run(fmt.Sprintf("traced=%v", traced), func(t *testing.T) {
+				t.Parallel()
+				if traced && os.Getuid() != 0 {
+					t.Skip("skipped: needs root")
+				}
+				r := newRig(t, "daemonize", uid)
+				r.tell("lead 1h 2h")
+				r.waitJobs(2)
+				spawner := 0
+				for _, pid := range r.children() {
+					if pid != r.pids["elector"] {
+						spawner = pid
+					}
+				}
+				release := func() {}
+				if traced {
+					release = hold(t, spawner)
+				}
+				_ = unix.Kill(spawner, unix.SIGKILL)
+				r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
+				r.requireDead()
+				r.waitExit(ExitInternal)
+				release()
+			})
+		}
+	})
+}
+
+// TestGuard_StartCalledOff: a start that comes to nothing leaves no cgroup behind in which the next job would be killed at once.
+func TestGuard_StartCalledOff(t *testing.T) {
+	needCgroup(t)
+	r := newRig(t, "plain", 0)
+	var spawner int
+	for _, pid := range r.children() {
+		if pid != r.pids["elector"] {
+			spawner = pid
+		}
+	}
+	_ = unix.Kill(spawner, unix.SIGSTOP)
+	r.tell("lead 200ms 300ms")
+	time.Sleep(350 * time.Millisecond) // kill-by has passed, and the spawner is not yet given up
+	_ = unix.Kill(spawner, unix.SIGCONT)
+	r.waitSaid("led <nil>")
+	r.tell("again")
+	r.tell("lead 1h 2h")
+	r.waitJobs(1)
+	r.tell("end planned")
+	r.wait("the second term ends", func() bool { return r.count("led <nil>") == 2 })
+	r.requireDead()
+	r.tell("exit 0")
+	r.waitExit(0)
+}
+
 // number is the pid at the end of what a process said first.
 func number(said string) int {
 	pid, _ := strconv.Atoi(said[strings.LastIndexByte(said, ' ')+1:])
@@ -719,14 +805,7 @@ func hold(t *testing.T, pid int) (release func()) {
 func (r *rig) requireSleep() {
 	r.t.Helper()
 	const interval = time.Second
-	pids := []int{r.guard.Process.Pid}
-	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pids[0]))
-	for _, path := range lists {
-		list, _ := os.ReadFile(path)
-		for _, f := range strings.Fields(string(list)) {
-			pids = append(pids, number(" "+f))
-		}
-	}
+	pids := append([]int{r.guard.Process.Pid}, r.children()...)
 	used := func() (sum time.Duration) {
 		for _, pid := range pids {
 			var ts unix.Timespec
