@@ -30,7 +30,7 @@ type entry struct{ name, meaning string }
 func subcommands() []entry {
 	return []entry{
 		{"leasehold -- COMMAND [ARG...]", "run COMMAND while leading (also: leasehold run -- COMMAND)"},
-		{"leasehold elect", "campaign and report, no job (sidecar). Two apps that ask /leader never work at once if in each poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <= LEASEHOLD_STOP_GRACE"},
+		{"leasehold elect", "campaign and report, no job (sidecar). An app that asks /leader must have stopped within LEASEHOLD_LOSS_GRACE of its last request that got 200 (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <= LEASEHOLD_STOP_GRACE)"},
 		{"leasehold status [--json]", "the election as etcd has it: leader, token, lease time left, queue"},
 		{"leasehold check [live|ready|leader|standby]", "ask the local daemon at LEASEHOLD_LISTEN (live if nothing is named)"},
 		{"leasehold install DEST", "copy this binary to DEST, a directory or a file: for an init container, which has no cp"},
@@ -47,7 +47,7 @@ func exitCodes() []entry {
 		{"the job's, or 128+n", "the job ended, by itself or by signal n, and is not restarted; the last log line says whose code it is"},
 		{code(exitUsage), "wrong usage"},
 		{code(exitUnavailable), "status, check: nobody answers"},
-		{code(exitInternal), "internal fault: elector, guard or spawner lost (worth a restart)"},
+		{code(exitInternal), "internal fault: elector or spawner lost (worth a restart); a lost guard shows as the signal that took it"},
 		{code(exitOS), "LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a dead predecessor's job can't be killed: before any campaign; install: the copy can't be made"},
 		{code(exitNotElected), "not elected within LEASEHOLD_WAIT"},
 		{code(exitLost), "leadership lost under LEASEHOLD_RESTART=never after the job had started"},

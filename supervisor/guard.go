@@ -47,7 +47,7 @@ type GuardConfig struct {
 
 // Exit codes of the guard that are no one else's (sysexits.h).
 const (
-	ExitInternal = 70 // elector or guard lost: worth a restart
+	ExitInternal = 70 // elector or spawner lost: worth a restart
 	ExitOS       = 71 // a process could not be started
 )
 
