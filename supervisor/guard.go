@@ -497,7 +497,7 @@ const exitPause = time.Second
 // be starting, that is half the margin, for the guard needs the rest to kill all by itself.
 func (g *guard) spawnerPause(now time.Duration) time.Duration {
 	if j := &g.job; j.kill == killLost || j.kill != killNone && now >= j.killBy {
-		return g.cfg.Margin / 2
+		return max(g.cfg.Margin/2, 50*time.Millisecond) // what a busy processor may keep it from turning
 	}
 	return max(g.cfg.TTL/3, time.Second)
 }
@@ -583,7 +583,7 @@ func (g *guard) beginKill(reason int) {
 	if j.forking {
 		atomic.StoreInt32(&g.spawner.area.cancelled, j.serial)
 	}
-	if !j.alone {
+	if !j.alone && g.spawner.pid != 0 {
 		g.spawner.tell(spawnKill, j.serial)
 	}
 	if reason != killLeftover {
@@ -857,7 +857,7 @@ func (g *guard) hearSpawner() {
 	for g.spawner.pid != 0 {
 		fd, ok := g.spawner.hear()
 		if !ok {
-			if g.fds[5].Revents&unix.POLLHUP != 0 && pidfdEnded(g.spawner.pidfd) {
+			if (g.fds[5].Revents&unix.POLLHUP != 0 || g.job.kill != killNone) && pidfdEnded(g.spawner.pidfd) {
 				g.spawnerEnded() // though a tracer may keep it from being reaped
 			}
 			return

@@ -444,8 +444,17 @@ func (h *Handle) avenge(why string) error {
 		h.log.Error(why+": it is killed, and the job with it", "threads", threadStates(h.cfg.Guard))
 	}
 	complain, killed := began+10*time.Second, h.killed
-	sees := procHidden() == ""
-	for !h.jobGone(procs, Now() > began+5*time.Millisecond, sees && Now() > began+max(h.cfg.Margin()/2, time.Second)) || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
+	// A spawner is taken for hung once nothing was seen to descend from it for a while: it would have told.
+	sees, seen, clean := procHidden() == "", began, 0
+	done := func() bool {
+		hangs := sees && clean >= 3 && Now() > seen+max(h.cfg.Margin()/2, time.Second)
+		gone, left := h.jobGone(procs, Now() > began+5*time.Millisecond, hangs)
+		if clean++; left {
+			seen, clean = Now(), 0
+		}
+		return gone
+	}
+	for !done() || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
 		pause := 200 * time.Microsecond
 		switch elapsed := Now() - began; {
 		case elapsed > 10*time.Second:
@@ -481,10 +490,10 @@ func (h *Handle) avenge(why string) error {
 	return ErrGuardGone
 }
 
-// jobGone kills what is left of the job, then the guard, and reports whether nothing of the job is left. To look through the process
-// table takes milliseconds, in which the spawner is mostly done. One that hangs is killed once nothing is seen to descend from it.
-func (h *Handle) jobGone(procs *scanner, look, hangs bool) bool {
-	gone := true
+// jobGone kills what is left of the job, then the guard. It reports whether nothing of the job is left, and whether something was
+// seen of it, or could be there unseen. To look through the process table takes milliseconds, in which the spawner is mostly done.
+func (h *Handle) jobGone(procs *scanner, look, hangs bool) (gone, left bool) {
+	gone, left = true, true
 	select {
 	case <-h.killed:
 	default:
@@ -495,20 +504,29 @@ func (h *Handle) jobGone(procs *scanner, look, hangs bool) bool {
 			h.mu.Unlock()
 		} else {
 			h.askSpawner()
-			if look && procs != nil && !procs.killDescendants(h.cfg.Spawner, unix.Getpid()) && hangs {
-				signalPidfd(h.cfg.SpawnerPidfd, unix.SIGKILL)
+			if look && procs != nil {
+				left = procs.killDescendants(h.cfg.Spawner, unix.Getpid())
+			}
+			if hangs && !left {
+				// Stopped it starts nothing between the last look and its end.
+				signalPidfd(h.cfg.SpawnerPidfd, unix.SIGSTOP)
+				end := unix.SIGKILL
+				if left = procs.killDescendants(h.cfg.Spawner, unix.Getpid()); left {
+					end = unix.SIGCONT
+				}
+				signalPidfd(h.cfg.SpawnerPidfd, end)
 			}
 		}
 		h.strike()
 	}
 	if h.cgroup != nil && h.cgroup.populated() {
 		h.strike()
-		return false
+		return false, true
 	}
 	if gone {
 		signalPidfd(h.guardFd, unix.SIGKILL)
 	}
-	return gone
+	return gone, left
 }
 
 // threadStates is what the kernel tells of the threads of a process: the state of each, and where in the kernel it waits, as far as

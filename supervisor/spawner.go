@@ -215,6 +215,9 @@ func (s *spawner) hear() (fd int, ok bool) {
 		control: uintptr(unsafe.Pointer(&s.control)), controlLen: unsafe.Sizeof(s.control),
 	}
 	n, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, uintptr(s.sock), uintptr(unsafe.Pointer(&s.header)), unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	if errno == unix.ECONNRESET { // it has left a message unread; its own come after that
+		n, _, errno = unix.RawSyscall(unix.SYS_RECVMSG, uintptr(s.sock), uintptr(unsafe.Pointer(&s.header)), unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+	}
 	if errno != 0 || int(n) != spawnMessageLen {
 		return -1, false
 	}

@@ -430,6 +430,7 @@ func (a *spawnArea) prepare() int32 {
 //go:nosplit
 //go:norace
 func (a *spawnArea) start() int32 {
+	a.leafUsed = 1 // also by a start that comes to nothing: its cgroup may have been killed meanwhile, see cgroup
 	if a.closed != 0 || a.first != 0 {
 		return spawnTooLate
 	}
@@ -446,7 +447,6 @@ func (a *spawnArea) start() int32 {
 	var pid uintptr
 	var errno unix.Errno
 	if a.leafFd >= 0 {
-		a.leafUsed = 1
 		a.clone.cgroup = uint64(a.leafFd)
 		pid, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)), unsafe.Sizeof(a.clone), 0)
 	} else {

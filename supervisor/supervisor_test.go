@@ -424,6 +424,16 @@ func (r *rig) children() (pids []int) {
 	return pids
 }
 
+// spawner is the pid of the guard's child that is not the elector, while there is no other.
+func (r *rig) spawner() (pid int) {
+	for _, child := range r.children() {
+		if child != r.pids["elector"] {
+			pid = child
+		}
+	}
+	return pid
+}
+
 // count counts what was said so. The mutex is held.
 func (r *rig) count(line string) (n int) {
 	for _, s := range r.said {
@@ -728,12 +738,7 @@ func TestGuard_SpawnerLost(t *testing.T) {
 				r := newRig(t, "daemonize", uid)
 				r.tell("lead 1h 2h")
 				r.waitJobs(2)
-				spawner := 0
-				for _, pid := range r.children() {
-					if pid != r.pids["elector"] {
-						spawner = pid
-					}
-				}
+				spawner := r.spawner()
 				release := func() {}
 				if traced {
 					release = hold(t, spawner)
@@ -748,16 +753,26 @@ func TestGuard_SpawnerLost(t *testing.T) {
 	})
 }
 
+// TestHandle_GuardKilledSpawnerStopped: two faults at once, after which the lease must not stay for ever.
+func TestHandle_GuardKilledSpawnerStopped(t *testing.T) {
+	eachUser(t, func(t *testing.T, uid int) {
+		r := newRig(t, "daemonize", uid)
+		r.tell("lead 1h 2h")
+		r.waitJobs(2)
+		_ = unix.Kill(r.spawner(), unix.SIGSTOP)
+		_ = unix.Kill(r.guard.Process.Pid, unix.SIGKILL)
+		r.waitSaid("led " + ErrGuardGone.Error())
+		r.requireDead()
+		r.waitSaid("run " + ErrGuardGone.Error())
+		r.tell("exit 70")
+	})
+}
+
 // TestGuard_StartCalledOff: a start that comes to nothing leaves no cgroup behind in which the next job would be killed at once.
 func TestGuard_StartCalledOff(t *testing.T) {
 	needCgroup(t)
 	r := newRig(t, "plain", 0)
-	var spawner int
-	for _, pid := range r.children() {
-		if pid != r.pids["elector"] {
-			spawner = pid
-		}
-	}
+	spawner := r.spawner()
 	_ = unix.Kill(spawner, unix.SIGSTOP)
 	r.tell("lead 200ms 300ms")
 	time.Sleep(350 * time.Millisecond) // kill-by has passed, and the spawner is not yet given up
