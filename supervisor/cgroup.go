@@ -185,7 +185,10 @@ func (c *cgroup) probe(argv []string) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = unix.Close(leaf) }()
+	defer func() {
+		_ = unix.Close(leaf)
+		c.sweep(c.leaves + 1)
+	}()
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		return err
