@@ -27,9 +27,8 @@ type fault struct {
 }
 
 // soon bounds a hand-over that must not wait for the lease to run out: it takes
-// some ten milliseconds, a second where the machine stalls, and the lease of 3 s
-// has 2.4 s to go at least.
-const soon = 2 * time.Second
+// some ten milliseconds, and the TTL is 3 s.
+const soon = 1500 * time.Millisecond
 
 func plannedStop(tr *trial, leader, _ *candidate, job e2e.Life) {
 	tr.must(leader.Signal(syscall.SIGTERM))

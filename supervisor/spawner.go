@@ -20,7 +20,8 @@ import (
 //
 // It is a child subreaper, as the guard is. So after the death of any one of the daemon's processes the whole job is still found by
 // descent: all of it descends from the spawner while that lives, and falls to the guard when it doesn't. That the spawner has no
-// child left, which wait4(2) tells, proves that nothing of the job is left. Neither needs /proc.
+// child left, which wait4(2) tells, proves that nothing of the job is left. The proof needs no /proc; to name its children the spawner
+// reads the kernel's list of them, which hidepid does not shorten.
 type spawner struct {
 	area    *spawnArea
 	mem     []byte // the area, and after it what the job's execve needs
