@@ -183,6 +183,7 @@ func electorMain(args []string) int {
 			begin()
 		case "extend":
 			h.Extend(Now()+duration(1), Now()+duration(2))
+			fmt.Fprintln(test, "extended")
 		case "end":
 			end(causes[f[1]])
 		case "exit":
@@ -232,8 +233,10 @@ func jobMain(behaviour string) {
 		time.Sleep(200 * time.Millisecond) // its child has said hello by then, or is killed earlier: both are fine
 		os.Exit(0)
 	case "storm":
-		// Some hundred processes at any time, all of them short-lived and replaced at once.
+		// Some hundred processes at any time, all of them short-lived and replaced at once. It says hello first: once they run, the
+		// deadline may come before it has the processor again.
 		ossignal.Ignore(unix.SIGTERM)
+		dialTest("job " + behaviour)
 		for range 50 {
 			go func() {
 				for {
@@ -241,6 +244,7 @@ func jobMain(behaviour string) {
 				}
 			}()
 		}
+		select {}
 	case "threads":
 		// The main thread goes, the others stay: the state in /proc reads Z and the process lives.
 		go func() {
@@ -451,6 +455,16 @@ func (r *rig) tell(format string, args ...any) {
 	}
 }
 
+// lead starts the job, waits until that many of its processes run, and only then sets the deadlines, from now on: how long a start
+// takes is the machine's affair.
+func (r *rig) lead(processes int, stopAt, killBy time.Duration) {
+	r.t.Helper()
+	r.tell("lead 1h 2h")
+	r.waitJobs(processes)
+	r.tell("extend %v %v", stopAt, killBy)
+	r.waitSaid("extended")
+}
+
 func (r *rig) waitExit(code int) {
 	r.t.Helper()
 	select {
@@ -516,11 +530,11 @@ func TestGuard_DeadlinesWithoutRenewal(t *testing.T) {
 			t.Run(job, func(t *testing.T) {
 				t.Parallel()
 				r := newRig(t, job, uid)
-				r.tell("lead 600ms 900ms")
-				r.waitJobs(1)
+				processes := 1
 				if job == "daemonize" {
-					r.waitJobs(2)
+					processes = 2
 				}
+				r.lead(processes, 600*time.Millisecond, 900*time.Millisecond)
 				r.waitSaid("led <nil>")
 				r.requireDead()
 				r.tell("exit 76")
@@ -532,8 +546,7 @@ func TestGuard_DeadlinesWithoutRenewal(t *testing.T) {
 
 func TestGuard_ExtendMovesDeadlinesUntilStopAt(t *testing.T) {
 	r := newRig(t, "stubborn", 0)
-	r.tell("lead 500ms 1h")
-	r.waitJobs(1)
+	r.lead(1, 500*time.Millisecond, time.Hour)
 	for range 5 {
 		r.tell("extend 500ms 1h")
 		time.Sleep(200 * time.Millisecond)
@@ -575,8 +588,7 @@ func TestGuard_ElectorKilled(t *testing.T) {
 
 func TestGuard_ElectorStoppedPastKillBy(t *testing.T) {
 	r := newRig(t, "stubborn", 0)
-	r.tell("lead 500ms 700ms")
-	r.waitJobs(1)
+	r.lead(1, 500*time.Millisecond, 700*time.Millisecond)
 	_ = unix.Kill(r.pids["elector"], unix.SIGSTOP)
 	r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 	r.requireDead()
@@ -651,7 +663,7 @@ func TestHandle_SilentGuard(t *testing.T) {
 		}
 	})
 	t.Run("near the kill-by that it knows", func(t *testing.T) {
-		r := stopped(t, "lead 2s 3s")
+		r := stopped(t, "lead 4s 5s")
 		r.tell("extend 1h 2h")
 		taken(r)
 	})
@@ -842,8 +854,7 @@ func (r *rig) requireSleep() {
 func TestGuard_LostContactKillsForkStorm(t *testing.T) {
 	eachUser(t, func(t *testing.T, uid int) {
 		r := newRig(t, "storm", uid)
-		r.tell("lead 1500ms 1700ms")
-		r.waitJobs(1)
+		r.lead(1, 1500*time.Millisecond, 1700*time.Millisecond)
 		r.waitSaid("led <nil>")
 		r.requireDead()
 		r.tell("exit 0")
