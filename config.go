@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"leasehold/election"
+	"leasehold/internal/quote"
 )
 
 const (
@@ -138,14 +139,14 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	f.add("IDENTITY", "%w", nameFault(c.Identity))
 	c.validateTiming(f)
 	if c.Restart = strings.ToLower(c.Restart); !slices.Contains([]string{"always", "on-failure", "never"}, c.Restart) {
-		f.add("RESTART", "%s is unknown: write always, on-failure or never", quote(c.Restart))
+		f.add("RESTART", "%s is unknown: write always, on-failure or never", quote.Value(c.Restart))
 	}
 	if c.NoNewPrivs = strings.ToLower(c.NoNewPrivs); c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
-		f.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote(c.NoNewPrivs))
+		f.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
 	}
 	f.add("LISTEN", "%w", listenFault(c.Listen))
 	if c.Log.Format = strings.ToLower(c.Log.Format); c.Log.Format != "text" && c.Log.Format != "json" {
-		f.add("LOG_FORMAT", "%s is unknown: write text or json", quote(c.Log.Format))
+		f.add("LOG_FORMAT", "%s is unknown: write text or json", quote.Value(c.Log.Format))
 	}
 	c.TLS.validate(f)
 	c.validateAuth(f)
@@ -235,14 +236,14 @@ func parseEndpoint(entry string, withTLS bool) (scheme, address string, err erro
 		}
 	}
 	if scheme = strings.ToLower(scheme); scheme != "http" && scheme != "https" {
-		return "", "", fmt.Errorf("%s has an unknown scheme: %s", quote(entry), example)
+		return "", "", fmt.Errorf("%s has an unknown scheme: %s", quote.Value(entry), example)
 	}
 	if strings.ContainsAny(address, "/?#") {
-		return "", "", fmt.Errorf("%s has more than host and port: %s", quote(entry), example)
+		return "", "", fmt.Errorf("%s has more than host and port: %s", quote.Value(entry), example)
 	}
 	host, port, err := parseAddress(address, 1)
 	if err == nil && host == "" {
-		err = fmt.Errorf("%s has no host", quote(entry))
+		err = fmt.Errorf("%s has no host", quote.Value(entry))
 	}
 	if err != nil {
 		return "", "", fmt.Errorf("%w: %s", err, example)
@@ -255,19 +256,19 @@ func parseAddress(address string, lowestPort uint64) (host, port string, err err
 	host, port, err = net.SplitHostPort(address)
 	if err != nil {
 		if strings.Count(address, ":") > 1 && !strings.Contains(address, "/") {
-			return "", "", fmt.Errorf("%s is not host:port (an IPv6 address needs brackets and a port, as in [::1]:4040)", quote(address))
+			return "", "", fmt.Errorf("%s is not host:port (an IPv6 address needs brackets and a port, as in [::1]:4040)", quote.Value(address))
 		}
-		return "", "", fmt.Errorf("%s is not host:port", quote(address))
+		return "", "", fmt.Errorf("%s is not host:port", quote.Value(address))
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n < lowestPort {
-		return "", "", fmt.Errorf("%s has no port number from %d to 65535", quote(address), lowestPort)
+		return "", "", fmt.Errorf("%s has no port number from %d to 65535", quote.Value(address), lowestPort)
 	}
 	notInNames := func(r rune) bool {
 		letter := 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9'
 		return !letter && r != '.' && r != '-' && r != '_'
 	}
 	if net.ParseIP(host) == nil && strings.ContainsFunc(host, notInNames) {
-		return "", "", fmt.Errorf("%s is no address: the host must be a name or an IP address", quote(address))
+		return "", "", fmt.Errorf("%s is no address: the host must be a name or an IP address", quote.Value(address))
 	}
 	return host, port, nil
 }
@@ -291,7 +292,7 @@ func nameFault(name string) error {
 	case !utf8.ValidString(name):
 		return errors.New("not UTF-8: write plain text")
 	case strings.ContainsFunc(name, unicode.IsControl):
-		return fmt.Errorf("%s has a control character (a newline from a file?): write it without", quote(name))
+		return fmt.Errorf("%s has a control character (a newline from a file?): write it without", quote.Value(name))
 	}
 	return nil
 }
@@ -457,14 +458,6 @@ func distance(a, b string) int {
 	return last[len(b)]
 }
 
-// quote shows a value in a message, without its tail where it is long.
-func quote(value string) string {
-	if len(value) > 64 {
-		return strconv.Quote(value[:64]) + "…"
-	}
-	return strconv.Quote(value)
-}
-
 // A variable is one field of Config.
 type variable struct {
 	name  string // without the prefix
@@ -539,13 +532,13 @@ func (d *duration) Decode(text string) error {
 	parsed, err := time.ParseDuration(text)
 	switch {
 	case err != nil && isNumber(text):
-		err = fmt.Errorf("%s has no unit: write %ss", quote(text), text)
+		err = fmt.Errorf("%s has no unit: write %ss", quote.Value(text), text)
 	case err != nil:
-		err = fmt.Errorf("%s is not a duration: write for example 15s, 500ms or 1m30s", quote(text))
+		err = fmt.Errorf("%s is not a duration: write for example 15s, 500ms or 1m30s", quote.Value(text))
 	case parsed < 0:
-		err = fmt.Errorf("%s is negative: write a duration from 0s up", quote(text))
+		err = fmt.Errorf("%s is negative: write a duration from 0s up", quote.Value(text))
 	case parsed > maxDuration:
-		err = fmt.Errorf("%s is too long: write %s (a year) or less", quote(text), "8760h")
+		err = fmt.Errorf("%s is too long: write %s (a year) or less", quote.Value(text), "8760h")
 	}
 	*d = duration{Duration: parsed, given: true, err: err}
 	return nil
@@ -569,7 +562,7 @@ type count struct {
 func (c *count) Decode(text string) error {
 	n, err := strconv.ParseUint(text, 10, 31)
 	if err != nil {
-		err = fmt.Errorf("%s is not a whole number from 0 to 2147483647: write for example 5", quote(text))
+		err = fmt.Errorf("%s is not a whole number from 0 to 2147483647: write for example 5", quote.Value(text))
 	}
 	*c = count{N: int(n), err: err}
 	return nil
@@ -590,13 +583,13 @@ func (s *signal) Decode(text string) error {
 	number, err := strconv.Atoi(text)
 	switch s.Signal = unix.SignalNum(name); {
 	case err == nil && unix.SignalName(unix.Signal(number)) != "":
-		s.err = fmt.Errorf("%s is a number: write %s", quote(text), strings.TrimPrefix(unix.SignalName(unix.Signal(number)), "SIG"))
+		s.err = fmt.Errorf("%s is a number: write %s", quote.Value(text), strings.TrimPrefix(unix.SignalName(unix.Signal(number)), "SIG"))
 	case s.Signal == 0:
-		s.err = fmt.Errorf("%s is not the name of a signal: write for example TERM, INT, QUIT or USR1", quote(text))
+		s.err = fmt.Errorf("%s is not the name of a signal: write for example TERM, INT, QUIT or USR1", quote.Value(text))
 	case s.Signal == unix.SIGKILL:
-		s.err = fmt.Errorf("%s leaves the job no time to stop: for that write LEASEHOLD_STOP_GRACE=0s, and here for example TERM", quote(text))
+		s.err = fmt.Errorf("%s leaves the job no time to stop: for that write LEASEHOLD_STOP_GRACE=0s, and here for example TERM", quote.Value(text))
 	case slices.Contains([]unix.Signal{unix.SIGSTOP, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU}, s.Signal):
-		s.err = fmt.Errorf("%s freezes a job instead of stopping it: write for example TERM", quote(text))
+		s.err = fmt.Errorf("%s freezes a job instead of stopping it: write for example TERM", quote.Value(text))
 	}
 	return nil
 }
@@ -622,7 +615,7 @@ func (l *level) Decode(text string) error {
 	case "error":
 		l.Level = slog.LevelError
 	default:
-		l.err = fmt.Errorf("%s is unknown: write debug, info, warn or error", quote(text))
+		l.err = fmt.Errorf("%s is unknown: write debug, info, warn or error", quote.Value(text))
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"leasehold/health"
+	"leasehold/internal/quote"
 )
 
 // Exit codes. Where the job's own code is passed on, it can be any of these as well; the last log line says whose it is.
@@ -165,12 +166,12 @@ func likelyMeant(args []string) string {
 	case first == "run" && len(own) == 1:
 		return "say what to run: leasehold run -- COMMAND [ARG...]"
 	case first == "run":
-		return fmt.Sprintf("put -- before the command: leasehold run -- %s ...", quoteWord(own[1]))
+		return fmt.Sprintf("put -- before the command: leasehold run -- %s ...", quote.Word(own[1]))
 	case first == "elect" && hasJob:
 		return "elect runs no job: leasehold elect, or leasehold -- COMMAND [ARG...]"
 	case first == "check" && len(own) > 1:
 		if what := nearest(own[1], health.Checks()); what != "" && what != own[1] {
-			return fmt.Sprintf("check can't ask for %s: did you mean %s?", quoteWord(own[1]), what)
+			return fmt.Sprintf("check can't ask for %s: did you mean %s?", quote.Word(own[1]), what)
 		}
 		return "check asks for one thing: " + strings.Join(health.Checks(), ", ")
 	case first == "status" && len(own) > 1:
@@ -181,11 +182,11 @@ func likelyMeant(args []string) string {
 		return first + " takes nothing more"
 	case len(own) == 1 && nearest(first, all) != "" && !hasJob:
 		return fmt.Sprintf("%s is no subcommand: did you mean %s? To run a command of that name: leasehold -- %s",
-			quoteWord(first), nearest(first, all), quoteWord(first))
+			quote.Word(first), nearest(first, all), quote.Word(first))
 	case hasJob:
-		return fmt.Sprintf("%s is no subcommand: to run a job, begin with --: leasehold -- COMMAND [ARG...]", quoteWord(first))
+		return fmt.Sprintf("%s is no subcommand: to run a job, begin with --: leasehold -- COMMAND [ARG...]", quote.Word(first))
 	default:
-		return fmt.Sprintf("put -- before the command: leasehold -- %s ...", quoteWord(first))
+		return fmt.Sprintf("put -- before the command: leasehold -- %s ...", quote.Word(first))
 	}
 }
 
@@ -219,7 +220,7 @@ func settingHint(arg string) string {
 		return what + ": leasehold help names all variables"
 	case !assigned:
 		return fmt.Sprintf("%s: set the variable %s_%s", what, envPrefix, setting)
-	case setting == "PASSWORD" || setting == "ENDPOINTS" || strings.ContainsFunc(value, isShellSyntax):
+	case setting == "PASSWORD" || setting == "ENDPOINTS" || strings.ContainsFunc(value, quote.IsShellSyntax):
 		return fmt.Sprintf("%s: write %s_%s=... before the command", what, envPrefix, setting)
 	}
 	hint := ""
@@ -230,15 +231,4 @@ func settingHint(arg string) string {
 		}
 	}
 	return fmt.Sprintf("%s: write %s_%s=%s before the command%s", what, envPrefix, setting, value, hint)
-}
-
-func quoteWord(word string) string {
-	if word == "" || strings.ContainsFunc(word, isShellSyntax) || len(word) > 64 {
-		return quote(word)
-	}
-	return word
-}
-
-func isShellSyntax(r rune) bool {
-	return r <= ' ' || r > '~' || strings.ContainsRune("\"'`$&|;<>()*?[]{}!#\\", r)
 }

@@ -10,13 +10,15 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/quote"
 )
 
 // install copies the running binary to dest, a directory or a file: a scratch image has no cp for an init container to use.
 // Whoever looks at dest sees the old file or the whole new one, also while the old one runs.
 func install(dest string) int {
 	if err := installTo(dest); err != nil {
-		text := fmt.Sprintf("leasehold: install %s: %v\n", quoteWord(dest), err)
+		text := fmt.Sprintf("leasehold: install %s: %v\n", quote.Word(dest), err)
 		fmt.Fprint(os.Stderr, text)
 		leaveMessage(terminationLog, text, false)
 		return exitOS

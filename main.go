@@ -26,7 +26,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unicode"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/oklog/run"
@@ -35,6 +34,7 @@ import (
 
 	"leasehold/election"
 	"leasehold/health"
+	"leasehold/internal/quote"
 	"leasehold/supervisor"
 )
 
@@ -369,7 +369,7 @@ func elector(args []string) int {
 		}
 		return endingOf(err)
 	}()
-	handle.Status(printable("exiting: " + end.text)) // the unit restarts nothing where the code is the job's own
+	handle.Status(quote.Printable("exiting: " + end.text)) // the unit restarts nothing where the code is the job's own
 	handle.Exit(end.code, end.text)
 	return end.code
 }
@@ -553,13 +553,14 @@ func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.
 	return nil
 }
 
-// addStatus tells systemd at each change what the candidate does.
+// addStatus tells systemd at each change what the candidate does. It is one line, for a leader may have any name, and
+// systemd takes each line for an order.
 func addStatus(g *run.Group, candidate *election.Candidate, changed <-chan struct{}, tell func(text string)) {
 	stop := make(chan struct{})
 	g.Add(func() error {
 		last := ""
 		for {
-			if text := printable(statusText(candidate.Snapshot())); text != last {
+			if text := quote.Printable(statusText(candidate.Snapshot())); text != last {
 				tell(text)
 				last = text
 			}
@@ -570,16 +571,6 @@ func addStatus(g *run.Group, candidate *election.Candidate, changed <-chan struc
 			}
 		}
 	}, func(error) { close(stop) })
-}
-
-// printable keeps a text to one line: a leader's name may be anybody's, and each line that systemd is sent is an order.
-func printable(text string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, text)
 }
 
 func statusText(s election.Snapshot) string {

@@ -9,13 +9,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"leasehold/internal/quote"
 )
 
 // maxIdentity is how much of a key's value is kept: anybody can write a megabyte there.
@@ -46,46 +46,18 @@ func (p place) entry() *Entry { return &Entry{Identity: p.identity, Key: p.key, 
 
 // blocker says why nothing that takes part in the election will remove the key.
 func (p place) blocker(prefix string) *Blocker {
-	b := &Blocker{Key: printable(p.key), Remedy: "etcdctl del " + quote(p.key)}
+	b := &Blocker{Key: quote.Printable(p.key), Remedy: "etcdctl del " + quote.Shell(p.key)}
 	rest := strings.TrimPrefix(p.key, prefix)
 	slash := strings.LastIndexByte(rest, '/')
 	switch {
 	case p.lease == 0:
 		b.Why = "it has no lease, so it will never expire"
 	case slash >= 0 && rest[slash+1:] == fmt.Sprintf("%x", p.lease):
-		b.Why = fmt.Sprintf("it belongs to the nested election %s and is kept by its candidates", quote(prefix+rest[:slash]))
+		b.Why = fmt.Sprintf("it belongs to the nested election %s and is kept by its candidates", quote.Shell(prefix+rest[:slash]))
 	default:
 		b.Why = "it is not a candidate's key, and its lease may be kept for ever"
 	}
 	return b
-}
-
-// quote makes s one word of a shell.
-func quote(s string) string {
-	if s == printable(s) {
-		return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
-	}
-	var b strings.Builder
-	b.WriteString("$'")
-	for _, c := range []byte(s) {
-		if c < ' ' || c > '~' || c == '\'' || c == '\\' {
-			fmt.Fprintf(&b, `\x%02x`, c)
-		} else {
-			b.WriteByte(c)
-		}
-	}
-	b.WriteString("'")
-	return b.String()
-}
-
-// printable replaces what a terminal or a log should not see.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r == utf8.RuneError || !unicode.IsPrint(r) {
-			return '�'
-		}
-		return r
-	}, s)
 }
 
 // view is what the queue shows a candidate.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -123,15 +122,6 @@ func TestQueue_Predecessor(t *testing.T) {
 	q.joined(8)
 	read(40)
 	expect("", 40)
-}
-
-func TestQuote(t *testing.T) {
-	for _, s := range []string{"", "plain", "it's", `a "b" $c \d`, "bin\x01\xff\xfe/ü\n'"} {
-		out, err := exec.Command("bash", "-c", "printf %s "+quote(s)).Output()
-		if err != nil || string(out) != s {
-			t.Errorf("%q is quoted as %s, which is %q (%v)", s, quote(s), out, err)
-		}
-	}
 }
 
 func TestFirst(t *testing.T) {

@@ -14,6 +14,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"google.golang.org/grpc"
+
+	"leasehold/internal/quote"
 )
 
 // session is one lease, from before its grant until after its revocation, and the key bound to it.
@@ -321,7 +323,7 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		}
 		head := v.own != nil && v.head.key == v.own.key // our own key is one of those that the head is chosen from
 		if s.cfg.Wait == 0 && !s.elected && v.own != nil && !head {
-			return 0, fmt.Errorf("%w: %s is ahead", ErrNotElected, quote(v.head.identity))
+			return 0, fmt.Errorf("%w: %s is ahead", ErrNotElected, quote.Shell(v.head.identity))
 		}
 		// Our watch often shows earlier than the campaign's that our predecessor is gone: etcd serves a new watch of the present
 		// revision only after up to 100 ms, and the campaign then reads the queue once more. So whichever of the two says it
@@ -467,7 +469,7 @@ func (s *session) showQueue(v view) {
 	snap.Leader, snap.Blocker = leader, v.blocker
 	s.Candidate.mu.Unlock()
 	if newLeader && leader != nil {
-		s.log.Info("leader changed", "leader", printable(leader.Identity), "token", leader.Token)
+		s.log.Info("leader changed", "leader", quote.Printable(leader.Identity), "token", leader.Token)
 	}
 	if changed {
 		s.Candidate.changed()

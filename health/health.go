@@ -10,9 +10,9 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
-	"unicode"
+
+	"leasehold/internal/quote"
 )
 
 // States of a candidate.
@@ -136,19 +136,9 @@ func (s Snapshot) because(state string) error {
 	case s.Reason != "" && state != Standby && state != Leading:
 		return fmt.Errorf("%s: %s", state, s.Reason)
 	case s.Leader != nil && state == Standby:
-		return fmt.Errorf("standby: %s leads", printable(s.Leader.Identity))
+		return fmt.Errorf("standby: %s leads", quote.Printable(s.Leader.Identity))
 	}
 	return errors.New(cmp.Or(state, "no state yet"))
-}
-
-// printable replaces what a terminal should not see: a leader's name may be anybody's.
-func printable(text string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, text)
 }
 
 // validFor is how long the lease is sure to last.

@@ -1,0 +1,48 @@
+package quote
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+func TestPrintable(t *testing.T) {
+	for text, want := range map[string]string{
+		"": "", "jobs/ü b": "jobs/ü b", "a\nREADY=1": "a�READY=1", "\x1b[2J": "�[2J", "\xff\xfe": "��", "�": "�",
+	} {
+		if got := Printable(text); got != want {
+			t.Errorf("Printable(%q) = %q, want %q", text, got, want)
+		}
+	}
+}
+
+func TestValue(t *testing.T) {
+	for text, want := range map[string]string{
+		"15": `"15"`, "a\n": `"a\n"`,
+		strings.Repeat("x", 64): `"` + strings.Repeat("x", 64) + `"`,
+		strings.Repeat("x", 65): `"` + strings.Repeat("x", 64) + `"…`,
+	} {
+		if got := Value(text); got != want {
+			t.Errorf("Value(%q) = %s, want %s", text, got, want)
+		}
+	}
+}
+
+func TestWord(t *testing.T) {
+	for text, want := range map[string]string{
+		"backup.sh": "backup.sh", "": `""`, "a b": `"a b"`, "$x": `"$x"`, "\x1b[2J": `"\x1b[2J"`,
+	} {
+		if got := Word(text); got != want {
+			t.Errorf("Word(%q) = %s, want %s", text, got, want)
+		}
+	}
+}
+
+func TestShell(t *testing.T) {
+	for _, text := range []string{"", "plain", "it's", `a "b" $c \d`, "bin\x01\xff\xfe/ü\n'"} {
+		out, err := exec.Command("bash", "-c", "printf %s "+Shell(text)).Output()
+		if err != nil || string(out) != text {
+			t.Errorf("%q is quoted as %s, which is %q (%v)", text, Shell(text), out, err)
+		}
+	}
+}
