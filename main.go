@@ -519,12 +519,12 @@ func electionConfig(cfg Config, log *slog.Logger) election.Config {
 	return c
 }
 
-func newCandidate(cfg Config, log *slog.Logger, registry *prometheus.Registry, holder election.Holder, changed chan struct{},
+func newCandidate(cfg Config, log *slog.Logger, registry *prometheus.Registry, holder election.Callbacks, changed chan struct{},
 	authenticated func(token string),
 ) (*election.Candidate, error) {
 	c := electionConfig(cfg, log)
 	c.Authenticated = authenticated
-	c.Registerer, c.Holder, c.Changed = registry, holder, func() { signalChange(changed) }
+	c.Registerer, c.Callbacks, c.Changed = registry, holder, func() { signalChange(changed) }
 	return election.New(c)
 }
 
@@ -590,7 +590,7 @@ func statusText(s election.Snapshot) string {
 // turning says if the candidate's loops turn.
 func turning(s election.Snapshot) error {
 	// Zero: they have yet to begin.
-	if idle := supervisor.Now() - s.Turned; s.Turned != 0 && idle > 2*election.MaxTurn {
+	if idle := supervisor.Now() - s.LastHeartbeat; s.LastHeartbeat != 0 && idle > 2*election.HeartbeatInterval {
 		return fmt.Errorf("the election's loops have not turned for %s", idle.Round(time.Second))
 	}
 	return nil

@@ -22,7 +22,7 @@ import (
 //	          ├─ lease.run                 renews; each attempt has a goroutine of its own
 //	          ├─ queue.run                 reads and watches the election's keys
 //	          ├─ Election.Campaign         while standby
-//	          └─ Holder.Lead               while leading
+//	          └─ Callbacks.Lead               while leading
 type Candidate struct {
 	cfg     Config
 	prefix  string // of the keys: the election's name and a slash
@@ -71,8 +71,8 @@ func (c *Candidate) Snapshot() Snapshot {
 	s := c.snapshot
 	c.mu.Unlock()
 	for _, turned := range []*atomic.Int64{&c.turns.run, &c.turns.lease, &c.turns.queue} {
-		if t := time.Duration(turned.Load()); t != 0 && (s.Turned == 0 || t < s.Turned) {
-			s.Turned = t
+		if t := time.Duration(turned.Load()); t != 0 && (s.LastHeartbeat == 0 || t < s.LastHeartbeat) {
+			s.LastHeartbeat = t
 		}
 	}
 	return s
@@ -224,7 +224,7 @@ func (r *runner) turn() { r.turns.run.Store(int64(r.cfg.Now())) }
 func (r *runner) sleep(ctx context.Context, d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
-	tick := time.NewTicker(MaxTurn / 2)
+	tick := time.NewTicker(HeartbeatInterval / 2)
 	defer tick.Stop()
 	for {
 		r.turn()
@@ -252,7 +252,7 @@ func (r *runner) patient(ctx context.Context) (context.Context, context.CancelFu
 
 // requestTimeout bounds a request that is made over all members.
 func (c *Candidate) requestTimeout() time.Duration {
-	return min(max(c.cfg.TTL/5, 2*c.cfg.DialTimeout), MaxTurn/2)
+	return min(max(c.cfg.TTL/5, 2*c.cfg.DialTimeout), HeartbeatInterval/2)
 }
 
 func (c *Candidate) joinAfter() time.Duration { return Timing{TTL: c.cfg.TTL}.joinAfter() }

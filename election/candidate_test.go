@@ -115,7 +115,7 @@ func newTestCandidate(t *testing.T, endpoints []string, identity string, change 
 		t:          t, done: make(chan struct{}), updates: make(chan struct{}, 1),
 	}
 	cfg := testConfig(t, endpoints, identity)
-	cfg.Holder = c.testHolder
+	cfg.Callbacks = c.testHolder
 	cfg.Changed = func() { poke(c.updates) }
 	if change != nil {
 		change(&cfg, c.testHolder)
@@ -470,7 +470,7 @@ func TestCandidate_EtcdDownAtStart(t *testing.T) {
 	}
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	s := a.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "connection refused") })
-	if s.State != Connecting || e2e.Now()-s.Turned > MaxTurn {
+	if s.State != Connecting || e2e.Now()-s.LastHeartbeat > HeartbeatInterval {
 		t.Errorf("snapshot: %+v", s)
 	}
 	if err := cluster.Members[0].Start(); err != nil {

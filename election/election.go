@@ -22,9 +22,11 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"leasehold/internal/quote"
 )
 
-// The causes with which the context of Holder.Lead can end, beside the one with which the context of Run did.
+// The causes with which the context of Callbacks.Lead can end, beside the one with which the context of Run did.
 var (
 	// ErrContactLost: stop-at passed without a renewal. The lease still holds until Deadlines.End.
 	ErrContactLost = errors.New("no lease renewal before stop-at")
@@ -37,16 +39,30 @@ var (
 	ErrKeyOverwritten = errors.New("the candidate's key was overwritten in etcd, and with that lost its lease")
 )
 
-// ErrNotElected is what Run returns when Config.Wait has passed before the candidate was elected.
-var ErrNotElected = errors.New("not elected")
+// What Run returns, with the cause, when the candidate was not elected within Config.Wait.
+var (
+	// ErrNotElected: another candidate leads or is ahead, or something else keeps the candidate waiting.
+	ErrNotElected = errors.New("not elected")
+	// ErrUnreachable: etcd never answered, or it refused, so that the candidate never joined the election.
+	ErrUnreachable = errors.New("etcd can't be used")
+)
 
-// Backoff is what Holder.Lead returns to give up the term and to keep the candidate out of the election for a while.
+// NestedError is what Run returns at the first contact with etcd where the election lies within another one that has live
+// candidates, or around it: both would take each other's keys for their own.
+type NestedError struct{ Election, Other string }
+
+func (e *NestedError) Error() string {
+	return fmt.Sprintf("the election %s can't be used beside %s, which has live candidates: one name is a prefix of the other",
+		quote.Value(e.Election), quote.Value(e.Other))
+}
+
+// Backoff is what Callbacks.Lead returns to give up the term and to keep the candidate out of the election for a while.
 type Backoff struct{ For time.Duration }
 
 func (b *Backoff) Error() string { return fmt.Sprintf("resigned for %v", b.For) }
 
-// Holder is told of the lease, and runs what leadership is for.
-type Holder interface {
+// Callbacks is told of the lease, and runs what leadership is for.
+type Callbacks interface {
 	// Leased is called with the id of a lease before etcd is asked for it, so that somebody else can revoke it should this
 	// process die. It is called with zeros once the lease is revoked or known to be gone, unless another one was told by then.
 	Leased(id int64, ttl time.Duration)
@@ -118,9 +134,9 @@ type Snapshot struct {
 	// present moment himself.
 	Leading bool
 	Blocker *Blocker
-	// Turned is when the slowest of the candidate's loops last turned, in time since boot. Each turns at least once in
-	// every MaxTurn.
-	Turned time.Duration
+	// LastHeartbeat is when the slowest of the candidate's loops last turned, in time since boot. Each turns at least once in
+	// every HeartbeatInterval.
+	LastHeartbeat time.Duration
 }
 
 // TLS says how to reach endpoints with https. All fields are optional. The files are read at each handshake.
@@ -159,10 +175,10 @@ type Config struct {
 	Now        func() time.Duration
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // may be nil
-	Holder     Holder
+	Callbacks  Callbacks
 	// Changed is called after each change of Snapshot and must not block. It may be nil.
 	Changed func()
 }
 
-// MaxTurn is the longest time in which each of a candidate's loops turns, whatever etcd does.
-const MaxTurn = 5 * time.Second
+// HeartbeatInterval is the longest time in which each of a candidate's loops turns, whatever etcd does.
+const HeartbeatInterval = 5 * time.Second

@@ -451,8 +451,8 @@ func TestCandidate_OutageLongerThanTheLease(t *testing.T) {
 		t.Errorf("reason %q", s.Reason)
 	}
 	for _, c := range []*testCandidate{a, b} {
-		if s := c.waitForState(Connecting); e2e.Now()-s.Turned > MaxTurn {
-			t.Errorf("a loop last turned %v ago", e2e.Now()-s.Turned)
+		if s := c.waitForState(Connecting); e2e.Now()-s.LastHeartbeat > HeartbeatInterval {
+			t.Errorf("a loop last turned %v ago", e2e.Now()-s.LastHeartbeat)
 		}
 	}
 	if err := cluster.Members[0].Start(); err != nil {

@@ -94,7 +94,7 @@ func (ms *members) lookAgain() {
 		if h.again.CompareAndSwap(false, true) {
 			ms.closing.Go(func() {
 				defer h.again.Store(false)
-				ctx, cancel := context.WithTimeout(context.Background(), MaxTurn)
+				ctx, cancel := context.WithTimeout(context.Background(), HeartbeatInterval)
 				defer cancel()
 				_ = h.resolve(ctx) // an error shows when the next connection is made
 			})

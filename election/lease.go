@@ -212,7 +212,7 @@ func (l *lease) check(now time.Duration) {
 // sleep is for how long there is nothing to do. It is never long: the timer's clock stands still while the machine is suspended,
 // and the deadlines' clock does not.
 func (l *lease) sleep(now time.Duration) time.Duration {
-	until := min(now+l.timing.joinAfter(), now+MaxTurn/2, l.next)
+	until := min(now+l.timing.joinAfter(), now+HeartbeatInterval/2, l.next)
 	if !l.silent {
 		until = min(until, l.deadlines.StopAt)
 	}

@@ -434,7 +434,7 @@ func TestLease_RenewNow_LongTTL(t *testing.T) {
 			l := newTestLeaseOf(t, ttl, 7, hang, hang, good(1), good(1), good(1))
 			l.pass(5 * time.Second)
 			done := l.renewNow(t.Context())
-			l.pass(5*time.Second + MaxTurn/2 - ms)
+			l.pass(5*time.Second + HeartbeatInterval/2 - ms)
 			select {
 			case <-done:
 			default:

@@ -145,7 +145,7 @@ func (q *queue) spread() time.Duration {
 	q.mu.Lock()
 	keys := len(q.places)
 	q.mu.Unlock()
-	return rand.N(1 + min(time.Duration(keys)*10*time.Millisecond, q.timing.RenewInterval(), MaxTurn/2))
+	return rand.N(1 + min(time.Duration(keys)*10*time.Millisecond, q.timing.RenewInterval(), HeartbeatInterval/2))
 }
 
 // Why a watch is given up.
@@ -158,7 +158,7 @@ var (
 // follow watches the queue, until the watch ends or the member is suspect.
 func (q *queue) follow(ctx context.Context) error {
 	// Both halves of the liveness check take one such interval.
-	interval := min(q.timing.RenewInterval(), MaxTurn/2)
+	interval := min(q.timing.RenewInterval(), HeartbeatInterval/2)
 	// Whoever answers first serves the watch. Any key will do, but who may not read them all must not join.
 	from, answer, err := q.ask(ctx, interval, q.all(&pb.RangeRequest{Limit: 1, KeysOnly: true}))
 	if err != nil {

@@ -305,7 +305,7 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 	for _, test := range []struct {
 		keys      int
 		ttl, want time.Duration
-	}{{1, 15 * time.Second, 10 * ms}, {2, 15 * time.Second, 20 * ms}, {50, 15 * time.Second, 500 * ms}, {1000, 15 * time.Second, 3 * time.Second}, {1000, 5 * time.Minute, MaxTurn / 2}} {
+	}{{1, 15 * time.Second, 10 * ms}, {2, 15 * time.Second, 20 * ms}, {50, 15 * time.Second, 500 * ms}, {1000, 15 * time.Second, 3 * time.Second}, {1000, 5 * time.Minute, HeartbeatInterval / 2}} {
 		q := newTestQueue(func(error) {})
 		q.timing.TTL = test.ttl
 		q.places = map[string]place{}

@@ -80,7 +80,7 @@ func (r *runner) session(ctx context.Context) error {
 	defer s.release(ctx, stopQueue)
 	patient, stop := r.patient(ctx)
 	defer stop()
-	r.cfg.Holder.Leased(s.id, r.cfg.TTL)
+	r.cfg.Callbacks.Leased(s.id, r.cfg.TTL)
 	g, err := s.join(patient)
 	switch {
 	case ctx.Err() != nil:
@@ -167,7 +167,7 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	then := "trying again as long as the daemon runs"
 	switch {
 	case err == nil:
-		s.cfg.Holder.Leased(0, 0)
+		s.cfg.Callbacks.Leased(0, 0)
 	case ctx.Err() != nil:
 		then = "the lease will expire" // this was the last attempt
 	default:
@@ -200,7 +200,7 @@ func (s *session) renewed(d Deadlines) {
 	extend := s.term != nil && !s.term.silent && !s.term.gone
 	s.Candidate.mu.Unlock()
 	if extend {
-		s.cfg.Holder.Extended(d)
+		s.cfg.Callbacks.Extended(d)
 	}
 	s.Candidate.changed()
 	poke(s.changed)
@@ -307,7 +307,7 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 			results <- got
 		})
 	}
-	tick := time.NewTicker(MaxTurn / 2)
+	tick := time.NewTicker(HeartbeatInterval / 2)
 	defer tick.Stop()
 	var (
 		campaigning, won, checking bool
@@ -509,11 +509,11 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	}
 	led := make(chan error, 1)
 	go func() {
-		led <- s.cfg.Holder.Lead(lctx, Term{
+		led <- s.cfg.Callbacks.Lead(lctx, Term{
 			Key: s.key, Token: created, LeaseID: s.id, Deadlines: deadlines, Timing: s.timing, Lost: t.lost,
 		})
 	}()
-	tick := time.NewTicker(MaxTurn / 2)
+	tick := time.NewTicker(HeartbeatInterval / 2)
 	defer tick.Stop()
 	stop := ctx.Done()
 	for {

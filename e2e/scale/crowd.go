@@ -87,7 +87,7 @@ func (s *seat) sit() error {
 		Now:         e2e.Now,
 		Logger:      slog.New(warned{s.crowd}),
 		Registerer:  prometheus.NewRegistry(),
-		Holder:      s,
+		Callbacks:   s,
 		Changed:     s.changed,
 	})
 	if err != nil {
@@ -127,13 +127,13 @@ func (c *crowd) close() {
 	running(func(s *seat) { _ = s.left(context.Background()) }) // Run returns in bounded time, whatever etcd does
 }
 
-// Leased implements election.Holder.
+// Leased implements election.Callbacks.
 func (s *seat) Leased(int64, time.Duration) {}
 
-// Extended implements election.Holder.
+// Extended implements election.Callbacks.
 func (s *seat) Extended(election.Deadlines) {}
 
-// Lead implements election.Holder: it leads without a job.
+// Lead implements election.Callbacks: it leads without a job.
 func (s *seat) Lead(ctx context.Context, _ election.Term) error {
 	now := e2e.Now()
 	s.crowd.mu.Lock()
