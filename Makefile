@@ -63,42 +63,42 @@ BUILD_SHOW = @test -x bin/leasehold || echo 'building leasehold into bin/; it ta
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/
 
 demo:
-	$(BUILD_SHOW) . ./e2e/demo
+	$(BUILD_SHOW) . ./e2e/cmd/demo
 	@bin/demo
 
 # The job as it was given, with every $$ in it.
 run: export override JOB := $(value JOB)
 run:
-	$(BUILD_SHOW) . ./e2e/run
+	$(BUILD_SHOW) . ./e2e/cmd/run
 	@bin/run
 
 bench: $(ETCD_TOOLS)
-	$(BUILD_SHOW) . ./e2e/bench ./e2e/stockloop ./e2e/testjob
+	$(BUILD_SHOW) . ./e2e/cmd/bench ./e2e/cmd/stockloop ./e2e/cmd/testjob
 	@bin/bench $(if $(N),-n $(N)) $(BENCH)
 
 soak: $(ETCD_TOOLS)
-	$(BUILD_SHOW) . ./e2e/soak ./e2e/stockloop ./e2e/testjob
+	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/stockloop ./e2e/cmd/testjob
 	@bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK)
 
 # Smaller: SCALE='-candidates 100 -elections 100'. bin/scale -doc docs/scale.md puts what was measured into the document.
 bench-scale: $(ETCD_TOOLS)
-	$(BUILD_SHOW) ./e2e/scale
+	$(BUILD_SHOW) ./e2e/cmd/scale
 	@bin/scale $(SCALE)
 
 # ROWS='?' lists the rows, ROWS=ci are those that CI runs.
 faults: $(ETCD_TOOLS)
-	$(BUILD_SHOW) . ./e2e/faults ./e2e/stockloop ./e2e/testjob
+	$(BUILD_SHOW) . ./e2e/cmd/faults ./e2e/cmd/stockloop ./e2e/cmd/testjob
 	@bin/faults $(if $(N),-n $(N)) $(if $(PEERS_N),-peers-n $(PEERS_N)) $(if $(filter ci,$(ROWS)),-ci,$(if $(ROWS),-rows '$(ROWS)')) $(if $(PARALLEL),-parallel $(PARALLEL)) $(if $(JSON),-json '$(JSON)')
 
 faults-docs:
-	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/ ./e2e/faults
+	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/ ./e2e/cmd/faults
 	bin/faults -picture docs/faults.json -svg docs/faults.svg
 	bin/faults -table docs/faults.json >docs/faults.md
 	bin/faults -table docs/faults.json -readme README.md
 
 # The demo's output in the README, as this machine has it.
 readme: faults-docs
-	$(BUILD_SHOW) . ./e2e/demo ./e2e/bench
+	$(BUILD_SHOW) . ./e2e/cmd/demo ./e2e/cmd/bench
 	bin/demo >bin/demo.txt
 	bin/bench -readme README.md -demo bin/demo.txt
 

@@ -10,7 +10,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 	"leasehold/election"
 )
 
@@ -31,7 +31,7 @@ func (h *grantHolder) Lead(ctx context.Context, _ election.Term) error {
 // TestStop_DuringTheGrant: a stop while etcd is granting the lease, which may
 // happen after the lease was asked to be revoked, leaves no lease behind.
 func TestStop_DuringTheGrant(t *testing.T) {
-	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{})
+	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
 	cfg, err := load(t, "elect", "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
 	if err != nil {
 		t.Fatal(err)

@@ -16,7 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 	"leasehold/election"
 	"leasehold/health"
 	"leasehold/supervisor"
@@ -52,7 +52,7 @@ func TestElect_HundredTerms(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes ten seconds")
 	}
-	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{})
+	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cfg, err := load(t, "elect", "ELECTION=jobs/terms", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=60s", "STOP_GRACE=0s")
@@ -105,7 +105,7 @@ func TestElect_HundredTerms(t *testing.T) {
 	after := func(at int, worst usage) usage {
 		t.Helper()
 		var u usage
-		err := e2e.Until(ctx, func() error {
+		err := harness.Until(ctx, func() error {
 			if u = newUsage(t); worst != (usage{}) && (u.goroutines > worst.goroutines || u.descriptors > worst.descriptors || u.heap > worst.heap) {
 				return errors.New("more than before")
 			}

@@ -11,16 +11,16 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // newTestEtcdOnOneCore starts an etcd of one member with auth, all of whose threads share a core.
-func newTestEtcdOnOneCore(t *testing.T) *e2e.Cluster {
+func newTestEtcdOnOneCore(t *testing.T) *harness.Cluster {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	etcd, err := e2e.FindEtcd(t.Context(), os.Stderr)
+	etcd, err := harness.FindEtcd(t.Context(), os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,7 +29,7 @@ func newTestEtcdOnOneCore(t *testing.T) *e2e.Cluster {
 		t.Fatal(err)
 	}
 	etcd.Server = script
-	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{Etcd: etcd})
+	cluster := harness.NewTestCluster(t, harness.ClusterConfig{Etcd: etcd})
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()); err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +49,7 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 	defer cancel()
 	var all []*testCandidate
 	waitForAll := func(since time.Duration) error {
-		return e2e.Until(ctx, func() error {
+		return harness.Until(ctx, func() error {
 			for i, c := range all {
 				// The renewal that counts was sent since.
 				if s := c.Snapshot(); !s.Leading || s.Deadlines.End-s.TTL < since {
@@ -59,7 +59,7 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 			return nil
 		})
 	}
-	began := e2e.Now()
+	began := harness.Now()
 	for i := range fleet {
 		all = append(all, newTestCandidate(t, cluster.Endpoints(), fmt.Sprintf("c%d", i), func(cfg *Config, _ *testHolder) {
 			cfg.Election += fmt.Sprintf("/%d", i)
@@ -71,14 +71,14 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 	if err := waitForAll(0); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%d leaders began within %v", fleet, e2e.Now()-began)
-	stopped := e2e.Now()
+	t.Logf("%d leaders began within %v", fleet, harness.Now()-began)
+	stopped := harness.Now()
 	if err := cluster.Members[0].Restart(ctx); err != nil {
 		t.Fatal(err)
 	}
-	up := e2e.Now()
+	up := harness.Now()
 	err := waitForAll(up)
-	back := e2e.Now()
+	back := harness.Now()
 	lost := 0
 	for _, c := range all {
 		lost += len(c.ended)
@@ -99,7 +99,7 @@ func TestCandidate_TokensExpireWhileAMemberHangs(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{Size: 3, Flags: []string{"--auth-token-ttl=1"}})
+	cluster := harness.NewTestCluster(t, harness.ClusterConfig{Size: 3, Flags: []string{"--auth-token-ttl=1"}})
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()); err != nil {
 		t.Fatal(err)
 	}

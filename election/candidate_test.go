@@ -19,7 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -78,7 +78,7 @@ func (h *testHolder) Lead(ctx context.Context, term Term) error {
 	} else {
 		<-ctx.Done()
 	}
-	h.ended <- ended{e2e.Now(), context.Cause(ctx)}
+	h.ended <- ended{harness.Now(), context.Cause(ctx)}
 	return err
 }
 
@@ -101,7 +101,7 @@ func testConfig(t *testing.T, endpoints []string, identity string) Config {
 	return Config{
 		Endpoints: endpoints, Election: strings.ReplaceAll(t.Name(), "/", "-"), Identity: identity,
 		TTL: testTTL, LossGrace: -1, Margin: -1, Wait: -1, DialTimeout: time.Second,
-		Now:        e2e.Now,
+		Now:        harness.Now,
 		Logger:     slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level})).With("identity", identity),
 		Registerer: prometheus.NewRegistry(),
 	}
@@ -200,15 +200,15 @@ func (c *testCandidate) waitForReturn() error {
 }
 
 // newTestEtcd starts an etcd of one member.
-func newTestEtcd(t *testing.T) *e2e.Cluster {
+func newTestEtcd(t *testing.T) *harness.Cluster {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	return e2e.NewTestCluster(t, e2e.ClusterConfig{})
+	return harness.NewTestCluster(t, harness.ClusterConfig{})
 }
 
-func etcdctl(t *testing.T, cluster *e2e.Cluster, args ...string) string {
+func etcdctl(t *testing.T, cluster *harness.Cluster, args ...string) string {
 	t.Helper()
 	out, err := cluster.Etcdctl(t.Context(), args...)
 	if err != nil {
@@ -218,7 +218,7 @@ func etcdctl(t *testing.T, cluster *e2e.Cluster, args ...string) string {
 }
 
 // waitForLeases waits until etcd has these leases and no others.
-func waitForLeases(t *testing.T, cluster *e2e.Cluster, want ...int64) {
+func waitForLeases(t *testing.T, cluster *harness.Cluster, want ...int64) {
 	t.Helper()
 	var ids []string
 	for _, id := range want {
@@ -245,7 +245,7 @@ func until(t *testing.T, f func() error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	if err := e2e.Until(ctx, f); err != nil {
+	if err := harness.Until(ctx, f); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -269,7 +269,7 @@ func TestCandidate_PlannedHandOver(t *testing.T) {
 		t.Errorf("the term's context ended with %v", end.cause)
 	}
 	second := b.waitForTerm()
-	t.Logf("hand-over: %v after Lead returned", e2e.Now()-end.at)
+	t.Logf("hand-over: %v after Lead returned", harness.Now()-end.at)
 	if err := a.waitForReturn(); err != nil {
 		t.Errorf("Run after a planned stop: %v", err)
 	}
@@ -408,7 +408,7 @@ func TestCandidate_LeadReturns(t *testing.T) {
 		results <- nil
 	}
 	a.waitForTerm()
-	began := e2e.Now()
+	began := harness.Now()
 	results <- &Backoff{For: 300 * time.Millisecond}
 	until(t, func() error {
 		if s := a.Snapshot(); s.State != Connecting || !strings.Contains(s.Reason, "resigned") {
@@ -418,7 +418,7 @@ func TestCandidate_LeadReturns(t *testing.T) {
 	})
 	waitForLeases(t, cluster)
 	a.waitForTerm()
-	if took := e2e.Now() - began; took < 300*time.Millisecond {
+	if took := harness.Now() - began; took < 300*time.Millisecond {
 		t.Errorf("campaigned again after %v", took)
 	}
 	fault := errors.New("the job's own")
@@ -435,11 +435,11 @@ func TestCandidate_Wait(t *testing.T) {
 	term := a.waitForTerm()
 	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
 		b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testHolder) { cfg.Wait = wait })
-		began := e2e.Now()
+		began := harness.Now()
 		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) {
 			t.Errorf("wait %v: Run returned %v", wait, err)
 		}
-		if took := e2e.Now() - began; took > wait+time.Second {
+		if took := harness.Now() - began; took > wait+time.Second {
 			t.Errorf("wait %v took %v", wait, took)
 		}
 	}
@@ -470,7 +470,7 @@ func TestCandidate_EtcdDownAtStart(t *testing.T) {
 	}
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	s := a.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "connection refused") })
-	if s.State != Connecting || e2e.Now()-s.LastHeartbeat > HeartbeatInterval {
+	if s.State != Connecting || harness.Now()-s.LastHeartbeat > HeartbeatInterval {
 		t.Errorf("snapshot: %+v", s)
 	}
 	if err := cluster.Members[0].Start(); err != nil {
@@ -589,12 +589,12 @@ func TestCandidate_Blockers(t *testing.T) {
 func TestCandidate_LeadersKeyOverwritten(t *testing.T) {
 	for _, row := range []struct {
 		name  string
-		flags func(t *testing.T, cluster *e2e.Cluster) []string
+		flags func(t *testing.T, cluster *harness.Cluster) []string
 		seen  bool // by the leader, before its planned stop
 	}{
-		{"seen", func(*testing.T, *e2e.Cluster) []string { return nil }, true},
-		{"not seen", func(*testing.T, *e2e.Cluster) []string { return nil }, false},
-		{"with another lease", func(t *testing.T, cluster *e2e.Cluster) []string {
+		{"seen", func(*testing.T, *harness.Cluster) []string { return nil }, true},
+		{"not seen", func(*testing.T, *harness.Cluster) []string { return nil }, false},
+		{"with another lease", func(t *testing.T, cluster *harness.Cluster) []string {
 			return []string{"--lease=" + strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]}
 		}, true},
 	} {
@@ -652,7 +652,7 @@ func TestCandidate_StandbysKeyOverwritten(t *testing.T) {
 	b.waitForTerm()
 }
 
-func etcdctlDir(cluster *e2e.Cluster) string {
+func etcdctlDir(cluster *harness.Cluster) string {
 	return filepath.Dir(cluster.EtcdctlCommand(nil, "version").Path)
 }
 
@@ -683,8 +683,8 @@ func TestQuery(t *testing.T) {
 	term := a.waitForTerm()
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 	b.waitForState(Standby)
-	dark := e2e.NewTestProxy(t, cluster.Endpoints()[0])
-	dark.Cut(e2e.BothWays)
+	dark := harness.NewTestProxy(t, cluster.Endpoints()[0])
+	dark.Cut(harness.BothWays)
 	cfg.Endpoints = []string{"http://127.0.0.1:1", "http://" + dark.Addr(), cluster.Endpoints()[0]}
 	for range 5 { // the order is random
 		r, err := Query(t.Context(), cfg)
@@ -697,16 +697,16 @@ func TestQuery(t *testing.T) {
 		}
 	}
 	cfg.Endpoints = cfg.Endpoints[:2]
-	began := e2e.Now()
-	if _, err := Query(t.Context(), cfg); err == nil || e2e.Now()-began > 3*time.Second {
-		t.Errorf("no member answers: %v after %v", err, e2e.Now()-began)
+	began := harness.Now()
+	if _, err := Query(t.Context(), cfg); err == nil || harness.Now()-began > 3*time.Second {
+		t.Errorf("no member answers: %v after %v", err, harness.Now()-began)
 	}
 }
 
 func TestRevoke(t *testing.T) {
 	cluster := newTestEtcd(t)
-	dark := e2e.NewTestProxy(t, cluster.Endpoints()[0])
-	dark.Cut(e2e.BothWays)
+	dark := harness.NewTestProxy(t, cluster.Endpoints()[0])
+	dark.Cut(harness.BothWays)
 	cfg := testConfig(t, []string{"http://" + dark.Addr()}, "")
 	id := strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]
 	lease, err := strconv.ParseInt(id, 16, 64)

@@ -17,13 +17,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // newTestRoads starts a proxy in front of each member.
-func newTestRoads(t *testing.T, cluster *e2e.Cluster) (roads []*e2e.Proxy, endpoints []string) {
+func newTestRoads(t *testing.T, cluster *harness.Cluster) (roads []*harness.Proxy, endpoints []string) {
 	for _, url := range cluster.Endpoints() {
-		road := e2e.NewTestProxy(t, url)
+		road := harness.NewTestProxy(t, url)
 		roads = append(roads, road)
 		endpoints = append(endpoints, "http://"+road.Addr())
 	}
@@ -62,7 +62,7 @@ func TestCandidate_BlackHole(t *testing.T) {
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 	b.waitForState(Standby)
 	a.waitForExtensions(1)
-	roads[0].Cut(e2e.BothWays)
+	roads[0].Cut(harness.BothWays)
 	end := a.waitForEnd()
 	if !errors.Is(end.cause, ErrContactLost) {
 		t.Errorf("the term's context ended with %v", end.cause)
@@ -80,7 +80,7 @@ func TestCandidate_BlackHole(t *testing.T) {
 		t.Errorf("deadlines %+v", d)
 	}
 	b.waitForTerm()
-	if now := e2e.Now(); now < d.End {
+	if now := harness.Now(); now < d.End {
 		t.Errorf("the next leader starts %v before the lease's end", d.End-now)
 	}
 	s := a.waitForState(Connecting)
@@ -139,7 +139,7 @@ func TestCandidate_ContactComesBackAfterStopAt(t *testing.T) {
 	first := a.waitForTerm()
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 	b.waitForState(Standby)
-	roads[0].Cut(e2e.BothWays)
+	roads[0].Cut(harness.BothWays)
 	a.waitForState(Stopping)
 	calls, _ := a.extensions()
 	roads[0].Heal()
@@ -170,13 +170,13 @@ func TestCandidate_StopsInTheDark(t *testing.T) {
 	a.waitForTerm()
 	b := newTestCandidate(t, endpoints, "b", nil)
 	b.waitForState(Standby)
-	roads[0].Cut(e2e.BothWays)
+	roads[0].Cut(harness.BothWays)
 	c := newTestCandidate(t, endpoints, "c", nil)
 	for _, c := range []*testCandidate{a, b, c} {
-		began := e2e.Now()
+		began := harness.Now()
 		c.stop(nil)
 		c.waitForReturn()
-		if took := e2e.Now() - began; took > 3*time.Second {
+		if took := harness.Now() - began; took > 3*time.Second {
 			t.Errorf("Run returned after %v", took)
 		}
 	}
@@ -239,7 +239,7 @@ func TestCandidate_Compaction(t *testing.T) {
 	a.waitForTerm()
 	b := newTestCandidate(t, endpoints, "b", long)
 	b.waitForState(Standby)
-	roads[0].Cut(e2e.BothWays)
+	roads[0].Cut(harness.BothWays)
 	a.stop(nil)
 	a.waitForReturn()
 	for i := range 3 {
@@ -256,12 +256,12 @@ func TestCandidate_Compaction(t *testing.T) {
 	b.waitForTerm()
 }
 
-func newTestCluster3(t *testing.T) *e2e.Cluster {
+func newTestCluster3(t *testing.T) *harness.Cluster {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	return e2e.NewTestCluster(t, e2e.ClusterConfig{Size: 3})
+	return harness.NewTestCluster(t, harness.ClusterConfig{Size: 3})
 }
 
 // From a TTL of 5 s up, losing one member touches no term, whichever it is and however it is lost.
@@ -329,19 +329,19 @@ func TestCandidate_HungMember_LongTTL(t *testing.T) {
 		{"two of five, 5 min", 5 * time.Minute, 5, 2, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			testHungMember(t, e2e.NewTestCluster(t, e2e.ClusterConfig{Size: test.size}), test.ttl, test.hung, test.leader)
+			testHungMember(t, harness.NewTestCluster(t, harness.ClusterConfig{Size: test.size}), test.ttl, test.hung, test.leader)
 		})
 	}
 }
 
-func testHungMember(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, hung int, withLeader bool) {
+func testHungMember(t *testing.T, cluster *harness.Cluster, ttl time.Duration, hung int, withLeader bool) {
 	leader, err := cluster.Leader(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Those that will hang are the first ones, in the order in which candidates ask.
 	members := slices.Clone(cluster.Members)
-	slices.SortStableFunc(members, func(a, b *e2e.Member) int {
+	slices.SortStableFunc(members, func(a, b *harness.Member) int {
 		if (a == leader) == (b == leader) {
 			return 0
 		}
@@ -351,10 +351,10 @@ func testHungMember(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, hung 
 		return 1
 	})
 	// Until all have a connection to the first one the others are out of reach, so that it is asked first afterwards.
-	var roads []*e2e.Proxy
+	var roads []*harness.Proxy
 	var endpoints []string
 	for _, m := range members {
-		road := e2e.NewTestProxy(t, m.ClientURL)
+		road := harness.NewTestProxy(t, m.ClientURL)
 		roads = append(roads, road)
 		endpoints = append(endpoints, "http://"+road.Addr())
 	}
@@ -370,7 +370,7 @@ func testHungMember(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, hung 
 		}
 	}
 	for _, road := range roads[1:] {
-		road.Cut(e2e.BothWays)
+		road.Cut(harness.BothWays)
 	}
 	a := newTestCandidate(t, endpoints, "a", long)
 	a.waitForTerm()
@@ -389,18 +389,18 @@ func testHungMember(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, hung 
 	}
 	// Each of these waits is half a TTL of a minute at most. That the watch is on a hung member a standby notices after two
 	// intervals of 2.5 s.
-	began := e2e.Now()
+	began := harness.Now()
 	again <- struct{}{} // a resigns, and joins again behind b
 	b.waitForTerm()
-	t.Logf("to revoke and to win: %v", e2e.Now()-began)
+	t.Logf("to revoke and to win: %v", harness.Now()-began)
 	a.waitForState(Standby)
-	t.Logf("to join again: %v", e2e.Now()-began)
-	began = e2e.Now()
+	t.Logf("to join again: %v", harness.Now()-began)
+	began = harness.Now()
 	b.stop(nil)
 	b.waitForReturn()
-	t.Logf("to stop: %v", e2e.Now()-began)
+	t.Logf("to stop: %v", harness.Now()-began)
 	a.waitForTerm()
-	t.Logf("the planned hand-over: %v", e2e.Now()-began)
+	t.Logf("the planned hand-over: %v", harness.Now()-began)
 }
 
 // A watch is silent on a member that went dark. The standby finds out and watches on another.
@@ -414,13 +414,13 @@ func TestCandidate_StandbyOnADarkMember(t *testing.T) {
 		c.waitForState(Standby)
 		for j, road := range roads {
 			if j != i {
-				road.Cut(e2e.BothWays)
+				road.Cut(harness.BothWays)
 			}
 		}
-		began := e2e.Now()
+		began := harness.Now()
 		b.stop(nil)
 		next := c.waitForTerm()
-		took := e2e.Now() - began
+		took := harness.Now() - began
 		t.Logf("hand-over with two of three members dark: %v", took)
 		if took > testTTL {
 			t.Errorf("hand-over took %v", took)
@@ -451,8 +451,8 @@ func TestCandidate_OutageLongerThanTheLease(t *testing.T) {
 		t.Errorf("reason %q", s.Reason)
 	}
 	for _, c := range []*testCandidate{a, b} {
-		if s := c.waitForState(Connecting); e2e.Now()-s.LastHeartbeat > HeartbeatInterval {
-			t.Errorf("a loop last turned %v ago", e2e.Now()-s.LastHeartbeat)
+		if s := c.waitForState(Connecting); harness.Now()-s.LastHeartbeat > HeartbeatInterval {
+			t.Errorf("a loop last turned %v ago", harness.Now()-s.LastHeartbeat)
 		}
 	}
 	if err := cluster.Members[0].Start(); err != nil {
@@ -461,11 +461,11 @@ func TestCandidate_OutageLongerThanTheLease(t *testing.T) {
 	if err := cluster.WaitHealthy(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	began := e2e.Now()
+	began := harness.Now()
 	if term := b.waitForTerm(); term.LeaseID != lease {
 		t.Error("the standby has not kept its place")
 	}
-	if took := e2e.Now() - began; took > testTTL*4/5 {
+	if took := harness.Now() - began; took > testTTL*4/5 {
 		t.Errorf("leads %v after etcd came back", took)
 	}
 	a.waitForState(Standby)
@@ -498,7 +498,7 @@ func testLostGrantReply(t *testing.T, stop bool) {
 			}
 			if lose {
 				lose = false
-				roads[0].Cut(e2e.ToClient)
+				roads[0].Cut(harness.ToClient)
 			}
 			granting <- id
 		}
@@ -571,7 +571,7 @@ func TestCandidate_TokensExpire(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{Flags: []string{"--auth-token-ttl=1"}})
+	cluster := harness.NewTestCluster(t, harness.ClusterConfig{Flags: []string{"--auth-token-ttl=1"}})
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
 		t.Fatal(err)
 	}
@@ -704,7 +704,7 @@ func TestCandidate_LeaseNotRevoked_HolderKnowsIt(t *testing.T) {
 	if id := <-told; id != first.LeaseID {
 		t.Fatalf("told of the lease %x", id)
 	}
-	roads[0].Cut(e2e.BothWays)
+	roads[0].Cut(harness.BothWays)
 	over <- struct{}{}
 	a.waitFor("done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" })
 	select {
@@ -734,7 +734,7 @@ func TestCandidate_LeaseNotRevoked_PlannedStop(t *testing.T) {
 	})
 	first := a.waitForTerm()
 	waitForLeases(t, cluster, first.LeaseID)
-	roads[0].Cut(e2e.BothWays)
+	roads[0].Cut(harness.BothWays)
 	over <- struct{}{}
 	a.waitFor("done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" })
 	a.stop(nil)
@@ -751,12 +751,12 @@ func TestCandidate_TLS(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	certs, err := e2e.NewCerts(t.TempDir())
+	certs, err := harness.NewCerts(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	cluster := e2e.NewTestCluster(t, e2e.ClusterConfig{TLS: certs})
-	road := e2e.NewTestProxy(t, cluster.Endpoints()[0])
+	cluster := harness.NewTestCluster(t, harness.ClusterConfig{TLS: certs})
+	road := harness.NewTestProxy(t, cluster.Endpoints()[0])
 	withTLS := func(cfg *Config, _ *testHolder) {
 		cfg.TLS = TLS{CAFile: certs.CAFile, CertFile: certs.ClientCertFile, KeyFile: certs.ClientKeyFile}
 	}
@@ -782,7 +782,7 @@ func TestCandidate_TLS(t *testing.T) {
 
 // Each handshake shows the certificate that is in the file then.
 func TestCredentials_FilesAreReadAgain(t *testing.T) {
-	certs, err := e2e.NewCerts(t.TempDir())
+	certs, err := harness.NewCerts(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,22 +11,22 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // testName is a host name whose addresses are roads to the members of etcd, all at one port.
 type testName struct {
 	t       *testing.T
-	cluster *e2e.Cluster
+	cluster *harness.Cluster
 	port    string
 
 	mu        sync.Mutex
 	addresses []string // none: there is no such name
 }
 
-func newTestName(t *testing.T, cluster *e2e.Cluster) *testName {
+func newTestName(t *testing.T, cluster *harness.Cluster) *testName {
 	t.Helper()
-	addr, err := e2e.FreeAddr()
+	addr, err := harness.FreeAddr()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,13 +48,13 @@ func (n *testName) lookup(context.Context, string) ([]string, error) {
 
 // move gives the name one address for each member of etcd, from 127.0.0.first on, and no others. The roads there are closed by the
 // second result, or when the test ends.
-func (n *testName) move(first int) (roads []*e2e.Proxy, closeAll func()) {
+func (n *testName) move(first int) (roads []*harness.Proxy, closeAll func()) {
 	n.t.Helper()
 	var addresses []string
 	for i, m := range n.cluster.Members {
 		_, target, _ := strings.Cut(m.ClientURL, "://")
 		address := fmt.Sprintf("127.0.0.%d", first+i)
-		road, err := e2e.StartProxyAt(net.JoinHostPort(address, n.port), target)
+		road, err := harness.StartProxyAt(net.JoinHostPort(address, n.port), target)
 		if err != nil {
 			n.t.Fatal(err)
 		}
@@ -83,7 +83,7 @@ func TestCandidate_NameOfSeveralMembers(t *testing.T) {
 	roads, leave := name.move(2)
 	term := a.waitForTerm()
 	for i := range roads {
-		roads[i].Cut(e2e.BothWays)
+		roads[i].Cut(harness.BothWays)
 		a.waitForExtensions(4)
 		a.expectLeading(term)
 		roads[i].Heal()
@@ -94,7 +94,7 @@ func TestCandidate_NameOfSeveralMembers(t *testing.T) {
 	a.waitForExtensions(4)
 	a.expectLeading(term)
 	for i := range news {
-		news[i].Cut(e2e.BothWays)
+		news[i].Cut(harness.BothWays)
 		a.waitForExtensions(4)
 		a.expectLeading(term)
 		news[i].Heal()
@@ -109,11 +109,11 @@ func TestMembers_NameAndTLS(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	certs, err := e2e.NewCerts(t.TempDir())
+	certs, err := harness.NewCerts(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	name := newTestName(t, e2e.NewTestCluster(t, e2e.ClusterConfig{TLS: certs}))
+	name := newTestName(t, harness.NewTestCluster(t, harness.ClusterConfig{TLS: certs}))
 	name.move(2)
 	query := func(host string) error {
 		cfg := testConfig(t, []string{"https://" + host + ":" + name.port}, "")
@@ -203,7 +203,7 @@ func TestFirst_LooksAgain(t *testing.T) {
 		return err
 	}
 	until(t, ask)
-	roads[0].Cut(e2e.BothWays)
+	roads[0].Cut(harness.BothWays)
 	name.mu.Lock()
 	name.addresses = every
 	name.mu.Unlock()

@@ -16,7 +16,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 func kv(key string, created, lease int64) *mvccpb.KeyValue {
@@ -230,20 +230,20 @@ func TestJoinedKV_WaitTimeout(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
-		began := e2e.Now()
+		began := harness.Now()
 		resp, err := kv.Range(t.Context(), read.GetRequestRange())
-		if took := e2e.Now() - began; err != nil || len(resp.Kvs) != 1 || took < row.least || took >= row.most {
+		if took := harness.Now() - began; err != nil || len(resp.Kvs) != 1 || took < row.least || took >= row.most {
 			t.Errorf("%s: %v, %v after %v", row.name, resp, err, took)
 		}
-		began = e2e.Now()
-		if _, err := kv.Range(t.Context(), read.GetRequestRange()); err != nil || e2e.Now()-began >= bound {
-			t.Errorf("%s: the second read: %v after %v", row.name, err, e2e.Now()-began)
+		began = harness.Now()
+		if _, err := kv.Range(t.Context(), read.GetRequestRange()); err != nil || harness.Now()-began >= bound {
+			t.Errorf("%s: the second read: %v after %v", row.name, err, harness.Now()-began)
 		}
 	}
 }
 
 // newRunningQueue follows the queue e, in which our own key has so many others ahead of it. It returns its create revision too.
-func newRunningQueue(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, ahead int) (*queue, int64) {
+func newRunningQueue(t *testing.T, cluster *harness.Cluster, ttl time.Duration, ahead int) (*queue, int64) {
 	t.Helper()
 	ms, err := newMembers(testConfig(t, cluster.Endpoints(), "a"))
 	if err != nil {
@@ -266,7 +266,7 @@ func newRunningQueue(t *testing.T, cluster *e2e.Cluster, ttl time.Duration, ahea
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := newQueue("e/", "e/a", ms, Timing{TTL: ttl}, newLegs(ms), e2e.Now, new(atomic.Int64), func(err error) { t.Error(err) })
+	q := newQueue("e/", "e/a", ms, Timing{TTL: ttl}, newLegs(ms), harness.Now, new(atomic.Int64), func(err error) { t.Error(err) })
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { q.run(ctx) })
@@ -345,10 +345,10 @@ func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
 	for range 10 {
 		leg := served(nil)
 		time.Sleep(2 * q.timing.RenewInterval()) // a watch that ends as soon as it has begun is another matter
-		began := e2e.Now()
+		began := harness.Now()
 		q.suspect(leg.member)
 		served(leg)
-		most = max(most, e2e.Now()-began)
+		most = max(most, harness.Now()-began)
 	}
 	t.Logf("the longest of 10 pauses: %v", most)
 	if most < 50*ms { // by chance: one time in a million

@@ -31,7 +31,7 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 var machines = map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}
@@ -43,7 +43,7 @@ func needs(t *testing.T, programs ...string) {
 	if os.Getenv("LEASEHOLD_SHIP") != "1" {
 		t.Skip("skipped: checks a release, which make test-dist does (LEASEHOLD_SHIP=1)")
 	}
-	e2e.NeedsRoot(t)
+	harness.NeedsRoot(t)
 	for _, program := range programs {
 		if _, err := exec.LookPath(program); err != nil {
 			if os.Getenv("E2E_NO_SKIP") == "1" {
@@ -56,7 +56,7 @@ func needs(t *testing.T, programs ...string) {
 
 func moduleRoot(t *testing.T) string {
 	t.Helper()
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,17 +208,17 @@ func TestBinary(t *testing.T) {
 // kind.
 func TestBinary_ARM64Leads(t *testing.T) {
 	needs(t, "qemu-aarch64-static")
-	network, err := e2e.NewNetwork()
+	network, err := harness.NewNetwork()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(network.Close)
-	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{Network: network})
+	etcd := harness.NewTestCluster(t, harness.ClusterConfig{Network: network})
 	node, err := network.Node("arm64")
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := e2e.StartCandidate(e2e.CandidateConfig{
+	c, err := harness.StartCandidate(harness.CandidateConfig{
 		Node:   node,
 		Binary: "qemu-aarch64-static", Args: []string{binary(t, "arm64"), "elect"},
 		Election: "jobs/emulated", Identity: "arm64", Endpoints: etcd.Endpoints(), TTL: 10 * time.Second,

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // fenced are the blocks of a page: commands are sh, and the text after them is
@@ -28,7 +28,7 @@ var fenced = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```$")
 func TestProcessPage(t *testing.T) {
 	needs(t, "unshare", "supervisord", "bash")
 	t.Parallel()
-	etcd, err := e2e.FindEtcd(t.Context(), os.Stderr)
+	etcd, err := harness.FindEtcd(t.Context(), os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,14 +11,14 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 	"leasehold/e2e/systemd"
 )
 
 func TestMain(m *testing.M) {
 	// The machine's network is made in a namespace of the program's own.
 	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 {
-		if inside, code := e2e.EnterNetwork(); !inside {
+		if inside, code := harness.EnterNetwork(); !inside {
 			os.Exit(code)
 		}
 	}
@@ -34,12 +34,12 @@ func TestDeb_OnSystemd(t *testing.T) {
 	needs(t, "/lib/systemd/systemd", "nsenter", "ip", "dbus-daemon")
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	network, err := e2e.NewNetwork()
+	network, err := harness.NewNetwork()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(network.Close)
-	etcd := e2e.NewTestCluster(t, e2e.ClusterConfig{Network: network})
+	etcd := harness.NewTestCluster(t, harness.ClusterConfig{Network: network})
 	m, err := systemd.Boot(ctx, systemd.MachineConfig{
 		Name: "a", Network: network, Files: map[string]string{"/root/leasehold.deb": artifact(t, "leasehold_*_amd64.deb")},
 	})
@@ -60,7 +60,7 @@ func TestDeb_OnSystemd(t *testing.T) {
 		var properties map[string]string
 		bound, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
-		if err := e2e.Until(bound, func() (err error) {
+		if err := harness.Until(bound, func() (err error) {
 			if properties, err = m.Show(ctx, "leasehold@job"); err != nil {
 				return err
 			}

@@ -12,7 +12,7 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // terminationLog is the file that a kubelet makes for each container: anybody may write to it.
@@ -192,7 +192,7 @@ func TestTerminationMessage(t *testing.T) {
 			s.Skip("this machine has one")
 		}
 		// Root could make one here.
-		code, _, _, err := e2e.RunOnce(s.ctx, nil, built.programs.Leasehold, "--", "true")
+		code, _, _, err := harness.RunOnce(s.ctx, nil, built.programs.Leasehold, "--", "true")
 		if code != 78 || err != nil {
 			s.Errorf("code %d, %v", code, err)
 		}

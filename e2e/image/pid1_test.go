@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // TestRestrictions: the tests here run leasehold under what they claim to, in the daemon as in its job.
@@ -73,10 +73,10 @@ func TestWholeTree(t *testing.T) {
 	s.run("as podman has it", func(s *stage) { wholeTree(s, "") })
 	// As Kubernetes has it on a node with cgroup v2 alone.
 	s.run("a read-only cgroup v2", func(s *stage) {
-		if e2e.Cgroup2() == "" {
+		if harness.Cgroup2() == "" {
 			s.Skip("skipped: needs cgroup v2")
 		}
-		wholeTree(s, "read-only file system", "-v", e2e.Cgroup2()+":/cgroup2:ro")
+		wholeTree(s, "read-only file system", "-v", harness.Cgroup2()+":/cgroup2:ro")
 	})
 }
 
@@ -99,7 +99,7 @@ func wholeTree(s *stage, reason string, flags ...string) {
 	if now := b.pid(s); now != pid {
 		s.Errorf("the container's process 1 was %d and is %d", pid, now)
 	}
-	if n := len(e2e.Descendants(pid)); n != 2+len(roles) { // the elector, the spawner and the job
+	if n := len(harness.Descendants(pid)); n != 2+len(roles) { // the elector, the spawner and the job
 		s.Errorf("%d processes in the container, want %d", n, 2+len(roles))
 	}
 	// A planned stop of a job that will not stop: killed after the grace.
@@ -117,9 +117,9 @@ func TestZombies(t *testing.T) {
 		fmt.Sprintf("i=0; while [ $i -lt %d ]; do (sh -c 'sleep 0.2; echo orphan' & ); i=$((i+1)); done; exec sleep infinity", orphans)}})
 	s.waitOutput(b, "orphan\n", orphans)
 	pid := b.pid(t)
-	s.must(e2e.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(patience), func() error {
 		var left []string
-		for _, p := range e2e.Descendants(pid) {
+		for _, p := range harness.Descendants(pid) {
 			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p))
 			if err == nil {
 				left = append(left, string(stat[:bytes.LastIndexByte(stat, ')')+3]))
@@ -158,7 +158,7 @@ func TestSignals(t *testing.T) {
 		b := s.start("b", plan{image: imageLeasehold, args: []string{"--", "/testjob", "ignore-term"}, env: []string{"LEASEHOLD_STOP_GRACE=1h"}})
 		job := s.waitJob(b)
 		b.kill(s, "INT")
-		s.must(e2e.Until(s.wait(patience), func() error {
+		s.must(harness.Until(s.wait(patience), func() error {
 			_, body, err := b.Get(s.ctx, "/status")
 			if err == nil && !strings.Contains(body, `"stopping"`) {
 				err = fmt.Errorf("it does not stop: %s", body)
@@ -193,8 +193,8 @@ func TestStranger(t *testing.T) {
 	b := s.start("a", plan{image: imageJob, args: []string{"sleep", "infinity"}})
 	s.waitStatus(b, "/leader", http.StatusOK)
 	podman(t, "exec", "-u", "0", b.name, "sh", "-c", "sleep infinity >/dev/null 2>&1 &")
-	s.must(e2e.Until(s.wait(patience), func() error {
-		for _, pid := range e2e.Children(b.pid(t)) {
+	s.must(harness.Until(s.wait(patience), func() error {
+		for _, pid := range harness.Children(b.pid(t)) {
 			if status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n") {
 				return nil
 			}
@@ -204,7 +204,7 @@ func TestStranger(t *testing.T) {
 	lease := s.lease()
 	_, err := s.etcd.Etcdctl(s.ctx, "lease", "revoke", lease)
 	s.must(err)
-	s.must(e2e.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(patience), func() error {
 		if code, body, err := b.Get(s.ctx, "/leader"); err != nil || code != http.StatusOK {
 			return fmt.Errorf("/leader: %d, %s, %w", code, body, err)
 		}
@@ -226,7 +226,7 @@ func TestElectorKilled(t *testing.T) {
 	s.waitRoles(job, "job", "setsid", "daemon")
 	standby := s.job("b", "")
 	s.waitStatus(standby, "/standby", http.StatusOK)
-	killed := e2e.Now()
+	killed := harness.Now()
 	s.must(syscall.Kill(leader.elector(t), syscall.SIGKILL))
 	next := s.waitJob(standby)
 	s.waitExit(leader, 70)
@@ -353,7 +353,7 @@ func TestInstall(t *testing.T) {
 // sharedDir is a directory to which any user can write, as Kubernetes' emptyDir is.
 func sharedDir(t *testing.T) string {
 	t.Helper()
-	dir, err := e2e.TempDir("leasehold-shared-")
+	dir, err := harness.TempDir("leasehold-shared-")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,7 +22,7 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // patience bounds every wait for an event that must come. Nothing here takes a tenth of it on a quiet machine.
@@ -40,7 +40,7 @@ const (
 var built struct {
 	sync.Once
 	root     string
-	programs *e2e.Programs
+	programs *harness.Programs
 	err      error
 }
 
@@ -66,7 +66,7 @@ func needImages(t *testing.T) {
 	if os.Getenv("LEASEHOLD_SHIP") != "1" {
 		t.Skip("skipped: make test-image runs it")
 	}
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +83,7 @@ func needImages(t *testing.T) {
 		}
 		began := time.Now()
 		if built.err == nil {
-			built.programs, built.err = e2e.Build(context.Background(), ".", "./e2e/testjob")
+			built.programs, built.err = harness.Build(context.Background(), ".", "./e2e/cmd/testjob")
 		}
 		for _, args := range [][]string{
 			// The engine is chosen as it is for anybody, but that docker knows nothing of our base images.
@@ -194,8 +194,8 @@ func TestMain(m *testing.M) {
 type stage struct {
 	*testing.T
 	ctx      context.Context
-	etcd     *e2e.Cluster
-	witness  *e2e.Witness
+	etcd     *harness.Cluster
+	witness  *harness.Witness
 	election string
 	ttl      time.Duration
 }
@@ -208,7 +208,7 @@ func newStage(t *testing.T) *stage {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 	t.Cleanup(cancel)
 	return &stage{
-		T: t, ctx: ctx, etcd: e2e.NewTestCluster(t, e2e.ClusterConfig{}), witness: e2e.NewTestWitness(t),
+		T: t, ctx: ctx, etcd: harness.NewTestCluster(t, harness.ClusterConfig{}), witness: harness.NewTestWitness(t),
 		election: fmt.Sprintf("jobs/image-%d", numbers.Add(1)), ttl: 5 * time.Minute,
 	}
 }
@@ -224,7 +224,7 @@ func (s *stage) run(name string, part func(s *stage)) {
 
 // A box is a container whose process 1 is leasehold.
 type box struct {
-	*e2e.Candidate
+	*harness.Candidate
 	name string
 }
 
@@ -245,9 +245,9 @@ func (s *stage) start(identity string, p plan) *box {
 		"--cgroup-parent", cgroupParent,
 		"--ipc", "none", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "all", "--security-opt", "no-new-privileges",
 		"--timeout", "600", // should this program not live to remove it
-		"--env", "LEASEHOLD_*", "--env", e2e.WitnessVariable, "-v", built.programs.Testjob + ":/testjob:ro",
+		"--env", "LEASEHOLD_*", "--env", harness.WitnessVariable, "-v", built.programs.Testjob + ":/testjob:ro",
 	}, p.flags...)
-	c, err := e2e.StartCandidate(e2e.CandidateConfig{
+	c, err := harness.StartCandidate(harness.CandidateConfig{
 		Binary: "podman", Election: s.election, Identity: identity, Endpoints: s.etcd.Endpoints(), TTL: s.ttl, Witness: s.witness,
 		Env: append([]string{
 			"HOME=" + os.Getenv("HOME"), "LEASEHOLD_STOP_GRACE=500ms",
@@ -289,18 +289,18 @@ func (s *stage) wait(d time.Duration) context.Context {
 }
 
 // waitJob waits for a job of the candidate, other than those with the tokens given.
-func (s *stage) waitJob(b *box, not ...int64) e2e.Life {
+func (s *stage) waitJob(b *box, not ...int64) harness.Life {
 	s.Helper()
-	life, err := s.witness.WaitForJob(s.wait(patience), func(l e2e.Life) bool {
+	life, err := s.witness.WaitForJob(s.wait(patience), func(l harness.Life) bool {
 		return l.Candidate == b.Identity && !slices.Contains(not, l.Token)
 	})
 	s.must(err)
 	return life
 }
 
-func (s *stage) waitRoles(l e2e.Life, roles ...string) {
+func (s *stage) waitRoles(l harness.Life, roles ...string) {
 	s.Helper()
-	s.must(s.witness.Wait(s.wait(patience), func(lives []e2e.Life) bool {
+	s.must(s.witness.Wait(s.wait(patience), func(lives []harness.Life) bool {
 		found := map[string]bool{}
 		for _, other := range lives {
 			found[other.Role] = found[other.Role] || other.Token == l.Token && other.Candidate == l.Candidate
@@ -309,7 +309,7 @@ func (s *stage) waitRoles(l e2e.Life, roles ...string) {
 	}))
 }
 
-func (s *stage) waitDead(l e2e.Life) time.Duration {
+func (s *stage) waitDead(l harness.Life) time.Duration {
 	s.Helper()
 	end, err := s.witness.WaitForDead(s.wait(patience), l)
 	s.must(err)
@@ -336,7 +336,7 @@ func (s *stage) waitRenewals(b *box, n float64) {
 	const good = `leasehold_lease_renewals_total{result="ok"}`
 	before, err := b.Metric(s.ctx, good)
 	s.must(err)
-	s.must(e2e.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(patience), func() error {
 		now, err := b.Metric(s.ctx, good)
 		if err == nil && now < before+n {
 			err = fmt.Errorf("%s renewed its lease %v times, want %v", b.Identity, now-before, n)
@@ -348,7 +348,7 @@ func (s *stage) waitRenewals(b *box, n float64) {
 // waitOutput waits until the container has written the text as often as given to standard output.
 func (s *stage) waitOutput(b *box, text string, times int) {
 	s.Helper()
-	s.must(e2e.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(patience), func() error {
 		if n := strings.Count(b.Output(), text); n < times {
 			return fmt.Errorf("%s said %q %d times, want %d; it said %q", b.Identity, text, n, times, b.Output())
 		}
@@ -389,7 +389,7 @@ func (b *box) pid(t testing.TB) int {
 
 // elector is the elector's pid, as this machine counts.
 func (b *box) elector(t testing.TB) int {
-	for _, pid := range e2e.Children(b.pid(t)) {
+	for _, pid := range harness.Children(b.pid(t)) {
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == "elector" {
 			return pid

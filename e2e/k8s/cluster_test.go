@@ -20,7 +20,7 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // A cluster is that of the current kubectl context, with a namespace of our own in it.
@@ -63,7 +63,7 @@ func newCluster(t *testing.T) *cluster {
 		t.Fatal(err)
 	}
 	c.old, c.sidecars = minor < 21, minor >= 29
-	if c.root, err = e2e.ModuleRoot(); err != nil {
+	if c.root, err = harness.ModuleRoot(); err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
@@ -549,7 +549,7 @@ func (c *cluster) routeToLeader(job string, next func(what string)) {
 	wait := func(what string, within time.Duration) error {
 		ctx, cancel := context.WithTimeout(t.Context(), within)
 		defer cancel()
-		if err := e2e.Until(ctx, done); err != nil {
+		if err := harness.Until(ctx, done); err != nil {
 			return fmt.Errorf("%s: %w", what, err)
 		}
 		return nil
@@ -589,7 +589,7 @@ func (c *cluster) badSettings(job string) {
 `))
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	err := e2e.Until(ctx, func() error {
+	err := harness.Until(ctx, func() error {
 		message := c.kubectl("get", "pods", "-l", "app.kubernetes.io/name=wrapper", "-o",
 			"jsonpath={.items[*].status.containerStatuses[*].lastState.terminated.message}")
 		if !strings.Contains(message, "LEASEHOLD_TLL: unknown variable") || !strings.Contains(message, "LEASEHOLD_TTL: ") {
@@ -620,7 +620,7 @@ func (c *cluster) sidecar(form string) {
 	wait := func(not string) (leader string) {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		defer cancel()
-		err := e2e.Until(ctx, func() (err error) {
+		err := harness.Until(ctx, func() (err error) {
 			if leader, err = leading(); err == nil && leader == not {
 				err = fmt.Errorf("%s still leads", not)
 			}
@@ -636,7 +636,7 @@ func (c *cluster) sidecar(form string) {
 	second := wait(first)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := e2e.Until(ctx, func() error {
+	if err := harness.Until(ctx, func() error {
 		if out := c.kubectl("logs", second, "-c", "app"); !strings.Contains(out, second+" leads") {
 			return fmt.Errorf("the app says %q", out)
 		}

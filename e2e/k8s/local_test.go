@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // What the cluster's test rests on, without a cluster: the witness sees jobs begin and end, and sees it when two live at once.
@@ -24,7 +24,7 @@ func TestWitness_SeesOverlap(t *testing.T) {
 		t.Skip("skipped: LEASEHOLD_SHIP=1 is not set (make e2e-k8s sets it)")
 	}
 	program := buildJob(t)
-	address, err := e2e.FreeAddr()
+	address, err := harness.FreeAddr()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,7 @@ func TestWitness_SeesOverlap(t *testing.T) {
 	}
 	gone := func() {
 		t.Helper()
-		if err := e2e.Until(ctx, func() error {
+		if err := harness.Until(ctx, func() error {
 			told.mu.Lock()
 			defer told.mu.Unlock()
 			if len(told.alive) > 0 {
@@ -194,7 +194,7 @@ func TestCluster_OverlaysRender(t *testing.T) {
 	if err != nil {
 		t.Skip("skipped: there is no kubectl here")
 	}
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestCluster_PagesNameTheImage(t *testing.T) {
 	if err != nil {
 		t.Skip("skipped: there is no kubectl here")
 	}
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,7 +255,7 @@ func TestCluster_PagesNameTheImage(t *testing.T) {
 
 // The pages' commands, for an old cluster of one node, are of the folders that serve it.
 func TestCluster_PagesFitTheCluster(t *testing.T) {
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}

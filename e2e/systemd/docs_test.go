@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 var shellBlock = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
@@ -26,7 +26,7 @@ var (
 func TestDocs(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	w.must(err)
 	text, err := os.ReadFile(filepath.Join(root, "docs", "systemd.md"))
 	w.must(err)
@@ -50,7 +50,7 @@ func TestDocs(t *testing.T) {
 		w.must(err)
 		var status []byte
 		w.until(patience, func() error { // the job may be between fork and exec
-			for _, pid := range e2e.Descendants(guard) {
+			for _, pid := range harness.Descendants(guard) {
 				if status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && pid != elector && strings.HasPrefix(string(status), "Name:\tsleep\n") {
 					// Whatever the drop-in, the job keeps its cgroup.
 					if cgroup, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid)); err != nil || !strings.Contains(string(cgroup), service+"/leasehold-") {

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // A planned stop costs milliseconds, and so does a guard or an elector that is
@@ -29,7 +29,7 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 			w.waitLeading(leader)
 			w.waitStandby(standby, leader)
 			guard, elector := w.processes(leader)
-			at := e2e.Now()
+			at := harness.Now()
 			switch fault {
 			case "systemctl stop":
 				w.run(leader, "systemctl", "stop", "--no-block", unit)
@@ -42,8 +42,8 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 			if next.Candidate != standby.Name {
 				t.Errorf("the next job is of %s", next.Candidate)
 			}
-			took = append(took, e2e.Milliseconds(next.Started-at))
-			dead = append(dead, e2e.Milliseconds(w.waitDead(life, patience)-at))
+			took = append(took, harness.Milliseconds(next.Started-at))
+			dead = append(dead, harness.Milliseconds(w.waitDead(life, patience)-at))
 			if fault == "systemctl stop" {
 				w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "inactive"})
 				w.run(leader, "systemctl", "start", unit)
@@ -51,9 +51,9 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 			life, leader, standby = next, standby, leader
 		}
 		t.Logf("%s, %d trials: job dead after %s, next job on the other machine after %s (medians; longest %s)",
-			fault, trials, e2e.Span(e2e.Median(dead)), e2e.Span(e2e.Median(took)), e2e.Span(e2e.Percentile(took, 100)))
-		if median := e2e.Median(took); median > 100 {
-			t.Errorf("%s: %s to the next job, want 100 ms at most: %.0f", fault, e2e.Span(median), took)
+			fault, trials, harness.Span(harness.Median(dead)), harness.Span(harness.Median(took)), harness.Span(harness.Percentile(took, 100)))
+		if median := harness.Median(took); median > 100 {
+			t.Errorf("%s: %s to the next job, want 100 ms at most: %.0f", fault, harness.Span(median), took)
 		}
 	}
 	w.waitStandby(standby, leader)
@@ -88,7 +88,7 @@ func TestKilled_GuardWhileElectorHangs(t *testing.T) {
 			}
 			guard, elector := w.processes(leader)
 			w.must(unix.Kill(elector, unix.SIGSTOP))
-			at := e2e.Now()
+			at := harness.Now()
 			w.must(unix.Kill(guard, unix.SIGKILL))
 			if took := w.waitDead(life, patience) - at; took > 8*time.Second { // the lease has 12 s more at least
 				t.Errorf("the job was dead after %v", took)

@@ -26,7 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // A Machine is a booted systemd. It ends with this program at the latest.
@@ -37,15 +37,15 @@ type Machine struct {
 	cmd     *exec.Cmd
 	cgroup  string
 	dir     string
-	node    *e2e.Node
+	node    *harness.Node
 	console *console
 }
 
 // MachineConfig says what a machine is to be.
 type MachineConfig struct {
 	Name    string
-	Network *e2e.Network
-	Witness *e2e.Witness // hears the jobs on the machine
+	Network *harness.Network
+	Witness *harness.Witness // hears the jobs on the machine
 	// Files are put into the machine's root before it boots: where, from where.
 	Files map[string]string
 	// Hosts are more names that it knows: what, where.
@@ -64,7 +64,7 @@ func Install(ctx context.Context, dir, binary string) (map[string]string, error)
 		files["/"] = dir
 		return files, nil
 	}
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		return nil, err
 	}
@@ -82,11 +82,11 @@ func Boot(ctx context.Context, cfg MachineConfig) (m *Machine, err error) {
 			m.Close()
 		}
 	}()
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		return m, err
 	}
-	if m.dir, err = e2e.TempDir("leasehold-machine-"); err != nil {
+	if m.dir, err = harness.TempDir("leasehold-machine-"); err != nil {
 		return m, err
 	}
 	work, files := filepath.Join(m.dir, "work"), filepath.Join(m.dir, "files")
@@ -118,7 +118,7 @@ func Boot(ctx context.Context, cfg MachineConfig) (m *Machine, err error) {
 			return m, err
 		}
 	}
-	if m.cgroup, err = os.MkdirTemp(e2e.Cgroup2(), cgroupPrefix(os.Getppid())); err != nil {
+	if m.cgroup, err = os.MkdirTemp(harness.Cgroup2(), cgroupPrefix(os.Getppid())); err != nil {
 		return m, err
 	}
 	// The units' users look into theirs through it.
@@ -143,7 +143,7 @@ func Boot(ctx context.Context, cfg MachineConfig) (m *Machine, err error) {
 		return m, err
 	}
 	m.cmd, m.pid = cmd, cmd.Process.Pid
-	return m, e2e.Until(ctx, func() error {
+	return m, harness.Until(ctx, func() error {
 		if unix.Kill(m.pid, 0) != nil {
 			return errors.New("it has ended")
 		}
@@ -181,7 +181,7 @@ func cgroupPrefix(parent int) string { return fmt.Sprintf("leasehold-machine-%d-
 func removeCgroupSoon(dir string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	return e2e.Until(ctx, func() error { return removeCgroup(dir) })
+	return harness.Until(ctx, func() error { return removeCgroup(dir) })
 }
 
 // removeCgroup removes a cgroup and those below it.
@@ -254,7 +254,7 @@ func (m *Machine) Processes(ctx context.Context, unit string) (guard, elector in
 		return 0, 0, err
 	}
 	main := properties["MainPID"]
-	for _, pid := range e2e.Children(m.pid) {
+	for _, pid := range harness.Children(m.pid) {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		if err != nil {
 			continue // it has just ended
@@ -268,7 +268,7 @@ func (m *Machine) Processes(ctx context.Context, unit string) (guard, elector in
 	if guard == 0 {
 		return 0, 0, fmt.Errorf("%s on machine %s has no guard (main pid %s)", unit, m.Name, main)
 	}
-	for _, pid := range e2e.Children(guard) {
+	for _, pid := range harness.Children(guard) {
 		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if words := bytes.Split(cmdline, []byte{0}); err == nil && len(words) > 1 && string(words[1]) == "elector" {
 			elector = pid

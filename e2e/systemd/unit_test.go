@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 func TestUnit_Verify(t *testing.T) {
@@ -98,9 +98,9 @@ func TestUnit_StartAndStop(t *testing.T) {
 	}
 
 	// A job that takes its time gets it.
-	began := e2e.Now()
+	began := harness.Now()
 	w.run(a, "systemctl", "stop", unit)
-	if took := e2e.Now() - began; took < 2*time.Second {
+	if took := harness.Now() - began; took < 2*time.Second {
 		t.Errorf("the stop took %v, and the job wants 2s", took)
 	}
 	next := w.waitNext(life, patience)
@@ -130,9 +130,9 @@ func TestUnit_StopStubborn(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	a, b, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize", "LEASEHOLD_STOP_GRACE=3s")
-	began := e2e.Now()
+	began := harness.Now()
 	w.run(a, "systemctl", "stop", unit)
-	if took := e2e.Now() - began; took < 3*time.Second {
+	if took := harness.Now() - began; took < 3*time.Second {
 		t.Errorf("the stop took %v, and the grace is 3s", took)
 	}
 	w.waitFor(a, unit, patience, map[string]string{"ActiveState": "inactive", "Result": "success"})
@@ -150,7 +150,7 @@ func TestUnit_GraceAboveTimeoutStop(t *testing.T) {
 	w.configure(m, "/usr/bin/testjob slow-stop=5s", "LEASEHOLD_STOP_GRACE=2m")
 	w.run(m, "systemctl", "start", unit)
 	life := w.waitJob(m)
-	began := e2e.Now()
+	began := harness.Now()
 	w.run(m, "systemctl", "stop", unit)
 	if took := w.waitDead(life, patience) - began; took < 5*time.Second {
 		t.Errorf("the job was dead after %v, and wants 5s", took)
@@ -166,9 +166,9 @@ func TestUnit_StopWhileStarting(t *testing.T) {
 	w.configure(m, "/usr/bin/testjob")
 	for range 5 {
 		w.run(m, "systemctl", "start", "--no-block", unit)
-		began := e2e.Now()
+		began := harness.Now()
 		w.run(m, "systemctl", "stop", unit)
-		if took := e2e.Now() - began; took > 20*time.Second {
+		if took := harness.Now() - began; took > 20*time.Second {
 			t.Errorf("the stop took %v", took)
 		}
 		w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive"})

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // patience is for what takes a second at most.
@@ -23,7 +23,7 @@ const patience = 30 * time.Second
 const unit = "leasehold@job.service"
 
 func TestMain(m *testing.M) {
-	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 && os.Getenv(e2e.NetworkVariable) == "" {
+	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 && os.Getenv(harness.NetworkVariable) == "" {
 		os.Exit(inNetwork())
 	}
 	code := m.Run()
@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 // inNetwork runs this program in a network namespace of its own, and clears up
 // after it, however it ends.
 func inNetwork() int {
-	dir, err := e2e.TempDir("leasehold-systemd-")
+	dir, err := harness.TempDir("leasehold-systemd-")
 	if err == nil {
 		err = os.Setenv("TMPDIR", dir)
 	}
@@ -44,8 +44,8 @@ func inNetwork() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	_, code := e2e.EnterNetwork()
-	cgroups, err := filepath.Glob(filepath.Join(e2e.Cgroup2(), cgroupPrefix(os.Getpid())+"*"))
+	_, code := harness.EnterNetwork()
+	cgroups, err := filepath.Glob(filepath.Join(harness.Cgroup2(), cgroupPrefix(os.Getpid())+"*"))
 	for _, cgroup := range cgroups {
 		err = errors.Join(err, removeCgroupSoon(cgroup))
 	}
@@ -58,7 +58,7 @@ func inNetwork() int {
 
 var built struct {
 	sync.Once
-	programs *e2e.Programs
+	programs *harness.Programs
 	err      error
 }
 
@@ -69,7 +69,7 @@ func needs(t *testing.T) {
 	if os.Getenv("LEASEHOLD_SHIP") != "1" {
 		t.Skip("skipped: boots systemd, which make test-systemd does (LEASEHOLD_SHIP=1)")
 	}
-	e2e.NeedsRoot(t)
+	harness.NeedsRoot(t)
 	for _, program := range []string{"/lib/systemd/systemd", "nsenter", "unshare", "ip", "nft", "dbus-daemon"} {
 		if _, err := exec.LookPath(program); err != nil {
 			if os.Getenv("E2E_NO_SKIP") == "1" {
@@ -85,9 +85,9 @@ func needs(t *testing.T) {
 type world struct {
 	t        *testing.T
 	ctx      context.Context
-	network  *e2e.Network
-	etcd     *e2e.Cluster
-	witness  *e2e.Witness
+	network  *harness.Network
+	etcd     *harness.Cluster
+	witness  *harness.Witness
 	files    map[string]string
 	machines []*Machine
 }
@@ -95,20 +95,20 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	needs(t)
-	built.Do(func() { built.programs, built.err = e2e.Build(context.Background(), ".", "./e2e/testjob") })
+	built.Do(func() { built.programs, built.err = harness.Build(context.Background(), ".", "./e2e/cmd/testjob") })
 	if built.err != nil {
 		t.Fatal(built.err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
-	network, err := e2e.NewNetwork()
+	network, err := harness.NewNetwork()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(network.Close)
 	w := &world{t: t, ctx: ctx, network: network}
-	w.etcd = e2e.NewTestCluster(t, e2e.ClusterConfig{Network: network})
-	w.witness = e2e.NewTestWitness(t)
+	w.etcd = harness.NewTestCluster(t, harness.ClusterConfig{Network: network})
+	w.witness = harness.NewTestWitness(t)
 	files, err := Install(ctx, t.TempDir(), built.programs.Leasehold)
 	w.must(err)
 	w.files = map[string]string{"/usr/bin/testjob": built.programs.Testjob}
@@ -152,7 +152,7 @@ func (w *world) settings(job string, more ...string) string {
 		"JOB=" + job,
 		"LEASEHOLD_ELECTION=jobs/job",
 		"LEASEHOLD_ENDPOINTS=" + strings.Join(w.etcd.Endpoints(), ","),
-		e2e.WitnessVariable + "=" + w.witness.Addr,
+		harness.WitnessVariable + "=" + w.witness.Addr,
 	}, more...), "\n") + "\n"
 }
 
@@ -184,7 +184,7 @@ func (w *world) until(d time.Duration, f func() error) {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.ctx, d)
 	defer cancel()
-	w.must(e2e.Until(ctx, f))
+	w.must(harness.Until(ctx, f))
 }
 
 // waitFor waits until properties of a unit have the values, or begin so where
@@ -218,17 +218,17 @@ func (w *world) waitStandby(m, leader *Machine) {
 }
 
 // waitJob waits for the job of a machine.
-func (w *world) waitJob(m *Machine) e2e.Life {
+func (w *world) waitJob(m *Machine) harness.Life {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.ctx, patience)
 	defer cancel()
-	life, err := w.witness.WaitForJob(ctx, func(l e2e.Life) bool { return l.Candidate == m.Name })
+	life, err := w.witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == m.Name })
 	w.must(err)
 	return life
 }
 
 // waitNext waits for the job of the next term.
-func (w *world) waitNext(after e2e.Life, d time.Duration) e2e.Life {
+func (w *world) waitNext(after harness.Life, d time.Duration) harness.Life {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.ctx, d)
 	defer cancel()
@@ -237,7 +237,7 @@ func (w *world) waitNext(after e2e.Life, d time.Duration) e2e.Life {
 	return life
 }
 
-func (w *world) waitDead(life e2e.Life, d time.Duration) time.Duration {
+func (w *world) waitDead(life harness.Life, d time.Duration) time.Duration {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.ctx, d)
 	defer cancel()
@@ -248,7 +248,7 @@ func (w *world) waitDead(life e2e.Life, d time.Duration) time.Duration {
 
 // pair boots two machines that have the same env file and starts the unit on
 // both, so that the first leads.
-func (w *world) pair(job string, more ...string) (leader, standby *Machine, life e2e.Life) {
+func (w *world) pair(job string, more ...string) (leader, standby *Machine, life harness.Life) {
 	w.t.Helper()
 	leader, standby = w.boot("a"), w.boot("b")
 	for _, m := range []*Machine{leader, standby} {

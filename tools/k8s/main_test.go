@@ -18,7 +18,7 @@ import (
 	"sigs.k8s.io/kustomize/kyaml/filesys"
 	"sigs.k8s.io/yaml"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // What the tests share: a copy of the tree with certificates, what each kustomization renders to, and the programs.
@@ -40,13 +40,13 @@ func run(m *testing.M) int {
 	dir := os.Getenv(dirVariable)
 	if dir == "" {
 		var err error
-		if dir, err = e2e.TempDir("leasehold-k8s-"); err == nil {
+		if dir, err = harness.TempDir("leasehold-k8s-"); err == nil {
 			defer func() { _ = os.RemoveAll(dir) }()
 			err = prepare(dir)
 		}
 		if err == nil && os.Geteuid() == 0 {
 			if err = os.Setenv(dirVariable, dir); err == nil {
-				_, code := e2e.EnterNetwork()
+				_, code := harness.EnterNetwork()
 				return code
 			}
 		}
@@ -60,7 +60,7 @@ func run(m *testing.M) int {
 		return 1
 	}
 	if os.Geteuid() == 0 {
-		network, err := e2e.NewNetwork() // it brings up the loopback device
+		network, err := harness.NewNetwork() // it brings up the loopback device
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
@@ -72,7 +72,7 @@ func run(m *testing.M) int {
 
 // prepare makes a copy of the manifests with certificates, and builds the programs.
 func prepare(dir string) error {
-	root, err := e2e.ModuleRoot()
+	root, err := harness.ModuleRoot()
 	if err != nil {
 		return err
 	}
@@ -91,7 +91,7 @@ func prepare(dir string) error {
 }
 
 func load(dir string) (err error) {
-	if shared.root, err = e2e.ModuleRoot(); err != nil {
+	if shared.root, err = harness.ModuleRoot(); err != nil {
 		return err
 	}
 	shared.tree, shared.leasehold = filepath.Join(dir, "k8s"), filepath.Join(dir, "leasehold")

@@ -21,7 +21,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // A world stands in for a Kubernetes cluster: each pod is a node of a network, with an address of its own, and each of its
@@ -29,21 +29,21 @@ import (
 // root is that of this machine, to read, with the image's few programs in it.
 type world struct {
 	t       *testing.T
-	network *e2e.Network
+	network *harness.Network
 	dir     string
-	etcd    e2e.Etcd
+	etcd    harness.Etcd
 	hosts   map[string]string // addresses by name: what the cluster's DNS knows
 	configs []object          // where ConfigMaps and Secrets are found
 }
 
 func newWorld(t *testing.T, etcd []object) *world {
 	t.Helper()
-	e2e.NeedsRoot(t)
-	tools, err := e2e.FindEtcd(t.Context(), os.Stderr)
+	harness.NeedsRoot(t)
+	tools, err := harness.FindEtcd(t.Context(), os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	network, err := e2e.NewNetwork()
+	network, err := harness.NewNetwork()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +59,7 @@ func newWorld(t *testing.T, etcd []object) *world {
 type pod struct {
 	world   *world
 	name    string
-	node    *e2e.Node
+	node    *harness.Node
 	spec    corev1.PodSpec
 	volumes map[string]string // the folder of each
 }
@@ -171,7 +171,7 @@ func (p *pod) start(c corev1.Container) *process {
 		_ = proc.Wait() // what it ended with is in ProcessState
 	}()
 	w.t.Cleanup(func() {
-		children := e2e.Descendants(proc.Process.Pid)
+		children := harness.Descendants(proc.Process.Pid)
 		for _, pid := range append([]int{proc.Process.Pid}, children...) {
 			_ = syscall.Kill(pid, syscall.SIGKILL) // most have ended
 		}
@@ -250,11 +250,11 @@ func (p *process) kill() {
 	if p.killed != 0 {
 		return
 	}
-	for _, pid := range append([]int{p.Process.Pid}, e2e.Descendants(p.Process.Pid)...) {
+	for _, pid := range append([]int{p.Process.Pid}, harness.Descendants(p.Process.Pid)...) {
 		_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
 	}
 	<-p.ended
-	p.killed = e2e.Now().Seconds() // both count from the boot, suspend included
+	p.killed = harness.Now().Seconds() // both count from the boot, suspend included
 }
 
 // end waits for the end and returns the exit code.
@@ -298,7 +298,7 @@ func until(t *testing.T, what string, f func() error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	if err := e2e.Until(ctx, f); err != nil {
+	if err := harness.Until(ctx, f); err != nil {
 		t.Fatalf("wait for %s: %v", what, err)
 	}
 }

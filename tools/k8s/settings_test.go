@@ -19,7 +19,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
 
-	"leasehold/e2e"
+	"leasehold/e2e/harness"
 )
 
 // judge has the daemon read the settings of a manifest and returns its exit code and what it said. It is given a command that
@@ -56,7 +56,7 @@ func judge(t *testing.T, overlay string, changes map[string]string) (code int, s
 	maps.Copy(env, changes)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	code, _, said, err := e2e.RunOnce(ctx, list(env), shared.leasehold, args...)
+	code, _, said, err := harness.RunOnce(ctx, list(env), shared.leasehold, args...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func TestSettings_EveryFaultIsNamed(t *testing.T) {
 
 // The etcd in the manifests is the one that the tests are run with.
 func TestEtcd_VersionIsTheOneTested(t *testing.T) {
-	etcd, err := e2e.FindEtcd(t.Context(), os.Stderr)
+	etcd, err := harness.FindEtcd(t.Context(), os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}

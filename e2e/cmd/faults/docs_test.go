@@ -1,0 +1,66 @@
+//go:build linux
+
+package main
+
+import (
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"leasehold/e2e/harness"
+)
+
+var (
+	stepLine = regexp.MustCompile(`^\| \d+ \|.*\|([^|]*)\|$`)
+	quoted   = regexp.MustCompile("`([^`]+)`")
+)
+
+// TestSafetyDocument: the argument in docs/safety.md names, in the last column
+// of its steps, the rows that attack each step. There must be such rows, and
+// none of the table may be without a step.
+func TestSafetyDocument(t *testing.T) {
+	root, err := harness.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(root, "docs", "safety.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	steps, used := 0, map[string]bool{}
+	for line := range strings.Lines(string(text)) {
+		step := stepLine.FindStringSubmatch(strings.TrimSpace(line))
+		if step == nil {
+			continue
+		}
+		steps++
+		faults := quoted.FindAllStringSubmatch(step[1], -1)
+		if len(faults) == 0 {
+			t.Errorf("no fault attacks the step: %s", line)
+		}
+		for _, fault := range faults {
+			found := false
+			for _, r := range rows {
+				if ok, err := path.Match(fault[1], r.Name); err != nil {
+					t.Fatal(err)
+				} else if ok {
+					found, used[r.Name] = true, true
+				}
+			}
+			if !found {
+				t.Errorf("docs/safety.md names the fault %s, and there is no such row", fault[1])
+			}
+		}
+	}
+	if steps == 0 {
+		t.Error("docs/safety.md shows no steps")
+	}
+	for _, r := range rows {
+		if !used[r.Name] {
+			t.Errorf("docs/safety.md does not say what the row %s attacks", r.Name)
+		}
+	}
+}

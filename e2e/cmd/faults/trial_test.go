@@ -1,0 +1,130 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"encoding/xml"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+// TestTogether: two jobs overlap only where both could run.
+func TestTogether(t *testing.T) {
+	const s = time.Second
+	old := harness.Term{Candidate: "a", Token: 1, Start: 1 * s, End: 20 * s}
+	next := harness.Term{Candidate: "b", Token: 2, Start: 12 * s}
+	for _, c := range []struct {
+		name   string
+		frozen []frozen
+		want   time.Duration
+	}{
+		{"both run", nil, 8 * s},
+		{"the old one is frozen until after its successor's start", []frozen{{"a", 10 * s, 15 * s}}, 5 * s},
+		{"to its end", []frozen{{"a", 10 * s, 0}}, 0},
+		{"twice", []frozen{{"a", 11 * s, 13 * s}, {"a", 14 * s, 16 * s}}, 5 * s},
+		{"the next one is", []frozen{{"b", 13 * s, 14 * s}}, 7 * s},
+		{"before it mattered", []frozen{{"a", 2 * s, 3 * s}}, 8 * s},
+	} {
+		tr := &Trial{frozen: c.frozen}
+		if got := together(tr.alive(old, 30*s), tr.alive(next, 30*s)); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+// TestResults: what is written can be read again, and every report and picture
+// is made of it; a broken promise is told.
+func TestResults(t *testing.T) {
+	at := func(ms float64) *float64 { return &ms }
+	written := &Results{N: 1, PeersN: 1,
+		Rows: []RowInfo{{Name: "stop", Group: "daemon", About: "planned <stop>", TTL: 5, Short: true}, {Name: "quiet", Group: "etcd", About: "nothing", Untouched: true}},
+		Samples: []Sample{
+			{Row: "stop", Candidate: "leasehold", Dead: at(1), Next: at(9), Gap: 8, Starts: 1, Until: 12,
+				Lives: []Life{{"a", 1, -500, at(1)}, {"b", 2, 9, nil}}},
+			{Row: "stop", Candidate: "stock loop", Dead: at(70), Next: at(9), Overlap: 61, Starts: 1, Until: 80,
+				Lives: []Life{{"a", 1, -500, at(70)}, {"b", 2, 9, nil}}},
+			{Row: "quiet", Candidate: "leasehold", Lives: []Life{{"a", 1, -500, nil}}, Violations: []string{"a lease is left"}},
+		}}
+	dir := t.TempDir()
+	path := filepath.Join(dir, "faults.json")
+	if err := written.write(path); err != nil {
+		t.Fatal(err)
+	}
+	r, err := readResults(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text, table bytes.Buffer
+	if err := errors.Join(r.writeText(&text), r.writeTable(&table), r.draw(filepath.Join(dir, "faults.svg"))); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"1 of 1, 61.0 ms", "VIOLATED: quiet, leasehold: a lease is left"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("the report does not say %q:\n%s", want, &text)
+		}
+	}
+	if !strings.Contains(table.String(), "**1 of 1, 61.0 ms**") {
+		t.Errorf("the table does not tell of the overlap:\n%s", &table)
+	}
+	svg, err := os.ReadFile(filepath.Join(dir, "faults.svg"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(svg), `class="both"`); n != 2 { // the legend's, and the stock loop's
+		t.Errorf("%d bars of overlap, want 2:\n%s", n, svg)
+	}
+	for x := xml.NewDecoder(bytes.NewReader(svg)); ; {
+		if _, err := x.Token(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("the picture is no XML: %v", err)
+		}
+	}
+	readme := filepath.Join(dir, "README.md")
+	if err := os.WriteFile(readme, []byte("before\n<!-- faults -->\nold\n<!-- /faults -->\nafter\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.refresh(readme); err != nil {
+		t.Fatal(err)
+	}
+	refreshed, err := os.ReadFile(readme)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := string(refreshed); strings.Contains(got, "old\n") || !strings.Contains(got, "| dead; 9.0 ms | **alive** for up to 61.0 ms; 9.0 ms | - |") ||
+		!strings.HasPrefix(got, "before\n") || !strings.HasSuffix(got, "after\n") {
+		t.Errorf("the README is now:\n%s", got)
+	}
+}
+
+func TestResults_ReplaceIn(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "faults.json")
+	whole := Results{N: 2, Rows: []RowInfo{{Name: "stop"}, {Name: "quiet", Untouched: true}}, Samples: []Sample{{Row: "stop", Starts: 1}, {Row: "quiet", Starts: 1}}}
+	if err := whole.write(path); err != nil {
+		t.Fatal(err)
+	}
+	again := Results{N: 2, Rows: []RowInfo{{Name: "quiet", Either: true}}, Samples: []Sample{{Row: "quiet"}}}
+	if err := again.replaceIn(path); err != nil {
+		t.Fatal(err)
+	}
+	got, err := readResults(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !got.Rows[1].Either || len(got.Samples) != 2 || got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 || !slices.Equal(got.Again, []string{"quiet"}) {
+		t.Errorf("results are now %+v", got)
+	}
+	again.N = 3
+	if err := again.replaceIn(path); err == nil {
+		t.Error("rows of another number of trials were put in")
+	}
+}

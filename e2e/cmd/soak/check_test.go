@@ -1,0 +1,125 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+func lived(candidate string, token int64, from, to time.Duration) harness.Life {
+	return harness.Life{Hello: harness.Hello{Candidate: candidate, Token: token, Pid: int(token), Role: "job", Started: from, Forked: from}, End: to}
+}
+
+func quietChecker() *checker {
+	k := newChecker(settings{ttl: 3 * time.Second})
+	k.log = func(string) string { return "" }
+	return k
+}
+
+// Two jobs alive at once are found however late in the run that was.
+func TestVerdict_OverlapAtTheEnd(t *testing.T) {
+	now := harness.Now()
+	for _, c := range []struct {
+		name   string
+		end    time.Duration // of the earlier job
+		guilty bool
+	}{
+		{"both alive for a millisecond", now - time.Millisecond, true},
+		{"one after the other", now - 2*time.Millisecond, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := quietChecker()
+			k.saw(now, []harness.Life{lived("a", 5, now-time.Second, c.end), lived("b", 9, now-2*time.Millisecond, now)})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}
+
+// A deed excuses two jobs for as long as it can be its doing, and no longer.
+func TestDeed_EndsToExcuse(t *testing.T) {
+	now := harness.Now()
+	for _, c := range []struct {
+		name   string
+		worked bool
+		after  time.Duration // from the deed to the overlap
+		guilty bool
+	}{
+		{"done, soon after", true, time.Second, false},
+		{"done, long after", true, 5 * time.Second, true},
+		{"in doubt, soon after", false, 5 * time.Second, false},
+		{"in doubt, long after", false, time.Minute, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := quietChecker()
+			did := now - c.after
+			n := k.did(deed{at: did, until: did + operatorWaits + etcdWorks + k.ttl, token: 5, cause: "leader's key deleted", deaf: "its road was cut"})
+			if c.worked {
+				k.worked(n)
+				k.deeds[n].until += did - now // as if at once
+			}
+			k.saw(now, []harness.Life{lived("a", 5, did-time.Second, now+50*time.Millisecond), lived("b", 9, now, now+time.Second)})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}
+
+// A deed of etcd's own, of which nobody knows whose term it took, excuses a
+// leader within reach only where that has heard of it.
+func TestDeed_OfEtcdExcusesWhomItHit(t *testing.T) {
+	now := harness.Now()
+	const loss = `level=INFO msg="state changed" from=leading to=stopping reason="the lease is gone from etcd"`
+	for _, c := range []struct {
+		name, deaf, log string
+		written         time.Duration // before now
+		guilty          bool
+	}{
+		{"told", "", loss, 0, false},
+		{"not told", "", `level=INFO msg="the job is dead"`, 0, true},
+		{"told of an earlier one", "", loss, time.Minute, true},
+		{"out of reach", "etcd's other members were not all there", "", 0, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := quietChecker()
+			k.log = func(string) string {
+				return fmt.Sprintf("time=%s %s\n", time.Now().Add(-c.written).Format(time.RFC3339Nano), c.log)
+			}
+			k.did(deed{at: now - time.Second, until: now + time.Second, cause: "a leader of etcd went on after a pause of 3s", deaf: c.deaf})
+			k.saw(now, []harness.Life{lived("a", 5, now-2*time.Second, now+5*time.Millisecond), lived("b", 9, now, now+time.Second)})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}
+
+// Only the time between two answers that both say so counts as a leader's wait
+// to start its crashed job again.
+func TestStatus_Backoff(t *testing.T) {
+	k := quietChecker()
+	at := harness.Now()
+	for i, a := range []struct{ candidate, state, job string }{
+		{"a", "leading", "backoff"},
+		{"a", "leading", "backoff"}, // 1 s
+		{"b", "standby", "backoff"},
+		{"a", "leading", "running"},
+		{"a", "leading", "backoff"},
+		{"a", "leading", "backoff"}, // 1 s, of which half is asked for
+	} {
+		body := fmt.Sprintf(`{"state":%q,"job":{"state":%q},"leader":{"identity":"a","token":5}}`, a.state, a.job)
+		k.answeredStatus(a.candidate, at+time.Duration(i)*time.Second, 5, []byte(body))
+	}
+	if got, want := k.backedOff(span{at, at + 4500*time.Millisecond}), 1500*time.Millisecond; got != want {
+		t.Errorf("%v, want %v", got, want)
+	}
+	if v := k.first.Load(); v != nil {
+		t.Error(v)
+	}
+}

@@ -1,0 +1,393 @@
+//go:build linux
+
+package harness
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// ClusterConfig says which etcd to run.
+type ClusterConfig struct {
+	Etcd  Etcd
+	Size  int      // members; 0 is one
+	Flags []string // more flags for every member
+	TLS   *Certs   // serve clients over TLS and ask for their certificates
+	// Network has each member on a node of its own. nil: all on 127.0.0.1.
+	Network *Network
+}
+
+// Cluster is an etcd cluster of real server processes on 127.0.0.1. It does
+// not sync to disk: what it keeps survives a SIGKILL of a member, not a crash
+// of the machine.
+type Cluster struct {
+	Members []*Member
+	// Auth is "user:password" for Etcdctl, once auth is enabled.
+	Auth string
+
+	cfg  ClusterConfig
+	dir  string
+	http *http.Client
+}
+
+// Member is one etcd server. Its ports and data stay the same over restarts.
+type Member struct {
+	Name      string
+	ClientURL string
+	PeerURL   string
+	// MetricsURL serves /metrics and /health without TLS and without auth.
+	MetricsURL string
+	Node       *Node // nil on 127.0.0.1
+
+	cluster *Cluster
+	flags   []string
+	process *process
+	log     *buffer
+}
+
+// errMemberEnded says that a member has ended by itself.
+var errMemberEnded = errors.New("it has ended by itself")
+
+// StartCluster starts a cluster and waits until it serves.
+func StartCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
+	if cfg.Size == 0 {
+		cfg.Size = 1
+	}
+	for attempt := 1; ; attempt++ {
+		c, err := startCluster(ctx, cfg)
+		// Somebody else may have taken a port that was free just before.
+		if errors.Is(err, errMemberEnded) && attempt < 3 {
+			continue
+		}
+		return c, err
+	}
+}
+
+func startCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
+	dir, err := TempDir("leasehold-etcd-")
+	if err != nil {
+		return nil, err
+	}
+	c := &Cluster{cfg: cfg, dir: dir, http: &http.Client{
+		// A paused member accepts connections and never answers.
+		Timeout:   time.Second,
+		Transport: &http.Transport{DisableKeepAlives: true},
+	}}
+	if err := c.start(ctx); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("start etcd: %w", err)
+	}
+	return c, nil
+}
+
+func (c *Cluster) start(ctx context.Context) error {
+	scheme := "http"
+	if c.cfg.TLS != nil {
+		scheme = "https"
+	}
+	var initial []string
+	for i := range c.cfg.Size {
+		m := &Member{Name: "m" + strconv.Itoa(i+1), cluster: c, log: &buffer{}}
+		c.Members = append(c.Members, m)
+		if c.cfg.Network != nil {
+			node, err := c.cfg.Network.Node(m.Name)
+			if err != nil {
+				return err
+			}
+			m.Node = node
+		}
+		for _, u := range []struct {
+			url          *string
+			scheme, port string
+		}{{&m.ClientURL, scheme, "2379"}, {&m.PeerURL, "http", "2380"}, {&m.MetricsURL, "http", "2381"}} {
+			if m.Node != nil {
+				*u.url = u.scheme + "://" + net.JoinHostPort(m.Node.Addr, u.port)
+				continue
+			}
+			addr, err := FreeAddr()
+			if err != nil {
+				return err
+			}
+			*u.url = u.scheme + "://" + addr
+		}
+		initial = append(initial, m.Name+"="+m.PeerURL)
+	}
+	for _, m := range c.Members {
+		m.flags = append([]string{
+			"--name", m.Name,
+			"--data-dir", filepath.Join(c.dir, m.Name),
+			"--listen-client-urls", m.ClientURL, "--advertise-client-urls", m.ClientURL,
+			"--listen-peer-urls", m.PeerURL, "--initial-advertise-peer-urls", m.PeerURL,
+			"--listen-metrics-urls", m.MetricsURL,
+			"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", c.dir,
+			"--unsafe-no-fsync", "--log-level", "info", "--log-outputs", "stderr",
+		}, c.cfg.Flags...)
+		if c.cfg.TLS != nil {
+			m.flags = append(m.flags, "--client-cert-auth", "--trusted-ca-file", c.cfg.TLS.CAFile,
+				"--cert-file", c.cfg.TLS.ServerCertFile, "--key-file", c.cfg.TLS.ServerKeyFile)
+		}
+		if err := m.Start(); err != nil {
+			return err
+		}
+	}
+	return c.WaitHealthy(ctx)
+}
+
+// Close kills every member and removes its data.
+func (c *Cluster) Close() {
+	for _, m := range c.Members {
+		m.Kill()
+		if m.Node != nil {
+			m.Node.Close()
+		}
+	}
+	_ = os.RemoveAll(c.dir) // in the temporary directory; nothing depends on it
+}
+
+// Endpoints are the client URLs of all members.
+func (c *Cluster) Endpoints() []string {
+	var urls []string
+	for _, m := range c.Members {
+		urls = append(urls, m.ClientURL)
+	}
+	return urls
+}
+
+// Nodes are the nodes of all members.
+func (c *Cluster) Nodes() []*Node {
+	var nodes []*Node
+	for _, m := range c.Members {
+		nodes = append(nodes, m.Node)
+	}
+	return nodes
+}
+
+// WaitHealthy waits until every running member serves and has a leader.
+func (c *Cluster) WaitHealthy(ctx context.Context) error {
+	for _, m := range c.Members {
+		if m.process == nil || !m.process.alive() {
+			continue
+		}
+		if err := m.WaitHealthy(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Leader returns the member that leads, by its own account. A paused member is
+// not asked for long.
+func (c *Cluster) Leader(ctx context.Context) (*Member, error) {
+	var leader *Member
+	err := Until(ctx, func() error {
+		for _, m := range c.Members {
+			if v, err := m.Metric(ctx, "etcd_server_is_leader"); err == nil && v == 1 {
+				leader = m
+				return nil
+			}
+		}
+		return errors.New("no member of etcd leads")
+	})
+	return leader, err
+}
+
+// Etcdctl runs etcdctl against all members and returns its standard output.
+func (c *Cluster) Etcdctl(ctx context.Context, args ...string) (string, error) {
+	return c.etcdctl(ctx, c.Endpoints(), args)
+}
+
+// EtcdctlCommand is Etcdctl for commands that stay, such as elect and lock.
+func (c *Cluster) EtcdctlCommand(endpoints []string, args ...string) *exec.Cmd {
+	flags := []string{"--endpoints", strings.Join(endpoints, ",")}
+	if c.Auth != "" {
+		flags = append(flags, "--user", c.Auth)
+	}
+	if t := c.cfg.TLS; t != nil {
+		flags = append(flags, "--cacert", t.CAFile, "--cert", t.ClientCertFile, "--key", t.ClientKeyFile)
+	}
+	return exec.Command(c.cfg.Etcd.Ctl, append(flags, args...)...)
+}
+
+func (c *Cluster) etcdctl(ctx context.Context, endpoints, args []string) (string, error) {
+	whole := c.EtcdctlCommand(endpoints, args...)
+	cmd := exec.CommandContext(ctx, whole.Path, whole.Args[1:]...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("etcdctl %s: %w: %s", strings.Join(args, " "), err, stderr.String())
+	}
+	return stdout.String(), nil
+}
+
+// EnableAuth turns auth on with a user root and a user for candidates, who may
+// do anything under the given election prefix. Etcdctl is root from then on.
+func (c *Cluster) EnableAuth(ctx context.Context, user, password, election string) error {
+	for _, args := range [][]string{
+		{"user", "add", "root:root-secret"},
+		{"user", "grant-role", "root", "root"},
+		{"role", "add", "candidates"},
+		{"role", "grant-permission", "--prefix", "candidates", "readwrite", election},
+		{"user", "add", user + ":" + password},
+		{"user", "grant-role", user, "candidates"},
+		{"auth", "enable"},
+	} {
+		if _, err := c.Etcdctl(ctx, args...); err != nil && !strings.Contains(err.Error(), "role name already exists") {
+			return err
+		}
+	}
+	c.Auth = "root:root-secret"
+	return nil
+}
+
+// Leases lists the ids of all leases, as etcdctl prints them.
+func (c *Cluster) Leases(ctx context.Context) ([]string, error) {
+	out, err := c.Etcdctl(ctx, "lease", "list")
+	if err != nil {
+		return nil, err
+	}
+	var leases []string
+	for _, line := range strings.Fields(out) {
+		if len(line) == 16 { // the rest is "found N leases"
+			leases = append(leases, line)
+		}
+	}
+	return leases, nil
+}
+
+// Start starts a member that does not run. It does not wait until it serves.
+func (m *Member) Start() error {
+	cmd := exec.Command(m.cluster.cfg.Etcd.Server, m.flags...)
+	cmd.Stdout, cmd.Stderr = m.log, m.log
+	// Variables that configure etcd would overrule nothing but confuse it.
+	for _, kv := range os.Environ() {
+		if !strings.HasPrefix(kv, "ETCD_") {
+			cmd.Env = append(cmd.Env, kv)
+		}
+	}
+	p, err := startProcessOn(m.Node, cmd)
+	if err != nil {
+		return fmt.Errorf("start etcd member %s: %w", m.Name, err)
+	}
+	m.process = p
+	return nil
+}
+
+// Stop asks the member to end and waits until it has. A leader hands its
+// leadership over first.
+func (m *Member) Stop(ctx context.Context) error {
+	if m.process == nil || !m.process.alive() {
+		return nil
+	}
+	if err := m.process.signal(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("stop etcd member %s: %w", m.Name, err)
+	}
+	select {
+	case <-m.process.ended:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("stop etcd member %s: %w", m.Name, context.Cause(ctx))
+	}
+}
+
+// Kill ends the member with SIGKILL, also while it is paused.
+func (m *Member) Kill() {
+	if m.process != nil {
+		m.process.kill()
+	}
+}
+
+// Pause stops the member's process: its connections stay, nothing answers.
+func (m *Member) Pause() error { return m.process.signal(syscall.SIGSTOP) }
+
+// Continue ends a pause.
+func (m *Member) Continue() error { return m.process.signal(syscall.SIGCONT) }
+
+// Restart stops the member and starts it again with the same data and ports.
+func (m *Member) Restart(ctx context.Context) error {
+	if err := m.Stop(ctx); err != nil {
+		return err
+	}
+	if err := m.Start(); err != nil {
+		return err
+	}
+	return m.WaitHealthy(ctx)
+}
+
+// Log is what the member has written so far.
+func (m *Member) Log() string { return m.log.String() }
+
+// WaitHealthy waits until the member serves and knows a leader.
+func (m *Member) WaitHealthy(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	return Until(ctx, func() error {
+		if !m.process.alive() {
+			cancel(errMemberEnded)
+			return fmt.Errorf("etcd member %s:\n%s", m.Name, m.Log())
+		}
+		resp, err := m.get(ctx, "/health")
+		if err != nil {
+			return fmt.Errorf("ask etcd member %s: %w", m.Name, err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("etcd member %s is not healthy: %s", m.Name, resp.Status)
+		}
+		return nil
+	})
+}
+
+// Metric adds up the samples of the member whose name and labels begin as
+// given, for example `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`.
+func (m *Member) Metric(ctx context.Context, prefix string) (float64, error) {
+	resp, err := m.get(ctx, "/metrics")
+	if err != nil {
+		return 0, fmt.Errorf("read the metrics of etcd member %s: %w", m.Name, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	return sumSamples(bufio.NewScanner(resp.Body), prefix)
+}
+
+func (m *Member) get(ctx context.Context, path string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.MetricsURL+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	return m.cluster.http.Do(req)
+}
+
+// sumSamples reads Prometheus' text format.
+func sumSamples(lines *bufio.Scanner, prefix string) (float64, error) {
+	lines.Buffer(nil, 1<<20)
+	sum, found := 0.0, false
+	for lines.Scan() {
+		line := lines.Text()
+		if !strings.HasPrefix(line, prefix) {
+			continue
+		}
+		value, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
+		if err != nil {
+			return 0, fmt.Errorf("read sample %q: %w", line, err)
+		}
+		sum, found = sum+value, true
+	}
+	if err := lines.Err(); err != nil {
+		return 0, err
+	}
+	if !found {
+		return 0, fmt.Errorf("no sample %s", prefix)
+	}
+	return sum, nil
+}

@@ -1,0 +1,126 @@
+//go:build linux
+
+package harness
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// NewTestCluster starts an etcd cluster that ends with the test.
+func NewTestCluster(t testing.TB, cfg ClusterConfig) *Cluster {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute) // it may have to be built
+	defer cancel()
+	if cfg.Etcd == (Etcd{}) {
+		etcd, err := FindEtcd(ctx, os.Stderr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Etcd = etcd
+	}
+	ctx, cancel = context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	c, err := StartCluster(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, m := range c.Members {
+				t.Logf("log of etcd member %s:\n%s", m.Name, telling(m.Log()))
+			}
+		}
+		c.Close()
+	})
+	return c
+}
+
+// NewTestProxy starts a proxy in front of a URL's or host:port's server that
+// ends with the test.
+func NewTestProxy(t testing.TB, target string) *Proxy {
+	t.Helper()
+	if _, addr, found := strings.Cut(target, "://"); found {
+		target = addr
+	}
+	p, err := StartProxy(target, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Close)
+	return p
+}
+
+// NewTestWitness starts a witness that ends with the test.
+func NewTestWitness(t testing.TB) *Witness {
+	t.Helper()
+	w, err := NewWitness()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() { // once more where the logs of others end
+			for _, term := range w.Terms() {
+				t.Logf("the witness saw the job of %s (token %d) live from %v to %v", term.Candidate, term.Token, term.Start, term.End)
+			}
+			for _, o := range w.Overlaps() {
+				t.Log(o)
+			}
+		}
+		w.Close()
+	})
+	return w
+}
+
+// NeedsRoot skips a test that needs root and a cgroup v2 tree to write in.
+// With E2E_NO_SKIP=1, as CI has it, that is a failure.
+func NeedsRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() == 0 && cgroup2Writable() {
+		return
+	}
+	if os.Getenv("E2E_NO_SKIP") == "1" {
+		t.Fatal("needs root (cgroup v2), and E2E_NO_SKIP=1 forbids to skip")
+	}
+	t.Skip("skipped: needs root (cgroup v2)")
+}
+
+// Cgroup2 is the mount point of the cgroup v2 hierarchy, or "".
+func Cgroup2() string {
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(data)) {
+		before, after, found := strings.Cut(line, " - ")
+		if fields := strings.Fields(before); found && strings.HasPrefix(after, "cgroup2 ") && len(fields) > 4 {
+			return fields[4]
+		}
+	}
+	return ""
+}
+
+func cgroup2Writable() bool {
+	mount := Cgroup2()
+	return mount != "" && unix.Access(filepath.Join(mount, "cgroup.procs"), unix.W_OK) == nil
+}
+
+// telling picks the lines of etcd's log that tell of leaders, leases and errors.
+func telling(log string) string {
+	var lines []string
+	for line := range strings.Lines(log) {
+		for _, word := range []string{"elected leader", "became leader", "lost leader", "revok", `"level":"error"`, `"level":"fatal"`, "panic"} {
+			if strings.Contains(line, word) {
+				lines = append(lines, line)
+				break
+			}
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-20):], "")
+}

@@ -1,0 +1,460 @@
+//go:build linux
+
+package harness
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// WitnessVariable names the environment variable in which the test job finds
+// its witness.
+const WitnessVariable = "WITNESS"
+
+// Hello is what a process of a job tells the witness first, as a line of JSON.
+type Hello struct {
+	Candidate string `json:"candidate"`
+	Token     int64  `json:"token"`
+	Pid       int    `json:"pid"`
+	Role      string `json:"role"` // "job" for the job's first process
+	// Started is the process' own reading of Now at its start.
+	Started time.Duration `json:"started"`
+	// Forked is the kernel's account of when the process came to be, rounded down
+	// to hundredths of a second. Until Started it has executed nothing of its own.
+	Forked time.Duration `json:"forked"`
+
+	Args        []string          `json:"args,omitempty"`
+	Env         []string          `json:"env,omitempty"`
+	Status      map[string]string `json:"status,omitempty"`      // of /proc/self/status
+	Descriptors map[string]string `json:"descriptors,omitempty"` // of /proc/self/fd
+}
+
+// Life is one process of a job as the witness saw it. Its connection closes
+// when the last process that holds it has ended, and in no other way: a
+// process forked without exec holds its parent's.
+type Life struct {
+	Hello
+	End   time.Duration // zero while it lives
+	conn  int
+	known bool // has said hello
+}
+
+// Alive tells if the connection is still held.
+func (l Life) Alive() bool { return l.End == 0 }
+
+// Term sums up the lives with one fencing token of one candidate.
+type Term struct {
+	Candidate string
+	Token     int64
+	Start     time.Duration // of the first process
+	End       time.Duration // of the last process; zero while one lives
+	Lives     []Life
+}
+
+// Witness is told of the life of every process of every job: each holds a
+// connection to it. One thread waits in one epoll for all of them, with
+// real-time priority where that is permitted, so that the recorded ends are
+// late by microseconds, rarely by more (see punctual).
+type Witness struct {
+	// Addr goes into the job's environment as WITNESS. It is an abstract unix
+	// socket: any user reaches it, and it leaves no file. Each node of a network
+	// has one of its own of this name.
+	Addr string
+
+	epoll, wake int
+	stopped     atomic.Bool
+	done        chan struct{} // closed when the thread has ended
+
+	mu        sync.Mutex
+	listeners map[int]*Node // by descriptor; nil is where this program is
+	conns     map[int]*Life // by descriptor, while open
+	input     map[int][]byte
+	lives     []*Life
+	changed   chan struct{} // closed and replaced at each change
+}
+
+var witnesses atomic.Int64 // keeps addresses apart
+
+// NewWitness starts a witness.
+func NewWitness() (*Witness, error) {
+	punctual()
+	w := &Witness{
+		Addr:  fmt.Sprintf("@leasehold-witness-%d-%d", os.Getpid(), witnesses.Add(1)),
+		epoll: -1, wake: -1,
+		done: make(chan struct{}), changed: make(chan struct{}), listeners: map[int]*Node{},
+		conns: map[int]*Life{}, input: map[int][]byte{},
+	}
+	if err := w.open(); err != nil {
+		w.closeDescriptors()
+		return nil, fmt.Errorf("start a witness: %w", err)
+	}
+	go w.run()
+	return w, nil
+}
+
+// punctual has the Go runtime keep nobody waiting who reads the clock when a
+// system call returns, as the witness does. That takes one of its processors,
+// and a fork holds one until its child has executed, milliseconds where many are
+// under way; so there are more of them than forks. A collection stops all
+// threads and waits for those forks as well; so it is rare.
+var punctual = sync.OnceFunc(func() {
+	runtime.GOMAXPROCS(max(16, runtime.GOMAXPROCS(0)))
+	debug.SetGCPercent(1000)
+	debug.SetMemoryLimit(256 << 20) // more than this only where it is needed
+})
+
+func (w *Witness) open() (err error) {
+	if w.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return err
+	}
+	if w.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return err
+	}
+	if err := w.watch(w.wake); err != nil {
+		return err
+	}
+	return w.listen(nil)
+}
+
+// ListenOn has the witness hear the jobs on a node as well. It is not an error
+// if it does already.
+func (w *Witness) ListenOn(node *Node) error {
+	w.mu.Lock()
+	for _, n := range w.listeners {
+		if n == node {
+			w.mu.Unlock()
+			return nil
+		}
+	}
+	w.mu.Unlock()
+	if err := node.Do(func() error { return w.listen(node) }); err != nil {
+		return fmt.Errorf("have the witness listen on node %s: %w", node.Name, err)
+	}
+	node.closing = append(node.closing, func() { w.leave(node) })
+	return nil
+}
+
+// leave closes the socket on a node, which would keep its namespace.
+func (w *Witness) leave(node *Node) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for fd, n := range w.listeners {
+		if n == node && !w.stopped.Load() {
+			delete(w.listeners, fd)
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+func (w *Witness) listen(node *Node) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	w.listeners[fd] = node // closed with the witness
+	w.mu.Unlock()
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: w.Addr}); err != nil {
+		return err
+	}
+	if err := unix.Listen(fd, 4096); err != nil {
+		return err
+	}
+	return w.watch(fd)
+}
+
+// watch is edge-triggered: the kernel then hands events out in the order in
+// which they happened.
+func (w *Witness) watch(fd int) error {
+	return unix.EpollCtl(w.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{
+		Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET, Fd: int32(fd),
+	})
+}
+
+// Close ends the witness, and with it every test job that is still alive.
+func (w *Witness) Close() {
+	if w.stopped.Swap(true) {
+		return
+	}
+	_, _ = unix.Write(w.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // can't fail: the counter is never near its limit
+	<-w.done
+}
+
+func (w *Witness) closeDescriptors() {
+	for fd := range w.listeners {
+		_ = unix.Close(fd)
+	}
+	for _, fd := range []int{w.epoll, w.wake} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+func (w *Witness) run() {
+	runtime.LockOSThread()
+	// Reset before the thread goes back to others. It must go back, for a
+	// thread's end kills the children that were forked on it (PDEATHSIG).
+	fifo := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 2, Flags: unix.SCHED_FLAG_RESET_ON_FORK}, 0) == nil
+	defer func() {
+		if fifo {
+			_ = unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}, 0)
+		}
+		runtime.UnlockOSThread()
+		close(w.done)
+	}()
+	events := make([]unix.EpollEvent, 256)
+	for !w.stopped.Load() {
+		n, err := unix.EpollWait(w.epoll, events, -1)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			break
+		}
+		w.handle(events[:n], Now())
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for fd := range w.conns {
+		_ = unix.Close(fd)
+	}
+	w.closeDescriptors()
+}
+
+func (w *Witness) handle(events []unix.EpollEvent, now time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, e := range events {
+		fd := int(e.Fd)
+		_, listener := w.listeners[fd]
+		switch {
+		case fd == w.wake:
+		case listener:
+			w.accept(fd, now)
+		default:
+			w.read(fd, now)
+		}
+	}
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+func (w *Witness) accept(listener int, now time.Duration) {
+	for {
+		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+		if err != nil {
+			return // EAGAIN: that was all of them
+		}
+		if err := w.watch(fd); err != nil {
+			_ = unix.Close(fd)
+			continue
+		}
+		life := &Life{Hello: Hello{Started: now}, conn: fd}
+		w.conns[fd] = life
+		w.lives = append(w.lives, life)
+	}
+}
+
+func (w *Witness) read(fd int, now time.Duration) {
+	life := w.conns[fd]
+	if life == nil {
+		return
+	}
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := unix.Read(fd, buf)
+		if n > 0 {
+			w.input[fd] = append(w.input[fd], buf[:n]...)
+			line, _, whole := bytes.Cut(w.input[fd], []byte("\n"))
+			if hello := (Hello{}); whole && !life.known && json.Unmarshal(line, &hello) == nil {
+				life.Hello, life.known = hello, true
+			}
+			continue
+		}
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+			return
+		}
+		life.End = now // end of file or reset: its holders have ended
+		_ = unix.Close(fd)
+		delete(w.conns, fd)
+		delete(w.input, fd)
+		return
+	}
+}
+
+// Lives lists every process that said hello, in the order of their coming.
+func (w *Witness) Lives() []Life {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var lives []Life
+	for _, l := range w.lives {
+		if l.known {
+			lives = append(lives, *l)
+		}
+	}
+	return lives
+}
+
+// Follow calls f with the processes of all jobs, as they are at a moment or
+// later, at each change and as often as given until ctx ends. It forgets those
+// that have ended as soon as f has seen them so.
+func (w *Witness) Follow(ctx context.Context, every time.Duration, f func(at time.Duration, lives []Life)) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		w.mu.Lock()
+		changed, at := w.changed, Now()
+		var lives []Life
+		for _, l := range w.lives {
+			if l.known {
+				lives = append(lives, *l)
+			}
+		}
+		w.lives = slices.DeleteFunc(w.lives, func(l *Life) bool { return l.End != 0 })
+		w.mu.Unlock()
+		f(at, lives)
+		select {
+		case <-changed:
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Terms sums the lives up, in the order of their starts.
+func (w *Witness) Terms() []Term {
+	var terms []Term
+	for _, l := range w.Lives() {
+		i := slices.IndexFunc(terms, func(t Term) bool { return t.Token == l.Token && t.Candidate == l.Candidate })
+		if i < 0 {
+			terms = append(terms, Term{Candidate: l.Candidate, Token: l.Token, Start: l.Started, End: l.End, Lives: []Life{l}})
+			continue
+		}
+		t := &terms[i]
+		t.Lives = append(t.Lives, l)
+		t.Start = min(t.Start, l.Started)
+		switch {
+		case t.End == 0 || l.End == 0:
+			t.End = 0
+		default:
+			t.End = max(t.End, l.End)
+		}
+	}
+	slices.SortStableFunc(terms, func(a, b Term) int { return int(a.Start - b.Start) })
+	return terms
+}
+
+// Overlap is two terms of which processes lived at the same time.
+type Overlap struct {
+	Earlier, Later Term
+	For            time.Duration // until now where both still live
+}
+
+func (o Overlap) String() string {
+	return fmt.Sprintf("job of %s (token %d) and job of %s (token %d) both lived for %v",
+		o.Earlier.Candidate, o.Earlier.Token, o.Later.Candidate, o.Later.Token, o.For)
+}
+
+// Overlaps answers the question that the witness is for.
+func (w *Witness) Overlaps() []Overlap {
+	now := Now()
+	end := func(t Term) time.Duration {
+		if t.End == 0 {
+			return now
+		}
+		return t.End
+	}
+	var overlaps []Overlap
+	terms := w.Terms()
+	for i, later := range terms {
+		for _, earlier := range terms[:i] {
+			if d := min(end(earlier), end(later)) - later.Start; d > 0 {
+				overlaps = append(overlaps, Overlap{Earlier: earlier, Later: later, For: d})
+			}
+		}
+	}
+	return overlaps
+}
+
+// Wait waits until ok is satisfied with the lives so far.
+func (w *Witness) Wait(ctx context.Context, ok func([]Life) bool) error {
+	for {
+		w.mu.Lock()
+		changed := w.changed
+		w.mu.Unlock()
+		lives := w.Lives()
+		if ok(lives) {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("%w; the witness has seen %d lives", context.Cause(ctx), len(lives))
+		}
+	}
+}
+
+// WaitForJob waits for the first process of a job that satisfies ok, of all
+// that have come so far or will come, and lives.
+func (w *Witness) WaitForJob(ctx context.Context, ok func(Life) bool) (Life, error) {
+	var found Life
+	err := w.Wait(ctx, func(lives []Life) bool {
+		i := slices.IndexFunc(lives, func(l Life) bool { return l.Role == "job" && l.Alive() && ok(l) })
+		if i >= 0 {
+			found = lives[i]
+		}
+		return i >= 0
+	})
+	if err != nil {
+		return Life{}, fmt.Errorf("wait for a job: %w", err)
+	}
+	return found, nil
+}
+
+// WaitForNext waits for the job of a later term than the given one.
+func (w *Witness) WaitForNext(ctx context.Context, before Life) (Life, error) {
+	return w.WaitForJob(ctx, func(l Life) bool { return l.Token > before.Token })
+}
+
+// WaitForDead waits until nothing of the given life's term is alive, and
+// returns when it ended.
+func (w *Witness) WaitForDead(ctx context.Context, of Life) (time.Duration, error) {
+	var end time.Duration
+	err := w.Wait(ctx, func([]Life) bool {
+		for _, t := range w.Terms() {
+			if t.Token == of.Token && t.Candidate == of.Candidate {
+				end = t.End
+			}
+		}
+		return end != 0
+	})
+	if err != nil {
+		return 0, fmt.Errorf("wait for the end of the job of %s (token %d): %w", of.Candidate, of.Token, err)
+	}
+	return end, nil
+}
+
+// Tell sends a command to a process of the test job, such as "exit 3".
+func (w *Witness) Tell(l Life, command string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if current := w.conns[l.conn]; current == nil || current.Pid != l.Pid {
+		return fmt.Errorf("tell pid %d to %s: it has ended", l.Pid, command)
+	}
+	_, err := unix.Write(l.conn, append([]byte(command), '\n'))
+	return err
+}

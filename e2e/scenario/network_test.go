@@ -1,0 +1,104 @@
+//go:build linux
+
+package scenario_test
+
+import (
+	"net/http"
+	"os"
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+// A network needs a namespace of the program's own, so this test runs itself again in one.
+func TestNetwork(t *testing.T) {
+	harness.NeedsRoot(t)
+	if _, err := exec.LookPath("nft"); err != nil {
+		if os.Getenv("E2E_NO_SKIP") == "1" {
+			t.Fatal("needs nft, and E2E_NO_SKIP=1 forbids to skip")
+		}
+		t.Skip("skipped: needs nft (Debian's package nftables)")
+	}
+	if os.Getenv(harness.NetworkVariable) == "" {
+		cmd := exec.Command("/proc/self/exe", "-test.run=^TestNetwork$", "-test.v", "-test.timeout=3m")
+		cmd.Env = append(os.Environ(), harness.NetworkVariable+"=1", "E2E_NO_SKIP=1")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+		out, err := cmd.CombinedOutput()
+		t.Logf("in a namespace of its own:\n%s", out)
+		if err != nil {
+			t.Error(err)
+		}
+		return
+	}
+
+	ctx := testContext(t, 2*time.Minute)
+	network, err := harness.NewNetwork()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(network.Close)
+	cluster := harness.NewTestCluster(t, harness.ClusterConfig{Size: 3, Network: network})
+	witness := harness.NewTestWitness(t)
+	programs := allPrograms(t)
+	start := func(identity string) (*harness.Candidate, *harness.Node) {
+		node, err := network.Node(identity)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(node.Close)
+		c, err := harness.StartCandidate(harness.CandidateConfig{
+			Binary: programs.Leasehold, Election: "jobs/network", Identity: identity, Endpoints: cluster.Endpoints(),
+			TTL: 3 * time.Second, Job: []string{programs.Testjob}, Witness: witness, Node: node, Env: []string{"LEASEHOLD_STOP_GRACE=500ms"},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			c.Close()
+			if t.Failed() {
+				t.Logf("log of candidate %s:\n%s", identity, c.Log())
+			}
+		})
+		return c, node
+	}
+	leader, road := start("a")
+	job, err := witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == "a" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	standby, _ := start("b")
+	if err := standby.WaitStatus(ctx, "/standby", http.StatusOK); err != nil {
+		t.Fatal(err)
+	}
+
+	// Dark for one member: nothing happens. For all: the job moves, and there are never two.
+	if err := network.Cut(harness.Between(road, cluster.Members[0].Node)...); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := witness.WaitForNext(testContext(t, 4*time.Second), job); err == nil {
+		t.Fatal("the job has moved though two members could be reached")
+	}
+	at := harness.Now()
+	if err := network.Cut(harness.Between(road, cluster.Nodes()...)...); err != nil {
+		t.Fatal(err)
+	}
+	next, err := witness.WaitForNext(ctx, job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if next.Started-at < time.Second {
+		t.Errorf("the job moved after %v: was the road cut, or the connection closed?", next.Started-at)
+	}
+	for _, o := range witness.Overlaps() {
+		t.Error(o)
+	}
+	if err := network.Heal(); err != nil {
+		t.Fatal(err)
+	}
+	if err := leader.WaitStatus(ctx, "/standby", http.StatusOK); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,398 @@
+//go:build linux
+
+package scenario_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+// A fault takes the leadership from the leader and returns once another job
+// runs; then what was broken is given back.
+type fault struct {
+	name string
+	do   func(tr *trial, leader, standby *candidate, job harness.Life)
+}
+
+// soon bounds a hand-over that must not wait for the lease to run out: it takes
+// some ten milliseconds, and the TTL is 3 s.
+const soon = 1500 * time.Millisecond
+
+func plannedStop(tr *trial, leader, _ *candidate, job harness.Life) {
+	tr.must(leader.Signal(syscall.SIGTERM))
+	tr.waitNext(job, soon+500*time.Millisecond) // and the grace
+	tr.waitExit(leader, 0)
+}
+
+func guardKilled(tr *trial, leader, _ *candidate, job harness.Life) {
+	tr.must(leader.Signal(syscall.SIGKILL))
+	tr.waitNext(job, soon)
+	tr.waitExit(leader, 128+9)
+}
+
+func electorKilled(tr *trial, leader, _ *candidate, job harness.Life) {
+	tr.must(leader.SignalElector(syscall.SIGKILL))
+	tr.waitNext(job, soon)
+	tr.waitExit(leader, 70)
+}
+
+func guardPaused(tr *trial, leader, _ *candidate, job harness.Life) {
+	tr.must(leader.Signal(syscall.SIGSTOP))
+	next := tr.waitNext(job, patience)
+	tr.sleepPast(next.Started, tr.ttl)
+	_ = leader.Signal(syscall.SIGCONT) // its elector has killed it by now
+	tr.waitExit(leader, 128+9)
+}
+
+func electorPaused(tr *trial, leader, _ *candidate, job harness.Life) {
+	elector, err := leader.Elector()
+	tr.must(err)
+	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
+	next := tr.waitNext(job, patience)
+	tr.sleepPast(next.Started, tr.ttl)
+	_ = syscall.Kill(elector, syscall.SIGCONT) // its guard has killed it by now
+	tr.waitExit(leader, 70)
+}
+
+func spawnerKilled(tr *trial, leader, _ *candidate, job harness.Life) {
+	spawner, err := leader.Spawner()
+	tr.must(err)
+	tr.must(syscall.Kill(spawner, syscall.SIGKILL))
+	tr.waitNext(job, soon)
+	tr.waitExit(leader, 70)
+}
+
+// spawnerPaused: nobody needs the spawner before the job is to end.
+func spawnerPaused(tr *trial, leader, _ *candidate, job harness.Life) {
+	spawner, err := leader.Spawner()
+	tr.must(err)
+	tr.must(syscall.Kill(spawner, syscall.SIGSTOP))
+	tr.must(leader.Signal(syscall.SIGTERM))
+	tr.waitNext(job, patience)
+	tr.waitExit(leader, 70)
+}
+
+func spawnerPausedUnreachable(tr *trial, leader, _ *candidate, job harness.Life) {
+	spawner, err := leader.Spawner()
+	tr.must(err)
+	tr.must(syscall.Kill(spawner, syscall.SIGSTOP))
+	leader.cut()
+	tr.waitNext(job, patience)
+	tr.waitExit(leader, 70)
+}
+
+func roadDark(tr *trial, leader, _ *candidate, job harness.Life) {
+	leader.cut()
+	tr.waitNext(job, patience)
+	leader.heal()
+	tr.waitStatus(leader, "/standby", http.StatusOK)
+}
+
+func etcdStopped(tr *trial, _, _ *candidate, job harness.Life) {
+	m := tr.etcd.Members[0]
+	tr.must(m.Stop(tr.ctx))
+	tr.waitDead(job)
+	tr.must(m.Start())
+	tr.waitNext(job, patience)
+}
+
+// standbyLeaseLost takes the lease of a candidate that waits: it must come back
+// and be good for the next term.
+func standbyLeaseLost(tr *trial, leader, standby *candidate, job harness.Life) {
+	before := tr.status(standby)
+	_, err := tr.etcd.Etcdctl(tr.ctx, "lease", "revoke", before.Lease.ID)
+	tr.must(err)
+	tr.must(harness.Until(tr.waitContext(patience), func() error {
+		if now := tr.status(standby); now.State != "standby" || now.Lease == nil || now.Lease.ID == before.Lease.ID {
+			return fmt.Errorf("candidate b has not come back: %+v", now)
+		}
+		return nil
+	}))
+	if terms := tr.witness.Terms(); len(terms) != 1 || terms[0].End != 0 {
+		tr.Errorf("the loss of a lease that leads nothing touched the job: %v", tr.summary())
+	}
+	plannedStop(tr, leader, standby, job)
+}
+
+// sleepPast waits until ttl after a moment.
+func (tr *trial) sleepPast(moment, ttl time.Duration) {
+	select {
+	case <-time.After(moment + ttl - harness.Now()):
+	case <-tr.ctx.Done():
+	}
+}
+
+// TestNeverTwoJobs is what leasehold is for.
+func TestNeverTwoJobs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	faults := []fault{
+		{"planned stop", plannedStop},
+		{"guard killed", guardKilled},
+		{"elector killed", electorKilled},
+		{"guard paused", guardPaused},
+		{"elector paused", electorPaused},
+		{"spawner killed", spawnerKilled},
+		{"spawner paused", spawnerPaused},
+		{"spawner paused, etcd unreachable", spawnerPausedUnreachable},
+		{"road dark", roadDark},
+		{"etcd stopped", etcdStopped},
+		{"standby's lease lost", standbyLeaseLost},
+	}
+	for _, u := range users() {
+		for _, f := range faults {
+			t.Run(u.name+"/"+f.name, func(t *testing.T) {
+				t.Parallel()
+				neverTwo(t, func(t *testing.T) *trial {
+					tr := newTrial(t, u, harness.ClusterConfig{})
+					leader, standby, job := tr.pair("")
+					f.do(tr, leader, standby, job)
+					tr.finish()
+					return tr
+				})
+			})
+		}
+	}
+}
+
+// TestNeverTwoJobs_GuardHangsAtTheLastMoment: in the dark, just before it must
+// kill. The elector then has but the margin to notice it, and to kill.
+func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
+	for _, u := range users() {
+		t.Run(u.name, func(t *testing.T) {
+			t.Parallel()
+			neverTwo(t, func(t *testing.T) *trial {
+				tr := newTrial(t, u, harness.ClusterConfig{})
+				tr.ttl = 10 * time.Second
+				leader, _, job := tr.pair("ignore-term")
+				leader.cut()
+				var end time.Duration
+				tr.must(harness.Until(tr.waitContext(patience), func() error { // what was under way may still count
+					before := harness.Now()
+					lease := tr.status(leader).Lease
+					end = before + time.Duration(lease.ValidFor*float64(time.Second))
+					if left := end - before; left > tr.ttl/2 {
+						return fmt.Errorf("the lease is good for %v", left)
+					}
+					return nil
+				}))
+				tr.sleepPast(end-tr.ttl/10-50*time.Millisecond, 0) // kill-by
+				tr.must(leader.Signal(syscall.SIGSTOP))
+				if late := tr.waitDead(job) - end; late > 0 {
+					t.Errorf("the job was dead %v after the end of its lease", late)
+				}
+				tr.waitNext(job, patience)
+				tr.waitExit(leader, 128+9)
+				tr.finish()
+				return tr
+			})
+		})
+	}
+}
+
+// TestNeverTwoJobs_OfTheUnwilling: jobs that do not end when they are asked to,
+// or of which a part escapes the usual ways to kill.
+func TestNeverTwoJobs_OfTheUnwilling(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	jobs := []struct {
+		behaviour string
+		roles     []string // to wait for before the fault
+		alone     bool     // needs the machine for itself
+	}{
+		{behaviour: "ignore-term"},
+		{behaviour: "daemonize", roles: []string{"daemon"}},
+		{behaviour: "setsid ignore-term", roles: []string{"setsid"}},
+		{behaviour: "main-gone"},
+		{behaviour: "hold-pipes", roles: []string{"grandchild"}},
+		{behaviour: "storm=10", alone: true},
+		{behaviour: "fill=200", alone: true},
+	}
+	faults := []fault{
+		{"planned stop", plannedStop},
+		{"guard killed", guardKilled},
+		{"elector killed", electorKilled},
+		{"guard paused", guardPaused},
+		{"road dark", roadDark},
+	}
+	for _, u := range users() {
+		for _, job := range jobs {
+			for _, f := range faults {
+				t.Run(u.name+"/"+job.behaviour+"/"+f.name, func(t *testing.T) {
+					if !job.alone {
+						t.Parallel()
+					}
+					neverTwo(t, func(t *testing.T) *trial {
+						tr := newTrial(t, u, harness.ClusterConfig{})
+						leader, standby, life := tr.pair(job.behaviour)
+						tr.waitRoles(life, job.roles...)
+						f.do(tr, leader, standby, life)
+						tr.finish()
+						return tr
+					})
+				})
+			}
+		}
+	}
+}
+
+// TestNeverTwoJobs_OfTheHidden: a job of which a descendant can be found neither by its environment nor by its cgroup, and where
+// /proc hides it not by its entry either. Whichever process of the daemon is lost, it is found by descent.
+func TestNeverTwoJobs_OfTheHidden(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute")
+	}
+	faults := []fault{
+		{"planned stop", plannedStop},
+		{"guard killed", guardKilled},
+		{"guard paused", guardPaused},
+		{"elector killed", electorKilled},
+		{"spawner killed", spawnerKilled},
+		{"spawner paused, etcd unreachable", spawnerPausedUnreachable},
+		{"road dark", roadDark},
+	}
+	for _, u := range append(users(), user{name: "hidepid"}) {
+		for _, f := range faults {
+			t.Run(u.name+"/"+f.name, func(t *testing.T) {
+				t.Parallel()
+				neverTwo(t, func(t *testing.T) *trial {
+					tr := newTrial(t, u, harness.ClusterConfig{})
+					leader, standby, job := tr.pair("ignore-term daemonize wipe-env huge-env undumpable leave-cgroup", func(cfg *harness.CandidateConfig) {
+						if u.name == "hidepid" {
+							tr.hideProc(cfg)
+						}
+					})
+					tr.waitRoles(job, "daemon")
+					if says := strings.Contains(leader.Log(), "hidepid="); says != (u.name == "hidepid") {
+						t.Errorf("the log says that /proc hides processes: %t", says)
+					}
+					f.do(tr, leader, standby, job)
+					tr.finish()
+					return tr
+				})
+			})
+		}
+	}
+}
+
+// hideProc starts the daemon as an ordinary user where /proc hides what it may not read.
+func (tr *trial) hideProc(cfg *harness.CandidateConfig) {
+	harness.NeedsRoot(tr) // to mount it
+	cfg.UID = 0
+	tr.wrap(cfg, "unshare", "--mount", "sh", "-c",
+		`mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$0" "$@"`)
+}
+
+// TestNeverTwoJobs_NoProcessLeft: a job that takes every process there is, so
+// that whoever must kill it can start none, no thread either.
+func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute")
+	}
+	limits := []struct {
+		name string
+		user user
+		set  func(tr *trial, cfg *harness.CandidateConfig)
+	}{
+		{"root/pids.max", user{name: "root", root: true}, limitPids},
+		{"user/pids.max", user{name: "user", uid: 65534}, limitPids},
+		{"user/RLIMIT_NPROC", user{name: "user", uid: 65534}, limitProcesses},
+	}
+	faults := []struct {
+		name string
+		do   func(tr *trial, leader *candidate)
+	}{
+		{"planned stop", func(_ *trial, leader *candidate) { _ = leader.Signal(syscall.SIGTERM) }},
+		{"guard killed", func(_ *trial, leader *candidate) { _ = leader.Signal(syscall.SIGKILL) }},
+		{"elector killed", func(_ *trial, leader *candidate) { _ = leader.SignalElector(syscall.SIGKILL) }},
+		{"road dark", func(_ *trial, leader *candidate) { leader.cut() }},
+	}
+	for _, limit := range limits {
+		for _, f := range faults {
+			t.Run(limit.name+"/"+f.name, func(t *testing.T) {
+				harness.NeedsRoot(t) // to set the limit
+				neverTwo(t, func(t *testing.T) *trial {
+					who := limit.user
+					if !who.root {
+						// The kernel counts by user: this one runs nothing else, not even what an earlier trial has yet to bury.
+						who.uid = 100000 + rand.Uint32N(1<<20)
+					}
+					tr := newTrial(t, who, harness.ClusterConfig{})
+					leader := tr.start("a", "fill=4000 storm=4", func(cfg *harness.CandidateConfig) { limit.set(tr, cfg) })
+					// A daemon that can start no thread may die at any time,
+					// with any code, and keep the same promise.
+					leader.mayDie = true
+					job := tr.waitJob(leader)
+					tr.must(harness.Until(tr.waitContext(patience), func() error {
+						n := len(harness.Descendants(leader.Guard()))
+						if leader.ended() || n >= processLimit/2 {
+							return nil
+						}
+						return fmt.Errorf("the daemon has %d descendants", n)
+					}))
+					if tr.user.uid != 0 {
+						tr.user = users()[1] // whom the limit leaves alone
+					}
+					tr.start("b", "")
+					f.do(tr, leader)
+					tr.waitNext(job, patience)
+					leader.heal()
+					tr.finish()
+					return tr
+				})
+			})
+		}
+	}
+}
+
+// processLimit leaves room for the daemon: a dozen threads in each process.
+const processLimit = 100
+
+// limitPids starts the daemon in a cgroup that holds few processes.
+func limitPids(tr *trial, cfg *harness.CandidateConfig) {
+	dir, err := os.MkdirTemp("/sys/fs/cgroup/pids", "e2e-")
+	tr.must(err)
+	tr.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := harness.Until(ctx, func() error { return os.Remove(dir) }); err != nil {
+			tr.Error(err)
+		}
+	})
+	tr.must(os.Chmod(dir, 0o755))
+	tr.must(os.Chmod(filepath.Join(dir, "cgroup.procs"), 0o666)) // for the ordinary user to enter
+	tr.must(os.WriteFile(filepath.Join(dir, "pids.max"), []byte(strconv.Itoa(processLimit)), 0))
+	tr.wrap(cfg, "sh", "-c", `echo $$ >"$0"/cgroup.procs && exec "$@"`, dir)
+}
+
+func limitProcesses(tr *trial, cfg *harness.CandidateConfig) {
+	tr.wrap(cfg, "prlimit", fmt.Sprintf("--nproc=%d", processLimit))
+}
+
+// wrap starts the daemon by another program, which executes it in its place.
+func (tr *trial) wrap(cfg *harness.CandidateConfig, program string, args ...string) {
+	path, err := exec.LookPath(program)
+	tr.must(err)
+	before := cfg.Prepare
+	cfg.Prepare = func(cmd *exec.Cmd) {
+		if before != nil {
+			before(cmd)
+		}
+		cmd.Args = append(append([]string{program}, args...), append([]string{cmd.Path}, cmd.Args[1:]...)...)
+		cmd.Path = path
+	}
+}

@@ -1,0 +1,296 @@
+//go:build linux
+
+package scenario_test
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+// TestUntouched: troubles of etcd that are no reason to move the job. It has
+// one life through each of them, at TTL 5 s with three members.
+func TestUntouched(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute")
+	}
+	// lost is how many renewals to wait for so that the lease can't have lived
+	// on without them: there is one each TTL/5.
+	const lost = 6
+	plain := func(*testing.T) harness.ClusterConfig { return harness.ClusterConfig{} }
+	noChange := func(*trial, *harness.CandidateConfig) {}
+	rows := []struct {
+		name    string
+		cluster func(t *testing.T) harness.ClusterConfig
+		auth    bool
+		change  func(tr *trial, cfg *harness.CandidateConfig)
+		trouble func(tr *trial, c *candidate)
+	}{
+		{"etcd's leader killed", plain, false, noChange, func(tr *trial, c *candidate) {
+			leader, err := tr.etcd.Leader(tr.ctx)
+			tr.must(err)
+			leader.Kill()
+			tr.waitRenewals(c, lost)
+		}},
+		{"etcd's leader paused", plain, false, noChange, func(tr *trial, c *candidate) {
+			leader, err := tr.etcd.Leader(tr.ctx)
+			tr.must(err)
+			tr.must(leader.Pause())
+			tr.Logf("%s paused at %s", leader.Name, time.Now().UTC().Format(time.StampMicro))
+			tr.waitRenewals(c, lost)
+			// It does not go on: for an instant it would take itself for the
+			// leader and may revoke every lease that was renewed elsewhere
+			// (etcd's ensureLeadership is content with a fresh tick).
+			leader.Kill()
+			tr.must(leader.Start())
+			tr.must(leader.WaitHealthy(tr.ctx))
+			tr.waitRenewals(c, 3)
+		}},
+		{"each member dark in turn", plain, false, noChange, eachDark},
+		{"each member dark in turn, with auth", plain, true, noChange, eachDark},
+		{"two endpoints, either dark", plain, false, func(_ *trial, cfg *harness.CandidateConfig) {
+			cfg.Endpoints = cfg.Endpoints[:2]
+		}, func(tr *trial, c *candidate) {
+			c.roads = c.roads[:2]
+			eachDark(tr, c)
+		}},
+		{"every road dark for TTL/5", plain, false, noChange, func(tr *trial, c *candidate) {
+			tr.waitRenewals(c, 1)
+			c.cut()
+			tr.sleepPast(harness.Now(), tr.ttl/5)
+			c.heal()
+			tr.waitRenewals(c, lost)
+		}},
+		{"rolling restart", plain, false, noChange, func(tr *trial, c *candidate) {
+			for _, m := range tr.etcd.Members {
+				tr.must(m.Restart(tr.ctx))
+				tr.waitRenewals(c, 2)
+			}
+			tr.waitRenewals(c, 3)
+		}},
+		{"auth tokens expire", expiringTokens, true, noChange, func(tr *trial, c *candidate) {
+			tr.waitRenewals(c, 2*lost)
+		}},
+		{"rolling restart with auth", plain, true, noChange, func(tr *trial, c *candidate) {
+			for _, m := range tr.etcd.Members { // each forgets the tokens it has given
+				tr.must(m.Restart(tr.ctx))
+				tr.waitRenewals(c, 2)
+			}
+			tr.waitRenewals(c, 3)
+		}},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			cluster := row.cluster(t)
+			cluster.Size = 3
+			tr := newTrial(t, users()[1], cluster)
+			tr.ttl = 5 * time.Second
+			var env []string
+			if row.auth {
+				tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
+				env = []string{"LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret"}
+			}
+			change := func(cfg *harness.CandidateConfig) {
+				cfg.Env = append(cfg.Env, env...)
+				row.change(tr, cfg)
+			}
+			leader := tr.start("a", "", change)
+			job := tr.waitJob(leader)
+			standby := tr.start("b", "", change)
+			tr.waitStatus(standby, "/standby", http.StatusOK)
+			row.trouble(tr, leader)
+			lives := tr.witness.Lives()
+			if len(lives) != 1 || !lives[0].Alive() || lives[0].Pid != job.Pid {
+				t.Fatalf("the job was touched: %v", tr.summary())
+			}
+			tr.waitStatus(leader, "/leader", http.StatusOK)
+			tr.waitStatus(standby, "/standby", http.StatusOK)
+			tr.must(tr.etcd.WaitHealthy(tr.ctx))
+			if row.name == "etcd's leader killed" {
+				return // etcdctl would want every member
+			}
+			tr.finish()
+		})
+	}
+}
+
+func eachDark(tr *trial, c *candidate) {
+	for _, r := range c.roads {
+		r.Cut(harness.BothWays)
+		tr.waitRenewals(c, 6)
+		r.Heal()
+		tr.waitRenewals(c, 1)
+	}
+}
+
+// expiringTokens gives out tokens that end 2 s later, used or not. (etcd's
+// simple tokens live on while they are used.)
+func expiringTokens(t *testing.T) harness.ClusterConfig {
+	dir := t.TempDir()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"private.pem": {Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)},
+		"public.pem":  {Type: "PUBLIC KEY", Bytes: public},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return harness.ClusterConfig{Flags: []string{"--auth-token", fmt.Sprintf("jwt,pub-key=%s/public.pem,priv-key=%s/private.pem,sign-method=RS256,ttl=2s", dir, dir)}}
+}
+
+// Renewals must not authenticate one by one: each takes etcd 79 ms of bcrypt.
+func TestAuth_RenewalsDontAuthenticate(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 40 seconds")
+	}
+	t.Parallel()
+	tr := newTrial(t, users()[1], harness.ClusterConfig{})
+	tr.ttl = 2 * time.Second
+	tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
+	c := tr.start("a", "", func(cfg *harness.CandidateConfig) {
+		cfg.Env = append(cfg.Env, "LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret")
+	})
+	tr.waitJob(c)
+	const authentications = `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`
+	before, err := tr.etcd.Members[0].Metric(tr.ctx, authentications)
+	tr.must(err)
+	tr.waitRenewals(c, 100)
+	after, err := tr.etcd.Members[0].Metric(tr.ctx, authentications)
+	tr.must(err)
+	if after-before > 1 {
+		t.Errorf("100 renewals caused %v authentications", after-before)
+	}
+	tr.finish()
+}
+
+// Certificates are renewed while the daemon runs: the next connection must show
+// the new one, and the job must not notice.
+func TestTLS_NewCertificates(t *testing.T) {
+	t.Parallel()
+	dir, err := harness.TempDir("leasehold-certs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	certs, err := harness.NewCerts(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := newTrial(t, users()[1], harness.ClusterConfig{TLS: certs})
+	c := tr.start("a", "", func(cfg *harness.CandidateConfig) {
+		cfg.Env = append(cfg.Env, "LEASEHOLD_TLS_CA_FILE="+certs.CAFile, "LEASEHOLD_TLS_CERT_FILE="+certs.ClientCertFile, "LEASEHOLD_TLS_KEY_FILE="+certs.ClientKeyFile)
+	})
+	job := tr.waitJob(c)
+	tr.must(certs.IssueClient(4))
+	c.roads[0].Drop()
+	tr.waitRenewals(c, 6)
+	if lives := tr.witness.Lives(); len(lives) != 1 || lives[0].Pid != job.Pid || !lives[0].Alive() {
+		t.Errorf("the job was touched: %v", tr.summary())
+	}
+	tr.finish()
+}
+
+// A member of etcd whose disk hangs answers renewals, which it passes on, and
+// asks after watches, but hears of nothing any more. A standby whose watch it
+// serves finds that out.
+func TestStandby_OnAMemberWhoseDiskHangs(t *testing.T) {
+	if _, err := exec.LookPath("strace"); err != nil {
+		if os.Getenv("E2E_NO_SKIP") == "1" {
+			t.Fatal("needs strace, and E2E_NO_SKIP=1 forbids to skip")
+		}
+		t.Skip("skipped: needs strace, to make a disk hang")
+	}
+	t.Parallel()
+	tr := newTrial(t, users()[1], harness.ClusterConfig{Size: 3, Flags: []string{"--unsafe-no-fsync=false"}})
+	tr.ttl = 5 * time.Second
+	leader, standby, job := tr.pair("")
+	etcdLeader, err := tr.etcd.Leader(tr.ctx)
+	tr.must(err)
+	hung := 0
+	if tr.etcd.Members[hung] == etcdLeader {
+		hung = 1
+	}
+	for i, road := range standby.roads {
+		if i != hung {
+			road.Cut(harness.BothWays)
+		}
+	}
+	tr.waitRenewals(standby, 8) // long enough for the watch to have moved there
+	standby.heal()
+	end, err := tr.etcd.Members[hung].SlowDisk(tr.ctx, 10*time.Minute)
+	tr.must(err)
+	defer end()
+	tr.must(leader.Signal(syscall.SIGTERM))
+	tr.waitExit(leader, 0)
+	if next := tr.waitNext(job, patience); next.Candidate != "b" {
+		t.Errorf("the next job is %v, want b's", next)
+	}
+	end()
+	tr.finish()
+}
+
+// The guard of a lost elector has its lease revoked with the token that etcd gave the elector: to check the password would cost
+// the next job 80 ms. Only where etcd knows the token no more the password is taken.
+func TestAuth_RevokeTakesTheToken(t *testing.T) {
+	for _, row := range []struct {
+		name string
+		want float64
+	}{{"good token", 0}, {"forgotten token", 2}} { // of the old leader's guard, and of the standby
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			tr := newTrial(t, users()[1], harness.ClusterConfig{})
+			tr.ttl = time.Minute
+			tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
+			withAuth := func(cfg *harness.CandidateConfig) {
+				cfg.Env = append(cfg.Env, "LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret")
+			}
+			leader := tr.start("a", "", withAuth)
+			job := tr.waitJob(leader)
+			standby := tr.start("b", "", withAuth)
+			tr.waitStatus(standby, "/standby", http.StatusOK)
+			authentications := func() float64 {
+				n, err := tr.etcd.Members[0].Metric(tr.ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+				tr.must(err)
+				return n
+			}
+			before := authentications()
+			if row.want > 0 {
+				tr.must(leader.SignalElector(syscall.SIGSTOP))
+				tr.must(tr.etcd.Members[0].Restart(tr.ctx))
+				before = 0
+			}
+			killed := harness.Now()
+			tr.must(leader.SignalElector(syscall.SIGKILL))
+			next := tr.waitNext(job, patience)
+			tr.Logf("the next job started %v after the elector was killed", next.Started-killed)
+			tr.waitExit(leader, 70)
+			tr.must(harness.Until(tr.waitContext(patience), func() error {
+				if n := authentications() - before; n != row.want {
+					return fmt.Errorf("%v authentications, want %v", n, row.want)
+				}
+				return nil
+			}))
+			tr.finish()
+		})
+	}
+}
