@@ -1,4 +1,4 @@
-# bash completion for leasehold. Written from the code by: go test -run TestCompletion . -update
+# bash completion for leasehold. Written from the code by: go test -run TestCompletion ./app -update
 
 _leasehold() {
     local word=${COMP_WORDS[COMP_CWORD]} i choices=

@@ -1,6 +1,6 @@
 //go:build linux
 
-package main
+package app
 
 import (
 	"cmp"
@@ -27,7 +27,7 @@ var update = flag.Bool("update", false, "write what is generated from the code a
 
 // TestReference: docs/reference.md says what the code does. With -update it is written.
 func TestReference(t *testing.T) {
-	generated(t, filepath.Join("docs", "reference.md"), reference(t))
+	generated(t, filepath.Join("..", "docs", "reference.md"), reference(t))
 }
 
 // generated compares a file with what the code says; with -update it writes it.
@@ -46,7 +46,7 @@ func generated(t *testing.T, path, want string) {
 		t.Fatal(err)
 	}
 	if string(got) != want {
-		t.Errorf("%s is not what the code says; write it with: go test -run %s . -update", path, t.Name())
+		t.Errorf("%s is not what the code says; write it with: go test -run %s ./app -update", path, t.Name())
 	}
 }
 
@@ -55,7 +55,7 @@ func reference(t *testing.T) string {
 	var b strings.Builder
 	b.WriteString(`# Reference
 
-Written from the code by ` + "`go test -run TestReference . -update`" + `; a test checks that it is up to date.
+Written from the code by ` + "`go test -run TestReference ./app -update`" + `; a test checks that it is up to date.
 
 ## Command line
 

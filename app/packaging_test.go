@@ -1,6 +1,6 @@
 //go:build linux
 
-package main
+package app
 
 import (
 	"bytes"
@@ -15,7 +15,7 @@ import (
 	"leasehold/health"
 )
 
-const manPage, bashCompletion = "packaging/leasehold.1", "packaging/leasehold.bash"
+const manPage, bashCompletion = "../packaging/leasehold.1", "../packaging/leasehold.bash"
 
 // TestManual: the man page says what `leasehold help` says. With -update it is written.
 func TestManual(t *testing.T) { generated(t, filepath.FromSlash(manPage), manual()) }
@@ -26,7 +26,7 @@ func TestCompletion(t *testing.T) { generated(t, filepath.FromSlash(bashCompleti
 // manual is the man page, without its date and version: `make dist` puts them between the quotes of the first lines.
 func manual() string {
 	var b strings.Builder
-	b.WriteString(`.\" Written from the code by go test -run TestManual . -update
+	b.WriteString(`.\" Written from the code by go test -run TestManual ./app -update
 .TH LEASEHOLD 1 "" "leasehold"
 .SH NAME
 leasehold \- keep a job running on exactly one machine
@@ -119,7 +119,7 @@ func words() (first []string, next map[string]string) {
 func completion() string {
 	first, next := words()
 	var b strings.Builder
-	fmt.Fprintf(&b, `# bash completion for leasehold. Written from the code by: go test -run TestCompletion . -update
+	fmt.Fprintf(&b, `# bash completion for leasehold. Written from the code by: go test -run TestCompletion ./app -update
 
 _leasehold() {
     local word=${COMP_WORDS[COMP_CWORD]} i choices=

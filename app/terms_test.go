@@ -1,6 +1,6 @@
 //go:build linux
 
-package main
+package app
 
 import (
 	"context"
@@ -71,7 +71,7 @@ func TestElect_HundredTerms(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := health.New(health.Config{
-		Logger: log, Registry: registry, Now: supervisor.Now, Version: version,
+		Logger: log, Registry: registry, Now: supervisor.Now, Version: "VERSION",
 		Snapshot: func() health.Snapshot { return healthSnapshot(cfg, candidate.Snapshot()) },
 	})
 	running, stop := context.WithCancelCause(context.Background())
