@@ -15,7 +15,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint demo run bench bench-scale faults faults-docs soak readme clean
+.PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak readme clean
 .PHONY: test-systemd image test-image
 .PHONY: dist test-dist k8s-certs test-k8s e2e-k8s
 
@@ -23,6 +23,10 @@ help:
 	@echo 'make build   the daemon: ./leasehold, static'
 	@echo 'make test    every test, with the race detector where there is a C compiler'
 	@echo 'make lint    golangci-lint, built once into bin/'
+	@echo 'make fmt     format every Go file, as make lint wants it'
+	@echo 'make hooks   run make fmt lint before each commit'
+	@echo 'make generate  what is made from the code: docs/reference.md, packaging/, the figures of docs/faults.json'
+	@echo 'make release-check  may this commit be released? tag, CHANGELOG.md, clean tree, generated files'
 	@echo 'make demo    three candidates, three faults, within a minute; nothing is left but bin/'
 	@echo "make run     one candidate with a job of yours: make run JOB='sleep 100'"
 	@echo 'make bench   hand-over and size, beside a stock loop and etcdctl lock; N=5 for a short run'
@@ -57,6 +61,20 @@ endif
 lint: bin/golangci-lint
 	bin/golangci-lint run ./...
 	for m in tools/dist tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint run -c ../../.golangci.yml ./...) || exit; done
+
+fmt: bin/golangci-lint
+	bin/golangci-lint fmt ./...
+	for m in tools/dist tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint fmt -c ../../.golangci.yml ./...) || exit; done
+
+hooks:
+	git config core.hooksPath .githooks
+
+# The tests write what they otherwise compare.
+generate: faults-docs
+	$(GO) test -count=1 -run 'TestReference|TestManual|TestCompletion$$' . -args -update
+
+release-check:
+	tools/release-check.sh
 
 # What these run is built into bin/ first: `go run` would not pass signals on.
 BUILD_SHOW = @test -x bin/leasehold || echo 'building leasehold into bin/; it takes about a minute the first time'; \
