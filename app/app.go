@@ -30,6 +30,7 @@ import (
 
 	"leasehold/election"
 	"leasehold/health"
+	"leasehold/internal/boottime"
 	"leasehold/internal/quote"
 	"leasehold/supervisor"
 )
@@ -239,7 +240,7 @@ func newWatchdog() func() {
 	}
 	beat, last := []byte("WATCHDOG=1"), time.Duration(0)
 	return func() {
-		if now := supervisor.Now(); now-last >= allowed/3 || last == 0 {
+		if now := boottime.Now(); now-last >= allowed/3 || last == 0 {
 			if _, err := unix.Write(fd, beat); err == nil {
 				last = now
 			}
@@ -485,7 +486,7 @@ func (h *leaseHolder) Lead(ctx context.Context, t election.Term) error {
 		hold = h.grace
 	case errors.Is(cause, election.ErrContactLost), errors.Is(cause, election.ErrKeyOverwritten):
 		// Nobody else can lead yet: not before the lease ends, or not before the key is removed, which is for us to do.
-		hold = time.Duration(h.end.Load()) - supervisor.Now()
+		hold = time.Duration(h.end.Load()) - boottime.Now()
 	}
 	timer := time.NewTimer(hold)
 	defer timer.Stop()
@@ -504,7 +505,7 @@ func electionConfig(cfg Config, log *slog.Logger) election.Config {
 		TTL: cfg.TTL.Duration, LossGrace: cfg.LossGrace.Or(-1), Margin: cfg.Margin.Or(-1), Wait: cfg.Wait.Or(-1),
 		DialTimeout: cfg.DialTimeout.Duration,
 		TLS:         election.TLS{CAFile: cfg.TLS.CAFile, CertFile: cfg.TLS.CertFile, KeyFile: cfg.TLS.KeyFile, ServerName: cfg.TLS.ServerName},
-		Now:         supervisor.Now,
+		Now:         boottime.Now,
 		Logger:      log,
 	}
 	if cfg.Username != "" {
@@ -540,7 +541,7 @@ func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.
 	}
 	name, _, _ := net.SplitHostPort(cfg.Listen) // sound, or nothing could be bound
 	server := health.New(health.Config{
-		Logger: log, Registry: registry, Snapshot: snapshot, Now: supervisor.Now, Version: build.Version, Name: name,
+		Logger: log, Registry: registry, Snapshot: snapshot, Now: boottime.Now, Version: build.Version, Name: name,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	g.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
@@ -584,7 +585,7 @@ func statusText(s election.Snapshot) string {
 // turning says if the candidate's loops turn.
 func turning(s election.Snapshot) error {
 	// Zero: they have yet to begin.
-	if idle := supervisor.Now() - s.LastHeartbeat; s.LastHeartbeat != 0 && idle > 2*election.HeartbeatInterval {
+	if idle := boottime.Now() - s.LastHeartbeat; s.LastHeartbeat != 0 && idle > 2*election.HeartbeatInterval {
 		return fmt.Errorf("the election's loops have not turned for %s", idle.Round(time.Second))
 	}
 	return nil

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"leasehold/supervisor"
+	"leasehold/internal/boottime"
 )
 
 // caught is how a process that the user starts hears signals: not those that were ignored when it was started.
@@ -71,8 +71,8 @@ func (c *caught) relayHangUps(log *slog.Logger) {
 // losesTerminal reports whether the controlling terminal is gone, or goes within a second: shells and terminal emulators send
 // SIGHUP, and exit a moment later.
 func losesTerminal() bool {
-	for end := supervisor.Now() + time.Second; hasTerminal(); time.Sleep(20 * time.Millisecond) {
-		if supervisor.Now() > end {
+	for end := boottime.Now() + time.Second; hasTerminal(); time.Sleep(20 * time.Millisecond) {
+		if boottime.Now() > end {
 			return false
 		}
 	}

@@ -19,7 +19,7 @@ import (
 	"leasehold/e2e/harness"
 	"leasehold/election"
 	"leasehold/health"
-	"leasehold/supervisor"
+	"leasehold/internal/boottime"
 )
 
 // usage is what a process holds on to.
@@ -71,7 +71,7 @@ func TestElect_HundredTerms(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := health.New(health.Config{
-		Logger: log, Registry: registry, Now: supervisor.Now, Version: "VERSION",
+		Logger: log, Registry: registry, Now: boottime.Now, Version: "VERSION",
 		Snapshot: func() health.Snapshot { return healthSnapshot(cfg, candidate.Snapshot()) },
 	})
 	running, stop := context.WithCancelCause(context.Background())

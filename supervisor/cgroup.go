@@ -16,6 +16,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // cgroupPrefix is how the job's cgroup is named: a random part follows.
@@ -142,12 +144,12 @@ var populatedZero = []byte("populated 0")
 
 // waitEmpty waits until nothing is left in the cgroup, killing it again and again.
 func (c *cgroup) waitEmpty(d time.Duration) bool {
-	for end := Now() + d; ; {
+	for end := boottime.Now() + d; ; {
 		c.killAll()
 		if !c.populated() {
 			return true
 		}
-		if Now() > end {
+		if boottime.Now() > end {
 			return false
 		}
 		fds := []unix.PollFd{{Fd: int32(c.events), Events: unix.POLLPRI}}
@@ -224,9 +226,9 @@ func (c *cgroup) probe(argv []string) error {
 
 // hears waits for a byte from the pipe fd.
 func (c *cgroup) hears(fd int, d time.Duration) bool {
-	for end := Now() + d; Now() < end; {
+	for end := boottime.Now() + d; boottime.Now() < end; {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if n, _ := unix.Poll(fds, int((end-Now()).Milliseconds())+1); n == 1 {
+		if n, _ := unix.Poll(fds, int((end-boottime.Now()).Milliseconds())+1); n == 1 {
 			n, _ := unix.Read(fd, c.buf[:1])
 			return n == 1
 		}

@@ -19,6 +19,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // GuardConfig is what a guard needs to know.
@@ -243,8 +245,8 @@ func (g *guard) open() int {
 		g.elector = 0
 		return fail("start the elector", err)
 	}
-	g.listen(Now())
-	g.tidyAt = Now() + time.Second
+	g.listen(boottime.Now())
+	g.tidyAt = boottime.Now() + time.Second
 	g.children = make([]int, 0, 3)
 	g.listChildren()
 	g.privileges()
@@ -355,7 +357,7 @@ var wakeByte = []byte{0}
 // loop is the guard. Each turn looks at the clock first, kills what is to be killed, and only then hears what there is to hear.
 func (g *guard) loop() int {
 	for {
-		now := Now()
+		now := boottime.Now()
 		g.serveDeadlines(now)
 		g.serveElectorSilence(now)
 		if g.job.kill != killNone {
@@ -412,7 +414,7 @@ func (g *guard) poll() {
 	case g.unreaped:
 		timeout = &soon
 	case g.job.kill != killNone:
-		soon = unix.NsecToTimespec(int64(min(max(g.job.nextRound-Now(), 0), 100*time.Millisecond)))
+		soon = unix.NsecToTimespec(int64(min(max(g.job.nextRound-boottime.Now(), 0), 100*time.Millisecond)))
 		timeout = &soon
 	case held:
 		soon = unix.NsecToTimespec(int64(50 * time.Millisecond))
@@ -424,7 +426,7 @@ func (g *guard) poll() {
 		g.armed = 0
 	}
 	if g.fds[4].Revents != 0 {
-		g.job.ended = Now()
+		g.job.ended = boottime.Now()
 	}
 }
 
@@ -589,7 +591,7 @@ func (g *guard) beginKill(reason int) {
 	if reason != killLeftover {
 		g.strike()
 	}
-	j.kill, j.killSince, j.rounds = reason, Now(), 0
+	j.kill, j.killSince, j.rounds = reason, boottime.Now(), 0
 	j.complain = j.killSince + 10*time.Second
 }
 
@@ -624,7 +626,7 @@ func (g *guard) killRound() {
 		g.buried()
 		return
 	}
-	began := Now()
+	began := boottime.Now()
 	if began < j.nextRound {
 		return
 	}
@@ -633,14 +635,14 @@ func (g *guard) killRound() {
 	if j.rounds++; j.rounds > 8 || g.cgroup == nil && j.pid == 0 {
 		g.procs.killDescendants(g.root(), g.children...)
 	}
-	j.nextRound = began + g.roundPause(Now()-began)
+	j.nextRound = began + g.roundPause(boottime.Now()-began)
 	g.hearSpawner()
 	g.reap()
 	if g.dead() {
 		g.buried()
 		return
 	}
-	if now := Now(); now >= j.complain {
+	if now := boottime.Now(); now >= j.complain {
 		j.complain = now + 10*time.Second
 		g.log.Error("the job can't be killed; the lease is held on to", "elapsed", (now - j.killSince).Round(time.Second).String(), "pid", j.pid)
 	}
@@ -682,7 +684,7 @@ func (g *guard) dead() bool {
 // buried tells of the job's death.
 func (g *guard) buried() {
 	j := &g.job
-	now := Now()
+	now := boottime.Now()
 	elapsed := now - j.killSince
 	if j.stopping {
 		elapsed = now - j.stopSince
@@ -762,7 +764,7 @@ func (g *guard) readElector() {
 			return
 		}
 		g.message(m)
-		g.listen(Now())
+		g.listen(boottime.Now())
 	}
 }
 
@@ -775,7 +777,7 @@ func (g *guard) signal(s unix.Signal) {
 			g.cfg.Notify(g.cfg.Stopping)
 		}
 		if g.signals == 2 {
-			g.hurryBy = Now() + hurry
+			g.hurryBy = boottime.Now() + hurry
 			g.revokeBy = min(g.revokeBy, g.hurryBy+hurry)
 		}
 		if g.signals > 1 {
@@ -792,7 +794,7 @@ func (g *guard) signal(s unix.Signal) {
 // message acts on a message of the elector's.
 func (g *guard) message(m message) {
 	j := &g.job
-	now := Now()
+	now := boottime.Now()
 	switch m.kind {
 	case msgPing:
 		g.tell(message{kind: msgPong, a: m.a})
@@ -905,7 +907,7 @@ func (g *guard) refused(errno int32) {
 	j := &g.job
 	j.forking = false
 	if errno == spawnTooLate {
-		j.stopping, j.stopSince = true, Now() // by us, and not by itself
+		j.stopping, j.stopSince = true, boottime.Now() // by us, and not by itself
 	} else {
 		err := unix.Errno(errno)
 		g.tell(message{kind: msgRefused, a: int64(startCode(err)), text: []byte(err.Error())})
@@ -1058,7 +1060,7 @@ func (g *guard) startRevoke() {
 		g.log.Error("the lease could not be revoked and will expire", "lease", strconv.FormatInt(lease, 16), "err", err)
 		return
 	}
-	g.revokeBy = Now() + within
+	g.revokeBy = boottime.Now() + within
 	g.listChildren()
 }
 

@@ -18,6 +18,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // HandleConfig is what the elector's end needs to know.
@@ -155,7 +157,7 @@ func (h *Handle) Extend(stopAt, killBy time.Duration) {
 		h.mu.Unlock()
 		return
 	}
-	if Now() < h.term.StopAt {
+	if boottime.Now() < h.term.StopAt {
 		h.term.StopAt, h.term.KillBy = stopAt, killBy
 	}
 	h.mu.Unlock()
@@ -240,9 +242,9 @@ func (h *Handle) Run(ctx context.Context) error {
 				sent++
 				h.tell(message{kind: msgPing, a: sent})
 			}
-			tick.Reset(h.interval(Now()))
+			tick.Reset(h.interval(boottime.Now()))
 		case <-h.retime:
-			tick.Reset(h.interval(Now()))
+			tick.Reset(h.interval(boottime.Now()))
 		}
 	}
 }
@@ -254,7 +256,7 @@ func (h *Handle) Run(ctx context.Context) error {
 func (h *Handle) hung(owed int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	busy := h.jobFd < 0 && Now() < h.asked+h.cfg.TTL/3 || h.jobFd >= 0 && pidfdEnded(h.jobFd) || Now() >= min(h.known-h.cfg.Margin(), h.due)
+	busy := h.jobFd < 0 && boottime.Now() < h.asked+h.cfg.TTL/3 || h.jobFd >= 0 && pidfdEnded(h.jobFd) || boottime.Now() >= min(h.known-h.cfg.Margin(), h.due)
 	return h.alive && owed > 3 && busy
 }
 
@@ -262,7 +264,7 @@ func (h *Handle) hung(owed int64) bool {
 // be sure of that takes several turns, which on a starved machine are long. It says if there is such a job.
 func (h *Handle) strikeLate() bool {
 	h.mu.Lock()
-	late := h.alive && Now() >= h.late()
+	late := h.alive && boottime.Now() >= h.late()
 	h.mu.Unlock()
 	if late {
 		h.strike()
@@ -431,7 +433,7 @@ func (h *Handle) avenge(why string) error {
 	if alive {
 		h.transition(JobStopping, why, nil) // nobody may be told that it runs, from before it is killed
 	}
-	began := Now()
+	began := boottime.Now()
 	h.askSpawner()
 	if alive {
 		h.strike()
@@ -447,16 +449,16 @@ func (h *Handle) avenge(why string) error {
 	// A spawner is taken for hung once nothing was seen to descend from it for a while: it would have told.
 	sees, seen, clean := procHidden() == "", began, 0
 	done := func() bool {
-		hangs := sees && clean >= 3 && Now() > seen+max(h.cfg.Margin()/2, time.Second)
-		gone, left := h.jobGone(procs, Now() > began+5*time.Millisecond, hangs)
+		hangs := sees && clean >= 3 && boottime.Now() > seen+max(h.cfg.Margin()/2, time.Second)
+		gone, left := h.jobGone(procs, boottime.Now() > began+5*time.Millisecond, hangs)
 		if clean++; left {
-			seen, clean = Now(), 0
+			seen, clean = boottime.Now(), 0
 		}
 		return gone
 	}
 	for !done() || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
 		pause := 200 * time.Microsecond
-		switch elapsed := Now() - began; {
+		switch elapsed := boottime.Now() - began; {
 		case elapsed > 10*time.Second:
 			pause = 100 * time.Millisecond
 		case elapsed > 100*time.Millisecond:
@@ -467,12 +469,12 @@ func (h *Handle) avenge(why string) error {
 			killed = nil // what is waited for now does not tell
 		case <-time.After(pause):
 		}
-		if Now() > complain {
+		if boottime.Now() > complain {
 			complain += 10 * time.Second
-			h.log.Error("the job or its guard can't be killed; the lease is held on to", "elapsed", (Now() - began).Round(time.Second).String())
+			h.log.Error("the job or its guard can't be killed; the lease is held on to", "elapsed", (boottime.Now() - began).Round(time.Second).String())
 		}
 	}
-	h.log.Error(why+": the job is dead", "elapsed", (Now() - began).String())
+	h.log.Error(why+": the job is dead", "elapsed", (boottime.Now() - began).String())
 	h.killing.Lock()
 	if h.cgroup != nil {
 		h.cgroup.remove()
@@ -553,7 +555,7 @@ func (h *Handle) Supervise(ctx context.Context, t Term, grace func(cause error) 
 		if over(ctx, t) {
 			return nil
 		}
-		ran := Now()
+		ran := boottime.Now()
 		exit, ended, err := h.life(ctx, t, grace)
 		if err != nil {
 			return err
@@ -561,7 +563,7 @@ func (h *Handle) Supervise(ctx context.Context, t Term, grace func(cause error) 
 		if !ended {
 			return nil
 		}
-		delay, err := h.restart.after(exit, Now()-ran)
+		delay, err := h.restart.after(exit, boottime.Now()-ran)
 		if err != nil {
 			return err
 		}
@@ -604,7 +606,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 		h.mu.Unlock()
 		return exit, false, ErrGuardGone
 	}
-	h.term, h.alive, h.asked, h.due, h.known = t, true, Now(), forever, t.KillBy
+	h.term, h.alive, h.asked, h.due, h.known = t, true, boottime.Now(), forever, t.KillBy
 	h.mu.Unlock()
 	h.transition(JobStarting, "elected", nil)
 	h.pingSoon()
@@ -619,7 +621,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 			h.tell(message{kind: msgStop, a: 0})
 			// The next leader starts already. The guard has to wake up first, and then sees to all of the job; the first blow is ours.
 			h.mu.Lock()
-			h.due = Now()
+			h.due = boottime.Now()
 			h.mu.Unlock()
 			h.strike()
 			h.pingSoon()
@@ -630,7 +632,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 			h.tell(message{kind: msgStop, a: max(int64(g), untilKillBy)})
 			if g >= 0 {
 				h.mu.Lock()
-				h.due = min(h.due, Now()+g)
+				h.due = min(h.due, boottime.Now()+g)
 				h.mu.Unlock()
 				h.pingSoon()
 			}

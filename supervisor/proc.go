@@ -9,20 +9,10 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
-
-// Now is the time since boot, suspend included (CLOCK_BOOTTIME). Every deadline is a reading of it.
-func Now() time.Duration {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		panic("clock_gettime: " + err.Error()) // CLOCK_BOOTTIME exists since Linux 2.6.39
-	}
-	return time.Duration(ts.Nano())
-}
 
 // maxProcesses bounds the table of a scan. Where a host has more processes, a later scan sees the rest,
 // for what the earlier one saw is dead by then.

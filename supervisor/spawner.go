@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/internal/boottime"
 	"leasehold/internal/nofile"
 )
 
@@ -112,7 +113,7 @@ func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner
 		return nil, fmt.Errorf("fork: %w", errno)
 	}
 	s.pid, s.pidfd = pid, pidfd
-	s.asked(Now())
+	s.asked(boottime.Now())
 	return s, nil
 }
 
@@ -188,7 +189,7 @@ func (s *spawner) setTerm(entries []string) error {
 
 // tell sends a message. It never blocks.
 func (s *spawner) tell(kind, serial int32) {
-	s.asked(Now()) // before it can have turned for it
+	s.asked(boottime.Now()) // before it can have turned for it
 	s.sent = spawnMessage{kind: kind, serial: serial}
 	_, _, _ = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.sock), uintptr(unsafe.Pointer(&s.sent)), uintptr(spawnMessageLen), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
 }
@@ -239,7 +240,7 @@ func (s *spawner) kill() {
 func (s *spawner) close() {
 	s.kill()
 	if s.pid != 0 {
-		for end := Now() + time.Second; Now() < end; { // it is killed, and has exited at once
+		for end := boottime.Now() + time.Second; boottime.Now() < end; { // it is killed, and has exited at once
 			if pid, err := unix.Wait4(s.pid, nil, unix.WNOHANG, nil); pid != 0 && !errors.Is(err, unix.EINTR) {
 				break
 			}

@@ -24,6 +24,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // The test binary plays every part: the guard as main would run it, an elector that obeys the test over a socket, and jobs that
@@ -165,7 +167,7 @@ func electorMain(args []string) int {
 		}
 		switch f[0] {
 		case "lead":
-			t := Term{Key: "election/abc", Token: 7, LeaseID: lease, StopAt: Now() + duration(1), KillBy: Now() + duration(2)}
+			t := Term{Key: "election/abc", Token: 7, LeaseID: lease, StopAt: boottime.Now() + duration(1), KillBy: boottime.Now() + duration(2)}
 			go func() {
 				err := h.Supervise(term, t, func(cause error) time.Duration {
 					switch {
@@ -182,7 +184,7 @@ func electorMain(args []string) int {
 			end(nil)
 			begin()
 		case "extend":
-			h.Extend(Now()+duration(1), Now()+duration(2))
+			h.Extend(boottime.Now()+duration(1), boottime.Now()+duration(2))
 			fmt.Fprintln(test, "extended")
 		case "end":
 			end(causes[f[1]])
@@ -653,10 +655,10 @@ func TestHandle_SilentGuard(t *testing.T) {
 	})
 	t.Run("a loss", func(t *testing.T) {
 		r := stopped(t, "lead 1h 2h")
-		began := Now()
+		began := boottime.Now()
 		r.tell("end lost")
 		taken(r)
-		if took := Now() - began; took > 4*time.Second {
+		if took := boottime.Now() - began; took > 4*time.Second {
 			t.Errorf("it took %v", took)
 		} else {
 			t.Logf("it took %v", took)
