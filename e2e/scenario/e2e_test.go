@@ -206,7 +206,7 @@ func TestWitness(t *testing.T) {
 
 	// The first process is dead; a descendant that none of the usual ways of
 	// killing reaches is not, and the witness must know.
-	for _, behaviour := range []string{"daemonize", "setsid", "hold-pipes", "storm=4", "fill=4"} {
+	for _, behaviour := range []string{"daemonize", "setsid", "hold-pipes", "fork-bomb=4", "fill=4"} {
 		t.Run(behaviour+" survives its first process", func(t *testing.T) {
 			w := harness.NewTestWitness(t)
 			cmd, _ := start(t, w, "a", "1", behaviour, "wipe-env")

@@ -219,7 +219,7 @@ func TestNeverTwoJobs_OfTheUnwilling(t *testing.T) {
 		{behaviour: "setsid ignore-term", roles: []string{"setsid"}},
 		{behaviour: "main-gone"},
 		{behaviour: "hold-pipes", roles: []string{"grandchild"}},
-		{behaviour: "storm=10", alone: true},
+		{behaviour: "fork-bomb=10", alone: true},
 		{behaviour: "fill=200", alone: true},
 	}
 	faults := []fault{
@@ -332,7 +332,7 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 						who.uid = 100000 + rand.Uint32N(1<<20)
 					}
 					tr := newTrial(t, who, harness.ClusterConfig{})
-					leader := tr.start("a", "fill=4000 storm=4", func(cfg *harness.CandidateConfig) { limit.set(tr, cfg) })
+					leader := tr.start("a", "fill=4000 fork-bomb=4", func(cfg *harness.CandidateConfig) { limit.set(tr, cfg) })
 					// A daemon that can start no thread may die at any time,
 					// with any code, and keep the same promise.
 					leader.mayDie = true

@@ -26,7 +26,7 @@ import (
 var jobRows = slices.Concat(
 	unruly("ignore-term", "ignores SIGTERM", true, "ignore-term"),
 	unruly("daemonize", "has forked twice and called setsid (daemonized)", false, "daemonize"),
-	unruly("storm", "is a storm of forks, ten at a time", false, "storm=10"),
+	unruly("storm", "is a storm of forks, ten at a time", false, "fork-bomb=10"),
 	unruly("setsid-child", "leaves a child in a session of its own, which ignores SIGTERM", false, "setsid"),
 	[]Row{{
 		Name: "gigabytes", Group: "job", About: "the job has 4 GB of memory to free; the road to etcd goes dark",
@@ -34,7 +34,7 @@ var jobRows = slices.Concat(
 		Prepare: waitForMemory, Strike: watchingDeath(dark), After: deathOfThreads,
 	}, {
 		Name: "orphans", Group: "job", About: "the job has thousands of orphans and three fork loops; etcd is unreachable and the deadline passes",
-		Job: []string{fmt.Sprintf("orphans=%d", orphans), "storm=3"}, Ours: true, Alone: AllAlone, CI: true,
+		Job: []string{fmt.Sprintf("orphans=%d", orphans), "fork-bomb=3"}, Ours: true, Alone: AllAlone, CI: true,
 		Prepare: waitForOrphans, Strike: watchingDeath(dark), After: func(ctx context.Context, t *Trial) error {
 			return errors.Join(deathOfThreads(ctx, t), timerLatency(ctx, t))
 		},
@@ -52,7 +52,7 @@ func unruly(name, does string, grace bool, word string) []Row {
 		{Name: name + "-stop", Group: "job", About: fmt.Sprintf("the job %s; %s", does, stopped),
 			Job: []string{word}, Alone: OursAlone, Prepare: waitForRoles, Strike: stop},
 		{Name: name + "-killed", Group: "job", About: fmt.Sprintf("the job %s; the guard is killed", does),
-			Job: []string{word}, Alone: OursAlone, CI: word == "storm=10", User: true,
+			Job: []string{word}, Alone: OursAlone, CI: word == "fork-bomb=10", User: true,
 			Prepare: waitForRoles, Strike: guardGets(syscall.SIGKILL)},
 	}
 }

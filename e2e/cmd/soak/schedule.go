@@ -211,7 +211,7 @@ func (m *moods) next() (words []string, pause time.Duration) {
 		case 3:
 			words, escapes = append(words, "hold-pipes"), true
 		case 4:
-			words = append(words, "storm=2")
+			words = append(words, "fork-bomb=2")
 		case 5:
 			words = append(words, fmt.Sprintf("slow-stop=%dms", 50+r.IntN(900)))
 		case 6:

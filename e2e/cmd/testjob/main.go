@@ -1,43 +1,20 @@
 //go:build linux
 
-// Testjob is a job that misbehaves on demand. Each word of its command line
-// adds a behaviour; without any it waits and dies of SIGTERM.
+// Testjob is a job that behaves badly on demand. Each word of its command line adds a behaviour
+// (see behaviours); without any it waits and SIGTERM ends it.
 //
-//	ignore-term    ignore SIGTERM
-//	slow-stop=DUR  on SIGTERM, end after DUR with code 0
-//	stop-code=N    on SIGTERM, end with code N
-//	exit=N         end at once with code N
-//	after=DUR      but only after DUR
-//	setsid         have a child in a session of its own that ignores SIGTERM
-//	hold-pipes     have a grandchild that keeps the standard streams open
-//	daemonize      have a descendant that forked twice and called setsid
-//	wipe-env       the job's descendants have none of its environment
-//	huge-env       they have an environment of 400 KiB
-//	undumpable     /proc shows other processes of their user little of them
-//	leave-cgroup   they leave the job's cgroup for the one above it, where that is permitted
-//	main-gone      end the main thread while other threads run on
-//	storm=N        N chains of processes, each of which forks and ends at once
-//	fill=N         fork up to N children, and another for each that dies
-//	orphans=N      have N idle descendants whose parents have exited
-//	memory=N       have N GiB of memory, all of it touched
-//	leave=N        have so much memory that N MiB are left for all others
-//
-// Every process that executes it holds a connection to the witness named in
-// $WITNESS while it lives, and inherits its parent's; a process that is only
-// forked holds its parent's. Through the connection a test can say "exit N" or
-// "signal N". All of them end when the witness does.
+// Every process that executes it holds a connection to the witness named in $WITNESS while it
+// lives, and inherits its parent's; a process that is only forked holds its parent's. Through the
+// connection a test can say "exit N" or "signal N". All of them end when the witness does.
 package main
 
 import (
-	"bufio"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -46,132 +23,181 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// main-gone must end the main thread and no other: only from init can the main
-// goroutine be bound to it.
+// behaviour is one word of the command line, with = where it takes a value.
+type behaviour struct {
+	word string
+	when phase
+	do   func(p *process, value string) error
+	env  func([]string) []string // changes the environment of descendants
+}
+
+// phase is when a behaviour begins.
+type phase int
+
+const (
+	atStart phase = iota + 1 // in the job's first process, before the witness hears of it
+	hiding                   // in each descendant, before the witness hears of it
+	greeted                  // in the job's first process, once the witness has heard of it
+)
+
+// behaviours begin in this order. Those without a phase are read at the job's end.
+func behaviours() []behaviour {
+	return []behaviour{
+		{"ignore-term", atStart, ignoreTerm, nil},        // ignore SIGTERM
+		{"slow-stop=DUR", atStart, awaitTerm, nil},       // on SIGTERM, end after DUR with code 0
+		{"stop-code=N", atStart, awaitTerm, nil},         // on SIGTERM, end with code N
+		{"exit=N", 0, nil, nil},                          // end at once with code N
+		{"after=DUR", 0, nil, nil},                       // but only after DUR
+		{"setsid", greeted, child("setsid"), nil},        // a child in another session, ignoring SIGTERM
+		{"hold-pipes", greeted, child("child"), nil},     // a grandchild that holds the standard streams
+		{"orphans=N", greeted, brief("parent"), nil},     // N idle descendants whose parents have exited
+		{"daemonize", greeted, brief("between"), nil},    // a descendant that forked twice, with setsid
+		{"wipe-env", 0, nil, wipe},                       // descendants with none of its environment
+		{"huge-env", 0, nil, fillUp},                     // descendants with an environment of 400 KiB
+		{"undumpable", hiding, undumpable, nil},          // descendants of which /proc shows little
+		{"leave-cgroup", hiding, leaveCgroup, nil},       // descendants in the cgroup above, if permitted
+		{"fork-bomb=N", greeted, forking(forkBomb), nil}, // N chains, one process each: fork, then end
+		{"fill=N", greeted, forking(startFill), nil},     // N children, and one more for each that exits
+		{"memory=N", greeted, takeMemory, nil},           // N GiB of memory, all of it touched
+		{"leave=N", greeted, leaveMemory, nil},           // all memory but N MiB
+		{"main-gone", greeted, endMainThread, nil},       // no main thread, but others
+	}
+}
+
+// roles are what a descendant does that executes this program again, if it does anything. Those
+// that are brief end then, the others wait to be killed.
+var roles = map[string]struct {
+	brief bool
+	do    func(p *process) error
+}{
+	"child":   {false, func(p *process) error { return child("grandchild")(p, "") }},
+	"between": {true, func(p *process) error { return child("daemon")(p, "") }},
+	"parent": {true, func(p *process) error {
+		n, _ := p.value("orphans")
+		return forking(leaveOrphans)(p, n)
+	}},
+}
+
+// process is this one.
+type process struct {
+	role    string // "job" for the job's first process
+	words   []string
+	witness *net.UnixConn // nil without one
+	term    chan os.Signal
+}
+
+// main-gone must end the main thread and no other: only from init can the main goroutine be bound
+// to it.
 func init() { runtime.LockOSThread() }
 
 func main() {
-	if err := run(os.Args[1:]); err != nil {
+	p := &process{role: os.Getenv("TESTJOB_ROLE"), words: os.Args[1:], term: make(chan os.Signal, 1)}
+	if p.role == "" {
+		p.role = "job"
+	}
+	if err := p.run(); err != nil {
 		fmt.Fprintln(os.Stderr, "testjob:", err)
 		os.Exit(99)
 	}
 }
 
-func run(words []string) error {
-	started := now()
-	role := os.Getenv("TESTJOB_ROLE")
-	if role == "" {
-		role = "job"
-	}
-	terminate := make(chan os.Signal, 1)
-	if value(words, "slow-stop=") != "" || value(words, "stop-code=") != "" {
-		signal.Notify(terminate, syscall.SIGTERM)
-	}
-	if role != "job" {
-		hide(words)
-	}
-	if slices.Contains(words, "ignore-term") || role != "job" {
+func (p *process) run() error {
+	started, first := now(), atStart
+	if p.role != "job" {
 		signal.Ignore(syscall.SIGTERM)
+		first = hiding
 	}
-	witness, err := greet(role, started)
-	if err != nil {
-		return fmt.Errorf("greet the witness: %w", err)
-	}
-	if witness != nil {
-		go obey(witness)
-	}
-	if err := spawn(role, words, witness); err != nil {
+	if err := p.begin(first); err != nil {
 		return err
 	}
-	if role == "between" {
-		return nil // a descendant of ours is the daemon
+	var err error
+	if p.witness, err = greet(p.role, started); err != nil {
+		return fmt.Errorf("greet the witness: %w", err)
 	}
-	if role == "parent" {
-		return orphan(number(value(words, "orphans=")), witness)
+	if p.witness != nil {
+		go obey(p.witness)
 	}
-	if role == "job" {
-		if err := misbehave(words, witness); err != nil {
+	if role, does := roles[p.role]; does {
+		if err := role.do(p); role.brief || err != nil {
 			return err
 		}
 	}
+	if p.role == "job" {
+		if err := p.begin(greeted); err != nil {
+			return err
+		}
+	}
+	p.end()
+	return nil
+}
+
+// begin has the behaviours of a phase begin.
+func (p *process) begin(when phase) error {
+	for _, b := range behaviours() {
+		if value, has := p.value(b.name()); has && b.when == when {
+			if err := b.do(p, value); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// end waits for what ends the process, and ends it.
+func (p *process) end() {
 	var due <-chan time.Time
-	if code := value(words, "exit="); code != "" && role == "job" {
-		d, _ := time.ParseDuration(value(words, "after=")) // without one it is 0
-		due = time.After(d)
+	code, exits := p.value("exit")
+	if exits && p.role == "job" {
+		due = time.After(p.duration("after"))
 	}
 	select {
 	case <-due:
-		os.Exit(number(value(words, "exit=")))
-	case <-terminate:
+		os.Exit(number(code))
+	case <-p.term:
 	}
-	if d, err := time.ParseDuration(value(words, "slow-stop=")); err == nil {
-		time.Sleep(d)
-	}
-	os.Exit(number(value(words, "stop-code=")))
-	return nil
+	time.Sleep(p.duration("slow-stop"))
+	code, _ = p.value("stop-code")
+	os.Exit(number(code))
 }
 
-// spawn starts the descendants that execute this program again.
-func spawn(role string, words []string, witness *net.UnixConn) error {
-	has := func(word string) bool { return slices.Contains(words, word) }
-	switch role {
-	case "job":
-		if has("setsid") {
-			if _, err := start("setsid", words, witness, false); err != nil {
-				return err
-			}
-		}
-		if has("hold-pipes") {
-			if _, err := start("child", words, witness, true); err != nil {
-				return err
-			}
-		}
-		if value(words, "orphans=") != "" {
-			parent, err := start("parent", words, witness, false)
-			if err != nil {
-				return err
-			}
-			if err := parent.Wait(); err != nil {
-				return fmt.Errorf("leave orphans: %w", err)
-			}
-		}
-		if has("daemonize") {
-			between, err := start("between", words, witness, false)
-			if err != nil {
-				return err
-			}
-			return between.Wait()
-		}
-	case "child":
-		_, err := start("grandchild", words, witness, true)
-		return err
-	case "between":
-		_, err := start("daemon", words, witness, false)
-		return err
-	}
-	return nil
+func (b behaviour) name() string {
+	name, _, _ := strings.Cut(b.word, "=")
+	return name
 }
 
-func start(role string, words []string, witness *net.UnixConn, pipes bool) (*exec.Cmd, error) {
-	cmd := exec.Command("/proc/self/exe", words...)
+// value reports whether the command line has a word, and what stands behind its =.
+func (p *process) value(of string) (value string, has bool) {
+	for _, w := range p.words {
+		if name, value, _ := strings.Cut(w, "="); name == of {
+			return value, true
+		}
+	}
+	return "", false
+}
+
+func (p *process) duration(of string) time.Duration {
+	text, _ := p.value(of)
+	d, _ := time.ParseDuration(text) // 0 without one
+	return d
+}
+
+// start starts a descendant that executes this program again.
+func (p *process) start(role string) (*exec.Cmd, error) {
+	cmd := exec.Command("/proc/self/exe", p.words...)
 	cmd.Env = append(os.Environ(), "TESTJOB_ROLE="+role)
-	if slices.Contains(words, "wipe-env") {
-		cmd.Env = []string{"TESTJOB_ROLE=" + role, "WITNESS=" + os.Getenv("WITNESS"),
-			"TESTJOB_CANDIDATE=" + candidate(), "TESTJOB_TOKEN=" + token()}
-	}
-	if slices.Contains(words, "huge-env") {
-		for i := range 4 { // the kernel takes entries of up to 128 KiB
-			cmd.Env = append([]string{fmt.Sprintf("FILLER%d=%s", i, strings.Repeat("x", 100<<10))}, cmd.Env...)
+	for _, b := range behaviours() {
+		if _, has := p.value(b.name()); has && b.env != nil {
+			cmd.Env = b.env(cmd.Env)
 		}
 	}
-	if pipes {
+	if strings.HasSuffix(role, "child") { // of hold-pipes
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if witness != nil {
-		// The child holds our connection from its first moment on, so that
-		// there is none in which the witness doesn't know of it.
-		file, err := witness.File()
+	if p.witness != nil {
+		// The child holds our connection from its first moment on, so that there is none in which
+		// the witness doesn't know of it.
+		file, err := p.witness.File()
 		if err != nil {
 			return nil, err
 		}
@@ -184,14 +210,54 @@ func start(role string, words []string, witness *net.UnixConn, pipes bool) (*exe
 	return cmd, nil
 }
 
-// hide takes this process from where those may look who search for the job.
-func hide(words []string) {
-	if slices.Contains(words, "undumpable") {
-		_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+func child(role string) func(*process, string) error {
+	return func(p *process, _ string) error {
+		_, err := p.start(role)
+		return err
 	}
-	if !slices.Contains(words, "leave-cgroup") {
-		return
+}
+
+// brief waits for the child, which leaves children of its own behind.
+func brief(role string) func(*process, string) error {
+	return func(p *process, _ string) error {
+		cmd, err := p.start(role)
+		if err != nil {
+			return err
+		}
+		if err := cmd.Wait(); err != nil {
+			return fmt.Errorf("wait for %s: %w", role, err)
+		}
+		return nil
 	}
+}
+
+func ignoreTerm(*process, string) error {
+	signal.Ignore(syscall.SIGTERM)
+	return nil
+}
+
+func awaitTerm(p *process, _ string) error {
+	signal.Notify(p.term, syscall.SIGTERM)
+	return nil
+}
+
+// wipe leaves what the process itself needs.
+func wipe(env []string) []string {
+	return []string{env[len(env)-1], "WITNESS=" + os.Getenv("WITNESS"),
+		"TESTJOB_CANDIDATE=" + candidate(), "TESTJOB_TOKEN=" + token()}
+}
+
+func fillUp(env []string) []string {
+	filled := []string{}
+	for i := range 4 { // the kernel takes entries of up to 128 KiB
+		filled = append(filled, fmt.Sprintf("FILLER%d=%s", i, strings.Repeat("x", 100<<10)))
+	}
+	return append(filled, env...)
+}
+
+func undumpable(*process, string) error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
+
+func leaveCgroup(*process, string) error {
 	data, _ := os.ReadFile("/proc/self/cgroup")
 	for line := range strings.Lines(string(data)) {
 		path, found := strings.CutPrefix(strings.TrimSpace(line), "0::")
@@ -200,56 +266,31 @@ func hide(words []string) {
 			continue
 		}
 		for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+			// An ordinary user may not.
 			_ = os.WriteFile(mount+above+"/cgroup.procs", []byte(strconv.Itoa(os.Getpid())), 0)
 		}
-	}
-}
-
-// descriptor is that of the connection to the witness, or -1.
-func descriptor(witness *net.UnixConn) (fd int, err error) {
-	if witness == nil {
-		return -1, nil
-	}
-	raw, err := witness.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	return fd, raw.Control(func(u uintptr) { fd = int(u) })
-}
-
-func misbehave(words []string, witness *net.UnixConn) error {
-	fd, err := descriptor(witness)
-	if err != nil {
-		return err
-	}
-	if n := number(value(words, "storm=")); n > 0 {
-		storm(n, fd)
-	}
-	if n := number(value(words, "fill=")); n > 0 {
-		go fill(n, fd)
-	}
-	if n := number(value(words, "memory=")); n > 0 {
-		go hoard(func(have, _ int64) bool { return have < int64(n)<<30 }, func() bool { return false })
-	}
-	if n := number(value(words, "leave=")); n > 0 {
-		go hoard(func(_, untouched int64) bool { return available()-untouched > int64(n)<<20 },
-			func() bool { return available() < int64(n)<<20/2 }) // others want more than when it came
-	}
-	if slices.Contains(words, "main-gone") {
-		// Not RawSyscall: the runtime must know that this thread is away, or
-		// it would wait for it at the next garbage collection.
-		_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)
 	}
 	return nil
 }
 
-func value(words []string, prefix string) string {
-	for _, w := range words {
-		if v, found := strings.CutPrefix(w, prefix); found {
-			return v
-		}
-	}
-	return ""
+func takeMemory(_ *process, gib string) error {
+	want := int64(number(gib)) << 30
+	go hoard(func(have, _ int64) bool { return have < want }, func() bool { return false })
+	return nil
+}
+
+func leaveMemory(_ *process, mib string) error {
+	leave := int64(number(mib)) << 20
+	go hoard(func(_, untouched int64) bool { return available()-untouched > leave },
+		func() bool { return available() < leave/2 }) // others want more than when it came
+	return nil
+}
+
+func endMainThread(*process, string) error {
+	// Not RawSyscall: the runtime must know that this thread is away, or it would wait for it at
+	// the next garbage collection.
+	_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)
+	return nil
 }
 
 func number(s string) int {
@@ -266,88 +307,4 @@ func now() time.Duration {
 		panic(err)
 	}
 	return time.Duration(ts.Nano())
-}
-
-func candidate() string { return os.Getenv("LEASEHOLD_IDENTITY") + os.Getenv("TESTJOB_CANDIDATE") }
-
-// token is the fencing token, or what etcdctl lock has in its place.
-func token() string {
-	return os.Getenv("LEASEHOLD_FENCING_TOKEN") + os.Getenv("TESTJOB_TOKEN") + os.Getenv("ETCD_LOCK_REV")
-}
-
-// greet returns nil without a witness to greet.
-func greet(role string, started time.Duration) (*net.UnixConn, error) {
-	addr := os.Getenv("WITNESS")
-	if addr == "" {
-		return nil, nil
-	}
-	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: addr, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	hello := map[string]any{
-		"candidate": candidate(), "token": number(token()), "pid": os.Getpid(), "role": role, "started": started, "forked": forked(),
-		"args": os.Args, "env": os.Environ(), "status": status(), "descriptors": descriptors(),
-	}
-	return conn, json.NewEncoder(conn).Encode(hello)
-}
-
-// forked is when this process was forked, rounded down to the kernel's hundredths
-// of a second.
-func forked() time.Duration {
-	data, err := os.ReadFile("/proc/self/stat")
-	if err != nil {
-		return 0
-	}
-	// The name, in parentheses, may hold anything; the start is field 22.
-	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
-	if len(fields) < 20 {
-		return 0
-	}
-	return time.Duration(number(fields[19])) * 10 * time.Millisecond
-}
-
-func status() map[string]string {
-	data, err := os.ReadFile("/proc/thread-self/status")
-	if err != nil {
-		return nil
-	}
-	fields := map[string]string{}
-	for line := range strings.Lines(string(data)) {
-		if name, v, found := strings.Cut(line, ":"); found {
-			fields[name] = strings.TrimSpace(v)
-		}
-	}
-	return fields
-}
-
-func descriptors() map[string]string {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return nil
-	}
-	open := map[string]string{}
-	for _, e := range entries {
-		if target, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil {
-			open[e.Name()] = target
-		}
-	}
-	return open
-}
-
-// obey carries out what the test says, and ends the process with the witness:
-// nothing of a job outlives its test.
-func obey(witness *net.UnixConn) {
-	lines := bufio.NewScanner(witness)
-	for lines.Scan() {
-		verb, arg, _ := strings.Cut(lines.Text(), " ")
-		switch verb {
-		case "exit":
-			os.Exit(number(arg))
-		case "signal":
-			signal.Reset(syscall.Signal(number(arg)))
-			_ = syscall.Kill(os.Getpid(), syscall.Signal(number(arg)))
-		}
-	}
-	os.Exit(98)
 }

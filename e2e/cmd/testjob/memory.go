@@ -19,10 +19,9 @@ const piece = 32 << 20
 // spacious is how much memory must be free for huge pages.
 const spacious = 2 << 30
 
-// hoard takes memory while it wants more, says "full" on standard output, and
-// goes on touching all of it, so that it stays wanted. If the kernel runs out
-// of memory, this process is the one to kill; but it gives memory back while it
-// has too much.
+// hoard takes memory while it wants more, says "full" on standard output, and goes on touching
+// all of it, so that it stays wanted. If the kernel runs out of memory, this process is the one
+// to kill; but it gives memory back while it has too much.
 func hoard(more func(have, untouched int64) bool, tooMuch func() bool) {
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0) // always allowed
 	var (
@@ -38,7 +37,8 @@ func hoard(more func(have, untouched int64) bool, tooMuch func() bool) {
 		if !more(have, busy) {
 			return nil
 		}
-		p, err := unix.Mmap(-1, 0, piece, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		p, err := unix.Mmap(-1, 0, piece, unix.PROT_READ|unix.PROT_WRITE,
+			unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 		if err != nil {
 			return nil
 		}
@@ -87,7 +87,8 @@ func available() int64 {
 	}
 	for line := range strings.Lines(string(text)) {
 		if rest, found := strings.CutPrefix(line, "MemAvailable:"); found {
-			kib, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64) // 0 is nothing left
+			number := strings.TrimSuffix(strings.TrimSpace(rest), " kB")
+			kib, _ := strconv.ParseInt(number, 10, 64) // 0 is nothing left
 			return kib << 10
 		}
 	}
