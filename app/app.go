@@ -28,6 +28,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
+	"leasehold/config"
 	"leasehold/election"
 	"leasehold/health"
 	"leasehold/internal/boottime"
@@ -116,11 +117,11 @@ func closeOnExec() {
 }
 
 // configure reads the configuration of a subcommand and makes the logger. It tells what is wrong.
-func configure(subcommand string) (Config, *slog.Logger, *logWriter, error) {
-	cfg, err := loadConfig(subcommand, os.Environ())
+func configure(subcommand string) (config.Config, *slog.Logger, *logWriter, error) {
+	cfg, err := config.Load(subcommand, os.Environ())
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
-		return Config{}, nil, nil, err
+		return config.Config{}, nil, nil, err
 	}
 	log, lines := newLogger(cfg.Log)
 	return cfg, log, lines, nil
@@ -223,7 +224,7 @@ func newNotifier() (notify func(state string), told func()) {
 
 // stopping tells systemd that the daemon stops, and how long that may take: where it is longer than the unit's TimeoutStopSec=,
 // systemd waits. Beside the grace that is the time for a kill, and for giving the lease back.
-func stopping(cfg Config) string {
+func stopping(cfg config.Config) string {
 	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", (cfg.StopGrace.Duration + 30*time.Second).Microseconds())
 }
 
@@ -251,7 +252,7 @@ func newWatchdog() func() {
 // A jobHolder runs the job for the candidate.
 type jobHolder struct {
 	handle *supervisor.Handle
-	cfg    Config
+	cfg    config.Config
 	margin atomic.Int64
 	// stopping says if the daemon was told to stop: the job may have ended for that before the term has.
 	stopping func() bool
@@ -499,7 +500,7 @@ func (h *leaseHolder) Lead(ctx context.Context, t election.Term) error {
 }
 
 // electionConfig is the part of the configuration that concerns etcd.
-func electionConfig(cfg Config, log *slog.Logger) election.Config {
+func electionConfig(cfg config.Config, log *slog.Logger) election.Config {
 	c := election.Config{
 		Endpoints: cfg.Endpoints, Election: cfg.Election, Identity: cfg.Identity,
 		TTL: cfg.TTL.Duration, LossGrace: cfg.LossGrace.Or(-1), Margin: cfg.Margin.Or(-1), Wait: cfg.Wait.Or(-1),
@@ -509,12 +510,12 @@ func electionConfig(cfg Config, log *slog.Logger) election.Config {
 		Logger:      log,
 	}
 	if cfg.Username != "" {
-		c.Username, c.Password = cfg.Username, cfg.readPassword
+		c.Username, c.Password = cfg.Username, cfg.ReadPassword
 	}
 	return c
 }
 
-func newCandidate(cfg Config, log *slog.Logger, registry *prometheus.Registry, holder election.Callbacks, changed chan struct{},
+func newCandidate(cfg config.Config, log *slog.Logger, registry *prometheus.Registry, holder election.Callbacks, changed chan struct{},
 	authenticated func(token string),
 ) (*election.Candidate, error) {
 	c := electionConfig(cfg, log)
@@ -531,7 +532,7 @@ func signalChange(changed chan<- struct{}) {
 }
 
 // addServer binds the health endpoint before anything runs, so that a port in use is told before any campaign.
-func addServer(g *run.Group, cfg Config, log *slog.Logger, registry *prometheus.Registry, snapshot func() health.Snapshot) error {
+func addServer(g *run.Group, cfg config.Config, log *slog.Logger, registry *prometheus.Registry, snapshot func() health.Snapshot) error {
 	if cfg.Listen == "off" {
 		return nil
 	}
@@ -592,7 +593,7 @@ func turning(s election.Snapshot) error {
 }
 
 // healthSnapshot says what the endpoint needs to know in the endpoint's words.
-func healthSnapshot(cfg Config, c election.Snapshot) health.Snapshot {
+func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 	s := health.Snapshot{
 		Election: cfg.Election, Identity: cfg.Identity,
 		State: string(c.State), Reason: c.Reason, Since: c.Since,

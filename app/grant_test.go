@@ -32,10 +32,7 @@ func (h *grantHolder) Lead(ctx context.Context, _ election.Term) error {
 // happen after the lease was asked to be revoked, leaves no lease behind.
 func TestStop_DuringTheGrant(t *testing.T) {
 	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
-	cfg, err := load(t, "elect", "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	cfg := load(t, "elect", "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
 	const stops = 600
 	for i := range stops {
 		holder := &grantHolder{asked: make(chan struct{})}

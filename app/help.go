@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"leasehold/config"
 	"leasehold/health"
 	"leasehold/internal/quote"
 )
@@ -64,11 +65,11 @@ const lastWords = "Unless the code is 0, the faults of the configuration or the 
 
 func jobVariables() []entry {
 	return []entry{
-		{envPrefix + "_ELECTION", "the election"},
-		{envPrefix + "_IDENTITY", "this candidate's name"},
-		{envPrefix + "_KEY", "this candidate's key in etcd"},
-		{envPrefix + "_FENCING_TOKEN", "the fencing token of this term: that key's create revision. A later term has a greater one"},
-		{envPrefix + "_LEASE_ID", "the lease, in hex"},
+		{config.Prefix + "_ELECTION", "the election"},
+		{config.Prefix + "_IDENTITY", "this candidate's name"},
+		{config.Prefix + "_KEY", "this candidate's key in etcd"},
+		{config.Prefix + "_FENCING_TOKEN", "the fencing token of this term: that key's create revision. A later term has a greater one"},
+		{config.Prefix + "_LEASE_ID", "the lease, in hex"},
 	}
 }
 
@@ -80,12 +81,12 @@ func help() string {
 
 	b.WriteString("\nConfiguration is the environment. A variable that is set to nothing counts as unset; an unknown LEASEHOLD_*\n" +
 		"variable is refused. Durations have a unit: 15s, 500ms, 1m30s.\n\n")
-	for _, v := range new(Config).variables() {
-		b.WriteString("  " + envPrefix + "_" + v.name)
-		if v.shown != "" {
-			b.WriteString(" (" + v.shown + ")")
+	for _, v := range new(config.Config).Variables() {
+		b.WriteString("  " + config.Prefix + "_" + v.Name)
+		if v.Shown != "" {
+			b.WriteString(" (" + v.Shown + ")")
 		}
-		b.WriteString("\n" + wrap(v.desc, "      ", 110))
+		b.WriteString("\n" + wrap(v.Desc, "      ", 110))
 	}
 
 	b.WriteString("\nThe job's environment is the daemon's, less every LEASEHOLD_*, NOTIFY_SOCKET and WATCHDOG_*, plus:\n")
@@ -170,7 +171,7 @@ func likelyMeant(args []string) string {
 	case first == "elect" && hasJob:
 		return "elect runs no job: leasehold elect, or leasehold -- COMMAND [ARG...]"
 	case first == "check" && len(own) > 1:
-		if what := nearest(own[1], health.Checks()); what != "" && what != own[1] {
+		if what := config.Nearest(own[1], health.Checks()); what != "" && what != own[1] {
 			return fmt.Sprintf("check can't ask for %s: did you mean %s?", quote.Word(own[1]), what)
 		}
 		return "check asks for one thing: " + strings.Join(health.Checks(), ", ")
@@ -180,9 +181,9 @@ func likelyMeant(args []string) string {
 		return "install takes one thing, a directory or a file to copy leasehold to: leasehold install DEST"
 	case slices.Contains(all, first):
 		return first + " takes nothing more"
-	case len(own) == 1 && nearest(first, all) != "" && !hasJob:
+	case len(own) == 1 && config.Nearest(first, all) != "" && !hasJob:
 		return fmt.Sprintf("%s is no subcommand: did you mean %s? To run a command of that name: leasehold -- %s",
-			quote.Word(first), nearest(first, all), quote.Word(first))
+			quote.Word(first), config.Nearest(first, all), quote.Word(first))
 	case hasJob:
 		return fmt.Sprintf("%s is no subcommand: to run a job, begin with --: leasehold -- COMMAND [ARG...]", quote.Word(first))
 	default:
@@ -203,13 +204,13 @@ func settingHint(arg string) string {
 		return "leasehold version prints the version"
 	}
 	setting := strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
-	setting = strings.TrimPrefix(setting, envPrefix+"_")
+	setting = strings.TrimPrefix(setting, config.Prefix+"_")
 	var known []string
-	for _, v := range new(Config).variables() {
-		known = append(known, v.name)
+	for _, v := range new(config.Config).Variables() {
+		known = append(known, v.Name)
 	}
 	if !slices.Contains(known, setting) {
-		setting = nearest(setting, known)
+		setting = config.Nearest(setting, known)
 	}
 	what := "there are no flags but status --json"
 	if !flag {
@@ -219,16 +220,16 @@ func settingHint(arg string) string {
 	case setting == "":
 		return what + ": leasehold help names all variables"
 	case !assigned:
-		return fmt.Sprintf("%s: set the variable %s_%s", what, envPrefix, setting)
+		return fmt.Sprintf("%s: set the variable %s_%s", what, config.Prefix, setting)
 	case setting == "PASSWORD" || setting == "ENDPOINTS" || strings.ContainsFunc(value, quote.IsShellSyntax):
-		return fmt.Sprintf("%s: write %s_%s=... before the command", what, envPrefix, setting)
+		return fmt.Sprintf("%s: write %s_%s=... before the command", what, config.Prefix, setting)
 	}
 	hint := ""
-	for _, v := range new(Config).variables() {
-		if _, timed := v.field.Addr().Interface().(*duration); v.name == setting && timed && isNumber(value) {
+	for _, v := range new(config.Config).Variables() {
+		if _, timed := v.Field.Addr().Interface().(*config.Duration); v.Name == setting && timed && config.MissesUnit(value) {
 			hint = fmt.Sprintf(" (%s has no unit: write %ss)", value, value)
 			value += "s"
 		}
 	}
-	return fmt.Sprintf("%s: write %s_%s=%s before the command%s", what, envPrefix, setting, value, hint)
+	return fmt.Sprintf("%s: write %s_%s=%s before the command%s", what, config.Prefix, setting, value, hint)
 }

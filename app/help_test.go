@@ -3,7 +3,6 @@
 package app
 
 import (
-	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -18,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
+	"leasehold/config"
 	"leasehold/election"
 	"leasehold/health"
 	"leasehold/supervisor"
@@ -74,12 +74,12 @@ Durations have a unit (` + "`15s`, `500ms`, `1m30s`" + `) and are a year at most
 | variable | default | meaning |
 |---|---|---|
 `)
-	for _, v := range new(Config).variables() {
-		shown := v.shown
-		if v.def != "" {
-			shown = "`" + v.def + "`"
+	for _, v := range new(config.Config).Variables() {
+		shown := v.Shown
+		if v.Default != "" {
+			shown = "`" + v.Default + "`"
 		}
-		fmt.Fprintf(&b, "| `%s_%s` | %s | %s |\n", envPrefix, v.name, shown, v.desc)
+		fmt.Fprintf(&b, "| `%s_%s` | %s | %s |\n", config.Prefix, v.Name, shown, v.Desc)
 	}
 	b.WriteString(`
 Refused, with the numbers: loss grace + margin + 3 × renewal interval > TTL. The renewal interval is a fifth of the TTL.
@@ -211,12 +211,12 @@ func TestMetrics(t *testing.T) {
 
 func TestHelp_NamesEverything(t *testing.T) {
 	text := help()
-	for _, v := range new(Config).variables() {
-		if !strings.Contains(text, "LEASEHOLD_"+v.name+" (") && !strings.Contains(text, "LEASEHOLD_"+v.name+"\n") {
-			t.Errorf("LEASEHOLD_%s is missing", v.name)
+	for _, v := range new(config.Config).Variables() {
+		if !strings.Contains(text, "LEASEHOLD_"+v.Name+" (") && !strings.Contains(text, "LEASEHOLD_"+v.Name+"\n") {
+			t.Errorf("LEASEHOLD_%s is missing", v.Name)
 		}
-		if v.desc == "" || v.def != "" && v.shown != v.def {
-			t.Errorf("%s: description %q, default %q shown as %q", v.name, v.desc, v.def, v.shown)
+		if v.Desc == "" || v.Default != "" && v.Shown != v.Default {
+			t.Errorf("%s: description %q, default %q shown as %q", v.Name, v.Desc, v.Default, v.Shown)
 		}
 	}
 	for _, e := range slices.Concat(subcommands(), exitCodes(), jobVariables()) {
@@ -277,18 +277,6 @@ func TestUsageHint(t *testing.T) {
 		}
 		if strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, "leasehold: ") {
 			t.Errorf("leasehold %s: not one line: %q", c.args, got)
-		}
-	}
-}
-
-func TestNearest(t *testing.T) {
-	names := []string{"ENDPOINTS", "TTL", "TLS_CA_FILE", "TLS_CERT_FILE", "PASSWORD", "PASSWORD_FILE", "DIAL_TIMEOUT"}
-	for word, want := range map[string]string{
-		"ENDPOINT": "ENDPOINTS", "TTLS": "TTL", "CA_FILE": "TLS_CA_FILE", "TLS_CRET_FILE": "TLS_CERT_FILE", "PASSWORDFILE": "PASSWORD_FILE",
-		"PASSWROD": "PASSWORD", "TIMEOUT": "DIAL_TIMEOUT", "QWERTYUIOP": "", "": "", strings.Repeat("X", 10000): "",
-	} {
-		if got := nearest(word, names); got != want {
-			t.Errorf("nearest(%.20q) = %q, want %q", word, got, cmp.Or(want, "none"))
 		}
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/config"
 )
 
 // logWriter writes log lines to standard error without ever holding up who logs: when standard error blocks, lines are
@@ -116,7 +118,7 @@ func (w *logWriter) end(code int) {
 }
 
 // newLogger makes the daemon's logger on standard error. The writer keeps the last error as well.
-func newLogger(cfg Log) (*slog.Logger, *logWriter) {
+func newLogger(cfg config.Log) (*slog.Logger, *logWriter) {
 	notice := func(n int64) []byte {
 		text := strconv.FormatInt(n, 10)
 		if cfg.Format == "json" {

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"leasehold/config"
 	"leasehold/health"
 )
 
@@ -48,12 +49,12 @@ Configuration is the environment.
 A variable that is set to nothing counts as unset; an unknown LEASEHOLD_* variable is refused.
 Durations have a unit: 15s, 500ms, 1m30s.
 `)
-	for _, v := range new(Config).variables() {
-		name := envPrefix + "_" + v.name
-		if v.shown != "" {
-			name += " (" + v.shown + ")"
+	for _, v := range new(config.Config).Variables() {
+		name := config.Prefix + "_" + v.Name
+		if v.Shown != "" {
+			name += " (" + v.Shown + ")"
 		}
-		tagged(&b, []entry{{name, v.desc}})
+		tagged(&b, []entry{{name, v.Desc}})
 	}
 	b.WriteString(".SS The environment of the job\nThe daemon's own, less every LEASEHOLD_*, NOTIFY_SOCKET and WATCHDOG_*, plus:\n")
 	tagged(&b, jobVariables())

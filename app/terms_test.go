@@ -55,10 +55,7 @@ func TestElect_HundredTerms(t *testing.T) {
 	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	cfg, err := load(t, "elect", "ELECTION=jobs/terms", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=60s", "STOP_GRACE=0s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	cfg := load(t, "elect", "ELECTION=jobs/terms", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=60s", "STOP_GRACE=0s")
 	log, registry := slog.New(slog.DiscardHandler), prometheus.NewRegistry()
 	changed := make(chan struct{}, 1)
 	holder := &leaseHolder{hurry: make(chan struct{})}

@@ -1,6 +1,6 @@
 //go:build linux
 
-package app
+package config
 
 import (
 	"bytes"
@@ -27,7 +27,7 @@ import (
 func load(t *testing.T, subcommand string, settings ...string) (Config, error) {
 	t.Helper()
 	for _, entry := range os.Environ() {
-		if name, _, _ := strings.Cut(entry, "="); strings.HasPrefix(name, envPrefix+"_") {
+		if name, _, _ := strings.Cut(entry, "="); strings.HasPrefix(name, Prefix+"_") {
 			t.Setenv(name, "") // Restored at the end of the test.
 			if err := os.Unsetenv(name); err != nil {
 				t.Fatal(err)
@@ -36,9 +36,9 @@ func load(t *testing.T, subcommand string, settings ...string) (Config, error) {
 	}
 	for _, setting := range settings {
 		name, value, _ := strings.Cut(setting, "=")
-		t.Setenv(envPrefix+"_"+name, value)
+		t.Setenv(Prefix+"_"+name, value)
 	}
-	return loadConfig(subcommand, os.Environ())
+	return Load(subcommand, os.Environ())
 }
 
 func TestConfig_Defaults(t *testing.T) {
@@ -114,12 +114,12 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 			t.Errorf("%s = %v, want %v", c.name, c.got, c.want)
 		}
 	}
-	if p, err := cfg.readPassword(); p != "hunter2" || err != nil {
-		t.Errorf("readPassword() = %q, %v", p, err)
+	if p, err := cfg.ReadPassword(); p != "hunter2" || err != nil {
+		t.Errorf("ReadPassword() = %q, %v", p, err)
 	}
 	writeFile(t, password, "changed")
-	if p, err := cfg.readPassword(); p != "changed" || err != nil {
-		t.Errorf("readPassword() after a change = %q, %v", p, err)
+	if p, err := cfg.ReadPassword(); p != "changed" || err != nil {
+		t.Errorf("ReadPassword() after a change = %q, %v", p, err)
 	}
 }
 
@@ -128,9 +128,9 @@ func TestConfig_BareNamesAreIgnored(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, v := range new(Config).variables() {
-		t.Setenv(v.name, "nonsense")
-		last := v.name[strings.LastIndex(v.name, "_")+1:] // CERT_FILE's FILE, LOG_LEVEL's LEVEL.
+	for _, v := range new(Config).Variables() {
+		t.Setenv(v.Name, "nonsense")
+		last := v.Name[strings.LastIndex(v.Name, "_")+1:] // CERT_FILE's FILE, LOG_LEVEL's LEVEL.
 		t.Setenv(last, "nonsense")
 	}
 	got, err := load(t, "run", "ELECTION=e", "IDENTITY=i")
@@ -145,17 +145,17 @@ func TestConfig_BareNamesAreIgnored(t *testing.T) {
 // TestConfig_NamesAreThoseOfTheLibrary: help, the reference and the search for unknown variables name the variables themselves.
 func TestConfig_NamesAreThoseOfTheLibrary(t *testing.T) {
 	values := map[string]string{"ENDPOINTS": "x", "TTL": "77s", "STOP_SIGNAL": "HUP", "RESTART_LIMIT": "77", "LOG_LEVEL": "error"}
-	for _, v := range new(Config).variables() {
-		value := values[v.name]
+	for _, v := range new(Config).Variables() {
+		value := values[v.Name]
 		if value == "" {
 			value = "77s"
 		}
 		before, _ := load(t, "run")
-		after, _ := load(t, "run", v.name+"="+value)
-		for i, field := range after.variables() {
-			changed := fmt.Sprint(field.field.Interface()) != fmt.Sprint(before.variables()[i].field.Interface())
-			if changed != (field.name == v.name) {
-				t.Errorf("%s=%s: field of %s changed: %v", v.name, value, field.name, changed)
+		after, _ := load(t, "run", v.Name+"="+value)
+		for i, field := range after.Variables() {
+			changed := fmt.Sprint(field.Field.Interface()) != fmt.Sprint(before.Variables()[i].Field.Interface())
+			if changed != (field.Name == v.Name) {
+				t.Errorf("%s=%s: field of %s changed: %v", v.Name, value, field.Name, changed)
 			}
 		}
 	}
@@ -281,7 +281,7 @@ func TestConfig_Refusals(t *testing.T) {
 			}
 			for _, want := range c.want {
 				found := slices.ContainsFunc(lines, func(line string) bool {
-					return strings.HasPrefix(line, envPrefix+"_") && strings.Contains(line, want)
+					return strings.HasPrefix(line, Prefix+"_") && strings.Contains(line, want)
 				})
 				if !found {
 					t.Errorf("no line with %q in:\n%v", want, err)
@@ -350,8 +350,8 @@ func TestConfig_SecretIsNeverPrinted(t *testing.T) {
 			t.Errorf("the password is shown in %s", out.String())
 		}
 	}
-	if p, err := cfg.readPassword(); p != "hunter2" || err != nil {
-		t.Errorf("readPassword() = %q, %v", p, err)
+	if p, err := cfg.ReadPassword(); p != "hunter2" || err != nil {
+		t.Errorf("ReadPassword() = %q, %v", p, err)
 	}
 }
 

@@ -1,0 +1,203 @@
+//go:build linux
+
+// Package config is the daemon's configuration.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/kelseyhightower/envconfig"
+
+	"leasehold/election"
+	"leasehold/internal/quote"
+)
+
+const (
+	Prefix = "LEASEHOLD"
+
+	// maxNameBytes bounds the election and the identity: etcd takes more, but every candidate keeps both in memory, and people
+	// read them in log lines.
+	maxNameBytes = 1024
+
+	// maxDuration keeps each sum of settings and clock readings far from the end of int64.
+	maxDuration = 365 * 24 * time.Hour
+
+	// maxTTL is the longest TTL of which etcd makes no checkpoints (feature LeaseCheckpoint, off by default). Of a longer one it may
+	// record, after a renewal, how much was left before that, and from the next election of its own leader on, or even from that
+	// renewal on, keep the lease only for so long. It has then acknowledged more than it keeps, and two jobs could run at once.
+	maxTTL = 5 * time.Minute
+)
+
+// Config is the daemon's whole configuration. It is read from the environment, from variables that start with LEASEHOLD_; no
+// other variable counts. A variable that is set to nothing counts as unset.
+//
+// The fields have no `envconfig` tag on purpose: with one the library falls back to the bare USERNAME, TTL, … of the
+// environment. The `desc` tag is what `leasehold help` and docs/reference.md say; `shown` is the default they show where the
+// true one is worked out.
+//
+//nolint:lll // One variable a line.
+type Config struct {
+	Endpoints    []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, with commas between them; a bare host:port is http, or https where LEASEHOLD_TLS_* is set; each address of a host name counts as an endpoint"`
+	Election     string   `split_words:"true" shown:"required" desc:"election key prefix, used as given: etcdctl elect --listen NAME sees the same election"`
+	Identity     string   `split_words:"true" shown:"host name" desc:"this candidate's name: the value of its key, which other programs read"`
+	TTL          Duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, from 2s to 5m"`
+	StopSignal   Signal   `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
+	StopGrace    Duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL; elect: from /leader's 503 until the lease is given back"`
+	LossGrace    Duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, inside the lease's life; 0s: SIGKILL at once. elect: from /leader's 503 until another can lead"`
+	Margin       Duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, starved machines, poor clocks"`
+	Restart      string   `split_words:"true" default:"on-failure" desc:"what follows when the job ends by itself: always, on-failure or never. Where it is not restarted, the daemon exits with the job's code"`
+	RestartLimit Count    `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`
+	NoNewPrivs   string   `split_words:"true" default:"auto" desc:"auto: where the daemon lacks CAP_KILL the job runs with no_new_privs, so that sudo and other set-user-id programs gain nothing: they could not be killed; off: they may gain, and one that can't be killed may run beside the next job"`
+	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up when not elected in this time from the start; 0s: try once"`
+	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
+	Log          Log      `split_words:"true"`
+	TLS          TLS      `split_words:"true"`
+	Username     string   `split_words:"true" desc:"etcd user; needs LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE"`
+	Password     Secret   `split_words:"true" desc:"its password"`
+	PasswordFile string   `split_words:"true" desc:"file with its password (a newline at the end is dropped); read again each time etcd asks for it"`
+	DialTimeout  Duration `split_words:"true" default:"1s" desc:"to connect to one endpoint"`
+}
+
+// Log says what is logged, and how. Logs go to standard error.
+type Log struct {
+	Level  Level  `split_words:"true" default:"info" desc:"debug, info, warn or error"`
+	Format string `split_words:"true" default:"text" desc:"text or json, on standard error"`
+}
+
+// TLS is how etcd is reached over TLS. The files are read again when they change.
+type TLS struct {
+	CAFile     string `split_words:"true" shown:"the system's" desc:"certificates (PEM) that etcd's own is checked against"`
+	CertFile   string `split_words:"true" desc:"client certificate (PEM); needs LEASEHOLD_TLS_KEY_FILE. Certificates and keys are read again when they change"`
+	KeyFile    string `split_words:"true" desc:"its private key (PEM)"`
+	ServerName string `split_words:"true" shown:"the endpoint's host" desc:"the name that etcd's certificate must bear"`
+}
+
+// Load reads the configuration for a subcommand (run, elect, status, check) and checks it. The error joins every fault
+// that matters to that subcommand, one a line, each led by its variable's name; it never holds a secret. `check` looks at
+// LISTEN alone, and `status` only at what reaching etcd takes, so that both work wherever they are called from.
+//
+// environ tells which variables are set; envconfig reads their values from the process's own environment.
+func Load(subcommand string, environ []string) (Config, error) {
+	var cfg Config
+	if err := envconfig.Process(Prefix, &cfg); err != nil {
+		return Config{}, err // Not a user's fault: every field below can take any text.
+	}
+	set := map[string]bool{}
+	for _, entry := range environ {
+		name, value, _ := strings.Cut(entry, "=")
+		if setting, ours := strings.CutPrefix(name, Prefix+"_"); ours && value != "" {
+			set[setting] = true
+		}
+	}
+	for _, v := range cfg.Variables() {
+		if !set[v.Name] {
+			v.reset()
+		}
+	}
+
+	f := faults{subcommand: subcommand}
+	cfg.validate(&f, set)
+	f.unknown(set, cfg.Variables())
+	return cfg, errors.Join(f.found...)
+}
+
+// validate checks every setting, and completes the ones that depend on others.
+func (c *Config) validate(f *faults, set map[string]bool) {
+	for _, v := range c.Variables() {
+		if kept, ok := v.Field.Addr().Interface().(interface{ fault() error }); ok && kept.fault() != nil {
+			f.add(v.Name, "%w", kept.fault())
+		}
+	}
+
+	c.validateEndpoints(f)
+	if c.Election == "" {
+		f.add("ELECTION", "missing: write the name of the election, the same on every machine, for example jobs/backup")
+	}
+	f.add("ELECTION", "%w", nameFault(c.Election))
+	if c.Identity == "" {
+		name, err := os.Hostname()
+		if err != nil || name == "" {
+			f.add("IDENTITY", "not set, and this machine has no host name (%v): set it", err)
+		}
+		c.Identity = name
+	}
+	f.add("IDENTITY", "%w", nameFault(c.Identity))
+	c.validateTiming(f)
+	if c.Restart = strings.ToLower(c.Restart); !slices.Contains([]string{"always", "on-failure", "never"}, c.Restart) {
+		f.add("RESTART", "%s is unknown: write always, on-failure or never", quote.Value(c.Restart))
+	}
+	if c.NoNewPrivs = strings.ToLower(c.NoNewPrivs); c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
+		f.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
+	}
+	f.add("LISTEN", "%w", listenFault(c.Listen))
+	if c.Log.Format = strings.ToLower(c.Log.Format); c.Log.Format != "text" && c.Log.Format != "json" {
+		f.add("LOG_FORMAT", "%s is unknown: write text or json", quote.Value(c.Log.Format))
+	}
+	c.TLS.validate(f)
+	c.validateAuth(f)
+
+	if f.subcommand == "elect" {
+		for _, name := range []string{"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT"} {
+			if set[name] {
+				f.add(name, "it is about a job, and elect runs none: unset it, or write leasehold -- COMMAND")
+			}
+		}
+	}
+}
+
+// validateTiming checks the durations one by one, and that they fit into the lease's life together.
+func (c *Config) validateTiming(f *faults) {
+	ttl := c.TTL.Duration
+	switch {
+	case c.TTL.err != nil:
+	case ttl < 2*time.Second:
+		f.add("TTL", "%s is too short: write 2s or more", ttl)
+	case ttl > maxTTL:
+		f.add("TTL", "%s is too long: write 5m (300s) or less; etcd can shorten a longer lease after it was renewed", ttl)
+	case ttl%time.Second != 0:
+		f.add("TTL", "%s is not in whole seconds, and etcd knows no others: write %s", ttl, ttl.Truncate(time.Second))
+	}
+	if c.Margin.given && c.Margin.err == nil && c.Margin.Duration == 0 {
+		f.add("MARGIN", "0s is too short: write for example 200ms, or unset it")
+	}
+	if c.DialTimeout.err == nil && c.DialTimeout.Duration == 0 {
+		f.add("DIAL_TIMEOUT", "0s is too short: write for example 1s")
+	}
+	if f.has("TTL") || f.has("LOSS_GRACE") || f.has("MARGIN") {
+		return
+	}
+	if err := election.NewTiming(ttl, c.LossGrace.Or(-1), c.Margin.Or(-1)).Validate(); err != nil {
+		f.add("TTL", "%w: raise it, or lower %[2]s_LOSS_GRACE or %[2]s_MARGIN", err, Prefix)
+	}
+}
+
+func listenFault(listen string) error {
+	if listen == "off" {
+		return nil
+	}
+	if _, _, err := parseAddress(listen, 0); err != nil {
+		return fmt.Errorf("%w: write host:port, for example 127.0.0.1:4040 or :4040, or off", err)
+	}
+	return nil
+}
+
+// nameFault says what is wrong with an election or an identity, or nil. Both go into etcd as given, so that nothing is trimmed;
+// a newline at the end, as files bring it, would make another election of it that looks the same.
+func nameFault(name string) error {
+	switch {
+	case len(name) > maxNameBytes:
+		return fmt.Errorf("%d bytes long: write %d at most", len(name), maxNameBytes)
+	case !utf8.ValidString(name):
+		return errors.New("not UTF-8: write plain text")
+	case strings.ContainsFunc(name, unicode.IsControl):
+		return fmt.Errorf("%s has a control character (a newline from a file?): write it without", quote.Value(name))
+	}
+	return nil
+}

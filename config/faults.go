@@ -1,0 +1,71 @@
+//go:build linux
+
+package config
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// faults gathers what is wrong with the configuration, as far as it matters to the subcommand.
+type faults struct {
+	subcommand string
+	names      []string // of the variables at fault, without the prefix
+	found      []error
+}
+
+// add notes a fault of a variable. As a convenience to callers it does nothing where the last argument is a nil error.
+func (f *faults) add(name, format string, args ...any) {
+	if format == "%w" && args[0] == nil {
+		return
+	}
+	f.names = append(f.names, name)
+	if f.matters(name) {
+		f.found = append(f.found, fmt.Errorf("%s_%s: %w", Prefix, name, fmt.Errorf(format, args...)))
+	}
+}
+
+func (f *faults) has(name string) bool { return slices.Contains(f.names, name) }
+
+// matters reports if the subcommand makes use of the variable.
+func (f *faults) matters(name string) bool {
+	switch f.subcommand {
+	case "check":
+		return name == "LISTEN"
+	case "status":
+		return slices.Contains([]string{"ENDPOINTS", "ELECTION", "USERNAME", "PASSWORD", "PASSWORD_FILE", "DIAL_TIMEOUT"}, name) ||
+			strings.HasPrefix(name, "TLS_")
+	default:
+		return true
+	}
+}
+
+// unknown notes the variables that no setting has, for a misspelt one would silently leave the default in force.
+func (f *faults) unknown(set map[string]bool, known []Variable) {
+	if f.subcommand == "check" {
+		return
+	}
+	// What Kubernetes puts into each container for a Service whose name starts with "leasehold", and the job's variables, which
+	// a daemon started by a job finds.
+	others := regexp.MustCompile(`^((.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)|KEY|FENCING_TOKEN|LEASE_ID)$`)
+	var names []string
+	for _, v := range known {
+		names = append(names, v.Name)
+		delete(set, v.Name)
+	}
+	for _, name := range slices.Sorted(func(yield func(string) bool) {
+		for name := range set {
+			if !others.MatchString(name) && !yield(name) {
+				return
+			}
+		}
+	}) {
+		advice := "unset it (leasehold help names all variables)"
+		if near := Nearest(name, names); near != "" {
+			advice = "did you mean " + Prefix + "_" + near + "?"
+		}
+		f.found = append(f.found, fmt.Errorf("%s_%s: unknown variable: %s", Prefix, name, advice))
+	}
+}

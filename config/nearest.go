@@ -1,0 +1,49 @@
+//go:build linux
+
+package config
+
+import (
+	"strings"
+)
+
+// Nearest returns the candidate that a misspelt word most likely stands for, or "".
+func Nearest(word string, candidates []string) string {
+	best, least := "", 2*max(2, len(word)/3)+2
+	for _, candidate := range candidates {
+		// Of two at the same distance, the one that holds the word; and that one even from afar, as for GRACE or CA_FILE.
+		rank := 2*distance(word, candidate) + 1
+		if len(word) >= 4 && (strings.Contains(candidate, word) || strings.Contains(word, candidate)) {
+			rank = min(rank-1, 2*max(2, len(word)/3)+1)
+		}
+		if rank < least {
+			best, least = candidate, rank
+		}
+	}
+	return best
+}
+
+// distance is the number of letters to insert, delete, replace or swap with their neighbour to make a out of b.
+func distance(a, b string) int {
+	var before []int
+	last := make([]int, len(b)+1)
+	for j := range last {
+		last[j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		row := make([]int, len(b)+1)
+		row[0] = i
+		for j := 1; j <= len(b); j++ {
+			row[j] = min(last[j], row[j-1]) + 1
+			if a[i-1] == b[j-1] {
+				row[j] = min(row[j], last[j-1])
+			} else {
+				row[j] = min(row[j], last[j-1]+1)
+			}
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				row[j] = min(row[j], before[j-2]+1)
+			}
+		}
+		before, last = last, row
+	}
+	return last[len(b)]
+}

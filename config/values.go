@@ -1,0 +1,147 @@
+//go:build linux
+
+package config
+
+import (
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/quote"
+)
+
+// The types below take any text and keep what is wrong with it, since envconfig stops at the first error of a decoder.
+
+// Duration is a length of time with a unit, such as 15s.
+type Duration struct {
+	time.Duration
+	given bool
+	err   error
+}
+
+// Or returns the duration, or the other one where none is given.
+func (d Duration) Or(unset time.Duration) time.Duration {
+	if !d.given {
+		return unset
+	}
+	return d.Duration
+}
+
+// Decode implements envconfig.Decoder.
+func (d *Duration) Decode(text string) error {
+	parsed, err := time.ParseDuration(text)
+	switch {
+	case err != nil && MissesUnit(text):
+		err = fmt.Errorf("%s has no unit: write %ss", quote.Value(text), text)
+	case err != nil:
+		err = fmt.Errorf("%s is not a duration: write for example 15s, 500ms or 1m30s", quote.Value(text))
+	case parsed < 0:
+		err = fmt.Errorf("%s is negative: write a duration from 0s up", quote.Value(text))
+	case parsed > maxDuration:
+		err = fmt.Errorf("%s is too long: write %s (a year) or less", quote.Value(text), "8760h")
+	}
+	*d = Duration{Duration: parsed, given: true, err: err}
+	return nil
+}
+
+func (d *Duration) fault() error { return d.err }
+
+// MissesUnit reports if text is a plain decimal number, such as 15 or 0.5, where a Duration is wanted.
+func MissesUnit(text string) bool {
+	_, err := strconv.ParseFloat(text, 64)
+	return err == nil && strings.Trim(text, "0123456789.") == ""
+}
+
+// Count is a whole number from 0 up.
+type Count struct {
+	N   int
+	err error
+}
+
+// Decode implements envconfig.Decoder.
+func (c *Count) Decode(text string) error {
+	n, err := strconv.ParseUint(text, 10, 31)
+	if err != nil {
+		err = fmt.Errorf("%s is not a whole number from 0 to 2147483647: write for example 5", quote.Value(text))
+	}
+	*c = Count{N: int(n), err: err}
+	return nil
+}
+
+func (c *Count) fault() error { return c.err }
+
+// Signal is a signal by its name, with or without SIG.
+type Signal struct {
+	unix.Signal
+	err error
+}
+
+// Decode implements envconfig.Decoder.
+func (s *Signal) Decode(text string) error {
+	*s = Signal{}
+	name := "SIG" + strings.TrimPrefix(strings.ToUpper(text), "SIG")
+	number, err := strconv.Atoi(text)
+	switch s.Signal = unix.SignalNum(name); {
+	case err == nil && unix.SignalName(unix.Signal(number)) != "":
+		s.err = fmt.Errorf("%s is a number: write %s", quote.Value(text), strings.TrimPrefix(unix.SignalName(unix.Signal(number)), "SIG"))
+	case s.Signal == 0:
+		s.err = fmt.Errorf("%s is not the name of a signal: write for example TERM, INT, QUIT or USR1", quote.Value(text))
+	case s.Signal == unix.SIGKILL:
+		s.err = fmt.Errorf("%s leaves the job no time to stop: for that write LEASEHOLD_STOP_GRACE=0s, and here for example TERM", quote.Value(text))
+	case slices.Contains([]unix.Signal{unix.SIGSTOP, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU}, s.Signal):
+		s.err = fmt.Errorf("%s freezes a job instead of stopping it: write for example TERM", quote.Value(text))
+	}
+	return nil
+}
+
+func (s *Signal) fault() error { return s.err }
+
+// Level is the least severe kind of line that is logged.
+type Level struct {
+	slog.Level
+	err error
+}
+
+// Decode implements envconfig.Decoder.
+func (l *Level) Decode(text string) error {
+	*l = Level{}
+	switch strings.ToLower(text) {
+	case "debug":
+		l.Level = slog.LevelDebug
+	case "info":
+		l.Level = slog.LevelInfo
+	case "warn":
+		l.Level = slog.LevelWarn
+	case "error":
+		l.Level = slog.LevelError
+	default:
+		l.err = fmt.Errorf("%s is unknown: write debug, info, warn or error", quote.Value(text))
+	}
+	return nil
+}
+
+func (l *Level) fault() error { return l.err }
+
+// Secret is a text that prints as something else, whichever verb or logger prints it.
+type Secret string
+
+// Format implements fmt.Formatter.
+func (s Secret) Format(out fmt.State, _ rune) { _, _ = out.Write([]byte(s.hidden())) }
+
+// LogValue implements slog.LogValuer.
+func (s Secret) LogValue() slog.Value { return slog.StringValue(s.hidden()) }
+
+// MarshalText keeps it out of JSON.
+func (s Secret) MarshalText() ([]byte, error) { return []byte(s.hidden()), nil }
+
+func (s Secret) hidden() string {
+	if s == "" {
+		return ""
+	}
+	return "[hidden]"
+}
