@@ -71,7 +71,7 @@ hooks:
 
 # The tests write what they otherwise compare.
 generate: faults-docs
-	$(GO) test -count=1 -run 'TestReference|TestManual|TestCompletion$$' . -args -update
+	$(GO) test -count=1 -run 'TestReference|TestManual|TestCompletion$$' ./app -args -update
 
 release-check:
 	tools/release-check.sh

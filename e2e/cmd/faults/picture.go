@@ -339,7 +339,7 @@ func wrap(text string, width int) []string {
 func (r *Results) refresh(readme string) error {
 	var b strings.Builder
 	b.WriteString("[![For some faults: when the old job and the next one were alive](docs/faults-short.svg)](docs/faults.svg)\n\n")
-	b.WriteString("| what happens to the leader | leasehold | stock loop | `etcdctl lock` |\n|---|---|---|---|\n")
+	b.WriteString("| what happens to the leader | leasehold | naive client | `etcdctl lock` |\n|---|---|---|---|\n")
 	cells := r.cells()
 	for _, row := range r.Rows {
 		if !row.Short {
@@ -357,37 +357,35 @@ func (r *Results) refresh(readme string) error {
 		}
 		b.WriteString("|\n")
 	}
-	fmt.Fprintf(&b, "\nIs the old job dead when the next one starts, and how long after the fault is that (medians)? %s, TTL 5 s. "+
-		"All faults are in [the table](docs/faults.md) and in the picture:\n\n<details><summary>every fault</summary>\n\n"+
+	fmt.Fprintf(&b, "\nHow long after the fault does the next job start (median)? **Bold**: the old job still ran then. "+
+		"%s, TTL 5 s. [All faults](docs/faults.md) are in this picture:\n\n<details><summary>every fault</summary>\n\n"+
 		"![For each fault: when the old job and the next one were alive](docs/faults.svg)\n\n</details>\n", r.headline())
 	return harness.Refresh(readme, map[string]string{"faults": b.String()})
 }
 
-// short says if the old job was dead before the next one started, for how long
-// both lived where not, and when the next one came.
+// short is when the next job came, and for how long the old one still ran then.
 func (c cell) short() string {
 	next, overlaps := c.next(), c.overlaps()
 	switch {
 	case len(c.samples) == 0:
 		return "-"
 	case len(next) == 0 && len(c.dead()) == 0:
-		return "untouched"
+		return "not moved"
 	case len(next) == 0:
-		return "dead; no next job"
+		return "no next job"
 	}
-	untouched := ""
+	text := harness.Span(harness.Median(next))
 	if n := len(c.samples) - len(next); n > 0 {
-		untouched = fmt.Sprintf("untouched in %d of %d, else ", n, len(c.samples))
+		text = fmt.Sprintf("not moved in %d of %d; else %s", n, len(c.samples), text)
 	}
-	how := "dead"
 	switch {
 	case c.livesOn() > 0:
-		how = "**alive**, and stays so"
+		text += ", **the old job runs on**"
 	case len(overlaps) > 0:
-		how = "**alive** for up to " + harness.Span(slices.Max(overlaps))
+		text += ", **both ran for up to " + harness.Span(slices.Max(overlaps)) + "**"
 		if len(overlaps) < len(next) {
-			how = fmt.Sprintf("dead in %d of %d, else %s", len(next)-len(overlaps), len(next), how)
+			text += fmt.Sprintf(" in %d of %d", len(overlaps), len(next))
 		}
 	}
-	return untouched + how + "; " + harness.Span(harness.Median(next))
+	return text
 }

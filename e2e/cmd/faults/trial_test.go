@@ -100,7 +100,7 @@ func TestResults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(refreshed); strings.Contains(got, "old\n") || !strings.Contains(got, "| dead; 9.0 ms | **alive** for up to 61.0 ms; 9.0 ms | - |") ||
+	if got := string(refreshed); strings.Contains(got, "old\n") || !strings.Contains(got, "| 9.0 ms | 9.0 ms, **both ran for up to 61.0 ms** | - |") ||
 		!strings.HasPrefix(got, "before\n") || !strings.HasSuffix(got, "after\n") {
 		t.Errorf("the README is now:\n%s", got)
 	}
