@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"strconv"
@@ -16,8 +17,7 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// count is what etcd and this process have counted up to a moment, or between
-// two.
+// count is what etcd and this process have counted up to a moment, or between two.
 type count struct {
 	At float64 `json:"seconds"`
 	// Requests are those that etcd has received, by method. A renewal is one LeaseKeepAlive; a
@@ -26,13 +26,36 @@ type count struct {
 	Events    float64            `json:"events"`     // of watches, sent
 	BytesSent float64            `json:"bytes_sent"` // by etcd to its clients
 	EtcdCPU   float64            `json:"etcd_cpu_seconds"`
-	CPU       float64            `json:"cpu_seconds"`         // of this process: the candidates and who measures
+	CPU       float64            `json:"cpu_seconds"`         // of this process, with the candidates
 	Machine   float64            `json:"machine_cpu_seconds"` // of all there is, other programs too
+
+	// What etcd shows of itself at the moment.
+	watchers, keys, resident, goroutines float64
 }
 
-// gauges are what etcd shows of itself at a moment.
-type gauges struct {
-	watchers, keys, resident, goroutines float64
+// add adds what d has counted, times a factor.
+func (c *count) add(d count, factor float64) {
+	if c.Requests == nil {
+		c.Requests = map[string]float64{}
+	}
+	for method, n := range d.Requests {
+		c.Requests[method] += factor * n
+	}
+	c.At += factor * d.At
+	c.Events += factor * d.Events
+	c.BytesSent += factor * d.BytesSent
+	c.EtcdCPU += factor * d.EtcdCPU
+	c.CPU += factor * d.CPU
+	c.Machine += factor * d.Machine
+}
+
+// since is what was counted after before.
+func (c count) since(before count) count {
+	var d count
+	d.add(c, 1)
+	d.add(before, -1)
+	maps.DeleteFunc(d.Requests, func(_ string, n float64) bool { return n == 0 })
+	return d
 }
 
 // meter reads etcd's metrics.
@@ -43,119 +66,83 @@ type meter struct {
 
 func newMeter(m *harness.Member) meter {
 	// To compress its answers would cost etcd more than all that it does for a change of leader.
-	return meter{m, &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableCompression: true}}}
+	transport := &http.Transport{DisableCompression: true}
+	return meter{m, &http.Client{Timeout: 10 * time.Second, Transport: transport}}
 }
 
 // sample returns what was counted up to now.
-func (m meter) sample(ctx context.Context) (count, gauges, error) {
+func (m meter) sample(ctx context.Context) (count, error) {
 	c := count{Requests: map[string]float64{}}
-	var g gauges
-	fail := func(err error) (count, gauges, error) {
-		return c, g, fmt.Errorf("read the metrics of etcd: %w", err)
+	if err := m.read(ctx, &c); err != nil {
+		return c, fmt.Errorf("read the metrics of etcd: %w", err)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.member.MetricsURL+"/metrics", nil)
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		return c, err
+	}
+	c.CPU = time.Duration(usage.Utime.Nano() + usage.Stime.Nano()).Seconds()
+	c.At = harness.Now().Seconds()
+	var err error
+	c.Machine, err = machineCPU()
+	return c, err
+}
+
+func (m meter) read(ctx context.Context, c *count) error {
+	url := m.member.MetricsURL + "/metrics"
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	resp, err := m.http.Do(req)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	defer func() { _ = resp.Body.Close() }()
+	known := map[string]*float64{
+		"etcd_debugging_mvcc_events_total":          &c.Events,
+		"etcd_network_client_grpc_sent_bytes_total": &c.BytesSent,
+		"process_cpu_seconds_total":                 &c.EtcdCPU,
+		"etcd_debugging_mvcc_watcher_total":         &c.watchers,
+		"etcd_debugging_mvcc_keys_total":            &c.keys,
+		"process_resident_memory_bytes":             &c.resident,
+		"go_goroutines":                             &c.goroutines,
+	}
 	lines := bufio.NewScanner(resp.Body)
 	for lines.Scan() {
-		name, value, found := strings.Cut(lines.Text(), " ")
-		if !found || strings.HasPrefix(name, "#") || value == "0" {
+		name, text, _ := strings.Cut(lines.Text(), " ")
+		value, err := strconv.ParseFloat(text, 64)
+		if strings.HasPrefix(name, "#") || value == 0 && err == nil {
 			continue
 		}
-		to := map[string]*float64{
-			"etcd_debugging_mvcc_events_total":          &c.Events,
-			"etcd_network_client_grpc_sent_bytes_total": &c.BytesSent,
-			"process_cpu_seconds_total":                 &c.EtcdCPU,
-			"etcd_debugging_mvcc_watcher_total":         &g.watchers,
-			"etcd_debugging_mvcc_keys_total":            &g.keys,
-			"process_resident_memory_bytes":             &g.resident,
-			"go_goroutines":                             &g.goroutines,
-		}[name]
-		method := ""
-		switch {
+		const started, received = "grpc_server_started_total{", "grpc_server_msg_received_total{"
+		switch to := known[name]; {
 		case to != nil:
-		case strings.HasPrefix(name, `grpc_server_started_total{`):
-			method = label(name, "grpc_method")
-		case strings.HasPrefix(name, `grpc_server_msg_received_total{grpc_method="Watch"`):
-			method = "Progress" // and one message for each watch, which is taken off below
-		}
-		if to == nil && method == "" {
+			*to = value
+		case strings.HasPrefix(name, started):
+			_, rest, _ := strings.Cut(name, `grpc_method="`)
+			method, _, _ := strings.Cut(rest, `"`)
+			c.Requests[method] = value
+		case strings.HasPrefix(name, received+`grpc_method="Watch"`):
+			c.Requests["Progress"] += value
+		default:
 			continue
 		}
-		v, err := strconv.ParseFloat(value, 64)
 		if err != nil {
-			return fail(err)
-		}
-		if to != nil {
-			*to = v
-		} else {
-			c.Requests[method] = v
+			return err
 		}
 	}
-	if err := lines.Err(); err != nil {
-		return fail(err)
-	}
-	c.Requests["Progress"] -= c.Requests["Watch"]
-	var usage syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
-		return fail(err)
-	}
-	c.CPU = time.Duration(usage.Utime.Nano() + usage.Stime.Nano()).Seconds()
-	if c.Machine, err = busy(); err != nil {
-		return fail(err)
-	}
-	c.At = harness.Now().Seconds()
-	return c, g, nil
+	c.Requests["Progress"] -= c.Requests["Watch"] // which is one message for each watch
+	return lines.Err()
 }
 
-// label is the value of a label in a sample's name.
-func label(name, of string) string {
-	_, rest, _ := strings.Cut(name, of+`="`)
-	value, _, _ := strings.Cut(rest, `"`)
-	return value
-}
-
-// since is what was counted after before.
-func (c count) since(before count) count {
-	d := count{
-		At: c.At - before.At, Requests: map[string]float64{}, Events: c.Events - before.Events,
-		BytesSent: c.BytesSent - before.BytesSent, EtcdCPU: c.EtcdCPU - before.EtcdCPU, CPU: c.CPU - before.CPU,
-		Machine: c.Machine - before.Machine,
-	}
-	for method, n := range c.Requests {
-		if n -= before.Requests[method]; n != 0 {
-			d.Requests[method] = n
-		}
-	}
-	return d
-}
-
-// add adds up counts.
-func (c *count) add(d count) {
-	if c.Requests == nil {
-		c.Requests = map[string]float64{}
-	}
-	for method, n := range d.Requests {
-		c.Requests[method] += n
-	}
-	c.At, c.Events, c.BytesSent = c.At+d.At, c.Events+d.Events, c.BytesSent+d.BytesSent
-	c.EtcdCPU, c.CPU, c.Machine = c.EtcdCPU+d.EtcdCPU, c.CPU+d.CPU, c.Machine+d.Machine
-}
-
-// busy is for how long the machine's CPUs have worked, in seconds.
-func busy() (float64, error) {
+// machineCPU is for how long the machine's CPUs have worked, in seconds.
+func machineCPU() (float64, error) {
 	data, err := os.ReadFile("/proc/stat")
 	if err != nil {
 		return 0, err
 	}
 	first, _, _ := strings.Cut(string(data), "\n")
-	fields := strings.Fields(first) // cpu user nice system idle iowait irq softirq steal, in hundredths
+	fields := strings.Fields(first) // cpu user nice system idle iowait irq softirq steal, in 1/100 s
 	sum := 0.0
 	for i, field := range fields[:min(9, len(fields))] {
 		if i == 0 || i == 4 || i == 5 {
@@ -170,7 +157,7 @@ func busy() (float64, error) {
 	return sum / 100, nil
 }
 
-// resident is this process' resident memory in bytes.
+// resident is this process's resident memory in bytes.
 func resident() (float64, error) {
 	data, err := os.ReadFile("/proc/self/statm")
 	if err != nil {

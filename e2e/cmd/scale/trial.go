@@ -9,6 +9,8 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"leasehold/e2e/harness"
@@ -16,9 +18,10 @@ import (
 
 // shape is how many candidates a trial has.
 type shape struct {
-	Elections int  `json:"elections"`
-	Size      int  `json:"size"` // candidates in each
-	Full      bool `json:"full"` // with a restart of etcd and, where there are many elections, all leaders stopped at once
+	Elections int `json:"elections"`
+	Size      int `json:"size"` // candidates in each
+	// Full: with a restart of etcd and, where there are many elections, all leaders stopped at once.
+	Full bool `json:"full"`
 }
 
 func (s shape) candidates() int { return s.Elections * s.Size }
@@ -34,29 +37,32 @@ func (s shape) String() string {
 type Trial struct {
 	Shape      shape   `json:"shape"`
 	TTL        float64 `json:"ttl_seconds"`
-	Join       Burst   `json:"join"` // all at once
-	Steady     Steady  `json:"steady"`
+	Join       *Burst  `json:"join"` // all at once
+	Steady     *Steady `json:"steady"`
 	Memory     Memory  `json:"memory"`
 	Change     Change  `json:"change"`                // one leader after the other is stopped
 	AllLeaders *Burst  `json:"all_leaders,omitempty"` // are stopped at once
 	Restart    *Burst  `json:"restart,omitempty"`     // of etcd
 	After      *Steady `json:"after,omitempty"`       // the restart
-	Leave      Burst   `json:"leave"`                 // all at once
-	// Lost are the terms that ended against the candidate's will, by cause; Warnings are what was warned of, by message.
+	Leave      *Burst  `json:"leave"`                 // all at once
+	// Lost are the terms that ended against the candidate's will, by cause; Warnings are what was
+	// warned of, by message.
 	Lost     map[string]int `json:"lost"`
 	Warnings map[string]int `json:"warnings"`
 }
 
 // Burst is what many do at once.
 type Burst struct {
-	// Seconds is until the last one is done: it stands in the queue, leads, has left, or has renewed its lease.
+	// Seconds is until the last one is done: it stands in the queue, leads, has left, or has
+	// renewed its lease.
 	Seconds float64   `json:"seconds"`
 	Count   count     `json:"count"` // until etcd serves all watches
 	Times   []float64 `json:"times_ms,omitempty"`
 	// Outage is for how long etcd was down.
 	Outage float64 `json:"outage_seconds,omitempty"`
 	Terms  int     `json:"terms"` // begun meanwhile
-	// Left are the keys of those whose lease could not be revoked in time: etcd removes them when it expires.
+	// Left are the keys of those whose lease could not be revoked in time: etcd removes them when
+	// it expires.
 	Left float64 `json:"left_keys,omitempty"`
 }
 
@@ -67,8 +73,7 @@ type Steady struct {
 	Peak int64 `json:"peak_renewals"`
 }
 
-// Memory is what a candidate takes, in bytes, beyond what the process takes
-// without any.
+// Memory is what a candidate takes, in bytes, beyond what the process takes without any.
 type Memory struct {
 	Resident       float64 `json:"resident"`
 	Heap           float64 `json:"heap"`
@@ -78,25 +83,26 @@ type Memory struct {
 	EtcdGoroutines float64 `json:"etcd_goroutines"`
 }
 
-// Change is what it costs to stop a leader and to have a new candidate follow
-// it at the end of the queue.
+// Change is what it costs to stop a leader and to have a new candidate follow it at the end of the
+// queue.
 type Change struct {
 	Times []float64 `json:"times_ms"` // from the stop to the next leader's Lead
-	// Stops and Returns are counted apart, each summed up over all changes; All is the whole time, a multiple of the TTL.
+	// Stops and Returns are counted apart, each summed up over all changes; All is the whole time,
+	// a multiple of the TTL.
 	Stops   count `json:"stops"`
 	Returns count `json:"returns"`
 	All     count `json:"all"`
 }
 
-// patience is for how long anything is waited for.
-const patience = 2 * time.Minute
+// waitTimeout bounds every wait.
+const waitTimeout = 2 * time.Minute
 
 // changes is how many leaders are stopped one after the other.
 const changes = 100
 
-// stage is where a trial takes place.
-type stage struct {
-	*crowd
+// trial is what takes place.
+type trial struct {
+	*fleet
 	meter
 	shape shape
 }
@@ -112,74 +118,61 @@ func carryOut(ctx context.Context, s shape, ttl time.Duration) (*Trial, error) {
 		return nil, err
 	}
 	defer cluster.Close()
-	st := &stage{newCrowd(cluster.Endpoints(), s, ttl), newMeter(cluster.Members[0]), s}
-	defer st.close()
-
-	t := &Trial{Shape: s, TTL: ttl.Seconds()}
-	if err := st.measure(ctx, t); err != nil {
+	t := &trial{newFleet(cluster.Endpoints(), s, ttl), newMeter(cluster.Members[0]), s}
+	defer t.close()
+	got := &Trial{Shape: s, TTL: ttl.Seconds()}
+	if err := t.measure(ctx, got); err != nil {
 		return nil, err
 	}
-	_, t.Lost, t.Warnings = st.counts()
-	return t, nil
+	got.Lost, got.Warnings = t.troubles()
+	return got, nil
 }
 
-func (st *stage) measure(ctx context.Context, t *Trial) error {
-	empty, err := st.memory(ctx)
-	if err != nil {
-		return err
-	}
-	if t.Join, err = st.join(ctx, st.all); err != nil {
-		return fmt.Errorf("join: %w", err)
-	}
-	if t.Steady, err = st.steady(ctx); err != nil {
-		return fmt.Errorf("stand by: %w", err)
-	}
-	full, err := st.memory(ctx)
-	if err != nil {
-		return err
-	}
-	t.Memory = full.per(empty, float64(st.shape.candidates()))
-	if t.Change, err = st.change(ctx); err != nil {
-		return fmt.Errorf("change leaders: %w", err)
-	}
-	if st.shape.Full {
-		if st.shape.Elections > 1 {
-			if t.AllLeaders, err = st.stopAllLeaders(ctx); err != nil {
-				return fmt.Errorf("stop all leaders: %w", err)
-			}
+// measure takes the steps of a trial in turn.
+func (t *trial) measure(ctx context.Context, to *Trial) error {
+	var empty, full Memory
+	all, many := t.shape.Full, t.shape.Elections > 1
+	for _, step := range []struct {
+		name  string
+		wants bool
+		take  func() error
+	}{
+		{"measure memory", true, func() (err error) { empty, err = t.memory(ctx); return err }},
+		{"join", true, func() (err error) { to.Join, err = t.join(ctx); return err }},
+		{"stand by", true, func() (err error) { to.Steady, err = t.steady(ctx); return err }},
+		{"measure memory", true, func() (err error) { full, err = t.memory(ctx); return err }},
+		{"change leaders", true, func() (err error) { to.Change, err = t.change(ctx); return err }},
+		{"stop all leaders", all && many,
+			func() (err error) { to.AllLeaders, err = t.stopAllLeaders(ctx); return err }},
+		{"restart etcd", all, func() (err error) { to.Restart, err = t.restart(ctx); return err }},
+		{"stand by again", all, func() (err error) { to.After, err = t.steady(ctx); return err }},
+		{"leave", true, func() (err error) { to.Leave, err = t.leave(ctx); return err }},
+	} {
+		if !step.wants {
+			continue
 		}
-		if t.Restart, err = st.restart(ctx); err != nil {
-			return fmt.Errorf("restart etcd: %w", err)
+		if err := step.take(); err != nil {
+			return fmt.Errorf("%s: %w", step.name, err)
 		}
-		after, err := st.steady(ctx)
-		if err != nil {
-			return fmt.Errorf("stand by: %w", err)
-		}
-		t.After = &after
 	}
-	if t.Leave, err = st.leave(ctx); err != nil {
-		return fmt.Errorf("leave: %w", err)
-	}
+	to.Memory = full.per(empty, float64(t.shape.candidates()))
 	return nil
 }
 
 // until waits for f to return nil.
 func until(ctx context.Context, f func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
 	defer cancel()
 	return harness.Until(ctx, f)
 }
 
-// settled waits until etcd serves every watch, one of each candidate's queue
-// and one of each standby's predecessor, and returns what was counted then.
-func (st *stage) settled(ctx context.Context) (count, error) {
-	watches := float64(2*st.shape.candidates() - st.shape.Elections)
-	var c count
-	err := until(ctx, func() error {
-		var g gauges
-		var err error
-		if c, g, err = st.sample(ctx); err == nil && g.watchers != watches {
-			err = fmt.Errorf("etcd serves %v watches of %v", g.watchers, watches)
+// settled waits until etcd serves every watch, one of each candidate's queue and one of each
+// standby's predecessor, and returns what was counted then.
+func (t *trial) settled(ctx context.Context) (c count, err error) {
+	watches := float64(2*t.shape.candidates() - t.shape.Elections)
+	err = until(ctx, func() (err error) {
+		if c, err = t.sample(ctx); err == nil && c.watchers != watches {
+			err = fmt.Errorf("etcd serves %v watches of %v", c.watchers, watches)
 		}
 		if err != nil {
 			_ = harness.Wait(ctx, 20*time.Millisecond) // reading metrics costs etcd 2 ms
@@ -189,48 +182,91 @@ func (st *stage) settled(ctx context.Context) (count, error) {
 	return c, err
 }
 
-// join starts candidates at once.
-func (st *stage) join(ctx context.Context, some func(func(*seat) error) error) (Burst, error) {
-	before, _, err := st.sample(ctx)
+// burst measures what many do at once. do returns when the last one is done, and read then what
+// was counted.
+func (t *trial) burst(ctx context.Context, do func(*Burst) error,
+	read func(context.Context) (count, error),
+) (*Burst, error) {
+	before, err := t.sample(ctx)
 	if err != nil {
-		return Burst{}, err
+		return nil, err
 	}
-	terms, _, _ := st.counts()
-	began := harness.Now()
-	if err := some((*seat).sit); err != nil {
-		return Burst{}, err
+	b, terms, began := &Burst{}, t.begun(), harness.Now()
+	if err := do(b); err != nil {
+		return nil, err
 	}
-	if err := until(ctx, st.inPlace); err != nil {
-		return Burst{}, err
+	if b.Seconds == 0 {
+		b.Seconds = (harness.Now() - began).Seconds()
 	}
-	b := Burst{Seconds: (harness.Now() - began).Seconds()}
-	after, err := st.settled(ctx)
-	b.Count = after.since(before)
-	b.Terms, _, _ = st.counts()
-	b.Terms -= terms
+	after, err := read(ctx)
+	b.Count, b.Terms = after.since(before), t.begun()-terms
 	return b, err
 }
 
-// steady measures for one TTL, in which each candidate does a whole number of
-// everything.
-func (st *stage) steady(ctx context.Context) (Steady, error) {
-	b := newBeats(st.ttl)
-	before, _, err := st.sample(ctx)
+// join starts all candidates at once.
+func (t *trial) join(ctx context.Context) (*Burst, error) {
+	return t.burst(ctx, func(*Burst) error {
+		return t.startAll(ctx, slices.Collect(t.all()))
+	}, t.settled)
+}
+
+// startAll starts candidates at once, and waits until each candidate is in place.
+func (t *trial) startAll(ctx context.Context, candidates []*candidate) error {
+	for _, c := range candidates {
+		if err := c.start(); err != nil {
+			return err
+		}
+	}
+	return until(ctx, t.inPlace)
+}
+
+// leave stops all candidates at once.
+func (t *trial) leave(ctx context.Context) (*Burst, error) {
+	var last count
+	b, err := t.burst(ctx, func(*Burst) error {
+		return stopAll(ctx, slices.Collect(t.all()))
+	}, func(ctx context.Context) (_ count, err error) {
+		last, err = t.sample(ctx)
+		return last, err
+	})
+	if err == nil {
+		b.Left = last.keys
+	}
+	return b, err
+}
+
+// stopAll stops candidates at once, and waits until they have stopped.
+func stopAll(ctx context.Context, candidates []*candidate) error {
+	for _, c := range candidates {
+		c.stop()
+	}
+	for _, c := range candidates {
+		if err := c.wait(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// steady measures for one TTL, in which each candidate does a whole number of everything.
+func (t *trial) steady(ctx context.Context) (*Steady, error) {
+	before, err := t.sample(ctx)
 	if err != nil {
-		return Steady{}, err
+		return nil, err
 	}
-	st.beats.Store(b)
-	defer st.beats.Store(nil)
-	if err := harness.Wait(ctx, st.ttl); err != nil {
-		return Steady{}, err
+	r := &renewals{start: harness.Now(), count: make([]atomic.Int64, t.ttl/tenth)}
+	t.renewals.Store(r)
+	defer t.renewals.Store(nil)
+	if err := harness.Wait(ctx, t.ttl); err != nil {
+		return nil, err
 	}
-	after, _, err := st.sample(ctx)
-	return Steady{Count: after.since(before), Peak: b.peak()}, err
+	after, err := t.sample(ctx)
+	return &Steady{Count: after.since(before), Peak: r.peak()}, err
 }
 
 // memory is what this process and etcd take, candidates or none.
-func (st *stage) memory(ctx context.Context) (Memory, error) {
-	_, g, err := st.sample(ctx)
+func (t *trial) memory(ctx context.Context) (Memory, error) {
+	c, err := t.sample(ctx)
 	if err != nil {
 		return Memory{}, err
 	}
@@ -239,178 +275,142 @@ func (st *stage) memory(ctx context.Context) (Memory, error) {
 	runtime.ReadMemStats(&m)
 	rss, err := resident()
 	return Memory{
-		Resident: rss, Heap: float64(m.HeapAlloc), Stack: float64(m.StackInuse), Goroutines: float64(runtime.NumGoroutine()),
-		EtcdResident: g.resident, EtcdGoroutines: g.goroutines,
+		Resident: rss, Heap: float64(m.HeapAlloc), Stack: float64(m.StackInuse),
+		Goroutines:   float64(runtime.NumGoroutine()),
+		EtcdResident: c.resident, EtcdGoroutines: c.goroutines,
 	}, err
 }
 
 // per is what each of n candidates adds.
 func (m Memory) per(empty Memory, n float64) Memory {
 	return Memory{
-		Resident: (m.Resident - empty.Resident) / n, Heap: (m.Heap - empty.Heap) / n, Stack: (m.Stack - empty.Stack) / n,
-		Goroutines:   (m.Goroutines - empty.Goroutines) / n,
-		EtcdResident: (m.EtcdResident - empty.EtcdResident) / n, EtcdGoroutines: (m.EtcdGoroutines - empty.EtcdGoroutines) / n,
+		Resident:       (m.Resident - empty.Resident) / n,
+		Heap:           (m.Heap - empty.Heap) / n,
+		Stack:          (m.Stack - empty.Stack) / n,
+		Goroutines:     (m.Goroutines - empty.Goroutines) / n,
+		EtcdResident:   (m.EtcdResident - empty.EtcdResident) / n,
+		EtcdGoroutines: (m.EtcdGoroutines - empty.EtcdGoroutines) / n,
 	}
 }
 
-// handOver stops a leader and waits until the next one leads. It returns the
-// seat that is empty now and how long it took, in milliseconds.
-func (st *stage) handOver(ctx context.Context, election int) (*seat, float64, error) {
-	old := st.leader(election)
-	stopped := harness.Now()
-	old.seat.leave()
-	var next leader
-	err := until(ctx, func() error {
-		if next = st.leader(election); next.at <= stopped {
-			return errors.New("the next leader does not lead yet")
-		}
-		return nil
-	})
-	if err == nil {
-		err = old.seat.left(ctx)
-	}
-	return old.seat, harness.Milliseconds(next.at - stopped), err
-}
-
-// change stops one leader after the other, at an even pace: in the first half
-// of each step the leader goes, in the second a new candidate comes.
-func (st *stage) change(ctx context.Context) (Change, error) {
-	var ch Change
-	step := st.ttl / changes
-	first, _, err := st.sample(ctx)
+// change stops one leader after the other, at an even pace: in the first half of each step the
+// leader goes, in the second a new candidate comes.
+func (t *trial) change(ctx context.Context) (ch Change, err error) {
+	step := t.ttl / changes
+	first, err := t.sample(ctx)
 	if err != nil {
 		return ch, err
 	}
-	began := harness.Now()
-	before := first
+	began, before := harness.Now(), first
 	for i := range changes {
 		start := harness.Now()
-		empty, took, err := st.handOver(ctx, i%st.shape.Elections)
+		empty, took, err := t.switchOver(ctx, i%t.shape.Elections)
 		if err != nil {
 			return ch, err
 		}
 		ch.Times = append(ch.Times, took)
-		if err := harness.Wait(ctx, start+step/2-harness.Now()); err != nil {
-			return ch, err
-		}
-		gone, _, err := st.sample(ctx)
+		gone, err := t.sampleAt(ctx, start+step/2)
 		if err != nil {
 			return ch, err
 		}
-		if err := empty.sit(); err != nil {
+		if err := t.startAll(ctx, []*candidate{empty}); err != nil {
 			return ch, err
 		}
-		if err := until(ctx, st.inPlace); err != nil {
-			return ch, err
-		}
-		if err := harness.Wait(ctx, start+step-harness.Now()); err != nil {
-			return ch, err
-		}
-		back, _, err := st.sample(ctx)
+		back, err := t.sampleAt(ctx, start+step)
 		if err != nil {
 			return ch, err
 		}
-		ch.Stops.add(gone.since(before))
-		ch.Returns.add(back.since(gone))
+		ch.Stops.add(gone.since(before), 1)
+		ch.Returns.add(back.since(gone), 1)
 		before = back
 	}
-	whole := (harness.Now() - began + st.ttl - 1) / st.ttl * st.ttl
+	whole := (harness.Now() - began + t.ttl - 1) / t.ttl * t.ttl
 	if err := harness.Wait(ctx, began+whole-harness.Now()); err != nil {
 		return ch, err
 	}
-	last, err := st.settled(ctx)
+	last, err := t.settled(ctx)
 	ch.All = last.since(first)
 	return ch, err
 }
 
-// stopAllLeaders stops the leaders of all elections at once, and has new
-// candidates follow them when that is measured.
-func (st *stage) stopAllLeaders(ctx context.Context) (*Burst, error) {
-	before, _, err := st.sample(ctx)
-	if err != nil {
-		return nil, err
+func (t *trial) sampleAt(ctx context.Context, at time.Duration) (count, error) {
+	if err := harness.Wait(ctx, at-harness.Now()); err != nil {
+		return count{}, err
 	}
-	var old []*seat
-	for e := range st.seats {
-		old = append(old, st.leader(e).seat)
+	return t.sample(ctx)
+}
+
+// switchOver stops a leader and waits until the next one leads. It returns the one that has
+// stopped and how long it took, in milliseconds.
+func (t *trial) switchOver(ctx context.Context, election int) (*candidate, float64, error) {
+	old, stopped := t.leader(election).candidate, harness.Now()
+	old.stop()
+	next, err := t.nextLeader(ctx, election, stopped)
+	if err == nil {
+		err = old.wait(ctx)
 	}
-	began := harness.Now()
-	for _, s := range old {
-		s.leave()
-	}
-	for _, s := range old {
-		if err := s.left(ctx); err != nil {
-			return nil, err
-		}
-	}
-	b := &Burst{}
-	last := time.Duration(0)
-	for e := range st.seats {
-		if err := until(ctx, func() error {
-			next := st.leader(e)
-			if next.at <= began {
-				return fmt.Errorf("election %d has no leader", e)
-			}
-			b.Times = append(b.Times, harness.Milliseconds(next.at-began))
-			last = max(last, next.at)
-			return nil
-		}); err != nil {
-			return nil, err
-		}
-	}
-	b.Seconds, b.Terms = (last - began).Seconds(), len(b.Times)
-	after, _, err := st.sample(ctx)
-	if err != nil {
-		return nil, err
-	}
-	b.Count = after.since(before)
-	_, err = st.join(ctx, func(f func(*seat) error) error {
-		for _, s := range old {
-			if err := f(s); err != nil {
-				return err
-			}
+	return old, harness.Milliseconds(next - stopped), err
+}
+
+// nextLeader waits until someone leads who did not at a moment, and returns since when.
+func (t *trial) nextLeader(ctx context.Context, election int, after time.Duration,
+) (at time.Duration, err error) {
+	err = until(ctx, func() error {
+		if at = t.leader(election).at; at <= after {
+			return fmt.Errorf("election %d has no next leader", election)
 		}
 		return nil
 	})
+	return at, err
+}
+
+// stopAllLeaders stops the leaders of all elections at once, and has new candidates follow them
+// when that is measured.
+func (t *trial) stopAllLeaders(ctx context.Context) (*Burst, error) {
+	var old []*candidate
+	for e := range t.elections {
+		old = append(old, t.leader(e).candidate)
+	}
+	b, err := t.burst(ctx, func(b *Burst) error {
+		began, last := harness.Now(), time.Duration(0)
+		if err := stopAll(ctx, old); err != nil {
+			return err
+		}
+		for e := range t.elections {
+			at, err := t.nextLeader(ctx, e, began)
+			if err != nil {
+				return err
+			}
+			b.Times = append(b.Times, harness.Milliseconds(at-began))
+			last = max(last, at)
+		}
+		b.Seconds = (last - began).Seconds()
+		return nil
+	}, t.sample)
+	if err != nil {
+		return nil, err
+	}
+	if err := t.startAll(ctx, old); err != nil {
+		return nil, err
+	}
+	_, err = t.settled(ctx)
 	return b, err
 }
 
-// restart restarts etcd, in less time than a lease has, and waits until all
-// candidates have found their way back.
-func (st *stage) restart(ctx context.Context) (*Burst, error) {
-	terms, _, _ := st.counts()
-	stopped := harness.Now()
-	if err := st.member.Restart(ctx); err != nil {
+// restart restarts etcd, in less time than a lease has, and waits until all candidates have found
+// their way back.
+func (t *trial) restart(ctx context.Context) (*Burst, error) {
+	terms, stopped := t.begun(), harness.Now()
+	if err := t.member.Restart(ctx); err != nil {
 		return nil, err
 	}
 	up := harness.Now()
-	if err := until(ctx, func() error { return errors.Join(st.renewedSince(up), st.inPlace()) }); err != nil {
+	err := until(ctx, func() error { return errors.Join(t.renewedSince(up), t.inPlace()) })
+	if err != nil {
 		return nil, err
 	}
 	b := &Burst{Outage: (up - stopped).Seconds(), Seconds: (harness.Now() - up).Seconds()}
-	var err error
-	b.Count, err = st.settled(ctx) // etcd counts from nothing again
-	b.Terms, _, _ = st.counts()
-	b.Terms -= terms
-	return b, err
-}
-
-// leave stops all candidates at once.
-func (st *stage) leave(ctx context.Context) (Burst, error) {
-	before, _, err := st.sample(ctx)
-	if err != nil {
-		return Burst{}, err
-	}
-	terms, _, _ := st.counts()
-	began := harness.Now()
-	_ = st.all(func(s *seat) error { s.leave(); return nil })
-	if err := st.all(func(s *seat) error { return s.left(ctx) }); err != nil {
-		return Burst{}, err
-	}
-	b := Burst{Seconds: (harness.Now() - began).Seconds()}
-	b.Terms, _, _ = st.counts()
-	b.Terms -= terms
-	after, g, err := st.sample(ctx)
-	b.Count, b.Left = after.since(before), g.keys
+	b.Count, err = t.settled(ctx) // etcd counts from nothing again
+	b.Terms = t.begun() - terms
 	return b, err
 }

@@ -1,0 +1,77 @@
+//go:build linux
+
+package harness
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// Interruptible is the context of a command: it ends with SIGINT, SIGTERM or SIGHUP.
+func Interruptible() (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+}
+
+// ExitCode is 0 without an error. Else it prints the error and is 1.
+func ExitCode(command string, err error) int {
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(os.Stderr, "%s: %v\n", command, err)
+	return 1
+}
+
+// ProgramsDir is the directory of the running program. The programs under test are beside it.
+func ProgramsDir() (string, error) {
+	self, err := os.Executable()
+	return filepath.Dir(self), err
+}
+
+// FindEtcdAndAbout is FindEtcd, with a description of it and of this machine.
+func FindEtcdAndAbout(ctx context.Context) (etcd Etcd, about About, err error) {
+	if etcd, err = FindEtcd(ctx, os.Stderr); err == nil {
+		about, err = AboutThisRun(ctx, etcd)
+	}
+	return etcd, about, err
+}
+
+// WriteJSON writes what was measured into a file.
+func WriteJSON(path string, v any) error {
+	data, err := json.MarshalIndent(v, "", "\t")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, append(data, '\n'), 0o644)
+}
+
+// ReadJSON reads what WriteJSON wrote.
+func ReadJSON[T any](path string) (*T, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	v := new(T)
+	if err := json.Unmarshal(data, v); err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	return v, nil
+}
+
+// TableHead writes the first lines of a Markdown table, TableRow one of the others. What can't be
+// written is for the writer to tell at its end.
+func TableHead(w io.Writer, cells ...string) {
+	TableRow(w, cells...)
+	_, _ = fmt.Fprintf(w, "%s|\n", strings.Repeat("|---", len(cells)))
+}
+
+// TableRow writes the cells of a line.
+func TableRow(w io.Writer, cells ...string) {
+	_, _ = fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | "))
+}
