@@ -721,7 +721,7 @@ func TestRevoke(t *testing.T) {
 	waitForLeases(t, cluster, lease)
 	done := make(chan error)
 	go func() { done <- Revoke(t.Context(), cfg, lease) }()
-	dark.Heal()
+	dark.Recover()
 	if err := <-done; err != nil {
 		t.Error(err)
 	}

@@ -87,7 +87,7 @@ func TestCandidate_BlackHole(t *testing.T) {
 	if s.Reason == "" {
 		t.Error("no reason for not being in the election")
 	}
-	roads[0].Heal()
+	roads[0].Recover()
 	a.waitForState(Standby)
 	waitForLeases(t, cluster, a.Snapshot().LeaseID, b.Snapshot().LeaseID)
 	for sample, want := range map[string]float64{
@@ -142,7 +142,7 @@ func TestCandidate_ContactComesBackAfterStopAt(t *testing.T) {
 	roads[0].Cut(harness.BothWays)
 	a.waitForState(Stopping)
 	calls, _ := a.extensions()
-	roads[0].Heal()
+	roads[0].Recover()
 	// The lease lives on well beyond what it had when the term ended.
 	s := a.Snapshot()
 	a.waitFor("renewed", func(now Snapshot) bool { return now.Deadlines.StopAt > s.Deadlines.End })
@@ -252,7 +252,7 @@ func TestCandidate_Compaction(t *testing.T) {
 	revision := strings.Split(strings.Split(etcdctl(t, cluster, "get", "other", "-w", "json"), `"revision":`)[1], ",")[0]
 	etcdctl(t, cluster, "compact", revision)
 	roads[0].Drop()
-	roads[0].Heal()
+	roads[0].Recover()
 	b.waitForTerm()
 }
 
@@ -377,7 +377,7 @@ func testHungMember(t *testing.T, cluster *harness.Cluster, ttl time.Duration, h
 	b := newTestCandidate(t, endpoints, "b", long)
 	b.waitForState(Standby)
 	for _, road := range roads[1:] {
-		road.Heal()
+		road.Recover()
 	}
 	for _, m := range members[:hung] {
 		if err := m.Pause(); err != nil {
@@ -430,7 +430,7 @@ func TestCandidate_StandbyOnADarkMember(t *testing.T) {
 		}
 		b, term = c, next
 		for _, road := range roads {
-			road.Heal()
+			road.Recover()
 		}
 	}
 }
@@ -516,7 +516,7 @@ func testLostGrantReply(t *testing.T, stop bool) {
 		waitForLeases(t, cluster) // it was revoked, although that was not answered either
 		return
 	}
-	roads[0].Heal()
+	roads[0].Recover()
 	waitForLeases(t, cluster, a.waitForTerm().LeaseID)
 }
 
@@ -712,7 +712,7 @@ func TestCandidate_LeaseNotRevoked_HolderKnowsIt(t *testing.T) {
 		t.Fatalf("told of the lease %x", id)
 	case <-time.After(200 * time.Millisecond): // a tenth of what is waited for it at most
 	}
-	roads[0].Heal()
+	roads[0].Recover()
 	a.waitForTerm()
 	waitForLeases(t, cluster, a.Snapshot().LeaseID)
 }
@@ -738,7 +738,7 @@ func TestCandidate_LeaseNotRevoked_PlannedStop(t *testing.T) {
 	over <- struct{}{}
 	a.waitFor("done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" })
 	a.stop(nil)
-	roads[0].Heal()
+	roads[0].Recover()
 	if err := a.waitForReturn(); err != nil {
 		t.Errorf("Run after a planned stop: %v", err)
 	}

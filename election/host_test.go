@@ -86,7 +86,7 @@ func TestCandidate_NameOfSeveralMembers(t *testing.T) {
 		roads[i].Cut(harness.BothWays)
 		a.waitForExtensions(4)
 		a.expectLeading(term)
-		roads[i].Heal()
+		roads[i].Recover()
 		a.waitForExtensions(2)
 	}
 	news, _ := name.move(5)
@@ -97,7 +97,7 @@ func TestCandidate_NameOfSeveralMembers(t *testing.T) {
 		news[i].Cut(harness.BothWays)
 		a.waitForExtensions(4)
 		a.expectLeading(term)
-		news[i].Heal()
+		news[i].Recover()
 		a.waitForExtensions(2)
 	}
 	a.stop(nil)

@@ -19,13 +19,32 @@ import (
 	"time"
 )
 
-// Programs are the programs under test, built once for a test binary.
+// Programs are the programs under test.
 type Programs struct {
 	Leasehold string
 	Testjob   string
 	Stockloop string
 
 	dir string
+}
+
+// ProgramsIn are the programs in a directory.
+func ProgramsIn(dir string) *Programs {
+	return &Programs{
+		Leasehold: filepath.Join(dir, "leasehold"),
+		Testjob:   filepath.Join(dir, "testjob"),
+		Stockloop: filepath.Join(dir, "stockloop"),
+		dir:       dir,
+	}
+}
+
+// ProgramsBeside are the programs beside the one that runs.
+func ProgramsBeside() (*Programs, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return ProgramsIn(filepath.Dir(self)), nil
 }
 
 // Build builds the programs as they are released: static and without the race
@@ -43,12 +62,7 @@ func Build(ctx context.Context, packages ...string) (*Programs, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Programs{
-		Leasehold: filepath.Join(dir, "leasehold"),
-		Testjob:   filepath.Join(dir, "testjob"),
-		Stockloop: filepath.Join(dir, "stockloop"),
-		dir:       dir,
-	}
+	p := ProgramsIn(dir)
 	args := append([]string{"build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", dir + "/"}, packages...)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = root
@@ -152,24 +166,39 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 // Guard is the pid of the process that was started.
 func (c *Candidate) Guard() int { return c.guard.cmd.Process.Pid }
 
-// Elector is the pid of the guard's child that campaigns.
-func (c *Candidate) Elector() (int, error) { return c.child("elector") }
+// A Process is one of a daemon's own.
+type Process string
 
-// Spawner is the pid of the guard's child from which the job descends.
-func (c *Candidate) Spawner() (int, error) { return c.child("spawner") }
+// The processes of leasehold. Other programs have but the one that was started,
+// which takes the guard's place.
+const (
+	Guard   Process = "guard"   // the process that was started
+	Elector Process = "elector" // its child that campaigns
+	Spawner Process = "spawner" // its child from which the job descends
+)
 
-func (c *Candidate) child(name string) (int, error) {
+// Pid finds one of the daemon's processes.
+func (c *Candidate) Pid(p Process) (int, error) {
+	if p == Guard {
+		return c.Guard(), nil
+	}
 	for _, pid := range Children(c.Guard()) {
 		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		if err != nil {
 			continue // it has just ended
 		}
-		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == name {
+		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == string(p) {
 			return pid, nil
 		}
 	}
-	return 0, fmt.Errorf("candidate %s has no %s", c.Identity, name)
+	return 0, fmt.Errorf("candidate %s has no %s", c.Identity, p)
 }
+
+// Elector is the pid of the guard's child that campaigns.
+func (c *Candidate) Elector() (int, error) { return c.Pid(Elector) }
+
+// Spawner is the pid of the guard's child from which the job descends.
+func (c *Candidate) Spawner() (int, error) { return c.Pid(Spawner) }
 
 // Signal sends a signal to the guard.
 func (c *Candidate) Signal(sig syscall.Signal) error { return c.guard.signal(sig) }
@@ -185,6 +214,9 @@ func (c *Candidate) SignalElector(sig syscall.Signal) error {
 
 // Ended is closed when the guard has ended.
 func (c *Candidate) Ended() <-chan struct{} { return c.guard.ended }
+
+// Running reports whether the guard has not ended.
+func (c *Candidate) Running() bool { return c.guard.alive() }
 
 // Wait waits for the guard's end and returns its exit code, 128+n after
 // signal n.
@@ -228,6 +260,26 @@ func (c *Candidate) Metric(ctx context.Context, prefix string) (float64, error) 
 		return 0, fmt.Errorf("read /metrics of %s: status %d", c.Identity, code)
 	}
 	return sumSamples(bufio.NewScanner(strings.NewReader(body)), prefix)
+}
+
+// WaitRenewals waits for n more good renewals of the candidate's lease.
+func (c *Candidate) WaitRenewals(ctx context.Context, n float64) error {
+	const good = `leasehold_lease_renewals_total{result="ok"}`
+	before := -1.0
+	return Until(ctx, func() error {
+		now, err := c.Metric(ctx, good)
+		if err != nil {
+			return err
+		}
+		if before < 0 {
+			before = now
+		}
+		if now < before+n {
+			return fmt.Errorf("candidate %s renewed its lease %v times, want %v",
+				c.Identity, now-before, n)
+		}
+		return nil
+	})
 }
 
 // WaitStatus waits until an endpoint of the daemon answers with the code.

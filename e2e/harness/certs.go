@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -56,6 +57,19 @@ func NewCerts(dir string) (*Certs, error) {
 		return nil, err
 	}
 	return c, c.IssueClient(3)
+}
+
+// ClientConfig is for a client that shows the client's certificate.
+func (c *Certs) ClientConfig() (*tls.Config, error) {
+	own, err := tls.LoadX509KeyPair(c.ClientCertFile, c.ClientKeyFile)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(c.ca)
+	return &tls.Config{
+		Certificates: []tls.Certificate{own}, RootCAs: roots, MinVersion: tls.VersionTLS12,
+	}, nil
 }
 
 // IssueClient replaces the client's certificate by a new one, as a renewal of

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -165,13 +166,21 @@ func (c *Cluster) Endpoints() []string {
 	return urls
 }
 
-// Nodes are the nodes of all members.
-func (c *Cluster) Nodes() []*Node {
+// Nodes are the nodes of the given members; without any, of all.
+func (c *Cluster) Nodes(members ...*Member) []*Node {
+	if len(members) == 0 {
+		members = c.Members
+	}
 	var nodes []*Node
-	for _, m := range c.Members {
+	for _, m := range members {
 		nodes = append(nodes, m.Node)
 	}
 	return nodes
+}
+
+// Except are all members but the given one.
+func (c *Cluster) Except(m *Member) []*Member {
+	return slices.DeleteFunc(slices.Clone(c.Members), func(o *Member) bool { return o == m })
 }
 
 // WaitHealthy waits until every running member serves and has a leader.
@@ -187,13 +196,19 @@ func (c *Cluster) WaitHealthy(ctx context.Context) error {
 	return nil
 }
 
-// Leader returns the member that leads, by its own account. A paused member is
+// Leader waits for a member that leads, by its own account. A paused member is
 // not asked for long.
-func (c *Cluster) Leader(ctx context.Context) (*Member, error) {
-	var leader *Member
-	err := Until(ctx, func() error {
-		for _, m := range c.Members {
-			if v, err := m.Metric(ctx, "etcd_server_is_leader"); err == nil && v == 1 {
+func (c *Cluster) Leader(ctx context.Context) (*Member, error) { return leading(ctx, c.Members) }
+
+// Successor waits until another member than the given one leads.
+func (c *Cluster) Successor(ctx context.Context, of *Member) (*Member, error) {
+	return leading(ctx, c.Except(of))
+}
+
+func leading(ctx context.Context, among []*Member) (leader *Member, err error) {
+	err = Until(ctx, func() error {
+		for _, m := range among {
+			if m.Leads(ctx) {
 				leader = m
 				return nil
 			}
@@ -201,6 +216,28 @@ func (c *Cluster) Leader(ctx context.Context) (*Member, error) {
 		return errors.New("no member of etcd leads")
 	})
 	return leader, err
+}
+
+// MoveLeader makes a member the leader, and waits until it is.
+func (c *Cluster) MoveLeader(ctx context.Context, to *Member) error {
+	from, err := c.Leader(ctx)
+	if err != nil {
+		return err
+	}
+	client, err := c.NewClient(from.ClientURL) // only the leader can
+	if err != nil {
+		return err
+	}
+	defer func() { _ = client.Close() }()
+	status, err := client.Status(ctx, to.ClientURL)
+	if err == nil && from != to {
+		_, err = client.MoveLeader(ctx, status.Header.MemberId)
+	}
+	if err != nil {
+		return fmt.Errorf("move etcd's leadership to %s: %w", to.Name, err)
+	}
+	_, err = leading(ctx, []*Member{to})
+	return err
 }
 
 // Etcdctl runs etcdctl against all members and returns its standard output.
@@ -358,6 +395,12 @@ func (m *Member) Metric(ctx context.Context, prefix string) (float64, error) {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	return sumSamples(bufio.NewScanner(resp.Body), prefix)
+}
+
+// Leads reports whether the member leads etcd, by its own account.
+func (m *Member) Leads(ctx context.Context) bool {
+	v, err := m.Metric(ctx, "etcd_server_is_leader")
+	return err == nil && v == 1
 }
 
 func (m *Member) get(ctx context.Context, path string) (*http.Response, error) {

@@ -77,9 +77,9 @@ type Network struct {
 
 	index int64
 
-	mu    sync.Mutex
-	count int // of nodes
-	rules map[Way]string
+	mu     sync.Mutex
+	count  int // of nodes
+	losses []*Loss
 }
 
 // Node is one machine on a Network.
@@ -93,16 +93,23 @@ type Node struct {
 	closing   []func()
 }
 
-// Way is one direction between two nodes.
-type Way struct{ From, To *Node }
+// Link is one direction between two nodes.
+type Link struct{ From, To *Node }
 
-// Between lists the ways between a node and others, in both directions.
-func Between(a *Node, others ...*Node) []Way {
-	var ways []Way
-	for _, b := range others {
-		ways = append(ways, Way{a, b}, Way{b, a})
+// Links lists the links from each of some nodes to each of others.
+func Links(from, to []*Node) []Link {
+	var links []Link
+	for _, a := range from {
+		for _, b := range to {
+			links = append(links, Link{a, b})
+		}
 	}
-	return ways
+	return links
+}
+
+// LinksBetween lists the links between a node and others, in both directions.
+func LinksBetween(a *Node, others ...*Node) []Link {
+	return append(Links([]*Node{a}, others), Links(others, []*Node{a})...)
 }
 
 var networks atomic.Int64 // keeps their addresses apart
@@ -113,7 +120,7 @@ func NewNetwork() (*Network, error) {
 		return nil, errors.New("make a network: this program is not in a network namespace of its own")
 	}
 	k := networks.Add(1)
-	n := &Network{Host: fmt.Sprintf("10.%d.0.1", k), index: k, rules: map[Way]string{}}
+	n := &Network{Host: fmt.Sprintf("10.%d.0.1", k), index: k}
 	err := errors.Join(
 		ip("link", "set", "lo", "up"),
 		ip("link", "add", n.bridge(), "type", "bridge"),
@@ -133,7 +140,7 @@ func (n *Network) bridge() string { return fmt.Sprintf("lh%d", n.index) }
 func (n *Network) Close() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	clear(n.rules)
+	n.losses = nil
 	_ = n.load()                         // there may be no table
 	_ = ip("link", "delete", n.bridge()) // there may be no bridge
 }
@@ -173,10 +180,8 @@ func (n *Network) Node(name string) (*Node, error) {
 // process in it has ended.
 func (node *Node) Close() {
 	node.network.mu.Lock()
-	for way := range node.network.rules {
-		if way.From == node || way.To == node {
-			delete(node.network.rules, way)
-		}
+	for _, l := range node.network.losses {
+		l.links = slices.DeleteFunc(l.links, func(k Link) bool { return k.From == node || k.To == node })
 	}
 	node.network.mu.Unlock()
 	for _, f := range node.closing {
@@ -229,40 +234,69 @@ func newNamespace() (*os.File, error) {
 	return made, err
 }
 
-// Cut drops whatever goes these ways, all from the same moment on, until Heal.
-func (n *Network) Cut(ways ...Way) error { return n.set("counter drop", ways) }
-
-// Lose drops so many of a hundred packets that go these ways, until Heal.
-func (n *Network) Lose(percent int, ways ...Way) error {
-	return n.set(fmt.Sprintf("numgen random mod 100 < %d counter drop", percent), ways)
+// Loss is packets being dropped on some links, until End.
+type Loss struct {
+	network *Network
+	percent int
+	links   []Link
 }
 
-func (n *Network) set(rule string, ways []Way) error {
+// Cut drops every packet on these links, on all from the same moment on.
+func (n *Network) Cut(links ...Link) (*Loss, error) { return n.Lose(100, links...) }
+
+// Lose drops so many of a hundred packets on these links. Losses may overlap: on
+// each link the worst of them counts.
+func (n *Network) Lose(percent int, links ...Link) (*Loss, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	for _, w := range ways {
-		n.rules[w] = rule
-	}
+	l := &Loss{n, percent, links}
+	n.losses = append(n.losses, l)
+	return l, n.load()
+}
+
+// End ends the loss. Others on the same links go on.
+func (l *Loss) End() error {
+	l.network.mu.Lock()
+	defer l.network.mu.Unlock()
+	l.network.losses = slices.DeleteFunc(l.network.losses, func(o *Loss) bool { return o == l })
+	return l.network.load()
+}
+
+// Recover ends all losses.
+func (n *Network) Recover() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.losses = nil
 	return n.load()
 }
 
-// Heal lets everything pass these ways again; without any, everywhere.
-func (n *Network) Heal(ways ...Way) error {
+// Lossy reports whether packets between a node and one of the others are dropped.
+func (n *Network) Lossy(node *Node, others ...*Node) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if len(ways) == 0 {
-		clear(n.rules)
+	for link := range n.worst() {
+		if link.From == node && slices.Contains(others, link.To) ||
+			link.To == node && slices.Contains(others, link.From) {
+			return true
+		}
 	}
-	for _, w := range ways {
-		delete(n.rules, w)
+	return false
+}
+
+// worst is the percentage of packets that each link loses.
+func (n *Network) worst() map[Link]int {
+	worst := map[Link]int{}
+	for _, l := range n.losses {
+		for _, link := range l.links {
+			worst[link] = max(worst[link], l.percent)
+		}
 	}
-	return n.load()
+	return worst
 }
 
 var droppedPattern = regexp.MustCompile(`counter packets (\d+) `)
 
-// Dropped is how many packets the cuts and losses have dropped since the last
-// of them was made or healed.
+// Dropped is how many packets were dropped since the last loss began or ended.
 func (n *Network) Dropped(ctx context.Context) (int, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -281,22 +315,29 @@ func (n *Network) Dropped(ctx context.Context) (int, error) {
 	return sum, nil
 }
 
-// load has the kernel replace all rules of this network at one stroke.
+// load has the kernel replace all rules of this network at once.
 func (n *Network) load() error {
 	var rules []string
-	for way, rule := range n.rules {
-		rules = append(rules, fmt.Sprintf("iifname %s oifname %s %s", way.From.wire, way.To.wire, rule))
+	for link, percent := range n.worst() {
+		rule := "counter drop"
+		if percent < 100 {
+			rule = fmt.Sprintf("numgen random mod 100 < %d counter drop", percent)
+		}
+		rules = append(rules,
+			fmt.Sprintf("iifname %s oifname %s %s", link.From.wire, link.To.wire, rule))
 	}
 	slices.Sort(rules)
 	table := "bridge " + n.bridge()
 	script := fmt.Sprintf("table %s {}\ndelete table %s\n", table, table)
 	if len(rules) > 0 {
-		script += fmt.Sprintf("table %s {\nchain forward {\ntype filter hook forward priority 0;\n%s\n}\n}\n", table, strings.Join(rules, "\n"))
+		script += fmt.Sprintf(
+			"table %s {\nchain forward {\ntype filter hook forward priority 0;\n%s\n}\n}\n",
+			table, strings.Join(rules, "\n"))
 	}
 	cmd := exec.CommandContext(context.Background(), "nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(script)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("cut or heal a network by nft (Debian's package nftables): %w: %s", err, bytes.TrimSpace(out))
+		return fmt.Errorf("set rules by nft (Debian's package nftables): %w: %s", err, bytes.TrimSpace(out))
 	}
 	return nil
 }

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// Direction is one way along a road, or both.
+// Direction is one direction of a connection, or both.
 type Direction int
 
 // The directions, as seen by the client that dialled the proxy.
@@ -23,10 +23,10 @@ const (
 	BothWays = ToServer | ToClient
 )
 
-// Proxy is a road to a TCP endpoint that can be cut as a network is cut: the
+// Proxy is a link to a TCP endpoint that can be cut as a network is cut: the
 // connections stay and nothing arrives, not even that the other end has
-// closed. New connections are accepted while the road is cut (a network with
-// a proxy or a firewall in it does that too), and hear nothing.
+// closed. New connections are accepted while the link is cut (a network with
+// a proxy or a firewall in it does that too), and receive nothing.
 type Proxy struct {
 	listener net.Listener
 	target   string
@@ -51,7 +51,7 @@ func (g *gate) cut() {
 	}
 }
 
-func (g *gate) heal() {
+func (g *gate) resume() {
 	select {
 	case <-g.open:
 	default:
@@ -116,7 +116,7 @@ func (p *Proxy) SetDelay(delay time.Duration) {
 	p.delay = delay
 }
 
-// Cut makes the road dark in the given direction until Heal.
+// Cut passes nothing on in the given direction until Recover.
 func (p *Proxy) Cut(d Direction) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -128,12 +128,12 @@ func (p *Proxy) Cut(d Direction) {
 	}
 }
 
-// Heal passes on what was held and all that follows.
-func (p *Proxy) Heal() {
+// Recover passes on what was held and all that follows.
+func (p *Proxy) Recover() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.toServer.heal()
-	p.toClient.heal()
+	p.toServer.resume()
+	p.toClient.resume()
 }
 
 // Drop closes every connection, as a firewall that rejects or a restarted load
@@ -218,7 +218,7 @@ type piece struct {
 }
 
 // copy keeps the order of what it passes on, but does not let one piece's delay
-// add to the next one's: a long road is not a narrow one.
+// add to the next one's: a slow link is not a narrow one.
 func (p *Proxy) copy(dst, src net.Conn, d Direction) {
 	pieces := make(chan piece, 1024)
 	var reader sync.WaitGroup
@@ -279,7 +279,7 @@ func (p *Proxy) copy(dst, src net.Conn, d Direction) {
 	}
 }
 
-// pass waits until the road is open in the given direction. It is false once
+// pass waits until the link is open in the given direction. It is false once
 // the proxy is closed.
 func (p *Proxy) pass(d Direction) bool {
 	for {

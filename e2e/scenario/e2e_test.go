@@ -141,7 +141,7 @@ func TestProxy(t *testing.T) {
 		fresh := dial()
 		send(fresh, "fresh")
 		silent(fresh)
-		p.Heal()
+		p.Recover()
 		receive(c, name)
 		receive(fresh, "fresh")
 	}

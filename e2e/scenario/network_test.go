@@ -75,14 +75,14 @@ func TestNetwork(t *testing.T) {
 	}
 
 	// Dark for one member: nothing happens. For all: the job moves, and there are never two.
-	if err := network.Cut(harness.Between(road, cluster.Members[0].Node)...); err != nil {
+	if _, err := network.Cut(harness.LinksBetween(road, cluster.Members[0].Node)...); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := witness.WaitForNext(testContext(t, 4*time.Second), job); err == nil {
 		t.Fatal("the job has moved though two members could be reached")
 	}
 	at := harness.Now()
-	if err := network.Cut(harness.Between(road, cluster.Nodes()...)...); err != nil {
+	if _, err := network.Cut(harness.LinksBetween(road, cluster.Nodes()...)...); err != nil {
 		t.Fatal(err)
 	}
 	next, err := witness.WaitForNext(ctx, job)
@@ -95,7 +95,7 @@ func TestNetwork(t *testing.T) {
 	for _, o := range witness.Overlaps() {
 		t.Error(o)
 	}
-	if err := network.Heal(); err != nil {
+	if err := network.Recover(); err != nil {
 		t.Fatal(err)
 	}
 	if err := leader.WaitStatus(ctx, "/standby", http.StatusOK); err != nil {

@@ -195,7 +195,7 @@ func (c *candidate) cut() {
 
 func (c *candidate) heal() {
 	for _, r := range c.roads {
-		r.Heal()
+		r.Recover()
 	}
 }
 

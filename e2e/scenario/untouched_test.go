@@ -130,7 +130,7 @@ func eachDark(tr *trial, c *candidate) {
 	for _, r := range c.roads {
 		r.Cut(harness.BothWays)
 		tr.waitRenewals(c, 6)
-		r.Heal()
+		r.Recover()
 		tr.waitRenewals(c, 1)
 	}
 }

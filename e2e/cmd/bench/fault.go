@@ -47,7 +47,7 @@ var faults = []fault{
 
 // inTurns makes the trials of a fault, the contenders taking turns, so that
 // what else the machine does disturbs all alike.
-func (s *stage) inTurns(ctx context.Context, f fault, n int, with []harness.Contender) error {
+func (s *stage) inTurns(ctx context.Context, f fault, n int, with []harness.Implementation) error {
 	var pairs []*pair
 	var left []int
 	for _, c := range with {
@@ -90,7 +90,7 @@ func (s *stage) inTurns(ctx context.Context, f fault, n int, with []harness.Cont
 // A pair is a leader and a standby of one contender.
 type pair struct {
 	*stage
-	of              harness.Contender
+	of              harness.Implementation
 	ttl             time.Duration
 	election        string
 	leader, standby *candidate

@@ -145,7 +145,7 @@ func (b *bench) measure(ctx context.Context, n int, idle time.Duration, wanted [
 		if !want(f.part) {
 			continue
 		}
-		if err := plain.inTurns(ctx, f, n, harness.Contenders); err != nil {
+		if err := plain.inTurns(ctx, f, n, harness.Implementations); err != nil {
 			return err
 		}
 	}
@@ -182,11 +182,11 @@ func (b *bench) measureRoad(ctx context.Context, road string, n int) error {
 	}
 	defer s.close()
 	for _, f := range faults {
-		with := []harness.Contender{harness.Leasehold, harness.EtcdctlLock}
+		with := []harness.Implementation{harness.Leasehold, harness.EtcdctlLock}
 		switch f.Name {
 		case "stop":
 		case "kill", "kill-elector":
-			with = []harness.Contender{harness.Leasehold}
+			with = []harness.Implementation{harness.Leasehold}
 			f.share = 1
 		default:
 			continue

@@ -127,7 +127,7 @@ func writeReport(to io.Writer, r *results) error {
 	p("\nfault\tcontender\tvia\tTTL\ttrials\tnext job, median\tp99\tmax\tboth alive\tp50\tp99\tguard late, max\n")
 	for _, road := range []string{"plain", "tls", "auth"} {
 		for _, f := range faults {
-			for _, c := range harness.Contenders {
+			for _, c := range harness.Implementations {
 				samples := r.of(c.Name, road, f.Name)
 				if len(samples) == 0 {
 					continue
@@ -144,7 +144,7 @@ func writeReport(to io.Writer, r *results) error {
 	p("\nwhere the time goes (medians)\tcontender\tvia\tfault to old job dead\tto its key deleted\tto next job's first instruction\n")
 	for _, road := range []string{"plain", "tls", "auth"} {
 		for _, f := range []string{"stop", "kill", "kill-elector"} {
-			for _, c := range harness.Contenders {
+			for _, c := range harness.Implementations {
 				samples := r.of(c.Name, road, f)
 				if len(samples) == 0 || overlapping(samples) > 0 {
 					continue
@@ -179,7 +179,7 @@ func reportSize(p func(string, ...any), r *results) {
 	}
 	if len(r.Binaries) > 0 {
 		p("\nbinary\tbytes\n")
-		for _, c := range harness.Contenders {
+		for _, c := range harness.Implementations {
 			p("%s\t%d\n", c.Name, r.Binaries[c.Name])
 		}
 	}

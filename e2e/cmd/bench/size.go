@@ -58,7 +58,7 @@ func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
 			s.end(c.candidate)
 		}
 	}()
-	for _, of := range harness.Contenders {
+	for _, of := range harness.Implementations {
 		s.count++
 		election := fmt.Sprintf("bench/%d", s.count)
 		for i, role := range []string{"leader", "standby"} {

@@ -95,18 +95,18 @@ func clientTLS(certs *harness.Certs) (*tls.Config, error) {
 // A candidate is one daemon of a contender.
 type candidate struct {
 	*harness.Candidate
-	of       harness.Contender
+	of       harness.Implementation
 	elector  int // its pid, where that is to be killed
 	election string
 }
 
 // start starts a candidate with the test job. binary, if not empty, is a copy
 // of the contender's program.
-func (s *stage) start(of harness.Contender, election string, ttl time.Duration, binary string) (*candidate, error) {
+func (s *stage) start(of harness.Implementation, election string, ttl time.Duration, binary string) (*candidate, error) {
 	c := &candidate{of: of, election: election}
 	s.count++
 	identity := fmt.Sprintf("%s-%d", strings.ReplaceAll(of.Name, " ", "-"), s.count)
-	cfg := of.Config(harness.Entry{Programs: s.programs, Etcd: s.etcd, Endpoints: s.etcd.Endpoints(), Election: election, Identity: identity, TTL: ttl, Witness: s.witness})
+	cfg := of.Config(harness.Candidacy{Programs: harness.ProgramsIn(s.programs), Etcd: s.etcd, Endpoints: s.etcd.Endpoints(), Election: election, Identity: identity, TTL: ttl, Witness: s.witness})
 	if of.Name == harness.Leasehold.Name {
 		cfg.Env = append(cfg.Env, s.credentials()...)
 	}

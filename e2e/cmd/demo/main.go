@@ -177,7 +177,7 @@ func (d *demo) faults(ctx context.Context) error {
 		return err
 	}
 	healed := harness.Now()
-	d.roads[cut].Heal()
+	d.roads[cut].Recover()
 	if err := d.standby(ctx, cut); err != nil {
 		return err
 	}
@@ -282,7 +282,7 @@ func (d *demo) start(identity string) error {
 
 func (d *demo) closeCandidates() {
 	for _, r := range d.roads {
-		r.Heal() // a daemon that reaches etcd ends at once
+		r.Recover() // a daemon that reaches etcd ends at once
 	}
 	var all sync.WaitGroup
 	for _, c := range d.started {

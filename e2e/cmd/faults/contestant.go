@@ -59,8 +59,8 @@ func (t *Trial) start(identity string, job []string) (*Contestant, error) {
 		return nil, err
 	}
 	defer func() { _ = dir.Close() }()
-	cfg := t.Of.Config(harness.Entry{
-		Programs: t.programs, Etcd: t.Etcd, Endpoints: endpoints, Election: t.Election, Identity: identity,
+	cfg := t.Of.Config(harness.Candidacy{
+		Programs: harness.ProgramsIn(t.programs), Etcd: t.Etcd, Endpoints: endpoints, Election: t.Election, Identity: identity,
 		TTL: t.Row.ttl(), Job: job, Witness: t.Witness,
 	})
 	cfg.Node, cfg.UID = c.Node, t.Of.uid
@@ -92,7 +92,7 @@ func (t *Trial) Dark(c *Contestant, nodes ...*harness.Node) error {
 	if len(nodes) == 0 {
 		nodes = t.Etcd.Nodes()
 	}
-	return t.Network.Cut(harness.Between(c.Node, nodes...)...)
+	return noLoss(t.Network.Cut)(harness.LinksBetween(c.Node, nodes...)...)
 }
 
 // Freeze stops every process of the contestant at one stroke, its job's too.
@@ -147,7 +147,7 @@ func (c *Contestant) wake(ctx context.Context) {
 		_ = syscall.Kill(pid, syscall.SIGCONT) // it may just have ended
 	}
 	for _, road := range c.Roads {
-		road.Heal()
+		road.Recover()
 	}
 }
 

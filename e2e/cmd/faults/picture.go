@@ -346,7 +346,7 @@ func (r *Results) refresh(readme string) error {
 			continue
 		}
 		fmt.Fprintf(&b, "| %s ", row.About)
-		for _, e := range harness.Contenders {
+		for _, e := range harness.Implementations {
 			text := "-"
 			for _, c := range cells {
 				if c.row.Name == row.Name && c.candidate == e.Name {

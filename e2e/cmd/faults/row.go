@@ -107,7 +107,7 @@ func (r *Row) shape() shape {
 
 // An entrant is a contender in one of the ways in which it is run.
 type entrant struct {
-	harness.Contender
+	harness.Implementation
 	Title string
 	uid   uint32
 }

@@ -114,12 +114,12 @@ func pauseForLong(ctx context.Context, t *Trial) error {
 
 // isolate cuts a member off from the others.
 func isolate(_ context.Context, t *Trial, m *harness.Member) error {
-	return t.Network.Cut(harness.Between(m.Node, otherNodes(t, m)...)...)
+	return noLoss(t.Network.Cut)(harness.LinksBetween(m.Node, otherNodes(t, m)...)...)
 }
 
 // cutOff cuts a member off from the others and from the candidates.
 func cutOff(_ context.Context, t *Trial, m *harness.Member) error {
-	return t.Network.Cut(harness.Between(m.Node, append(otherNodes(t, m), t.Leader.Node, t.Standby.Node)...)...)
+	return noLoss(t.Network.Cut)(harness.LinksBetween(m.Node, append(otherNodes(t, m), t.Leader.Node, t.Standby.Node)...)...)
 }
 
 func otherNodes(t *Trial, m *harness.Member) []*harness.Node {
@@ -170,7 +170,7 @@ func resume(ctx context.Context, t *Trial) error {
 }
 
 func join(ctx context.Context, t *Trial) error {
-	return errors.Join(somethingDropped(ctx, t), t.Network.Heal(), t.Etcd.WaitHealthy(ctx))
+	return errors.Join(somethingDropped(ctx, t), t.Network.Recover(), t.Etcd.WaitHealthy(ctx))
 }
 
 // deposed makes sure that etcd has another leader before the fault is ended.
@@ -570,7 +570,7 @@ func compaction(ctx context.Context, t *Trial) error {
 	}
 	t.Figure("compacted", harness.Now()-t.At)
 	for _, road := range roads {
-		road.Heal()
+		road.Recover()
 	}
 	return nil
 }

@@ -29,12 +29,12 @@ var roadRows = []Row{
 	{Name: "road-one-way-out", Group: "road", About: "packets to etcd are lost, those from etcd arrive",
 		Members: 3, After: somethingDropped,
 		Strike: func(_ context.Context, t *Trial) error {
-			return t.Network.Cut(waysFrom(t.Leader.Node, t.Etcd.Nodes())...)
+			return noLoss(t.Network.Cut)(waysFrom(t.Leader.Node, t.Etcd.Nodes())...)
 		}},
 	{Name: "road-one-way-in", Group: "road", About: "packets from etcd are lost, those to etcd arrive",
 		Members: 3, CI: true, After: somethingDropped,
 		Strike: func(_ context.Context, t *Trial) error {
-			return t.Network.Cut(waysTo(t.Leader.Node, t.Etcd.Nodes())...)
+			return noLoss(t.Network.Cut)(waysTo(t.Leader.Node, t.Etcd.Nodes())...)
 		}},
 	{Name: "road-slow", Group: "road", About: "the road to etcd is slow: 200 ms longer each way",
 		Members: 3, Proxied: true, Untouched: true, Strike: slow, Lasts: 6 * time.Second, Heal: slowIndeed},
@@ -48,18 +48,18 @@ var roadRows = []Row{
 
 func dark(_ context.Context, t *Trial) error { return t.Dark(t.Leader) }
 
-func waysFrom(a *harness.Node, others []*harness.Node) []harness.Way {
-	var ways []harness.Way
+func waysFrom(a *harness.Node, others []*harness.Node) []harness.Link {
+	var ways []harness.Link
 	for _, b := range others {
-		ways = append(ways, harness.Way{From: a, To: b})
+		ways = append(ways, harness.Link{From: a, To: b})
 	}
 	return ways
 }
 
-func waysTo(a *harness.Node, others []*harness.Node) []harness.Way {
-	var ways []harness.Way
+func waysTo(a *harness.Node, others []*harness.Node) []harness.Link {
+	var ways []harness.Link
 	for _, b := range others {
-		ways = append(ways, harness.Way{From: b, To: a})
+		ways = append(ways, harness.Link{From: b, To: a})
 	}
 	return ways
 }
@@ -75,11 +75,12 @@ func somethingDropped(ctx context.Context, t *Trial) error {
 }
 
 func lossy(_ context.Context, t *Trial) error {
-	return t.Network.Lose(lossyRoad, harness.Between(t.Leader.Node, t.Etcd.Nodes()...)...)
+	_, err := t.Network.Lose(lossyRoad, harness.LinksBetween(t.Leader.Node, t.Etcd.Nodes()...)...)
+	return err
 }
 
 func stillLossy(ctx context.Context, t *Trial) error {
-	return errors.Join(somethingDropped(ctx, t), t.Network.Heal())
+	return errors.Join(somethingDropped(ctx, t), t.Network.Recover())
 }
 
 // slow makes the leader's roads to etcd longer, on connections that there are
@@ -138,7 +139,7 @@ func flapping(ctx context.Context, t *Trial) error {
 			return err
 		}
 		dropped += packets
-		if err := t.Network.Heal(); err != nil {
+		if err := t.Network.Recover(); err != nil {
 			return err
 		}
 		if err := harness.Wait(ctx, flap); err != nil {
@@ -149,4 +150,12 @@ func flapping(ctx context.Context, t *Trial) error {
 		return errors.New("no packet was dropped")
 	}
 	return nil
+}
+
+// noLoss is for losses that Network.Recover ends.
+func noLoss(f func(...harness.Link) (*harness.Loss, error)) func(...harness.Link) error {
+	return func(links ...harness.Link) error {
+		_, err := f(links...)
+		return err
+	}
 }

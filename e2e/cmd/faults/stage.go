@@ -86,7 +86,7 @@ func (s *Stage) close() {
 func (s *Stage) mend(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	if err := s.Network.Heal(); err != nil {
+	if err := s.Network.Recover(); err != nil {
 		return err
 	}
 	for _, m := range s.Etcd.Members {

@@ -307,9 +307,9 @@ func (x *executor) freeze(c *candidate) (thaw func(), err error) {
 }
 
 func (x *executor) hitRoad(f fault, c *candidate) error {
-	var ways []harness.Way
+	var ways []harness.Link
 	for _, m := range f.reach {
-		to, from := harness.Way{From: c.node, To: x.members[m].Node}, harness.Way{From: x.members[m].Node, To: c.node}
+		to, from := harness.Link{From: c.node, To: x.members[m].Node}, harness.Link{From: x.members[m].Node, To: c.node}
 		switch f.name {
 		case "road cut to etcd":
 			ways = append(ways, to)
@@ -382,7 +382,7 @@ func (x *executor) hitMember(f fault, m *member) error {
 				others = append(others, other.Node)
 			}
 		}
-		if err := x.roads.set(f.number, 100, harness.Between(m.Node, others...)); err != nil {
+		if err := x.roads.set(f.number, 100, harness.LinksBetween(m.Node, others...)); err != nil {
 			return err
 		}
 		heal = func() error { return x.roads.clear(f.number) }

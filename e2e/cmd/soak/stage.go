@@ -234,8 +234,8 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 	if s.contender == stockloop {
 		contender = harness.StockLoop
 	}
-	cfg := contender.Config(harness.Entry{
-		Programs: s.programs, Etcd: s.etcd, Endpoints: s.etcd.Endpoints(), Election: election, Identity: c.name,
+	cfg := contender.Config(harness.Candidacy{
+		Programs: harness.ProgramsIn(s.programs), Etcd: s.etcd, Endpoints: s.etcd.Endpoints(), Election: election, Identity: c.name,
 		TTL: s.ttl, Job: words, Witness: s.witness,
 	})
 	cfg.Node = c.node

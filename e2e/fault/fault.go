@@ -1,0 +1,127 @@
+//go:build linux
+
+// Package fault is the library of faults. The table (e2e/cmd/faults), the soak,
+// the bench and the scenarios (e2e/scenario) inject these and no others.
+// README.md beside it shows how to add one.
+package fault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"time"
+
+	"leasehold/e2e/check"
+	"leasehold/e2e/harness"
+)
+
+// Fault is something that goes wrong. A value is good for one use: what Inject
+// learns, Recover and Verify know. All functions but Inject may be nil.
+type Fault struct {
+	// Name is in kebab-case, and says what is broken and how.
+	Name string
+	// Configure changes how a candidate is started, before there is a fault.
+	// on.Machine is that candidate's.
+	Configure func(on *Target, cfg *harness.CandidateConfig) error
+	// Prepare does what must be done beforehand and takes time.
+	Prepare func(ctx context.Context, on *Target) error
+	// Inject makes the fault. Where it takes time to find what to break, Inject
+	// calls on.Begin when it has.
+	Inject func(ctx context.Context, on *Target) error
+	// Recover ends the fault. Without it the fault lasts until testbed and machine
+	// recover or close.
+	Recover func(ctx context.Context, on *Target) error
+	// Verify returns an error if nothing went wrong, for then nothing was tested.
+	// It is called while the fault lasts: before Recover, or when all is over.
+	Verify func(ctx context.Context, on *Target) error
+}
+
+// Target is what a fault breaks.
+type Target struct {
+	*harness.Testbed
+	Machine *harness.Machine   // whose candidate the fault is for: as a rule the leader
+	Others  []*harness.Machine // of the same election
+	Leading harness.Leading    // the election's first key, for an operator's faults
+	Member  *harness.Member    // of etcd; nil: the fault chooses one and sets it
+	TTL     time.Duration
+	// Trial counts uses from 0. Which member or moment a fault chooses depends on it.
+	Trial int
+
+	// Began is when the fault began.
+	Began time.Duration
+	// Frozen is when nothing on Machine could run.
+	Frozen check.Intervals
+	// Figures are times that are the fault's own.
+	Figures map[string]time.Duration
+}
+
+// Begin says that the fault begins now.
+func (on *Target) Begin() { on.Began = harness.Now() }
+
+// Figure reports a time that is the fault's own.
+func (on *Target) Figure(name string, d time.Duration) {
+	if on.Figures == nil {
+		on.Figures = map[string]time.Duration{}
+	}
+	on.Figures[name] = d
+}
+
+// machines are all of the election.
+func (on *Target) machines() []*harness.Machine {
+	return append([]*harness.Machine{on.Machine}, on.Others...)
+}
+
+// spread is a number from 0 to 1 for each trial. Those of the first few trials
+// are spread as evenly as those of many.
+func spread(trial int) float64 {
+	_, f := math.Modf(float64(trial) * (math.Sqrt(5) - 1) / 2)
+	return f
+}
+
+// action is what a fault does to its target.
+type action func(ctx context.Context, on *Target) error
+
+// Start injects the fault, which begins now.
+func (f Fault) Start(ctx context.Context, on *Target) error {
+	on.Begin()
+	return f.Inject(ctx, on)
+}
+
+// End calls Recover, if there is one.
+func (f Fault) End(ctx context.Context, on *Target) error { return action(f.Recover).call(ctx, on) }
+
+// Check calls Verify, if there is one.
+func (f Fault) Check(ctx context.Context, on *Target) error { return action(f.Verify).call(ctx, on) }
+
+func (a action) call(ctx context.Context, on *Target) error {
+	if a == nil {
+		return nil
+	}
+	return a(ctx, on)
+}
+
+// and is both actions in turn.
+func (a action) and(b action) action {
+	return func(ctx context.Context, on *Target) error {
+		return errors.Join(a.call(ctx, on), b.call(ctx, on))
+	}
+}
+
+// Both is two faults, the second as soon as the first is there.
+func Both(name string, a, b Fault) Fault {
+	return Fault{
+		Name:    name,
+		Prepare: action(a.Prepare).and(b.Prepare), Inject: action(a.Inject).and(b.Inject),
+		Recover: action(a.Recover).and(b.Recover), Verify: action(a.Verify).and(b.Verify),
+	}
+}
+
+// within calls f with a deadline of its own.
+func within(
+	ctx context.Context, d time.Duration, otherwise string, f func(context.Context) error,
+) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, d, fmt.Errorf("%s within %v", otherwise, d))
+	defer cancel()
+	return f(ctx)
+}
