@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
 )
 
 // GuardConfig is what a guard needs to know.
@@ -53,22 +54,6 @@ const (
 	ExitOS       = 71 // a process could not be started
 )
 
-// Kill reasons, as the logs and leasehold_job_kills_total{reason} have them.
-const (
-	killNone      = iota
-	killGrace     // the grace of a planned stop was over
-	killBy        // kill-by passed
-	killLost      // the lease or the key is lost
-	killElector   // the elector is gone
-	killSignal    // a second signal
-	killLeftover  // the first process ended and left others behind
-	killGuardGone // the elector killed the job in the guard's stead
-	killSpawner   // the spawner is gone
-)
-
-// KillReasons are the values of the reason label.
-var killReasons = [...]string{"none", "grace", "kill_by", "lost", "elector_gone", "second_signal", "left_behind", "guard_gone", "spawner_gone"}
-
 // hurry is the time that the elector has to give the lease back after a second signal, and the revoking process after it.
 const hurry = time.Second
 
@@ -85,9 +70,9 @@ type guard struct {
 	timer    int // timerfd on CLOCK_BOOTTIME
 	wakeR    int // bytes from other goroutines, which mean: look
 	wakeW    int
-	in, out  int // the pipe pair
-	inbox    inbox
-	sendBuf  [maxMessage]byte
+	in       int // the pipe pair: in and outbox
+	inbox    ipc.Inbox
+	outbox   ipc.Outbox
 	fds      [6]unix.PollFd
 	armed    time.Duration
 	wakeBuf  [64]byte
@@ -111,7 +96,7 @@ type guard struct {
 
 	lease    int64
 	leaseTTL time.Duration
-	tokenBuf [maxText]byte
+	tokenBuf [ipc.MaxText]byte
 	token    []byte // in tokenBuf: what etcd takes for the elector's password
 	revoke   int    // pid of the revoking process
 	revokeBy time.Duration
@@ -142,7 +127,7 @@ type job struct {
 	stopping               bool // the stop signal was sent (or waits for the start)
 	stopSince              time.Duration
 
-	kill      int // reason; killNone: not being killed
+	kill      ipc.KillReason // NotKilled: it is not being killed
 	killSince time.Duration
 	complain  time.Duration
 	rounds    int
@@ -174,7 +159,7 @@ func (g *guard) open() int {
 		return ExitOS
 	}
 	var err error
-	g.timer, g.wakeR, g.wakeW, g.in, g.out = -1, -1, -1, -1, -1
+	g.timer, g.wakeR, g.wakeW, g.in, g.outbox.FD = -1, -1, -1, -1, -1
 	g.inShut = true
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fail("become a child subreaper", err)
@@ -202,7 +187,7 @@ func (g *guard) open() int {
 			return fail("make a pipe", err)
 		}
 	}
-	g.wakeR, g.wakeW, g.in, g.out = wake[0], wake[1], fromElector[0], toElector[1]
+	g.wakeR, g.wakeW, g.in, g.outbox.FD = wake[0], wake[1], fromElector[0], toElector[1]
 
 	g.noNewPrivs = g.wantsNoNewPrivs()
 	if hidden := procHidden(); hidden != "" {
@@ -211,7 +196,7 @@ func (g *guard) open() int {
 	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.proc, g.noNewPrivs); err != nil {
 		return fail("start the spawner", err)
 	}
-	g.spawner.tell(spawnPrepare, 0)
+	g.spawner.tell(ipc.SpawnerPrepare, 0)
 	if g.cgroup != nil {
 		go func() {
 			for newest := range g.sweep {
@@ -264,7 +249,7 @@ func (g *guard) close() {
 	if g.procs != nil {
 		g.procs.close()
 	}
-	for _, fd := range []int{g.timer, g.wakeR, g.wakeW, g.in, g.out, g.electorFd} {
+	for _, fd := range []int{g.timer, g.wakeR, g.wakeW, g.in, g.outbox.FD, g.electorFd} {
 		if fd >= 0 {
 			_ = unix.Close(fd)
 		}
@@ -360,7 +345,7 @@ func (g *guard) loop() int {
 		now := boottime.Now()
 		g.serveDeadlines(now)
 		g.serveElectorSilence(now)
-		if g.job.kill != killNone {
+		if g.job.kill != ipc.NotKilled {
 			g.killRound()
 		}
 		if g.ended() {
@@ -413,7 +398,7 @@ func (g *guard) poll() {
 	switch {
 	case g.unreaped:
 		timeout = &soon
-	case g.job.kill != killNone:
+	case g.job.kill != ipc.NotKilled:
 		soon = unix.NsecToTimespec(int64(min(max(g.job.nextRound-boottime.Now(), 0), 100*time.Millisecond)))
 		timeout = &soon
 	case held:
@@ -433,7 +418,7 @@ func (g *guard) poll() {
 // nextDeadline is the earliest of all that the clock alone brings about.
 func (g *guard) nextDeadline() time.Duration {
 	next := forever
-	if j := &g.job; j.alive && j.kill == killNone {
+	if j := &g.job; j.alive && j.kill == ipc.NotKilled {
 		next = min(next, j.killBy)
 		if !j.stopping {
 			next = min(next, j.stopAt)
@@ -441,10 +426,10 @@ func (g *guard) nextDeadline() time.Duration {
 			next = min(next, j.stopBy)
 		}
 	}
-	if j := &g.job; j.kill == killNone && j.ended != 0 {
+	if j := &g.job; j.kill == ipc.NotKilled && j.ended != 0 {
 		next = min(next, j.ended+exitPause)
 	}
-	if g.spawner.waiting && g.job.kill == killNone {
+	if g.spawner.waiting && g.job.kill == ipc.NotKilled {
 		next = min(next, g.spawner.looked+g.spawnerPause(0)/3)
 	}
 	if g.elector != 0 && !g.electorGone {
@@ -462,13 +447,13 @@ func (g *guard) nextDeadline() time.Duration {
 // serveDeadlines does what stop-at, kill-by and the grace demand.
 func (g *guard) serveDeadlines(now time.Duration) {
 	j := &g.job
-	if j.alive && j.kill == killNone {
+	if j.alive && j.kill == ipc.NotKilled {
 		switch {
 		case now >= j.killBy:
-			g.beginKill(killBy)
+			g.beginKill(ipc.KilledKillBy)
 			g.late(now - j.killBy)
 		case j.stopping && now >= j.stopBy:
-			g.beginKill(killGrace)
+			g.beginKill(ipc.KilledGrace)
 			g.late(now - j.stopBy)
 		case !j.stopping && now >= j.stopAt:
 			g.beginStop(now, forever)
@@ -476,9 +461,9 @@ func (g *guard) serveDeadlines(now time.Duration) {
 			g.log.Warn("stop-at has passed without a renewal: the job is told to stop", "signal", g.cfg.StopSignal.String(), "kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
 		}
 	}
-	if j.alive && j.kill == killNone && j.ended != 0 && now >= j.ended+exitPause {
+	if j.alive && j.kill == ipc.NotKilled && j.ended != 0 && now >= j.ended+exitPause {
 		g.log.Warn("the job's first process has exited and is not reaped: something traces it, or the spawner hangs", "pid", j.pid)
-		g.beginKill(killLeftover)
+		g.beginKill(ipc.KilledLeftover)
 	}
 	g.serveSpawnerSilence(now)
 	if g.hurryBy != 0 && now >= g.hurryBy && !g.job.alive && g.elector != 0 && !g.electorGone {
@@ -498,7 +483,7 @@ const exitPause = time.Second
 // spawnerPause is for how long the spawner may do nothing of what it was asked for. Where kill-by has passed, or the next leader may
 // be starting, that is half the margin, for the guard needs the rest to kill all by itself.
 func (g *guard) spawnerPause(now time.Duration) time.Duration {
-	if j := &g.job; j.kill == killLost || j.kill != killNone && now >= j.killBy {
+	if j := &g.job; j.kill == ipc.KilledLost || j.kill != ipc.NotKilled && now >= j.killBy {
 		return max(g.cfg.Margin/2, 50*time.Millisecond) // what a busy processor may keep it from turning
 	}
 	return max(g.cfg.TTL/3, time.Second)
@@ -511,7 +496,7 @@ func (g *guard) serveSpawnerSilence(now time.Duration) {
 	switch pause := g.spawnerPause(now); {
 	case !s.waiting:
 	case s.hasTurned(now):
-		s.waiting = g.job.kill != killNone && !g.job.alone // a spawner that kills turns again and again
+		s.waiting = g.job.kill != ipc.NotKilled && !g.job.alone // a spawner that kills turns again and again
 	case now >= s.looked+pause/3:
 		s.looked = now
 		if s.missed++; s.missed >= 3 {
@@ -525,7 +510,7 @@ func (g *guard) serveSpawnerSilence(now time.Duration) {
 // late keeps how late a deadline was served, and tells it. What it led to is under way already.
 func (g *guard) late(d time.Duration) {
 	g.lateness = max(g.lateness, d)
-	g.tell(message{kind: msgLateness, a: int64(d)})
+	g.tell(ipc.TimerLatency{By: d})
 }
 
 // listen notes that the elector has spoken. While a job lives it may be silent until kill-by, else for a TTL.
@@ -558,8 +543,8 @@ func (g *guard) loseElector() {
 		signalPidfd(g.electorFd, unix.SIGKILL)
 	}
 	g.electorGone = true
-	if g.job.alive && g.job.kill == killNone {
-		g.beginKill(killElector)
+	if g.job.alive && g.job.kill == ipc.NotKilled {
+		g.beginKill(ipc.KilledElector)
 	}
 }
 
@@ -577,18 +562,18 @@ func (g *guard) beginStop(now, stopBy time.Duration) {
 }
 
 // beginKill starts the kill. The first blow falls here, before anything else is done.
-func (g *guard) beginKill(reason int) {
+func (g *guard) beginKill(reason ipc.KillReason) {
 	j := &g.job
-	if !j.alive || j.kill != killNone {
+	if !j.alive || j.kill != ipc.NotKilled {
 		return
 	}
 	if j.forking {
 		atomic.StoreInt32(&g.spawner.area.cancelled, j.serial)
 	}
 	if !j.alone && g.spawner.pid != 0 {
-		g.spawner.tell(spawnKill, j.serial)
+		g.spawner.tell(ipc.SpawnerKill, j.serial)
 	}
-	if reason != killLeftover {
+	if reason != ipc.KilledLeftover {
 		g.strike()
 	}
 	j.kill, j.killSince, j.rounds = reason, boottime.Now(), 0
@@ -693,20 +678,16 @@ func (g *guard) buried() {
 		rawClose(j.pidfd)
 	}
 	reason := j.kill
-	if reason == killLeftover && j.rounds == 0 {
-		reason = killNone
+	if reason == ipc.KilledLeftover && j.rounds == 0 {
+		reason = ipc.NotKilled
 	}
-	asked := int64(0)
-	if j.stopping || reason != killNone && reason != killLeftover {
-		asked = 1
-	}
-	g.tell(message{kind: msgDead, a: int64(elapsed), b: int64(reason), c: asked})
+	g.tell(ipc.Gone{Elapsed: elapsed, Reason: reason, Ordered: j.stopping || reason != ipc.NotKilled && reason != ipc.KilledLeftover})
 	attrs := []any{"elapsed", elapsed.String()}
 	if j.started {
 		attrs = append(attrs, "exit_code", ExitOf(j.status).Code, "signal", ExitOf(j.status).Signal)
 	}
-	if reason != killNone {
-		attrs = append(attrs, "reason", killReasons[reason])
+	if reason != ipc.NotKilled {
+		attrs = append(attrs, "reason", reason.Label())
 	}
 	if g.lateness > 0 {
 		attrs = append(attrs, "guard_lateness", g.lateness.String())
@@ -725,8 +706,8 @@ func (g *guard) buried() {
 
 // tell sends a message to the elector. One that does not read is as good as dead. One that has closed its end is at its end:
 // the pidfd will tell.
-func (g *guard) tell(m message) {
-	if g.electorGone || !errors.Is(send(g.out, &g.sendBuf, m), errFull) {
+func (g *guard) tell(message any) {
+	if g.electorGone || !errors.Is(g.outbox.Send(message), ipc.ErrFull) {
 		return
 	}
 	g.log.Error("the elector does not read: it is killed")
@@ -754,12 +735,12 @@ func (g *guard) readElector() {
 	if g.inShut {
 		return
 	}
-	if _, err := g.inbox.fill(g.in); err != nil {
+	if _, err := g.inbox.Fill(g.in); err != nil {
 		g.inShut = true
 		return
 	}
 	for {
-		m, ok := g.inbox.next()
+		m, ok := g.inbox.Next()
 		if !ok {
 			return
 		}
@@ -781,9 +762,9 @@ func (g *guard) signal(s unix.Signal) {
 			g.revokeBy = min(g.revokeBy, g.hurryBy+hurry)
 		}
 		if g.signals > 1 {
-			g.beginKill(killSignal)
+			g.beginKill(ipc.KilledSignal)
 		}
-		g.tell(message{kind: msgSignal, a: int64(s)})
+		g.tell(ipc.Signal{Signal: s})
 	case unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT:
 		if g.job.pid != 0 {
 			signalPidfd(g.job.pidfd, s)
@@ -792,46 +773,49 @@ func (g *guard) signal(s unix.Signal) {
 }
 
 // message acts on a message of the elector's.
-func (g *guard) message(m message) {
+func (g *guard) message(m ipc.Message) {
 	j := &g.job
 	now := boottime.Now()
-	switch m.kind {
-	case msgPing:
-		g.tell(message{kind: msgPong, a: m.a})
+	switch m.Kind {
+	case ipc.KindPing:
+		g.tell(ipc.Pong(m.Ping()))
 		g.cfg.Turned()
-	case msgReady:
+	case ipc.KindReady:
 		g.cfg.Notify("READY=1")
-	case msgStatus:
-		g.cfg.Notify("STATUS=" + string(m.text))
-	case msgLease:
-		g.lease, g.leaseTTL = m.a, time.Duration(m.b)
-	case msgToken:
-		g.token = append(g.tokenBuf[:0], m.text...)
-	case msgStart:
-		g.start(m)
-	case msgExtend:
+	case ipc.KindStatus:
+		g.cfg.Notify("STATUS=" + m.Status().Text)
+	case ipc.KindLease:
+		lease := m.Lease()
+		g.lease, g.leaseTTL = lease.ID, lease.TTL
+	case ipc.KindToken:
+		g.token = append(g.tokenBuf[:0], m.Token().Value...)
+	case ipc.KindStart:
+		g.start(m.Start())
+	case ipc.KindExtend:
 		// Once stop-at has passed, nothing moves the deadlines of this job any more. A planned stop is another thing.
 		if j.alive && now < j.stopAt {
-			j.stopAt, j.killBy = time.Duration(m.a), time.Duration(m.b)
-			atomic.StoreInt64(&g.spawner.area.stopAt, m.a) // for a start that is still under way
+			later := m.Extend()
+			j.stopAt, j.killBy = later.StopAt, later.KillBy
+			atomic.StoreInt64(&g.spawner.area.stopAt, int64(later.StopAt)) // for a start that is still under way
 		}
-	case msgStop:
-		switch {
-		case !j.alive || j.kill != killNone:
-		case m.a == 0:
-			g.beginKill(killLost)
-		case m.a == untilKillBy:
+	case ipc.KindStop:
+		switch grace := m.Stop().Grace; {
+		case !j.alive || j.kill != ipc.NotKilled:
+		case grace == 0:
+			g.beginKill(ipc.KilledLost)
+		case grace == ipc.UntilKillBy:
 			g.beginStop(now, forever)
 		default:
-			g.beginStop(now, now+time.Duration(m.a))
+			g.beginStop(now, now+grace)
 		}
-	case msgExit:
-		g.exiting, g.exitCode, g.exitText = true, int(m.a), string(m.text)
+	case ipc.KindExiting:
+		exiting := m.Exiting()
+		g.exiting, g.exitCode, g.exitText = true, exiting.Code, exiting.Why
 	}
 }
 
 // start has the job started, unless it is too late.
-func (g *guard) start(m message) {
+func (g *guard) start(m ipc.Start) {
 	if g.electorGone {
 		return
 	}
@@ -842,15 +826,15 @@ func (g *guard) start(m message) {
 	}
 	serial := g.serial + 1
 	g.serial = serial
-	g.job = job{serial: serial, forking: true, pidfd: -1, alive: true, stopAt: time.Duration(m.c), killBy: time.Duration(m.d), stopBy: forever}
-	if err := g.spawner.setTerm(termEnvironment(g.cfg, Term{Key: string(m.text), Token: m.b, LeaseID: m.a})); err != nil {
+	g.job = job{serial: serial, forking: true, pidfd: -1, alive: true, stopAt: m.StopAt, killBy: m.KillBy, stopBy: forever}
+	if err := g.spawner.setTerm(termEnvironment(g.cfg, m)); err != nil {
 		g.refused(int32(unix.E2BIG))
 		return
 	}
-	atomic.StoreInt64(&g.spawner.area.stopAt, m.c)
-	g.spawner.tell(spawnStart, serial)
+	atomic.StoreInt64(&g.spawner.area.stopAt, int64(m.StopAt))
+	g.spawner.tell(ipc.SpawnerStart, serial)
 	if g.signals > 1 {
-		g.beginKill(killSignal)
+		g.beginKill(ipc.KilledSignal)
 	}
 }
 
@@ -859,28 +843,28 @@ func (g *guard) hearSpawner() {
 	for g.spawner.pid != 0 {
 		fd, ok := g.spawner.hear()
 		if !ok {
-			if (g.fds[5].Revents&unix.POLLHUP != 0 || g.job.kill != killNone) && pidfdEnded(g.spawner.pidfd) {
+			if (g.fds[5].Revents&unix.POLLHUP != 0 || g.job.kill != ipc.NotKilled) && pidfdEnded(g.spawner.pidfd) {
 				g.spawnerEnded() // though a tracer may keep it from being reaped
 			}
 			return
 		}
 		m, j := g.spawner.got, &g.job
-		if !j.alive || m.serial != j.serial { // an answer to a kill that was not needed any more
+		if !j.alive || m.Serial != j.serial { // an answer to a kill that was not needed any more
 			if fd >= 0 {
 				rawClose(fd)
 			}
 			continue
 		}
-		switch m.kind {
-		case spawnStarted:
-			g.started(int(m.value), fd)
-		case spawnRefused:
+		switch m.Kind {
+		case ipc.SpawnerStarted:
+			g.started(int(m.Value), fd)
+		case ipc.SpawnerRefused:
 			j.alone = true // it has no child yet, or no more
-			g.refused(m.value)
-		case spawnExited:
-			j.alone, j.forking = m.extra == 1, false
-			g.jobEnded(unix.WaitStatus(m.value))
-		case spawnGone:
+			g.refused(m.Value)
+		case ipc.SpawnerExited:
+			j.alone, j.forking = m.Extra == 1, false
+			g.jobEnded(unix.WaitStatus(m.Value))
+		case ipc.SpawnerGone:
 			j.alone, j.forking = true, false
 			if j.pid != 0 {
 				g.jobEnded(unix.WaitStatus(unix.SIGKILL))
@@ -893,9 +877,9 @@ func (g *guard) hearSpawner() {
 func (g *guard) started(pid, pidfd int) {
 	j := &g.job
 	j.forking, j.started, j.pid, j.pidfd = false, true, pid, pidfd
-	g.tell(message{kind: msgStarted, a: int64(pid)})
+	g.tell(ipc.Started{PID: pid})
 	switch {
-	case j.kill != killNone:
+	case j.kill != ipc.NotKilled:
 		g.strike()
 	case j.stopping:
 		signalPidfd(j.pidfd, g.cfg.StopSignal)
@@ -906,14 +890,14 @@ func (g *guard) started(pid, pidfd int) {
 func (g *guard) refused(errno int32) {
 	j := &g.job
 	j.forking = false
-	if errno == spawnTooLate {
+	if errno == ipc.SpawnerTooLate {
 		j.stopping, j.stopSince = true, boottime.Now() // by us, and not by itself
 	} else {
 		err := unix.Errno(errno)
-		g.tell(message{kind: msgRefused, a: int64(startCode(err)), text: []byte(err.Error())})
+		g.tell(ipc.Refused{Code: startCode(err), Why: err.Error()})
 		g.log.Error(fmt.Sprintf("start job %q", g.cfg.Path), "err", err)
 	}
-	g.beginKill(killLeftover)
+	g.beginKill(ipc.KilledLeftover)
 }
 
 // startCode is the exit code of a job that could not be started, as a shell has it.
@@ -978,7 +962,7 @@ func (g *guard) spawnerEnded() {
 	}
 	g.exiting = false
 	g.log.Error("the spawner has ended: the job is killed and the lease revoked")
-	g.beginKill(killSpawner)
+	g.beginKill(ipc.KilledSpawner)
 	g.loseElector()
 }
 
@@ -987,8 +971,8 @@ func (g *guard) jobEnded(ws unix.WaitStatus) {
 	j := &g.job
 	j.pid, j.ended, j.status = 0, 0, ws
 	exit := ExitOf(ws)
-	g.tell(message{kind: msgExited, a: int64(exit.Code), b: int64(exit.Signal)})
-	g.beginKill(killLeftover)
+	g.tell(ipc.Exited(exit))
+	g.beginKill(ipc.KilledLeftover)
 }
 
 // electorEnded tells an elector that has said goodbye from one that was lost.
@@ -996,11 +980,11 @@ func (g *guard) electorEnded(ws unix.WaitStatus) {
 	g.elector = 0
 	g.listChildren()
 	for !g.inShut { // its last words may still be in the pipe
-		if more, err := g.inbox.fill(g.in); !more || err != nil {
+		if more, err := g.inbox.Fill(g.in); !more || err != nil {
 			break
 		}
-		for m, ok := g.inbox.next(); ok; m, ok = g.inbox.next() {
-			if m.kind == msgExit || m.kind == msgLease || m.kind == msgToken {
+		for m, ok := g.inbox.Next(); ok; m, ok = g.inbox.Next() {
+			if m.Kind == ipc.KindExiting || m.Kind == ipc.KindLease || m.Kind == ipc.KindToken {
 				g.message(m)
 			}
 		}
@@ -1097,7 +1081,7 @@ func (g *guard) tidy(now time.Duration) {
 		return
 	}
 	g.tidyAt = now + time.Minute
-	g.spawner.tell(spawnPrepare, 0)
+	g.spawner.tell(ipc.SpawnerPrepare, 0)
 	select {
 	case g.sweep <- int(atomic.LoadInt32(&g.spawner.area.leaf)):
 	default: // it has not come to the last one yet
@@ -1110,7 +1094,7 @@ func (g *guard) tidy(now time.Duration) {
 }
 
 // termEnvironment is what the job's environment has of its term.
-func termEnvironment(cfg GuardConfig, t Term) []string {
+func termEnvironment(cfg GuardConfig, t ipc.Start) []string {
 	return []string{
 		"LEASEHOLD_ELECTION=" + cfg.Election,
 		"LEASEHOLD_IDENTITY=" + cfg.Identity,

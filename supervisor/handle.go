@@ -14,12 +14,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
 )
 
 // HandleConfig is what the elector's end needs to know.
@@ -59,13 +59,13 @@ type Handle struct {
 	cgroup  *cgroup
 
 	sending sync.Mutex
-	sendBuf [maxMessage]byte
+	outbox  ipc.Outbox
 	deaf    atomic.Bool // the guard does not take messages
 
-	retime chan struct{} // room for one: a job was asked for, or its stop, and the next ping may be due earlier
-	gone   chan struct{} // closed when the guard is gone and the job proven dead
-	killed chan struct{} // closed when the spawner has told that the job is gone, and that it starts no other
-	events chan message  // what concerns the job under way; a run takes all of it
+	retime chan struct{}    // room for one: a job was asked for, or its stop, and the next ping may be due earlier
+	gone   chan struct{}    // closed when the guard is gone and the job proven dead
+	killed chan struct{}    // closed when the spawner has told that the job is gone, and that it starts no other
+	events chan ipc.Message // what concerns the job under way; a run takes all of it
 
 	mu    sync.Mutex
 	job   Job
@@ -101,7 +101,7 @@ type LastExit struct {
 func Connect(cfg HandleConfig) (*Handle, error) {
 	h := &Handle{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer), restart: newRestarter(cfg.Restart, cfg.RestartLimit),
-		retime: make(chan struct{}, 1), gone: make(chan struct{}), killed: make(chan struct{}), events: make(chan message, 16),
+		retime: make(chan struct{}, 1), gone: make(chan struct{}), killed: make(chan struct{}), events: make(chan ipc.Message, 16), outbox: ipc.Outbox{FD: cfg.Out},
 		job: Job{State: JobNone}, jobFd: -1, guardFd: -1,
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -129,25 +129,25 @@ func Connect(cfg HandleConfig) (*Handle, error) {
 }
 
 // Ready tells the guard that the elector is up and its endpoint listens.
-func (h *Handle) Ready() { h.tell(message{kind: msgReady}) }
+func (h *Handle) Ready() { h.tell(ipc.Ready{}) }
 
 // Status tells systemd, through the guard.
 func (h *Handle) Status(text string) {
-	h.tell(message{kind: msgStatus, text: []byte(text)[:min(len(text), 512)]})
+	h.tell(ipc.Status{Text: text[:min(len(text), 512)]})
 }
 
 // Lease tells the guard which lease to revoke if the elector is lost; 0: none.
 func (h *Handle) Lease(id int64, ttl time.Duration) {
-	h.tell(message{kind: msgLease, a: id, b: int64(ttl)})
+	h.tell(ipc.Lease{ID: id, TTL: ttl})
 }
 
 // Token hands on what etcd takes in place of the password, so that a revocation need not wait for etcd to check that. What does not
 // fit into a message is not handed on.
 func (h *Handle) Token(token string) {
-	if len(token) > maxText {
+	if len(token) > ipc.MaxText {
 		token = ""
 	}
-	h.tell(message{kind: msgToken, text: []byte(token)})
+	h.tell(ipc.Token{Value: []byte(token)})
 }
 
 // Extend hands later deadlines to the guard.
@@ -161,13 +161,13 @@ func (h *Handle) Extend(stopAt, killBy time.Duration) {
 		h.term.StopAt, h.term.KillBy = stopAt, killBy
 	}
 	h.mu.Unlock()
-	h.tell(message{kind: msgExtend, a: int64(stopAt), b: int64(killBy)})
+	h.tell(ipc.Extend{StopAt: stopAt, KillBy: killBy})
 }
 
 // Exit tells the guard that the elector is about to end, and with which code the daemon shall, and why: the last line of the
 // log is the guard's.
 func (h *Handle) Exit(code int, why string) {
-	h.tell(message{kind: msgExit, a: int64(code), text: []byte(why)})
+	h.tell(ipc.Exiting{Code: code, Why: why})
 }
 
 // Snapshot is the job as it is now. That its first process has ended is seen at once, not when the guard has told of it: our own
@@ -183,10 +183,10 @@ func (h *Handle) Snapshot() Job {
 }
 
 // tell sends a message. A guard that does not take it is as good as dead, which the next tick acts on.
-func (h *Handle) tell(m message) {
+func (h *Handle) tell(message any) {
 	h.sending.Lock()
 	defer h.sending.Unlock()
-	if send(h.cfg.Out, &h.sendBuf, m) != nil {
+	if h.outbox.Send(message) != nil {
 		h.deaf.Store(true)
 	}
 }
@@ -200,7 +200,7 @@ func (h *Handle) Run(ctx context.Context) error {
 	stop := make(chan struct{})
 	defer close(stop)
 
-	messages := make(chan message)
+	messages := make(chan ipc.Message)
 	owned.Go(func() { h.read(messages, stop) })
 	owned.Go(h.hearSpawner)
 	ended := make(chan struct{})
@@ -222,8 +222,8 @@ func (h *Handle) Run(ctx context.Context) error {
 		case <-ended:
 			return h.avenge("the guard is gone")
 		case m := <-messages:
-			if m.kind == msgPong {
-				answered = m.a
+			if m.Kind == ipc.KindPong {
+				answered = m.Pong().Number
 				continue
 			}
 			h.hear(m)
@@ -240,7 +240,7 @@ func (h *Handle) Run(ctx context.Context) error {
 				pinged = h.term.KillBy
 				h.mu.Unlock()
 				sent++
-				h.tell(message{kind: msgPing, a: sent})
+				h.tell(ipc.Ping{Number: sent})
 			}
 			tick.Reset(h.interval(boottime.Now()))
 		case <-h.retime:
@@ -308,23 +308,23 @@ func (h *Handle) interval(now time.Duration) time.Duration {
 }
 
 // read hands on what the guard says.
-func (h *Handle) read(messages chan<- message, stop <-chan struct{}) {
+func (h *Handle) read(messages chan<- ipc.Message, stop <-chan struct{}) {
 	conn, err := h.pipe.SyscallConn()
 	if err != nil {
 		return
 	}
-	var in inbox
+	var in ipc.Inbox
 	for {
 		var fillErr error
 		if err := conn.Read(func(fd uintptr) bool {
 			var more bool
-			more, fillErr = in.fill(int(fd))
+			more, fillErr = in.Fill(int(fd))
 			return more || fillErr != nil
 		}); err != nil || fillErr != nil {
 			return // end-of-file decides nothing: the guard's pidfd tells if it is gone
 		}
-		for m, ok := in.next(); ok; m, ok = in.next() {
-			m.text = append([]byte(nil), m.text...)
+		for m, ok := in.Next(); ok; m, ok = in.Next() {
+			m = m.Clone()
 			select {
 			case messages <- m:
 			case <-stop:
@@ -335,15 +335,15 @@ func (h *Handle) read(messages chan<- message, stop <-chan struct{}) {
 }
 
 // hear acts on a message of the guard's.
-func (h *Handle) hear(m message) {
-	switch m.kind {
-	case msgSignal:
-		h.cfg.Signal(unix.Signal(m.a))
+func (h *Handle) hear(m ipc.Message) {
+	switch m.Kind {
+	case ipc.KindSignal:
+		h.cfg.Signal(m.Signal().Signal)
 		return
-	case msgLateness:
-		h.metrics.lateness.Observe(time.Duration(m.a).Seconds())
+	case ipc.KindTimerLatency:
+		h.metrics.lateness.Observe(m.TimerLatency().By.Seconds())
 		return
-	case msgDead:
+	case ipc.KindGone:
 		h.mu.Lock()
 		h.alive = false
 		h.closeJob()
@@ -360,19 +360,18 @@ func (h *Handle) hearSpawner() {
 		return
 	}
 	for {
-		var m spawnMessage
+		var m ipc.SpawnerMessage
 		var control [unix.SizeofCmsghdr + 8]byte
 		n, controlLen := 0, 0
 		var received error
 		if err := conn.Read(func(fd uintptr) bool {
-			b := unsafe.Slice((*byte)(unsafe.Pointer(&m)), spawnMessageLen)
-			n, controlLen, _, _, received = unix.Recvmsg(int(fd), b, control[:], unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			n, controlLen, _, _, received = unix.Recvmsg(int(fd), m.Bytes(), control[:], unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 			return !errors.Is(received, unix.EAGAIN)
-		}); err != nil || received != nil || n != spawnMessageLen {
+		}); err != nil || received != nil || n != ipc.SpawnerMessageLen {
 			return // end-of-file decides nothing: the spawner's pidfd tells if it is gone
 		}
-		switch m.kind {
-		case spawnStarted:
+		switch m.Kind {
+		case ipc.SpawnerStarted:
 			fd := -1
 			if messages, err := unix.ParseSocketControlMessage(control[:controlLen]); err == nil && len(messages) == 1 {
 				if fds, err := unix.ParseUnixRights(&messages[0]); err == nil && len(fds) == 1 {
@@ -381,9 +380,9 @@ func (h *Handle) hearSpawner() {
 			}
 			h.mu.Lock()
 			h.closeJob()
-			h.jobFd, h.jobPid = fd, int(m.value)
+			h.jobFd, h.jobPid = fd, int(m.Value)
 			h.mu.Unlock()
-		case spawnGone:
+		case ipc.SpawnerGone:
 			select {
 			case <-h.killed:
 			default:
@@ -395,9 +394,8 @@ func (h *Handle) hearSpawner() {
 
 // askSpawner asks the spawner to kill the job, and to start none any more.
 func (h *Handle) askSpawner() {
-	m := spawnMessage{kind: spawnKill}
-	b := unsafe.Slice((*byte)(unsafe.Pointer(&m)), spawnMessageLen)
-	_ = unix.Sendto(h.cfg.SpawnerSock, b, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
+	m := ipc.SpawnerMessage{Kind: ipc.SpawnerKill}
+	_ = unix.Sendto(h.cfg.SpawnerSock, m.Bytes(), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
 }
 
 func (h *Handle) closeJob() {
@@ -482,7 +480,7 @@ func (h *Handle) avenge(why string) error {
 	}
 	h.killing.Unlock()
 	if alive {
-		h.metrics.kills.WithLabelValues(killReasons[killGuardGone]).Inc()
+		h.metrics.kills.WithLabelValues(ipc.KilledGuard.Label()).Inc()
 	}
 	h.mu.Lock()
 	h.alive = false
@@ -610,7 +608,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 	h.mu.Unlock()
 	h.transition(JobStarting, "elected", nil)
 	h.pingSoon()
-	h.tell(message{kind: msgStart, a: t.LeaseID, b: t.Token, c: int64(t.StopAt), d: int64(t.KillBy), text: []byte(t.Key)})
+	h.tell(ipc.Start{Key: t.Key, Token: t.Token, LeaseID: t.LeaseID, StopAt: t.StopAt, KillBy: t.KillBy})
 
 	done, lost := ctx.Done(), t.Lost
 	ended = true
@@ -618,7 +616,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 		select {
 		case <-lost:
 			lost, ended = nil, false
-			h.tell(message{kind: msgStop, a: 0})
+			h.tell(ipc.Stop{})
 			// The next leader starts already. The guard has to wake up first, and then sees to all of the job; the first blow is ours.
 			h.mu.Lock()
 			h.due = boottime.Now()
@@ -629,7 +627,7 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 			done, ended = nil, false
 			h.transition(JobStopping, context.Cause(ctx).Error(), nil)
 			g := grace(context.Cause(ctx))
-			h.tell(message{kind: msgStop, a: max(int64(g), untilKillBy)})
+			h.tell(ipc.Stop{Grace: max(g, ipc.UntilKillBy)})
 			if g >= 0 {
 				h.mu.Lock()
 				h.due = min(h.due, boottime.Now()+g)
@@ -640,31 +638,33 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 			h.transition(JobExited, ErrGuardGone.Error(), func(j *Job) { j.PID = 0 })
 			return exit, false, ErrGuardGone
 		case m := <-h.events:
-			switch m.kind {
-			case msgStarted:
+			switch m.Kind {
+			case ipc.KindStarted:
 				h.metrics.starts.Inc()
 				to := JobRunning
 				if !ended {
 					to = JobStopping
 				}
-				h.transition(to, "started", func(j *Job) { j.PID, j.StartedAt = int(m.a), time.Now().UTC() })
-			case msgRefused:
-				exit = ExitError{Exit: Exit{Code: int(m.a)}, Refused: string(m.text)}
+				h.transition(to, "started", func(j *Job) { j.PID, j.StartedAt = m.Started().PID, time.Now().UTC() })
+			case ipc.KindRefused:
+				refused := m.Refused()
+				exit = ExitError{Exit: Exit{Code: refused.Code}, Refused: refused.Why}
 				h.transition(JobStopping, exit.Refused, func(j *Job) { j.LastExit = &LastExit{exit.Exit, time.Now().UTC()} })
-			case msgExited:
-				exit = ExitError{Exit: Exit{Code: int(m.a), Signal: int(m.b)}}
+			case ipc.KindExited:
+				exit = ExitError{Exit: Exit(m.Exited())}
 				h.metrics.exits.WithLabelValues(exitReason(exit.Exit, ended)).Inc()
 				h.transition(JobStopping, "the first process has ended", func(j *Job) {
 					j.PID, j.LastExit = 0, &LastExit{exit.Exit, time.Now().UTC()}
 				})
-			case msgDead:
-				if r := int(m.b); r != killNone && r < len(killReasons) {
-					h.metrics.kills.WithLabelValues(killReasons[r]).Inc()
+			case ipc.KindGone:
+				dead := m.Gone()
+				if dead.Reason != ipc.NotKilled {
+					h.metrics.kills.WithLabelValues(dead.Reason.Label()).Inc()
 				}
-				h.metrics.stops.Observe(time.Duration(m.a).Seconds())
+				h.metrics.stops.Observe(dead.Elapsed.Seconds())
 				h.transition(JobExited, "dead", func(j *Job) { j.PID = 0 })
 				// The guard stops the job by its own clock, and at a second signal, without asking us.
-				return exit, ended && m.c == 0, nil
+				return exit, ended && !dead.Ordered, nil
 			}
 		}
 	}

@@ -5,6 +5,8 @@ package supervisor
 import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"leasehold/supervisor/ipc"
 )
 
 type metrics struct {
@@ -35,8 +37,8 @@ func newMetrics(r prometheus.Registerer) metrics {
 	for _, reason := range []string{"ok", "error", "signal", "stopped"} {
 		m.exits.WithLabelValues(reason)
 	}
-	for _, reason := range killReasons[1:] {
-		m.kills.WithLabelValues(reason)
+	for _, reason := range ipc.KillReasons() {
+		m.kills.WithLabelValues(reason.Label())
 	}
 	return m
 }

@@ -14,6 +14,7 @@ import (
 
 	"leasehold/internal/boottime"
 	"leasehold/internal/nofile"
+	"leasehold/supervisor/ipc"
 )
 
 // spawner is the guard's end of the spawner, a small process between guard and job: it starts the job, reaps it, and kills it when
@@ -34,8 +35,8 @@ type spawner struct {
 	zombie  int // its pid then, until it is reaped
 	pidfd   int
 
-	sent    spawnMessage
-	got     spawnMessage
+	sent    ipc.SpawnerMessage
+	got     ipc.SpawnerMessage
 	control spawnControl
 	iov     [2]uintptr
 	header  spawnHeader
@@ -88,8 +89,8 @@ func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner
 		a.keepIgnored |= 1 << (sig - 1)
 	}
 	a.nofile = [2]uint64{nofile.Original.Soft, nofile.Original.Hard}
-	a.message = spawnMessage{}
-	a.iov = [2]uintptr{uintptr(unsafe.Pointer(&a.message)), uintptr(spawnMessageLen)}
+	a.message = ipc.SpawnerMessage{}
+	a.iov = [2]uintptr{uintptr(unsafe.Pointer(&a.message)), uintptr(ipc.SpawnerMessageLen)}
 	a.header = spawnHeader{iov: uintptr(unsafe.Pointer(&a.iov)), iovLen: 1}
 	a.control = spawnControl{len: unsafe.Offsetof(a.control.fd) + 4, level: unix.SOL_SOCKET, kind: unix.SCM_RIGHTS}
 	a.clone = spawnClone{
@@ -105,7 +106,7 @@ func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner
 	a.titleLen = int32(uintptr(unsafe.Pointer(unsafe.StringData(last))) + uintptr(len(last)) - uintptr(a.titleAt))
 
 	// The header of our own reads.
-	s.iov = [2]uintptr{uintptr(unsafe.Pointer(&s.got)), uintptr(spawnMessageLen)}
+	s.iov = [2]uintptr{uintptr(unsafe.Pointer(&s.got)), uintptr(ipc.SpawnerMessageLen)}
 
 	pid, pidfd, errno := forkSpawner(a)
 	if errno != 0 {
@@ -190,8 +191,8 @@ func (s *spawner) setTerm(entries []string) error {
 // tell sends a message. It never blocks.
 func (s *spawner) tell(kind, serial int32) {
 	s.asked(boottime.Now()) // before it can have turned for it
-	s.sent = spawnMessage{kind: kind, serial: serial}
-	_, _, _ = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.sock), uintptr(unsafe.Pointer(&s.sent)), uintptr(spawnMessageLen), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
+	s.sent = ipc.SpawnerMessage{Kind: kind, Serial: serial}
+	_, _, _ = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.sock), uintptr(unsafe.Pointer(&s.sent)), uintptr(ipc.SpawnerMessageLen), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
 }
 
 // asked notes that the spawner owes a turn from now on.
@@ -220,7 +221,7 @@ func (s *spawner) hear() (fd int, ok bool) {
 	if errno == unix.ECONNRESET { // it has left a message unread; its own come after that
 		n, _, errno = unix.RawSyscall(unix.SYS_RECVMSG, uintptr(s.sock), uintptr(unsafe.Pointer(&s.header)), unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 	}
-	if errno != 0 || int(n) != spawnMessageLen {
+	if errno != 0 || int(n) != ipc.SpawnerMessageLen {
 		return -1, false
 	}
 	if s.header.controlLen == 0 {

@@ -6,6 +6,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/supervisor/ipc"
 )
 
 // This file is what runs in the spawner. The guard forks it without exec, so that it costs some pages of memory and not a whole
@@ -20,27 +22,6 @@ func runtimeBeforeFork()
 
 //go:linkname runtimeAfterFork syscall.runtime_AfterFork
 func runtimeAfterFork()
-
-// spawnMessage is a message between the spawner and the guard or the elector.
-type spawnMessage struct{ kind, serial, value, extra int32 }
-
-const spawnMessageLen = int(unsafe.Sizeof(spawnMessage{}))
-
-const (
-	// To the spawner.
-	spawnPrepare = int32(iota + 1) // make the cgroup for the next start
-	spawnStart                     // start the job; serial: of this start
-	spawnKill                      // kill the job with this serial; from the elector: whatever there is, and start nothing any more
-
-	// From the spawner.
-	spawnStarted // value: pid of the first process; its pidfd comes along
-	spawnRefused // value: errno, or spawnTooLate
-	spawnExited  // value: wait status of the first process, extra: 1 if no other process of the job is left
-	spawnGone    // nothing of the job is left, and a kill was asked for; to the elector: and nothing will be started
-)
-
-// spawnTooLate: stop-at has passed, the start was called off, or the spawner is closed.
-const spawnTooLate = -1
 
 // spawnArea is memory that the guard and the spawner share. The guard fills it before the fork.
 type spawnArea struct {
@@ -89,7 +70,7 @@ type spawnArea struct {
 	action    [4]uint64 // zeros
 	urgent    unix.SchedAttr
 	clone     spawnClone
-	message   spawnMessage
+	message   ipc.SpawnerMessage
 	iov       [2]uintptr
 	header    spawnHeader
 	control   spawnControl
@@ -293,20 +274,20 @@ func (a *spawnArea) turn() {
 		a.hearElector()
 	}
 	if a.fds[pollGuardSock].Revents != 0 && a.receive(pollGuardSock) {
-		switch a.message.kind {
-		case spawnPrepare:
+		switch a.message.Kind {
+		case ipc.SpawnerPrepare:
 			a.prepare()
-		case spawnStart:
-			a.serial = a.message.serial
+		case ipc.SpawnerStart:
+			a.serial = a.message.Serial
 			errno := a.prepare()
 			if errno == 0 {
 				errno = a.start()
 			}
 			if errno != 0 {
-				a.send(a.guardSock, spawnRefused, a.serial, errno, 0, -1)
+				a.send(a.guardSock, ipc.SpawnerRefused, a.serial, errno, 0, -1)
 			}
-		case spawnKill:
-			a.killAsked = a.message.serial
+		case ipc.SpawnerKill:
+			a.killAsked = a.message.Serial
 			a.leafUsed = 1 // the guard kills its cgroup from now on, and since Linux 6.14 nothing can be started in it then
 			a.kill()
 		}
@@ -353,8 +334,8 @@ func (a *spawnArea) kill() {
 //go:nosplit
 //go:norace
 func (a *spawnArea) receive(which int) bool {
-	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(a.fds[which].Fd), uintptr(unsafe.Pointer(&a.message)), uintptr(spawnMessageLen), unix.MSG_DONTWAIT, 0, 0)
-	if errno == 0 && n == uintptr(spawnMessageLen) {
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(a.fds[which].Fd), uintptr(unsafe.Pointer(&a.message)), uintptr(ipc.SpawnerMessageLen), unix.MSG_DONTWAIT, 0, 0)
+	if errno == 0 && n == uintptr(ipc.SpawnerMessageLen) {
 		return true
 	}
 	if errno != unix.EAGAIN {
@@ -366,7 +347,7 @@ func (a *spawnArea) receive(which int) bool {
 //go:nosplit
 //go:norace
 func (a *spawnArea) hearElector() {
-	if a.receive(pollElectorSock) && a.message.kind == spawnKill {
+	if a.receive(pollElectorSock) && a.message.Kind == ipc.SpawnerKill {
 		a.close()
 	}
 }
@@ -378,7 +359,7 @@ func (a *spawnArea) hearElector() {
 //go:nosplit
 //go:norace
 func (a *spawnArea) send(sock, kind, serial, value, extra, fd int32) bool {
-	a.message.kind, a.message.serial, a.message.value, a.message.extra = kind, serial, value, extra
+	a.message.Kind, a.message.Serial, a.message.Value, a.message.Extra = kind, serial, value, extra
 	a.header.control, a.header.controlLen = 0, 0
 	if fd >= 0 {
 		a.control.fd = fd
@@ -432,7 +413,7 @@ func (a *spawnArea) prepare() int32 {
 func (a *spawnArea) start() int32 {
 	a.leafUsed = 1 // also by a start that comes to nothing: its cgroup may have been killed meanwhile, see cgroup
 	if a.closed != 0 || a.first != 0 {
-		return spawnTooLate
+		return ipc.SpawnerTooLate
 	}
 	if _, _, errno := unix.RawSyscall(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&a.pipe)), unix.O_CLOEXEC, 0); errno != 0 {
 		return int32(errno)
@@ -442,7 +423,7 @@ func (a *spawnArea) start() int32 {
 	if a.cancelled == a.serial || a.readClock() >= a.stopAt {
 		rawCloseSpawn(uintptr(a.pipe[0]))
 		rawCloseSpawn(uintptr(a.pipe[1]))
-		return spawnTooLate
+		return ipc.SpawnerTooLate
 	}
 	var pid uintptr
 	var errno unix.Errno
@@ -506,8 +487,8 @@ func (a *spawnArea) execDone() {
 	if n == 4 {
 		a.execErrno = a.word
 	} else {
-		a.send(a.electorSock, spawnStarted, a.serial, a.first, 0, a.pidfd)
-		if !a.send(a.guardSock, spawnStarted, a.serial, a.first, 0, a.pidfd) {
+		a.send(a.electorSock, ipc.SpawnerStarted, a.serial, a.first, 0, a.pidfd)
+		if !a.send(a.guardSock, ipc.SpawnerStarted, a.serial, a.first, 0, a.pidfd) {
 			a.kill() // the guard could not signal it
 		}
 	}
@@ -545,11 +526,11 @@ func (a *spawnArea) reap() {
 		a.hasExited = 0
 		switch {
 		case a.execErrno != 0:
-			a.send(a.guardSock, spawnRefused, a.serial, a.execErrno, 0, -1)
+			a.send(a.guardSock, ipc.SpawnerRefused, a.serial, a.execErrno, 0, -1)
 		case none:
-			a.send(a.guardSock, spawnExited, a.serial, a.status, 1, -1)
+			a.send(a.guardSock, ipc.SpawnerExited, a.serial, a.status, 1, -1)
 		default:
-			a.send(a.guardSock, spawnExited, a.serial, a.status, 0, -1)
+			a.send(a.guardSock, ipc.SpawnerExited, a.serial, a.status, 0, -1)
 		}
 	}
 	if a.killing == 0 || !none {
@@ -557,7 +538,7 @@ func (a *spawnArea) reap() {
 	}
 	a.killing = 0
 	if a.closed != 0 {
-		a.send(a.electorSock, spawnGone, 0, 0, 0, -1)
+		a.send(a.electorSock, ipc.SpawnerGone, 0, 0, 0, -1)
 	}
 	if a.guardGone != 0 {
 		for {
@@ -565,7 +546,7 @@ func (a *spawnArea) reap() {
 		}
 	}
 	if a.killAsked != 0 {
-		a.send(a.guardSock, spawnGone, a.killAsked, 0, 0, -1)
+		a.send(a.guardSock, ipc.SpawnerGone, a.killAsked, 0, 0, -1)
 		a.killAsked = 0
 	}
 }

@@ -1,0 +1,182 @@
+//go:build linux
+
+// Package ipc is what guard, elector and spawner say to each other.
+//
+// Guard and elector share a pair of non-blocking pipes. A message is small, and the kernel writes it
+// whole or not at all. A full pipe counts as a lost peer, so that no sender ever waits. Neither
+// sending nor receiving allocates: the guard collects no garbage while a job lives.
+package ipc
+
+import (
+	"bytes"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Kind tells which message it is.
+type Kind uint8
+
+// The kinds of messages, one for each type below.
+const (
+	// From the elector to the guard.
+	KindReady Kind = iota + 1
+	KindLease
+	KindToken
+	KindStart
+	KindExtend
+	KindStop
+	KindPing
+	KindStatus
+	KindExiting
+
+	// From the guard to the elector.
+	KindStarted
+	KindRefused
+	KindExited
+	KindGone
+	KindPong
+	KindSignal
+	KindTimerLatency
+)
+
+// What the elector sends. Moments are readings of CLOCK_BOOTTIME.
+type (
+	// Ready means that the elector is up and its endpoint listens.
+	Ready struct{}
+	// Lease is the lease that the guard revokes if the elector is lost. It is sent before the
+	// grant. ID 0: there is none any more.
+	Lease struct {
+		ID  int64
+		TTL time.Duration
+	}
+	// Token is what etcd takes for the elector's password, for whoever revokes in its place.
+	// Empty: there is none. A received Value holds until the next Fill.
+	Token struct{ Value []byte }
+	// Start asks for a start of the job.
+	Start struct {
+		Key            string
+		Token, LeaseID int64
+		StopAt, KillBy time.Duration
+	}
+	// Extend moves the deadlines of the job.
+	Extend struct{ StopAt, KillBy time.Duration }
+	// Stop asks for the end of the job. Grace 0 kills it at once, UntilKillBy leaves it the time
+	// until kill-by.
+	Stop struct{ Grace time.Duration }
+	// Ping wants a Pong with its number.
+	Ping struct{ Number int64 }
+	// Status is what systemd shows.
+	Status struct{ Text string }
+	// Exiting means that the elector is about to exit in good order. The daemon shall exit with
+	// Code.
+	Exiting struct {
+		Code int
+		Why  string
+	}
+)
+
+// UntilKillBy is the grace of a Stop that only the deadlines bound.
+const UntilKillBy time.Duration = -1
+
+// What the guard sends.
+type (
+	// Started means that the job's first process runs.
+	Started struct{ PID int }
+	// Refused means that the job could not be started. Code stands for its exit code.
+	Refused struct {
+		Code int
+		Why  string
+	}
+	// Exited is how the job's first process exited. Code is as a shell has it, Signal 0 if none
+	// ended it.
+	Exited struct{ Code, Signal int }
+	// Gone means that nothing of the job is left.
+	Gone struct {
+		Elapsed time.Duration // since the stop signal, or the kill where there was none
+		Reason  KillReason
+		Ordered bool // the guard ended the job: it did not exit by itself
+	}
+	// Pong answers a Ping.
+	Pong struct{ Number int64 }
+	// Signal is a signal that the guard received.
+	Signal struct{ Signal unix.Signal }
+	// TimerLatency is by how much the guard missed a deadline.
+	TimerLatency struct{ By time.Duration }
+)
+
+// Message is a message as it was received. Kind tells which of its methods decodes it.
+type Message struct {
+	Kind   Kind
+	number [4]int64
+	text   []byte // in the Inbox, until the next Fill
+}
+
+// Clone returns a copy that does not depend on the Inbox.
+func (m Message) Clone() Message {
+	m.text = bytes.Clone(m.text)
+	return m
+}
+
+// Lease decodes a KindLease.
+func (m Message) Lease() Lease {
+	return Lease{ID: m.number[0], TTL: time.Duration(m.number[1])}
+}
+
+// Token decodes a KindToken.
+func (m Message) Token() Token { return Token{Value: m.text} }
+
+// Start decodes a KindStart. It allocates the key.
+func (m Message) Start() Start {
+	return Start{
+		Key: string(m.text), LeaseID: m.number[0], Token: m.number[1],
+		StopAt: time.Duration(m.number[2]), KillBy: time.Duration(m.number[3]),
+	}
+}
+
+// Extend decodes a KindExtend.
+func (m Message) Extend() Extend {
+	return Extend{StopAt: time.Duration(m.number[0]), KillBy: time.Duration(m.number[1])}
+}
+
+// Stop decodes a KindStop.
+func (m Message) Stop() Stop { return Stop{Grace: time.Duration(m.number[0])} }
+
+// Ping decodes a KindPing.
+func (m Message) Ping() Ping { return Ping{Number: m.number[0]} }
+
+// Status decodes a KindStatus. It allocates the text.
+func (m Message) Status() Status { return Status{Text: string(m.text)} }
+
+// Exiting decodes a KindExiting. It allocates the text.
+func (m Message) Exiting() Exiting { return Exiting{Code: int(m.number[0]), Why: string(m.text)} }
+
+// Started decodes a KindStarted.
+func (m Message) Started() Started { return Started{PID: int(m.number[0])} }
+
+// Refused decodes a KindRefused. It allocates the text.
+func (m Message) Refused() Refused { return Refused{Code: int(m.number[0]), Why: string(m.text)} }
+
+// Exited decodes a KindExited.
+func (m Message) Exited() Exited {
+	return Exited{Code: int(m.number[0]), Signal: int(m.number[1])}
+}
+
+// Gone decodes a KindGone.
+func (m Message) Gone() Gone {
+	return Gone{
+		Elapsed: time.Duration(m.number[0]), Reason: KillReason(m.number[1]),
+		Ordered: m.number[2] != 0,
+	}
+}
+
+// Pong decodes a KindPong.
+func (m Message) Pong() Pong { return Pong{Number: m.number[0]} }
+
+// Signal decodes a KindSignal.
+func (m Message) Signal() Signal { return Signal{Signal: unix.Signal(m.number[0])} }
+
+// TimerLatency decodes a KindTimerLatency.
+func (m Message) TimerLatency() TimerLatency {
+	return TimerLatency{By: time.Duration(m.number[0])}
+}

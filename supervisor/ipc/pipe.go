@@ -1,0 +1,149 @@
+//go:build linux
+
+package ipc
+
+import (
+	"encoding/binary"
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
+
+// A message is at most PIPE_BUF long, so that the kernel writes it whole or not at all (pipe(7)).
+// It begins with its length (2 bytes), its kind (1) and a byte of zero; four numbers follow, and then
+// the text.
+const (
+	maxMessage = 4096
+	headerLen  = 4 + 4*8
+
+	// MaxText bounds the text of a message, in bytes. A longer one is cut.
+	MaxText = maxMessage - headerLen
+)
+
+// Both errors mean that the peer is lost: nobody reads.
+var (
+	ErrClosed = errors.New("the pipe is closed")
+	ErrFull   = errors.New("the pipe is full") // the peer may still run
+)
+
+// Outbox writes messages into the pipe FD.
+type Outbox struct {
+	FD  int
+	buf [maxMessage]byte
+}
+
+// Send writes one of the message types. It never blocks; the error is ErrClosed or ErrFull.
+func (o *Outbox) Send(message any) error {
+	n := o.encode(message)
+	for {
+		switch _, err := unix.Write(o.FD, o.buf[:n]); err {
+		case nil:
+			return nil
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return ErrFull
+		default:
+			return ErrClosed
+		}
+	}
+}
+
+// encode writes the message into the buffer and returns its length. A type switch, and not a method
+// of each type, lets the compiler see that the message does not escape: it is never allocated.
+func (o *Outbox) encode(message any) int {
+	var kind Kind
+	var number [4]int64
+	var text string
+	var raw []byte
+	switch m := message.(type) {
+	case Ready:
+		kind = KindReady
+	case Lease:
+		kind, number = KindLease, [4]int64{m.ID, int64(m.TTL)}
+	case Token:
+		kind, raw = KindToken, m.Value
+	case Start:
+		kind, text = KindStart, m.Key
+		number = [4]int64{m.LeaseID, m.Token, int64(m.StopAt), int64(m.KillBy)}
+	case Extend:
+		kind, number = KindExtend, [4]int64{int64(m.StopAt), int64(m.KillBy)}
+	case Stop:
+		kind, number = KindStop, [4]int64{int64(m.Grace)}
+	case Ping:
+		kind, number = KindPing, [4]int64{m.Number}
+	case Status:
+		kind, text = KindStatus, m.Text
+	case Exiting:
+		kind, number, text = KindExiting, [4]int64{int64(m.Code)}, m.Why
+	case Started:
+		kind, number = KindStarted, [4]int64{int64(m.PID)}
+	case Refused:
+		kind, number, text = KindRefused, [4]int64{int64(m.Code)}, m.Why
+	case Exited:
+		kind, number = KindExited, [4]int64{int64(m.Code), int64(m.Signal)}
+	case Gone:
+		kind, number = KindGone, [4]int64{int64(m.Elapsed), int64(m.Reason)}
+		if m.Ordered {
+			number[2] = 1
+		}
+	case Pong:
+		kind, number = KindPong, [4]int64{m.Number}
+	case Signal:
+		kind, number = KindSignal, [4]int64{int64(m.Signal)}
+	case TimerLatency:
+		kind, number = KindTimerLatency, [4]int64{int64(m.By)}
+	default:
+		panic("ipc: this is no message")
+	}
+	n := headerLen + copy(o.buf[headerLen:], text)
+	n += copy(o.buf[n:], raw)
+	binary.LittleEndian.PutUint16(o.buf[0:], uint16(n))
+	o.buf[2], o.buf[3] = byte(kind), 0
+	for i, v := range number {
+		binary.LittleEndian.PutUint64(o.buf[4+8*i:], uint64(v))
+	}
+	return n
+}
+
+// Inbox reads messages from a non-blocking pipe. The zero value is ready for use.
+type Inbox struct {
+	buf   [4 * maxMessage]byte
+	start int
+	end   int
+}
+
+// Fill reads once from fd. It returns false where there was nothing to read, and ErrClosed at
+// end-of-file.
+func (in *Inbox) Fill(fd int) (bool, error) {
+	if in.start > 0 {
+		in.end = copy(in.buf[:], in.buf[in.start:in.end])
+		in.start = 0
+	}
+	n, err := unix.Read(fd, in.buf[in.end:])
+	switch {
+	case err == unix.EAGAIN || err == unix.EINTR:
+		return false, nil
+	case err != nil || n == 0:
+		return false, ErrClosed
+	}
+	in.end += n
+	return true, nil
+}
+
+// Next returns the next whole message, if there is one.
+func (in *Inbox) Next() (Message, bool) {
+	b := in.buf[in.start:in.end]
+	if len(b) < headerLen {
+		return Message{}, false
+	}
+	n := int(binary.LittleEndian.Uint16(b))
+	if n < headerLen || n > maxMessage || len(b) < n {
+		return Message{}, false
+	}
+	in.start += n
+	m := Message{Kind: Kind(b[2]), text: b[headerLen:n]}
+	for i := range m.number {
+		m.number[i] = int64(binary.LittleEndian.Uint64(b[4+8*i:]))
+	}
+	return m, true
+}
