@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 )
@@ -28,10 +27,13 @@ func ExitCode(command string, err error) int {
 	return 1
 }
 
-// ProgramsDir is the directory of the running program. The programs under test are beside it.
-func ProgramsDir() (string, error) {
-	self, err := os.Executable()
-	return filepath.Dir(self), err
+// CopyProgram copies a program, for one that no build changes and that shares no page of memory.
+func CopyProgram(from, to string) error {
+	data, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, data, 0o755)
 }
 
 // FindEtcdAndAbout is FindEtcd, with a description of it and of this machine.

@@ -3,8 +3,6 @@
 package main
 
 import (
-	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"math"
@@ -18,7 +16,7 @@ import (
 // results are what a run measured. Reports and tables are made from them alone.
 type results struct {
 	About    harness.About    `json:"about"`
-	Exec     []float64        `json:"exec_ms"` // a process' start to its first instruction, without any daemon
+	Exec     []float64        `json:"exec_ms"` // a process's start to its first instruction
 	Samples  []Sample         `json:"samples"`
 	Memory   []Memory         `json:"memory"`
 	CPU      []CPU            `json:"cpu"`
@@ -29,18 +27,17 @@ type results struct {
 // Sample is one trial. All times are milliseconds from the fault on.
 type Sample struct {
 	Fault     string  `json:"fault"`
-	Contender string  `json:"contender"`
-	Road      string  `json:"road"`
+	Contender string  `json:"contender"` // the implementation
+	Road      string  `json:"road"`      // plain, tls or auth
 	TTL       float64 `json:"ttl_seconds"`
-	Dead      float64 `json:"dead_ms"`  // the last process of the old job has ended
+	Dead      float64 `json:"dead_ms"`  // the last process of the old job has exited
 	Died      bool    `json:"died"`     // or else lived when nobody looked any more
 	Freed     float64 `json:"freed_ms"` // an operator's watch heard that the leader's key is deleted
 	Next      float64 `json:"next_ms"`  // first instruction of the next job
 	Late      float64 `json:"guard_late_ms"`
 }
 
-// overlap is for how long both jobs lived; infinite when the old one did not
-// end.
+// overlap is for how long both jobs lived; infinite when the old one did not end.
 func (s Sample) overlap() float64 {
 	if !s.Died {
 		return math.Inf(1)
@@ -55,6 +52,14 @@ type Memory struct {
 	KiB       []int64 `json:"pss_kib"`
 }
 
+func (m Memory) mebibytes() float64 {
+	sum := int64(0)
+	for _, kib := range m.KiB {
+		sum += kib
+	}
+	return float64(sum) / 1024
+}
+
 // CPU is what a candidate that does nothing used.
 type CPU struct {
 	Contender string    `json:"contender"`
@@ -64,136 +69,7 @@ type CPU struct {
 	Used      []float64 `json:"cpu_ms"` // by process, the guard first
 }
 
-func aboutThisRun(ctx context.Context, etcd harness.Etcd) (*results, error) {
-	about, err := harness.AboutThisRun(ctx, etcd)
-	return &results{About: about, Binaries: map[string]int64{}}, err
-}
-
-func withResults(path string, f func(*results) error) error {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	var r results
-	if err := json.Unmarshal(data, &r); err != nil {
-		return fmt.Errorf("read %s: %w", path, err)
-	}
-	return f(&r)
-}
-
-// of are the samples of a contender over a road, for some faults.
-func (r *results) of(contender, road string, faults ...string) []Sample {
-	var samples []Sample
-	for _, s := range r.Samples {
-		if s.Contender == contender && s.Road == road && slices.Contains(faults, s.Fault) {
-			samples = append(samples, s)
-		}
-	}
-	return samples
-}
-
-func column(samples []Sample, f func(Sample) float64) []float64 {
-	var c []float64
-	for _, s := range samples {
-		c = append(c, f(s))
-	}
-	return c
-}
-
-func next(s Sample) float64 { return s.Next }
-
-func overlapping(samples []Sample) int {
-	n := 0
-	for _, s := range samples {
-		if s.overlap() > 0 {
-			n++
-		}
-	}
-	return n
-}
-
-// writeReport writes all that was measured, and how it compares with what is
-// wanted of leasehold.
-func writeReport(to io.Writer, r *results) error {
-	w := tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)
-	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) } // Flush reports
-	user := "an ordinary user"
-	if r.About.Root {
-		user = "root"
-	}
-	p("\n%s: etcd %s, %s, Linux %s, %d CPUs, as %s\n", r.About.Date, r.About.Etcd, r.About.Go, r.About.Kernel, r.About.CPUs, user)
-	p("a process' start to its first instruction, which all pay: %s (p99 %s)\n", harness.Span(harness.Median(r.Exec)), harness.Span(harness.Percentile(r.Exec, 99)))
-
-	p("\nfault\tcontender\tvia\tTTL\ttrials\tnext job, median\tp99\tmax\tboth alive\tp50\tp99\tguard late, max\n")
-	for _, road := range []string{"plain", "tls", "auth"} {
-		for _, f := range faults {
-			for _, c := range harness.Implementations {
-				samples := r.of(c.Name, road, f.Name)
-				if len(samples) == 0 {
-					continue
-				}
-				times, overlaps := column(samples, next), column(samples, Sample.overlap)
-				p("%s\t%s\t%s\t%.0fs\t%d\t%s\t%s\t%s\t%d of %d\t%s\t%s\t%s\n", f.Name, c.Name, road, samples[0].TTL, len(samples),
-					harness.Span(harness.Median(times)), harness.Span(harness.Percentile(times, 99)), harness.Span(slices.Max(times)),
-					overlapping(samples), len(samples), harness.Span(harness.Percentile(overlaps, 50)), harness.Span(harness.Percentile(overlaps, 99)),
-					harness.Span(slices.Max(column(samples, func(s Sample) float64 { return s.Late }))))
-			}
-		}
-	}
-
-	p("\nwhere the time goes (medians)\tcontender\tvia\tfault to old job dead\tto its key deleted\tto next job's first instruction\n")
-	for _, road := range []string{"plain", "tls", "auth"} {
-		for _, f := range []string{"stop", "kill", "kill-elector"} {
-			for _, c := range harness.Implementations {
-				samples := r.of(c.Name, road, f)
-				if len(samples) == 0 || overlapping(samples) > 0 {
-					continue
-				}
-				p("%s\t%s\t%s\t%s\t%s\t%s\n", f, c.Name, road,
-					harness.Span(harness.Median(column(samples, func(s Sample) float64 { return s.Dead }))),
-					harness.Span(harness.Median(column(samples, func(s Sample) float64 { return s.Freed - s.Dead }))),
-					harness.Span(harness.Median(column(samples, func(s Sample) float64 { return s.Next - s.Freed }))))
-			}
-		}
-	}
-	for _, f := range r.Failures {
-		p("\nFAILED: %s\n", f)
-	}
-	reportSize(p, r)
-	reportGoals(p, r)
-	return w.Flush()
-}
-
-func reportSize(p func(string, ...any), r *results) {
-	if len(r.Memory) > 0 {
-		p("\nmemory of a standby\tcontender\tPSS\tby process\n")
-		for _, m := range r.Memory {
-			p("%s\t%s\t%.1f MiB\t%v KiB\n", m.When, m.Contender, mebibytes(m), m.KiB)
-		}
-	}
-	if len(r.CPU) > 0 {
-		p("\nidle CPU\tcontender\tTTL\tof a core\tin\tby process\n")
-		for _, c := range r.CPU {
-			p("%s\t%s\t%.0fs\t%.3f %%\t%.0f s\t%v ms\n", c.Role, c.Contender, c.TTL, percent(c), c.Seconds, c.Used)
-		}
-	}
-	if len(r.Binaries) > 0 {
-		p("\nbinary\tbytes\n")
-		for _, c := range harness.Implementations {
-			p("%s\t%d\n", c.Name, r.Binaries[c.Name])
-		}
-	}
-}
-
-func mebibytes(m Memory) float64 {
-	sum := int64(0)
-	for _, kib := range m.KiB {
-		sum += kib
-	}
-	return float64(sum) / 1024
-}
-
-func percent(c CPU) float64 {
+func (c CPU) percent() float64 {
 	sum := 0.0
 	for _, ms := range c.Used {
 		sum += ms
@@ -201,9 +77,123 @@ func percent(c CPU) float64 {
 	return sum / 10 / c.Seconds
 }
 
-// reportGoals compares what was measured with what is wanted.
-func reportGoals(p func(string, ...any), r *results) {
-	p("\nwanted of leasehold\tmeasured\t\t\n")
+// group is the samples of a fault and an implementation that reaches etcd in one way.
+type group []Sample
+
+// of are the samples of such a group. There may be none.
+func (r *results) of(fault, implementation, via string) group {
+	return slices.DeleteFunc(slices.Clone(group(r.Samples)), func(s Sample) bool {
+		return s.Fault != fault || s.Contender != implementation || s.Road != via
+	})
+}
+
+func (g group) column(f func(Sample) float64) []float64 {
+	var c []float64
+	for _, s := range g {
+		c = append(c, f(s))
+	}
+	return c
+}
+
+func (g group) median(f func(Sample) float64) float64 { return harness.Median(g.column(f)) }
+
+func next(s Sample) float64 { return s.Next }
+
+func (g group) overlapping() int {
+	n := 0
+	for _, s := range g {
+		if s.overlap() > 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// report writes into a table with tabs. Flush reports its errors.
+type report struct{ *tabwriter.Writer }
+
+func (w report) p(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
+
+// each calls f with each group that is not empty, in the order of the report.
+func (r *results) each(f func(fault, implementation, via string, g group)) {
+	for _, via := range []string{"plain", "tls", "auth"} {
+		for _, k := range kinds {
+			for _, of := range harness.Implementations {
+				if g := r.of(k.Name, of.Name, via); len(g) > 0 {
+					f(k.Name, of.Name, via, g)
+				}
+			}
+		}
+	}
+}
+
+// writeReport writes all that was measured, and how it compares with what is wanted of leasehold.
+func writeReport(to io.Writer, r *results) error {
+	w, span := report{tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)}, harness.Span
+	user, a := "an ordinary user", r.About
+	if a.Root {
+		user = "root"
+	}
+	w.p("\n%s: etcd %s, %s, Linux %s, %d CPUs, as %s\n", a.Date, a.Etcd, a.Go, a.Kernel, a.CPUs, user)
+	w.p("a process' start to its first instruction, which all pay: %s (p99 %s)\n",
+		span(harness.Median(r.Exec)), span(harness.Percentile(r.Exec, 99)))
+
+	w.p("\nfault\timplementation\tvia\tTTL\ttrials\tnext job, median\tp99\tmax\t" +
+		"both alive\tp50\tp99\tguard late, max\n")
+	r.each(func(fault, implementation, via string, g group) {
+		times, overlaps := g.column(next), g.column(Sample.overlap)
+		w.p("%s\t%s\t%s\t%.0fs\t%d\t%s\t%s\t%s\t%d of %d\t%s\t%s\t%s\n",
+			fault, implementation, via, g[0].TTL, len(g),
+			span(harness.Median(times)), span(harness.Percentile(times, 99)), span(slices.Max(times)),
+			g.overlapping(), len(g),
+			span(harness.Percentile(overlaps, 50)), span(harness.Percentile(overlaps, 99)),
+			span(slices.Max(g.column(func(s Sample) float64 { return s.Late }))))
+	})
+	w.p("\nwhere the time goes (medians)\timplementation\tvia\tfault to old job dead\t" +
+		"to its key deleted\tto next job's first instruction\n")
+	r.each(func(fault, implementation, via string, g group) {
+		if g.overlapping() > 0 {
+			return
+		}
+		w.p("%s\t%s\t%s\t%s\t%s\t%s\n", fault, implementation, via,
+			span(g.median(func(s Sample) float64 { return s.Dead })),
+			span(g.median(func(s Sample) float64 { return s.Freed - s.Dead })),
+			span(g.median(func(s Sample) float64 { return s.Next - s.Freed })))
+	})
+	for _, f := range r.Failures {
+		w.p("\nFAILED: %s\n", f)
+	}
+	w.size(r)
+	w.goals(r)
+	return w.Flush()
+}
+
+func (w report) size(r *results) {
+	if len(r.Memory) > 0 {
+		w.p("\nmemory of a standby\timplementation\tPSS\tby process\n")
+		for _, m := range r.Memory {
+			w.p("%s\t%s\t%.1f MiB\t%v KiB\n", m.When, m.Contender, m.mebibytes(), m.KiB)
+		}
+	}
+	if len(r.CPU) > 0 {
+		w.p("\nidle CPU\timplementation\tTTL\tof a core\tin\tby process\n")
+		for _, c := range r.CPU {
+			w.p("%s\t%s\t%.0fs\t%.3f %%\t%.0f s\t%v ms\n",
+				c.Role, c.Contender, c.TTL, c.percent(), c.Seconds, c.Used)
+		}
+	}
+	if len(r.Binaries) > 0 {
+		w.p("\nbinary\tbytes\n")
+		for _, of := range harness.Implementations {
+			w.p("%s\t%d\n", of.Name, r.Binaries[of.Name])
+		}
+	}
+}
+
+// goals compares what was measured with what is wanted. What was not measured is left out.
+func (w report) goals(r *results) {
+	w.p("\nwanted of leasehold\tmeasured\t\t\n")
+	ours := harness.Leasehold.Name
 	goal := func(what string, got, limit float64, show func(float64) string) {
 		if math.IsNaN(got) || math.IsNaN(limit) {
 			return
@@ -212,30 +202,31 @@ func reportGoals(p func(string, ...any), r *results) {
 		if got > limit {
 			verdict = "NO"
 		}
-		p("%s\t%s\tat most %s\t%s\n", what, show(got), show(limit), verdict)
+		w.p("%s\t%s\tat most %s\t%s\n", what, show(got), show(limit), verdict)
 	}
-	ours := func(f ...string) []Sample { return r.of(harness.Leasehold.Name, "plain", f...) }
-	goal("planned hand-over, 1.5 × the stock loop's", harness.Median(column(ours("stop"), next)),
-		1.5*harness.Median(column(r.of(harness.StockLoop.Name, "plain", "stop"), next)), harness.Span)
-	goal("guard killed", harness.Median(column(ours("kill"), next)), 25, harness.Span)
-	goal("elector killed", harness.Median(column(ours("kill-elector"), next)), 25, harness.Span)
-	worst := func(contender string) float64 {
-		most := math.NaN()
-		for _, m := range r.Memory {
-			if m.Contender == contender {
-				most = mebibytes(m)
-			}
-		}
-		return most
+	in := func(format string) func(float64) string {
+		return func(x float64) string { return fmt.Sprintf(format, x) }
 	}
-	goal("a standby's memory, etcdctl lock's", worst(harness.Leasehold.Name), worst(harness.EtcdctlLock.Name), func(m float64) string { return fmt.Sprintf("%.1f MiB", m) })
+	plain := func(fault, implementation string) float64 {
+		return r.of(fault, implementation, "plain").median(next)
+	}
+	goal("planned hand-over, 1.5 × the stock loop's", plain("stop", ours),
+		1.5*plain("stop", harness.StockLoop.Name), harness.Span)
+	goal("guard killed", plain("kill", ours), 25, harness.Span)
+	goal("elector killed", plain("kill-elector", ours), 25, harness.Span)
+	memory := map[string]float64{ours: math.NaN(), harness.EtcdctlLock.Name: math.NaN()}
+	for _, m := range r.Memory {
+		memory[m.Contender] = m.mebibytes() // the last counts
+	}
+	goal("a standby's memory, etcdctl lock's", memory[ours], memory[harness.EtcdctlLock.Name],
+		in("%.1f MiB"))
 	for _, c := range r.CPU {
-		if c.Contender == harness.Leasehold.Name {
-			goal("idle CPU of a "+c.Role, percent(c), 0.2, func(x float64) string { return fmt.Sprintf("%.3f %%", x) })
+		if c.Contender == ours {
+			goal("idle CPU of a "+c.Role, c.percent(), 0.2, in("%.3f %%"))
 		}
 	}
-	if size := r.Binaries[harness.Leasehold.Name]; size > 0 {
-		goal("binary", float64(size)/1e6, 18, func(x float64) string { return fmt.Sprintf("%.1f MB", x) })
+	if size := r.Binaries[ours]; size > 0 {
+		goal("binary", float64(size)/1e6, 18, in("%.1f MB"))
 	}
 }
 

@@ -20,6 +20,15 @@ import (
 	"leasehold/e2e/harness"
 )
 
+// binaries are the programs of the implementations.
+func (b *bench) binaries() map[string]string {
+	return map[string]string{
+		harness.Leasehold.Name:   b.programs.Leasehold,
+		harness.StockLoop.Name:   b.programs.Stockloop,
+		harness.EtcdctlLock.Name: b.etcd.Ctl,
+	}
+}
+
 // measureBinaries takes the sizes of the programs.
 func (b *bench) measureBinaries() error {
 	for name, path := range b.binaries() {
@@ -32,93 +41,94 @@ func (b *bench) measureBinaries() error {
 	return nil
 }
 
-func (b *bench) binaries() map[string]string {
-	return map[string]string{
-		harness.Leasehold.Name:   b.program("leasehold"),
-		harness.StockLoop.Name:   b.program("stockloop"),
-		harness.EtcdctlLock.Name: b.etcd.Ctl,
-	}
+// idler is a candidate that has nothing to do.
+type idler struct {
+	*harness.Machine
+	role   string
+	before map[int]time.Duration // CPU of each process
+	began  time.Duration
 }
 
-// measureIdle measures candidates that have nothing to do: their memory at the
-// beginning and at the end, and the CPU in between. Each standby runs from a
-// copy of its program, for alone on its machine it would share no page with a
-// leader.
-func (s *stage) measureIdle(ctx context.Context, during time.Duration) error {
-	fmt.Fprintf(os.Stderr, "measuring memory and idle CPU: %v\n", during+10*time.Second)
-	type idler struct {
-		*candidate
-		role   string
-		before map[int]time.Duration // CPU of each process
-		begin  time.Duration
-	}
+// measureIdle measures idlers: their memory at the beginning and at the end, and the CPU in
+// between.
+func (t *testbed) measureIdle(ctx context.Context, during time.Duration) error {
+	const first = 10 * time.Second
+	fmt.Fprintf(os.Stderr, "measuring memory and idle CPU: %v\n", during+first)
 	var idlers []*idler
 	defer func() {
-		for _, c := range idlers {
-			s.end(c.candidate)
+		for _, i := range idlers {
+			t.end(i.Machine)
 		}
 	}()
 	for _, of := range harness.Implementations {
-		s.count++
-		election := fmt.Sprintf("bench/%d", s.count)
-		for i, role := range []string{"leader", "standby"} {
-			binary := filepath.Join(s.dir, fmt.Sprintf("copy-%d", s.count))
-			if err := copyFile(s.binaries()[of.Name], binary); err != nil {
+		t.count++
+		election := fmt.Sprintf("bench/%d", t.count)
+		for n, role := range []string{"leader", "standby"} {
+			// From a copy of the program: alone on its machine a standby shares no page with a leader.
+			binary := filepath.Join(t.dir, fmt.Sprintf("copy-%d", t.count))
+			if err := harness.CopyProgram(t.binaries()[of.Name], binary); err != nil {
 				return err
 			}
-			c, err := s.start(of, election, longTTL, binary)
+			m, err := t.start(of, election, longTTL, binary)
 			if err != nil {
 				return err
 			}
-			idlers = append(idlers, &idler{candidate: c, role: role})
-			if _, err := s.queue(ctx, election, int64(i+1)); err != nil {
+			idlers = append(idlers, &idler{Machine: m, role: role})
+			if _, err := t.WaitQueue(ctx, election, int64(n+1)); err != nil {
 				return err
 			}
 		}
 	}
-	if err := harness.Wait(ctx, 10*time.Second); err != nil {
+	if err := harness.Wait(ctx, first); err != nil {
 		return err
 	}
-	memory := func(when string) error {
-		for _, c := range idlers {
-			if c.role != "standby" {
-				continue
-			}
-			m := Memory{Contender: c.of.Name, When: when}
-			for _, pid := range append([]int{c.Guard()}, harness.Descendants(c.Guard())...) {
-				kib, err := pss(pid)
-				if errors.Is(err, os.ErrPermission) {
-					fmt.Fprintln(os.Stderr, "the memory of leasehold can be read by root only")
-					return nil
-				}
-				if err != nil {
-					return err
-				}
-				m.KiB = append(m.KiB, kib)
-			}
-			s.results.Memory = append(s.results.Memory, m)
-		}
-		return nil
-	}
-	if err := memory("after 10s"); err != nil || during == 0 {
+	if err := t.measureMemory(idlers, first); err != nil || during == 0 {
 		return err
 	}
-	for _, c := range idlers {
-		c.before, c.begin = cpu(c.Guard()), harness.Now()
+	for _, i := range idlers {
+		i.before, i.began = cpu(i.Guard()), harness.Now()
 	}
 	if err := harness.Wait(ctx, during); err != nil {
 		return err
 	}
-	for _, c := range idlers {
-		used := CPU{Contender: c.of.Name, Role: c.role, TTL: longTTL.Seconds(), Seconds: (harness.Now() - c.begin).Seconds()}
-		after := cpu(c.Guard())
-		for _, pid := range slices.Sorted(maps.Keys(after)) {
-			used.Used = append(used.Used, harness.Milliseconds(after[pid]-c.before[pid]))
+	for _, i := range idlers {
+		used := CPU{
+			Contender: i.Implementation.Name, Role: i.role, TTL: longTTL.Seconds(),
+			Seconds: (harness.Now() - i.began).Seconds(),
 		}
-		s.results.CPU = append(s.results.CPU, used)
+		after := cpu(i.Guard())
+		for _, pid := range slices.Sorted(maps.Keys(after)) {
+			used.Used = append(used.Used, harness.Milliseconds(after[pid]-i.before[pid]))
+		}
+		t.results.CPU = append(t.results.CPU, used)
 	}
-	return memory("after " + (10*time.Second + during).String())
+	return t.measureMemory(idlers, first+during)
 }
+
+func (t *testbed) measureMemory(idlers []*idler, after time.Duration) error {
+	for _, i := range idlers {
+		if i.role != "standby" {
+			continue
+		}
+		m := Memory{Contender: i.Implementation.Name, When: "after " + after.String()}
+		for _, pid := range processes(i.Guard()) {
+			kib, err := pss(pid)
+			if errors.Is(err, os.ErrPermission) {
+				fmt.Fprintln(os.Stderr, "the memory of leasehold can be read by root only")
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			m.KiB = append(m.KiB, kib)
+		}
+		t.results.Memory = append(t.results.Memory, m)
+	}
+	return nil
+}
+
+// processes are a daemon's, with its job.
+func processes(guard int) []int { return append([]int{guard}, harness.Descendants(guard)...) }
 
 // pss is the proportional set size of a process in KiB.
 func pss(pid int) (int64, error) {
@@ -136,11 +146,10 @@ func pss(pid int) (int64, error) {
 	return 0, errors.Join(fmt.Errorf("no Pss for pid %d", pid), lines.Err())
 }
 
-// cpu is the time that each of a daemon's processes has run, its job among
-// them, which waits.
+// cpu is the time that each of a daemon's processes has run. Its job, among them, only waits.
 func cpu(guard int) map[int]time.Duration {
 	used := map[int]time.Duration{}
-	for _, pid := range append([]int{guard}, harness.Descendants(guard)...) {
+	for _, pid := range processes(guard) {
 		const schedClock = 2 // CPUCLOCK_SCHED: of the whole process, in nanoseconds
 		var ts unix.Timespec
 		if unix.ClockGettime(int32(^pid<<3|schedClock), &ts) == nil {
@@ -148,12 +157,4 @@ func cpu(guard int) map[int]time.Duration {
 		}
 	}
 	return used
-}
-
-func copyFile(from, to string) error {
-	data, err := os.ReadFile(from)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(to, data, 0o755)
 }
