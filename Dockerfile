@@ -1,6 +1,7 @@
-# The image of leasehold: `make image`. Nothing is in it but the binary and the certificates of the public authorities.
+# The image of leasehold: `make image`. It holds the binary and the certificates of the public
+# authorities, and nothing else.
 
-# The compiler runs where the build runs and builds for the image's architecture: nothing is emulated.
+# The compiler runs on the build's own architecture and builds for the image's: nothing is emulated.
 FROM --platform=$BUILDPLATFORM golang:1.26 AS build
 WORKDIR /src
 COPY go.mod go.sum ./
@@ -24,6 +25,6 @@ LABEL org.opencontainers.image.title="leasehold" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$COMMIT" \
       org.opencontainers.image.created="$DATE"
-# By number, so that Kubernetes can see that it is not root. There is no passwd here to look a name up in.
+# A number, so that Kubernetes sees that it is not root. There is no passwd file to resolve a name.
 USER 65532:65532
 ENTRYPOINT ["/leasehold"]

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The unit file is gone. What an instance was told, in /etc/leasehold, is its owner's.
+# The unit file is gone. The files in /etc/leasehold are their owners' and stay.
 set -e
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload || true

@@ -1,7 +1,8 @@
 #!/bin/sh
-# On removal, not on an upgrade: dpkg says "remove" then, rpm says 0. A new version is for the instances that are started after it.
-# A stop that fails ends the removal: the program is not taken away from under a job. "disable" of the template takes away the
-# links of all instances, which would come back with the package, and till then be dead.
+# On removal, not on an upgrade: dpkg passes "remove" then, rpm 0. Instances use a new version from
+# their next start on. A stop that fails ends the removal, so that a running job keeps its daemon.
+# "disable" of the template removes the links of all instances. They would dangle until the package
+# comes back.
 set -e
 case $1 in
 remove | 0)

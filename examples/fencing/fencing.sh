@@ -1,5 +1,6 @@
 #!/bin/sh
-# A job for leasehold that counts in etcd, as fast as it can, and whose writes etcd refuses once its term is over:
+# A job for leasehold that counts in etcd, as fast as it can. etcd refuses its writes once its term is
+# over:
 #
 #   leasehold -- ./fencing.sh COUNTER
 #
@@ -7,8 +8,8 @@
 set -eu
 counter=$1
 
-# put writes, if the leader's key is still the one that our token belongs to. etcd checks and writes in one step.
-# An empty line ends the conditions, the orders if they hold, and those if not, of which there are none.
+# put writes if the leader's key is still the one that our token belongs to. etcd checks and writes in
+# one step. An empty line ends the conditions, the requests if they hold, and those if not: none.
 put() {
     etcdctl txn <<EOT
 c("$LEASEHOLD_KEY") = "$LEASEHOLD_FENCING_TOKEN"
@@ -22,7 +23,7 @@ EOT
 while :; do
     value=$(etcdctl get --print-value-only "$counter")
     count=$((${value%% *} + 1))
-    # Here a process can be frozen for any time. What it has read is old then, and it does not know.
+    # A process can be frozen here for any time. Then what it has read is old, and it does not know.
     answer=$(put "$counter" "$count $LEASEHOLD_FENCING_TOKEN")
     if [ "${answer%%[!A-Z]*}" != SUCCESS ]; then
         echo "fencing.sh: refused: the term is over: count $count with token $LEASEHOLD_FENCING_TOKEN is not written" >&2

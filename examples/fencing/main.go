@@ -1,4 +1,5 @@
-// Fencing is a job for leasehold that counts in etcd, as fast as it can, and whose writes etcd refuses once its term is over:
+// Fencing is a job for leasehold that counts in etcd, as fast as it can. etcd refuses its writes once
+// its term is over:
 //
 //	leasehold -- fencing COUNTER
 //
@@ -19,7 +20,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// errFenced says that the term is over in which this process was started: whatever it still does is too late.
+// errFenced: the term in which this process was started is over. Whatever it still does is too late.
 var errFenced = errors.New("refused: the term is over")
 
 func main() {
@@ -59,7 +60,8 @@ type fencedStore struct {
 	token int64  // LEASEHOLD_FENCING_TOKEN
 }
 
-// put writes, if the leader's key is still the one that our token belongs to. etcd checks and writes in one step.
+// put writes if the leader's key is still the one that our token belongs to. etcd checks and writes
+// in one step.
 func (s fencedStore) put(ctx context.Context, key, value string) error {
 	resp, err := s.kv.Txn(ctx).
 		If(clientv3.Compare(clientv3.CreateRevision(s.key), "=", s.token)).
@@ -74,7 +76,7 @@ func (s fencedStore) put(ctx context.Context, key, value string) error {
 	return nil
 }
 
-// count adds one to the counter, which also says who did: "COUNT TOKEN".
+// count adds one to the counter, whose value also tells who did: "COUNT TOKEN".
 func (s fencedStore) count(ctx context.Context, counter string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -88,7 +90,7 @@ func (s fencedStore) count(ctx context.Context, counter string) error {
 			return fmt.Errorf("read %s: %w", counter, err)
 		}
 	}
-	// Here a process can be frozen for any time. What it has read is old then, and it does not know.
+	// A process can be frozen here for any time. Then what it has read is old, and it does not know.
 	err = s.put(ctx, counter, fmt.Sprintf("%d %d", count+1, s.token))
 	if errors.Is(err, errFenced) {
 		return fmt.Errorf("%w: count %d with token %d is not written", err, count+1, s.token)
