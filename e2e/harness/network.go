@@ -123,7 +123,9 @@ func NewNetwork() (*Network, error) {
 	n := &Network{Host: fmt.Sprintf("10.%d.0.1", k), index: k}
 	err := errors.Join(
 		ip("link", "set", "lo", "up"),
-		ip("link", "add", n.bridge(), "type", "bridge"),
+		// A bridge without an address of its own takes the lowest of its ports'. It would change as nodes come and go, and
+		// the others would go on sending to the old one until their ARP entries expire.
+		ip("link", "add", n.bridge(), "address", fmt.Sprintf("02:00:00:00:00:%02x", k), "type", "bridge"),
 		ip("addr", "add", n.Host+"/16", "dev", n.bridge()),
 		ip("link", "set", n.bridge(), "up"),
 	)
