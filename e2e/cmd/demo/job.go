@@ -13,25 +13,23 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// job counts aloud, and holds a connection to the witness while it lives. It
-// knows nothing of leasehold but the variables that it is given.
-func job() int {
-	started := harness.Now()
-	identity := os.Getenv("LEASEHOLD_IDENTITY")
+// job counts aloud, and holds a connection to the witness while it lives. It knows nothing of
+// leasehold but the variables that it is given.
+func job() error {
+	started, identity := harness.Now(), os.Getenv("LEASEHOLD_IDENTITY")
 	token, err := strconv.ParseInt(os.Getenv("LEASEHOLD_FENCING_TOKEN"), 10, 64)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "job: LEASEHOLD_FENCING_TOKEN:", err)
-		return 1
+		return fmt.Errorf("LEASEHOLD_FENCING_TOKEN: %w", err)
 	}
 	witness, err := net.Dial("unix", os.Getenv(harness.WitnessVariable))
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "job:", err)
-		return 1
+		return err
 	}
-	err = json.NewEncoder(witness).Encode(harness.Hello{Candidate: identity, Token: token, Pid: os.Getpid(), Role: "job", Started: started})
+	err = json.NewEncoder(witness).Encode(harness.Hello{
+		Candidate: identity, Token: token, Pid: os.Getpid(), Role: "job", Started: started,
+	})
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "job:", err)
-		return 1
+		return err
 	}
 	go func() { // the witness says nothing: this returns when it is gone
 		_, _ = witness.Read(make([]byte, 1))

@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// narrator writes the story. The jobs' lines are folded: the counts of one job
-// follow each other on one line until something else is told. A job is heard
-// once it has been introduced; what it said before is not lost.
+// narrator writes the story. The jobs' lines are folded: the counts of one job follow each other on
+// one line until something else is told. A job is heard once it has been introduced; what it said
+// before is not lost.
 type narrator struct {
 	out io.Writer
 

@@ -1,22 +1,22 @@
 //go:build linux
 
-// Run tries leasehold with a job of one's own: it starts an etcd and one
-// candidate that runs $JOB in a shell. Ctrl-C ends both, and nothing is left.
+// Run tries leasehold with a job of one's own: it starts an etcd and one candidate that runs $JOB
+// in a shell. Ctrl-C ends both, and nothing is left.
 //
 //	JOB='while sleep 1; do date; done' bin/run
 //
-// The candidate is bin/leasehold, which is built beside it. LEASEHOLD_*
-// variables are passed on to it.
+// The candidate is bin/leasehold, which is built beside it. LEASEHOLD_* variables are passed on to
+// it.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -24,29 +24,24 @@ import (
 	"leasehold/e2e/harness"
 )
 
-func main() { os.Exit(run()) }
-
-func run() int {
+func main() {
 	code, err := try()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "run:", err)
-		return 1
-	}
-	return code
+	os.Exit(max(code, harness.ExitCode("run", err)))
 }
 
 func try() (int, error) {
 	command := os.Getenv("JOB")
 	if command == "" {
-		return 0, errors.New("no job is given; for example: make run JOB='while sleep 1; do date; done'")
+		return 0, errors.New(
+			"no job is given; for example: make run JOB='while sleep 1; do date; done'")
 	}
-	self, err := os.Executable()
+	programs, err := harness.ProgramsBeside()
 	if err != nil {
 		return 0, err
 	}
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, stop := harness.Interruptible()
 	defer stop()
 	etcd, err := startEtcd(ctx)
 	if ctx.Err() != nil {
@@ -58,12 +53,11 @@ func try() (int, error) {
 	if err != nil {
 		return 0, err
 	}
-
+	level := cmp.Or(os.Getenv("LEASEHOLD_LOG_LEVEL"), "info")
 	c, err := harness.StartCandidate(harness.CandidateConfig{
-		Binary: filepath.Join(filepath.Dir(self), "leasehold"), Election: "run", Identity: "run",
-		Endpoints: etcd.Endpoints(),
-		Env:       append(passedOn(os.Environ()), "LEASEHOLD_LOG_LEVEL="+level()),
-		Job:       []string{"/bin/sh", "-c", command},
+		Binary: programs.Leasehold, Election: "run", Identity: "run", Endpoints: etcd.Endpoints(),
+		Env: append(passedOn(os.Environ()), "LEASEHOLD_LOG_LEVEL="+level),
+		Job: []string{"/bin/sh", "-c", command},
 		Prepare: func(cmd *exec.Cmd) {
 			cmd.Dir = ""
 			cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -73,11 +67,8 @@ func try() (int, error) {
 		return 0, err
 	}
 	defer c.Close()
-	listen := c.Listen
-	if given := os.Getenv("LEASEHOLD_LISTEN"); given != "" {
-		listen = given
-	}
-	fmt.Printf("etcd on %s, health on http://%s/status; Ctrl-C ends both\n", etcd.Endpoints()[0], listen)
+	fmt.Printf("etcd on %s, health on http://%s/status; Ctrl-C ends both\n",
+		etcd.Endpoints()[0], cmp.Or(os.Getenv("LEASEHOLD_LISTEN"), c.Listen))
 	for {
 		select {
 		case <-c.Ended():
@@ -107,11 +98,4 @@ func passedOn(environ []string) []string {
 		}
 	}
 	return env
-}
-
-func level() string {
-	if given := os.Getenv("LEASEHOLD_LOG_LEVEL"); given != "" {
-		return given
-	}
-	return "info"
 }
