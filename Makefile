@@ -5,7 +5,7 @@ COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 DATE    ?= $(or $(shell TZ=UTC0 git log -1 --format=%cd --date=format-local:%Y-%m-%dT%H:%M:%SZ 2>/dev/null),unknown)
 GO      ?= go
 
-# Without gRPC's trace pages, which nobody serves here, the binary is 3 MB smaller, and so is what a standby keeps in memory.
+# Without gRPC's trace pages, which nobody serves here, binary and memory are 3 MB smaller.
 BUILD_FLAGS = -trimpath -tags grpcnotrace -ldflags '-s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT) -X main.date=$(DATE)'
 
 # The race detector needs a C compiler; RACE=1 insists on it (as CI does).
@@ -20,36 +20,41 @@ ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 .PHONY: dist test-dist k8s-certs test-k8s e2e-k8s
 
 help:
-	@echo 'make build   the daemon: ./leasehold, static'
-	@echo 'make test    every test, with the race detector where there is a C compiler'
-	@echo 'make lint    golangci-lint, built once into bin/'
-	@echo 'make fmt     format every Go file, as make lint wants it'
-	@echo 'make hooks   run make fmt lint before each commit'
-	@echo 'make generate  what is made from the code: docs/reference.md, packaging/, the figures of docs/faults.json'
+	@echo "make run       one candidate with a job of yours: make run JOB='sleep 100'"
+	@echo 'make demo      three candidates, three faults, within a minute; leaves nothing but bin/'
+	@echo 'make build     the daemon: ./leasehold, static'
+	@echo 'make test      every test, with the race detector if there is a C compiler'
+	@echo 'make lint      golangci-lint, built once into bin/'
+	@echo 'make fmt       format every Go file, as make lint wants it'
+	@echo 'make hooks     run make fmt lint before each commit'
+	@echo 'make generate  reference, man page, completion, and the pages from docs/faults.json'
+	@echo 'make clean     remove what was built'
+	@echo
+	@echo 'Measure (all beside a naive client and etcdctl lock, where those can do it):'
+	@echo 'make faults       every fault of a table: N=3 PEERS_N=1 ROWS=; 20 minutes; root, nft, ip, strace'
+	@echo 'make faults-docs  picture, table and README from docs/faults.json (make faults JSON=docs/faults.json)'
+	@echo 'make readme       make faults-docs, and the output of make demo into the README'
+	@echo 'make soak         random faults, every promise checked: SEED=1 FAULTS=60; root, nft, ip'
+	@echo 'make bench        hand-over and size; N=5 for a short run'
+	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; five minutes'
+	@echo
+	@echo 'Ship:'
+	@echo 'make image          the container image, by docker, podman or buildah: IMAGE=$(IMAGE) PLATFORM= ENGINE='
+	@echo 'make dist           a release for amd64 and arm64, in dist/; the same commit gives the same bytes'
+	@echo 'make k8s-certs      authority and certificates for k8s/etcd, into k8s/certs: NAMESPACE=default; again: renew'
 	@echo 'make release-check  may this commit be released? tag, CHANGELOG.md, clean tree, generated files'
-	@echo 'make demo    three candidates, three faults, within a minute; nothing is left but bin/'
-	@echo "make run     one candidate with a job of yours: make run JOB='sleep 100'"
-	@echo 'make bench   hand-over and size, beside a stock loop and etcdctl lock; N=5 for a short run'
-	@echo 'make faults  every fault of a table, beside a stock loop and etcdctl lock: N=3 PEERS_N=1 ROWS=; needs root, nft, ip, strace, 20 minutes'
-	@echo 'make faults-docs  picture, table and README from docs/faults.json, which make faults JSON=docs/faults.json writes'
-	@echo 'make soak    random faults on five candidates and their etcd, every promise checked: SEED=1 FAULTS=60; needs root, nft, ip'
-	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; within five minutes'
-	@echo 'make readme  make faults-docs, and what make demo says now into the README'
-	@echo 'make dist    a release for amd64 and arm64, in dist/: binary, tar.gz, deb, rpm, SBOM, checksums; the same commit gives the same bytes'
-	@echo 'make test-dist  packages in a clean Debian, their unit on a systemd, docs/process.md, and dist built anew elsewhere; needs root'
-	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE for a package; needs root, installs what it needs'
-	@echo 'make image   the container image, with docker, podman or buildah: IMAGE=$(IMAGE) PLATFORM= ENGINE='
-	@echo 'make test-image  the image, run for real with podman; installs podman, buildah, runc and debootstrap; needs root, Debian'
-	@echo 'make k8s-certs  an authority and certificates for the etcd of k8s/etcd, into k8s/certs: NAMESPACE=default; again: renews them'
-	@echo 'make test-k8s   every manifest of k8s/, checked without a cluster, and run as processes; root, Debian (installs busybox)'
-	@echo 'make e2e-k8s    the same in the cluster of the current kubectl context: IMAGE=localhost/leasehold LOAD=; see e2e/k8s'
-	@echo 'make clean   remove what was built'
+	@echo
+	@echo 'Test what is shipped (root, Debian; they install what they need):'
+	@echo 'make test-image    the image, run for real with podman'
+	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE'
+	@echo 'make test-k8s      every manifest of k8s/, without a cluster, and run as processes'
+	@echo 'make test-dist     packages in a clean Debian, docs/process.md, and dist built again elsewhere'
+	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD='
 
 build:
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o leasehold .
 
-# Packages run one after the other: they start processes whose times count,
-# and each would disturb the others'.
+# Packages run one after the other: they measure processes, and would disturb each other.
 test: $(ETCD_TOOLS)
 ifeq ($(RACE),1)
 	CGO_ENABLED=1 $(GO) test -race -p 1 ./...
@@ -76,7 +81,7 @@ generate: faults-docs
 release-check:
 	tools/release-check.sh
 
-# What these run is built into bin/ first: `go run` would not pass signals on.
+# These run programs that are built into bin/ first: `go run` would not pass signals on.
 BUILD_SHOW = @test -x bin/leasehold || echo 'building leasehold into bin/; it takes about a minute the first time'; \
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/
 
@@ -84,7 +89,7 @@ demo:
 	$(BUILD_SHOW) . ./e2e/cmd/demo
 	@bin/demo
 
-# The job as it was given, with every $$ in it.
+# The job as it was given: make must not expand a $$ in it.
 run: export override JOB := $(value JOB)
 run:
 	$(BUILD_SHOW) . ./e2e/cmd/run
@@ -98,7 +103,8 @@ soak: $(ETCD_TOOLS)
 	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/stockloop ./e2e/cmd/testjob
 	@bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK)
 
-# Smaller: SCALE='-candidates 100 -elections 100'. bin/scale -doc docs/scale.md puts what was measured into the document.
+# Smaller: SCALE='-candidates 100 -elections 100'. `bin/scale -doc docs/scale.md` writes the figures into
+# the page.
 bench-scale: $(ETCD_TOOLS)
 	$(BUILD_SHOW) ./e2e/cmd/scale
 	@bin/scale $(SCALE)
@@ -120,7 +126,8 @@ readme: faults-docs
 	bin/demo >bin/demo.txt
 	bin/bench -readme README.md -demo bin/demo.txt
 
-# Whatever could make other bytes of the same commit is set: git's abbreviation, dates, and what an environment tells Go.
+# Everything is set that could make other bytes of the same commit: git's abbreviation, dates, and what
+# an environment changes in Go.
 DIST_ARCHES = amd64 arm64
 dist: VERSION := $(shell git describe --tags --always --dirty --abbrev=12)
 dist: MAINTAINER ?= leasehold maintainers <maintainers@leasehold.example>
@@ -141,7 +148,7 @@ dist:
 	done
 	bin/dist -version $(VERSION) -commit $$(git rev-parse HEAD) -date $$(git show -s --format=%ct HEAD) -maintainer '$(MAINTAINER)' $(DIST_ARCHES)
 
-# In the end the unit of the package goes through the test of the tree's.
+# At the end the package's unit passes the test of the tree's unit.
 test-dist: dist $(ETCD_TOOLS)
 	cd tools/dist && $(GO) test ./...
 	e2e/dist/prepare.sh
@@ -157,11 +164,12 @@ test-systemd: $(ETCD_TOOLS)
 
 IMAGE    ?= localhost/leasehold
 PLATFORM ?=
-# The first of these that works: docker may be a client without an engine. Its old builder knows no platforms.
+# The first of these that works: docker may be a client without an engine. Its old builder knows no
+# platforms.
 ENGINE   ?= $(shell for e in docker podman buildah; do $$e info >/dev/null 2>&1 && $$e version >/dev/null 2>&1 && echo $$e && break; done)
 comma    := ,
-# Podman and buildah make one image of several platforms (linux/amd64,linux/arm64) only if they are told that it is a list, and
-# older ones don't tell the Dockerfile where they run.
+# Podman and buildah make one image of several platforms (linux/amd64,linux/arm64) only with --manifest,
+# and older ones do not set BUILDPLATFORM.
 PLATFORM_FLAGS = $(if $(PLATFORM),--platform $(PLATFORM) \
 	$(if $(filter-out docker,$(ENGINE)),--build-arg BUILDPLATFORM=linux/$(shell uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')))
 image:
