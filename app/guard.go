@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"leasehold/election"
-	"leasehold/supervisor"
+	guardproc "leasehold/supervisor/guard"
 )
 
 const flushTime = 200 * time.Millisecond
@@ -50,7 +50,7 @@ func guard(command []string) (code int) {
 	if code != 0 {
 		return code
 	}
-	return supervisor.RunGuard(supervisor.GuardConfig{
+	return guardproc.Run(guardproc.Config{
 		Path: path, Argv: command, Env: withoutOurs(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
 		TTL: cfg.TTL.Duration, Margin: election.NewTiming(cfg.TTL.Duration, -1, cfg.Margin.Or(-1)).Margin,

@@ -20,6 +20,7 @@ import (
 
 	"leasehold/internal/boottime"
 	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
 )
 
 // HandleConfig is what the elector's end needs to know.
@@ -43,6 +44,8 @@ type HandleConfig struct {
 	Registerer prometheus.Registerer
 }
 
+const forever = time.Duration(1<<63 - 1)
+
 // Handle is the elector's end: it asks the guard to run the job, and kills the job itself when the guard is gone.
 type Handle struct {
 	cfg     HandleConfig
@@ -50,13 +53,13 @@ type Handle struct {
 	metrics metrics
 	restart *restarter
 
-	pipe    *os.File // In, for the netpoller
-	spawner *os.File // SpawnerSock, the same
-	guardFd int      // pidfd
-	procs   *scanner // Run's goroutine alone uses it
+	pipe    *os.File          // In, for the netpoller
+	spawner *os.File          // SpawnerSock, the same
+	guardFd int               // pidfd
+	procs   *proctree.Scanner // Run's goroutine alone uses it
 	// killing is held while the cgroup is killed, which may take the kernel a while: not mu, for the endpoint waits for that.
 	killing sync.Mutex
-	cgroup  *cgroup
+	cgroup  *proctree.Cgroup
 
 	sending sync.Mutex
 	outbox  ipc.Outbox
@@ -93,7 +96,7 @@ type Job struct {
 
 // LastExit is how the job's last life ended.
 type LastExit struct {
-	Exit
+	proctree.Exit
 	At time.Time
 }
 
@@ -115,7 +118,7 @@ func Connect(cfg HandleConfig) (*Handle, error) {
 		return nil, ErrGuardGone
 	}
 	if cfg.CgroupDir != "" {
-		if h.cgroup, err = openCgroup(cfg.CgroupDir); err != nil {
+		if h.cgroup, err = proctree.OpenCgroup(cfg.CgroupDir); err != nil {
 			return nil, fmt.Errorf("open the job's cgroup: %w", err)
 		}
 	}
@@ -176,7 +179,7 @@ func (h *Handle) Snapshot() Job {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	job := h.job
-	if job.State == JobRunning && (!h.alive || h.jobFd >= 0 && h.jobPid == job.PID && pidfdEnded(h.jobFd)) {
+	if job.State == JobRunning && (!h.alive || h.jobFd >= 0 && h.jobPid == job.PID && proctree.PidfdExited(h.jobFd)) {
 		job.State = JobStopping
 	}
 	return job
@@ -256,7 +259,7 @@ func (h *Handle) Run(ctx context.Context) error {
 func (h *Handle) hung(owed int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	busy := h.jobFd < 0 && boottime.Now() < h.asked+h.cfg.TTL/3 || h.jobFd >= 0 && pidfdEnded(h.jobFd) || boottime.Now() >= min(h.known-h.cfg.Margin(), h.due)
+	busy := h.jobFd < 0 && boottime.Now() < h.asked+h.cfg.TTL/3 || h.jobFd >= 0 && proctree.PidfdExited(h.jobFd) || boottime.Now() >= min(h.known-h.cfg.Margin(), h.due)
 	return h.alive && owed > 3 && busy
 }
 
@@ -277,13 +280,13 @@ func (h *Handle) strikeLate() bool {
 func (h *Handle) strike() {
 	h.mu.Lock()
 	if h.jobFd >= 0 {
-		signalPidfd(h.jobFd, unix.SIGKILL)
+		proctree.SignalPidfd(h.jobFd, unix.SIGKILL)
 	}
 	h.mu.Unlock()
 	h.killing.Lock()
 	defer h.killing.Unlock()
 	if h.cgroup != nil {
-		h.cgroup.killAllBlocking()
+		h.cgroup.KillAllBlocking()
 	}
 }
 
@@ -406,9 +409,9 @@ func (h *Handle) closeJob() {
 }
 
 // scanner makes the process table's reader when it is first needed; Run's goroutine alone uses it.
-func (h *Handle) scanner() (*scanner, error) {
+func (h *Handle) scanner() (*proctree.Scanner, error) {
 	if h.procs == nil {
-		procs, err := newScanner()
+		procs, err := proctree.NewScanner()
 		if err != nil {
 			return nil, err
 		}
@@ -440,12 +443,12 @@ func (h *Handle) avenge(why string) error {
 	if err != nil {
 		h.log.Error("the process table can't be read: the spawner alone finds the job", "err", err)
 	}
-	if !pidfdEnded(h.guardFd) {
+	if !proctree.PidfdExited(h.guardFd) {
 		h.log.Error(why+": it is killed, and the job with it", "threads", threadStates(h.cfg.Guard))
 	}
 	complain, killed := began+10*time.Second, h.killed
 	// A spawner is taken for hung once nothing was seen to descend from it for a while: it would have told.
-	sees, seen, clean := procHidden() == "", began, 0
+	sees, seen, clean := proctree.ProcHidden() == "", began, 0
 	done := func() bool {
 		hangs := sees && clean >= 3 && boottime.Now() > seen+max(h.cfg.Margin()/2, time.Second)
 		gone, left := h.jobGone(procs, boottime.Now() > began+5*time.Millisecond, hangs)
@@ -454,7 +457,7 @@ func (h *Handle) avenge(why string) error {
 		}
 		return gone
 	}
-	for !done() || !pidfdEnded(h.guardFd) && h.cfg.Guard != 1 {
+	for !done() || !proctree.PidfdExited(h.guardFd) && h.cfg.Guard != 1 {
 		pause := 200 * time.Microsecond
 		switch elapsed := boottime.Now() - began; {
 		case elapsed > 10*time.Second:
@@ -475,7 +478,7 @@ func (h *Handle) avenge(why string) error {
 	h.log.Error(why+": the job is dead", "elapsed", (boottime.Now() - began).String())
 	h.killing.Lock()
 	if h.cgroup != nil {
-		h.cgroup.remove()
+		h.cgroup.Remove()
 		h.cgroup = nil
 	}
 	h.killing.Unlock()
@@ -492,39 +495,39 @@ func (h *Handle) avenge(why string) error {
 
 // jobGone kills what is left of the job, then the guard. It reports whether nothing of the job is left, and whether something was
 // seen of it, or could be there unseen. To look through the process table takes milliseconds, in which the spawner is mostly done.
-func (h *Handle) jobGone(procs *scanner, look, hangs bool) (gone, left bool) {
+func (h *Handle) jobGone(procs *proctree.Scanner, look, hangs bool) (gone, left bool) {
 	gone, left = true, true
 	select {
 	case <-h.killed:
 	default:
-		if gone = pidfdEnded(h.cfg.SpawnerPidfd); gone {
+		if gone = proctree.PidfdExited(h.cfg.SpawnerPidfd); gone {
 			// Two processes were lost in one moment. What has left the job's cgroup is not found.
 			h.mu.Lock()
-			gone = h.jobFd < 0 || pidfdEnded(h.jobFd)
+			gone = h.jobFd < 0 || proctree.PidfdExited(h.jobFd)
 			h.mu.Unlock()
 		} else {
 			h.askSpawner()
 			if look && procs != nil {
-				left = procs.killDescendants(h.cfg.Spawner, unix.Getpid())
+				left = procs.KillDescendants(h.cfg.Spawner, unix.Getpid())
 			}
 			if hangs && !left {
 				// Stopped it starts nothing between the last look and its end.
-				signalPidfd(h.cfg.SpawnerPidfd, unix.SIGSTOP)
+				proctree.SignalPidfd(h.cfg.SpawnerPidfd, unix.SIGSTOP)
 				end := unix.SIGKILL
-				if left = procs.killDescendants(h.cfg.Spawner, unix.Getpid()); left {
+				if left = procs.KillDescendants(h.cfg.Spawner, unix.Getpid()); left {
 					end = unix.SIGCONT
 				}
-				signalPidfd(h.cfg.SpawnerPidfd, end)
+				proctree.SignalPidfd(h.cfg.SpawnerPidfd, end)
 			}
 		}
 		h.strike()
 	}
-	if h.cgroup != nil && h.cgroup.populated() {
+	if h.cgroup != nil && h.cgroup.Populated() {
 		h.strike()
 		return false, true
 	}
 	if gone {
-		signalPidfd(h.guardFd, unix.SIGKILL)
+		proctree.SignalPidfd(h.guardFd, unix.SIGKILL)
 	}
 	return gone, left
 }
@@ -648,10 +651,10 @@ func (h *Handle) life(ctx context.Context, t Term, grace func(cause error) time.
 				h.transition(to, "started", func(j *Job) { j.PID, j.StartedAt = m.Started().PID, time.Now().UTC() })
 			case ipc.KindRefused:
 				refused := m.Refused()
-				exit = ExitError{Exit: Exit{Code: refused.Code}, Refused: refused.Why}
+				exit = ExitError{Exit: proctree.Exit{Code: refused.Code}, Refused: refused.Why}
 				h.transition(JobStopping, exit.Refused, func(j *Job) { j.LastExit = &LastExit{exit.Exit, time.Now().UTC()} })
 			case ipc.KindExited:
-				exit = ExitError{Exit: Exit(m.Exited())}
+				exit = ExitError{Exit: proctree.Exit(m.Exited())}
 				h.metrics.exits.WithLabelValues(exitReason(exit.Exit, ended)).Inc()
 				h.transition(JobStopping, "the first process has ended", func(j *Job) {
 					j.PID, j.LastExit = 0, &LastExit{exit.Exit, time.Now().UTC()}
@@ -705,7 +708,7 @@ func (h *Handle) transition(to JobState, reason string, change func(*Job)) {
 	h.cfg.Changed()
 }
 
-func exitReason(e Exit, byItself bool) string {
+func exitReason(e proctree.Exit, byItself bool) string {
 	switch {
 	case !byItself:
 		return "stopped"
@@ -738,7 +741,7 @@ func (p pidfdWait) wait(ended chan<- struct{}) {
 	if err != nil {
 		return
 	}
-	if conn.Read(func(fd uintptr) bool { return pidfdEnded(int(fd)) }) == nil {
+	if conn.Read(func(fd uintptr) bool { return proctree.PidfdExited(int(fd)) }) == nil {
 		close(ended)
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"leasehold/supervisor/proctree"
 )
 
 // life is one run of a job: for how long, and how it ended.
@@ -21,7 +23,7 @@ func play(r *restarter, lives ...life) (pauses []time.Duration, end error) {
 	for _, l := range lives {
 		began := time.Now()
 		time.Sleep(l.ran)
-		delay, err := r.after(ExitError{Exit: Exit{Code: l.code}}, time.Since(began))
+		delay, err := r.after(ExitError{Exit: proctree.Exit{Code: l.code}}, time.Since(began))
 		if err != nil {
 			return pauses, err
 		}
@@ -69,7 +71,7 @@ func TestRestarter_Jitter(t *testing.T) {
 	}{{0, 400 * time.Millisecond}, {1, 600 * time.Millisecond}} {
 		r := newTestRestarter(RestartAlways, 0)
 		r.jitter = func() float64 { return end.jitter }
-		if got, _ := r.after(ExitError{Exit: Exit{Code: 1}}, 0); got != end.want {
+		if got, _ := r.after(ExitError{Exit: proctree.Exit{Code: 1}}, 0); got != end.want {
 			t.Errorf("jitter %v makes %v, not %v", end.jitter, got, end.want)
 		}
 	}
@@ -89,7 +91,7 @@ func TestRestarter_Modes(t *testing.T) {
 		{RestartAlways, 0, true},
 		{RestartAlways, 1, true},
 	} {
-		_, err := newTestRestarter(c.mode, 0).after(ExitError{Exit: Exit{Code: c.code}}, time.Minute)
+		_, err := newTestRestarter(c.mode, 0).after(ExitError{Exit: proctree.Exit{Code: c.code}}, time.Minute)
 		var ended *ExitError
 		if c.restarts != (err == nil) || err != nil && (!errors.As(err, &ended) || ended.Code != c.code) {
 			t.Errorf("%s, code %d: %v", c.mode, c.code, err)

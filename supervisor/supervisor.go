@@ -19,7 +19,7 @@ import (
 	"fmt"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"leasehold/supervisor/proctree"
 )
 
 // JobState is what the job is doing.
@@ -46,23 +46,9 @@ type Term struct {
 	Lost <-chan struct{}
 }
 
-// Exit is how a process ended.
-type Exit struct {
-	Code   int // as a shell has it: 128+n for a signal
-	Signal int // 0: ended by itself
-}
-
-// ExitOf decodes a wait status.
-func ExitOf(ws unix.WaitStatus) Exit {
-	if ws.Signaled() {
-		return Exit{Code: 128 + int(ws.Signal()), Signal: int(ws.Signal())}
-	}
-	return Exit{Code: ws.ExitStatus()}
-}
-
 // ExitError says that the job ended by itself and is not started again.
 type ExitError struct {
-	Exit
+	proctree.Exit
 	Refused string // why it could not be started, where that is so
 }
 

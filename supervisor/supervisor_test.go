@@ -26,6 +26,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
+	"leasehold/supervisor/guard"
+	"leasehold/supervisor/proctree"
 )
 
 // The test binary plays every part: the guard as main would run it, an elector that obeys the test over a socket, and jobs that
@@ -95,7 +97,7 @@ func guardMain() int {
 	if p := os.Getenv("TEST_PATH"); p != "" {
 		path = p
 	}
-	return RunGuard(GuardConfig{
+	return guard.Run(guard.Config{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
 		Election: "election", Identity: "identity", TTL: testTTL, Margin: testMargin, StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
@@ -411,7 +413,7 @@ func (r *rig) requireDead() {
 		if err != nil {
 			continue
 		}
-		if !pidfdEnded(fd) {
+		if !proctree.PidfdExited(fd) {
 			r.t.Errorf("%s is alive", who)
 		}
 		_ = unix.Close(fd)
@@ -582,7 +584,7 @@ func TestGuard_ElectorKilled(t *testing.T) {
 				_ = unix.Kill(r.pids["elector"], unix.SIGKILL)
 				r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 				r.requireDead()
-				r.waitExit(ExitInternal)
+				r.waitExit(guard.ExitInternal)
 			})
 		}
 	})
@@ -594,7 +596,7 @@ func TestGuard_ElectorStoppedPastKillBy(t *testing.T) {
 	_ = unix.Kill(r.pids["elector"], unix.SIGSTOP)
 	r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 	r.requireDead()
-	r.waitExit(ExitInternal)
+	r.waitExit(guard.ExitInternal)
 }
 
 func TestHandle_GuardKilled(t *testing.T) {
@@ -736,7 +738,7 @@ func TestGuard_SleepsBesideZombies(t *testing.T) {
 		time.Sleep(testTTL)
 		r.requireSleep()
 		release()
-		r.waitExit(ExitInternal)
+		r.waitExit(guard.ExitInternal)
 	})
 }
 
@@ -760,7 +762,7 @@ func TestGuard_SpawnerLost(t *testing.T) {
 				_ = unix.Kill(spawner, unix.SIGKILL)
 				r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 				r.requireDead()
-				r.waitExit(ExitInternal)
+				r.waitExit(guard.ExitInternal)
 				release()
 			})
 		}
@@ -882,7 +884,7 @@ func TestGuard_SetUserID(t *testing.T) {
 			t.Parallel()
 			dir := delegateCgroup(t, parent, user)
 			r := newRigIn(t, dir, "sudo", user, append(c.env, "TEST_SETUID="+setuidBinary, "TEST_OUTSIDE="+outside)...)
-			if dirs, _ := filepath.Glob(filepath.Join(dir.Name(), cgroupPrefix+"*")); len(dirs) != 1 {
+			if dirs, _ := filepath.Glob(filepath.Join(dir.Name(), "leasehold-*")); len(dirs) != 1 {
 				t.Fatalf("the job has no cgroup of its own: %q", dirs)
 			}
 			r.tell("lead 1h 2h")
@@ -946,7 +948,7 @@ func TestGuard_LocksMemory(t *testing.T) {
 	}
 	finite := old.Cur != unix.RLIM_INFINITY
 	eachUser(t, func(t *testing.T, uid int) {
-		want := !finite || uid == 0 && hasCapability(unix.CAP_IPC_LOCK)
+		want := !finite || uid == 0 && proctree.HasCapability(unix.CAP_IPC_LOCK)
 		r := newRig(t, "plain", uid)
 		r.tell("lead 1h 2h")
 		r.waitJobs(1)
@@ -981,4 +983,31 @@ func lockLimit(t *testing.T, pid int) string {
 	}
 	t.Fatalf("no limit of locked memory in %s", text)
 	return ""
+}
+
+// needCgroup skips where this user can't make cgroups, which CI forbids.
+func needCgroup(t *testing.T) string {
+	t.Helper()
+	parent, err := proctree.OwnCgroup()
+	if err == nil {
+		err = unix.Access(parent, unix.W_OK)
+	}
+	if err != nil {
+		if os.Getenv("E2E_NO_SKIP") != "" {
+			t.Fatalf("needs root (cgroup v2): %v", err)
+		}
+		t.Skip("skipped: needs root (cgroup v2)")
+	}
+	return parent
+}
+
+// removeTree removes a cgroup and those inside it, the innermost first.
+func removeTree(dir string) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if e.IsDir() {
+			removeTree(filepath.Join(dir, e.Name()))
+		}
+	}
+	_ = os.Remove(dir)
 }

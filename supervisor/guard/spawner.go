@@ -1,6 +1,6 @@
 //go:build linux
 
-package supervisor
+package guard
 
 import (
 	"errors"
@@ -15,6 +15,7 @@ import (
 	"leasehold/internal/boottime"
 	"leasehold/internal/nofile"
 	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
 )
 
 // spawner is the guard's end of the spawner, a small process between guard and job: it starts the job, reaps it, and kills it when
@@ -56,7 +57,7 @@ const (
 
 // newSpawner makes what guard and spawner share, and forks the spawner. It must be called on the thread that lives as long as the
 // guard. The descriptors are those that the spawner keeps.
-func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner, error) {
+func newSpawner(cfg Config, c *proctree.Cgroup, proc int, noNewPrivs bool) (*spawner, error) {
 	s := &spawner{sock: -1, elector: -1, pidfd: -1}
 	if err := s.layOut(cfg); err != nil {
 		return nil, err
@@ -80,7 +81,7 @@ func newSpawner(cfg GuardConfig, c *cgroup, proc int, noNewPrivs bool) (*spawner
 	a.guardPid, a.guardSock, a.electorSock, a.procFd = int32(unix.Getpid()), int32(toGuard[1]), int32(toElector[1]), int32(proc)
 	a.cgroupFd = -1
 	if c != nil {
-		a.cgroupFd, a.leaf = int32(c.fd), int32(c.leaves)
+		a.cgroupFd, a.leaf = int32(c.FD), int32(c.Leaves)
 	}
 	if noNewPrivs {
 		a.noNewPrivs = 1
@@ -134,7 +135,7 @@ func forkSpawner(a *spawnArea) (pid, pidfd int, errno unix.Errno) {
 }
 
 // layOut maps the shared memory and writes into it what the job's execve needs. Pointers in it hold in both processes.
-func (s *spawner) layOut(cfg GuardConfig) error {
+func (s *spawner) layOut(cfg Config) error {
 	align := func(n int) int { return (n + 15) &^ 15 }
 	text := len(cfg.Path) + 1
 	for _, list := range [][]string{cfg.Argv, cfg.Env} {
@@ -233,7 +234,7 @@ func (s *spawner) hear() (fd int, ok bool) {
 // kill ends the spawner. What descends from it falls to the guard.
 func (s *spawner) kill() {
 	if s.pid != 0 {
-		signalPidfd(s.pidfd, unix.SIGKILL)
+		proctree.SignalPidfd(s.pidfd, unix.SIGKILL)
 	}
 }
 

@@ -1,8 +1,9 @@
 //go:build linux
 
-package supervisor
+package proctree
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,10 +16,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const testWait = 20 * time.Second
+
+// The test binary is also the probe process of NewCgroup.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "probe" {
+		fmt.Print("\n")
+		time.Sleep(10 * time.Second)
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
 // needCgroup skips where this user can't make cgroups, which CI forbids.
 func needCgroup(t *testing.T) string {
 	t.Helper()
-	parent, err := ownCgroup()
+	parent, err := OwnCgroup()
 	if err == nil {
 		err = unix.Access(parent, unix.W_OK)
 	}
@@ -31,10 +44,10 @@ func needCgroup(t *testing.T) string {
 	return parent
 }
 
-func newTestCgroup(t *testing.T) *cgroup {
+func newTestCgroup(t *testing.T) *Cgroup {
 	t.Helper()
 	needCgroup(t)
-	c, err := newCgroup([]string{"leasehold", "probe"})
+	c, err := NewCgroup([]string{"leasehold", "probe"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +55,7 @@ func newTestCgroup(t *testing.T) *cgroup {
 		if !c.waitEmpty(testWait) {
 			t.Error("the cgroup is not empty")
 		}
-		c.remove()
+		c.Remove()
 	})
 	return c
 }
@@ -66,7 +79,8 @@ func startIn(t *testing.T, fd int, script string) int {
 	return pidfd
 }
 
-// TestCgroup_KillsAlone: the cgroup kills a tree of daemonized processes without the help of parentage.
+// TestCgroup_KillsAlone: the cgroup kills a tree of daemonized processes without the help of
+// parentage.
 func TestCgroup_KillsAlone(t *testing.T) {
 	c := newTestCgroup(t)
 	for range 3 { // each start in a leaf of its own, although the one before was killed
@@ -80,25 +94,26 @@ func TestCgroup_KillsAlone(t *testing.T) {
 			if _, err := os.Stat(marker); err == nil {
 				break
 			}
-			if pidfdEnded(pidfd) || time.Now().After(end) {
+			if PidfdExited(pidfd) || time.Now().After(end) {
 				t.Fatal("the process did not run")
 			}
 			_, _ = unix.Poll(nil, 5)
 		}
-		if !c.populated() {
+		if !c.Populated() {
 			t.Fatal("the cgroup does not show what runs in it")
 		}
 		if !c.waitEmpty(testWait) {
 			t.Fatal("the cgroup did not kill what runs in it")
 		}
-		if !pidfdEnded(pidfd) {
+		if !PidfdExited(pidfd) {
 			t.Fatal("the cgroup is empty, but its first process lives")
 		}
 		_ = unix.Close(leaf)
 	}
 }
 
-// TestCgroup_RemovesLeftovers: what a dead guard left is killed and removed, what a living one has is not touched.
+// TestCgroup_RemovesLeftovers: what a dead guard left is killed and removed, what a living one has
+// is not touched.
 func TestCgroup_RemovesLeftovers(t *testing.T) {
 	parent := needCgroup(t)
 	living := newTestCgroup(t)
@@ -111,13 +126,13 @@ func TestCgroup_RemovesLeftovers(t *testing.T) {
 
 	left, dead := newLeftover(t, parent)
 	newTestCgroup(t)
-	if !pidfdEnded(dead) {
+	if !PidfdExited(dead) {
 		t.Error("the leftover's process lives")
 	}
 	if _, err := os.Stat(left); !os.IsNotExist(err) {
 		t.Errorf("the leftover is still there: %v", err)
 	}
-	if pidfdEnded(alive) {
+	if PidfdExited(alive) {
 		t.Error("a living guard's cgroup was killed")
 	}
 }
@@ -139,7 +154,8 @@ func newLeftover(t *testing.T, parent string) (dir string, pidfd int) {
 	return dir, startIn(t, fd, "sleep 1000")
 }
 
-// TestCgroup_LocksOfOthers: a lock on a directory that anybody can open keeps nobody from starting, and nobody else can open ours.
+// TestCgroup_LocksOfOthers: a lock on a directory that anybody can open keeps nobody from starting,
+// and nobody else can open ours.
 func TestCgroup_LocksOfOthers(t *testing.T) {
 	parent := needCgroup(t)
 	lock, err := os.Open(parent)
@@ -155,14 +171,15 @@ func TestCgroup_LocksOfOthers(t *testing.T) {
 	if took := time.Since(began); took > 10*time.Second {
 		t.Errorf("it took %v to make a cgroup", took)
 	}
-	cmd := exec.Command("/bin/sh", "-c", `exec 9<"$1"`, "sh", c.dir)
+	cmd := exec.Command("/bin/sh", "-c", `exec 9<"$1"`, "sh", c.Dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
-		t.Errorf("an ordinary user opens %s: %v, %s", c.dir, err, out)
+		t.Errorf("an ordinary user opens %s: %v, %s", c.Dir, err, out)
 	}
 }
 
-// TestCgroup_ManyAtOnce: guards that start at the same time each see the leftover dead, and none removes another's cgroup.
+// TestCgroup_ManyAtOnce: guards that start at the same time each see the leftover dead, and none
+// removes another's cgroup.
 func TestCgroup_ManyAtOnce(t *testing.T) {
 	parent := needCgroup(t)
 	_, dead := newLeftover(t, parent)
@@ -173,7 +190,7 @@ func TestCgroup_ManyAtOnce(t *testing.T) {
 				if err := removeLeftovers(parent); err != nil {
 					t.Error(err)
 				}
-				if !pidfdEnded(dead) {
+				if !PidfdExited(dead) {
 					t.Error("the leftover's process lives")
 				}
 				c, err := makeCgroup(parent)
@@ -184,17 +201,18 @@ func TestCgroup_ManyAtOnce(t *testing.T) {
 				if err := removeLeftovers(parent); err != nil {
 					t.Error(err)
 				}
-				if err := unix.Access(c.dir, unix.F_OK); err != nil {
+				if err := unix.Access(c.Dir, unix.F_OK); err != nil {
 					t.Errorf("the cgroup of a living guard was removed: %v", err)
 				}
-				c.remove()
+				c.Remove()
 			}
 		})
 	}
 	wg.Wait()
 }
 
-// TestFindCgroup: a mount shows what lies below its root, and not what only begins with the same letters.
+// TestFindCgroup: a mount shows what lies below its root, and not what only begins with the same
+// letters.
 func TestFindCgroup(t *testing.T) {
 	mount := func(root, point string) string {
 		return "42 32 0:37 " + root + " " + point + " rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"

@@ -1,6 +1,6 @@
 //go:build linux
 
-package supervisor
+package guard
 
 import (
 	"context"
@@ -22,10 +22,11 @@ import (
 
 	"leasehold/internal/boottime"
 	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
 )
 
-// GuardConfig is what a guard needs to know.
-type GuardConfig struct {
+// Config is what a guard needs to know.
+type Config struct {
 	Path       string   // the job's executable
 	Argv       []string // its arguments, the name first
 	Env        []string // its environment, to which the term's variables are added
@@ -61,10 +62,10 @@ const forever = time.Duration(1<<63 - 1)
 
 // guard is the dead-man's switch. One locked thread runs loop; it alone waits for children and sends signals.
 type guard struct {
-	cfg     GuardConfig
+	cfg     Config
 	log     *slog.Logger
-	cgroup  *cgroup // nil: none
-	procs   *scanner
+	cgroup  *proctree.Cgroup // nil: none
+	procs   *proctree.Scanner
 	spawner *spawner
 
 	timer    int // timerfd on CLOCK_BOOTTIME
@@ -134,9 +135,9 @@ type job struct {
 	nextRound time.Duration
 }
 
-// RunGuard runs the guard until the elector has ended and nothing of the job is alive, and returns the process's exit code.
+// Run runs the guard until the elector has ended and nothing of the job is alive, and returns the process's exit code.
 // It must be called once, from the main goroutine.
-func RunGuard(cfg GuardConfig) int {
+func Run(cfg Config) int {
 	// A collection starts threads and makes the loop wait. What is allocated is little, and collected while no job lives.
 	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT, meant for the job, would bring it back
@@ -167,12 +168,12 @@ func (g *guard) open() int {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fail("set dumpable", err)
 	}
-	if g.procs, err = newScanner(); err != nil {
+	if g.procs, err = proctree.NewScanner(); err != nil {
 		return fail("read /proc", err)
 	}
-	g.procs.breathe = g.readElector
-	g.cgroup, err = newCgroup(g.cfg.Probe)
-	if errors.Is(err, errLeftover) {
+	g.procs.Yield = g.readElector
+	g.cgroup, err = proctree.NewCgroup(g.cfg.Probe)
+	if errors.Is(err, proctree.ErrLeftover) {
 		return fail("kill what a predecessor left", err)
 	}
 	if err != nil {
@@ -190,17 +191,17 @@ func (g *guard) open() int {
 	g.wakeR, g.wakeW, g.in, g.outbox.FD = wake[0], wake[1], fromElector[0], toElector[1]
 
 	g.noNewPrivs = g.wantsNoNewPrivs()
-	if hidden := procHidden(); hidden != "" {
+	if hidden := proctree.ProcHidden(); hidden != "" {
 		g.log.Info("/proc hides processes: those of the job that it hides are found as children of the spawner", "mount_option", hidden)
 	}
-	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.proc, g.noNewPrivs); err != nil {
+	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.noNewPrivs); err != nil {
 		return fail("start the spawner", err)
 	}
 	g.spawner.tell(ipc.SpawnerPrepare, 0)
 	if g.cgroup != nil {
 		go func() {
 			for newest := range g.sweep {
-				g.cgroup.sweep(newest)
+				g.cgroup.Sweep(newest)
 			}
 		}()
 	}
@@ -209,7 +210,7 @@ func (g *guard) open() int {
 
 	argv := append(append([]string{}, g.cfg.Elector...), strconv.Itoa(unix.Getpid()), strconv.Itoa(g.spawner.pid))
 	if g.cgroup != nil {
-		argv = append(argv, g.cgroup.dir)
+		argv = append(argv, g.cgroup.Dir)
 	}
 	null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -244,10 +245,10 @@ func (g *guard) close() {
 		g.spawner.close()
 	}
 	if g.cgroup != nil {
-		g.cgroup.remove()
+		g.cgroup.Remove()
 	}
 	if g.procs != nil {
-		g.procs.close()
+		g.procs.Close()
 	}
 	for _, fd := range []int{g.timer, g.wakeR, g.wakeW, g.in, g.outbox.FD, g.electorFd} {
 		if fd >= 0 {
@@ -295,7 +296,7 @@ func warmThreads(n int) {
 // wantsNoNewPrivs reports whether the job must not gain privileges: without CAP_KILL a set-user-id process is out of our reach. A
 // cgroup is no help, for such a process can leave it.
 func (g *guard) wantsNoNewPrivs() bool {
-	if hasCapability(unix.CAP_KILL) {
+	if proctree.HasCapability(unix.CAP_KILL) {
 		return false
 	}
 	if !g.cfg.NewPrivs {
@@ -307,16 +308,6 @@ func (g *guard) wantsNoNewPrivs() bool {
 			"a set-user-id process of the job that can't be killed may run beside the next job")
 	}
 	return false
-}
-
-// hasCapability says if this process has the capability in effect (capget(2)).
-func hasCapability(capability int) bool {
-	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if unix.Capget(&hdr, &data[0]) != nil {
-		return false
-	}
-	return data[capability/32].Effective&(1<<(capability%32)) != 0
 }
 
 // relaySignals hands what the runtime catches to the loop. The numbers wait in counters, so that none is lost to a full pipe.
@@ -540,7 +531,7 @@ func (g *guard) serveElectorSilence(now time.Duration) {
 // loseElector kills the elector, if it still lives, and the job with it.
 func (g *guard) loseElector() {
 	if g.elector != 0 {
-		signalPidfd(g.electorFd, unix.SIGKILL)
+		proctree.SignalPidfd(g.electorFd, unix.SIGKILL)
 	}
 	g.electorGone = true
 	if g.job.alive && g.job.kill == ipc.NotKilled {
@@ -557,7 +548,7 @@ func (g *guard) beginStop(now, stopBy time.Duration) {
 	}
 	j.stopping, j.stopSince = true, now
 	if j.pid != 0 {
-		signalPidfd(j.pidfd, g.cfg.StopSignal)
+		proctree.SignalPidfd(j.pidfd, g.cfg.StopSignal)
 	}
 }
 
@@ -584,13 +575,13 @@ func (g *guard) beginKill(reason ipc.KillReason) {
 // killer waiting (cgroup_mutex); the spawner kills by descent beside it.
 func (g *guard) strike() {
 	if g.job.pid != 0 {
-		signalPidfd(g.job.pidfd, unix.SIGKILL)
+		proctree.SignalPidfd(g.job.pidfd, unix.SIGKILL)
 	}
 	if g.cgroup == nil || g.spawner.pid == 0 {
-		g.procs.killListed(g.root(), g.children...)
+		g.procs.KillListed(g.root(), g.children...)
 	}
 	if g.cgroup != nil {
-		g.cgroup.killAll()
+		g.cgroup.KillAll()
 	}
 }
 
@@ -599,7 +590,7 @@ func (g *guard) root() int {
 	if g.spawner.pid != 0 {
 		return g.spawner.pid
 	}
-	return g.procs.self
+	return g.procs.Self
 }
 
 // killRound kills what is left and looks if that was all.
@@ -618,7 +609,7 @@ func (g *guard) killRound() {
 	g.strike()
 	// Reading the process table takes milliseconds. Where the first process or the cgroup is all there is, that is lost time.
 	if j.rounds++; j.rounds > 8 || g.cgroup == nil && j.pid == 0 {
-		g.procs.killDescendants(g.root(), g.children...)
+		g.procs.KillDescendants(g.root(), g.children...)
 	}
 	j.nextRound = began + g.roundPause(boottime.Now()-began)
 	g.hearSpawner()
@@ -657,12 +648,12 @@ func (g *guard) roundPause(took time.Duration) time.Duration {
 func (g *guard) dead() bool {
 	j := &g.job
 	switch {
-	case j.forking || j.pid != 0 || g.cgroup != nil && g.cgroup.populated():
+	case j.forking || j.pid != 0 || g.cgroup != nil && g.cgroup.Populated():
 		return false
 	case g.spawner.pid != 0:
 		return j.alone
 	}
-	left, known := g.procs.children(g.noNewPrivs, g.children...)
+	left, known := g.procs.Children(g.noNewPrivs, g.children...)
 	return known && left == 0
 }
 
@@ -675,7 +666,7 @@ func (g *guard) buried() {
 		elapsed = now - j.stopSince
 	}
 	if j.pidfd >= 0 && j.started {
-		rawClose(j.pidfd)
+		proctree.CloseRaw(j.pidfd)
 	}
 	reason := j.kill
 	if reason == ipc.KilledLeftover && j.rounds == 0 {
@@ -684,7 +675,7 @@ func (g *guard) buried() {
 	g.tell(ipc.Gone{Elapsed: elapsed, Reason: reason, Ordered: j.stopping || reason != ipc.NotKilled && reason != ipc.KilledLeftover})
 	attrs := []any{"elapsed", elapsed.String()}
 	if j.started {
-		attrs = append(attrs, "exit_code", ExitOf(j.status).Code, "signal", ExitOf(j.status).Signal)
+		attrs = append(attrs, "exit_code", proctree.ExitOf(j.status).Code, "signal", proctree.ExitOf(j.status).Signal)
 	}
 	if reason != ipc.NotKilled {
 		attrs = append(attrs, "reason", reason.Label())
@@ -767,7 +758,7 @@ func (g *guard) signal(s unix.Signal) {
 		g.tell(ipc.Signal{Signal: s})
 	case unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT:
 		if g.job.pid != 0 {
-			signalPidfd(g.job.pidfd, s)
+			proctree.SignalPidfd(g.job.pidfd, s)
 		}
 	}
 }
@@ -843,7 +834,7 @@ func (g *guard) hearSpawner() {
 	for g.spawner.pid != 0 {
 		fd, ok := g.spawner.hear()
 		if !ok {
-			if (g.fds[5].Revents&unix.POLLHUP != 0 || g.job.kill != ipc.NotKilled) && pidfdEnded(g.spawner.pidfd) {
+			if (g.fds[5].Revents&unix.POLLHUP != 0 || g.job.kill != ipc.NotKilled) && proctree.PidfdExited(g.spawner.pidfd) {
 				g.spawnerEnded() // though a tracer may keep it from being reaped
 			}
 			return
@@ -851,7 +842,7 @@ func (g *guard) hearSpawner() {
 		m, j := g.spawner.got, &g.job
 		if !j.alive || m.Serial != j.serial { // an answer to a kill that was not needed any more
 			if fd >= 0 {
-				rawClose(fd)
+				proctree.CloseRaw(fd)
 			}
 			continue
 		}
@@ -882,7 +873,7 @@ func (g *guard) started(pid, pidfd int) {
 	case j.kill != ipc.NotKilled:
 		g.strike()
 	case j.stopping:
-		signalPidfd(j.pidfd, g.cfg.StopSignal)
+		proctree.SignalPidfd(j.pidfd, g.cfg.StopSignal)
 	}
 }
 
@@ -970,7 +961,7 @@ func (g *guard) spawnerEnded() {
 func (g *guard) jobEnded(ws unix.WaitStatus) {
 	j := &g.job
 	j.pid, j.ended, j.status = 0, 0, ws
-	exit := ExitOf(ws)
+	exit := proctree.ExitOf(ws)
 	g.tell(ipc.Exited(exit))
 	g.beginKill(ipc.KilledLeftover)
 }
@@ -996,7 +987,7 @@ func (g *guard) electorEnded(ws unix.WaitStatus) {
 	}
 	g.exiting = false
 	g.loseElector()
-	g.log.Error("the elector has ended: the job is killed and the lease revoked", "exit_code", ExitOf(ws).Code, "signal", ExitOf(ws).Signal)
+	g.log.Error("the elector has ended: the job is killed and the lease revoked", "exit_code", proctree.ExitOf(ws).Code, "signal", proctree.ExitOf(ws).Signal)
 }
 
 // listChildren lists the children that are not the job's.
@@ -1051,8 +1042,8 @@ func (g *guard) startRevoke() {
 func (g *guard) revokeEnded(ws unix.WaitStatus) {
 	g.revoke = 0
 	g.listChildren()
-	if ExitOf(ws).Code != 0 {
-		g.log.Warn("the lease could not be revoked and will expire", "exit_code", ExitOf(ws).Code, "signal", ExitOf(ws).Signal)
+	if proctree.ExitOf(ws).Code != 0 {
+		g.log.Warn("the lease could not be revoked and will expire", "exit_code", proctree.ExitOf(ws).Code, "signal", proctree.ExitOf(ws).Signal)
 	}
 }
 
@@ -1094,7 +1085,7 @@ func (g *guard) tidy(now time.Duration) {
 }
 
 // termEnvironment is what the job's environment has of its term.
-func termEnvironment(cfg GuardConfig, t ipc.Start) []string {
+func termEnvironment(cfg Config, t ipc.Start) []string {
 	return []string{
 		"LEASEHOLD_ELECTION=" + cfg.Election,
 		"LEASEHOLD_IDENTITY=" + cfg.Identity,

@@ -1,0 +1,54 @@
+//go:build linux
+
+package proctree
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// OwnCgroup finds the directory of this process's cgroup v2.
+func OwnCgroup() (string, error) {
+	cgroups, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return "", err
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	return findCgroup(string(cgroups), string(mounts))
+}
+
+// findCgroup is OwnCgroup for a process whose /proc says this.
+func findCgroup(cgroups, mounts string) (string, error) {
+	path := ""
+	for line := range strings.Lines(cgroups) {
+		if p, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
+			path = p
+		}
+	}
+	if path == "" || path == "/.." || strings.HasPrefix(path, "/../") {
+		return "", errors.New("this process is in no cgroup v2 that it can see")
+	}
+	for line := range strings.Lines(mounts) {
+		// 42 32 0:37 ROOT MOUNTPOINT options… - cgroup2 …, proc_pid_mountinfo(5)
+		before, after, _ := strings.Cut(line, " - ")
+		fields := strings.Fields(before)
+		if !strings.HasPrefix(after, "cgroup2 ") || len(fields) < 5 {
+			continue
+		}
+		root := strings.TrimSuffix(unescapeMount(fields[3]), "/")
+		if rel, ok := strings.CutPrefix(path, root); ok && (rel == "" || rel[0] == '/') {
+			return filepath.Join(unescapeMount(fields[4]), rel), nil
+		}
+	}
+	return "", errors.New("no cgroup v2 is mounted where this process's is to be seen")
+}
+
+// unescapeMount undoes the octal escapes of mountinfo.
+func unescapeMount(s string) string {
+	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
+}
