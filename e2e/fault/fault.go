@@ -45,6 +45,8 @@ type Target struct {
 	Leading harness.Leading    // the election's first key, for an operator's faults
 	Member  *harness.Member    // of etcd; nil: the fault chooses one and sets it
 	TTL     time.Duration
+	// Jumping are programs whose wall clock can jump: see BuildJumping.
+	Jumping *harness.Programs
 	// Trial counts uses from 0. Which member or moment a fault chooses depends on it.
 	Trial int
 

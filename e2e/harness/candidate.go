@@ -74,6 +74,9 @@ func Build(ctx context.Context, packages ...string) (*Programs, error) {
 	return p, nil
 }
 
+// Beside is the program of the same name as another one.
+func (p *Programs) Beside(path string) string { return filepath.Join(p.dir, filepath.Base(path)) }
+
 // Remove removes the programs.
 func (p *Programs) Remove() { _ = os.RemoveAll(p.dir) }
 

@@ -288,6 +288,19 @@ func (c *Cluster) EnableAuth(ctx context.Context, user, password, election strin
 	return nil
 }
 
+// Authentications is how often a password was checked so far.
+func (c *Cluster) Authentications(ctx context.Context) (float64, error) {
+	sum := 0.0
+	for _, m := range c.Members {
+		n, err := m.Metric(ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
+
 // Leases lists the ids of all leases, as etcdctl prints them.
 func (c *Cluster) Leases(ctx context.Context) ([]string, error) {
 	out, err := c.Etcdctl(ctx, "lease", "list")

@@ -181,8 +181,17 @@ func (c *Cluster) NewClient(endpoints ...string) (*clientv3.Client, error) {
 	if len(endpoints) == 0 {
 		endpoints = c.Endpoints()
 	}
-	cfg := clientv3.Config{Endpoints: endpoints, DialTimeout: WaitTimeout, Logger: zap.NewNop()}
-	cfg.Username, cfg.Password, _ = strings.Cut(c.Auth, ":")
+	user, password, _ := strings.Cut(c.Auth, ":")
+	return c.newClient(clientv3.Config{Endpoints: endpoints, Username: user, Password: password})
+}
+
+// NewAnonymousClient makes a client without user and password.
+func (c *Cluster) NewAnonymousClient() (*clientv3.Client, error) {
+	return c.newClient(clientv3.Config{Endpoints: c.Endpoints()})
+}
+
+func (c *Cluster) newClient(cfg clientv3.Config) (*clientv3.Client, error) {
+	cfg.DialTimeout, cfg.Logger = WaitTimeout, zap.NewNop()
 	if c.cfg.TLS != nil {
 		var err error
 		if cfg.TLS, err = c.cfg.TLS.ClientConfig(); err != nil {

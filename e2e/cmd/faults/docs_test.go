@@ -43,7 +43,7 @@ func TestSafetyDocument(t *testing.T) {
 		}
 		for _, fault := range faults {
 			found := false
-			for _, r := range rows {
+			for _, r := range scenarios {
 				if ok, err := path.Match(fault[1], r.Name); err != nil {
 					t.Fatal(err)
 				} else if ok {
@@ -58,7 +58,7 @@ func TestSafetyDocument(t *testing.T) {
 	if steps == 0 {
 		t.Error("docs/safety.md shows no steps")
 	}
-	for _, r := range rows {
+	for _, r := range scenarios {
 		if !used[r.Name] {
 			t.Errorf("docs/safety.md does not say what the row %s attacks", r.Name)
 		}

@@ -24,13 +24,13 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
 
@@ -81,8 +81,8 @@ func run(args []string) int {
 		return exit(err)
 	}
 	if *only == "?" {
-		for _, r := range rows {
-			fmt.Printf("%-28s %s\n", r.Name, r.About)
+		for _, s := range scenarios {
+			fmt.Printf("%-34s %s\n", s.Name, s.About)
 		}
 		return 0
 	}
@@ -103,81 +103,82 @@ func exit(err error) int {
 	return 0
 }
 
-// choose finds the rows by their names.
-func choose(only string, ci bool) ([]*Row, error) {
-	var chosen []*Row
+// choose finds the scenarios by their names.
+func choose(only string, ci bool) ([]*Scenario, error) {
+	var chosen []*Scenario
+	all := only == "" || only == "?"
 	names := strings.FieldsFunc(only, func(r rune) bool { return r == ',' || r == ' ' })
-	for i := range rows {
-		if (only == "" || only == "?" || slices.Contains(names, rows[i].Name)) && (!ci || rows[i].CI) {
-			chosen = append(chosen, &rows[i])
-			names = slices.DeleteFunc(names, func(n string) bool { return n == rows[i].Name })
+	for i := range scenarios {
+		s := &scenarios[i]
+		if (all || slices.Contains(names, s.Name)) && (!ci || s.CI) {
+			chosen = append(chosen, s)
+			names = slices.DeleteFunc(names, func(n string) bool { return n == s.Name })
 		}
 	}
-	if len(names) > 0 && only != "?" {
+	if len(names) > 0 && !all {
 		return nil, fmt.Errorf("no row %s; -rows ? lists them", strings.Join(names, ", "))
 	}
 	return chosen, nil
 }
 
-// measure runs the rows and reports what it has also when it is interrupted.
-func measure(ctx context.Context, wanted []*Row, n, peersN, parallel int, out, into string) error {
-	h, err := newRunner(ctx)
+// measure runs the scenarios and reports what it has also when it is interrupted.
+func measure(
+	ctx context.Context, wanted []*Scenario, n, peersN, parallel int, out, into string,
+) error {
+	r, err := newRunner(ctx, wanted)
 	if err != nil {
 		return err
 	}
-	if slices.ContainsFunc(wanted, (*Row).slowsDisks) {
-		if _, err := exec.LookPath("strace"); err != nil {
-			return fmt.Errorf("slow disks down (Debian's package strace): %w", err)
-		}
-	}
 	begin := time.Now()
-	h.results.N, h.results.PeersN = n, peersN
-	for _, r := range wanted {
-		h.results.Rows = append(h.results.Rows, RowInfo{
-			Name: r.Name, Group: r.Group, About: r.About, TTL: r.ttl().Seconds(), Members: r.shape().members,
-			Promise: r.Promise, Untouched: r.Untouched, Either: r.Either, Short: r.CI,
+	r.results.N, r.results.PeersN = n, peersN
+	for _, s := range wanted {
+		r.results.Rows = append(r.results.Rows, RowInfo{
+			Name: s.Name, Group: s.Group, About: s.About, TTL: s.ttl().Seconds(),
+			Members: max(1, s.Etcd.Members), Promise: s.Promise, Short: s.CI,
+			NoFailover: s.Expect == NoFailover, MayFailover: s.Expect == MayFailover,
 		})
 	}
-	if slices.ContainsFunc(wanted, func(r *Row) bool { return r.Shifted }) {
-		if h.shifted, err = buildShifted(ctx, h.programs); err != nil {
-			return err
-		}
-	}
-	err = h.runAll(ctx, wanted, n, peersN, parallel)
+	err = r.runAll(ctx, wanted, n, peersN, parallel)
 	if ctx.Err() != nil {
 		err = errors.New("interrupted")
 	}
-	h.results.Minutes = time.Since(begin).Minutes()
-	if len(h.results.Samples) > 0 {
-		err = errors.Join(err, h.results.write(out), h.results.writeText(os.Stdout))
+	r.results.Minutes = time.Since(begin).Minutes()
+	if len(r.results.Samples) > 0 {
+		err = errors.Join(err, r.results.write(out), r.results.writeText(os.Stdout))
 	}
 	if err == nil && into != "" {
-		err = h.results.replaceIn(into)
+		err = r.results.replaceIn(into)
 	}
-	if v := h.results.violations(); len(v) > 0 {
+	if v := r.results.violations(); len(v) > 0 {
 		err = errors.Join(err, fmt.Errorf("%d violations", len(v)))
 	}
 	return err
 }
 
+const (
+	prefix       = "faults/" // of elections
+	cgroupPrefix = "faults"
+)
+
 // runner is what all trials use.
 type runner struct {
 	etcd     harness.Etcd
-	programs string // their directory
-	shifted  string // that of those whose wall clock can jump
+	programs *harness.Programs
+	jumping  *harness.Programs // of scenarios that need them
 
 	mu      sync.Mutex
 	results *Results
 	total   int // trials to be made
 
-	bearing   sync.Mutex
-	burden    *burden // nil without one
-	burdenFor *Row
+	stressing sync.Mutex
+	stress    *fault.Stress // nil without
+	stressFor *Scenario
 }
 
-func newRunner(ctx context.Context) (*runner, error) {
-	self, err := os.Executable()
-	if err != nil {
+func newRunner(ctx context.Context, wanted []*Scenario) (*runner, error) {
+	r := &runner{results: &Results{}}
+	var err error
+	if r.programs, err = harness.ProgramsBeside(); err != nil {
 		return nil, err
 	}
 	if _, err := exec.LookPath("nft"); err != nil {
@@ -186,73 +187,83 @@ func newRunner(ctx context.Context) (*runner, error) {
 	if harness.Cgroup2() == "" {
 		return nil, errors.New("keep candidates in cgroups of their own: no cgroup v2 is mounted")
 	}
-	h := &runner{programs: filepath.Dir(self), results: &Results{}}
-	if h.etcd, err = harness.FindEtcd(ctx, os.Stderr); err != nil {
+	if slices.ContainsFunc(wanted, func(s *Scenario) bool { return s.Etcd.Flags == syncing }) {
+		if _, err := exec.LookPath("strace"); err != nil {
+			return nil, fmt.Errorf("slow disks down (Debian's package strace): %w", err)
+		}
+	}
+	if r.etcd, err = harness.FindEtcd(ctx, os.Stderr); err != nil {
 		return nil, err
 	}
-	if h.results.About, err = harness.AboutThisRun(ctx, h.etcd); err != nil {
+	if r.results.About, err = harness.AboutThisRun(ctx, r.etcd); err != nil {
 		return nil, err
 	}
-	return h, removeLeftovers(ctx)
+	if slices.ContainsFunc(wanted, func(s *Scenario) bool { return strings.HasPrefix(s.Name, "wall-clock") }) {
+		dir := r.programs.Beside("clock")
+		if r.jumping, err = fault.BuildJumping(ctx, dir); err != nil {
+			return nil, err
+		}
+	}
+	return r, harness.RemoveLeftovers(ctx, cgroupPrefix)
 }
 
-// A batch is some trials of one entrant in one row.
+// A batch is some trials of one variant in one scenario.
 type batch struct {
-	row   *Row
-	of    entrant
-	first int // index of the first
-	n     int
+	scenario *Scenario
+	of       variant
+	first    int // index of the first
+	n        int
 }
 
 // mostInBatch bounds for how long one lane works while the others have nothing
 // left to do.
 const mostInBatch = 5
 
-// abreast is how many trials of a row that is alone run side by side.
+// abreast is how many trials of a scenario that is alone run side by side.
 const abreast = 4
 
 // runAll runs first the trials that must be alone, one after the other, then
-// row by row those that may have their like beside them, and then all others
-// in lanes side by side.
-func (h *runner) runAll(ctx context.Context, wanted []*Row, n, peersN, parallel int) error {
+// scenario by scenario those that may have their like beside them, and then all
+// others in lanes side by side.
+func (r *runner) runAll(ctx context.Context, wanted []*Scenario, n, peersN, parallel int) error {
 	var alone, others queue
-	var rowsAlone []*queue
-	for _, row := range wanted {
+	var scenariosAlone []*queue
+	for _, s := range wanted {
 		to := &others
-		if row.Alone == RowAlone {
+		if s.Isolation == ScenarioAlone {
 			to = &queue{}
-			rowsAlone = append(rowsAlone, to)
+			scenariosAlone = append(scenariosAlone, to)
 		}
-		for _, e := range entrants {
+		for _, v := range variants {
 			left, to := n, to
-			if !e.ours() {
+			if !v.Ours() {
 				left = peersN
 			}
-			if row.alone(e) {
+			if s.alone(v) {
 				to = &alone
 			}
-			for first := 0; row.takesPart(e) && left > 0; {
-				b := batch{row, e, first, min(left, mostInBatch)}
+			for first := 0; s.has(v) && left > 0; {
+				b := batch{s, v, first, min(left, mostInBatch)}
 				first, left = first+b.n, left-b.n
-				h.total += b.n
+				r.total += b.n
 				to.batches = append(to.batches, b)
 			}
 		}
 	}
-	err := h.lanes(ctx, &alone, 1)
-	for _, q := range rowsAlone {
-		err = errors.Join(err, h.lanes(ctx, q, min(abreast, parallel)))
+	err := r.lanes(ctx, &alone, 1)
+	for _, q := range scenariosAlone {
+		err = errors.Join(err, r.lanes(ctx, q, min(abreast, parallel)))
 	}
-	return errors.Join(err, h.lanes(ctx, &others, parallel))
+	return errors.Join(err, r.lanes(ctx, &others, parallel))
 }
 
 // lanes works a queue off.
-func (h *runner) lanes(ctx context.Context, q *queue, n int) error {
-	defer h.unburden()
+func (r *runner) lanes(ctx context.Context, q *queue, n int) error {
+	defer r.endStress()
 	errs := make([]error, n)
 	var lanes sync.WaitGroup
 	for i := range errs {
-		lanes.Go(func() { errs[i] = h.lane(ctx, q) })
+		lanes.Go(func() { errs[i] = r.lane(ctx, q) })
 	}
 	lanes.Wait()
 	return errors.Join(errs...)
@@ -264,61 +275,59 @@ type queue struct {
 	batches []batch
 }
 
-// take gives the next batch, if possible one for the given shape.
-func (q *queue) take(preferred shape) (batch, bool) {
+// take gives the next batch, if possible one for the given etcd.
+func (q *queue) take(preferred etcd) (batch, bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if len(q.batches) == 0 {
 		return batch{}, false
 	}
-	i := max(0, slices.IndexFunc(q.batches, func(b batch) bool { return b.row.shape() == preferred }))
+	i := max(0, slices.IndexFunc(q.batches, func(b batch) bool { return b.scenario.Etcd == preferred }))
 	b := q.batches[i]
 	q.batches = slices.Delete(q.batches, i, i+1)
 	return b, true
 }
 
-// lane makes one trial after the other, on a stage that it keeps as long as it
-// is of the right shape.
-func (h *runner) lane(ctx context.Context, q *queue) error {
-	var s *Stage
+// lane makes one trial after the other, on a testbed that it keeps as long as the
+// scenarios need the same etcd.
+func (r *runner) lane(ctx context.Context, q *queue) error {
+	var bed *harness.Testbed
+	var has etcd
 	leave := func() {
-		if s != nil {
-			s.close()
+		if bed != nil {
+			bed.Close()
 		}
-		s = nil
+		bed, has = nil, etcd{}
 	}
 	defer leave()
 	for ctx.Err() == nil {
-		var now shape
-		if s != nil {
-			now = s.shape
-		}
-		b, more := q.take(now)
+		b, more := q.take(has)
 		if !more {
 			return nil
 		}
 		for i := range b.n {
-			if s != nil && s.shape != b.row.shape() {
+			if has != b.scenario.Etcd {
 				leave()
 			}
 			var err error
-			if s == nil {
-				s, err = h.newStage(ctx, b.row.shape())
+			if bed == nil {
+				has = b.scenario.Etcd
+				bed, err = r.newTestbed(ctx, has)
 			}
 			if err == nil {
-				err = h.bear(ctx, b.row)
+				err = r.startStress(ctx, b.scenario)
 			}
-			sample := Sample{Row: b.row.Name, Candidate: b.of.Title}
+			sample := Sample{Row: b.scenario.Name, Candidate: b.of.Title}
 			if err == nil {
-				sample = s.trial(ctx, b.row, b.of, b.first+i)
+				sample = r.trial(ctx, bed, b.scenario, b.of, b.first+i)
 			} else {
-				sample.Failure = fmt.Sprintf("make a stage: %v", err)
+				sample.Failure = fmt.Sprintf("make a testbed: %v", err)
 			}
 			if ctx.Err() != nil {
 				return nil
 			}
-			h.note(sample)
-			if sample.Failure != "" { // whatever it was, it shall not befall the next
+			r.note(sample)
+			if sample.Failure != "" { // whatever it was, the next trial shall not have it
 				leave()
 			}
 		}
@@ -326,12 +335,51 @@ func (h *runner) lane(ctx context.Context, q *queue) error {
 	return nil
 }
 
+func (r *runner) newTestbed(ctx context.Context, of etcd) (*harness.Testbed, error) {
+	return harness.NewTestbed(ctx, harness.TestbedConfig{
+		Cluster:  harness.ClusterConfig{Etcd: r.etcd, Size: of.Members, Flags: strings.Fields(of.Flags)},
+		Isolated: true, Prefix: prefix, Auth: of.Auth,
+	})
+}
+
+// startStress starts the scenario's stress, unless it is there, and ends any other.
+func (r *runner) startStress(ctx context.Context, s *Scenario) (err error) {
+	r.stressing.Lock()
+	defer r.stressing.Unlock()
+	if r.stressFor == s && r.stress != nil && r.stress.Running() {
+		return nil
+	}
+	r.endStress()
+	if s.Stress != nil {
+		r.stress, err = s.Stress(ctx, r)
+		r.stressFor = s
+	}
+	return err
+}
+
+func (r *runner) endStress() {
+	if r.stress != nil {
+		r.stress.End()
+	}
+	r.stress, r.stressFor = nil, nil
+}
+
+// stressed returns an error unless the scenario's stress was there to the end.
+func (r *runner) stressed(s *Scenario) error {
+	r.stressing.Lock()
+	defer r.stressing.Unlock()
+	if s.Stress != nil && (r.stress == nil || !r.stress.Running()) {
+		return errors.New("the stress ended early: did the kernel run out of memory?")
+	}
+	return nil
+}
+
 // note keeps a sample and tells of it.
-func (h *runner) note(s Sample) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.results.Samples = append(h.results.Samples, s)
-	outcome := fmt.Sprintf("dead %s, next %s", spanOf(s.Dead), spanOf(s.Next))
+func (r *runner) note(s Sample) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.results.Samples = append(r.results.Samples, s)
+	outcome := fmt.Sprintf("old job ended %s, next %s", duration(s.Dead), duration(s.Next))
 	if s.Overlap > 0 {
 		outcome += ", both alive " + harness.Span(s.Overlap)
 	}
@@ -341,7 +389,8 @@ func (h *runner) note(s Sample) {
 	for _, v := range s.Violations {
 		outcome += "\n    VIOLATED: " + v
 	}
-	fmt.Fprintf(os.Stderr, "%d/%d %s, %s: %s\n", len(h.results.Samples), h.total, s.Row, s.Candidate, outcome)
+	fmt.Fprintf(os.Stderr, "%d/%d %s, %s: %s\n",
+		len(r.results.Samples), r.total, s.Row, s.Candidate, outcome)
 	if s.evidence != "" {
 		fmt.Fprintln(os.Stderr, s.evidence)
 	}

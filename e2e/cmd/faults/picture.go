@@ -135,13 +135,13 @@ func (p *picture) x(ms float64) float64 {
 
 func (p *picture) heading(r *Results) {
 	p.y = 44
-	p.text(margin, p.y, "title", "Who is alive when the leader is struck by a fault")
+	p.text(margin, p.y, "title", "Which jobs are alive when the leader has a fault")
 	p.y += 20
 	p.text(margin, p.y, "soft", r.headline()+". Of each fault: the trial in the middle.")
 	p.y += 26
 	x := float64(margin)
 	for _, entry := range []struct{ class, text string }{
-		{"old", "the old job is alive"}, {"next", "the next job is alive"}, {"both", "both are alive: what must never be"}, {"none", "no job is alive"},
+		{"old", "the old job is alive"}, {"next", "the next job is alive"}, {"both", "both are alive: must never be"}, {"none", "no job is alive"},
 	} {
 		p.add(`<rect x="%.1f" y="%.1f" width="22" height="%d" rx="2" class="%s"/>`, x, p.y-barHeight, barHeight, entry.class)
 		p.text(x+28, p.y, "", entry.text)
@@ -201,11 +201,11 @@ func (p *picture) fault(row RowInfo) {
 	for i, line := range lines {
 		p.text(margin, p.y+11+float64(i)*laneHeight, "", line)
 	}
-	if row.Untouched {
-		p.text(margin, p.y+11+float64(len(lines))*laneHeight, "soft", "must not touch the job")
+	if row.NoFailover {
+		p.text(margin, p.y+11+float64(len(lines))*laneHeight, "soft", "must not move the job")
 		lines = append(lines, "")
 	}
-	if row.Either {
+	if row.MayFailover {
 		p.text(margin, p.y+11+float64(len(lines))*laneHeight, "soft", "may move the job or not")
 		lines = append(lines, "")
 	}
@@ -214,7 +214,6 @@ func (p *picture) fault(row RowInfo) {
 
 // lane draws one candidate.
 func (p *picture) lane(c cell) {
-	ours := strings.HasPrefix(c.candidate, harness.Leasehold.Name)
 	class := ""
 	if c.candidate == harness.Leasehold.Name {
 		class = "ours"
@@ -254,7 +253,7 @@ func (p *picture) lane(c cell) {
 		}
 	}
 	words, class := c.words()
-	if ours && class == "" && c.candidate == harness.Leasehold.Name {
+	if class == "" && c.candidate == harness.Leasehold.Name {
 		class = "ours"
 	}
 	p.text(figuresLeft, p.y+11, class, words)
@@ -273,7 +272,7 @@ func (p *picture) end(l Life) float64 {
 // words sum a candidate's trials up in a few words.
 func (c cell) words() (words, class string) {
 	if len(c.samples) == 0 {
-		return "came to no end", "bad"
+		return "no outcome", "bad"
 	}
 	next := c.next()
 	overlaps := c.overlaps()
@@ -296,8 +295,8 @@ func (c cell) words() (words, class string) {
 			class = ""
 		}
 	case len(next) == 0 && len(c.dead()) == 0:
-		words = "untouched"
-		if !c.row.Untouched && !c.row.Either {
+		words = "not moved"
+		if !c.row.NoFailover && !c.row.MayFailover {
 			words = "the old job lives on, no next job"
 		}
 	case len(next) == 0:
@@ -307,7 +306,7 @@ func (c cell) words() (words, class string) {
 	default:
 		words = "dead " + harness.Span(harness.Median(c.dead())) + ", next " + harness.Span(harness.Median(next))
 	}
-	if c.row.Untouched && words != "untouched" && len(next) == len(c.samples) {
+	if c.row.NoFailover && words != "not moved" && len(next) == len(c.samples) {
 		words = "moved: " + words
 	}
 	return words, class

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,21 +26,22 @@ type Results struct {
 	Minutes float64       `json:"minutes"`
 	Rows    []RowInfo     `json:"rows"`
 	Samples []Sample      `json:"samples"`
-	// Again are the rows whose trials were made later than the others, by themselves: after a repair, or a change of the row.
+	// Again are the rows whose trials were made later than the others, by themselves:
+	// after a repair, or a change of the row.
 	Again []string `json:"again,omitempty"`
 }
 
 // RowInfo is what a reader must know of a row.
 type RowInfo struct {
-	Name      string  `json:"name"`
-	Group     string  `json:"group"`
-	About     string  `json:"about"`
-	TTL       float64 `json:"ttl_seconds"`
-	Members   int     `json:"etcd_members"`
-	Promise   Promise `json:"promise"` // "" is never two
-	Untouched bool    `json:"untouched"`
-	Either    bool    `json:"either"`
-	Short     bool    `json:"short"` // in the short table too
+	Name        string  `json:"name"`
+	Group       string  `json:"group"`
+	About       string  `json:"about"`
+	TTL         float64 `json:"ttl_seconds"`
+	Members     int     `json:"etcd_members"`
+	Promise     Promise `json:"promise"` // "" is never two
+	NoFailover  bool    `json:"untouched"`
+	MayFailover bool    `json:"either"`
+	Short       bool    `json:"short"` // in the short table too
 }
 
 // Sample is one trial. All times are milliseconds from the fault on; null where
@@ -75,7 +77,8 @@ type Life struct {
 	To        *float64 `json:"to_ms"`
 }
 
-func spanOf(ms *float64) string {
+// duration writes milliseconds that there may be none of.
+func duration(ms *float64) string {
 	if ms == nil {
 		return "-"
 	}
@@ -89,6 +92,8 @@ type cell struct {
 	samples   []Sample // that came to an end
 	failed    []Sample
 }
+
+func (c cell) ours() bool { return strings.HasPrefix(c.candidate, harness.Leasehold.Name) }
 
 func (c cell) values(f func(Sample) *float64) []float64 {
 	var values []float64
@@ -121,42 +126,29 @@ func (c cell) gaps() []float64 {
 	})
 }
 
-func (c cell) livesOn() int {
+func (c cell) count(f func(Sample) bool) int {
 	n := 0
 	for _, s := range c.samples {
-		if s.LivesOn {
+		if f(s) {
 			n++
 		}
 	}
 	return n
 }
 
-func (c cell) outside() int {
-	n := 0
-	for _, s := range c.samples {
-		if s.Outside {
-			n++
-		}
-	}
-	return n
-}
+func (c cell) livesOn() int { return c.count(func(s Sample) bool { return s.LivesOn }) }
+func (c cell) outside() int { return c.count(func(s Sample) bool { return s.Outside }) }
 
 // middle is the trial whose next job came in the middle of all.
 func (c cell) middle() Sample {
-	by := func(s Sample) float64 {
+	next := func(s Sample) float64 {
 		if s.Next == nil {
 			return math.Inf(1)
 		}
 		return *s.Next
 	}
 	sorted := slices.SortedFunc(slices.Values(c.samples), func(a, b Sample) int {
-		switch x, y := by(a), by(b); {
-		case x < y:
-			return -1
-		case x > y:
-			return 1
-		}
-		return 0
+		return cmp.Compare(next(a), next(b))
 	})
 	return sorted[(len(sorted)-1)/2]
 }
@@ -169,7 +161,7 @@ func (r *Results) cells() []cell {
 			if row.Group != g.Name {
 				continue
 			}
-			for _, e := range entrants {
+			for _, e := range variants {
 				c := cell{row: row, candidate: e.Title}
 				for _, s := range r.Samples {
 					switch {
@@ -206,9 +198,10 @@ func (r *Results) violations() []string {
 		if len(c.samples) < 20 {
 			bound *= 10
 		}
-		if p99 := harness.Percentile(c.values(func(s Sample) *float64 { return &s.Overlap }), 99); strings.HasPrefix(c.candidate, harness.Leasehold.Name) &&
-			c.row.Promise == Operator && p99 > bound {
-			all = append(all, fmt.Sprintf("%s, %s: both jobs alive for %s at p99, more than %s", c.row.Name, c.candidate, harness.Span(p99), harness.Span(bound)))
+		p99 := harness.Percentile(c.values(func(s Sample) *float64 { return &s.Overlap }), 99)
+		if c.ours() && c.row.Promise == Operator && p99 > bound {
+			all = append(all, fmt.Sprintf("%s, %s: both jobs alive for %s at p99, more than %s",
+				c.row.Name, c.candidate, harness.Span(p99), harness.Span(bound)))
 		}
 	}
 	return all
@@ -277,7 +270,8 @@ func (c cell) starts() string {
 // headline says with what the figures were measured.
 func (r *Results) headline() string {
 	a := r.About
-	return fmt.Sprintf("%s: etcd %s, %s, Linux %s, %d CPUs; trials of each fault: %d with leasehold, %d with each of the others",
+	return fmt.Sprintf("%s: etcd %s, %s, Linux %s, %d CPUs; "+
+		"trials of each fault: %d with leasehold, %d with each of the others",
 		a.Date, a.Etcd, a.Go, a.Kernel, a.CPUs, r.N, r.PeersN)
 }
 
@@ -289,10 +283,11 @@ func (r *Results) replaceIn(path string) error {
 		return err
 	}
 	if whole.N != r.N || whole.PeersN != r.PeersN {
-		return fmt.Errorf("%s has %d and %d trials of each fault, this run %d and %d", path, whole.N, whole.PeersN, r.N, r.PeersN)
+		return fmt.Errorf("%s has %d and %d trials of each fault, this run %d and %d",
+			path, whole.N, whole.PeersN, r.N, r.PeersN)
 	}
 	for _, row := range r.Rows {
-		i := slices.IndexFunc(whole.Rows, func(old RowInfo) bool { return old.Name == row.Name })
+		i := slices.IndexFunc(whole.Rows, func(o RowInfo) bool { return o.Name == row.Name })
 		if i < 0 {
 			return fmt.Errorf("%s has no row %s", path, row.Name)
 		}
@@ -311,15 +306,16 @@ func (r *Results) writeText(to io.Writer) error {
 	w := tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)
 	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) } // Flush reports
 	p("\n%s; %.0f minutes\n\n", r.headline(), r.Minutes)
-	p("fault\tcandidate\tTTL\tetcd\told job dead\tmax\tnext job\tmax\tgap\tboth alive\tstarts\tguard late\t\n")
+	p("fault\tcandidate\tTTL\tetcd\told job dead\tmax\tnext job\tmax\tgap\tboth alive\tstarts\t" +
+		"guard late\t\n")
 	for _, c := range r.cells() {
 		dead, deadMax := pair(c.dead())
 		next, nextMax := pair(c.next())
 		gap, _ := pair(c.gaps())
 		late := c.values(func(s Sample) *float64 { return &s.Late })
 		_, lateMax := pair(late)
-		p("%s\t%s\t%.0fs\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", c.row.Name, c.candidate, c.row.TTL, c.row.Members,
-			dead, deadMax, next, nextMax, gap, c.overlap(), c.starts(), lateMax, c.figures())
+		p("%s\t%s\t%.0fs\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
+			c.row.Name, c.candidate, c.row.TTL, c.row.Members, dead, deadMax, next, nextMax, gap, c.overlap(), c.starts(), lateMax, c.figures())
 	}
 	for _, v := range r.violations() {
 		p("\nVIOLATED: %s\n", v)
@@ -330,8 +326,11 @@ func (r *Results) writeText(to io.Writer) error {
 // writeTable writes the table in Markdown.
 func (r *Results) writeTable(to io.Writer) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "# Every fault, every candidate\n\nMade by `make faults` and `make faults-docs`: %s. Figures are medians and maxima, from the fault on, "+
-		"as the jobs' own connections to a witness tell (gigabytes and suspend: as the kernel tells that SIGKILL has reached each thread); [the same as a picture](faults.svg), [each trial](faults.json).\n", r.headline())
+	fmt.Fprintf(&b, "# Every fault, every candidate\n\n"+
+		"Made by `make faults` and `make faults-docs`: %s. Figures are medians and maxima, from the "+
+		"fault on, as the jobs' own connections to a witness tell (gigabytes and suspend: as the "+
+		"kernel tells that SIGKILL has reached each thread); [the same as a picture](faults.svg), "+
+		"[each trial](faults.json).\n", r.headline())
 	if len(r.Again) > 0 {
 		fmt.Fprintf(&b, "\nRun again later, after a repair or with another promise: %s.\n", strings.Join(r.Again, ", "))
 	}
@@ -339,13 +338,14 @@ func (r *Results) writeTable(to io.Writer) error {
 	for _, c := range r.cells() {
 		if c.row.Group != group {
 			group = c.row.Group
-			fmt.Fprintf(&b, "\n## %s\n\n| fault | candidate | old job dead | next job | gap | both alive | job starts |\n|---|---|---|---|---|---|---|\n", c.title())
+			fmt.Fprintf(&b, "\n## %s\n\n| fault | candidate | old job dead | next job | gap | "+
+				"both alive | job starts |\n|---|---|---|---|---|---|---|\n", c.title())
 		}
 		about := c.row.About
-		if c.row.Untouched {
+		if c.row.NoFailover {
 			about += " (must not move the job)"
 		}
-		if c.row.Either {
+		if c.row.MayFailover {
 			about += " (may move the job or not)"
 		}
 		gap, _ := pair(c.gaps())
@@ -356,7 +356,8 @@ func (r *Results) writeTable(to io.Writer) error {
 		if figures := c.figures(); figures != "" {
 			overlap += "; " + figures
 		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s | %s |\n", about, c.candidate, both(c.dead()), both(c.next()), gap, overlap, c.starts())
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s | %s |\n", about, c.candidate,
+			both(c.dead()), both(c.next()), gap, overlap, c.starts())
 	}
 	if broken := r.violations(); len(broken) > 0 {
 		b.WriteString("\n## Promises that leasehold broke in this run\n\n")
@@ -405,8 +406,11 @@ func (r *Results) write(path string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(&b, `{"about": %s, "n": %d, "peers_n": %d, "minutes": %.1f`, head, r.N, r.PeersN, r.Minutes)
-	if err := errors.Join(lines(&b, "again", r.Again), lines(&b, "rows", r.Rows), lines(&b, "samples", r.Samples)); err != nil {
+	fmt.Fprintf(&b, `{"about": %s, "n": %d, "peers_n": %d, "minutes": %.1f`,
+		head, r.N, r.PeersN, r.Minutes)
+	err = errors.Join(lines(&b, "again", r.Again), lines(&b, "rows", r.Rows),
+		lines(&b, "samples", r.Samples))
+	if err != nil {
 		return err
 	}
 	return os.WriteFile(path, []byte(b.String()+"}\n"), 0o644)

@@ -14,73 +14,36 @@ import (
 	"sync/atomic"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3"
-
+	"leasehold/e2e/check"
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
 
 const (
 	settle  = 250 * time.Millisecond // from the standby's coming to the fault
-	observe = 3 * time.Second        // for how long two jobs are watched living at once
-	calm    = 2 * time.Second        // for how long a job is watched that must not move, when the fault is over
+	observe = 3 * time.Second        // for how long two jobs are watched running at once
+	calm    = 2 * time.Second        // for how long a job is watched that must not move
 )
 
-// A Trial lets one fault befall one pair of candidates: a leader with its job,
-// and a standby.
+// A Trial lets one pair of candidates, a leader with its job and a standby, have
+// one fault.
 type Trial struct {
-	*Stage
-	Row      *Row
-	Of       entrant
-	Index    int // which of the entrant's trials in this row it is, from 0
-	Election string
+	*fault.Target
+	Scenario *Scenario
+	Of       variant
 	Witness  *harness.Witness
-	Leader   *Contestant
-	Standby  *Contestant
+	Job      harness.Life // the first process of the leader's job
 
-	// Of the leader, from before Prepare on.
-	Key   string
-	Lease clientv3.LeaseID
-	Job   harness.Life // its job's first process
-
-	// At is when the fault began.
-	At time.Duration
-	// Killed, where it is set, is when the old job could run no instruction any
-	// more, though its connection closed later.
-	Killed time.Duration
-	// Notes are what a row's own functions tell each other.
-	Notes map[string]any
-
-	contestants []*Contestant
-	frozen      []frozen
-	cleanups    []func()
-	sample      Sample
-	taken       bool // Read has been called
-}
-
-// frozen is a time in which a candidate's job could not run.
-type frozen struct {
-	candidate string
-	from, to  time.Duration
-}
-
-// Begin says that the fault begins now.
-func (t *Trial) Begin() { t.At = harness.Now() }
-
-// Figure reports a time that is the row's own.
-func (t *Trial) Figure(name string, d time.Duration) {
-	if t.sample.Figures == nil {
-		t.sample.Figures = map[string]float64{}
-	}
-	t.sample.Figures[name] = harness.Milliseconds(d)
-}
-
-// cleanup has f called at the trial's end, before anything else is ended.
-func (t *Trial) cleanup(f func()) { t.cleanups = append(t.cleanups, f) }
-
-// Frozen says that the job of a candidate could not run in that time. It need
-// not be over: to is 0 then.
-func (t *Trial) Frozen(c *Contestant, from, to time.Duration) {
-	t.frozen = append(t.frozen, frozen{c.Identity, from, to})
+	runner   *runner
+	election string
+	fault    fault.Fault
+	lasts    bool   // the fault was injected and has not been ended
+	death    *death // nil: its connection tells when the job has ended
+	ended    bool   // death was asked
+	// killed, unless it is 0, is when the old job could run no instruction any more.
+	killed time.Duration
+	thawed time.Duration // when the fault was ended
+	sample Sample
 }
 
 // violated notes what leasehold promises and did not keep.
@@ -91,10 +54,14 @@ func (t *Trial) violated(format string, args ...any) {
 var elections atomic.Int64 // keeps their names apart
 
 // trial makes one trial and ends everything that belongs to it.
-func (s *Stage) trial(ctx context.Context, row *Row, of entrant, index int) (sample Sample) {
+func (r *runner) trial(
+	ctx context.Context, bed *harness.Testbed, s *Scenario, of variant, index int,
+) Sample {
 	t := &Trial{
-		Stage: s, Row: row, Of: of, Index: index, Election: fmt.Sprintf("%s%d", prefix, elections.Add(1)), Notes: map[string]any{},
-		sample: Sample{Row: row.Name, Candidate: of.Title, TTL: row.ttl().Seconds()},
+		Target:   &fault.Target{Testbed: bed, TTL: s.ttl(), Trial: index, Jumping: r.jumping},
+		Scenario: s, Of: of, runner: r, fault: s.Fault(),
+		election: fmt.Sprintf("%s%d", prefix, elections.Add(1)),
+		sample:   Sample{Row: s.Name, Candidate: of.Title, TTL: s.ttl().Seconds()},
 	}
 	err := t.run(ctx)
 	if err != nil {
@@ -111,59 +78,114 @@ func (s *Stage) trial(ctx context.Context, row *Row, of entrant, index int) (sam
 	return t.sample
 }
 
-// run brings the pair up, strikes, and reads what follows off the witness.
+// run brings the pair up, injects the fault, and reads what follows off the witness.
 func (t *Trial) run(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, 4*patience+t.Row.Lasts, errors.New("the trial came to no end"))
+	s := t.Scenario
+	ctx, cancel := context.WithTimeoutCause(ctx,
+		4*harness.WaitTimeout+max(0, s.Duration), errors.New("the trial came to no end"))
 	defer cancel()
 	if err := t.ready(ctx); err != nil {
 		return fmt.Errorf("bring up a leader and a standby: %w", err)
 	}
-	if t.Row.Prepare != nil {
-		if err := t.Row.Prepare(ctx, t); err != nil {
+	for _, prepare := range []func() error{
+		func() error { return s.Job.ready(ctx, t) },
+		func() error {
+			if t.fault.Prepare == nil {
+				return nil
+			}
+			return t.fault.Prepare(ctx, t.Target)
+		},
+	} {
+		if err := prepare(); err != nil {
 			return fmt.Errorf("prepare the fault: %w", err)
 		}
 	}
 	if t.moved() {
 		return errors.New("the job was moved before the fault")
 	}
-	t.Begin()
-	if err := t.Row.Strike(ctx, t); err != nil {
-		return fmt.Errorf("strike: %w", err)
+	if s.Job.ByThreads && s.Duration == 0 {
+		t.death = watchDeath(ctx, t.Job.Pid)
 	}
-	if t.Row.Lasts > 0 {
-		if err := harness.Wait(ctx, t.Row.Lasts); err != nil {
-			return err
-		}
+	t.lasts = true
+	if err := t.fault.Start(ctx, t.Target); err != nil {
+		return fmt.Errorf("inject the fault: %w", err)
 	}
-	if t.Row.Heal != nil {
-		if err := t.Row.Heal(ctx, t); err != nil {
-			return fmt.Errorf("heal: %w", err)
-		}
+	if err := t.endFault(ctx); err != nil {
+		return fmt.Errorf("recover: %w", err)
 	}
 	if err := t.outcome(ctx); err != nil {
 		return err
 	}
-	if t.Row.After != nil {
-		if err := t.Row.After(ctx, t); err != nil {
-			return fmt.Errorf("look at the outcome: %w", err)
-		}
+	if err := errors.Join(t.deathOfThreads(), t.runner.stressed(s)); err != nil {
+		return err
 	}
-	t.Read()
-	if t.Of.ours() && t.Row.Untouched && !t.moved() {
+	t.read()
+	if t.Of.Ours() && s.Expect == NoFailover && !t.moved() {
 		t.handOver(ctx)
 	}
+	if t.lasts {
+		if err := t.verify(ctx); err != nil {
+			return err
+		}
+	}
+	t.figures()
 	return ctx.Err()
 }
 
-// handOver tries whether a planned stop still does what it should: what a fault
-// did to the queue or to the standby would show now.
+func (j job) ready(ctx context.Context, t *Trial) error {
+	if j.Ready == nil {
+		return nil
+	}
+	return j.Ready(ctx, t)
+}
+
+// endFault ends the fault when it has lasted long enough, if it is to end before the
+// trial does.
+func (t *Trial) endFault(ctx context.Context) error {
+	switch d := t.Scenario.Duration; d {
+	case 0:
+		return nil
+	case untilNextJob: // and a while longer: it sleeps on when another leads
+		err := t.waitNext(ctx, t.waitTimeout())
+		if err := errors.Join(err, harness.Wait(ctx, time.Second)); err != nil {
+			return err
+		}
+	default:
+		if err := harness.Wait(ctx, d); err != nil {
+			return err
+		}
+	}
+	if t.fault.Recover == nil {
+		return nil
+	}
+	if err := t.verify(ctx); err != nil {
+		return err
+	}
+	if t.Scenario.Job.ByThreads {
+		t.death = watchDeath(ctx, t.Job.Pid)
+	}
+	t.lasts, t.thawed = false, harness.Now()
+	return errors.Join(t.fault.End(ctx, t.Target), t.Etcd.WaitHealthy(ctx))
+}
+
+// verify looks at what the fault has done.
+func (t *Trial) verify(ctx context.Context) error {
+	if err := t.fault.Check(ctx, t.Target); err != nil {
+		return fmt.Errorf("verify the fault: %w", err)
+	}
+	if t.Scenario.Check != nil {
+		return t.Scenario.Check(ctx, t)
+	}
+	return nil
+}
+
+// handOver tries whether a planned stop still does what it should: what a fault did
+// to the queue or to the standby would show now.
 func (t *Trial) handOver(ctx context.Context) {
 	at := harness.Now()
-	err := t.Of.Stop(t.Leader.Candidate)
+	err := t.Machine.Stop()
 	if err == nil {
-		err = within(ctx, t.Row.ttl()/2, "no next job", func(ctx context.Context) error {
-			return t.Witness.Wait(ctx, func([]harness.Life) bool { return t.next() != nil })
-		})
+		err = t.waitNext(ctx, t.TTL/2)
 	}
 	if err != nil {
 		t.violated("planned hand-over afterwards: %v", err)
@@ -177,37 +199,69 @@ func (t *Trial) ready(ctx context.Context) (err error) {
 	if t.Witness, err = harness.NewWitness(); err != nil {
 		return err
 	}
-	if t.Leader, err = t.start("a", t.Row.Job); err != nil {
+	if t.Machine, err = t.start("a", t.Scenario.Job.Words, true); err != nil {
 		return err
 	}
-	err = within(ctx, patience, "no job", func(ctx context.Context) error {
-		t.Job, err = t.Witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == t.Leader.Identity })
+	err = within(ctx, harness.WaitTimeout, "no job", func(ctx context.Context) error {
+		t.Job, err = t.Witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == "a" })
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	if t.Standby, err = t.start("b", nil); err != nil {
+	standby, err := t.start("b", nil, false)
+	t.Others = append(t.Others, standby)
+	if err != nil {
 		return err
 	}
-	if t.Key, t.Lease, err = t.queue(ctx, t.Election, 2); err != nil {
+	if t.Leading, err = t.WaitQueue(ctx, t.election, 2); err != nil {
 		return err
 	}
-	if t.Of.ours() {
-		if err := t.Standby.WaitStatus(ctx, "/standby", http.StatusOK); err != nil {
+	if t.Of.Ours() {
+		if err := standby.WaitStatus(ctx, "/standby", http.StatusOK); err != nil {
 			return err
 		}
 	}
 	quiet := settle
-	if !t.Row.alone(t.Of) { // what follows may depend on how long ago the lease was renewed
-		quiet += rand.N(t.Row.ttl() / 4)
+	if !t.Scenario.alone(t.Of) { // what follows may depend on how long ago the lease was renewed
+		quiet += rand.N(t.TTL / 4)
 	}
 	return harness.Wait(ctx, quiet)
 }
 
+// start starts a candidate, on a machine that the caller has to end also when there
+// is an error.
+func (t *Trial) start(name string, words []string, leads bool) (*harness.Machine, error) {
+	cgroup, err := harness.NewCgroup(cgroupPrefix)
+	if err != nil {
+		return nil, err
+	}
+	m, err := t.NewMachine(harness.MachineConfig{
+		Name: name, Cgroup: cgroup, Proxied: t.Scenario.Proxied,
+	})
+	if err != nil {
+		return m, err
+	}
+	if leads {
+		t.Machine = m
+	}
+	return m, m.Start(t.Of.Implementation, harness.Candidacy{
+		Programs: t.runner.programs, Election: t.election, TTL: t.TTL, Job: words, Witness: t.Witness,
+	}, func(cfg *harness.CandidateConfig) error {
+		cfg.UID = t.Of.uid
+		if t.Of.Ours() {
+			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE=500ms")
+		}
+		if !leads || t.fault.Configure == nil {
+			return nil
+		}
+		return t.fault.Configure(t.Target, cfg)
+	})
+}
+
 // outcome waits until it is clear what came of the fault.
 func (t *Trial) outcome(ctx context.Context) error {
-	if t.Row.Untouched || t.Row.Either {
+	if t.Scenario.Expect != Failover {
 		if err := t.calm(ctx); err != nil {
 			return err
 		}
@@ -216,51 +270,45 @@ func (t *Trial) outcome(ctx context.Context) error {
 		}
 	}
 	// A job that does not come back is an outcome, and not a trial without one.
-	err := within(ctx, t.patience(), "no next job", func(ctx context.Context) error {
-		return t.Witness.Wait(ctx, func([]harness.Life) bool { return t.next() != nil })
-	})
-	if err != nil {
+	if t.waitNext(ctx, t.waitTimeout()) != nil {
 		return context.Cause(ctx)
 	}
-	_ = within(ctx, observe, "the old job lives on", func(ctx context.Context) error {
-		_, err := t.Witness.WaitForDead(ctx, t.Job)
-		return err
-	})
+	_ = t.waitDead(ctx, observe) // the old job may run on
 	return context.Cause(ctx)
 }
 
-// patience is for how long a next job is awaited.
-func (t *Trial) patience() time.Duration {
-	if t.Of.ours() {
-		return t.Row.ttl() + patience
+// waitTimeout is for how long a next job is awaited.
+func (t *Trial) waitTimeout() time.Duration {
+	if t.Of.Ours() {
+		return t.TTL + harness.WaitTimeout
 	}
-	return t.Row.ttl() + patience/2
+	return t.TTL + harness.WaitTimeout/2
+}
+
+func (t *Trial) waitNext(ctx context.Context, d time.Duration) error {
+	return within(ctx, d, "no next job", func(ctx context.Context) error {
+		return t.Witness.Wait(ctx, func([]harness.Life) bool { return t.next() != nil })
+	})
+}
+
+func (t *Trial) waitDead(ctx context.Context, d time.Duration) error {
+	return within(ctx, d, "the old job has not ended", func(ctx context.Context) error {
+		_, err := t.Witness.WaitForDead(ctx, t.Job)
+		return err
+	})
 }
 
 // calm waits until the leader renews its lease again, or else can't any more.
 func (t *Trial) calm(ctx context.Context) error {
-	const good = `leasehold_lease_renewals_total{result="ok"}`
-	if err := harness.Wait(ctx, calm); err != nil || !t.Of.ours() {
+	if err := harness.Wait(ctx, calm); err != nil || !t.Of.Ours() {
 		return err
 	}
-	before := -1.0
-	err := within(ctx, t.Row.ttl(), "no renewals", func(ctx context.Context) error {
-		return harness.Until(ctx, func() error {
-			if t.moved() {
-				return nil
-			}
-			now, err := t.Leader.Metric(ctx, good)
-			if err != nil {
-				return err
-			}
-			if before < 0 {
-				before = now
-			}
-			if now < before+2 {
-				return fmt.Errorf("%v good renewals after the fault, want 2", now-before)
-			}
+	err := within(ctx, t.TTL, "no renewals", func(ctx context.Context) error {
+		err := t.Machine.WaitRenewals(ctx, 2)
+		if t.moved() {
 			return nil
-		})
+		}
+		return err
 	})
 	if err != nil && ctx.Err() == nil {
 		t.violated("%v", err)
@@ -268,73 +316,112 @@ func (t *Trial) calm(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// moved tells if the old job has ended, or any other begun.
-func (t *Trial) moved() bool {
-	for _, l := range t.Witness.Lives() {
-		if l.Role == "job" && (!l.Alive() || l.Pid != t.Job.Pid) {
-			return true
-		}
-	}
-	return false
-}
+func (t *Trial) history() check.History { return check.NewHistory(t.Witness.Lives()) }
 
-// dead is when the last process of the old job ended, or 0.
-func (t *Trial) dead() time.Duration {
-	for _, term := range t.Witness.Terms() {
-		if term.Token == t.Job.Token && term.Candidate == t.Job.Candidate {
-			return term.End
-		}
-	}
-	return 0
+// moved reports whether the old job has ended, or any other begun.
+func (t *Trial) moved() bool {
+	return slices.ContainsFunc(t.Witness.Lives(), func(l harness.Life) bool {
+		return l.Role == "job" && (!l.Alive() || l.Pid != t.Job.Pid)
+	})
 }
 
 // next is the first process of the next term's job, once there is one.
 func (t *Trial) next() *harness.Life {
 	for _, l := range t.Witness.Lives() {
-		if l.Role == "job" && l.Started > t.At && (l.Token != t.Job.Token || l.Candidate != t.Job.Candidate) {
+		if l.Role == "job" && l.Started > t.Began && !t.old(l) {
 			return &l
 		}
 	}
 	return nil
 }
 
+// old reports whether a process belongs to the term in which the fault began.
+func (t *Trial) old(l harness.Life) bool {
+	return l.Token == t.Job.Token && l.Candidate == t.Job.Candidate
+}
+
 // within calls f with a deadline of its own.
-func within(ctx context.Context, d time.Duration, otherwise string, f func(context.Context) error) error {
+func within(
+	ctx context.Context, d time.Duration, otherwise string, f func(context.Context) error,
+) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, d, fmt.Errorf("%s within %v", otherwise, d))
 	defer cancel()
 	return f(ctx)
 }
 
-// Read takes the sample's figures from the lives that the witness has seen so
-// far. A row's After calls it itself if it goes on to do what is not the fault.
-func (t *Trial) Read() {
-	if t.taken {
-		return
+// deathOfThreads takes for the old job's end the moment that was watched for.
+func (t *Trial) deathOfThreads() error {
+	term := t.history().Find(t.Job)
+	if t.death == nil || term.Alive() { // it runs on, and that is the outcome
+		return nil
 	}
-	t.taken = true
-	now, s := harness.Now(), &t.sample
+	t.ended = true
+	// What is seen every 200 µs may have been there before the connection closed.
+	if t.killed = min(<-t.death.found, term.End); t.killed == 0 {
+		return errors.New("SIGKILL was not seen at the job's threads")
+	}
+	figure := "its connection closed after"
+	if slices.ContainsFunc(t.Scenario.Job.Words, func(w string) bool {
+		return strings.HasPrefix(w, "memory=")
+	}) {
+		figure = "memory freed after"
+	}
+	t.Figure(figure, term.End-t.killed)
+	if t.thawed != 0 {
+		t.Figure("thaw to death", t.killed-t.thawed)
+	}
+	return nil
+}
+
+// figures puts the fault's own figures into the sample.
+func (t *Trial) figures() {
+	for name, d := range t.Figures {
+		if t.sample.Figures == nil {
+			t.sample.Figures = map[string]float64{}
+		}
+		t.sample.Figures[name] = harness.Milliseconds(d)
+	}
+}
+
+// alive is when the job of a term could run, until now.
+func (t *Trial) alive(now time.Duration) func(*check.Term) check.Intervals {
+	return func(term *check.Term) check.Intervals {
+		could := term.Intervals(now)
+		if t.killed != 0 && term.Of(t.Job) {
+			could = could.Without(check.Intervals{{From: t.killed, To: check.Forever}})
+		}
+		if term.Candidate == t.Machine.Name {
+			could = could.Without(t.Frozen)
+		}
+		return could
+	}
+}
+
+// read takes the sample's figures from the processes that the witness has seen so
+// far.
+func (t *Trial) read() {
+	now, s, history := harness.Now(), &t.sample, t.history()
+	alive := t.alive(now)
 	ms := func(at time.Duration) *float64 {
-		v := harness.Milliseconds(at - t.At)
+		v := harness.Milliseconds(at - t.Began)
 		return &v
 	}
 	s.Until = *ms(now)
-	terms := t.Witness.Terms()
-	for i, term := range terms {
-		old := term.Token == t.Job.Token && term.Candidate == t.Job.Candidate
-		if old && t.Killed != 0 {
-			term.End, terms[i].End = t.Killed, t.Killed
-		}
-		if old && term.End != 0 {
+	for _, term := range history {
+		if term.Of(t.Job) && !term.Alive() {
 			s.Dead = ms(term.End)
+			if t.killed != 0 {
+				s.Dead = ms(t.killed)
+			}
 		}
 		for _, l := range term.Lives {
-			if l.Role == "job" && l.Started > t.At {
+			if l.Role == "job" && l.Started > t.Began {
 				s.Starts++
 			}
 		}
-		for _, alive := range t.alive(term, now) {
-			life := Life{Candidate: term.Candidate, Token: term.Token, From: *ms(alive.from), To: ms(alive.to)}
-			if alive.to == now && term.End == 0 {
+		for _, i := range alive(term) {
+			life := Life{Candidate: term.Candidate, Token: term.Token, From: *ms(i.From), To: ms(i.To)}
+			if i.To == now && term.Alive() {
 				life.To = nil
 			}
 			s.Lives = append(s.Lives, life)
@@ -346,145 +433,114 @@ func (t *Trial) Read() {
 	if s.Next != nil && s.Dead != nil {
 		s.Gap = math.Round(max(0, *s.Next-*s.Dead)*1000) / 1000
 	}
-	s.Late = harness.Milliseconds(harness.Lateness(t.Leader.Log()))
-	for i, later := range terms {
-		for _, earlier := range terms[:i] {
-			if d := together(t.alive(earlier, now), t.alive(later, now)); d > 0 {
-				t.overlap(earlier, later, d)
-			}
-		}
+	s.Late = harness.Milliseconds(latency(t.Machine))
+	for _, o := range history.Overlaps(alive) {
+		t.overlap(o)
 	}
-	if !t.Of.ours() {
+	if !t.Of.Ours() {
 		return
 	}
-	switch {
-	case t.Row.Untouched && (s.Dead != nil || s.Starts > 0):
-		t.violated("the job was moved: dead after %s, %d starts", spanOf(s.Dead), s.Starts)
-	case s.Next == nil && !t.Row.Untouched && (!t.Row.Either || t.moved()):
-		t.violated("no next job within %v", t.patience())
+	switch expect := t.Scenario.Expect; {
+	case expect == NoFailover && (s.Dead != nil || s.Starts > 0):
+		t.violated("the job was moved: ended after %s, %d starts", duration(s.Dead), s.Starts)
+	case s.Next == nil && (expect == Failover || expect == MayFailover && t.moved()):
+		t.violated("no next job within %v", t.waitTimeout())
 	}
 }
 
-// overlap notes two jobs that lived at once.
-func (t *Trial) overlap(earlier, later harness.Term, d time.Duration) {
+// latency is how late a machine's guard served a deadline, at worst.
+func latency(m *harness.Machine) time.Duration {
+	return check.Latency(check.TimerLatencies(m.Log()))
+}
+
+// overlap notes two jobs that ran at once.
+func (t *Trial) overlap(o check.Overlap) {
 	s := &t.sample
-	s.Overlap = max(s.Overlap, harness.Milliseconds(d))
-	if earlier.End == 0 && earlier.Token == t.Job.Token && earlier.Candidate == t.Job.Candidate {
+	s.Overlap = max(s.Overlap, harness.Milliseconds(o.During.Total()))
+	if o.Earlier.Alive() && o.Earlier.Of(t.Job) {
 		s.LivesOn = true
 	}
-	if !t.Of.ours() || t.Row.Promise != Never {
+	if !t.Of.Ours() || t.Scenario.Promise != Never {
 		return
 	}
-	margin := max(t.Row.ttl()/10, 200*time.Millisecond)
-	for _, c := range t.contestants {
-		if c.Candidate != nil && c.Identity == earlier.Candidate && harness.Lateness(c.Log()) > margin {
+	for _, m := range t.all() {
+		if m.Name == o.Earlier.Candidate && latency(m) > max(t.TTL/10, 200*time.Millisecond) {
 			s.Outside = true
 			return
 		}
 	}
-	t.violated("%v", harness.Overlap{Earlier: earlier, Later: later, For: d})
+	t.violated("%v", o)
 }
 
-// interval is from one moment to another.
-type interval struct{ from, to time.Duration }
-
-// alive lists when a term's processes could run, until now at most.
-func (t *Trial) alive(term harness.Term, now time.Duration) []interval {
-	end := term.End
-	if end == 0 {
-		end = now
-	}
-	whole := []interval{{term.Start, end}}
-	for _, f := range t.frozen {
-		if f.candidate != term.Candidate {
-			continue
-		}
-		to := f.to
-		if to == 0 {
-			to = now
-		}
-		var rest []interval
-		for _, i := range whole {
-			if before := (interval{i.from, min(i.to, f.from)}); before.to > before.from {
-				rest = append(rest, before)
-			}
-			if after := (interval{max(i.from, to), i.to}); after.to > after.from {
-				rest = append(rest, after)
-			}
-		}
-		whole = rest
-	}
-	return whole
+// all are the machines on which a candidate was started.
+func (t *Trial) all() []*harness.Machine {
+	return slices.DeleteFunc(append([]*harness.Machine{t.Machine}, t.Others...),
+		func(m *harness.Machine) bool { return m == nil || m.Candidate == nil })
 }
 
-// together is for how long both were alive.
-func together(a, b []interval) time.Duration {
-	sum := time.Duration(0)
-	for _, x := range a {
-		for _, y := range b {
-			sum += max(0, min(x.to, y.to)-max(x.from, y.from))
-		}
-	}
-	return sum
-}
-
-// end mends what was broken and ends all that was started. Of leasehold it
-// checks that nothing is left.
-func (t *Trial) end(ctx context.Context, check bool) {
+// end mends what was broken and ends all that was started. Of leasehold it checks
+// that nothing is left.
+func (t *Trial) end(ctx context.Context, checked bool) {
 	failed := func(err error) {
 		if err != nil && t.sample.Failure == "" {
 			t.sample.Failure = err.Error()
 		}
 	}
-	if t.Killed != 0 && t.Witness != nil { // else its connection is open still
-		_ = within(ctx, patience, "", func(ctx context.Context) error { _, err := t.Witness.WaitForDead(ctx, t.Job); return err })
+	if t.killed != 0 { // its connection is open still
+		_ = t.waitDead(ctx, harness.WaitTimeout)
 	}
-	for _, f := range t.cleanups {
-		f()
+	if t.death != nil && !t.ended {
+		t.death.end()
 	}
-	failed(t.mend(ctx))
-	for _, c := range t.contestants {
-		c.wake(ctx)
+	if t.lasts && checked {
+		failed(t.fault.End(ctx, t.Target))
 	}
-	ours := t.Of.ours() && check && t.sample.Failure == ""
-	if ours {
-		for _, c := range slices.Backward(t.contestants) {
-			if err := c.leave(ctx); err != nil {
+	failed(t.Recover(ctx))
+	all := t.all()
+	for _, m := range all {
+		m.Wake(ctx)
+	}
+	if t.Of.Ours() && checked && t.sample.Failure == "" {
+		for _, m := range slices.Backward(all) {
+			if err := m.Leave(ctx); err != nil {
 				t.violated("%v", err)
 			}
 		}
-		if err := t.nothingLeft(ctx, t.Row.ttl()); err != nil {
+		// A lease that could not be revoked from afar ends by itself.
+		err := within(ctx, t.TTL+3*time.Second, "etcd is not empty", t.WaitEmpty)
+		if err != nil {
 			t.violated("%v", err)
 		}
 	}
-	for _, c := range t.contestants {
-		failed(c.end(ctx))
+	for _, m := range append([]*harness.Machine{t.Machine}, t.Others...) {
+		if m != nil {
+			failed(m.Close(ctx))
+		}
 	}
-	failed(t.sweep(ctx))
+	failed(t.Clear(ctx))
 }
 
 // evidence is what one wants to know of a trial that went wrong.
 func (t *Trial) evidence() string {
 	var text strings.Builder
-	if t.At == 0 { // it did not come to a fault
+	if t.Began == 0 { // it did not come to a fault
 		t.Begin()
 	}
-	fmt.Fprintf(&text, "%s, %s: fault at %v", t.Row.Name, t.Of.Title, t.At)
+	fmt.Fprintf(&text, "%s, %s: fault at %v", t.Scenario.Name, t.Of.Title, t.Began)
 	if t.Witness != nil {
-		for _, term := range t.Witness.Terms() {
+		for _, term := range t.history() {
 			until := "now"
-			if term.End != 0 {
-				until = (term.End - t.At).String()
+			if !term.Alive() {
+				until = (term.End - t.Began).String()
 			}
-			fmt.Fprintf(&text, "\n  job of %s, token %d, %d processes, from %v to %s", term.Candidate, term.Token, len(term.Lives), term.Start-t.At, until)
+			fmt.Fprintf(&text, "\n  %v, %d processes, from %v to %s",
+				term, len(term.Lives), term.Start-t.Began, until)
 		}
 	}
-	for _, c := range t.contestants {
-		if c.Candidate == nil {
-			continue
-		}
-		lines := strings.Split(strings.TrimSpace(c.Log()), "\n")
-		fmt.Fprintf(&text, "\n  log of %s, its last lines:\n    %s", c.Identity, strings.Join(lines[max(0, len(lines)-25):], "\n    "))
+	for _, m := range t.all() {
+		lines := strings.Split(strings.TrimSpace(m.Log()), "\n")
+		fmt.Fprintf(&text, "\n  log of %s, its last lines:\n    %s",
+			m.Name, strings.Join(lines[max(0, len(lines)-25):], "\n    "))
 	}
 	return text.String()
 }

@@ -14,28 +14,38 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
 
-// TestTogether: two jobs overlap only where both could run.
-func TestTogether(t *testing.T) {
+// TestAlive: two jobs overlap only where both could run.
+func TestAlive(t *testing.T) {
 	const s = time.Second
-	old := harness.Term{Candidate: "a", Token: 1, Start: 1 * s, End: 20 * s}
-	next := harness.Term{Candidate: "b", Token: 2, Start: 12 * s}
+	life := func(candidate string, token int64, from, to time.Duration) harness.Life {
+		return harness.Life{Hello: harness.Hello{Candidate: candidate, Token: token, Started: from}, End: to}
+	}
 	for _, c := range []struct {
 		name   string
-		frozen []frozen
+		frozen check.Intervals
+		killed time.Duration
 		want   time.Duration
 	}{
-		{"both run", nil, 8 * s},
-		{"the old one is frozen until after its successor's start", []frozen{{"a", 10 * s, 15 * s}}, 5 * s},
-		{"to its end", []frozen{{"a", 10 * s, 0}}, 0},
-		{"twice", []frozen{{"a", 11 * s, 13 * s}, {"a", 14 * s, 16 * s}}, 5 * s},
-		{"the next one is", []frozen{{"b", 13 * s, 14 * s}}, 7 * s},
-		{"before it mattered", []frozen{{"a", 2 * s, 3 * s}}, 8 * s},
+		{"both run", nil, 0, 8 * s},
+		{"the old one is frozen until after its successor's start", check.Intervals{{From: 10 * s, To: 15 * s}}, 0, 5 * s},
+		{"to its end", check.Intervals{{From: 10 * s, To: check.Forever}}, 0, 0},
+		{"twice", check.Intervals{{From: 11 * s, To: 13 * s}, {From: 14 * s, To: 16 * s}}, 0, 5 * s},
+		{"before it mattered", check.Intervals{{From: 2 * s, To: 3 * s}}, 0, 8 * s},
+		{"it was killed before its connection closed", nil, 13 * s, 1 * s},
 	} {
-		tr := &Trial{frozen: c.frozen}
-		if got := together(tr.alive(old, 30*s), tr.alive(next, 30*s)); got != c.want {
+		tr := &Trial{Target: &fault.Target{Machine: &harness.Machine{Name: "a"}, Frozen: c.frozen}, killed: c.killed}
+		tr.Job = life("a", 1, 1*s, 20*s)
+		h := check.NewHistory([]harness.Life{tr.Job, life("b", 2, 12*s, 0)})
+		got := time.Duration(0)
+		for _, o := range h.Overlaps(tr.alive(30 * s)) {
+			got += o.During.Total()
+		}
+		if got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}
 	}
@@ -46,7 +56,7 @@ func TestTogether(t *testing.T) {
 func TestResults(t *testing.T) {
 	at := func(ms float64) *float64 { return &ms }
 	written := &Results{N: 1, PeersN: 1,
-		Rows: []RowInfo{{Name: "stop", Group: "daemon", About: "planned <stop>", TTL: 5, Short: true}, {Name: "quiet", Group: "etcd", About: "nothing", Untouched: true}},
+		Rows: []RowInfo{{Name: "stop", Group: "daemon", About: "planned <stop>", TTL: 5, Short: true}, {Name: "quiet", Group: "etcd", About: "nothing", NoFailover: true}},
 		Samples: []Sample{
 			{Row: "stop", Candidate: "leasehold", Dead: at(1), Next: at(9), Gap: 8, Starts: 1, Until: 12,
 				Lives: []Life{{"a", 1, -500, at(1)}, {"b", 2, 9, nil}}},
@@ -108,11 +118,11 @@ func TestResults(t *testing.T) {
 
 func TestResults_ReplaceIn(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "faults.json")
-	whole := Results{N: 2, Rows: []RowInfo{{Name: "stop"}, {Name: "quiet", Untouched: true}}, Samples: []Sample{{Row: "stop", Starts: 1}, {Row: "quiet", Starts: 1}}}
+	whole := Results{N: 2, Rows: []RowInfo{{Name: "stop"}, {Name: "quiet", NoFailover: true}}, Samples: []Sample{{Row: "stop", Starts: 1}, {Row: "quiet", Starts: 1}}}
 	if err := whole.write(path); err != nil {
 		t.Fatal(err)
 	}
-	again := Results{N: 2, Rows: []RowInfo{{Name: "quiet", Either: true}}, Samples: []Sample{{Row: "quiet"}}}
+	again := Results{N: 2, Rows: []RowInfo{{Name: "quiet", MayFailover: true}}, Samples: []Sample{{Row: "quiet"}}}
 	if err := again.replaceIn(path); err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +130,7 @@ func TestResults_ReplaceIn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !got.Rows[1].Either || len(got.Samples) != 2 || got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 || !slices.Equal(got.Again, []string{"quiet"}) {
+	if !got.Rows[1].MayFailover || len(got.Samples) != 2 || got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 || !slices.Equal(got.Again, []string{"quiet"}) {
 		t.Errorf("results are now %+v", got)
 	}
 	again.N = 3

@@ -1,0 +1,139 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"leasehold/e2e/fault"
+	"leasehold/e2e/harness"
+)
+
+// A Scenario is one row of the table: a fault that the leader or what it stands on
+// has, and what leasehold promises then.
+type Scenario struct {
+	Name  string // kebab-case
+	Group string // one of groups
+	About string // the fault in a reader's words: "the daemon is killed (SIGKILL)"
+
+	Fault func() fault.Fault
+	// Duration is from the injection to the recovery. 0: until the trial ends.
+	Duration time.Duration
+	TTL      time.Duration // 0: 5 s
+	Etcd     etcd
+	Job      job
+	// Proxied has each candidate reach each member through a proxy of its own.
+	Proxied bool
+	// Stress is on the machine from before the pair is brought up. The scenario's
+	// other trials have the same, since taking all memory takes long. It may be nil.
+	Stress func(ctx context.Context, r *runner) (*fault.Stress, error)
+
+	Promise Promise
+	Expect  Expect
+	// Check looks, when Verify does, at what else was promised. It may be nil.
+	Check func(ctx context.Context, t *Trial) error
+
+	Without   []string // implementations that can't have this fault
+	User      bool     // as an ordinary user without a cgroup too
+	Isolation Isolation
+	CI        bool // one of those that CI runs
+}
+
+// untilNextJob is a Duration.
+const untilNextJob time.Duration = -1
+
+// etcd is what a scenario needs of etcd. Scenarios with the same share testbeds.
+type etcd struct {
+	Members int    // 0: one
+	Flags   string // more flags for each of them
+	Auth    bool   // it asks for user and password
+}
+
+// job is the leader's. A standby's job behaves.
+type job struct {
+	Words []string // of the test job
+	// Ready waits until the job is as it is to be. It may be nil.
+	Ready func(ctx context.Context, t *Trial) error
+	// ByThreads takes for the job's end the moment when SIGKILL has reached each of
+	// its threads, for its connection closes later.
+	ByThreads bool
+}
+
+// Promise is what leasehold promises of overlaps.
+type Promise string
+
+// The promises.
+const (
+	// Never: no two jobs run at once, while the guard is served within its margin.
+	Never Promise = ""
+	// Operator: at most 10 ms at p99, for somebody took the key or the lease away.
+	Operator Promise = "operator"
+	// Outside: nothing. The fencing token protects; what happens is reported.
+	Outside Promise = "outside"
+)
+
+// Expect is what becomes of the job.
+type Expect int
+
+// The expectations.
+const (
+	Failover    Expect = iota // another candidate must start it
+	NoFailover                // it must go on, and a planned hand-over must work afterwards
+	MayFailover               // either; what happens is reported
+)
+
+// Isolation says which trials must have the machine for themselves.
+type Isolation int
+
+// The isolations.
+const (
+	SideBySide    Isolation = iota
+	OursAlone               // our figure is of milliseconds; the others wait for a TTL anyway
+	ScenarioAlone           // some trials of the scenario side by side, but of no other one
+	EveryoneAlone           // all figures are of milliseconds, or the whole machine has the fault
+)
+
+// groups are in the order of the table.
+var groups = []struct{ Name, Title string }{
+	{"daemon", "the daemon"},
+	{"job", "the job"},
+	{"link", "the links to etcd"},
+	{"etcd", "etcd"},
+	{"operator", "an operator"},
+	{"machine", "the machine"},
+}
+
+func (s *Scenario) ttl() time.Duration {
+	if s.TTL == 0 {
+		return 5 * time.Second
+	}
+	return s.TTL
+}
+
+// A variant is an implementation in one of the ways in which it is run.
+type variant struct {
+	harness.Implementation
+	Title string
+	uid   uint32
+}
+
+var variants = []variant{
+	{harness.Leasehold, harness.Leasehold.Name, 0},
+	{harness.Leasehold, harness.Leasehold.Name + ", ordinary user", 65534},
+	{harness.StockLoop, harness.StockLoop.Name, 0},
+	{harness.EtcdctlLock, harness.EtcdctlLock.Name, 0},
+}
+
+// has reports whether the scenario has trials of a variant. The stock loop knows
+// nothing of user and password.
+func (s *Scenario) has(v variant) bool {
+	return (v.uid == 0 || s.User) && !slices.Contains(s.Without, v.Name) &&
+		!(s.Etcd.Auth && v.Name == harness.StockLoop.Name)
+}
+
+// alone reports whether a variant's trials have the machine for themselves.
+func (s *Scenario) alone(v variant) bool {
+	return s.Isolation == EveryoneAlone || s.Isolation == OursAlone && v.Ours()
+}
