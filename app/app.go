@@ -1,31 +1,25 @@
 //go:build linux
 
-// Package app is the daemon: it wires what the other packages are into the processes guard and elector,
-// and into the commands that only ask.
+// Package app is the daemon: it wires what the other packages are into the processes guard and
+// elector, and into `leasehold elect`. Signals, the log, systemd and the exit codes are here.
 package app
 
 import (
-	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"os"
-	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/cli"
 	"leasehold/config"
-	"leasehold/election"
-	"leasehold/health"
 )
 
 // Build says what was built.
 type Build struct{ Version, Commit, Date string }
-
-var build Build
 
 // Roles that leasehold gives to its own processes. Users have no use for them.
 const (
@@ -35,55 +29,67 @@ const (
 )
 
 // Main runs leasehold and returns its exit code.
-func Main(args []string, b Build) int {
-	build = b
+func Main(args []string, build Build) int {
 	closeOnExec()
-	if len(args) == 0 {
-		return wrongUsage(args)
+	if len(args) > 0 {
+		switch name, rest := args[0], args[1:]; {
+		case name == roleElector && len(rest) >= 2:
+			return runElector(build, rest)
+		case name == roleRevoke && len(rest) == 2:
+			return revoke(rest)
+		case name == roleProbe:
+			fmt.Print("\n")
+			time.Sleep(10 * time.Second) // until the guard kills it
+			return exitOK
+		}
 	}
-	switch name, rest := args[0], args[1:]; {
-	case name == "--" && len(rest) > 0:
-		return guard(rest)
-	case name == "run" && len(rest) > 1 && rest[0] == "--":
-		return guard(rest[1:])
-	case name == "elect" && len(rest) == 0:
-		return elect()
-	case name == "status" && (len(rest) == 0 || len(rest) == 1 && rest[0] == "--json"):
-		return status(len(rest) == 1)
-	case name == "check" && (len(rest) == 0 || len(rest) == 1 && slices.Contains(health.Checks(), rest[0])):
-		return check(rest)
-	case name == "install" && len(rest) == 1 && rest[0] != "" && rest[0][0] != '-':
-		return install(rest[0])
-	case name == "version" && len(rest) == 0:
-		fmt.Printf("leasehold %s (commit %s, %s)\n", build.Version, build.Commit, build.Date)
-		return 0
-	case (name == "help" || name == "-h" || name == "--help") && len(rest) == 0:
-		fmt.Print(help())
-		return 0
-	case name == roleElector && len(rest) >= 2:
-		return elector(rest)
-	case name == roleRevoke && len(rest) == 2:
-		return revoke(rest)
-	case name == roleProbe:
-		fmt.Print("\n")
-		time.Sleep(10 * time.Second) // until the guard kills it
-		return 0
+	call, err := newProgram(build).Parse(args)
+	if err == nil && call.EnvFile != "" {
+		err = config.LoadFile(call.EnvFile)
 	}
-	return wrongUsage(args)
+	if err == nil {
+		err = call.Command.Run(call)
+	}
+	return report(call.Command.Name, err)
 }
 
-// wrongUsage tells the user what is wrong, on standard error, and where Kubernetes shows it. The subcommands that a probe runs
-// have no say there: the container's last words are those of the process that it was started for.
-func wrongUsage(args []string) int {
-	hint := usageHint(args)
-	fmt.Fprint(os.Stderr, hint)
-	if len(args) == 0 || args[0] != "status" && args[0] != "check" {
-		leaveMessage(terminationLog, hint, false)
+// newProgram makes the command line.
+func newProgram(build Build) *cli.Program {
+	return &cli.Program{
+		Version: build.Version, Built: fmt.Sprintf("commit %s, %s", build.Commit, build.Date),
+		Stdout: os.Stdout, Stderr: os.Stderr,
+		Run:       func(job []string) error { return runGuard(build, job) },
+		Elect:     func() error { return runElect(build) },
+		ExitCodes: exitEntries(), LastWords: lastWords,
 	}
-	return exitUsage
 }
 
-// closeOnExec sees to it that no descriptor but the standard streams is ever inherited, also those that came to us by accident.
+// report says on standard error why the command ended, and where Kubernetes shows it, and returns
+// the exit code. The commands that a probe runs have no say in the latter: the container's last
+// words are those of the process that it was started for.
+func report(command string, err error) int {
+	var logged *loggedError
+	if errors.As(err, &logged) {
+		return logged.code
+	}
+	end := endingOf(err)
+	if end.code == exitOK || end.code == exitNo {
+		return end.code
+	}
+	text := err.Error()
+	if faults := (*config.Error)(nil); !errors.As(err, &faults) {
+		text = "leasehold: " + text
+	}
+	text = strings.TrimRight(text, "\n") + "\n"
+	fmt.Fprint(os.Stderr, text)
+	if command != "status" && command != "check" {
+		leaveMessage(terminationLog, text, false)
+	}
+	return end.code
+}
+
+// closeOnExec sees to it that no descriptor but the standard streams is ever inherited, also those
+// that came to us by accident.
 func closeOnExec() {
 	if unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC) == nil {
 		return
@@ -97,58 +103,6 @@ func closeOnExec() {
 	}
 }
 
-// configure reads the configuration of a subcommand and makes the logger. It tells what is wrong.
-func configure(subcommand string) (config.Config, *slog.Logger, *logWriter, error) {
-	cfg, err := config.Load(subcommand, os.Environ())
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return config.Config{}, nil, nil, err
-	}
-	log, lines := newLogger(cfg.Log)
-	return cfg, log, lines, nil
-}
-
-// status prints the election as etcd has it.
-func status(asJSON bool) int {
-	cfg, log, lines, err := configure("status")
-	if err != nil {
-		return exitConfig
-	}
-	defer lines.Flush(flushTime)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	report, err := election.Query(ctx, electionConfig(cfg, log))
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "etcd does not answer: %v\n", err)
-		return exitUnavailable
-	}
-	if asJSON {
-		err = json.NewEncoder(os.Stdout).Encode(reportJSON(cfg.Election, report))
-	} else {
-		_, err = io.WriteString(os.Stdout, reportText(cfg.Election, report))
-	}
-	if err != nil {
-		return exitInternal
-	}
-	if report.Leader == nil {
-		return 1
-	}
-	return 0
-}
-
-// check asks the local daemon, for exec probes and images without curl.
-func check(args []string) int {
-	cfg, _, lines, err := configure("check")
-	if err != nil {
-		return exitConfig
-	}
-	defer lines.Flush(flushTime)
-	what := health.Checks()[0]
-	if len(args) == 1 {
-		what = args[0]
-	}
-	return health.Check(context.Background(), cfg.Listen, what, os.Stdout)
-}
-
-// hideMemory keeps this process's memory, which holds secrets, from other processes of its user. Guard and elector do it themselves.
+// hideMemory keeps this process's memory, which holds secrets, from other processes of its user.
+// Guard and elector do it themselves.
 func hideMemory() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }

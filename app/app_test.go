@@ -12,7 +12,7 @@ import (
 
 // load sets NAME=value pairs (without the prefix) in an environment that has no other settings, and
 // reads it.
-func load(t *testing.T, subcommand string, settings ...string) config.Config {
+func load(t *testing.T, use config.Use, settings ...string) config.Config {
 	t.Helper()
 	for _, entry := range os.Environ() {
 		if name, _, _ := strings.Cut(entry, "="); strings.HasPrefix(name, config.Prefix+"_") {
@@ -23,7 +23,7 @@ func load(t *testing.T, subcommand string, settings ...string) config.Config {
 		name, value, _ := strings.Cut(setting, "=")
 		t.Setenv(config.Prefix+"_"+name, value)
 	}
-	cfg, err := config.Load(subcommand, os.Environ())
+	cfg, err := config.Load(use)
 	if err != nil {
 		t.Fatal(err)
 	}

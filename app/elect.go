@@ -5,121 +5,121 @@ package app
 import (
 	"context"
 	"errors"
-	"log/slog"
+	"fmt"
 	"sync/atomic"
 	"time"
 
-	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
+	"leasehold/config"
 	"leasehold/election"
-	"leasehold/health"
 	"leasehold/internal/boottime"
 )
 
-// elect campaigns and reports, and runs no job.
-func elect() (code int) {
+// runElect campaigns and reports, and runs no job.
+//
+//	config ──→ candidate (etcd) ──→ leaseCallbacks (hold the lease for whoever asked)
+//	               ├──→ health server
+//	               └──→ status ──→ systemd
+//	signals ──→ stop, or revoke at once
+func runElect(build Build) error {
 	caught := catchSignals()
-	cfg, log, lines, err := configure("elect")
+	cfg, err := config.Load(config.ForElect)
 	if err != nil {
-		leaveMessage(terminationLog, err.Error(), false)
-		return exitConfig
+		return err
 	}
-	defer func() { lines.end(code) }()
+	log := newLog(cfg)
 	if err := hideMemory(); err != nil {
-		log.Error("set dumpable", "err", err)
-		return exitOS
+		return log.exit(fmt.Errorf("%w: set dumpable: %w", errSystem, err))
 	}
-	go caught.relayHangUps(log)
+	go caught.relayHangUps(log.Logger)
+	systemd := newNotifier()
+	defer systemd.flush()
 
-	ctx, cancel := context.WithCancelCause(context.Background())
-	defer cancel(nil)
-	changed := make(chan struct{}, 1)
-	registry := prometheus.NewRegistry()
-	if loss := election.NewTiming(cfg.TTL.Duration, cfg.LossGrace.Or(-1), -1).LossGrace; cfg.StopGrace.Duration < loss {
-		log.Warn("LEASEHOLD_STOP_GRACE is shorter than LEASEHOLD_LOSS_GRACE: after a planned stop whoever asks has less time to stop than after a loss",
-			"stop_grace", cfg.StopGrace.String(), "loss_grace", loss.String())
-	}
-	holder := &leaseHolder{grace: cfg.StopGrace.Duration, hurry: make(chan struct{})}
-	candidate, err := newCandidate(cfg, log, registry, holder, changed, nil)
+	ctx, stop := context.WithCancelCause(context.Background())
+	defer stop(nil)
+	lease := &leaseCallbacks{grace: cfg.StopGrace.Duration, force: make(chan struct{})}
+	d, err := wire(ctx, stop, parts{
+		cfg: cfg, log: log.Logger, version: build.Version,
+		registry: prometheus.NewRegistry(), changed: make(chan struct{}, 1),
+		callbacks: lease,
+		status:    func(text string) { systemd.notify("STATUS=" + text) },
+	})
 	if err != nil {
-		log.Error("set up the candidate", "err", err)
-		return exitConfig
+		return log.exit(err)
 	}
-	snapshot := func() health.Snapshot { return healthSnapshot(cfg, candidate.Snapshot()) }
-	notify, told := newNotifier()
-	defer told()
-	turned := newWatchdog()
+	addSignals(d, caught, lease, func() {
+		systemd.notify(stopping(cfg))
+		stop(errPlannedStop)
+	})
+	log.start(build, cfg)
+	if loss := cfg.Timing().LossGrace; cfg.StopGrace.Duration < loss {
+		log.Warn("LEASEHOLD_STOP_GRACE is shorter than LEASEHOLD_LOSS_GRACE:"+
+			" after a planned stop whoever asks has less time to stop than after a loss",
+			"stop_grace", cfg.StopGrace.Duration, "loss_grace", loss)
+	}
+	systemd.notify("READY=1")
+	return log.exit(d.group.Run())
+}
 
-	var g run.Group
-	if err := addServer(&g, cfg, log, registry, snapshot); err != nil {
-		log.Error("exiting: "+err.Error(), "exit_code", exitOS)
-		return exitOS
-	}
-	g.Add(func() error { return candidate.Run(ctx) }, func(error) { cancel(errPlannedStop) })
-	addStatus(&g, candidate, changed, func(text string) { notify("STATUS=" + text) })
-	stop := make(chan struct{})
-	g.Add(func() error {
+// addSignals stops the daemon at the first TERM or INT, and at the second has the lease given back
+// at once. Beside that it tells systemd's watchdog that the candidate lives.
+func addSignals(d *daemon, caught *caught, lease *leaseCallbacks, stop func()) {
+	ended, alive := make(chan struct{}), newWatchdog()
+	d.group.Add(func() error {
 		watchdog := time.NewTicker(time.Second)
 		defer watchdog.Stop()
 		for received := 0; ; {
 			select {
-			case <-stop:
+			case <-ended:
 				return nil
 			case <-watchdog.C:
-				if turning(candidate.Snapshot()) == nil {
-					turned()
+				if live(d.candidate.Snapshot()) == nil {
+					alive()
 				}
 			case s := <-caught.signals:
 				if s != unix.SIGTERM && s != unix.SIGINT {
 					continue
 				}
 				if received++; received == 1 {
-					notify(stopping(cfg))
-					cancel(errPlannedStop)
+					stop()
 				} else if received == 2 {
-					close(holder.hurry)
+					close(lease.force)
 				}
 			}
 		}
-	}, func(error) { close(stop) })
-	notify("READY=1")
-	end := endingOf(g.Run())
-	level := slog.LevelInfo
-	if end.code != 0 {
-		level = slog.LevelError
-	}
-	log.Log(context.Background(), level, "exiting: "+end.text, "exit_code", end.code)
-	return end.code
+	}, func(error) { close(ended) })
 }
 
-// A leaseHolder holds the lease for those who ask this daemon if it leads, and gives them the time to stop that a job would have.
-type leaseHolder struct {
+// leaseCallbacks holds the lease for those who ask this daemon whether it leads, and gives them the
+// time to stop that a job would have.
+type leaseCallbacks struct {
 	grace time.Duration
-	hurry chan struct{} // closed at a second signal
+	force chan struct{} // closed at a second signal
 	end   atomic.Int64  // kill-by, in time since boot
 }
 
-func (h *leaseHolder) Leased(int64, time.Duration)   {}
-func (h *leaseHolder) Extended(d election.Deadlines) { h.end.Store(int64(d.KillBy)) }
+func (l *leaseCallbacks) Leased(int64, time.Duration)   {}
+func (l *leaseCallbacks) Extended(d election.Deadlines) { l.end.Store(int64(d.KillBy)) }
 
-func (h *leaseHolder) Lead(ctx context.Context, t election.Term) error {
-	h.end.Store(max(h.end.Load(), int64(t.Deadlines.KillBy)))
+func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {
+	l.end.Store(max(l.end.Load(), int64(t.Deadlines.KillBy)))
 	<-ctx.Done()
 	var hold time.Duration
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errPlannedStop):
-		hold = h.grace
+		hold = l.grace
 	case errors.Is(cause, election.ErrContactLost), errors.Is(cause, election.ErrKeyOverwritten):
-		// Nobody else can lead yet: not before the lease ends, or not before the key is removed, which is for us to do.
-		hold = time.Duration(h.end.Load()) - boottime.Now()
+		// Nobody else can lead yet: not before the lease ends, or not before the key is removed,
+		// which is for us to do.
+		hold = time.Duration(l.end.Load()) - boottime.Now()
 	}
 	timer := time.NewTimer(hold)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-	case <-h.hurry:
+	case <-l.force:
 	case <-t.Lost:
 	}
 	return nil

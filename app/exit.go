@@ -4,14 +4,20 @@ package app
 
 import (
 	"errors"
+	"log/slog"
 	"strconv"
 
+	"leasehold/cli"
+	"leasehold/config"
 	"leasehold/election"
+	"leasehold/health"
 	"leasehold/supervisor"
 )
 
-// Exit codes. Where the job's own code is passed on, it can be any of these as well; the last log line says whose it is.
+// Exit codes: those of sysexits.h where it has one, and a shell's 126 and 127.
 const (
+	exitOK          = 0
+	exitNo          = 1
 	exitUsage       = 64
 	exitUnavailable = 69
 	exitInternal    = 70
@@ -23,46 +29,148 @@ const (
 	exitNotFound    = 127
 )
 
-func exitCodes() []entry {
-	code := strconv.Itoa
-	return []entry{
-		{"0", "planned stop, whatever the job's code; the job ended with 0 and is not restarted; status: there is a leader; check: yes"},
-		{"1", "status: there is no leader; check: no"},
-		{"the job's, or 128+n", "the job ended, by itself or by signal n, and is not restarted; the last log line says whose code it is"},
-		{code(exitUsage), "wrong usage"},
-		{code(exitUnavailable), "status, check: nobody answers"},
-		{code(exitInternal), "internal fault: elector or spawner lost (worth a restart); a lost guard shows as the signal that took it"},
-		{code(exitOS), "LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a dead predecessor's job can't be killed: before any campaign; install: the copy can't be made"},
-		{code(exitNotElected), "not elected within LEASEHOLD_WAIT"},
-		{code(exitLost), "leadership lost under LEASEHOLD_RESTART=never after the job had started"},
-		{code(exitConfig), "wrong configuration"},
-		{code(exitNotExec), "COMMAND can't be executed"},
-		{code(exitNotFound), "COMMAND is not found"},
+// Errors with which a daemon ends that no other package has.
+var (
+	errPlannedStop   = errors.New("planned stop")
+	errLost          = errors.New("leadership lost, and the job is not restarted")
+	errSetUp         = errors.New("set up the candidate")
+	errSystem        = errors.New("the system refuses what the daemon needs")
+	errNotExecutable = errors.New("is not executable")
+	errNotFound      = errors.New("is not found")
+)
+
+// exits is the table of the exit codes: when each is used, and by which errors. What no row has is
+// an internal fault. Where the job's own code is passed on, it can be any of these as well; the last
+// log line says whose it is.
+var exits = []struct {
+	code int
+	name string // "": the code's number
+	when string
+	errs func(error) bool // nil: none
+}{
+	{
+		exitOK, "",
+		"planned stop, whatever the job's code; the job ended with 0 and is not restarted; status: there is a leader; check: yes",
+		is(),
+	},
+	{exitNo, "", "status: there is no leader; check: no", is(cli.ErrNoLeader, health.ErrNo)},
+	{
+		-1, "the job's, or 128+n",
+		"the job ended, by itself or by signal n, and is not restarted; the last log line says whose code it is",
+		as[*supervisor.ExitError],
+	},
+	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
+	{
+		exitUnavailable, "",
+		"status, check: nobody answers, or etcd refuses; etcd never answered, or refused, within LEASEHOLD_WAIT",
+		is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable),
+	},
+	{
+		exitInternal, "",
+		"internal fault: elector or spawner lost (worth a restart); a lost guard shows as the signal that took it",
+		nil,
+	},
+	{
+		exitOS, "",
+		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a dead predecessor's job can't be killed:" +
+			" before any campaign; install: the copy can't be made",
+		is(errSystem, cli.ErrInstall),
+	},
+	{
+		exitNotElected, "",
+		"not elected within LEASEHOLD_WAIT, for another leads, or is ahead",
+		is(election.ErrNotElected),
+	},
+	{exitLost, "", "leadership lost under LEASEHOLD_RESTART=never after the job had started", is(errLost)},
+	{
+		exitConfig, "",
+		"wrong configuration; the election lies within another live one, or around it",
+		either(as[*config.Error], as[*election.NestedError], is(errSetUp)),
+	},
+	{exitNotExec, "", "COMMAND can't be executed", is(errNotExecutable)},
+	{exitNotFound, "", "COMMAND is not found", is(errNotFound)},
+}
+
+// is reports whether an error is, or wraps, one of these; without any, whether there is none.
+func is(targets ...error) func(error) bool {
+	return func(err error) bool {
+		for _, target := range targets {
+			if errors.Is(err, target) {
+				return true
+			}
+		}
+		return len(targets) == 0 && err == nil
 	}
 }
 
-var (
-	errPlannedStop = errors.New("planned stop")
-	errLost        = errors.New("leadership lost, and the job is not restarted")
-)
+// as reports whether an error is, or wraps, one of that type.
+func as[E error](err error) bool {
+	var target E
+	return errors.As(err, &target)
+}
+
+func either(of ...func(error) bool) func(error) bool {
+	return func(err error) bool {
+		for _, f := range of {
+			if f(err) {
+				return true
+			}
+		}
+		return false
+	}
+}
+
+// exitEntries is the table for help, the man page and docs/reference.md.
+func exitEntries() []cli.Entry {
+	var list []cli.Entry
+	for _, e := range exits {
+		name := e.name
+		if name == "" {
+			name = strconv.Itoa(e.code)
+		}
+		list = append(list, cli.Entry{Name: name, Meaning: e.when})
+	}
+	return list
+}
+
+// lastWords is what help and docs/reference.md say of the termination message.
+const lastWords = "Unless the code is 0, the faults of the configuration or the last line of the log are also written to " +
+	terminationLog + ", which Kubernetes shows in the pod's status. The file is never made, and what a job wrote there itself" +
+	" is left as it is."
 
 // An ending is why the daemon ends, and the code that says so to whoever started it.
 type ending struct {
-	code int
-	text string
+	code  int
+	text  string
+	level slog.Level // of the last line
 }
 
 func endingOf(err error) ending {
-	var ended *supervisor.ExitError
+	end := ending{code: exitInternal, level: slog.LevelError}
+	for _, e := range exits {
+		if e.errs != nil && e.errs(err) {
+			end.code = e.code
+			break
+		}
+	}
+	var job *supervisor.ExitError
 	switch {
 	case err == nil:
-		return ending{0, "planned stop"}
-	case errors.As(err, &ended):
-		return ending{ended.Code, "with the job's own code: " + ended.Error()}
-	case errors.Is(err, election.ErrNotElected):
-		return ending{exitNotElected, "not elected within LEASEHOLD_WAIT"}
-	case errors.Is(err, errLost):
-		return ending{exitLost, err.Error()}
+		end.text = errPlannedStop.Error()
+	case errors.As(err, &job):
+		end.code, end.text = job.Code, "with the job's own code: "+job.Error()
+	case errors.Is(err, election.ErrNotElected), errors.Is(err, election.ErrUnreachable):
+		end.text = "LEASEHOLD_WAIT is over: " + err.Error()
+	default:
+		end.text = err.Error()
 	}
-	return ending{exitInternal, err.Error()}
+	if end.code == exitOK || errors.Is(err, election.ErrNotElected) { // what WAIT was set for
+		end.level = slog.LevelInfo
+	}
+	return end
 }
+
+// A loggedError is the end of a daemon whose log has said why.
+type loggedError struct{ code int }
+
+func (e *loggedError) Error() string { return "exit code " + strconv.Itoa(e.code) }

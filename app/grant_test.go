@@ -8,22 +8,21 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
+	"leasehold/config"
 	"leasehold/e2e/harness"
 	"leasehold/election"
 )
 
-// grantHolder says when a lease is about to be asked for.
-type grantHolder struct{ asked chan struct{} }
+// grantCallbacks notes when a lease is about to be asked for.
+type grantCallbacks struct{ asked chan struct{} }
 
-func (h *grantHolder) Leased(id int64, _ time.Duration) {
+func (h *grantCallbacks) Leased(id int64, _ time.Duration) {
 	if id != 0 {
 		close(h.asked)
 	}
 }
-func (h *grantHolder) Extended(election.Deadlines) {}
-func (h *grantHolder) Lead(ctx context.Context, _ election.Term) error {
+func (h *grantCallbacks) Extended(election.Deadlines) {}
+func (h *grantCallbacks) Lead(ctx context.Context, _ election.Term) error {
 	<-ctx.Done()
 	return nil
 }
@@ -32,18 +31,20 @@ func (h *grantHolder) Lead(ctx context.Context, _ election.Term) error {
 // happen after the lease was asked to be revoked, leaves no lease behind.
 func TestStop_DuringTheGrant(t *testing.T) {
 	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
-	cfg := load(t, "elect", "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
+	cfg := load(t, config.ForElect, "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
 	const stops = 600
 	for i := range stops {
-		holder := &grantHolder{asked: make(chan struct{})}
-		candidate, err := newCandidate(cfg, slog.New(slog.DiscardHandler), prometheus.NewRegistry(), holder, make(chan struct{}, 1), nil)
+		callbacks := &grantCallbacks{asked: make(chan struct{})}
+		ec := cfg.ElectionConfig(slog.New(slog.DiscardHandler))
+		ec.Callbacks = callbacks
+		candidate, err := election.New(ec)
 		if err != nil {
 			t.Fatal(err)
 		}
 		ctx, stop := context.WithCancelCause(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- candidate.Run(ctx) }()
-		<-holder.asked
+		<-callbacks.asked
 		<-time.After(time.Duration(i%60) * 50 * time.Microsecond)
 		stop(errPlannedStop)
 		if err := <-ended; err != nil {

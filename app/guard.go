@@ -5,7 +5,6 @@ package app
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	ossignal "os/signal"
@@ -17,43 +16,45 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"leasehold/election"
-	guardproc "leasehold/supervisor/guard"
+	"leasehold/config"
+	"leasehold/supervisor/guard"
 )
 
-const flushTime = 200 * time.Millisecond
-
-// guard is the process that the user starts. It makes the elector, and runs and kills the job.
-func guard(command []string) (code int) {
+// runGuard is the process that the user starts. It makes the elector, and runs and kills the job.
+//
+//	user, systemd ── signals ──→ guard ──→ elector (runElector)
+//	      ↑                       │  └───→ job
+//	      └──── notifier, log ────┘
+func runGuard(build Build, command []string) error {
 	caught := catchSignals(unix.SIGALRM) // what is neither handled nor passed on is dropped
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
 	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
 	debug.SetTraceback("crash")
 
-	cfg, log, lines, err := configure("run")
+	cfg, err := config.Load(config.ForRun)
 	if err != nil {
-		leaveMessage(terminationLog, err.Error(), false)
-		return exitConfig
+		return err
 	}
-	defer func() { lines.end(code) }()
-	// What would stop us. Not before the configuration is read, whose faults are written from here: see newLogWriter.
+	log := newLog(cfg)
+	// What would stop us. Not before the configuration is read, whose faults are written from here:
+	// see newLogWriter.
 	ossignal.Notify(caught.signals, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
-	go caught.relayHangUps(log)
-	notify, told := newNotifier()
-	defer told()
-	if err := leaveStdin(); err != nil {
-		log.Error("leave the terminal to the shell", "err", err)
-		return exitOS
+	go caught.relayHangUps(log.Logger)
+	systemd := newNotifier()
+	defer systemd.flush()
+	path, err := lookCommand(command[0])
+	if err == nil {
+		err = leaveStdin()
 	}
-	path, code := lookCommand(command[0], log)
-	if code != 0 {
-		return code
+	if err != nil {
+		return log.exit(err)
 	}
-	return guardproc.Run(guardproc.Config{
-		Path: path, Argv: command, Env: withoutOurs(os.Environ()),
+	log.start(build, cfg)
+	code := guard.Run(guard.Config{
+		Path: path, Argv: command, Env: jobEnvironment(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
-		TTL: cfg.TTL.Duration, Margin: election.NewTiming(cfg.TTL.Duration, -1, cfg.Margin.Or(-1)).Margin,
+		TTL: cfg.TTL.Duration, Margin: cfg.Timing().Margin,
 		StopSignal: cfg.StopSignal.Signal, NewPrivs: cfg.NoNewPrivs == "off",
 		Elector: []string{"leasehold", roleElector},
 		Probe:   []string{"leasehold", roleProbe},
@@ -61,28 +62,34 @@ func guard(command []string) (code int) {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
 		Signals: caught.signals, Children: children, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
-		Notify: notify, Stopping: stopping(cfg), Turned: newWatchdog(),
-		Logger: log,
+		Notify: systemd.notify, Stopping: stopping(cfg), Turned: newWatchdog(),
+		Logger: log.Logger,
 	})
+	return log.exit(&loggedError{code})
 }
 
-// withoutOurs drops from an environment what is the daemon's alone: its settings, secrets among them, and its line to systemd.
-func withoutOurs(environ []string) []string {
+// jobEnvironment drops from an environment what is the daemon's alone: its settings, secrets among
+// them, and its line to systemd. The job keeps what `leasehold status` and `leasehold check` need
+// beside the variables of its term.
+func jobEnvironment(environ []string) []string {
 	return slices.DeleteFunc(environ, func(entry string) bool {
-		return strings.HasPrefix(entry, "LEASEHOLD_") || strings.HasPrefix(entry, "NOTIFY_SOCKET=") || strings.HasPrefix(entry, "WATCHDOG_")
+		name, _, _ := strings.Cut(entry, "=")
+		switch {
+		case name == "LEASEHOLD_ENDPOINTS", name == "LEASEHOLD_LISTEN", strings.HasPrefix(name, "LEASEHOLD_TLS_"):
+			return false
+		}
+		return strings.HasPrefix(name, "LEASEHOLD_") || name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_")
 	})
 }
 
 // lookCommand finds the job's executable as a shell would.
-func lookCommand(name string, log *slog.Logger) (string, int) {
+func lookCommand(name string) (string, error) {
 	path, err := exec.LookPath(name)
 	switch {
 	case err == nil || errors.Is(err, exec.ErrDot):
-		return path, 0
+		return path, nil
 	case errors.Is(err, os.ErrPermission), errors.Is(err, unix.EISDIR):
-		log.Error(fmt.Sprintf("the command %q is not executable", name), "err", err, "exit_code", exitNotExec)
-		return "", exitNotExec
+		return "", fmt.Errorf("the command %q %w: %w", name, errNotExecutable, err)
 	}
-	log.Error(fmt.Sprintf("the command %q is not found", name), "err", err, "exit_code", exitNotFound)
-	return "", exitNotFound
+	return "", fmt.Errorf("the command %q %w: %w", name, errNotFound, err)
 }

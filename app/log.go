@@ -3,9 +3,12 @@
 package app
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"log/slog"
 	"runtime"
-	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -14,14 +17,13 @@ import (
 	"leasehold/config"
 )
 
-// logWriter writes log lines to standard error without ever holding up who logs: when standard error blocks, lines are
-// dropped and counted, and the count is told once it takes lines again.
+// logWriter writes log lines to standard error without ever holding up who logs: when standard error
+// blocks, lines are dropped and counted, and the count is logged once it takes lines again.
 type logWriter struct {
 	lines   chan []byte
 	flush   chan chan struct{}
 	dropped atomic.Int64
 	notice  func(dropped int64) []byte
-	lastErr lastLine // of what was logged
 }
 
 // A lastLine keeps the last line that was written to it.
@@ -45,8 +47,9 @@ func (l *lastLine) String() string {
 func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
 	w := &logWriter{lines: make(chan []byte, 256), flush: make(chan chan struct{}), notice: notice}
 	go func() {
-		// A terminal with tostop asks who writes from the background to stop, unless the thread blocks that signal. The guard
-		// catches it, which would have the kernel try the write again for ever.
+		// A terminal with tostop asks who writes from the background to stop, unless the thread
+		// blocks that signal. The guard catches it, which would have the kernel try the write again
+		// for ever.
 		runtime.LockOSThread()
 		ttou := unix.Sigset_t{}
 		ttou.Val[0] = 1 << (unix.SIGTTOU - 1)
@@ -109,27 +112,58 @@ func (w *logWriter) Flush(d time.Duration) {
 	}
 }
 
-// end flushes what was logged when the process that the user started ends, and leaves the last error where Kubernetes shows it.
-func (w *logWriter) end(code int) {
-	if code != 0 {
-		leaveMessage(terminationLog, w.lastErr.String(), true)
-	}
-	w.Flush(flushTime)
+// A daemonLog is the log of a daemon, on standard error. Each line names the election and the
+// candidate.
+type daemonLog struct {
+	*slog.Logger
+	lines *logWriter
+	last  *lastLine    // of those that are errors, or why the daemon exits
+	words *slog.Logger // to last alone
 }
 
-// newLogger makes the daemon's logger on standard error. The writer keeps the last error as well.
-func newLogger(cfg config.Log) (*slog.Logger, *logWriter) {
-	notice := func(n int64) []byte {
-		text := strconv.FormatInt(n, 10)
-		if cfg.Format == "json" {
-			return []byte(`{"level":"WARN","msg":"standard error was blocked: log lines are lost","dropped":` + text + "}\n")
-		}
-		return []byte(`level=WARN msg="standard error was blocked: log lines are lost" dropped=` + text + "\n")
+func newLog(cfg config.Config) *daemonLog {
+	notice := func(dropped int64) []byte {
+		var line bytes.Buffer
+		slog.New(cfg.Log.Handler(&line, slog.LevelWarn)).Warn("standard error was blocked: log lines are lost", "dropped", dropped)
+		return line.Bytes()
 	}
-	w := newLogWriter(2, notice)
-	options, errorsOnly := &slog.HandlerOptions{Level: cfg.Level.Level}, &slog.HandlerOptions{Level: slog.LevelError}
-	if cfg.Format == "json" {
-		return slog.New(slog.NewMultiHandler(slog.NewJSONHandler(w, options), slog.NewJSONHandler(&w.lastErr, errorsOnly))), w
+	l := &daemonLog{lines: newLogWriter(2, notice), last: &lastLine{}}
+	with := func(h slog.Handler) *slog.Logger {
+		return slog.New(h).With("election", cfg.Election, "identity", cfg.Identity)
 	}
-	return slog.New(slog.NewMultiHandler(slog.NewTextHandler(w, options), slog.NewTextHandler(&w.lastErr, errorsOnly))), w
+	l.Logger = with(slog.NewMultiHandler(cfg.Log.Handler(l.lines, cfg.Log.Level.Level), cfg.Log.Handler(l.last, slog.LevelError)))
+	l.words = with(cfg.Log.Handler(l.last, slog.LevelInfo))
+	return l
 }
+
+// start logs what the daemon was told. Stop-at and kill-by are counted from the sending of a renewal.
+func (l *daemonLog) start(build Build, cfg config.Config) {
+	timing := cfg.Timing()
+	killBy := timing.TTL - timing.Margin
+	l.Info("starting", "version", build.Version,
+		"endpoints", strings.Join(cfg.Endpoints, ","), "listen", cfg.Listen,
+		"ttl", timing.TTL, "stop_at", killBy-timing.LossGrace, "kill_by", killBy)
+}
+
+// exit logs why the daemon ends, unless that was logged, and leaves the last words where Kubernetes
+// shows them, unless the exit code is 0. It returns the error that says so.
+func (l *daemonLog) exit(err error) *loggedError {
+	var logged *loggedError
+	if !errors.As(err, &logged) {
+		end := endingOf(err)
+		logged = &loggedError{end.code}
+		for _, log := range []*slog.Logger{l.Logger, l.words} {
+			log.Log(context.Background(), end.level, "exiting: "+end.text, "exit_code", end.code)
+		}
+	}
+	if logged.code != exitOK {
+		leaveMessage(terminationLog, l.last.String(), true)
+	}
+	l.flush()
+	return logged
+}
+
+// flushTime is for how long a daemon that ends waits for those who take its last words.
+const flushTime = 200 * time.Millisecond
+
+func (l *daemonLog) flush() { l.lines.Flush(flushTime) }

@@ -3,6 +3,7 @@
 package app
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	ossignal "os/signal"
@@ -14,7 +15,8 @@ import (
 	"leasehold/internal/boottime"
 )
 
-// caught is how a process that the user starts hears signals: not those that were ignored when it was started.
+// caught is how a process that the user starts hears signals: not those that were ignored when it was
+// started.
 type caught struct {
 	signals  chan os.Signal // SIGHUP only from relayHangUps
 	hangUps  chan os.Signal
@@ -22,11 +24,11 @@ type caught struct {
 	terminal bool // it was started with a controlling terminal
 }
 
-// catchSignals is called at the first moment, so that no signal ends the process in disorder. More are those that it catches
-// besides the usual ones.
+// catchSignals is called before anything that takes time, so that no signal ends the process in
+// disorder. It catches more besides the usual signals.
 //
-// A shell has its commands ignore what they shall not end by: nohup SIGHUP, a background shell SIGINT and SIGQUIT. That stays so.
-// SIGTERM is caught whatever the shell says: a daemon must be stoppable.
+// A shell has its commands ignore what they shall not end by: nohup SIGHUP, a background shell SIGINT
+// and SIGQUIT. That stays so. SIGTERM is caught whatever the shell says: a daemon must be stoppable.
 func catchSignals(more ...os.Signal) *caught {
 	c := &caught{signals: make(chan os.Signal, 64), hangUps: make(chan os.Signal, 64), terminal: hasTerminal()}
 	if ossignal.Ignored(unix.SIGHUP) {
@@ -53,12 +55,13 @@ func (c *caught) ignoredByJob(stop unix.Signal) []unix.Signal {
 	return slices.DeleteFunc(slices.Clone(c.ignored), func(s unix.Signal) bool { return s == stop })
 }
 
-// relayHangUps hands each SIGHUP on, and SIGTERM in its place when it comes from a terminal that hangs up. It never returns.
+// relayHangUps hands each SIGHUP on, and SIGTERM in its place when it comes from a terminal that hangs
+// up. It never returns.
 func (c *caught) relayHangUps(log *slog.Logger) {
 	gone := false
 	for s := range c.hangUps {
 		if gone {
-			continue // the kernel and the shell may both send one: the second must not count as a second SIGTERM
+			continue // kernel and shell may both send one: the second must not count as a second SIGTERM
 		}
 		if gone = c.terminal && losesTerminal(); gone {
 			log.Info("the terminal has hung up: stopping")
@@ -68,8 +71,8 @@ func (c *caught) relayHangUps(log *slog.Logger) {
 	}
 }
 
-// losesTerminal reports whether the controlling terminal is gone, or goes within a second: shells and terminal emulators send
-// SIGHUP, and exit a moment later.
+// losesTerminal reports whether the controlling terminal is gone, or goes within a second: shells and
+// terminal emulators send SIGHUP, and exit a moment later.
 func losesTerminal() bool {
 	for end := boottime.Now() + time.Second; hasTerminal(); time.Sleep(20 * time.Millisecond) {
 		if boottime.Now() > end {
@@ -79,8 +82,8 @@ func losesTerminal() bool {
 	return true
 }
 
-// hasTerminal reports whether this process has a controlling terminal. A terminal that hangs up, or whose session's leader exits,
-// is nobody's any more.
+// hasTerminal reports whether this process has a controlling terminal. A terminal that hangs up, or
+// whose session's leader exits, is nobody's any more.
 func hasTerminal() bool {
 	fd, err := unix.Open("/dev/tty", unix.O_RDONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err == nil {
@@ -89,8 +92,9 @@ func hasTerminal() bool {
 	return err == nil
 }
 
-// leaveStdin puts /dev/null in the place of a standard input that is a terminal in whose foreground we are not. The shell's job
-// control keeps its background from reading the terminal, but the job, in a session of its own, would take the shell's keystrokes.
+// leaveStdin puts /dev/null in the place of a standard input that is a terminal in whose foreground we
+// are not. The shell's job control keeps its background from reading the terminal, but the job, in a
+// session of its own, would take the shell's keystrokes.
 func leaveStdin() error {
 	if _, err := unix.IoctlGetTermios(0, unix.TCGETS); err != nil {
 		return nil // no terminal
@@ -100,9 +104,12 @@ func leaveStdin() error {
 		return nil
 	}
 	null, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
+	if err == nil {
+		err = unix.Dup3(null, 0, 0)
+		_ = unix.Close(null)
 	}
-	defer func() { _ = unix.Close(null) }()
-	return unix.Dup3(null, 0, 0)
+	if err != nil {
+		return fmt.Errorf("%w: leave the terminal to the shell: %w", errSystem, err)
+	}
+	return nil
 }

@@ -7,52 +7,66 @@ import (
 	"os"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
+	sdnotify "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
 
 	"leasehold/config"
 	"leasehold/internal/boottime"
 )
 
-// newNotifier makes the function that tells systemd, and one that at the end waits for a moment until systemd has been told. A slow
-// systemd loses notifications, and holds up nobody.
-func newNotifier() (notify func(state string), told func()) {
-	if os.Getenv("NOTIFY_SOCKET") == "" {
-		return func(string) {}, func() {}
-	}
-	states, done := make(chan string, 64), make(chan struct{})
-	go func() { // lives as long as the process, where systemd does not listen
-		for s := range states {
-			_, _ = daemon.SdNotify(false, s)
-		}
-		close(done)
-	}()
-	notify = func(state string) {
-		select {
-		case states <- state:
-		default:
-		}
-	}
-	told = func() {
-		close(states)
-		select {
-		case <-done:
-		case <-time.After(flushTime):
-		}
-	}
-	return notify, told
+// A notifier tells systemd what the daemon does. A slow systemd loses notifications, and holds up
+// nobody. Without a systemd that listens it does nothing.
+type notifier struct {
+	states chan string   // nil: nobody listens
+	done   chan struct{} // closed when all has been sent
 }
 
-// stopping tells systemd that the daemon stops, and how long that may take: where it is longer than the unit's TimeoutStopSec=,
-// systemd waits. Beside the grace that is the time for a kill, and for giving the lease back.
+func newNotifier() *notifier {
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return &notifier{}
+	}
+	n := &notifier{states: make(chan string, 64), done: make(chan struct{})}
+	go func() {
+		defer close(n.done)
+		for s := range n.states {
+			_, _ = sdnotify.SdNotify(false, s)
+		}
+	}()
+	return n
+}
+
+// notify sends a state soon. It never blocks.
+func (n *notifier) notify(state string) {
+	select {
+	case n.states <- state:
+	default:
+	}
+}
+
+// flush waits for a moment until systemd has been told all. Nothing can be told after that.
+func (n *notifier) flush() {
+	if n.states == nil {
+		return
+	}
+	close(n.states)
+	select {
+	case <-n.done:
+	case <-time.After(flushTime):
+	}
+}
+
+// stopping tells systemd that the daemon stops, and how long that may take: where it is longer than
+// the unit's TimeoutStopSec=, systemd waits. Beside the grace that is the time for a kill, and for
+// giving the lease back.
 func stopping(cfg config.Config) string {
 	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", (cfg.StopGrace.Duration + 30*time.Second).Microseconds())
 }
 
-// newWatchdog makes the function that tells systemd's watchdog that the daemon turns, at most once in a third of what it allows.
-// It has a socket of its own and makes nothing: the guard calls it again and again, and collects no garbage.
+// newWatchdog makes the function that tells systemd's watchdog that the daemon lives, at most once
+// in a third of what it allows. It has a socket of its own and allocates nothing: the guard calls it
+// again and again, and collects no garbage.
 func newWatchdog() func() {
-	allowed, err := daemon.SdWatchdogEnabled(false)
+	allowed, err := sdnotify.SdWatchdogEnabled(false)
 	if err != nil || allowed == 0 {
 		return func() {}
 	}
@@ -60,10 +74,10 @@ func newWatchdog() func() {
 	if err != nil || unix.Connect(fd, &unix.SockaddrUnix{Name: os.Getenv("NOTIFY_SOCKET")}) != nil {
 		return func() {}
 	}
-	beat, last := []byte("WATCHDOG=1"), time.Duration(0)
+	message, last := []byte("WATCHDOG=1"), time.Duration(0)
 	return func() {
 		if now := boottime.Now(); now-last >= allowed/3 || last == 0 {
-			if _, err := unix.Write(fd, beat); err == nil {
+			if _, err := unix.Write(fd, message); err == nil {
 				last = now
 			}
 		}

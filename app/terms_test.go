@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"runtime"
@@ -16,10 +15,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"leasehold/config"
 	"leasehold/e2e/harness"
 	"leasehold/election"
-	"leasehold/health"
-	"leasehold/internal/boottime"
 )
 
 // usage is what a process holds on to.
@@ -55,32 +53,25 @@ func TestElect_HundredTerms(t *testing.T) {
 	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	cfg := load(t, "elect", "ELECTION=jobs/terms", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=60s", "STOP_GRACE=0s")
-	log, registry := slog.New(slog.DiscardHandler), prometheus.NewRegistry()
-	changed := make(chan struct{}, 1)
-	holder := &leaseHolder{hurry: make(chan struct{})}
-	candidate, err := newCandidate(cfg, log, registry, holder, changed, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := health.New(health.Config{
-		Logger: log, Registry: registry, Now: boottime.Now, Version: "VERSION",
-		Snapshot: func() health.Snapshot { return healthSnapshot(cfg, candidate.Snapshot()) },
-	})
+	cfg := load(t, config.ForElect, "ELECTION=jobs/terms", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0],
+		"TTL=60s", "STOP_GRACE=0s", "LISTEN=127.0.0.1:0")
 	running, stop := context.WithCancelCause(context.Background())
-	ended := make(chan error, 2)
-	go func() { ended <- candidate.Run(running) }()
-	go func() { ended <- server.Run(running, listener) }()
+	told := make(chan struct{}, 1)
+	d, err := wire(running, stop, parts{
+		cfg: cfg, log: slog.New(slog.DiscardHandler), version: "VERSION", registry: prometheus.NewRegistry(),
+		changed: make(chan struct{}, 1), callbacks: &leaseCallbacks{force: make(chan struct{})},
+		status: func(string) { signalChange(told) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	candidate := d.candidate
+	ended := make(chan error, 1)
+	go func() { ended <- d.group.Run() }()
 	defer func() {
 		stop(errPlannedStop)
-		for range 2 {
-			if err := <-ended; err != nil {
-				t.Error(err)
-			}
+		if err := <-ended; err != nil {
+			t.Error(err)
 		}
 	}()
 
@@ -92,7 +83,7 @@ func TestElect_HundredTerms(t *testing.T) {
 				return s.Leader.Token
 			}
 			select {
-			case <-changed:
+			case <-told:
 			case <-ctx.Done():
 				t.Fatalf("no term after the one with token %d: %+v", before, candidate.Snapshot())
 			}
@@ -118,7 +109,7 @@ func TestElect_HundredTerms(t *testing.T) {
 	token := term(0)
 	var tenth usage
 	for n := 1; n <= 100; n++ {
-		resp, err := client.Get("http://" + listener.Addr().String() + "/leader")
+		resp, err := client.Get("http://" + d.listening.String() + "/leader")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -7,44 +7,69 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"syscall"
 	"time"
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sys/unix"
 
 	"leasehold/config"
 	"leasehold/election"
 	"leasehold/health"
 	"leasehold/internal/boottime"
 	"leasehold/internal/quote"
-	"leasehold/supervisor"
 )
 
-// electionConfig is the part of the configuration that concerns etcd.
-func electionConfig(cfg config.Config, log *slog.Logger) election.Config {
-	c := election.Config{
-		Endpoints: cfg.Endpoints, Election: cfg.Election, Identity: cfg.Identity,
-		TTL: cfg.TTL.Duration, LossGrace: cfg.LossGrace.Or(-1), Margin: cfg.Margin.Or(-1), Wait: cfg.Wait.Or(-1),
-		DialTimeout: cfg.DialTimeout.Duration,
-		TLS:         election.TLS{CAFile: cfg.TLS.CAFile, CertFile: cfg.TLS.CertFile, KeyFile: cfg.TLS.KeyFile, ServerName: cfg.TLS.ServerName},
-		Now:         boottime.Now,
-		Logger:      log,
-	}
-	if cfg.Username != "" {
-		c.Username, c.Password = cfg.Username, cfg.ReadPassword
-	}
-	return c
+// parts are what elector and elect put different things into.
+type parts struct {
+	cfg      config.Config
+	log      *slog.Logger
+	version  string
+	registry *prometheus.Registry
+	changed  chan struct{} // room for one: a snapshot has changed
+
+	callbacks     election.Callbacks
+	authenticated func(token string)              // may be nil
+	campaign      func(*election.Candidate) error // nil: the candidate's Run
+	job           func() health.Job               // nil: none is wanted
+	status        func(text string)               // one line at each change of what the candidate does
 }
 
-func newCandidate(cfg config.Config, log *slog.Logger, registry *prometheus.Registry, holder election.Callbacks, changed chan struct{},
-	authenticated func(token string),
-) (*election.Candidate, error) {
-	c := electionConfig(cfg, log)
-	c.Authenticated = authenticated
-	c.Registerer, c.Callbacks, c.Changed = registry, holder, func() { signalChange(changed) }
-	return election.New(c)
+// A daemon is what elector and elect have in common: the candidate, the health server and the
+// status, as actors of one group, to which either adds its own.
+type daemon struct {
+	candidate *election.Candidate
+	group     run.Group
+	listening net.Addr // nil: the health endpoint is off
+}
+
+// wire makes a daemon that runs until ctx ends; stop ends it. The health endpoint is bound here,
+// before anything runs, so that an address in use is reported before any campaign.
+func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, error) {
+	d := &daemon{}
+	ec := p.cfg.ElectionConfig(p.log)
+	ec.Registerer, ec.Callbacks, ec.Authenticated = p.registry, p.callbacks, p.authenticated
+	ec.Changed = func() { signalChange(p.changed) }
+	var err error
+	if d.candidate, err = election.New(ec); err != nil {
+		return nil, fmt.Errorf("%w: %w", errSetUp, err)
+	}
+	snapshot := func() health.Snapshot {
+		s := healthSnapshot(p.cfg, d.candidate.Snapshot())
+		if p.job != nil {
+			s.JobWanted, s.Job = true, p.job()
+		}
+		return s
+	}
+	if err := d.addServer(p, snapshot); err != nil {
+		return nil, err
+	}
+	campaign := p.campaign
+	if campaign == nil {
+		campaign = func(c *election.Candidate) error { return c.Run(ctx) }
+	}
+	d.group.Add(func() error { return campaign(d.candidate) }, func(error) { stop(errPlannedStop) })
+	d.addStatus(p)
+	return d, nil
 }
 
 func signalChange(changed chan<- struct{}) {
@@ -54,37 +79,38 @@ func signalChange(changed chan<- struct{}) {
 	}
 }
 
-// addServer binds the health endpoint before anything runs, so that a port in use is told before any campaign.
-func addServer(g *run.Group, cfg config.Config, log *slog.Logger, registry *prometheus.Registry, snapshot func() health.Snapshot) error {
-	if cfg.Listen == "off" {
+func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
+	if p.cfg.Listen == "off" {
 		return nil
 	}
-	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.Listen)
+	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", p.cfg.Listen)
 	if err != nil {
-		return fmt.Errorf("LEASEHOLD_LISTEN: the health endpoint can't be bound, choose another address, or off: %w", err)
+		return fmt.Errorf("%w: LEASEHOLD_LISTEN: the health endpoint can't be bound,"+
+			" choose another address, or off: %w", errSystem, err)
 	}
-	name, _, _ := net.SplitHostPort(cfg.Listen) // sound, or nothing could be bound
+	d.listening = listener.Addr()
+	name, _, _ := net.SplitHostPort(p.cfg.Listen) // sound, or nothing could be bound
 	server := health.New(health.Config{
-		Logger: log, Registry: registry, Snapshot: snapshot, Now: boottime.Now, Version: build.Version, Name: name,
+		Logger: p.log, Registry: p.registry, Snapshot: snapshot, Now: boottime.Now, Version: p.version, Name: name,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
-	g.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
+	d.group.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
 	return nil
 }
 
-// addStatus tells systemd at each change what the candidate does. It is one line, for a leader may have any name, and
-// systemd takes each line for an order.
-func addStatus(g *run.Group, candidate *election.Candidate, changed <-chan struct{}, tell func(text string)) {
+// addStatus tells at each change what the candidate does. It is one line, for a leader may have any
+// name, and systemd takes each line for an order.
+func (d *daemon) addStatus(p parts) {
 	stop := make(chan struct{})
-	g.Add(func() error {
+	d.group.Add(func() error {
 		last := ""
 		for {
-			if text := quote.Printable(statusText(candidate.Snapshot())); text != last {
-				tell(text)
+			if text := quote.Printable(statusText(d.candidate.Snapshot())); text != last {
+				p.status(text)
 				last = text
 			}
 			select {
-			case <-changed:
+			case <-p.changed:
 			case <-stop:
 				return nil
 			}
@@ -106,40 +132,12 @@ func statusText(s election.Snapshot) string {
 	return string(s.State)
 }
 
-// turning says if the candidate's loops turn.
-func turning(s election.Snapshot) error {
+// live returns why the candidate's loops must be taken for hung, or nil.
+func live(s election.Snapshot) error {
 	// Zero: they have yet to begin.
-	if idle := boottime.Now() - s.LastHeartbeat; s.LastHeartbeat != 0 && idle > 2*election.HeartbeatInterval {
-		return fmt.Errorf("the election's loops have not turned for %s", idle.Round(time.Second))
+	silent := boottime.Now() - s.LastHeartbeat
+	if s.LastHeartbeat != 0 && silent > 2*election.HeartbeatInterval {
+		return fmt.Errorf("no heartbeat of the election's loops for %s", silent.Round(time.Second))
 	}
 	return nil
-}
-
-// healthSnapshot says what the endpoint needs to know in the endpoint's words.
-func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
-	s := health.Snapshot{
-		Election: cfg.Election, Identity: cfg.Identity,
-		State: string(c.State), Reason: c.Reason, Since: c.Since,
-		LeaseID: c.LeaseID, TTL: c.TTL, StopAt: c.Deadlines.StopAt, End: c.Deadlines.End,
-		Leading: c.Leading, Live: turning(c),
-		Job: health.Job{State: string(supervisor.JobNone)},
-	}
-	if c.Leader != nil {
-		s.Leader = &health.Leader{Identity: c.Leader.Identity, Key: c.Leader.Key, Token: c.Leader.Token}
-	}
-	if c.Blocker != nil {
-		s.Blocker = &health.Blocker{Key: c.Blocker.Key, Why: c.Blocker.Why, Remedy: c.Blocker.Remedy}
-	}
-	return s
-}
-
-func healthJob(j supervisor.Job) health.Job {
-	h := health.Job{State: string(j.State), PID: j.PID, StartedAt: j.StartedAt, Restarts: j.Restarts}
-	if j.LastExit != nil {
-		h.LastExit = &health.Exit{Code: j.LastExit.Code, At: j.LastExit.At}
-		if j.LastExit.Signal != 0 {
-			h.LastExit.Signal = unix.SignalName(syscall.Signal(j.LastExit.Signal))
-		}
-	}
-	return h
 }

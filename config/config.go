@@ -15,7 +15,6 @@ import (
 
 	"github.com/kelseyhightower/envconfig"
 
-	"leasehold/election"
 	"leasehold/internal/quote"
 )
 
@@ -79,18 +78,37 @@ type TLS struct {
 	ServerName string `split_words:"true" shown:"the endpoint's host" desc:"the name that etcd's certificate must bear"`
 }
 
-// Load reads the configuration for a subcommand (run, elect, status, check) and checks it. The error joins every fault
-// that matters to that subcommand, one a line, each led by its variable's name; it never holds a secret. `check` looks at
-// LISTEN alone, and `status` only at what reaching etcd takes, so that both work wherever they are called from.
-//
-// environ tells which variables are set; envconfig reads their values from the process's own environment.
-func Load(subcommand string, environ []string) (Config, error) {
+// A Use is what the configuration is read for. It decides which faults count: ForCheck looks at
+// LISTEN alone, and ForStatus only at what reaching etcd takes, so that both work wherever they are
+// called from.
+type Use string
+
+// The uses of a configuration.
+const (
+	ForRun    Use = "run"
+	ForElect  Use = "elect"
+	ForStatus Use = "status"
+	ForCheck  Use = "check"
+)
+
+// An Error is a configuration at fault. It holds no secret.
+type Error struct{ Faults []error }
+
+// Error has a line for each fault.
+func (e *Error) Error() string { return errors.Join(e.Faults...).Error() }
+
+// Unwrap returns the faults.
+func (e *Error) Unwrap() []error { return e.Faults }
+
+// Load reads the configuration from the environment of the process and checks it. The error is an
+// *Error with every fault that matters to the use, each led by its variable's name.
+func Load(use Use) (Config, error) {
 	var cfg Config
 	if err := envconfig.Process(Prefix, &cfg); err != nil {
 		return Config{}, err // Not a user's fault: every field below can take any text.
 	}
 	set := map[string]bool{}
-	for _, entry := range environ {
+	for _, entry := range os.Environ() {
 		name, value, _ := strings.Cut(entry, "=")
 		if setting, ours := strings.CutPrefix(name, Prefix+"_"); ours && value != "" {
 			set[setting] = true
@@ -102,10 +120,13 @@ func Load(subcommand string, environ []string) (Config, error) {
 		}
 	}
 
-	f := faults{subcommand: subcommand}
+	f := faults{use: use}
 	cfg.validate(&f, set)
 	f.unknown(set, cfg.Variables())
-	return cfg, errors.Join(f.found...)
+	if len(f.found) > 0 {
+		return cfg, &Error{Faults: f.found}
+	}
+	return cfg, nil
 }
 
 // validate checks every setting, and completes the ones that depend on others.
@@ -120,7 +141,7 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	if c.Election == "" {
 		f.add("ELECTION", "missing: write the name of the election, the same on every machine, for example jobs/backup")
 	}
-	f.add("ELECTION", "%w", nameFault(c.Election))
+	f.add("ELECTION", "%w", electionFault(c.Election))
 	if c.Identity == "" {
 		name, err := os.Hostname()
 		if err != nil || name == "" {
@@ -143,7 +164,7 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	c.TLS.validate(f)
 	c.validateAuth(f)
 
-	if f.subcommand == "elect" {
+	if f.use == ForElect {
 		for _, name := range []string{"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT"} {
 			if set[name] {
 				f.add(name, "it is about a job, and elect runs none: unset it, or write leasehold -- COMMAND")
@@ -173,7 +194,7 @@ func (c *Config) validateTiming(f *faults) {
 	if f.has("TTL") || f.has("LOSS_GRACE") || f.has("MARGIN") {
 		return
 	}
-	if err := election.NewTiming(ttl, c.LossGrace.Or(-1), c.Margin.Or(-1)).Validate(); err != nil {
+	if err := c.Timing().Validate(); err != nil {
 		f.add("TTL", "%w: raise it, or lower %[2]s_LOSS_GRACE or %[2]s_MARGIN", err, Prefix)
 	}
 }
@@ -188,8 +209,9 @@ func listenFault(listen string) error {
 	return nil
 }
 
-// nameFault says what is wrong with an election or an identity, or nil. Both go into etcd as given, so that nothing is trimmed;
-// a newline at the end, as files bring it, would make another election of it that looks the same.
+// nameFault returns what is wrong with an election or an identity, or nil. Both go into etcd as
+// given, so that nothing is trimmed; a newline at the end, as files bring it, would make another
+// election of it that looks the same.
 func nameFault(name string) error {
 	switch {
 	case len(name) > maxNameBytes:
@@ -198,6 +220,24 @@ func nameFault(name string) error {
 		return errors.New("not UTF-8: write plain text")
 	case strings.ContainsFunc(name, unicode.IsControl):
 		return fmt.Errorf("%s has a control character (a newline from a file?): write it without", quote.Value(name))
+	}
+	return nil
+}
+
+// electionFault returns what is wrong with an election, or nil. A candidate's key is the name, a
+// slash and the lease, and the slashes divide elections from those within them: a name that ends
+// with a slash, or has two in a row, makes an election that looks like another.
+func electionFault(name string) error {
+	if err := nameFault(name); err != nil {
+		return err
+	}
+	switch {
+	case strings.ContainsFunc(name, unicode.IsSpace):
+		return fmt.Errorf("%s has white space: write it without", quote.Value(name))
+	case strings.HasSuffix(name, "/"):
+		return fmt.Errorf("%s ends with a slash: write it without", quote.Value(name))
+	case strings.Contains(name, "//"):
+		return fmt.Errorf("%s has two slashes in a row: write one", quote.Value(name))
 	}
 	return nil
 }

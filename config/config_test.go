@@ -24,7 +24,7 @@ import (
 )
 
 // load sets NAME=value pairs (without the prefix) in an environment that has no other settings, and reads it.
-func load(t *testing.T, subcommand string, settings ...string) (Config, error) {
+func load(t *testing.T, use Use, settings ...string) (Config, error) {
 	t.Helper()
 	for _, entry := range os.Environ() {
 		if name, _, _ := strings.Cut(entry, "="); strings.HasPrefix(name, Prefix+"_") {
@@ -38,12 +38,12 @@ func load(t *testing.T, subcommand string, settings ...string) (Config, error) {
 		name, value, _ := strings.Cut(setting, "=")
 		t.Setenv(Prefix+"_"+name, value)
 	}
-	return Load(subcommand, os.Environ())
+	return Load(use)
 }
 
 func TestConfig_Defaults(t *testing.T) {
 	// A variable that is set to nothing counts as unset.
-	cfg, err := load(t, "run", "ELECTION=jobs/a", "TTL=", "ENDPOINTS=", "LISTEN=", "RESTART=", "WAIT=", "MARGIN=", "PASSWORD=", "LOG_LEVEL=", "NO_SUCH=")
+	cfg, err := load(t, ForRun, "ELECTION=jobs/a", "TTL=", "ENDPOINTS=", "LISTEN=", "RESTART=", "WAIT=", "MARGIN=", "PASSWORD=", "LOG_LEVEL=", "NO_SUCH=")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 	dir := t.TempDir()
 	ca, key, password := testPair(t, dir, "pair")[0], filepath.Join(dir, "pair.key"), filepath.Join(dir, "password")
 	writeFile(t, password, "hunter2\r\n")
-	cfg, err := load(t, "run", "ENDPOINTS=https://a:2379,b:2379/,[::1]:2379", "ELECTION=jobs/", "IDENTITY=b", "TTL=30s", "STOP_SIGNAL=sigusr1",
+	cfg, err := load(t, ForRun, "ENDPOINTS=https://a:2379,b:2379/,[::1]:2379", "ELECTION=/jobs/a", "IDENTITY=b", "TTL=30s", "STOP_SIGNAL=sigusr1",
 		"STOP_GRACE=0s", "LOSS_GRACE=0s", "MARGIN=500ms", "RESTART=Always", "RESTART_LIMIT=0", "WAIT=0", "LISTEN=off", "LOG_LEVEL=WARN",
 		"LOG_FORMAT=json", "TLS_CA_FILE="+ca, "TLS_CERT_FILE="+ca, "TLS_KEY_FILE="+key, "TLS_SERVER_NAME=etcd", "USERNAME=u", "PASSWORD_FILE="+password,
 		"DIAL_TIMEOUT=250ms")
@@ -93,7 +93,7 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 		got, want any
 	}{
 		{"ENDPOINTS", strings.Join(cfg.Endpoints, " "), "https://a:2379 https://b:2379 https://[::1]:2379"},
-		{"ELECTION", cfg.Election, "jobs/"},
+		{"ELECTION", cfg.Election, "/jobs/a"},
 		{"IDENTITY", cfg.Identity, "b"},
 		{"TTL", cfg.TTL.Duration, 30 * time.Second},
 		{"STOP_SIGNAL", cfg.StopSignal.Signal, unix.SIGUSR1},
@@ -124,7 +124,7 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 }
 
 func TestConfig_BareNamesAreIgnored(t *testing.T) {
-	want, err := load(t, "run", "ELECTION=e", "IDENTITY=i")
+	want, err := load(t, ForRun, "ELECTION=e", "IDENTITY=i")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ func TestConfig_BareNamesAreIgnored(t *testing.T) {
 		last := v.Name[strings.LastIndex(v.Name, "_")+1:] // CERT_FILE's FILE, LOG_LEVEL's LEVEL.
 		t.Setenv(last, "nonsense")
 	}
-	got, err := load(t, "run", "ELECTION=e", "IDENTITY=i")
+	got, err := load(t, ForRun, "ELECTION=e", "IDENTITY=i")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -150,8 +150,8 @@ func TestConfig_NamesAreThoseOfTheLibrary(t *testing.T) {
 		if value == "" {
 			value = "77s"
 		}
-		before, _ := load(t, "run")
-		after, _ := load(t, "run", v.Name+"="+value)
+		before, _ := load(t, ForRun)
+		after, _ := load(t, ForRun, v.Name+"="+value)
 		for i, field := range after.Variables() {
 			changed := fmt.Sprint(field.Field.Interface()) != fmt.Sprint(before.Variables()[i].Field.Interface())
 			if changed != (field.Name == v.Name) {
@@ -175,6 +175,12 @@ func TestConfig_Refusals(t *testing.T) {
 		{"election missing", "ELECTION=", []string{"ELECTION: missing: write the name"}},
 		{"election too long", "ELECTION=" + strings.Repeat("x", 1025), []string{"ELECTION: 1025 bytes long: write 1024 at most"}},
 		{"election with newline", "ELECTION=a\n", []string{`ELECTION: "a\n" has a control character`}},
+		{"election with space", "ELECTION=a·b", []string{`ELECTION: "a b" has white space`}},
+		{"election with a strange space", "ELECTION=a\u00a0b", []string{"ELECTION: \"a\\u00a0b\" has white space"}},
+		{"election begins with space", "ELECTION=·a", []string{`ELECTION: " a" has white space`}},
+		{"election ends with a slash", "ELECTION=jobs/", []string{`ELECTION: "jobs/" ends with a slash`}},
+		{"election is a slash", "ELECTION=/", []string{`ELECTION: "/" ends with a slash`}},
+		{"election with two slashes", "ELECTION=jobs//a", []string{`ELECTION: "jobs//a" has two slashes`}},
 		{"election not UTF-8", "ELECTION=a\xff", []string{"ELECTION: not UTF-8"}},
 		{"identity too long", "IDENTITY=" + strings.Repeat("x", 1025), []string{"IDENTITY: 1025 bytes long"}},
 		{"identity with escape", "IDENTITY=\x1b[2J", []string{`IDENTITY: "\x1b[2J" has a control character`}},
@@ -268,7 +274,7 @@ func TestConfig_Refusals(t *testing.T) {
 			for i := range settings {
 				settings[i] = strings.ReplaceAll(settings[i], "·", " ")
 			}
-			_, err := load(t, "run", settings...)
+			_, err := load(t, ForRun, settings...)
 			if err == nil {
 				t.Fatal("accepted")
 			}
@@ -298,15 +304,16 @@ func TestConfig_ServiceLinksAndJobVariablesAreNoFaults(t *testing.T) {
 			settings = append(settings, service+link+"=tcp://10.0.0.1:4040")
 		}
 	}
-	if _, err := load(t, "run", settings...); err != nil {
+	if _, err := load(t, ForRun, settings...); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestConfig_OnlyWhatTheSubcommandNeedsIsChecked(t *testing.T) {
+func TestConfig_OnlyWhatTheUseNeedsIsChecked(t *testing.T) {
 	for _, c := range []struct {
-		subcommand, settings string
-		want                 string // "" for no fault
+		use      Use
+		settings string
+		want     string // "" for no fault
 	}{
 		{"elect", "ELECTION=e", ""},
 		{"elect", "ELECTION=e STOP_GRACE=1s RESTART=", ""},
@@ -321,15 +328,15 @@ func TestConfig_OnlyWhatTheSubcommandNeedsIsChecked(t *testing.T) {
 		{"status", "ELECTION=e ENDPOINT=a:1", "ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?"},
 		{"status", "ELECTION=e TLS_CA_FILE=/missing ENDPOINTS=a:1", "TLS_CA_FILE: "},
 	} {
-		_, err := load(t, c.subcommand, strings.Fields(c.settings)...)
+		_, err := load(t, c.use, strings.Fields(c.settings)...)
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
-			t.Errorf("%s with %s: %v, want %q", c.subcommand, c.settings, err, c.want)
+			t.Errorf("%s with %s: %v, want %q", c.use, c.settings, err, c.want)
 		}
 	}
 }
 
 func TestConfig_SecretIsNeverPrinted(t *testing.T) {
-	cfg, err := load(t, "run", "ELECTION=e", "USERNAME=u", "PASSWORD=hunter2")
+	cfg, err := load(t, ForRun, "ELECTION=e", "USERNAME=u", "PASSWORD=hunter2")
 	if err != nil {
 		t.Fatal(err)
 	}

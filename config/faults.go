@@ -7,13 +7,15 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"leasehold/internal/suggest"
 )
 
-// faults gathers what is wrong with the configuration, as far as it matters to the subcommand.
+// faults gathers what is wrong with the configuration, as far as it matters to the use.
 type faults struct {
-	subcommand string
-	names      []string // of the variables at fault, without the prefix
-	found      []error
+	use   Use
+	names []string // of the variables at fault, without the prefix
+	found []error
 }
 
 // add notes a fault of a variable. As a convenience to callers it does nothing where the last argument is a nil error.
@@ -29,12 +31,12 @@ func (f *faults) add(name, format string, args ...any) {
 
 func (f *faults) has(name string) bool { return slices.Contains(f.names, name) }
 
-// matters reports if the subcommand makes use of the variable.
+// matters reports whether the use looks at the variable.
 func (f *faults) matters(name string) bool {
-	switch f.subcommand {
-	case "check":
+	switch f.use {
+	case ForCheck:
 		return name == "LISTEN"
-	case "status":
+	case ForStatus:
 		return slices.Contains([]string{"ENDPOINTS", "ELECTION", "USERNAME", "PASSWORD", "PASSWORD_FILE", "DIAL_TIMEOUT"}, name) ||
 			strings.HasPrefix(name, "TLS_")
 	default:
@@ -44,7 +46,7 @@ func (f *faults) matters(name string) bool {
 
 // unknown notes the variables that no setting has, for a misspelt one would silently leave the default in force.
 func (f *faults) unknown(set map[string]bool, known []Variable) {
-	if f.subcommand == "check" {
+	if f.use == ForCheck {
 		return
 	}
 	// What Kubernetes puts into each container for a Service whose name starts with "leasehold", and the job's variables, which
@@ -63,7 +65,7 @@ func (f *faults) unknown(set map[string]bool, known []Variable) {
 		}
 	}) {
 		advice := "unset it (leasehold help names all variables)"
-		if near := Nearest(name, names); near != "" {
+		if near := suggest.Nearest(name, names); near != "" {
 			advice = "did you mean " + Prefix + "_" + near + "?"
 		}
 		f.found = append(f.found, fmt.Errorf("%s_%s: unknown variable: %s", Prefix, name, advice))

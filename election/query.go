@@ -16,8 +16,9 @@ import (
 type Report struct {
 	// Leader is nil when there is none, which includes that a blocker is first.
 	Leader *Entry
-	// LeaseID and LeaseLeft, in whole seconds, are of the leader's lease.
+	// LeaseID, LeaseTTL, as granted, and LeaseLeft, in whole seconds, are of the leader's lease.
 	LeaseID   int64
+	LeaseTTL  time.Duration
 	LeaseLeft time.Duration
 	// Queue holds all candidates in their order, the leader first.
 	Queue []Entry
@@ -84,6 +85,7 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 		if err != nil {
 			return Report{}, rpctypes.Error(err)
 		}
+		r.LeaseTTL = time.Duration(ttl.GrantedTTL) * time.Second
 		r.LeaseLeft = max(0, time.Duration(ttl.TTL)*time.Second)
 	}
 	return r, nil

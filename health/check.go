@@ -11,41 +11,48 @@ import (
 	"time"
 )
 
-// Exit codes of Check.
-const (
-	exitYes      = 0
-	exitNo       = 1
-	exitNoAnswer = 69
+// What Check returns beside nil, which is yes.
+var (
+	// ErrNo is a no, whose reason was written.
+	ErrNo = errors.New("no")
+	// ErrNoAnswer: nobody answers, or not as leasehold does.
+	ErrNoAnswer = errors.New("nobody answers")
 )
 
 // Checks lists what Check can ask for.
 func Checks() []string { return []string{"live", "ready", "leader", "standby"} }
 
-// Check asks the daemon that listens at listen (its LISTEN setting), writes its answer to out, and returns an exit code: 0 for
-// yes, 1 for no, 69 if nobody answers within two seconds. what is one of Checks, or "" for live: whoever probes without saying
-// for what must not have a healthy daemon restarted because etcd is down.
-func Check(ctx context.Context, listen, what string, out io.Writer) int {
+// Check asks the daemon that listens at listen (its LISTEN setting) and writes its answer to out.
+// Nil is a yes; otherwise the error is ErrNo or, within two seconds, wraps ErrNoAnswer. what is one
+// of Checks, or "" for live: whoever probes without saying for what must not have a healthy daemon
+// restarted because etcd is down.
+func Check(ctx context.Context, listen, what string, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	code, answer, err := ask(ctx, listen, what)
+	yes, answer, err := ask(ctx, listen, what)
 	if err != nil {
-		code, answer = exitNoAnswer, fmt.Sprintf("nobody answers: %v\n", err)
+		return fmt.Errorf("%w: %w", ErrNoAnswer, err)
 	}
-	_, _ = io.WriteString(out, answer) // The exit code says it too.
-	return code
+	_, _ = io.WriteString(out, answer) // The result says it too.
+	if !yes {
+		return ErrNo
+	}
+	return nil
 }
 
-func ask(ctx context.Context, listen, what string) (code int, answer string, err error) {
-	path := map[string]string{"": "/livez", "live": "/livez", "ready": "/readyz", "leader": "/leader", "standby": "/standby"}[what]
+func ask(ctx context.Context, listen, what string) (yes bool, answer string, err error) {
+	path := map[string]string{
+		"": "/livez", "live": "/livez", "ready": "/readyz", "leader": "/leader", "standby": "/standby",
+	}[what]
 	if path == "" {
-		return 0, "", fmt.Errorf("%q can't be asked for: %s", what, strings.Join(Checks(), ", "))
+		return false, "", fmt.Errorf("%q can't be asked for: %s", what, strings.Join(Checks(), ", "))
 	}
 	if listen == "off" {
-		return 0, "", errors.New("LEASEHOLD_LISTEN is off")
+		return false, "", errors.New("LEASEHOLD_LISTEN is off")
 	}
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
-		return 0, "", err
+		return false, "", err
 	}
 	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
 		// An address to listen at, not one to connect to. 0.0.0.0 is loopback's IPv4 side; :: and "" mostly take both.
@@ -55,7 +62,7 @@ func ask(ctx context.Context, listen, what string) (code int, answer string, err
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+path, nil)
 	if err != nil {
-		return 0, "", err
+		return false, "", err
 	}
 	// A client of its own: the default one would send this through the environment's HTTP_PROXY and follow redirects.
 	client := http.Client{
@@ -64,17 +71,17 @@ func ask(ctx context.Context, listen, what string) (code int, answer string, err
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return 0, "", err
+		return false, "", err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 	switch {
 	case err != nil:
-		return 0, "", err
+		return false, "", err
 	case resp.StatusCode == http.StatusOK:
-		return exitYes, string(body), nil
+		return true, string(body), nil
 	case resp.StatusCode == http.StatusServiceUnavailable:
-		return exitNo, string(body), nil
+		return false, string(body), nil
 	}
-	return 0, "", fmt.Errorf("something else than leasehold listens at %s: %s", listen, resp.Status)
+	return false, "", fmt.Errorf("something else than leasehold listens at %s: %s", listen, resp.Status)
 }

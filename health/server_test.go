@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -386,28 +387,33 @@ func TestCheck(t *testing.T) {
 
 	for _, c := range []struct {
 		listen, what string
-		code         int
-		out          string
+		want         error
+		says         string
 	}{
-		{ts.addr, "", 0, "ok\n"},
-		{ts.addr, "live", 0, "ok\n"},
-		{ts.addr, "ready", 0, "ok\n"},
-		{ts.addr, "leader", 0, "ok\n"},
-		{ts.addr, "standby", 1, "leading\n"},
-		{":" + port, "leader", 0, "ok\n"},
-		{"0.0.0.0:" + port, "leader", 0, "ok\n"},
-		{"localhost:" + port, "leader", 0, "ok\n"},
-		{"off", "live", 69, "nobody answers: LEASEHOLD_LISTEN is off\n"},
-		{"nonsense", "live", 69, "nobody answers: address nonsense"},
-		{closed.Addr().String(), "live", 69, "connection refused"},
-		{foreign.Addr().String(), "live", 69, "something else than leasehold listens"},
-		{ts.addr, "nonsense", 69, "can't be asked for"},
-		{silent.Addr().String(), "live", 69, "deadline exceeded"},
+		{ts.addr, "", nil, "ok\n"},
+		{ts.addr, "live", nil, "ok\n"},
+		{ts.addr, "ready", nil, "ok\n"},
+		{ts.addr, "leader", nil, "ok\n"},
+		{ts.addr, "standby", ErrNo, "leading\n"},
+		{":" + port, "leader", nil, "ok\n"},
+		{"0.0.0.0:" + port, "leader", nil, "ok\n"},
+		{"localhost:" + port, "leader", nil, "ok\n"},
+		{"off", "live", ErrNoAnswer, "nobody answers: LEASEHOLD_LISTEN is off"},
+		{"nonsense", "live", ErrNoAnswer, "nobody answers: address nonsense"},
+		{closed.Addr().String(), "live", ErrNoAnswer, "connection refused"},
+		{foreign.Addr().String(), "live", ErrNoAnswer, "something else than leasehold listens"},
+		{ts.addr, "nonsense", ErrNoAnswer, "can't be asked for"},
+		{silent.Addr().String(), "live", ErrNoAnswer, "deadline exceeded"},
 	} {
 		var out bytes.Buffer
 		began := time.Now()
-		if code := Check(t.Context(), c.listen, c.what, &out); code != c.code || !strings.Contains(out.String(), c.out) {
-			t.Errorf("check %s at %s: %d %q, want %d %q", c.what, c.listen, code, out.String(), c.code, c.out)
+		err := Check(t.Context(), c.listen, c.what, &out)
+		text := out.String()
+		if errors.Is(err, ErrNoAnswer) {
+			text += err.Error()
+		}
+		if !errors.Is(err, c.want) || !strings.Contains(text, c.says) {
+			t.Errorf("check %s at %s: %v, %q, want %v, %q", c.what, c.listen, err, text, c.want, c.says)
 		}
 		if took := time.Since(began); took > 4*time.Second {
 			t.Errorf("check %s at %s took %v", c.what, c.listen, took)

@@ -104,7 +104,11 @@ func timestamp(t time.Time) *string {
 type Field struct{ Path, Type, Meaning string }
 
 // StatusFields lists the fields of /status, for the reference.
-func StatusFields() []Field { return appendFields(nil, "", reflect.TypeFor[status]()) }
+func StatusFields() []Field { return FieldsOf[status]() }
+
+// FieldsOf lists the fields of a struct that is rendered as JSON, those of the structs in it too.
+// Their meaning is what the desc tags say.
+func FieldsOf[T any]() []Field { return appendFields(nil, "", reflect.TypeFor[T]()) }
 
 func appendFields(list []Field, prefix string, t reflect.Type) []Field {
 	for f := range t.Fields() {
@@ -113,8 +117,10 @@ func appendFields(list []Field, prefix string, t reflect.Type) []Field {
 		if ft.Kind() == reflect.Pointer {
 			ft, null = ft.Elem(), " or null"
 		}
-		kind := "number"
+		kind, within := "number", "."
 		switch ft.Kind() {
+		case reflect.Slice:
+			kind, within, ft = "array", "[].", ft.Elem()
 		case reflect.String:
 			kind = "string"
 		case reflect.Struct:
@@ -122,8 +128,8 @@ func appendFields(list []Field, prefix string, t reflect.Type) []Field {
 		}
 		path := prefix + f.Tag.Get("json")
 		list = append(list, Field{Path: path, Type: kind + null, Meaning: f.Tag.Get("desc")})
-		if kind == "object" {
-			list = appendFields(list, path+".", ft)
+		if ft.Kind() == reflect.Struct {
+			list = appendFields(list, path+within, ft)
 		}
 	}
 	return list

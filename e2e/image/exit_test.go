@@ -71,9 +71,9 @@ func TestExitCodes(t *testing.T) {
 			messages: []string{"LEASEHOLD_STOP_SIGNAL: it is about a job", `LEASEHOLD_LISTEN: "4040" is not host:port`}},
 		{what: "a file that is no program", args: []string{"--", "/etc/ssl/certs/ca-certificates.crt"}, code: 126, messages: []string{"is not executable", "exit_code=126"}},
 		{what: "no such program", args: []string{"--", "backup.sh"}, code: 127, messages: []string{`the command \"backup.sh\" is not found`, "exit_code=127"}},
-		{what: "somebody else leads", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_WAIT=0s"}, code: 75, messages: []string{"not elected within LEASEHOLD_WAIT", "exit_code=75"}},
+		{what: "somebody else leads", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_WAIT=0s"}, code: 75, messages: []string{"LEASEHOLD_WAIT is over: not elected", "exit_code=75"}},
 		{what: "somebody else leads, of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_WAIT=0s", "LEASEHOLD_LOG_FORMAT=json"}, code: 75,
-			messages: []string{`"msg":"exiting: not elected within LEASEHOLD_WAIT","exit_code":75`}},
+			messages: []string{`"msg":"exiting: LEASEHOLD_WAIT is over: not elected`, `"exit_code":75`}},
 		{what: "the port is taken", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_LISTEN=" + etcd}, code: 71, messages: []string{"LEASEHOLD_LISTEN", "address already in use", "exit_code=71"}},
 		{what: "leadership lost", args: []string{"--", "/testjob"}, env: never, alone: true, during: func(s *stage, b *box) {
 			s.waitJob(b)

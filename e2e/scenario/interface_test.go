@@ -99,6 +99,15 @@ func TestExitCode_BeforeAnyCampaign(t *testing.T) {
 	if err := os.WriteFile(script, []byte("#!/bin/sh\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	envFile, badFile := filepath.Join(t.TempDir(), "x.env"), filepath.Join(t.TempDir(), "bad.env")
+	for path, text := range map[string]string{
+		envFile: "# of a unit\nLEASEHOLD_ELECTION='jobs/x'\nLEASEHOLD_LISTEN=off\nLEASEHOLD_ENDPOINTS=" + nobody + "\nJOB=backup\n",
+		badFile: "LEASEHOLD_ELECTION=jobs/x\nLEASEHOLD_TTL 5s\n",
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	good := []string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=off", "LEASEHOLD_ENDPOINTS=" + nobody}
 	for _, row := range []struct {
 		name string
@@ -109,10 +118,20 @@ func TestExitCode_BeforeAnyCampaign(t *testing.T) {
 	}{
 		{"version", nil, []string{"version"}, 0, []string{"leasehold"}},
 		{"help", nil, []string{"help"}, 0, []string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
+		{"--version", nil, []string{"--version"}, 0, []string{"leasehold"}},
+		{"--help", nil, []string{"--help"}, 0, []string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
+		{"-h of a command", nil, []string{"status", "-h"}, 0, []string{"Usage: leasehold status [ELECTION] [--json]"}},
 		{"no arguments", good, nil, 64, []string{"leasehold"}},
 		{"no command", good, []string{"--"}, 64, nil},
 		{"a flag", good, []string{"--ttl", "5s"}, 64, []string{"LEASEHOLD_TTL"}},
-		{"unknown subcommand", good, []string{"lead"}, 64, nil},
+		{"unknown command", good, []string{"resign"}, 64, []string{`no such command "resign"`, "leasehold -- resign"}},
+		{"misspelt command", good, []string{"statsu"}, 64, []string{`no such command "statsu": did you mean status?`}},
+		{"an env file", nil, []string{"-f", envFile, "status"}, 69, []string{nobody}},
+		{"an env file of the daemon", nil, []string{"-f", envFile, "--", "no-such-command"}, 127, []string{"no-such-command"}},
+		{"the environment overrules the file", []string{"LEASEHOLD_ELECTION=a//b"}, []string{"status", "-f", envFile}, 78, []string{"LEASEHOLD_ELECTION"}},
+		{"an argument overrules both", good, []string{"status", "a//b", "-f", envFile}, 78, []string{"LEASEHOLD_ELECTION"}},
+		{"a faulty env file", nil, []string{"elect", "-f", badFile}, 78, []string{badFile + ":2: there is no ="}},
+		{"no env file", nil, []string{"elect", "-f", envFile + "x"}, 78, []string{envFile + "x"}},
 		{"nothing set", nil, []string{"--", "true"}, 78, []string{"LEASEHOLD_ELECTION"}},
 		{"all faults at once", []string{
 			"LEASEHOLD_TTL=15", "LEASEHOLD_STOP_SIGNAL=FOO", "LEASEHOLD_MARGIN=x", "LEASEHOLD_RESTART=often", "LEASEHOLD_RESTART_LIMIT=-1",
@@ -324,7 +343,8 @@ func TestJob_Surroundings(t *testing.T) {
 			}
 			for _, kv := range env {
 				name, _, _ := strings.Cut(kv, "=")
-				known := slices.ContainsFunc(want, func(w string) bool { return strings.HasPrefix(w, name+"=") })
+				kept := name == "LEASEHOLD_ENDPOINTS" || name == "LEASEHOLD_LISTEN" // see TestJob_AsksItsDaemon
+				known := kept || slices.ContainsFunc(want, func(w string) bool { return strings.HasPrefix(w, name+"=") })
 				if !known && (strings.HasPrefix(name, "LEASEHOLD_") || name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_")) {
 					t.Errorf("the job's environment holds %s", kv)
 				}
@@ -332,6 +352,18 @@ func TestJob_Surroundings(t *testing.T) {
 			tr.finish()
 		})
 	}
+}
+
+// TestJob_AsksItsDaemon: leasehold status and leasehold check work in a job as it finds itself.
+func TestJob_AsksItsDaemon(t *testing.T) {
+	tr := ordinary(t)
+	c := tr.start("a", "", command("sh", "-c", `until "$0" check leader; do sleep 0.05; done; exec "$0" status`, tr.programs.Leasehold),
+		variables("LEASEHOLD_RESTART=never"))
+	tr.waitExit(c, 0)
+	if out := c.Output(); !strings.Contains(out, "ok\n") || !strings.Contains(out, tr.election+`: leader is "a"`) {
+		t.Errorf("in the job they print %q", out)
+	}
+	tr.finish()
 }
 
 // TestJob_NoNewPrivs: a job that the daemon may not be able to kill gains no privileges, unless the user wants it to, and then the

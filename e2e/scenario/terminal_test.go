@@ -168,7 +168,7 @@ func TestTerminal_HangUp(t *testing.T) {
 		}); err != nil {
 			t.Fatalf("%v\n%s%s", err, says("log"), says("out"))
 		}
-		if out, log := says("out"), says("log"); out != "ready\ngot TERM\n" || !strings.Contains(log, `msg="exiting: planned stop" exit_code=0`) {
+		if out, log := says("out"), says("log"); out != "ready\ngot TERM\n" || !strings.Contains(log, `msg="exiting: planned stop"`) || !strings.Contains(log, "exit_code=0") {
 			t.Errorf("the job says %q, the daemon\n%s", out, log)
 		}
 		tr.nothingLeft()

@@ -1,6 +1,5 @@
-//go:build linux
-
-package config
+// Package suggest finds what a misspelt word most likely stands for.
+package suggest
 
 import (
 	"strings"

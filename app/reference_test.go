@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
+	"leasehold/cli"
 	"leasehold/config"
 	"leasehold/election"
 	"leasehold/health"
@@ -28,6 +29,20 @@ var update = flag.Bool("update", false, "write what is generated from the code a
 // TestReference: docs/reference.md says what the code does. With -update it is written.
 func TestReference(t *testing.T) {
 	generated(t, filepath.Join("..", "docs", "reference.md"), reference(t))
+}
+
+// TestManual: the man page has what `leasehold help` has. With -update it is written.
+func TestManual(t *testing.T) {
+	generated(t, filepath.Join("..", "packaging", "leasehold.1"),
+		`.\" Written from the code by go test -run TestManual ./app -update`+"\n"+newProgram(Build{}).Manual())
+}
+
+// TestCompletion: the shell completes the words that the command line takes. With -update it is
+// written.
+func TestCompletion(t *testing.T) {
+	generated(t, filepath.Join("..", "packaging", "leasehold.bash"),
+		"# bash completion for leasehold. Written from the code by: go test -run TestCompletion ./app -update\n\n"+
+			newProgram(Build{}).Completion())
 }
 
 // generated compares a file with what the code says; with -update it writes it.
@@ -60,9 +75,19 @@ Written from the code by ` + "`go test -run TestReference ./app -update`" + `; a
 ## Command line
 
 `)
-	table(&b, "command", "meaning", subcommands())
+	b.WriteString("| command | meaning |\n|---|---|\n")
+	for _, c := range newProgram(Build{}).Commands() {
+		row(&b, c.Usage(), strings.TrimSpace(c.Summary+". "+c.Description))
+	}
+	b.WriteString("\nEvery command takes, before a `--`:\n\n")
+	table(&b, "flag", "meaning", cli.GlobalFlags())
 	b.WriteString(`
 Anything else is wrong usage (exit code 64), with a hint.
+
+The file of ` + "`-f`" + ` is what a systemd unit reads by ` + "`EnvironmentFile=`" + `: a variable a line, ` + "`#`" + ` and ` + "`;`" + ` before a comment, quotes, a
+backslash before a newline that continues the line. All of its variables are set, also those that are not leasehold's. The environment
+overrules the file: ` + "`LEASEHOLD_TTL=30s leasehold -f /etc/leasehold/backup.env -- backup.sh`" + `. What systemd would pass over is a fault,
+with file and line: a line without ` + "`=`" + `, a name that is none, a quote without an end.
 
 ## Variables
 
@@ -86,10 +111,12 @@ Refused, with the numbers: loss grace + margin + 3 × renewal interval > TTL. Th
 
 ## The job's environment
 
-The daemon's own, less every ` + "`LEASEHOLD_*`, `NOTIFY_SOCKET` and `WATCHDOG_*`" + `, plus:
+The daemon's own, less ` + "`NOTIFY_SOCKET`, `WATCHDOG_*` and every `LEASEHOLD_*` but `LEASEHOLD_ENDPOINTS`, `LEASEHOLD_LISTEN`" + ` and
+` + "`LEASEHOLD_TLS_*`, so that `leasehold status` and `leasehold check`" + ` work in the job (where etcd demands a password, the job needs one of
+its own for ` + "`status`" + `), plus:
 
 `)
-	table(&b, "variable", "meaning", jobVariables())
+	table(&b, "variable", "meaning", cli.JobVariables())
 
 	b.WriteString(`
 ## Health endpoint
@@ -99,26 +126,29 @@ At ` + "`LEASEHOLD_LISTEN`" + `, for GET, HEAD and OPTIONS, which all get the sa
 may be open; a new one takes the place of the one that rested longest.
 
 `)
-	var endpoints []entry
+	b.WriteString("| path | answer |\n|---|---|\n")
 	for _, e := range health.Endpoints() {
-		endpoints = append(endpoints, entry{e.Path, e.Meaning})
+		row(&b, e.Path, e.Meaning)
 	}
-	table(&b, "path", "answer", endpoints)
 
 	b.WriteString(`
 ### The JSON of /status
 
-Every field is always present. Times are RFC 3339 in UTC. Fields may be added, and are never renamed.
+What this daemon knows, from memory. Every field is always present. Times are RFC 3339 in UTC. Fields may be added, and are never
+renamed.
 
-| field | type | meaning |
-|---|---|---|
 `)
-	for _, f := range health.StatusFields() {
-		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", f.Path, f.Type, f.Meaning)
-	}
+	fields(&b, health.StatusFields())
+	b.WriteString(`
+### The JSON of status --json
+
+What etcd has. Fields that /status has too have the same names and forms; the lease is the leader's here, and the candidate's own there.
+
+`)
+	fields(&b, cli.ReportFields())
 
 	b.WriteString("\n## Exit codes\n\n")
-	table(&b, "code", "when", exitCodes())
+	table(&b, "code", "when", exitEntries())
 	b.WriteString("\n" + lastWords + "\n")
 
 	b.WriteString("\n## Metrics\n\nOf the job and the guard only where there is a job.\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n")
@@ -128,14 +158,24 @@ Every field is always present. Times are RFC 3339 in UTC. Fields may be added, a
 	return b.String()
 }
 
-func table(b *strings.Builder, name, meaning string, entries []entry) {
+func table(b *strings.Builder, name, meaning string, entries []cli.Entry) {
 	fmt.Fprintf(b, "| %s | %s |\n|---|---|\n", name, meaning)
 	for _, e := range entries {
-		text := e.name
-		if !strings.Contains(text, " or ") {
-			text = "`" + strings.ReplaceAll(text, "|", `\|`) + "`"
-		}
-		fmt.Fprintf(b, "| %s | %s |\n", text, e.meaning)
+		row(b, e.Name, e.Meaning)
+	}
+}
+
+func row(b *strings.Builder, name, meaning string) {
+	if !strings.Contains(name, " or ") {
+		name = "`" + strings.ReplaceAll(name, "|", `\|`) + "`"
+	}
+	fmt.Fprintf(b, "| %s | %s |\n", name, meaning)
+}
+
+func fields(b *strings.Builder, list []health.Field) {
+	b.WriteString("| field | type | meaning |\n|---|---|---|\n")
+	for _, f := range list {
+		fmt.Fprintf(b, "| `%s` | %s | %s |\n", f.Path, f.Type, f.Meaning)
 	}
 }
 
@@ -205,78 +245,6 @@ func TestMetrics(t *testing.T) {
 	} {
 		if !got["leasehold_"+name] {
 			t.Errorf("leasehold_%s is not registered", name)
-		}
-	}
-}
-
-func TestHelp_NamesEverything(t *testing.T) {
-	text := help()
-	for _, v := range new(config.Config).Variables() {
-		if !strings.Contains(text, "LEASEHOLD_"+v.Name+" (") && !strings.Contains(text, "LEASEHOLD_"+v.Name+"\n") {
-			t.Errorf("LEASEHOLD_%s is missing", v.Name)
-		}
-		if v.Desc == "" || v.Default != "" && v.Shown != v.Default {
-			t.Errorf("%s: description %q, default %q shown as %q", v.Name, v.Desc, v.Default, v.Shown)
-		}
-	}
-	for _, e := range slices.Concat(subcommands(), exitCodes(), jobVariables()) {
-		if !strings.Contains(text, "  "+e.name) {
-			t.Errorf("%s is missing", e.name)
-		}
-	}
-	for line := range strings.Lines(text) {
-		if len(line) > 111 {
-			t.Errorf("longer than 110 letters: %s", line)
-		}
-	}
-}
-
-func TestUsageHint(t *testing.T) {
-	for _, c := range []struct{ args, want string }{
-		{"", "say what to run: leasehold -- COMMAND"},
-		{"--", "there is no command after --"},
-		{"run", "say what to run"},
-		{"run --", "there is no command after --"},
-		{"run backup.sh -x", "put -- before the command: leasehold run -- backup.sh ..."},
-		{"backup.sh --ttl 5s", "put -- before the command: leasehold -- backup.sh ..."},
-		{"backup.sh -- x", "begin with --: leasehold -- COMMAND"},
-		{"--ttl 5s -- backup.sh", "LEASEHOLD_TTL"},
-		{"-ttl=5 -- backup.sh", "write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)"},
-		{"run --ttl=5s -- backup.sh", "write LEASEHOLD_TTL=5s before the command"},
-		{"TTL=15 -- backup.sh", "write LEASEHOLD_TTL=15s before the command (15 has no unit: write 15s)"},
-		{"LEASEHOLD_TTL=15 -- backup.sh", "write 15s"},
-		{"elect TTL=15", "write 15s"},
-		{"--tls-ca-file=/ca -- x", "write LEASEHOLD_TLS_CA_FILE=/ca before"},
-		{"--endpoint=http://u:hunter2@a:1 -- x", "write LEASEHOLD_ENDPOINTS=... before"},
-		{"--password=hunter2 -- x", "write LEASEHOLD_PASSWORD=... before"},
-		{"PASSWORD=hunter2 -- x", "write LEASEHOLD_PASSWORD=... before"},
-		{"--password hunter2 -- x", "LEASEHOLD_PASSWORD"},
-		{"--passwd=hunter2 -- x", "LEASEHOLD_PASSWORD"},
-		{"--token=hunter2 -- x", "leasehold help names all variables"},
-		{"FOO=hunter2 -- x", "leasehold help names all variables"},
-		{"statsu", "did you mean status? To run a command of that name: leasehold -- statsu"},
-		{"status --jsn", "there are no flags but status --json"},
-		{"status x", "status takes --json and nothing else"},
-		{"elect x", "elect takes nothing more"},
-		{"elect -- x", "elect runs no job"},
-		{"check lead", "did you mean leader?"},
-		{"check qwertyuiop", "check asks for one thing: live, ready, leader, standby"},
-		{"check live ready", "check asks for one thing"},
-		{"install", "leasehold install DEST"},
-		{"install a b", "leasehold install DEST"},
-		{"install --help", "leasehold help prints the help"},
-		{"version x", "version takes nothing more"},
-		{"run -h", "leasehold help prints the help"},
-		{"--version", "leasehold version prints the version"},
-		{"-- x hunter2", ""},
-		{"\x1b[2J", `leasehold -- "\x1b[2J"`},
-	} {
-		got := usageHint(strings.Fields(c.args))
-		if !strings.Contains(got, c.want) || strings.Contains(got, "hunter2") {
-			t.Errorf("leasehold %s: %q, want %q", c.args, got, c.want)
-		}
-		if strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, "leasehold: ") {
-			t.Errorf("leasehold %s: not one line: %q", c.args, got)
 		}
 	}
 }

@@ -1,6 +1,4 @@
-//go:build linux
-
-package config
+package suggest
 
 import (
 	"cmp"

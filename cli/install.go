@@ -1,6 +1,6 @@
 //go:build linux
 
-package app
+package cli
 
 import (
 	"errors"
@@ -14,16 +14,17 @@ import (
 	"leasehold/internal/quote"
 )
 
-// install copies the running binary to dest, a directory or a file: a scratch image has no cp for an init container to use.
-// Whoever looks at dest sees the old file or the whole new one, also while the old one runs.
-func install(dest string) int {
+// ErrInstall ends install: the copy can't be made.
+var ErrInstall = errors.New("install")
+
+// install copies the running binary to dest, a directory or a file: a scratch image has no cp for an
+// init container to use. Whoever looks at dest sees the old file or the whole new one, also while
+// the old one runs.
+func install(dest string) error {
 	if err := installTo(dest); err != nil {
-		text := fmt.Sprintf("leasehold: install %s: %v\n", quote.Word(dest), err)
-		fmt.Fprint(os.Stderr, text)
-		leaveMessage(terminationLog, text, false)
-		return exitOS
+		return fmt.Errorf("%w %s: %w", ErrInstall, quote.Word(dest), err)
 	}
-	return 0
+	return nil
 }
 
 func installTo(dest string) (err error) {

@@ -1,0 +1,43 @@
+//go:build linux
+
+package app
+
+import (
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/config"
+	"leasehold/election"
+	"leasehold/health"
+	"leasehold/supervisor"
+)
+
+// healthSnapshot puts what the endpoint needs to know into the endpoint's words.
+func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
+	s := health.Snapshot{
+		Election: cfg.Election, Identity: cfg.Identity,
+		State: string(c.State), Reason: c.Reason, Since: c.Since,
+		LeaseID: c.LeaseID, TTL: c.TTL, StopAt: c.Deadlines.StopAt, End: c.Deadlines.End,
+		Leading: c.Leading, Live: live(c),
+		Job: health.Job{State: string(supervisor.JobNone)},
+	}
+	if c.Leader != nil {
+		s.Leader = &health.Leader{Identity: c.Leader.Identity, Key: c.Leader.Key, Token: c.Leader.Token}
+	}
+	if c.Blocker != nil {
+		s.Blocker = &health.Blocker{Key: c.Blocker.Key, Why: c.Blocker.Why, Remedy: c.Blocker.Remedy}
+	}
+	return s
+}
+
+func healthJob(j supervisor.Job) health.Job {
+	h := health.Job{State: string(j.State), PID: j.PID, StartedAt: j.StartedAt, Restarts: j.Restarts}
+	if j.LastExit != nil {
+		h.LastExit = &health.Exit{Code: j.LastExit.Code, At: j.LastExit.At}
+		if j.LastExit.Signal != 0 {
+			h.LastExit.Signal = unix.SignalName(syscall.Signal(j.LastExit.Signal))
+		}
+	}
+	return h
+}

@@ -1,0 +1,225 @@
+//go:build linux
+
+package cli
+
+import (
+	"bytes"
+	"errors"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+
+	"leasehold/config"
+	"leasehold/health"
+)
+
+func newTestProgram(stdout *bytes.Buffer) *Program {
+	return &Program{
+		Version: "1.2", Built: "yesterday", Stdout: stdout,
+		ExitCodes: []Entry{{"64", "wrong usage"}}, LastWords: "The last words.",
+	}
+}
+
+func TestCommands_NamesAreListed(t *testing.T) {
+	var names []string
+	for _, c := range newTestProgram(nil).Commands() {
+		names = append(names, c.Name)
+		if c.Summary == "" || strings.HasSuffix(c.Summary, ".") || c.Run == nil {
+			t.Errorf("%s: summary %q", c.Name, c.Summary)
+		}
+	}
+	if !slices.Equal(names, commandNames[:]) {
+		t.Errorf("commandNames are %q, want %q", commandNames, names)
+	}
+}
+
+func TestParse(t *testing.T) {
+	for args, want := range map[string]Call{
+		"-- x -f y --help":            {Command: Command{Name: "run"}, Job: []string{"x", "-f", "y", "--help"}},
+		"run -- x -- y":               {Command: Command{Name: "run"}, Job: []string{"x", "--", "y"}},
+		"-f FILE -- x":                {Command: Command{Name: "run"}, EnvFile: "FILE", Job: []string{"x"}},
+		"run -f FILE -- x":            {Command: Command{Name: "run"}, EnvFile: "FILE", Job: []string{"x"}},
+		"elect":                       {Command: Command{Name: "elect"}},
+		"elect -f FILE":               {Command: Command{Name: "elect"}, EnvFile: "FILE"},
+		"-f FILE status":              {Command: Command{Name: "status"}, EnvFile: "FILE"},
+		"status --json jobs/a":        {Command: Command{Name: "status"}, Flags: []string{"--json"}, Args: []string{"jobs/a"}},
+		"status jobs/a=b -f X --json": {Command: Command{Name: "status"}, EnvFile: "X", Flags: []string{"--json"}, Args: []string{"jobs/a=b"}},
+		"check":                       {Command: Command{Name: "check"}},
+		"check leader":                {Command: Command{Name: "check"}, Args: []string{"leader"}},
+		"install /dest":               {Command: Command{Name: "install"}, Args: []string{"/dest"}},
+		"version":                     {Command: Command{Name: "version"}},
+		"--version":                   {Command: Command{Name: "version"}},
+		"status --version":            {Command: Command{Name: "version"}},
+		"help":                        {Command: Command{Name: "help"}},
+		"-h":                          {Command: Command{Name: "help"}},
+		"--help":                      {Command: Command{Name: "help"}},
+		"--help status":               {Command: Command{Name: "help"}, Args: []string{"status"}},
+		"status --help":               {Command: Command{Name: "help"}, Args: []string{"status"}},
+		"run -h -- x":                 {Command: Command{Name: "help"}, Args: []string{"run"}},
+		"install -h":                  {Command: Command{Name: "help"}, Args: []string{"install"}},
+		"help check":                  {Command: Command{Name: "help"}, Args: []string{"check"}},
+	} {
+		got, err := newTestProgram(nil).Parse(strings.Fields(args))
+		if err != nil || got.Command.Name != want.Command.Name || got.EnvFile != want.EnvFile ||
+			!slices.Equal(got.Args, want.Args) || !slices.Equal(got.Flags, want.Flags) || !slices.Equal(got.Job, want.Job) {
+			t.Errorf("leasehold %s: %+v, %v", args, got, err)
+		}
+	}
+}
+
+func TestParse_Hints(t *testing.T) {
+	for _, c := range []struct{ args, want string }{
+		{"", "say what to run: leasehold -- COMMAND"},
+		{"--", "there is no command after --"},
+		{"run", "say what to run"},
+		{"run --", "there is no command after --"},
+		{"-f FILE", "say what to run"},
+		{"-f FILE --", "there is no command after --"},
+		{"-f", "-f needs a file"},
+		{"status -f", "-f needs a file"},
+		{"-f a status -f b", "-f is given twice"},
+		{"run backup.sh -x", "put -- before the command: leasehold run -- backup.sh ..."},
+		{"run backup.sh", "put -- before the command: leasehold run -- backup.sh ..."},
+		{"backup.sh --ttl 5s", `no such command "backup.sh": there are run, elect, `},
+		{"backup.sh --ttl 5s", "To run a job of that name: leasehold -- backup.sh ..."},
+		{"backup.sh -- x", "leasehold -- backup.sh ..."},
+		{"--ttl 5s -- backup.sh", "LEASEHOLD_TTL"},
+		{"-ttl=5 -- backup.sh", "write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)"},
+		{"run --ttl=5s -- backup.sh", "write LEASEHOLD_TTL=5s before the command"},
+		{"TTL=15 -- backup.sh", "write LEASEHOLD_TTL=15s before the command (15 has no unit: write 15s)"},
+		{"LEASEHOLD_TTL=15 -- backup.sh", "write 15s"},
+		{"elect TTL=15", "write 15s"},
+		{"--tls-ca-file=/ca -- x", "write LEASEHOLD_TLS_CA_FILE=/ca before"},
+		{"--endpoint=http://u:hunter2@a:1 -- x", "write LEASEHOLD_ENDPOINTS=... before"},
+		{"--password=hunter2 -- x", "write LEASEHOLD_PASSWORD=... before"},
+		{"PASSWORD=hunter2 -- x", "write LEASEHOLD_PASSWORD=... before"},
+		{"status PASSWORD=hunter2", "write LEASEHOLD_PASSWORD=... before"},
+		{"--password hunter2 -- x", "LEASEHOLD_PASSWORD"},
+		{"--passwd=hunter2 -- x", "LEASEHOLD_PASSWORD"},
+		{"--token=hunter2 -- x", "leasehold help names all variables"},
+		{"FOO=hunter2 -- x", "leasehold help names all variables"},
+		{"statsu", `no such command "statsu": did you mean status? To run a job of that name: leasehold -- statsu`},
+		{"resign", `no such command "resign"`},
+		{"status --jsn", "no such flag --jsn: did you mean --json?"},
+		{"--vesion", "no such flag --vesion: did you mean --version?"},
+		{"elect --json", "no such flag"},
+		{"status a b", "status takes one argument: leasehold status [ELECTION] [--json]"},
+		{"elect x", "elect takes no argument"},
+		{"elect -- x", "elect runs no job: leasehold elect, or leasehold -- COMMAND"},
+		{"check lead", "check does not take lead: did you mean leader?"},
+		{"check qwertyuiop", "but live, ready, leader, standby"},
+		{"check live ready", "check takes one argument"},
+		{"install", "an argument is missing: leasehold install DEST"},
+		{"install a b", "install takes one argument: leasehold install DEST"},
+		{"version x", "version takes no argument"},
+		{"help statsu", "help does not take statsu: did you mean status?"},
+		{"\x1b[2J", `leasehold -- "\x1b[2J"`},
+	} {
+		call, err := newTestProgram(nil).Parse(strings.Fields(c.args))
+		var usage *UsageError
+		if !errors.As(err, &usage) {
+			t.Errorf("leasehold %s: %+v, %v", c.args, call, err)
+			continue
+		}
+		got := usage.Error()
+		if !strings.Contains(got, c.want) || strings.Contains(got, "hunter2") || strings.Contains(got, "\n") {
+			t.Errorf("leasehold %s: %q, want %q", c.args, got, c.want)
+		}
+	}
+}
+
+func TestHelp_NamesEverything(t *testing.T) {
+	var out bytes.Buffer
+	p := newTestProgram(&out)
+	call, err := p.Parse([]string{"--help"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := call.Command.Run(call); err != nil {
+		t.Fatal(err)
+	}
+	text := out.String()
+	for _, v := range new(config.Config).Variables() {
+		if !strings.Contains(text, "LEASEHOLD_"+v.Name+" (") && !strings.Contains(text, "LEASEHOLD_"+v.Name+"\n") {
+			t.Errorf("LEASEHOLD_%s is missing", v.Name)
+		}
+		if v.Desc == "" || v.Default != "" && v.Shown != v.Default {
+			t.Errorf("%s: description %q, default %q shown as %q", v.Name, v.Desc, v.Default, v.Shown)
+		}
+	}
+	for _, e := range slices.Concat(p.usage(), GlobalFlags(), p.ExitCodes, JobVariables()) {
+		if !strings.Contains(text, "  "+e.Name) {
+			t.Errorf("%s is missing", e.Name)
+		}
+	}
+	for line := range strings.Lines(text) {
+		if len(line) > helpWidth+1 {
+			t.Errorf("longer than %d letters: %s", helpWidth, line)
+		}
+	}
+}
+
+func TestHelp_OfEachCommand(t *testing.T) {
+	for _, name := range commandNames {
+		var out bytes.Buffer
+		call, err := newTestProgram(&out).Parse([]string{name, "--help"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := call.Command.Run(call); err != nil {
+			t.Fatal(err)
+		}
+		if text := out.String(); !strings.HasPrefix(text, "Usage: leasehold ") || !strings.Contains(text, name) {
+			t.Errorf("help of %s: %s", name, text)
+		}
+	}
+}
+
+// TestCompletion_Bash asks bash.
+func TestCompletion_Bash(t *testing.T) {
+	if _, err := exec.LookPath("bash"); err != nil {
+		t.Skip("skipped: needs bash")
+	}
+	names := strings.Join(commandNames[:], " ")
+	for line, want := range map[string]string{
+		"":                  "-- " + names,
+		"st":                "status",
+		"-":                 "-- -f --help --version",
+		"-f FILE st":        "status",
+		"-f FILE status --": "--json --help",
+		"check ":            strings.Join(health.Checks(), " "),
+		"check l":           "live leader",
+		"status -":          "--json -f --help",
+		"status jobs/a --j": "--json",
+		"run ":              "--",
+		"version ":          "",
+		"check live r":      "",
+		"help st":           "status",
+		"-- unshar":         "unshare",
+		"run -- unshar":     "unshare",
+		"-f FILE -- unshar": "unshare",
+		"-- unshare check":  "",
+	} {
+		cmd := exec.Command("bash", "--norc", "-c", `source /dev/fd/0
+			compopt() { :; } # it works only while bash completes at a prompt
+			read -ra COMP_WORDS <<<"leasehold $1"
+			[[ $1 == *' ' || -z $1 ]] && COMP_WORDS+=('')
+			COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+			_leasehold
+			printf '%s\n' "${COMPREPLY[@]}"`, "bash", line)
+		cmd.Stdin = strings.NewReader(newTestProgram(nil).Completion())
+		var complaint bytes.Buffer
+		cmd.Stderr = &complaint
+		out, err := cmd.Output()
+		if err != nil || complaint.Len() > 0 {
+			t.Fatalf("leasehold %s<TAB>: %v %s", line, err, &complaint)
+		}
+		got, all := strings.Fields(string(out)), strings.Fields(want)
+		slices.Sort(got)
+		slices.Sort(all)
+		if got = slices.Compact(got); !slices.Equal(got, all) { // A command can be in two folders of PATH.
+			t.Errorf("leasehold %s<TAB>: %q, want %q", line, got, all)
+		}
+	}
+}

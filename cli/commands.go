@@ -1,0 +1,133 @@
+//go:build linux
+
+// Package cli is the command line: one table of commands, from which the parser, help, hints, the
+// man page and the shell's completion come. The commands that only ask or copy are here too.
+//
+// Commands return errors. What code and which last words an error ends the process with is for
+// package app to say.
+package cli
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"leasehold/health"
+)
+
+// A Command is one row of the command line's table.
+type Command struct {
+	Name        string   // what is typed after leasehold
+	Args        string   // what follows, as usage shows it; "" for nothing
+	Summary     string   // a line, without a full stop
+	Description string   // more, in sentences
+	Words       []string // the only words that may follow; nil: any
+	Flags       []string // of its own, such as --json
+	Files       bool     // its argument is a path
+	Min, Max    int      // how many arguments it takes; the job's words don't count
+	Job         bool     // it takes a job, after --
+	Run         func(Call) error
+}
+
+// Usage is the command as its user types it.
+func (c Command) Usage() string {
+	name := c.Name
+	if c.Job {
+		name = "[" + name + "]"
+	}
+	return strings.TrimSpace("leasehold " + name + " " + c.Args)
+}
+
+// A Call is a command line that was found sound.
+type Call struct {
+	Command Command
+	EnvFile string   // of -f; "" for none
+	Args    []string // without flags
+	Flags   []string // those of the command that were given
+	Job     []string // what stands after --
+}
+
+// Has reports whether the flag was given.
+func (c Call) Has(flag string) bool { return slices.Contains(c.Flags, flag) }
+
+// A Program is what the command line is made of.
+type Program struct {
+	Version        string
+	Built          string // from what, and when
+	Stdout, Stderr io.Writer
+	Run            func(job []string) error // the daemon with a job
+	Elect          func() error             // the daemon without one
+	ExitCodes      []Entry
+	LastWords      string // of the termination message
+}
+
+// Commands is the table.
+func (p *Program) Commands() []Command {
+	return []Command{
+		{
+			Name: "run", Args: "-- COMMAND [ARG...]", Job: true,
+			Summary: "run COMMAND while leading",
+			Description: "All of COMMAND, every descendant too, is killed before another candidate can lead." +
+				" LEASEHOLD_RESTART says what follows when it ends by itself.",
+			Run: func(c Call) error { return p.Run(c.Job) },
+		},
+		{
+			Name:    "elect",
+			Summary: "campaign and report, no job (sidecar)",
+			Description: "An app that asks /leader must have stopped within LEASEHOLD_LOSS_GRACE of its last" +
+				" request that got 200 (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <= LEASEHOLD_STOP_GRACE).",
+			Run: func(Call) error { return p.Elect() },
+		},
+		{
+			Name: "status", Args: "[ELECTION] [--json]", Max: 1, Flags: []string{"--json"},
+			Summary: "the election as etcd has it: leader, token, lease time left, queue",
+			Description: "ELECTION takes the place of LEASEHOLD_ELECTION." +
+				" Exit code 0: there is a leader; 1: there is none; 69: etcd does not answer, or refuses.",
+			Run: p.status,
+		},
+		{
+			Name: "check", Args: "[" + strings.Join(health.Checks(), "|") + "]", Max: 1, Words: health.Checks(),
+			Summary:     "ask the local daemon at LEASEHOLD_LISTEN (live if nothing is named)",
+			Description: "Exit code 0: yes; 1: no, with the reason; 69: nobody answers within two seconds.",
+			Run:         p.check,
+		},
+		{
+			Name: "install", Args: "DEST", Min: 1, Max: 1, Files: true,
+			Summary:     "copy this binary to DEST, a directory or a file: for an init container, which has no cp",
+			Description: "Whoever looks at DEST sees the old file or the whole new one.",
+			Run:         func(c Call) error { return install(c.Args[0]) },
+		},
+		{
+			Name:    "version",
+			Summary: "print the version",
+			Run: func(Call) error {
+				_, err := fmt.Fprintf(p.Stdout, "leasehold %s (%s)\n", p.Version, p.Built)
+				return err
+			},
+		},
+		{
+			Name: "help", Args: "[COMMAND]", Max: 1, Words: commandNames[:],
+			Summary: "print this, or the help of COMMAND",
+			Run:     p.help,
+		},
+	}
+}
+
+// commandNames are the names in the table, which can't refer to itself.
+var commandNames = [...]string{"run", "elect", "status", "check", "install", "version", "help"}
+
+// GlobalFlags are the flags that every command takes.
+func GlobalFlags() []Entry {
+	return []Entry{
+		{"-f FILE", "read variables from FILE first, which has the format of systemd's EnvironmentFile=. A variable of the" +
+			" environment overrules the file, also when it is set to nothing"},
+		{"-h, --help", "print the help, or that of the command"},
+		{"--version", "print the version"},
+	}
+}
+
+// A UsageError is a wrong command line, in one line with a hint.
+type UsageError struct{ Hint string }
+
+func (e *UsageError) Error() string { return e.Hint }

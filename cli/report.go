@@ -1,0 +1,90 @@
+//go:build linux
+
+package cli
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"leasehold/election"
+	"leasehold/health"
+)
+
+// statusReport is what `leasehold status --json` prints. Like the endpoint's JSON, with which it
+// shares the fields of the same name, it may gain fields and renames none. The desc tags go into the
+// reference.
+type statusReport struct {
+	Name     string            `json:"name" desc:"the leader's identity; \"\" without a leader"`
+	Election string            `json:"election" desc:"the election's key prefix"`
+	Leader   *statusCandidate  `json:"leader" desc:"the leader, as etcd has it"`
+	Lease    *statusLease      `json:"lease" desc:"the leader's lease"`
+	Queue    []statusCandidate `json:"queue" desc:"all candidates in their order, the leader first"`
+	Blocker  *statusBlocker    `json:"blocker" desc:"the first of the blockers"`
+	Blockers []statusBlocker   `json:"blockers" desc:"keys that no candidate made, and that will not go away by themselves"`
+	Version  string            `json:"version" desc:"of the leasehold that asks"`
+}
+
+type statusCandidate struct {
+	Identity string `json:"identity" desc:"its name"`
+	Key      string `json:"key" desc:"its key in etcd"`
+	Token    int64  `json:"token" desc:"its fencing token: that key's create revision"`
+}
+
+type statusLease struct {
+	ID       string  `json:"id" desc:"in hex, as etcdctl shows it"`
+	TTL      float64 `json:"ttl_seconds" desc:"as etcd granted it"`
+	ValidFor float64 `json:"valid_for_seconds" desc:"what is left of it, in whole seconds"`
+}
+
+type statusBlocker struct {
+	Key    string `json:"key" desc:"the key"`
+	Why    string `json:"why" desc:"why it stays"`
+	Remedy string `json:"remedy" desc:"the command that ends the wait"`
+}
+
+// ReportFields lists the fields of status --json, for the reference.
+func ReportFields() []health.Field { return health.FieldsOf[statusReport]() }
+
+func reportJSON(name, version string, r election.Report) statusReport {
+	out := statusReport{
+		Election: name, Queue: []statusCandidate{}, Blockers: []statusBlocker{}, Version: version,
+	}
+	if r.Leader != nil {
+		leader := statusCandidate(*r.Leader)
+		out.Name, out.Leader = leader.Identity, &leader
+		out.Lease = &statusLease{
+			ID: strconv.FormatInt(r.LeaseID, 16), TTL: r.LeaseTTL.Seconds(), ValidFor: r.LeaseLeft.Seconds(),
+		}
+	}
+	for _, c := range r.Queue {
+		out.Queue = append(out.Queue, statusCandidate(c))
+	}
+	for _, b := range r.Blockers {
+		out.Blockers = append(out.Blockers, statusBlocker(b))
+	}
+	if len(out.Blockers) > 0 {
+		out.Blocker = &out.Blockers[0]
+	}
+	return out
+}
+
+func reportText(name string, r election.Report) string {
+	var b strings.Builder
+	if r.Leader == nil {
+		fmt.Fprintf(&b, "%s: no leader\n", name)
+	} else {
+		fmt.Fprintf(&b, "%s: leader is %s, token %d, lease %x valid for %s\n",
+			name, strconv.QuoteToGraphic(r.Leader.Identity), r.Leader.Token, r.LeaseID, r.LeaseLeft)
+	}
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for i, c := range r.Queue {
+		_, _ = fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, strconv.QuoteToGraphic(c.Identity), c.Token, c.Key)
+	}
+	_ = w.Flush() // a strings.Builder takes everything
+	for _, x := range r.Blockers {
+		fmt.Fprintf(&b, "blocked by %s: %s; to end the wait: %s\n", x.Key, x.Why, x.Remedy)
+	}
+	return b.String()
+}

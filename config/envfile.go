@@ -1,0 +1,182 @@
+//go:build linux
+
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"unicode/utf8"
+)
+
+// LoadFile reads an env file and adds its variables to the environment of the process, all of them,
+// as systemd's EnvironmentFile= would. A variable that the environment has already stays as it is,
+// also when it is set to nothing. The error is an *Error with every fault of the file, each led by
+// its name and line.
+//
+// The format is that of systemd.exec(5). What systemd passes over in silence or with a warning is
+// a fault here: a line without an =, a name that is none, a quote without an end.
+func LoadFile(path string) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return &Error{Faults: []error{err}}
+	}
+	f := envFile{path: path, text: string(text), line: 1, values: map[string]string{}}
+	f.parse()
+	if len(f.faults) > 0 {
+		return &Error{Faults: f.faults}
+	}
+	for name, value := range f.values {
+		if _, set := os.LookupEnv(name); set {
+			continue
+		}
+		if err := os.Setenv(name, value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err) // Not a user's fault: name and value were checked.
+		}
+	}
+	return nil
+}
+
+// An envFile is a file that is being read.
+type envFile struct {
+	path   string
+	text   string // what is still to be read
+	line   int
+	values map[string]string // by name: the last one counts
+	faults []error
+}
+
+func (f *envFile) fault(line int, format string, args ...any) {
+	f.faults = append(f.faults, fmt.Errorf("%s:%d: %w", f.path, line, fmt.Errorf(format, args...)))
+}
+
+// next takes a byte from the text, which must not be empty.
+func (f *envFile) next() byte {
+	c := f.text[0]
+	f.text = f.text[1:]
+	if c == '\n' {
+		f.line++
+	}
+	return c
+}
+
+const envSpace = " \t\r\n"
+
+func isEnvSpace(c byte) bool { return strings.IndexByte(envSpace, c) >= 0 }
+
+func (f *envFile) parse() {
+	for len(f.text) > 0 {
+		if isEnvSpace(f.text[0]) {
+			f.next()
+			continue
+		}
+		line, rest := f.line, f.text
+		if i := strings.IndexAny(rest, "\r\n"); i >= 0 {
+			rest = rest[:i]
+		}
+		name, _, assigned := strings.Cut(rest, "=")
+		switch {
+		case rest[0] == '#', rest[0] == ';':
+			f.text = f.text[len(rest):]
+			continue
+		case !assigned:
+			f.text = f.text[len(rest):]
+			f.fault(line, "there is no =: write NAME=value, or # before a comment")
+			continue
+		}
+		f.text = f.text[len(name)+1:]
+		name = strings.TrimRight(name, envSpace)
+		value, err := f.value()
+		if err != nil {
+			f.fault(line, "%w", err)
+		}
+		if err := envNameFault(name); err != nil {
+			f.fault(line, "%w", err)
+		}
+		f.values[name] = value
+	}
+}
+
+// envNameFault returns what is wrong with the name of a variable, or nil. It does not show the name,
+// which may be the rest of a secret that takes several lines.
+func envNameFault(name string) error {
+	if strings.HasPrefix(name, "export ") {
+		return errors.New("there is an export before the name: write NAME=value")
+	}
+	for i, c := range []byte(name) {
+		letter := 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '_'
+		if !letter && (i == 0 || c < '0' || c > '9') {
+			return errors.New("what is before the = is no name: use letters, digits and _, and begin with no digit")
+		}
+	}
+	if name == "" {
+		return errors.New("there is no name before the =")
+	}
+	return nil
+}
+
+// value takes a value, up to the end of its line. Quotes count only before the first character that
+// stands outside of any; white space around the value is dropped, unless it is quoted or escaped.
+func (f *envFile) value() (string, error) {
+	var b strings.Builder
+	begin, keep := true, 0 // keep: how much of b stays, whatever white space follows it
+	for len(f.text) > 0 {
+		line := f.line
+		switch c := f.next(); {
+		case c == '\n', c == '\r':
+			return envValue(b.String()[:keep])
+		case begin && (c == '\'' || c == '"'):
+			if !f.quoted(&b, c) {
+				return "", fmt.Errorf("the quote that begins in line %d has no end", line)
+			}
+			keep = b.Len()
+		case c == '\\':
+			begin = false
+			if len(f.text) > 0 {
+				if c := f.next(); c != '\n' && c != '\r' { // An escaped newline continues the line.
+					b.WriteByte(c)
+				}
+			}
+			keep = b.Len()
+		case isEnvSpace(c):
+			if !begin {
+				b.WriteByte(c)
+			}
+		default:
+			begin = false
+			b.WriteByte(c)
+			keep = b.Len()
+		}
+	}
+	return envValue(b.String()[:keep])
+}
+
+// quoted takes the rest of a quoted text into b and reports whether it has an end. A backslash means
+// something only in double quotes, and there only before one of "\`$ and at the end of a line.
+func (f *envFile) quoted(b *strings.Builder, quote byte) bool {
+	for len(f.text) > 0 {
+		c := f.next()
+		if c == quote {
+			return true
+		}
+		if c == '\\' && quote == '"' && len(f.text) > 0 {
+			switch c = f.next(); c {
+			case '\n':
+				continue
+			case '"', '\\', '`', '$':
+			default:
+				b.WriteByte('\\')
+			}
+		}
+		b.WriteByte(c)
+	}
+	return false
+}
+
+func envValue(value string) (string, error) {
+	if !utf8.ValidString(value) || strings.ContainsRune(value, 0) {
+		return "", errors.New("the value is not UTF-8, or holds a NUL")
+	}
+	return value, nil
+}
