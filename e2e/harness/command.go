@@ -75,5 +75,12 @@ func TableHead(w io.Writer, cells ...string) {
 
 // TableRow writes the cells of a line.
 func TableRow(w io.Writer, cells ...string) {
-	_, _ = fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | "))
+	line := "|"
+	for _, c := range cells {
+		if c != "" {
+			c += " "
+		}
+		line += " " + c + "|"
+	}
+	_, _ = fmt.Fprintln(w, line)
 }
