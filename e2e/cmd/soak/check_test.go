@@ -7,11 +7,15 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
 func lived(candidate string, token int64, from, to time.Duration) harness.Life {
-	return harness.Life{Hello: harness.Hello{Candidate: candidate, Token: token, Pid: int(token), Role: "job", Started: from, Forked: from}, End: to}
+	return harness.Life{Hello: harness.Hello{
+		Candidate: candidate, Token: token, Pid: int(token), Role: "job",
+		Started: from, Forked: from, Env: []string{"LEASEHOLD_LEASE_ID=2a"},
+	}, End: to}
 }
 
 func quietChecker() *checker {
@@ -33,7 +37,9 @@ func TestVerdict_OverlapAtTheEnd(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k := quietChecker()
-			k.saw(now, []harness.Life{lived("a", 5, now-time.Second, c.end), lived("b", 9, now-2*time.Millisecond, now)})
+			k.saw(now, []harness.Life{
+				lived("a", 5, now-time.Second, c.end), lived("b", 9, now-2*time.Millisecond, now),
+			})
 			if err := k.verdict(); (err != nil) != c.guilty {
 				t.Errorf("the verdict is %v", err)
 			}
@@ -41,13 +47,13 @@ func TestVerdict_OverlapAtTheEnd(t *testing.T) {
 	}
 }
 
-// A deed excuses two jobs for as long as it can be its doing, and no longer.
-func TestDeed_EndsToExcuse(t *testing.T) {
+// An action excuses two jobs for as long as it can be its doing, and no longer.
+func TestAction_EndsToExcuse(t *testing.T) {
 	now := harness.Now()
 	for _, c := range []struct {
 		name   string
 		worked bool
-		after  time.Duration // from the deed to the overlap
+		after  time.Duration // from the action to the overlap
 		guilty bool
 	}{
 		{"done, soon after", true, time.Second, false},
@@ -58,12 +64,18 @@ func TestDeed_EndsToExcuse(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			k := quietChecker()
 			did := now - c.after
-			n := k.did(deed{at: did, until: did + operatorWaits + etcdWorks + k.ttl, token: 5, cause: "leader's key deleted", deaf: "its road was cut"})
+			n := k.did(action{
+				at: did, until: did + operatorWaits + etcdWorks + k.ttl, token: 5,
+				cause: "key-deleted", unreached: "its links were cut",
+			})
 			if c.worked {
 				k.worked(n)
-				k.deeds[n].until += did - now // as if at once
+				k.excuses.actions[n].until += did - now // as if at once
 			}
-			k.saw(now, []harness.Life{lived("a", 5, did-time.Second, now+50*time.Millisecond), lived("b", 9, now, now+time.Second)})
+			k.saw(now, []harness.Life{
+				lived("a", 5, did-time.Second, now+50*time.Millisecond),
+				lived("b", 9, now, now+time.Second),
+			})
 			if err := k.verdict(); (err != nil) != c.guilty {
 				t.Errorf("the verdict is %v", err)
 			}
@@ -71,28 +83,39 @@ func TestDeed_EndsToExcuse(t *testing.T) {
 	}
 }
 
-// A deed of etcd's own, of which nobody knows whose term it took, excuses a
-// leader within reach only where that has heard of it.
-func TestDeed_OfEtcdExcusesWhomItHit(t *testing.T) {
+// An action of etcd's own, of which nobody knows whose term it took, excuses a leader within reach
+// only where that has heard of it, and one out of reach only where its lease had time left.
+func TestAction_OfEtcdExcusesWhomItHit(t *testing.T) {
 	now := harness.Now()
-	const loss = `level=INFO msg="state changed" from=leading to=stopping reason="the lease is gone from etcd"`
+	const loss = `level=INFO msg="state changed" reason="the lease is gone from etcd"`
 	for _, c := range []struct {
-		name, deaf, log string
-		written         time.Duration // before now
-		guilty          bool
+		name, unreached, log string
+		written              time.Duration // before now
+		left                 time.Duration // of the lease
+		guilty               bool
 	}{
-		{"told", "", loss, 0, false},
-		{"not told", "", `level=INFO msg="the job is dead"`, 0, true},
-		{"told of an earlier one", "", loss, time.Minute, true},
-		{"out of reach", "etcd's other members were not all there", "", 0, false},
+		{"told", "", loss, 0, 0, false},
+		{"not told", "", `level=INFO msg="the job is dead"`, 0, time.Second, true},
+		{"told of an earlier one", "", loss, time.Minute, time.Second, true},
+		{"out of reach", "etcd's other members were not all there", "", 0, time.Second, false},
+		{"out of reach, the lease over", "etcd's other members were not all there", "", 0,
+			-time.Millisecond, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k := quietChecker()
 			k.log = func(string) string {
-				return fmt.Sprintf("time=%s %s\n", time.Now().Add(-c.written).Format(time.RFC3339Nano), c.log)
+				at := time.Now().Add(-c.written).Format(time.RFC3339Nano)
+				return fmt.Sprintf("time=%s %s\n", at, c.log)
 			}
-			k.did(deed{at: now - time.Second, until: now + time.Second, cause: "a leader of etcd went on after a pause of 3s", deaf: c.deaf})
-			k.saw(now, []harness.Life{lived("a", 5, now-2*time.Second, now+5*time.Millisecond), lived("b", 9, now, now+time.Second)})
+			k.leases.claim("2a", now+c.left)
+			k.did(action{
+				at: now - time.Second, until: now + time.Second, unreached: c.unreached,
+				cause: "a leader of etcd went on after a pause of 3s",
+			})
+			k.saw(now, []harness.Life{
+				lived("a", 5, now-2*time.Second, now+5*time.Millisecond),
+				lived("b", 9, now, now+time.Second),
+			})
 			if err := k.verdict(); (err != nil) != c.guilty {
 				t.Errorf("the verdict is %v", err)
 			}
@@ -100,8 +123,8 @@ func TestDeed_OfEtcdExcusesWhomItHit(t *testing.T) {
 	}
 }
 
-// Only the time between two answers that both say so counts as a leader's wait
-// to start its crashed job again.
+// Only the time between two answers that both say so counts as a leader's wait to start its crashed
+// job again.
 func TestStatus_Backoff(t *testing.T) {
 	k := quietChecker()
 	at := harness.Now()
@@ -113,10 +136,12 @@ func TestStatus_Backoff(t *testing.T) {
 		{"a", "leading", "backoff"},
 		{"a", "leading", "backoff"}, // 1 s, of which half is asked for
 	} {
-		body := fmt.Sprintf(`{"state":%q,"job":{"state":%q},"leader":{"identity":"a","token":5}}`, a.state, a.job)
+		body := fmt.Sprintf(`{"state":%q,"job":{"state":%q},"leader":{"identity":"a","token":5}}`,
+			a.state, a.job)
 		k.answeredStatus(a.candidate, at+time.Duration(i)*time.Second, 5, []byte(body))
 	}
-	if got, want := k.backedOff(span{at, at + 4500*time.Millisecond}), 1500*time.Millisecond; got != want {
+	got := k.backedOff(check.Interval{From: at, To: at + 4500*time.Millisecond})
+	if want := 1500 * time.Millisecond; got != want {
 		t.Errorf("%v, want %v", got, want)
 	}
 	if v := k.first.Load(); v != nil {

@@ -4,148 +4,239 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 
+	"leasehold/e2e/check"
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
 
 // done is a fault as it was carried out.
 type done struct {
-	fault
-	span
+	drawn
+	check.Interval
 	idle bool // there was nothing to hit
 }
 
-// executor carries the schedule out, one step at a time in a single goroutine,
-// so that faults that last overlap and steps do not.
+// executor carries the schedule out, one step at a time in a single goroutine, so that faults that
+// last overlap and steps do not.
 type executor struct {
-	*stage
-	ctx   context.Context
-	steps []step // what is yet to come of faults that have begun
-	// disturbed is when a candidate or member, by name, was last under a fault that
-	// keeps it from hearing.
-	disturbed map[string]time.Duration
+	*run
+	ctx     context.Context
+	pending []recovery
+	busy    sync.WaitGroup // with what an operator does
 }
 
-type step struct {
+// recovery is the end of a fault that lasts.
+type recovery struct {
 	at time.Duration
 	do func() error
-	// heals: without it something would stay broken.
-	heals bool
 }
 
-// execute returns when the last fault is healed.
-func (s *stage) execute(ctx context.Context) (err error) {
-	x := &executor{stage: s, ctx: ctx, disturbed: map[string]time.Duration{}}
-	defer s.busy.Wait()
+// hit is what a fault of the schedule is for.
+type hit struct {
+	drawn
+	on        *fault.Target
+	whom      string            // for the time line
+	candidate *candidate        // nil unless it is for one
+	member    *member           // the same
+	led       bool              // the member leads etcd
+	taken     []*harness.Member // those of a fault of several
+	victims   []*victim         // those which the fault keeps from hearing of things at once
+}
+
+// target is what faults are for. Without choose they need nothing.
+type target struct {
+	members   bool // an index in the schedule is that of a member
+	links     bool // to the members of the schedule
+	takesTerm bool // from whoever leads; some of the faults wait for the end of all others
+	mayVanish bool // before it is hit: it is a process
+	// byOperator: an operator does it, who waits for etcd while other faults begin.
+	byOperator bool
+	name       func(index int) string // nil where it is for nobody in particular
+	// choose completes the hit. It reports whether there is anything to hit now.
+	choose func(x *executor, h *hit) bool
+}
+
+var (
+	// One fault at a time is for a daemon's processes, or for a member of etcd.
+	aDaemon        = target{name: candidateName, mayVanish: true, choose: chooseDaemon}
+	aLink          = target{name: candidateName, links: true, choose: chooseLink}
+	aMember        = target{name: memberName, members: true, choose: chooseMember}
+	allMembers     = target{members: true, choose: chooseAllMembers}
+	etcdByOperator = target{members: true, byOperator: true, choose: chooseByIndex}
+	anElection     = target{takesTerm: true, byOperator: true}
+	theMachine     = target{}
+)
+
+func chooseDaemon(x *executor, h *hit) bool {
+	c := x.chooseCandidate(h.drawn, func(c *candidate) bool { return !c.hit() && c.running() != nil })
+	if c == nil {
+		return false
+	}
+	d := c.running()
+	if d == nil {
+		return false
+	}
+	h.candidate, h.whom, h.on.Machine = c, c.name, d.Machine
+	h.victims = []*victim{&c.victim}
+	return true
+}
+
+func chooseLink(x *executor, h *hit) bool {
+	c := x.chooseCandidate(h.drawn, func(*candidate) bool { return true })
+	h.candidate, h.whom, h.on.Machine = c, c.name, c.machine
+	h.victims = []*victim{&c.links}
+	return true
+}
+
+func chooseMember(x *executor, h *hit) bool {
+	leader := x.etcdLeader()
+	if h.leader && leader != nil && !leader.hit() {
+		h.member = leader
+	}
+	for i := range x.members {
+		if m := x.members[(h.index+i)%memberCount]; h.member == nil && !m.hit() {
+			h.member = m
+		}
+	}
+	if h.member == nil {
+		return false
+	}
+	h.whom, h.on.Member, h.led = h.member.Name, h.member.Member, h.member == leader
+	if h.led {
+		h.whom += ", which leads"
+	}
+	h.victims = []*victim{&h.member.victim}
+	return true
+}
+
+func chooseAllMembers(x *executor, h *hit) bool {
+	for _, m := range x.members {
+		if !m.hit() {
+			h.taken, h.victims = append(h.taken, m.Member), append(h.victims, &m.victim)
+		}
+	}
+	return true
+}
+
+func chooseByIndex(x *executor, h *hit) bool {
+	h.on.Member = x.members[h.index].Member
+	return true
+}
+
+// reached are the members whose links a fault is for.
+func (x *executor) reached(f drawn) (members []*harness.Member) {
+	for _, m := range f.reach {
+		members = append(members, x.members[m].Member)
+	}
+	return members
+}
+
+// execute returns when the last fault is over.
+func (r *run) execute(ctx context.Context) (err error) {
+	x := &executor{run: r, ctx: ctx}
+	defer x.busy.Wait()
 	defer func() {
-		for _, st := range x.steps { // only after an error there are any
-			if st.heals {
-				_ = st.do() // there is an error already
-			}
+		for _, p := range x.pending { // only after an error there are any
+			_ = p.do() // there is an error already
 		}
 	}()
-	s.faulted.from = harness.Now()
-	for i := 0; i < len(s.schedule) || len(x.steps) > 0; {
-		next := step{at: forever}
-		if i < len(s.schedule) {
-			next.at = s.faulted.from + s.schedule[i].at
+	r.faulted.From = harness.Now()
+	for i := 0; i < len(r.schedule) || len(x.pending) > 0; {
+		next := check.Forever
+		if i < len(r.schedule) {
+			next = r.faulted.From + r.schedule[i].at
 		}
-		slices.SortStableFunc(x.steps, func(a, b step) int { return int(a.at - b.at) })
-		later := len(x.steps) > 0 && x.steps[0].at <= next.at
-		if later {
-			next = x.steps[0]
+		slices.SortStableFunc(x.pending, func(a, b recovery) int { return int(a.at - b.at) })
+		recovers := len(x.pending) > 0 && x.pending[0].at <= next
+		if recovers {
+			next = x.pending[0].at
 		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(next.at - harness.Now()):
+		if err := harness.Wait(ctx, next-harness.Now()); err != nil {
+			return err
 		}
-		if later {
-			x.steps = x.steps[1:]
-			err = next.do()
+		if recovers {
+			do := x.pending[0].do
+			x.pending = x.pending[1:]
+			err = do()
 		} else {
-			err = x.begin(s.schedule[i])
+			err = x.begin(r.schedule[i])
 			i++
 		}
 		if err != nil {
 			return err
 		}
 	}
-	s.busy.Wait()
-	s.faulted.to = harness.Now()
-	s.check.note("the last fault is healed")
+	x.busy.Wait()
+	r.faulted.To = harness.Now()
+	r.check.note("the last fault is over")
 	return context.Cause(ctx)
 }
 
-// later has the fault healed when it has lasted long enough.
-func (x *executor) later(f fault, whom string, heal func() error) {
-	n := len(x.done)
-	x.steps = append(x.steps, step{at: harness.Now() + f.lasts, heals: true, do: func() error {
-		err := heal()
-		x.done[n-1].to = harness.Now()
-		x.check.note("  #%d healed: %s", f.number, f.deed(whom))
-		return err
-	}})
-}
-
-func (x *executor) begin(f fault) error {
-	now := harness.Now()
-	x.done = append(x.done, done{fault: f, span: span{now, now}})
-	var err error
-	switch f.what {
-	case onCandidate:
-		c := x.candidate(f, func(c *candidate) bool { return !c.hit && c.running() != nil })
-		if c == nil {
-			return x.nothing(f)
+// begin injects a fault.
+func (x *executor) begin(f drawn) error {
+	now, n := harness.Now(), len(x.done)
+	x.done = append(x.done, done{drawn: f, Interval: check.Interval{From: now, To: now}})
+	h := &hit{drawn: f, on: &fault.Target{Testbed: x.Testbed, TTL: x.ttl, Trial: f.number}}
+	switch {
+	case f.on.choose != nil && !f.on.choose(x, h):
+		x.idle(n, f, errors.New("there is nothing to hit"))
+		return nil
+	case f.on.byOperator:
+		x.operate(n, h)
+		return nil
+	}
+	x.check.note("#%d: %s", f.number, f.describe(h.whom))
+	made := f.fault(x, h)
+	ctx, cancel := context.WithTimeout(x.ctx, harness.WaitTimeout)
+	defer cancel()
+	err := made.Start(ctx, h.on)
+	if err != nil && f.on.mayVanish {
+		x.idle(n, f, err)
+		return made.End(ctx, h.on)
+	}
+	if f.lasts > 0 {
+		for _, v := range h.victims {
+			v.begin()
 		}
-		err = x.hitCandidate(f, c)
-	case onRoad:
-		err = x.hitRoad(f, x.candidate(f, func(*candidate) bool { return true }))
-	case onMember:
-		m := x.member(f)
-		if m == nil {
-			return x.nothing(f)
-		}
-		err = x.hitMember(f, m)
-	case onEtcd:
-		err = x.hitEtcd(f)
-	case onElection:
-		x.hitElection(f)
-	case onMachine:
-		err = x.starve(f)
+		x.pending = append(x.pending, recovery{now + f.lasts, func() error {
+			return x.recover(n, h, made)
+		}})
 	}
 	if err != nil {
-		return fmt.Errorf("fault %d, %s: %w", f.number, f.deed(""), err)
+		return fmt.Errorf("fault %d, %s: %w", f.number, f.name, err)
 	}
 	return nil
 }
 
-// begins puts the fault into the time line before it happens.
-func (x *executor) begins(f fault, whom string) {
-	x.check.note("#%d: %s", f.number, f.deed(whom))
+// recover ends a fault that has lasted long enough.
+func (x *executor) recover(n int, h *hit, of fault.Fault) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(x.ctx), harness.WaitTimeout)
+	defer cancel()
+	err := of.End(ctx, h.on)
+	for _, v := range h.victims {
+		v.end()
+	}
+	x.done[n].To = harness.Now()
+	x.check.note("  #%d is over: %s", h.number, h.describe(h.whom))
+	return err
 }
 
-func (x *executor) nothing(f fault) error {
-	x.done[len(x.done)-1].idle = true
-	x.check.note("#%d: %s: there is nothing to hit", f.number, f.deed(""))
-	return nil
+// idle notes a fault that came to nothing.
+func (x *executor) idle(n int, f drawn, why error) {
+	x.check.note("  #%d came to nothing: %s: %v", f.number, f.describe(""), why)
+	x.check.idle(n)
 }
 
-// candidate finds whom a fault is for.
-func (x *executor) candidate(f fault, free func(*candidate) bool) *candidate {
+// chooseCandidate finds whom a fault is for.
+func (x *executor) chooseCandidate(f drawn, free func(*candidate) bool) *candidate {
 	if f.leader {
 		leader := x.check.leading()
 		for _, c := range x.candidates {
@@ -162,31 +253,14 @@ func (x *executor) candidate(f fault, free func(*candidate) bool) *candidate {
 	return nil
 }
 
-func (x *executor) member(f fault) *member {
-	if f.leader {
-		if m := x.etcdLeader(); m != nil && !m.hit {
-			return m
-		}
-	}
-	for i := range x.members {
-		if m := x.members[(f.index+i)%memberCount]; !m.hit {
-			return m
-		}
-	}
-	return nil
-}
-
-// etcdLeader asks all members at once; one that is paused does not answer.
+// etcdLeader asks all members at once; one that hangs does not answer.
 func (x *executor) etcdLeader() *member {
 	ctx, cancel := context.WithTimeout(x.ctx, 300*time.Millisecond)
 	defer cancel()
 	leads := make([]bool, memberCount)
 	var asking sync.WaitGroup
 	for i, m := range x.members {
-		asking.Go(func() {
-			v, err := m.Metric(ctx, "etcd_server_is_leader")
-			leads[i] = err == nil && v == 1
-		})
+		asking.Go(func() { leads[i] = m.Leads(ctx) })
 	}
 	asking.Wait()
 	if i := slices.Index(leads, true); i >= 0 {
@@ -195,355 +269,95 @@ func (x *executor) etcdLeader() *member {
 	return nil
 }
 
-func (x *executor) hitCandidate(f fault, c *candidate) error {
-	d := c.running()
-	if d == nil {
-		return x.nothing(f)
-	}
-	find := d.Elector
-	if strings.HasPrefix(f.name, "spawner") {
-		find = d.Spawner
-	}
-	child, err := openChild(d, find)
-	if err != nil && x.contender == leasehold {
-		return x.nothing(f) // it has just started, or is ending
-	}
-	// Errors of signals mean that the process has ended meanwhile.
-	signal := func(sig syscall.Signal) { _ = d.Signal(sig) }
-	signalChild := func(sig syscall.Signal) {
-		if child < 0 {
-			signal(sig)
-			return
-		}
-		_ = unix.PidfdSendSignal(child, sig, nil, 0)
-	}
-	closeChild := func() {
-		if child >= 0 {
-			_ = unix.Close(child)
-		}
-	}
-	x.begins(f, c.name)
-	lasting := func(heal func()) {
-		c.hit = true
-		x.later(f, c.name, func() error {
-			c.hit = false
-			x.disturbed[c.name] = harness.Now()
-			heal()
-			closeChild()
-			return nil
-		})
-	}
-	switch f.name {
-	case "guard stopped":
-		x.check.stops(c.name)
-		signal(syscall.SIGSTOP)
-		lasting(func() { signal(syscall.SIGCONT) })
-		return nil
-	case "elector stopped", "spawner stopped":
-		signalChild(syscall.SIGSTOP)
-		lasting(func() { signalChild(syscall.SIGCONT) })
-		return nil
-	case "frozen briefly", "frozen for long":
-		thaw, err := x.freeze(c)
-		lasting(thaw)
-		return err
-	}
-	defer closeChild()
-	switch f.name {
-	case "guard killed":
-		x.check.kills(c.name)
-		signal(syscall.SIGKILL)
-	case "elector killed", "spawner killed":
-		signalChild(syscall.SIGKILL)
-	case "asked to end twice":
-		signal(syscall.SIGTERM)
-		signal(syscall.SIGTERM)
-	case "asked to end":
-		signal(syscall.SIGTERM)
-	}
-	return nil
-}
-
-// openChild holds a child of the guard, so that a later signal hits no other.
-func openChild(d *daemon, find func() (int, error)) (int, error) {
-	pid, err := find()
-	if err != nil {
-		return -1, err
-	}
-	fd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return -1, err
-	}
-	if again, err := find(); err != nil || again != pid {
-		_ = unix.Close(fd)
-		return -1, fmt.Errorf("the guard of %s has another child now", d.Identity)
-	}
-	return fd, nil
-}
-
-// freeze freezes a candidate and all that it has started. Nothing can be
-// started in there meanwhile: a fork would wait for the thaw.
-func (x *executor) freeze(c *candidate) (thaw func(), err error) {
-	file := filepath.Join(c.cgroup, "cgroup.freeze")
-	c.starting.Lock()
-	err = os.WriteFile(file, []byte("1"), 0)
-	ctx, cancel := context.WithTimeout(x.ctx, patience)
-	defer cancel()
-	if err == nil {
-		err = harness.Until(ctx, func() error {
-			events, err := os.ReadFile(filepath.Join(c.cgroup, "cgroup.events"))
-			if err == nil && !strings.Contains(string(events), "frozen 1") {
-				err = fmt.Errorf("candidate %s is not frozen", c.name)
-			}
-			return err
-		})
-	}
-	x.check.freezes(c.name)
-	return func() {
-		x.check.thaws(c.name)
-		_ = os.WriteFile(file, []byte("0"), 0) // it could be written to before
-		c.starting.Unlock()
-	}, err
-}
-
-func (x *executor) hitRoad(f fault, c *candidate) error {
-	var ways []harness.Link
-	for _, m := range f.reach {
-		to, from := harness.Link{From: c.node, To: x.members[m].Node}, harness.Link{From: x.members[m].Node, To: c.node}
-		switch f.name {
-		case "road cut to etcd":
-			ways = append(ways, to)
-		case "road cut from etcd":
-			ways = append(ways, from)
-		default:
-			ways = append(ways, to, from)
-		}
-	}
-	loss := 100
-	if f.name == "road lossy" {
-		loss = f.loss
-	}
-	x.begins(f, c.name)
-	end := harness.Now() + f.lasts
-	x.later(f, c.name, func() error {
-		x.disturbed[c.name] = harness.Now()
-		return x.roads.clear(f.number)
-	})
-	var flap func(cut bool) func() error
-	flap = func(cut bool) func() error {
-		return func() error {
-			if next := harness.Now() + f.period; f.name == "road flapping" && next < end {
-				x.steps = append(x.steps, step{at: next, do: flap(!cut)})
-			}
-			if !cut {
-				x.disturbed[c.name] = harness.Now() // what was lost while it was dark is still to be sent again
-				return x.roads.clear(f.number)
-			}
-			return x.roads.set(f.number, loss, ways)
-		}
-	}
-	return flap(true)()
-}
-
-func (x *executor) hitMember(f fault, m *member) error {
-	var heal func() error
-	led := x.etcdLeader() == m
-	whom := m.Name
-	if led {
-		whom += ", which leads"
-	}
-	x.begins(f, whom)
-	switch f.name {
-	case "member killed":
-		m.Kill()
-		heal = m.Start
-	case "member paused":
-		if err := m.Pause(); err != nil {
-			return err
-		}
-		heal = func() error {
-			// https://github.com/etcd-io/etcd/issues/15247: it may expire leases that
-			// were renewed elsewhere. That is as if an operator had revoked them.
-			if led && f.lasts > x.ttl*7/10 {
-				deaf := ""
-				for _, other := range x.members {
-					if other != m && x.away(other.Name, other.hit, other.Node) {
-						deaf = "etcd's other members were not all there"
-					}
-				}
-				x.check.did(deed{at: harness.Now(), until: harness.Now() + 3*time.Second, cause: fmt.Sprintf("a leader of etcd went on after a pause of %v", f.lasts), deaf: deaf})
-			}
-			return m.Continue()
-		}
-	case "member cut off":
-		var others []*harness.Node
-		for _, other := range x.members {
-			if other != m {
-				others = append(others, other.Node)
-			}
-		}
-		if err := x.roads.set(f.number, 100, harness.LinksBetween(m.Node, others...)); err != nil {
-			return err
-		}
-		heal = func() error { return x.roads.clear(f.number) }
-	}
-	m.hit = true
-	x.later(f, whom, func() error {
-		m.hit = false
-		x.disturbed[m.Name] = harness.Now()
-		return heal()
-	})
-	return nil
-}
-
-func (x *executor) hitEtcd(f fault) error {
-	x.begins(f, "")
-	if f.name == "all members restarted" {
-		var down []*member
-		for _, m := range x.members {
-			if !m.hit {
-				m.hit = true
-				m.Kill()
-				down = append(down, m)
-			}
-		}
-		x.later(f, "", func() error {
-			for _, m := range down {
-				m.hit = false
-				x.disturbed[m.Name] = harness.Now()
-				if err := m.Start(); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		return nil
-	}
-	leader := x.etcdLeader()
-	x.operate(f, func(ctx context.Context) error {
-		if f.name == "compacted" {
-			got, err := x.client.Get(ctx, election)
-			if err == nil {
-				_, err = x.client.Compact(ctx, got.Header.Revision)
-			}
-			if err == nil && f.defrag {
-				_, err = x.client.Defragment(ctx, x.members[f.index].ClientURL)
-			}
-			return err
-		}
-		if leader == nil {
-			return fmt.Errorf("no member of etcd leads")
-		}
-		status, err := x.client.Status(ctx, x.members[f.index].ClientURL)
-		if err != nil {
-			return err
-		}
-		client, err := clientv3.New(clientv3.Config{Endpoints: []string{leader.ClientURL}, Logger: zap.NewNop()})
-		if err != nil {
-			return err
-		}
-		defer func() { _ = client.Close() }()
-		_, err = client.MoveLeader(ctx, status.Header.MemberId)
-		return err
-	})
-	return nil
-}
-
 const (
 	operatorWaits = 2 * time.Second
-	// etcdWorks is how long etcd may still work on a request that nobody waits
-	// for any more: five seconds and two elections (its ServerConfig.ReqTimeout).
+	// etcdWorks is how long etcd may still work on a request that nobody waits for any more: five
+	// seconds and two elections (its ServerConfig.ReqTimeout).
 	etcdWorks = 7 * time.Second
 )
 
-// operate does what an operator would, who waits for etcd while other faults
-// begin. That it does not work out in the middle of them is no error.
-func (x *executor) operate(f fault, deed func(context.Context) error) {
-	n := len(x.done) - 1
+// operate does what an operator would, who waits for etcd while other faults begin. That it does
+// not work out in the middle of them is no error.
+func (x *executor) operate(n int, h *hit) {
+	inject := x.inject
+	if h.drawn.on.takesTerm {
+		unreached := x.unreached()
+		inject = func(ctx context.Context, h *hit) error { return x.takeTerm(ctx, h, unreached) }
+	} else {
+		x.check.note("#%d: %s", h.number, h.describe(""))
+	}
 	x.busy.Go(func() {
 		ctx, cancel := context.WithTimeout(x.ctx, operatorWaits)
 		defer cancel()
-		if err := deed(ctx); err != nil {
-			x.check.note("  #%d came to nothing: %v", f.number, err)
-			x.check.idle(n)
+		if err := inject(ctx, h); err != nil {
+			x.idle(n, h.drawn, err)
 		}
 	})
 }
 
-// hitElection takes the leadership from whoever leads, as an operator could.
-func (x *executor) hitElection(f fault) {
-	deaf := map[string]string{}
-	for _, m := range x.members {
-		if x.away(m.Name, m.hit, m.Node) {
-			for _, c := range x.candidates {
-				deaf[c.name] = "etcd's members were not all there"
-			}
-		}
-	}
-	for _, c := range x.candidates {
-		if x.away(c.name, c.hit, c.node) {
-			deaf[c.name] = "its daemon or its road was under another fault"
-		}
-	}
-	x.operate(f, func(ctx context.Context) error {
-		got, err := x.client.Get(ctx, election+"/", append(clientv3.WithFirstCreate(), clientv3.WithPrefix())...)
-		if err != nil {
-			return err
-		}
-		if len(got.Kvs) == 0 {
-			return fmt.Errorf("nobody leads")
-		}
-		key := got.Kvs[0]
-		leader := string(key.Value)
-		x.begins(f, fmt.Sprintf("%s, token %d", leader, key.CreateRevision))
-		now := harness.Now()
-		n := x.check.did(deed{at: now, until: now + operatorWaits + etcdWorks + x.ttl, token: key.CreateRevision, cause: f.name, deaf: deaf[leader]})
-		if f.name == "leader's key deleted" {
-			_, err = x.client.Delete(ctx, string(key.Key))
-		} else {
-			_, err = x.client.Revoke(ctx, clientv3.LeaseID(key.Lease))
-		}
-		if err == nil {
-			x.check.worked(n)
-		}
-		return err
-	})
+func (x *executor) inject(ctx context.Context, h *hit) error {
+	return h.fault(x, h).Start(ctx, h.on)
 }
 
-// away tells if something keeps a candidate or a member from hearing of things
-// at once.
-func (x *executor) away(name string, hit bool, node *harness.Node) bool {
-	at, ever := x.disturbed[name]
-	return hit || ever && harness.Now() < at+recovers || x.roads.touched(node, x.etcd.Nodes())
-}
-
-// starve keeps the processors busy.
-func (x *executor) starve(f fault) error {
-	dir := filepath.Join(x.cgroup, "starved")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	cgroup, err := os.Open(dir)
+// takeTerm takes the leadership from whoever leads, as an operator could. unreached says why some
+// candidates may not hear of it at once.
+func (x *executor) takeTerm(ctx context.Context, h *hit, unreached map[string]string) error {
+	first := append(clientv3.WithFirstCreate(), clientv3.WithPrefix())
+	got, err := x.Client.Get(ctx, election+"/", first...)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = cgroup.Close() }()
-	x.begins(f, "")
-	var loops []*exec.Cmd
-	x.later(f, "", func() error {
-		for _, l := range loops {
-			_ = l.Process.Kill() // the run may have been killed already
-			_ = l.Wait()         // by SIGKILL
-		}
-		return nil
-	})
-	for range f.hogs {
-		l := exec.Command("sh", "-c", "while :; do :; done")
-		l.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cgroup.Fd())}
-		if err := l.Start(); err != nil {
-			return err
-		}
-		loops = append(loops, l)
+	if len(got.Kvs) == 0 {
+		return errors.New("nobody leads")
 	}
+	key := got.Kvs[0]
+	leader := string(key.Value)
+	h.on.Leading = harness.Leading{Key: string(key.Key), Lease: clientv3.LeaseID(key.Lease)}
+	whom := fmt.Sprintf("%s, token %d", leader, key.CreateRevision)
+	x.check.note("#%d: %s", h.number, h.describe(whom))
+	now := harness.Now()
+	n := x.check.did(action{
+		at: now, until: now + operatorWaits + etcdWorks + x.ttl,
+		token: key.CreateRevision, cause: h.name, unreached: unreached[leader],
+	})
+	if err := x.inject(ctx, h); err != nil {
+		return err
+	}
+	x.check.worked(n)
 	return nil
+}
+
+// unreached says of candidates why they may not hear at once of what etcd does.
+func (x *executor) unreached() map[string]string {
+	why := map[string]string{}
+	for _, c := range x.candidates {
+		if slices.ContainsFunc(x.members, (*member).away) {
+			why[c.name] = "etcd's members were not all there"
+		}
+		if c.victim.away() || c.links.away() {
+			why[c.name] = "its daemon or its links were under another fault"
+		}
+	}
+	return why
+}
+
+// victim is what faults keep from hearing of things at once. The executor's goroutine alone
+// touches it.
+type victim struct {
+	faults int           // that last
+	last   time.Duration // when the last one ended
+}
+
+func (v *victim) begin() { v.faults++ }
+
+func (v *victim) end() {
+	v.faults--
+	v.last = harness.Now()
+}
+
+func (v *victim) hit() bool { return v.faults > 0 }
+
+// away reports whether a fault lasts, or has ended just now.
+func (v *victim) away() bool {
+	return v.hit() || v.last != 0 && harness.Now() < v.last+recovers
 }

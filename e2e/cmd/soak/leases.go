@@ -5,28 +5,28 @@ package main
 import (
 	"context"
 	"errors"
+	"strconv"
+	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.uber.org/zap"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
-// watchLeases checks twice a second that each lease in etcd belongs to a
-// candidate, or expires.
-func (s *stage) watchLeases(ctx context.Context) {
+// watchLeases checks twice a second that each lease in etcd belongs to a candidate, or expires.
+func (r *run) watchLeases(ctx context.Context) {
 	var clients []*clientv3.Client
-	for _, url := range s.etcd.Endpoints() {
-		client, err := clientv3.New(clientv3.Config{Endpoints: []string{url}, Logger: zap.NewNop()})
+	for _, url := range r.Etcd.Endpoints() {
+		client, err := r.Etcd.NewClient(url)
 		if err != nil {
-			s.check.note("the leases can't be watched at %s: %v", url, err)
+			r.check.note("the leases can't be watched at %s: %v", url, err)
 			continue
 		}
 		defer func() { _ = client.Close() }()
 		clients = append(clients, client)
 	}
-	watch := leaseWatch{looked: harness.Now(), limit: s.ttl + 3*time.Second, since: map[int64]time.Duration{}}
 	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -44,13 +44,13 @@ func (s *stage) watchLeases(ctx context.Context) {
 			}
 		}
 		if ctx.Err() == nil {
-			watch.look(s.check, ids, term, err)
+			r.check.sawLeases(ids, term, err)
 		}
 	}
 }
 
-// leasesAt lists the leases that one member knows after a linearizable read has
-// shown that it is up to date.
+// leasesAt lists the leases that one member knows after a linearizable read has shown that it is up
+// to date.
 func leasesAt(ctx context.Context, client *clientv3.Client) ([]int64, uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
 	defer cancel()
@@ -68,48 +68,76 @@ func leasesAt(ctx context.Context, client *clientv3.Client) ([]int64, uint64, er
 	return ids, got.RaftTerm, nil
 }
 
-// leaseWatch knows for how long leases have belonged to nobody.
-type leaseWatch struct {
-	limit  time.Duration
-	since  map[int64]time.Duration // nobody's since then
-	looked time.Duration
-	reset  time.Duration // when etcd last gave all leases a new life
-	term   uint64
+// leases are those in etcd, and what candidates said of theirs.
+type leases struct {
+	looked   time.Duration
+	silent   check.Intervals         // when no member of etcd answered a read
+	reset    time.Duration           // when etcd last gave all leases a new life
+	term     uint64                  // of etcd
+	nobodys  map[int64]time.Duration // since when a lease was seen, by id
+	claimed  map[int64]time.Duration // when /status last named it
+	deadline map[int64]time.Duration // until when /status said that it was valid
+	most     int
 }
 
-func (w *leaseWatch) look(k *checker, ids []int64, term uint64, err error) {
+func newLeases(now time.Duration) leases {
+	return leases{
+		looked: now, nobodys: map[int64]time.Duration{},
+		claimed: map[int64]time.Duration{}, deadline: map[int64]time.Duration{},
+	}
+}
+
+// claim is told that /status named a lease, by its id in hex, as valid until a moment.
+func (s *leases) claim(hex string, until time.Duration) {
+	if id, err := strconv.ParseInt(hex, 16, 64); err == nil {
+		s.claimed[id] = harness.Now()
+		s.deadline[id] = max(s.deadline[id], until)
+	}
+}
+
+// deadlineOf is until when the lease of a term was valid by its candidate's own account, as far as
+// /status told.
+func (s *leases) deadlineOf(t *check.Term) (deadline time.Duration, known bool) {
+	for _, l := range t.Lives {
+		for _, kv := range l.Env {
+			hex, found := strings.CutPrefix(kv, "LEASEHOLD_LEASE_ID=")
+			if id, err := strconv.ParseInt(hex, 16, 64); found && err == nil {
+				deadline, known = s.deadline[id]
+				return deadline, known
+			}
+		}
+	}
+	return 0, false
+}
+
+// sawLeases takes the leases that etcd listed, or the error that it did not.
+func (k *checker) sawLeases(ids []int64, term uint64, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	now := harness.Now()
-	// A new leader of etcd gives each lease its whole TTL again, and without one
-	// nothing expires.
-	if err != nil || term != w.term {
-		w.reset, w.term = now, term
+	s, now := &k.leases, harness.Now()
+	// A new leader of etcd gives each lease its whole TTL again, and without one nothing expires.
+	if err != nil || term != s.term {
+		s.reset, s.term = now, term
 	}
 	if err != nil {
-		k.silent = append(k.silent, span{w.looked, now})
+		s.silent = append(s.silent, check.Interval{From: s.looked, To: now})
 	}
-	w.looked = now
+	s.looked = now
 	if err != nil {
 		return
 	}
 	k.counts.Leases++
-	k.mostLeases = max(k.mostLeases, len(ids))
-	known := map[int64]bool{}
+	s.most = max(s.most, len(ids))
+	listed := map[int64]time.Duration{}
 	for _, id := range ids {
-		known[id] = true
-		if _, found := w.since[id]; !found {
-			w.since[id] = now
+		listed[id] = now
+		if since, known := s.nobodys[id]; known {
+			listed[id] = since
 		}
-		since := max(w.since[id], w.reset, k.claimed[id])
-		if now-since > w.limit {
-			k.violate(nil, "lease %x has belonged to nobody for %v", id, now-since)
-		}
-	}
-	for id := range w.since {
-		if !known[id] {
-			delete(w.since, id)
-			delete(k.claimed, id)
+		alone := now - max(listed[id], s.reset, s.claimed[id])
+		if alone > k.ttl+3*time.Second {
+			k.violate(nil, "lease %x has belonged to nobody for %v", id, alone)
 		}
 	}
+	s.nobodys = listed
 }

@@ -1,0 +1,287 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"leasehold/e2e/check"
+	"leasehold/e2e/harness"
+)
+
+// violation is a broken promise.
+type violation struct {
+	at         time.Duration
+	what       string
+	candidates []string // those involved; none: all
+}
+
+func (v *violation) Error() string { return v.what }
+
+func (v *violation) involves(candidate string) bool {
+	return len(v.candidates) == 0 || slices.Contains(v.candidates, candidate)
+}
+
+// event is one line of the time line.
+type event struct {
+	at   time.Duration
+	text string
+}
+
+// overlap is of two terms' jobs.
+type overlap struct {
+	check.Overlap
+	from   time.Duration
+	class  class
+	judged time.Duration // how much of it has been judged
+}
+
+func (o *overlap) lasted() time.Duration { return o.During.Total() }
+
+// checker knows the promises. Everything in it is told as it happens.
+type checker struct {
+	settings
+	began  time.Duration
+	log    func(candidate string) string // what the last daemons of a candidate wrote
+	first  atomic.Pointer[violation]
+	broken chan struct{} // closed with the first
+
+	mu       sync.Mutex
+	events   []event
+	counts   counts
+	idles    map[int]bool          // faults, by their place, that came to nothing
+	terms    check.History         // not long over
+	past     check.Intervals       // when jobs lived whose terms have been forgotten
+	overlaps map[[2]int64]*overlap // by tokens
+	excuses  excuses
+	health   health
+	leases   leases
+}
+
+// counts are of checks and of what was seen.
+type counts struct {
+	Terms     int `json:"terms"`
+	Jobs      int `json:"jobs"`
+	Processes int `json:"processes"`
+	Status    int `json:"status"`
+	Leading   int `json:"status_leading"`
+	Leader    int `json:"leader"`
+	Yes       int `json:"leader_yes"`
+	// Untold are of jobs that were killed before the witness heard of them.
+	Untold int `json:"leader_yes_untold"`
+	Leases int `json:"leases"`
+}
+
+func newChecker(set settings) *checker {
+	now := harness.Now()
+	return &checker{
+		settings: set, began: now, broken: make(chan struct{}),
+		idles: map[int]bool{}, overlaps: map[[2]int64]*overlap{},
+		excuses: newExcuses(), health: newHealth(), leases: newLeases(now),
+	}
+}
+
+// note puts a line into the time line.
+func (k *checker) note(format string, args ...any) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.noteAt(harness.Now(), format, args...)
+}
+
+func (k *checker) noteAt(at time.Duration, format string, args ...any) {
+	k.events = append(k.events, event{at, fmt.Sprintf(format, args...)})
+}
+
+func (k *checker) eventsUntil(at time.Duration) []event {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	events := slices.Clone(k.events)
+	slices.SortStableFunc(events, func(a, b event) int { return int(a.at - b.at) })
+	return slices.DeleteFunc(events, func(e event) bool { return e.at > at })
+}
+
+// violate reports a broken promise; only the first is kept.
+func (k *checker) violate(candidates []string, format string, args ...any) {
+	k.violateAt(harness.Now(), candidates, format, args...)
+}
+
+func (k *checker) violateAt(at time.Duration, candidates []string, format string, args ...any) {
+	v := &violation{at: at, what: fmt.Sprintf(format, args...), candidates: candidates}
+	if k.first.CompareAndSwap(nil, v) {
+		close(k.broken)
+	}
+}
+
+// idle is told of a fault that came to nothing.
+func (k *checker) idle(fault int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.idles[fault] = true
+}
+
+// wall is what the wall clock shows at a moment, for the daemons' logs.
+func (k *checker) wall(at time.Duration) time.Time { return time.Now().Add(at - harness.Now()) }
+
+// saw takes what the witness knew of all processes at a moment.
+func (k *checker) saw(now time.Duration, lives []harness.Life) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, l := range lives {
+		t, isNew := k.terms.Add(l)
+		if isNew {
+			k.start(t, l)
+		}
+		if !l.Alive() && !t.Alive() {
+			k.noteAt(t.End, "the %v, has exited", t)
+		}
+	}
+	k.excuses.sample(now)
+	k.judge(now, false)
+}
+
+// start takes a process that the witness has not known, and checks the order of the fencing tokens.
+func (k *checker) start(t *check.Term, l harness.Life) {
+	if k.counts.Processes++; len(t.Lives) == 1 {
+		k.counts.Terms++
+		k.health.receives(l.Token)
+	}
+	if l.Role != "job" {
+		return
+	}
+	k.counts.Jobs++
+	does := ""
+	if len(l.Args) > 1 {
+		does = fmt.Sprintf(", does %q", l.Args[1:])
+	}
+	k.noteAt(l.Started, "the %v, starts: pid %d%s", t, l.Pid, does)
+	for _, other := range k.terms {
+		for _, o := range other.Lives {
+			// The kernel rounds down, so that only a whole step earlier is earlier.
+			inverted := o.Token == l.Token || o.Token > l.Token && o.Forked < l.Forked ||
+				o.Token < l.Token && o.Forked > l.Forked
+			if other == t || o.Role != "job" || !inverted {
+				continue
+			}
+			earlier, later := t, other
+			if o.Token < l.Token {
+				earlier, later = other, t
+			}
+			at := max(o.Forked, l.Forked)
+			// After an action of etcd's own the candidate may not have said so yet.
+			c, why := k.classify(earlier, at)
+			if c == unexcused && k.excuses.actionOn(earlier.Token, at) == nil {
+				k.violate([]string{t.Candidate, other.Candidate}, "the fencing tokens do not rise: "+
+					"the %v, started though the %v, had started before%s", earlier, later, why)
+			}
+		}
+	}
+}
+
+// endsByItself reports whether the job of a term is one that does.
+func endsByItself(t *check.Term) bool {
+	return slices.ContainsFunc(t.Lives, func(l harness.Life) bool {
+		return slices.ContainsFunc(l.Args, func(w string) bool { return strings.HasPrefix(w, "exit=") })
+	})
+}
+
+// awake is when a term's job could run.
+func (k *checker) awake(now time.Duration) func(*check.Term) check.Intervals {
+	return func(t *check.Term) check.Intervals {
+		return t.Intervals(now).Without(k.excuses.frozen[t.Candidate])
+	}
+}
+
+// remembered is how long a term that is over is compared with others.
+const remembered = 20 * time.Second
+
+// judge looks for two jobs alive at once. At last, when no job lives and every daemon has said what
+// it had to, nothing waits for a later look.
+func (k *checker) judge(now time.Duration, last bool) {
+	for i, later := range k.terms {
+		for _, earlier := range k.terms[:i] {
+			k.compare(earlier, later, now, last)
+		}
+	}
+	k.explain(now, last)
+	k.excuse(now, last)
+	k.terms = slices.DeleteFunc(k.terms, func(t *check.Term) bool {
+		over := !t.Alive() && t.End <= now-remembered
+		if over {
+			k.past = check.Merge(append(k.past, k.awake(now)(t)...)...)
+		}
+		return over
+	})
+}
+
+func (k *checker) compare(a, b *check.Term, now time.Duration, last bool) {
+	both := check.NewOverlap(a, b, k.awake(now))
+	if len(both.During) == 0 {
+		return
+	}
+	earlier, later := both.Earlier, both.Later
+	key := [2]int64{earlier.Token, later.Token}
+	o := k.overlaps[key]
+	if o == nil {
+		o = &overlap{from: both.During[0].From}
+		k.overlaps[key] = o
+		k.noteAt(o.from, "OVERLAP: the %v, and the %v, both live", earlier, later)
+	}
+	o.Overlap = both
+	// A guard says how late it was when all is over, so wait for that, but not for ever.
+	end, over := both.During[len(both.During)-1].To, !earlier.Alive() || !later.Alive()
+	early := !over && o.lasted() < k.ttl || over && now < end+200*time.Millisecond
+	if o.lasted() <= o.judged || early && !last {
+		return
+	}
+	o.judged = o.lasted()
+	var why string
+	o.class, why = k.classify(earlier, o.from)
+	k.noteAt(now, "%v: %s%s", both, o.class, why)
+	if o.class == afterThaw && o.lasted() > k.margin() &&
+		k.excuses.stalled(o.from, o.from+o.lasted()) > 0.5 {
+		o.class = guardLate
+	}
+	if bound := bounds[o.class](k.settings); o.lasted() > bound {
+		k.violate([]string{earlier.Candidate, later.Candidate},
+			"two jobs were alive for %v (%s%s): the %v, and the %v",
+			o.lasted(), o.class, why, earlier, later)
+	}
+}
+
+// leading names the candidate whose job lives, or "".
+func (k *checker) leading() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, t := range slices.Backward(k.terms) {
+		if t.Alive() {
+			return t.Candidate
+		}
+	}
+	return ""
+}
+
+// aliveSince is the first moment after the given one at which a job could run, if there is one by
+// now.
+func (k *checker) aliveSince(at time.Duration) (time.Duration, bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	lived := k.lived(check.Interval{From: at, To: harness.Now()})
+	if len(lived) == 0 {
+		return 0, false
+	}
+	return lived[0].From, true
+}
+
+// lived is when a job could run, of all that the witness has seen.
+func (k *checker) lived(within check.Interval) check.Intervals {
+	all := slices.Clone(k.past)
+	for _, t := range k.terms {
+		all = append(all, k.awake(harness.Now())(t)...)
+	}
+	return check.Merge(all...).And(check.Intervals{within})
+}

@@ -1,0 +1,255 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"leasehold/e2e/check"
+	"leasehold/e2e/harness"
+)
+
+// class is what an overlap is counted as.
+type class string
+
+const (
+	afterAction class = "after an operator's action, the old leader within reach"
+	unreached   class = "after an operator's action, the old leader out of reach"
+	starved     class = "after an operator's action, the machine starved"
+	afterThaw   class = "after a thaw past the TTL, from the thaw on"
+	guardLate   class = "the guard was later than its margin"
+	unexcused   class = "outside of every exception"
+)
+
+// bounds are for how long an overlap may last. See judged for how long afterAction may.
+var bounds = map[class]func(settings) time.Duration{
+	afterAction: settings.wholeTTL,
+	unreached:   settings.wholeTTL,
+	starved:     settings.wholeTTL,
+	afterThaw:   settings.margin,
+	guardLate:   settings.wholeTTL,
+	unexcused:   func(settings) time.Duration { return 0 },
+}
+
+func (s settings) wholeTTL() time.Duration { return s.ttl }
+
+// margin is leasehold's own default.
+func (s settings) margin() time.Duration { return max(s.ttl/10, 200*time.Millisecond) }
+
+// action is a term taken away under its leader's feet, by an operator or by etcd.
+type action struct {
+	at    time.Duration
+	token int64 // 0: of whichever term it hit
+	hit   bool  // that term's job was alive
+	cause string
+	until time.Duration // when two jobs can last begin to live at once by it
+	// unreached is what may have kept the old leader from learning of it, or "".
+	unreached string
+	// stalled is for how much of the time around it some process waited for a processor; -1: not
+	// known yet.
+	stalled float64
+}
+
+// class is what overlaps after it are counted as. On a starved machine they say little of
+// leasehold: a job that has got its SIGKILL is seen dead only when it has a processor to end on.
+func (a *action) class() class {
+	switch {
+	case a.unreached != "":
+		return unreached
+	case a.stalled > 0.5:
+		return starved
+	}
+	return afterAction
+}
+
+func (a *action) why() string {
+	switch a.class() {
+	case unreached:
+		return fmt.Sprintf(" (%s; %s)", a.cause, a.unreached)
+	case starved:
+		return fmt.Sprintf(" (%s; processes waited for a processor %.0f %% of the time)",
+			a.cause, 100*a.stalled)
+	}
+	return fmt.Sprintf(" (%s)", a.cause)
+}
+
+// excuses are what the checker is told of faults.
+type excuses struct {
+	frozen  map[string]check.Intervals // by candidate
+	killed  map[string]time.Duration   // when a candidate's guard last got SIGKILL
+	stopped map[string]time.Duration   // and SIGSTOP
+	actions []*action
+	samples []sample // of the kernel's account of CPU pressure
+}
+
+func newExcuses() excuses {
+	return excuses{
+		frozen: map[string]check.Intervals{},
+		killed: map[string]time.Duration{}, stopped: map[string]time.Duration{},
+	}
+}
+
+// freezes is told when a candidate has been frozen, thaws before it is thawed.
+func (k *checker) freezes(candidate string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	frozen := check.Interval{From: harness.Now(), To: check.Forever}
+	k.excuses.frozen[candidate] = append(k.excuses.frozen[candidate], frozen)
+}
+
+func (k *checker) thaws(candidate string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if frozen := k.excuses.frozen[candidate]; len(frozen) > 0 {
+		frozen[len(frozen)-1].To = harness.Now()
+	}
+}
+
+// stops is told before a candidate's guard gets SIGSTOP, kills before it gets SIGKILL.
+func (k *checker) stops(candidate string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.excuses.stopped[candidate] = harness.Now()
+}
+
+func (k *checker) kills(candidate string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.excuses.killed[candidate] = harness.Now()
+}
+
+// did is told before an action is done, and returns its number.
+func (k *checker) did(a action) int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, t := range k.terms {
+		a.hit = a.hit || t.Token == a.token && t.Alive()
+	}
+	a.stalled = -1
+	k.excuses.actions = append(k.excuses.actions, &a)
+	return len(k.excuses.actions) - 1
+}
+
+// worked is told when etcd has said that the action is done. By then the old leader, wherever it
+// is, has renewed its lease for the last time.
+func (k *checker) worked(number int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.excuses.actions[number].until = harness.Now() + k.ttl
+}
+
+// actionOn finds the action that may have taken a term by a moment: the one on that term if there
+// is one.
+func (e *excuses) actionOn(token int64, at time.Duration) *action {
+	var window *action
+	for _, a := range e.actions {
+		switch {
+		case at < a.at || at > a.until:
+		case a.token == token:
+			return a
+		case a.token == 0:
+			window = a
+		}
+	}
+	return window
+}
+
+// classify finds the exception under which the earlier term's job may have been alive at a moment
+// together with a later one.
+func (k *checker) classify(earlier *check.Term, at time.Duration) (class, string) {
+	a := k.excuses.actionOn(earlier.Token, at)
+	if a != nil && (a.token != 0 || k.taken(a, earlier, at)) {
+		return a.class(), a.why()
+	}
+	for _, f := range k.excuses.frozen[earlier.Candidate] {
+		if f.Length() >= k.margin() && f.From >= earlier.Start && f.To <= at && at <= f.To+k.margin() {
+			return afterThaw, fmt.Sprintf(" (frozen for %v until %v before)", f.Length(), at-f.To)
+		}
+	}
+	// A guard that was stopped is no excuse: its elector stands in for it.
+	if stopped, ever := k.excuses.stopped[earlier.Candidate]; ever && stopped >= earlier.Start {
+		return unexcused, " (its guard had been stopped)"
+	}
+	if late := check.Latency(k.wrote(check.TimerLatencies, earlier, at)); late > k.margin() {
+		return guardLate, fmt.Sprintf(" (by %v)", late)
+	}
+	return unexcused, ""
+}
+
+// wrote is what a candidate wrote about a moment, until a TTL later. A second is for the log.
+func (k *checker) wrote(what func(log string) []check.Entry, t *check.Term, at time.Duration,
+) []check.Entry {
+	around := k.wall(at)
+	return check.Between(what(k.log(t.Candidate)),
+		around.Add(-time.Second), around.Add(k.ttl+time.Second))
+}
+
+// taken reports whether etcd took the term away by an action of its own, of which nobody knows whom
+// it hit: the candidate wrote so, or it was out of reach and its lease had time left by its own
+// account.
+func (k *checker) taken(a *action, t *check.Term, at time.Duration) bool {
+	if a.unreached == "" {
+		return len(k.wrote(check.TermTaken, t, at)) > 0
+	}
+	deadline, known := k.leases.deadlineOf(t)
+	return !known || at < deadline
+}
+
+// sample is the kernel's account of the time in which some process of the machine waited for a
+// processor.
+type sample struct {
+	at      time.Duration
+	stalled time.Duration // since the machine's start
+}
+
+const (
+	sampleEvery = 50 * time.Millisecond
+	samplesKept = 30 * time.Second
+	// around is by how much a time is widened before it is asked whether the machine was starved.
+	around = 100 * time.Millisecond
+)
+
+// sample takes a sample, and gives the actions of just before their share. Without the kernel's
+// account there are no samples.
+func (e *excuses) sample(now time.Duration) {
+	if n := len(e.samples); n > 0 && now <= e.samples[n-1].at+sampleEvery {
+		return
+	}
+	data, _ := os.ReadFile("/proc/pressure/cpu")
+	some, _, _ := strings.Cut(string(data), "\n")
+	_, total, _ := strings.Cut(some, "total=")
+	us, err := strconv.ParseInt(total, 10, 64)
+	if err == nil {
+		e.samples = append(e.samples, sample{now, time.Duration(us) * time.Microsecond})
+		e.samples = slices.DeleteFunc(e.samples, func(s sample) bool { return s.at < now-samplesKept })
+	}
+	for _, a := range e.actions {
+		if a.stalled < 0 && now > a.at+around {
+			a.stalled = e.stalled(a.at, a.at)
+		}
+	}
+}
+
+// stalled is the share of a time, widened to the samples around it, in which processes waited.
+func (e *excuses) stalled(from, to time.Duration) float64 {
+	from, to = from-around, to+around
+	var first, last sample
+	for _, s := range e.samples {
+		if s.at <= from || first.at == 0 {
+			first = s
+		}
+		last = s
+		if s.at >= to {
+			break
+		}
+	}
+	if last.at <= first.at {
+		return 0
+	}
+	return float64(last.stalled-first.stalled) / float64(last.at-first.at)
+}

@@ -1,0 +1,410 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"leasehold/e2e/check"
+	"leasehold/e2e/harness"
+)
+
+const (
+	election = "jobs/soak"
+	nobody   = 65534
+	keptRuns = 5 // of each candidate's daemon, with their logs
+)
+
+// run is everything that a run of the soak consists of.
+type run struct {
+	settings
+	*harness.Testbed
+	about      harness.About
+	schedule   []drawn
+	programs   *harness.Programs
+	witness    *harness.Witness
+	check      *checker
+	members    []*member
+	candidates []*candidate
+	wall       time.Time // when it began
+	began      time.Duration
+
+	done      []done
+	faulted   check.Interval // from the first fault to the end of the last
+	recovered time.Duration  // from then until a job ran
+	stopped   time.Duration  // from the stop of all until they had ended
+	cleared   time.Duration  // and until etcd was empty
+}
+
+// member is one of etcd's.
+type member struct {
+	*harness.Member
+	victim
+}
+
+// candidate is one of the election, on a machine of its own with a supervisor.
+type candidate struct {
+	victim        // of faults of its processes
+	links  victim // of faults of its links
+	name   string
+	root   bool
+	run    *run
+	// machine is where it runs. Each life of its daemon has a copy.
+	machine    *harness.Machine
+	behaviours *behaviours
+
+	// starting is held while a daemon starts, and while the machine is frozen: nothing can start in
+	// there.
+	starting sync.Mutex
+
+	mu     sync.Mutex
+	runs   []*daemon
+	exits  map[int]int // how often its daemon ended with which code
+	starts int
+}
+
+// daemon is one life of a candidate's daemon.
+type daemon struct {
+	*harness.Machine
+	words []string
+	began time.Duration
+}
+
+func newRun(ctx context.Context, set settings) (*run, error) {
+	r := &run{settings: set, schedule: draw(set)}
+	if err := r.open(ctx); err != nil {
+		r.close()
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *run) open(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute) // etcd may have to be built
+	defer cancel()
+	etcd, about, err := harness.FindEtcdAndAbout(ctx)
+	if err != nil {
+		return err
+	}
+	r.about = about
+	if r.programs, err = copyPrograms(); err != nil {
+		return err
+	}
+	r.Testbed, err = harness.NewTestbed(ctx, harness.TestbedConfig{
+		Cluster:  harness.ClusterConfig{Etcd: etcd, Size: memberCount},
+		Isolated: true, Prefix: election,
+	})
+	if err != nil {
+		return err
+	}
+	for _, m := range r.Etcd.Members {
+		r.members = append(r.members, &member{Member: m})
+	}
+	if r.witness, err = harness.NewWitness(); err != nil {
+		return err
+	}
+	r.check = newChecker(r.settings)
+	r.check.log = r.logOf
+	r.began, r.wall = r.check.began, time.Now()
+	for i := range candidateCount {
+		root := i < 3
+		c := &candidate{
+			name: candidateName(i), root: root, run: r, exits: map[int]int{},
+			behaviours: newBehaviours(r.settings, i, root),
+		}
+		r.candidates = append(r.candidates, c)
+		// An ordinary user can make no cgroup in there, so that the job has none.
+		cgroup, err := harness.CgroupAt(filepath.Join(os.Getenv(cgroupVariable), c.name))
+		if err != nil {
+			return err
+		}
+		c.machine, err = r.NewMachine(harness.MachineConfig{Name: c.name, Cgroup: cgroup})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// copyPrograms copies what is under test, so that building it anew does not change it in the middle
+// of a run.
+func copyPrograms() (*harness.Programs, error) {
+	from, err := harness.ProgramsBeside()
+	if err != nil {
+		return nil, err
+	}
+	dir, err := harness.TempDir("programs-")
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range []string{from.Leasehold, from.Stockloop, from.Testjob} {
+		err = errors.Join(err, harness.CopyProgram(p, filepath.Join(dir, filepath.Base(p))))
+	}
+	return harness.ProgramsIn(dir), err
+}
+
+// close ends whatever still runs; the cgroup is killed from outside.
+func (r *run) close() {
+	for _, c := range r.candidates {
+		if c.machine != nil && c.machine.Node != nil {
+			c.machine.Node.Close()
+		}
+	}
+	if r.witness != nil {
+		r.witness.Close()
+	}
+	if r.Testbed != nil {
+		r.Testbed.Close()
+	}
+}
+
+// kill ends everything that the candidates have started. No more is started.
+func (r *run) kill() {
+	for _, c := range r.candidates {
+		c.started()
+		_ = c.machine.Cgroup.Kill() // it is there
+	}
+}
+
+// clock is a moment as the time line shows it.
+func (r *run) clock(at time.Duration) string {
+	return fmt.Sprintf("%+9.3fs", (at - r.began).Seconds())
+}
+
+// start starts the candidate's daemon, with a job of these behaviours.
+func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) {
+	r := c.run
+	c.starting.Lock()
+	defer c.starting.Unlock()
+	if ctx.Err() != nil {
+		return nil, nil // it is over
+	}
+	machine, began := *c.machine, harness.Now()
+	err := machine.Start(r.implementation, harness.Candidacy{
+		Programs: r.programs, Election: election, TTL: r.ttl, Job: words, Witness: r.witness,
+	}, func(cfg *harness.CandidateConfig) error {
+		if r.implementation.Ours() {
+			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String(),
+				"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug")
+		}
+		if !c.root {
+			cfg.UID = nobody
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	d := &daemon{Machine: &machine, words: words, began: began}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.starts++
+	c.runs = append(c.runs, d)
+	c.runs = c.runs[max(0, len(c.runs)-keptRuns):]
+	return d, nil
+}
+
+// supervise starts the daemon again whenever it has ended, until ctx ends.
+func (c *candidate) supervise(ctx context.Context) error {
+	for {
+		words, pause := c.behaviours.next()
+		d, err := c.start(ctx, words)
+		if d == nil || err != nil {
+			return err
+		}
+		c.run.check.note("the daemon of %s starts: its job does %q", c.name, words)
+		code, err := d.Wait(context.WithoutCancel(ctx))
+		if err != nil {
+			return err
+		}
+		c.mu.Lock()
+		c.exits[code]++
+		c.mu.Unlock()
+		c.run.check.note("the daemon of %s has ended with code %d", c.name, code)
+		if harness.Wait(ctx, pause) != nil {
+			return nil
+		}
+	}
+}
+
+// running is the candidate's daemon, or nil.
+func (c *candidate) running() *daemon {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if n := len(c.runs); n > 0 && c.runs[n-1].Running() {
+		return c.runs[n-1]
+	}
+	return nil
+}
+
+// started is running after a start that is under way.
+func (c *candidate) started() *daemon {
+	c.starting.Lock()
+	defer c.starting.Unlock()
+	return c.running()
+}
+
+// lastRuns are the daemon's last lives.
+func (c *candidate) lastRuns() []*daemon {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.runs)
+}
+
+func (r *run) logOf(name string) string {
+	var text strings.Builder
+	for _, c := range r.candidates {
+		if c.name == name {
+			for _, d := range c.lastRuns() {
+				text.WriteString(d.Log())
+			}
+		}
+	}
+	return text.String()
+}
+
+// soak runs the schedule and returns a *violation where a promise is broken.
+func (r *run) soak(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var running sync.WaitGroup
+	defer running.Wait()
+	// Whoever watches goes on until everything has ended.
+	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWatching()
+	running.Go(func() { r.witness.Follow(watching, sampleEvery, r.check.saw) })
+	if r.implementation.Ours() {
+		for _, c := range r.candidates {
+			running.Go(func() { r.check.ask(watching, c.name, c.machine.Node.Addr+":4040") })
+		}
+		running.Go(func() { r.watchLeases(watching) })
+	}
+	running.Go(func() {
+		select {
+		case <-r.check.broken:
+			cancel(r.check.first.Load())
+		case <-watching.Done():
+		}
+	})
+
+	supervising, stopSupervising := context.WithCancel(ctx)
+	defer stopSupervising()
+	for _, c := range r.candidates {
+		running.Go(func() {
+			if err := c.supervise(supervising); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	defer func() {
+		stopSupervising()
+		r.kill()
+	}()
+
+	if _, err := r.jobWithin(ctx, r.began, harness.WaitTimeout); err != nil {
+		return err
+	}
+	err := r.execute(ctx)
+	if err != nil || !r.implementation.Ours() {
+		return err
+	}
+	if r.recovered, err = r.jobWithin(ctx, r.faulted.To, r.recoveryBound()); err != nil {
+		return err
+	}
+	stopSupervising()
+	return r.finish(ctx)
+}
+
+// recoveryBound is how soon after the end of the last fault a job must run.
+func (s settings) recoveryBound() time.Duration { return s.ttl + 6*time.Second + stopGrace }
+
+// jobWithin waits for a living job, and returns how long after a moment it came. Where a leader
+// waits to start a job again that crashes all the time, that is the job's doing: it does not count.
+func (r *run) jobWithin(ctx context.Context, from, bound time.Duration,
+) (took time.Duration, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	err = harness.Until(ctx, func() error {
+		at, found := r.check.aliveSince(from)
+		if !found {
+			at = harness.Now()
+		}
+		took = max(0, at-from-r.check.backedOff(check.Interval{From: from, To: at}))
+		if took > bound {
+			what := fmt.Sprintf("no job runs %v after the end of the last fault", bound)
+			cancel(&violation{at: harness.Now(), what: what})
+		}
+		if !found || took > bound {
+			return errors.New("there is no job")
+		}
+		return nil
+	})
+	return took, err
+}
+
+// finish stops all candidates, and checks that they leave nothing.
+func (r *run) finish(ctx context.Context) error {
+	began := harness.Now()
+	r.check.note("all candidates are asked to end")
+	asked := map[*candidate]*daemon{}
+	for _, c := range r.candidates {
+		if d := c.started(); d != nil {
+			asked[c] = d
+			_ = d.Signal(syscall.SIGTERM) // it may be ending
+		}
+	}
+	left := fmt.Sprintf("%v after the last stop something is left", harness.WaitTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, harness.WaitTimeout, &violation{what: left})
+	defer cancel()
+	for c, d := range asked {
+		code, err := d.Wait(ctx)
+		if err != nil {
+			return err
+		}
+		if code != 0 {
+			r.check.violate([]string{c.name},
+				"candidate %s ended with code %d when it was asked to end", c.name, code)
+		}
+	}
+	r.stopped = harness.Now() - began
+	for _, c := range r.candidates { // whatever a candidate starts is in its cgroup
+		if err := c.machine.Cgroup.WaitEmpty(ctx); err != nil {
+			return fmt.Errorf("candidate %s: %w", c.name, err)
+		}
+		err := harness.Until(ctx, func() error {
+			if below := c.machine.Cgroup.Children(); len(below) > 0 {
+				return fmt.Errorf("candidate %s has left cgroups: %q", c.name, below)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	err := harness.Until(ctx, func() error {
+		if name := r.check.leading(); name != "" {
+			return fmt.Errorf("the job of candidate %s is alive", name)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	// What a crash has left in etcd expires; that of a clean end is gone.
+	err = r.WaitEmpty(ctx)
+	r.cleared = harness.Now() - began
+	if limit := r.ttl + 4*time.Second; err == nil && r.cleared > limit {
+		what := fmt.Sprintf("it took %v, more than %v, until etcd was empty", r.cleared, limit)
+		return &violation{at: harness.Now(), what: what}
+	}
+	return errors.Join(err, r.check.verdict())
+}
