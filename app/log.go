@@ -43,7 +43,8 @@ func (l *lastLine) String() string {
 	return ""
 }
 
-// newLogWriter starts a writer. Its goroutine lives as long as the process, for a blocked write can't be called off.
+// newLogWriter starts a writer. Its goroutine lives as long as the process, for a blocked write cannot
+// be cancelled.
 func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
 	w := &logWriter{lines: make(chan []byte, 256), flush: make(chan chan struct{}), notice: notice}
 	go func() {
@@ -124,14 +125,16 @@ type daemonLog struct {
 func newLog(cfg config.Config) *daemonLog {
 	notice := func(dropped int64) []byte {
 		var line bytes.Buffer
-		slog.New(cfg.Log.Handler(&line, slog.LevelWarn)).Warn("standard error was blocked: log lines are lost", "dropped", dropped)
+		slog.New(cfg.Log.Handler(&line, slog.LevelWarn)).
+			Warn("standard error was blocked: log lines are lost", "dropped", dropped)
 		return line.Bytes()
 	}
 	l := &daemonLog{lines: newLogWriter(2, notice), last: &lastLine{}}
 	with := func(h slog.Handler) *slog.Logger {
 		return slog.New(h).With("election", cfg.Election, "identity", cfg.Identity)
 	}
-	l.Logger = with(slog.NewMultiHandler(cfg.Log.Handler(l.lines, cfg.Log.Level.Level), cfg.Log.Handler(l.last, slog.LevelError)))
+	l.Logger = with(slog.NewMultiHandler(
+		cfg.Log.Handler(l.lines, cfg.Log.Level.Level), cfg.Log.Handler(l.last, slog.LevelError)))
 	l.words = with(cfg.Log.Handler(l.last, slog.LevelInfo))
 	return l
 }

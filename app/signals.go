@@ -47,7 +47,8 @@ func catchSignals(more ...os.Signal) *caught {
 	return c
 }
 
-// ignoredByJob returns the signals that the job ignores from its start: ours, but for the one that is to stop it.
+// ignoredByJob returns the signals that the job ignores from its start: ours, but for the one that is
+// to stop it.
 func (c *caught) ignoredByJob(stop unix.Signal) []unix.Signal {
 	if slices.Contains(c.ignored, stop) {
 		ossignal.Notify(make(chan os.Signal, 1), stop) // and dropped: exec resets what is caught, and only that

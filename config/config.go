@@ -1,6 +1,8 @@
 //go:build linux
 
-// Package config is the daemon's configuration.
+// Package config is the daemon's configuration: what the variables are, what they may hold, and
+// every fault of a user's in one report. Help, the man page and docs/reference.md come from the tags
+// of Config.
 package config
 
 import (
@@ -21,25 +23,26 @@ import (
 const (
 	Prefix = "LEASEHOLD"
 
-	// maxNameBytes bounds the election and the identity: etcd takes more, but every candidate keeps both in memory, and people
-	// read them in log lines.
+	// maxNameBytes bounds the election and the identity. etcd takes more, but every candidate keeps
+	// both in memory, and people read them in log lines.
 	maxNameBytes = 1024
 
 	// maxDuration keeps each sum of settings and clock readings far from the end of int64.
 	maxDuration = 365 * 24 * time.Hour
 
-	// maxTTL is the longest TTL of which etcd makes no checkpoints (feature LeaseCheckpoint, off by default). Of a longer one it may
-	// record, after a renewal, how much was left before that, and from the next election of its own leader on, or even from that
-	// renewal on, keep the lease only for so long. It has then acknowledged more than it keeps, and two jobs could run at once.
+	// maxTTL is the longest TTL of which etcd makes no checkpoints (feature LeaseCheckpoint, off by
+	// default). Of a longer one it may record, after a renewal, how much was left before that. It
+	// then keeps the lease only for so long, from the next election of its own leader on or even
+	// from that renewal on. It has acknowledged more than it keeps, and two jobs could run at once.
 	maxTTL = 5 * time.Minute
 )
 
-// Config is the daemon's whole configuration. It is read from the environment, from variables that start with LEASEHOLD_; no
-// other variable counts. A variable that is set to nothing counts as unset.
+// Config is the daemon's whole configuration. It is read from the environment, from variables that
+// start with LEASEHOLD_; no other variable counts. A variable that is set to nothing counts as unset.
 //
-// The fields have no `envconfig` tag on purpose: with one the library falls back to the bare USERNAME, TTL, … of the
-// environment. The `desc` tag is what `leasehold help` and docs/reference.md say; `shown` is the default they show where the
-// true one is worked out.
+// The fields have no `envconfig` tag on purpose: with one the library falls back to the bare
+// USERNAME, TTL, … of the environment. The `desc` tag is the text in help and docs/reference.md;
+// `shown` is the default there, where the true one is computed.
 //
 //nolint:lll // One variable a line.
 type Config struct {
@@ -139,7 +142,8 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 
 	c.validateEndpoints(f)
 	if c.Election == "" {
-		f.add("ELECTION", "missing: write the name of the election, the same on every machine, for example jobs/backup")
+		f.add("ELECTION", "missing: write the name of the election, the same on every machine,"+
+			" for example jobs/backup")
 	}
 	f.add("ELECTION", "%w", electionFault(c.Election))
 	if c.Identity == "" {
@@ -181,9 +185,11 @@ func (c *Config) validateTiming(f *faults) {
 	case ttl < 2*time.Second:
 		f.add("TTL", "%s is too short: write 2s or more", ttl)
 	case ttl > maxTTL:
-		f.add("TTL", "%s is too long: write 5m (300s) or less; etcd can shorten a longer lease after it was renewed", ttl)
+		f.add("TTL", "%s is too long: write 5m (300s) or less;"+
+			" etcd can shorten a longer lease after it was renewed", ttl)
 	case ttl%time.Second != 0:
-		f.add("TTL", "%s is not in whole seconds, and etcd knows no others: write %s", ttl, ttl.Truncate(time.Second))
+		f.add("TTL", "%s is not in whole seconds, and etcd knows no others: write %s",
+			ttl, ttl.Truncate(time.Second))
 	}
 	if c.Margin.given && c.Margin.err == nil && c.Margin.Duration == 0 {
 		f.add("MARGIN", "0s is too short: write for example 200ms, or unset it")
@@ -219,7 +225,8 @@ func nameFault(name string) error {
 	case !utf8.ValidString(name):
 		return errors.New("not UTF-8: write plain text")
 	case strings.ContainsFunc(name, unicode.IsControl):
-		return fmt.Errorf("%s has a control character (a newline from a file?): write it without", quote.Value(name))
+		return fmt.Errorf("%s has a control character (a newline from a file?): write it without",
+			quote.Value(name))
 	}
 	return nil
 }

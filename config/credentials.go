@@ -52,7 +52,8 @@ func (c *Config) validateAuth(f *faults) {
 	}
 }
 
-// ReadPassword returns the password of Username. It reads a password file anew, since files of secrets are changed in place.
+// ReadPassword returns the password of Username. It reads a password file anew, since files of
+// secrets are changed in place.
 func (c *Config) ReadPassword() (string, error) {
 	if c.PasswordFile == "" {
 		return string(c.Password), nil

@@ -22,7 +22,8 @@ func (c *Config) validateEndpoints(f *faults) {
 	for i, entry := range c.Endpoints {
 		scheme, address, err := parseEndpoint(entry, withTLS)
 		if err != nil {
-			// The entry may hold a password, so that its place is told and not its text, unless the error found it harmless.
+			// The entry may hold a password. So the message has its place and not its text, unless
+			// the error found that harmless.
 			f.add("ENDPOINTS", "entry %d %w", i+1, err)
 			sound = false
 			continue
@@ -40,7 +41,8 @@ func (c *Config) validateEndpoints(f *faults) {
 	case len(schemes) == 2:
 		f.add("ENDPOINTS", "http and https are mixed: write one of them for all")
 	case sound && withTLS && schemes[0] == "http":
-		f.add("ENDPOINTS", "http goes without TLS, but LEASEHOLD_TLS_* is set: write https, or unset LEASEHOLD_TLS_*")
+		f.add("ENDPOINTS", "http goes without TLS, but LEASEHOLD_TLS_* is set:"+
+			" write https, or unset LEASEHOLD_TLS_*")
 	}
 	c.Endpoints = urls
 }
@@ -84,19 +86,22 @@ func parseAddress(address string, lowestPort uint64) (host, port string, err err
 	host, port, err = net.SplitHostPort(address)
 	if err != nil {
 		if strings.Count(address, ":") > 1 && !strings.Contains(address, "/") {
-			return "", "", fmt.Errorf("%s is not host:port (an IPv6 address needs brackets and a port, as in [::1]:4040)", quote.Value(address))
+			return "", "", fmt.Errorf("%s is not host:port"+
+				" (an IPv6 address needs brackets and a port, as in [::1]:4040)", quote.Value(address))
 		}
 		return "", "", fmt.Errorf("%s is not host:port", quote.Value(address))
 	}
 	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n < lowestPort {
-		return "", "", fmt.Errorf("%s has no port number from %d to 65535", quote.Value(address), lowestPort)
+		return "", "", fmt.Errorf("%s has no port number from %d to 65535",
+			quote.Value(address), lowestPort)
 	}
 	notInNames := func(r rune) bool {
 		letter := 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9'
 		return !letter && r != '.' && r != '-' && r != '_'
 	}
 	if net.ParseIP(host) == nil && strings.ContainsFunc(host, notInNames) {
-		return "", "", fmt.Errorf("%s is no address: the host must be a name or an IP address", quote.Value(address))
+		return "", "", fmt.Errorf("%s is no address: the host must be a name or an IP address",
+			quote.Value(address))
 	}
 	return host, port, nil
 }

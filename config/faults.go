@@ -18,7 +18,8 @@ type faults struct {
 	found []error
 }
 
-// add notes a fault of a variable. As a convenience to callers it does nothing where the last argument is a nil error.
+// add notes a fault of a variable. As a convenience to callers it does nothing where the format is
+// %w and the error nil.
 func (f *faults) add(name, format string, args ...any) {
 	if format == "%w" && args[0] == nil {
 		return
@@ -37,21 +38,26 @@ func (f *faults) matters(name string) bool {
 	case ForCheck:
 		return name == "LISTEN"
 	case ForStatus:
-		return slices.Contains([]string{"ENDPOINTS", "ELECTION", "USERNAME", "PASSWORD", "PASSWORD_FILE", "DIAL_TIMEOUT"}, name) ||
-			strings.HasPrefix(name, "TLS_")
+		return strings.HasPrefix(name, "TLS_") || slices.Contains([]string{
+			"ENDPOINTS", "ELECTION", "USERNAME", "PASSWORD", "PASSWORD_FILE", "DIAL_TIMEOUT",
+		}, name)
 	default:
 		return true
 	}
 }
 
-// unknown notes the variables that no setting has, for a misspelt one would silently leave the default in force.
+// otherNames are names that are no faults although no setting has them: what Kubernetes puts into each
+// container for a Service whose name starts with "leasehold", and the job's variables, which a daemon
+// started by a job finds.
+var otherNames = regexp.MustCompile(`^((.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|` +
+	`PORT_\d+_(TCP|UDP|SCTP)(_.+)?)|KEY|FENCING_TOKEN|LEASE_ID)$`)
+
+// unknown notes the variables that no setting has, for a misspelt one would silently leave the default
+// in force.
 func (f *faults) unknown(set map[string]bool, known []Variable) {
 	if f.use == ForCheck {
 		return
 	}
-	// What Kubernetes puts into each container for a Service whose name starts with "leasehold", and the job's variables, which
-	// a daemon started by a job finds.
-	others := regexp.MustCompile(`^((.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_.+)?)|KEY|FENCING_TOKEN|LEASE_ID)$`)
 	var names []string
 	for _, v := range known {
 		names = append(names, v.Name)
@@ -59,7 +65,7 @@ func (f *faults) unknown(set map[string]bool, known []Variable) {
 	}
 	for _, name := range slices.Sorted(func(yield func(string) bool) {
 		for name := range set {
-			if !others.MatchString(name) && !yield(name) {
+			if !otherNames.MatchString(name) && !yield(name) {
 				return
 			}
 		}

@@ -15,7 +15,8 @@ import (
 	"leasehold/internal/quote"
 )
 
-// The types below take any text and keep what is wrong with it, since envconfig stops at the first error of a decoder.
+// The types below take any text and keep what is wrong with it, since envconfig stops at the first
+// error of a decoder.
 
 // Duration is a length of time with a unit, such as 15s.
 type Duration struct {
@@ -51,7 +52,7 @@ func (d *Duration) Decode(text string) error {
 
 func (d *Duration) fault() error { return d.err }
 
-// MissesUnit reports if text is a plain decimal number, such as 15 or 0.5, where a Duration is wanted.
+// MissesUnit reports whether text, where a Duration is wanted, is a number alone, such as 15 or 0.5.
 func MissesUnit(text string) bool {
 	_, err := strconv.ParseFloat(text, 64)
 	return err == nil && strings.Trim(text, "0123456789.") == ""
@@ -67,7 +68,8 @@ type Count struct {
 func (c *Count) Decode(text string) error {
 	n, err := strconv.ParseUint(text, 10, 31)
 	if err != nil {
-		err = fmt.Errorf("%s is not a whole number from 0 to 2147483647: write for example 5", quote.Value(text))
+		err = fmt.Errorf("%s is not a whole number from 0 to 2147483647: write for example 5",
+			quote.Value(text))
 	}
 	*c = Count{N: int(n), err: err}
 	return nil
@@ -88,13 +90,17 @@ func (s *Signal) Decode(text string) error {
 	number, err := strconv.Atoi(text)
 	switch s.Signal = unix.SignalNum(name); {
 	case err == nil && unix.SignalName(unix.Signal(number)) != "":
-		s.err = fmt.Errorf("%s is a number: write %s", quote.Value(text), strings.TrimPrefix(unix.SignalName(unix.Signal(number)), "SIG"))
+		known := unix.SignalName(unix.Signal(number))
+		s.err = fmt.Errorf("%s is a number: write %s", quote.Value(text), strings.TrimPrefix(known, "SIG"))
 	case s.Signal == 0:
-		s.err = fmt.Errorf("%s is not the name of a signal: write for example TERM, INT, QUIT or USR1", quote.Value(text))
+		s.err = fmt.Errorf("%s is not the name of a signal: write for example TERM, INT, QUIT or USR1",
+			quote.Value(text))
 	case s.Signal == unix.SIGKILL:
-		s.err = fmt.Errorf("%s leaves the job no time to stop: for that write LEASEHOLD_STOP_GRACE=0s, and here for example TERM", quote.Value(text))
+		s.err = fmt.Errorf("%s leaves the job no time to stop:"+
+			" for that write LEASEHOLD_STOP_GRACE=0s, and here for example TERM", quote.Value(text))
 	case slices.Contains([]unix.Signal{unix.SIGSTOP, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU}, s.Signal):
-		s.err = fmt.Errorf("%s freezes a job instead of stopping it: write for example TERM", quote.Value(text))
+		s.err = fmt.Errorf("%s freezes a job instead of stopping it: write for example TERM",
+			quote.Value(text))
 	}
 	return nil
 }

@@ -55,16 +55,19 @@ func ask(ctx context.Context, listen, what string) (yes bool, answer string, err
 		return false, "", err
 	}
 	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
-		// An address to listen at, not one to connect to. 0.0.0.0 is loopback's IPv4 side; :: and "" mostly take both.
+		// An address to listen at, not one to connect to. 0.0.0.0 is IPv4 alone; :: and "" mostly
+		// take both.
 		if host = "127.0.0.1"; ip != nil && ip.To4() == nil {
 			host = "::1"
 		}
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+path, nil)
+	url := "http://" + net.JoinHostPort(host, port) + path
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return false, "", err
 	}
-	// A client of its own: the default one would send this through the environment's HTTP_PROXY and follow redirects.
+	// A client of its own: the default one would send this through the environment's HTTP_PROXY and
+	// follow redirects.
 	client := http.Client{
 		Transport:     &http.Transport{DisableKeepAlives: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },

@@ -1,9 +1,11 @@
-// Package health tells other programs what is true now, over HTTP: load balancers, kubelets, people and Prometheus.
+// Package health tells other programs what is true now, over HTTP: load balancers, kubelets, people
+// and Prometheus.
 //
-// Every answer is worked out from one snapshot and one reading of the clock, both taken when the request is served, and costs no
-// call to etcd. In particular /leader compares the lease's own deadline with the clock, so that it never says "leader" once
-// stop-at has passed, even when everything else in the daemon hangs. What it can't promise is how long an answer stays true: a
-// client that acts on it acts later. The fencing token is for that.
+// The server computes each answer from one snapshot and one reading of the clock, both taken when it
+// serves the request, and asks etcd nothing. In particular /leader compares the lease's own deadline
+// with the clock, so that it never says "leader" once stop-at has passed, even when everything else in
+// the daemon hangs. It cannot promise how long an answer stays true: a client that acts on it acts
+// later. The fencing token is for that.
 package health
 
 import (
@@ -26,7 +28,8 @@ const (
 // JobRunning is the one state of the job in which its candidate may say that it leads.
 const JobRunning = "running"
 
-// Snapshot is what the daemon knows at one moment, from memory. Its deadlines are readings of the clock in Config.Now.
+// Snapshot is what the daemon knows at one moment, from memory. Its deadlines are readings of the
+// clock in Config.Now.
 type Snapshot struct {
 	Election string
 	Identity string
@@ -38,12 +41,12 @@ type Snapshot struct {
 	LeaseID     int64 // 0 without a lease.
 	TTL         time.Duration
 	StopAt, End time.Duration // Zero without a lease.
-	Leading     bool          // A term runs, neither lost nor resigned. Its StopAt is still to be compared with the clock.
+	Leading     bool          // A term runs, neither lost nor resigned, whose StopAt may have passed.
 
 	JobWanted bool // False where the daemon only campaigns.
 	Job       Job
 
-	Live    error // Nil while the elector's loops turn.
+	Live    error // Nil while the elector's loops send heartbeats.
 	Blocker *Blocker
 }
 
@@ -77,24 +80,27 @@ type Blocker struct {
 	Remedy string `json:"remedy" desc:"the command that ends the wait"`
 }
 
-// update moves the state on where a deadline has passed. The elector's own timers do the same, but a request that is served
-// just before them, or while they hang, must not be told the old state. wall is the time of day at the reading now.
+// update moves the state on where a deadline has passed. The elector's own timers do the same, but a
+// request that is served just before them, or while they hang, must not get the old state. wall is the
+// time of day at the reading now.
 func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
 	over := func(deadline time.Duration) bool { return deadline != 0 && now >= deadline }
 	switch {
 	case s.State == Leading && s.Leading && over(s.StopAt):
-		s.State, s.Reason, s.Since = Stopping, "contact with etcd lost: stop-at has passed", wall.Add(s.StopAt-now)
+		s.State, s.Since = Stopping, wall.Add(s.StopAt-now)
+		s.Reason = "contact with etcd lost: stop-at has passed"
 	case s.State == Standby && over(s.End):
-		s.State, s.Reason, s.Since = Connecting, "contact with etcd lost: the lease has run out", wall.Add(s.End-now)
+		s.State, s.Since = Connecting, wall.Add(s.End-now)
+		s.Reason = "contact with etcd lost: the lease has expired"
 	}
 	if s.Leading && over(s.End) {
-		s.Leader = nil // It was us; who it is now can't be known.
+		s.Leader = nil // It was us; who leads now cannot be known.
 	}
 	return s
 }
 
-// The rules below are the only place where it is decided what is true; each is nil for yes, or says why not. They expect an
-// updated snapshot.
+// The rules below alone decide what is true. Each returns nil for yes, or the reason for no. They
+// expect an updated snapshot.
 
 func (s Snapshot) live() error { return s.Live }
 
@@ -123,7 +129,7 @@ func (s Snapshot) leader(now time.Duration) error {
 	return nil
 }
 
-// standby: waiting for its turn.
+// standby: waiting in the queue.
 func (s Snapshot) standby() error {
 	if s.State != Standby {
 		return s.because(s.State)

@@ -51,12 +51,12 @@ func TestTruth(t *testing.T) {
 		{"no job wanted", at, leading(func(s *Snapshot) { s.JobWanted, s.Job = false, Job{} }), "", "", "", "leading"},
 		{"standby", at, leading(standby), "", "", "standby: a leads", ""},
 		{"standby past stop-at", 112 * time.Second, leading(standby), "", "", "standby", ""},
-		{"standby past its lease's end", 115 * time.Second, leading(standby), "", "the lease has run out", "the lease has run out", "the lease has run out"},
+		{"standby past its lease's end", 115 * time.Second, leading(standby), "", "the lease has expired", "the lease has expired", "the lease has expired"},
 		{
 			"connecting", at, Snapshot{State: Connecting, Reason: "etcd does not answer"},
 			"", "connecting: etcd does not answer", "connecting: etcd does not answer", "connecting: etcd does not answer",
 		},
-		{"hung", at, leading(func(s *Snapshot) { s.Live = errors.New("no turn for 5s") }), "no turn for 5s", "", "", "leading"},
+		{"hung", at, leading(func(s *Snapshot) { s.Live = errors.New("no heartbeat for 5s") }), "no heartbeat for 5s", "", "", "leading"},
 		{"nothing yet", at, Snapshot{}, "", "no state yet", "no state yet", "no state yet"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -39,11 +39,15 @@ type Endpoint struct{ Path, Meaning string }
 // Endpoints lists what the server answers, for help and the reference.
 func Endpoints() []Endpoint {
 	return []Endpoint{
-		{"/livez", "200 while the elector's own loops turn, whatever etcd does"},
+		{"/livez", "200 while the elector's own loops send heartbeats, whatever etcd does"},
 		{"/readyz", "200 while the candidate is in the election, waiting or leading"},
 		{"/leader", "200 only while leading, before stop-at, with the job running (or none asked for)"},
-		{"/standby", "200 only while waiting its turn"},
-		{"/status", "200 with JSON; 421, like the next two, to a request for a host name that is neither localhost nor that of LEASEHOLD_LISTEN"},
+		{"/standby", "200 only while waiting in the queue"},
+		{
+			"/status",
+			"200 with JSON; 421, like the next two, to a request for a host name that is neither localhost nor" +
+				" that of LEASEHOLD_LISTEN",
+		},
 		{"/", "the same JSON; its name is the leader's identity"},
 		{"/metrics", "metrics for Prometheus"},
 	}
@@ -53,7 +57,7 @@ func Endpoints() []Endpoint {
 func New(cfg Config) *Server {
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name:        "leasehold_build_info",
-		Help:        "Always 1; the labels tell the version of leasehold and of the Go it was built with.",
+		Help:        "Always 1; the labels are the version of leasehold and of the Go it was built with.",
 		ConstLabels: prometheus.Labels{"version": cfg.Version, "goversion": runtime.Version()},
 	})
 	build.Set(1)
@@ -61,8 +65,8 @@ func New(cfg Config) *Server {
 
 	s := &Server{cfg: cfg}
 	mux := http.NewServeMux()
-	// A pattern of GET takes HEAD too. HAProxy's checks are OPTIONS requests that look at the status alone, so that OPTIONS
-	// gets the status of GET. All other methods get 405 from the mux.
+	// A pattern of GET takes HEAD too. HAProxy's checks are OPTIONS requests that look at the status
+	// alone, so that OPTIONS gets the status of GET. All other methods get 405 from the mux.
 	handle := func(path string, h http.HandlerFunc) {
 		mux.HandleFunc("GET "+path, h)
 		mux.HandleFunc("OPTIONS "+path, func(w http.ResponseWriter, r *http.Request) {
@@ -110,8 +114,9 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	write(w, http.StatusOK, "application/json", snapshot.json(now, s.cfg.Version))
 }
 
-// ours answers 421 where the request is for a host name that is not ours. A web page can give its own name our address (DNS
-// rebinding) and then read what its visitor's browser gets from here. Probes say too little to be worth it.
+// ours answers 421 where the request is for a host name that is not ours. A web page can give its own
+// name our address (DNS rebinding) and then read what its visitor's browser gets from here. What
+// probes answer is not worth that.
 func (s *Server) ours(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		host := r.Host
@@ -120,12 +125,14 @@ func (s *Server) ours(h http.HandlerFunc) http.HandlerFunc {
 		}
 		_, err := netip.ParseAddr(strings.Trim(host, "[]"))
 		// Browsers always send a host. HTTP/1.0 has none.
-		if err == nil || host == "" || strings.EqualFold(host, "localhost") || strings.EqualFold(host, s.cfg.Name) {
+		if err == nil || host == "" ||
+			strings.EqualFold(host, "localhost") || strings.EqualFold(host, s.cfg.Name) {
 			h(w, r)
 			return
 		}
 		write(w, http.StatusMisdirectedRequest, "text/plain; charset=utf-8",
-			[]byte("ask by IP address, as localhost, or by the name in LEASEHOLD_LISTEN (or send one of them as the header Host)\n"))
+			[]byte("ask by IP address, as localhost, or by the name in LEASEHOLD_LISTEN"+
+				" (or send one of them as the header Host)\n"))
 	}
 }
 
@@ -159,7 +166,8 @@ func (w *withoutBody) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Run serves on l until ctx ends, then lets the requests being served end, for a second at most. It closes l.
+// Run serves on l until ctx ends, then lets the requests being served end, for a second at most. It
+// closes l.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	b := newBoundedListener(l)
 	srv := &http.Server{

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// status is the JSON of /status: a contract. Fields may be added, never renamed, and every one is always present. The desc tags
-// go into the reference.
+// status is the JSON of /status: a contract. Fields may be added, never renamed, and every one is
+// always present. The desc tags go into the reference.
 type status struct {
 	Name     string    `json:"name" desc:"the leader's identity; \"\" without a leader, and until the candidate stands in the queue"`
 	Election string    `json:"election" desc:"the election's key prefix"`

@@ -9,7 +9,8 @@ import (
 func Nearest(word string, candidates []string) string {
 	best, least := "", 2*max(2, len(word)/3)+2
 	for _, candidate := range candidates {
-		// Of two at the same distance, the one that holds the word; and that one even from afar, as for GRACE or CA_FILE.
+		// Of two at the same distance, the one that holds the word; and that one even from afar, as
+		// for GRACE or CA_FILE.
 		rank := 2*distance(word, candidate) + 1
 		if len(word) >= 4 && (strings.Contains(candidate, word) || strings.Contains(word, candidate)) {
 			rank = min(rank-1, 2*max(2, len(word)/3)+1)
@@ -21,7 +22,8 @@ func Nearest(word string, candidates []string) string {
 	return best
 }
 
-// distance is the number of letters to insert, delete, replace or swap with their neighbour to make a out of b.
+// distance is the number of letters to insert, delete, replace or swap with their neighbour to make a
+// out of b.
 func distance(a, b string) int {
 	var before []int
 	last := make([]int, len(b)+1)
