@@ -115,6 +115,11 @@ func (h History) Overlaps(alive func(*Term) Intervals) []Overlap {
 	return found
 }
 
+// Overlaps lists the jobs that lived at once, until now.
+func Overlaps(lives []harness.Life) []Overlap {
+	return NewHistory(lives).Overlaps(Lived(harness.Now()))
+}
+
 // NewOverlap compares two terms, in either order.
 func NewOverlap(a, b *Term, alive func(*Term) Intervals) Overlap {
 	if b.Token < a.Token {

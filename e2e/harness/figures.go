@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -46,20 +45,6 @@ func Span(ms float64) string {
 		return fmt.Sprintf("%.0f ms", ms)
 	}
 	return fmt.Sprintf("%.2f s", ms/1000)
-}
-
-var latenessPattern = regexp.MustCompile(`guard_lateness=(\S+)`)
-
-// Lateness is how late the guard served a deadline at worst, by its own account
-// in its log.
-func Lateness(log string) time.Duration {
-	var worst time.Duration
-	for _, m := range latenessPattern.FindAllStringSubmatch(log, -1) {
-		if d, err := time.ParseDuration(m[1]); err == nil {
-			worst = max(worst, d)
-		}
-	}
-	return worst
 }
 
 // Refresh replaces what stands in a file between <!-- name --> and

@@ -33,13 +33,12 @@ type Testbed struct {
 	Etcd    *Cluster
 	Network *Network         // nil on 127.0.0.1
 	Client  *clientv3.Client // an operator's, whom no fault cuts off
-
-	prefix string
+	Prefix  string           // of all elections
 }
 
 // NewTestbed starts etcd.
 func NewTestbed(ctx context.Context, cfg TestbedConfig) (*Testbed, error) {
-	b := &Testbed{prefix: cfg.Prefix}
+	b := &Testbed{Prefix: cfg.Prefix}
 	if err := b.open(ctx, cfg); err != nil {
 		b.Close()
 		return nil, err
@@ -136,7 +135,7 @@ func (b *Testbed) Left(ctx context.Context) (leases []clientv3.LeaseID, keys []s
 	for _, l := range list.Leases {
 		leases = append(leases, l.ID)
 	}
-	got, err := b.Client.Get(ctx, b.prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly())
+	got, err := b.Client.Get(ctx, b.Prefix, clientv3.WithPrefix(), clientv3.WithKeysOnly())
 	if err != nil {
 		return nil, nil, fmt.Errorf("list the keys: %w", err)
 	}
@@ -165,7 +164,7 @@ func (b *Testbed) Clear(ctx context.Context) error {
 	for _, l := range leases {
 		_, _ = b.Client.Revoke(ctx, l) // it may just have ended by itself
 	}
-	_, errDelete := b.Client.Delete(ctx, b.prefix, clientv3.WithPrefix())
+	_, errDelete := b.Client.Delete(ctx, b.Prefix, clientv3.WithPrefix())
 	return errors.Join(err, errDelete, b.WaitEmpty(ctx))
 }
 

@@ -66,11 +66,10 @@ func NewTestWitness(t testing.TB) *Witness {
 	}
 	t.Cleanup(func() {
 		if t.Failed() { // once more where the logs of others end
-			for _, term := range w.Terms() {
-				t.Logf("the witness saw the job of %s (token %d) live from %v to %v", term.Candidate, term.Token, term.Start, term.End)
-			}
-			for _, o := range w.Overlaps() {
-				t.Log(o)
+			for _, l := range w.Lives() {
+				if l.Role == "job" {
+					t.Logf("the job of %s (token %d) lived from %v to %v", l.Candidate, l.Token, l.Started, l.End)
+				}
 			}
 		}
 		w.Close()

@@ -51,17 +51,8 @@ type Life struct {
 	known bool // has said hello
 }
 
-// Alive tells if the connection is still held.
+// Alive reports whether the connection is still held.
 func (l Life) Alive() bool { return l.End == 0 }
-
-// Term sums up the lives with one fencing token of one candidate.
-type Term struct {
-	Candidate string
-	Token     int64
-	Start     time.Duration // of the first process
-	End       time.Duration // of the last process; zero while one lives
-	Lives     []Life
-}
 
 // Witness is told of the life of every process of every job: each holds a
 // connection to it. One thread waits in one epoll for all of them, with
@@ -299,6 +290,10 @@ func (w *Witness) read(fd int, now time.Duration) {
 func (w *Witness) Lives() []Life {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	return w.known()
+}
+
+func (w *Witness) known() []Life {
 	var lives []Life
 	for _, l := range w.lives {
 		if l.known {
@@ -316,13 +311,7 @@ func (w *Witness) Follow(ctx context.Context, every time.Duration, f func(at tim
 	defer tick.Stop()
 	for {
 		w.mu.Lock()
-		changed, at := w.changed, Now()
-		var lives []Life
-		for _, l := range w.lives {
-			if l.known {
-				lives = append(lives, *l)
-			}
-		}
+		changed, at, lives := w.changed, Now(), w.known()
 		w.lives = slices.DeleteFunc(w.lives, func(l *Life) bool { return l.End != 0 })
 		w.mu.Unlock()
 		f(at, lives)
@@ -333,61 +322,6 @@ func (w *Witness) Follow(ctx context.Context, every time.Duration, f func(at tim
 			return
 		}
 	}
-}
-
-// Terms sums the lives up, in the order of their starts.
-func (w *Witness) Terms() []Term {
-	var terms []Term
-	for _, l := range w.Lives() {
-		i := slices.IndexFunc(terms, func(t Term) bool { return t.Token == l.Token && t.Candidate == l.Candidate })
-		if i < 0 {
-			terms = append(terms, Term{Candidate: l.Candidate, Token: l.Token, Start: l.Started, End: l.End, Lives: []Life{l}})
-			continue
-		}
-		t := &terms[i]
-		t.Lives = append(t.Lives, l)
-		t.Start = min(t.Start, l.Started)
-		switch {
-		case t.End == 0 || l.End == 0:
-			t.End = 0
-		default:
-			t.End = max(t.End, l.End)
-		}
-	}
-	slices.SortStableFunc(terms, func(a, b Term) int { return int(a.Start - b.Start) })
-	return terms
-}
-
-// Overlap is two terms of which processes lived at the same time.
-type Overlap struct {
-	Earlier, Later Term
-	For            time.Duration // until now where both still live
-}
-
-func (o Overlap) String() string {
-	return fmt.Sprintf("job of %s (token %d) and job of %s (token %d) both lived for %v",
-		o.Earlier.Candidate, o.Earlier.Token, o.Later.Candidate, o.Later.Token, o.For)
-}
-
-// Overlaps answers the question that the witness is for.
-func (w *Witness) Overlaps() []Overlap {
-	now := Now()
-	end := func(t Term) time.Duration {
-		if t.End == 0 {
-			return now
-		}
-		return t.End
-	}
-	var overlaps []Overlap
-	terms := w.Terms()
-	for i, later := range terms {
-		for _, earlier := range terms[:i] {
-			if d := min(end(earlier), end(later)) - later.Start; d > 0 {
-				overlaps = append(overlaps, Overlap{Earlier: earlier, Later: later, For: d})
-			}
-		}
-	}
-	return overlaps
 }
 
 // Wait waits until ok is satisfied with the lives so far.
@@ -434,11 +368,16 @@ func (w *Witness) WaitForNext(ctx context.Context, before Life) (Life, error) {
 // returns when it ended.
 func (w *Witness) WaitForDead(ctx context.Context, of Life) (time.Duration, error) {
 	var end time.Duration
-	err := w.Wait(ctx, func([]Life) bool {
-		for _, t := range w.Terms() {
-			if t.Token == of.Token && t.Candidate == of.Candidate {
-				end = t.End
+	err := w.Wait(ctx, func(lives []Life) bool {
+		end = 0
+		for _, l := range lives {
+			if l.Token != of.Token || l.Candidate != of.Candidate {
+				continue
 			}
+			if l.Alive() {
+				return false
+			}
+			end = max(end, l.End)
 		}
 		return end != 0
 	})

@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -370,7 +371,7 @@ func (s *stage) lease() string {
 // overlaps fails the test if two jobs ever lived at once.
 func (s *stage) overlaps() {
 	s.Helper()
-	for _, o := range s.witness.Overlaps() {
+	for _, o := range check.Overlaps(s.witness.Lives()) {
 		s.Error(o)
 	}
 }

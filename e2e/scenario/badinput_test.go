@@ -21,6 +21,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -106,7 +107,7 @@ func TestJunk_AheadOfUs(t *testing.T) {
 	tr.waitStatus(c, "/standby", http.StatusOK)
 	for left := len(keys); left > 0; left-- {
 		var s status
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			if s = tr.status(c); s.State != "standby" || s.Blocker == nil {
 				return fmt.Errorf("no blocker, and %d are left: %+v", left, s)
 			}
@@ -146,7 +147,7 @@ func TestJunk_AheadOfUs(t *testing.T) {
 			t.Errorf("no warning in the log")
 		}
 		tr.remedy(s.Blocker.Remedy)
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			if now := tr.status(c).Blocker; now != nil && *now == *s.Blocker {
 				return fmt.Errorf("%+v is still said to block", *now)
 			}
@@ -231,7 +232,7 @@ func TestJunk_InOurPlace(t *testing.T) {
 	tr.waitRenewals(leader, 3)
 	tr.must(leader.Signal(syscall.SIGTERM))
 	tr.waitExit(leader, 0)
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		s := tr.status(standby)
 		code, _ := tr.leasehold("status")
 		switch {
@@ -245,8 +246,8 @@ func TestJunk_InOurPlace(t *testing.T) {
 	if s := tr.status(standby); s.Blocker != nil {
 		tr.remedy(s.Blocker.Remedy)
 	}
-	tr.waitNext(job, patience)
-	for _, o := range tr.witness.Overlaps() {
+	tr.waitNext(job, waitTimeout)
+	for _, o := range check.Overlaps(tr.witness.Lives()) {
 		t.Error(o)
 	}
 	tr.finish()
@@ -266,7 +267,7 @@ func TestJunk_OtherCandidates(t *testing.T) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		tr.must(cmd.Start())
 		t.Cleanup(func() { cancel(); _ = cmd.Wait() })
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			got, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--keys-only", election+"/")
 			if err == nil && strings.TrimSpace(got) == "" {
 				err = fmt.Errorf("etcdctl has no key in %s", election)
@@ -281,7 +282,7 @@ func TestJunk_OtherCandidates(t *testing.T) {
 	t.Cleanup(func() { _ = notify.Close() })
 	c := tr.start("a", "", variables("NOTIFY_SOCKET="+notify.LocalAddr().String()))
 	tr.waitStatus(c, "/standby", http.StatusOK)
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if s := tr.status(c); s.Leader == nil || s.Name == "" || s.Name == "a" || !utf8.ValidString(s.Name) || s.Blocker != nil {
 			return fmt.Errorf("/status behind a candidate of a strange name: %+v", s)
 		}
@@ -297,7 +298,7 @@ func TestJunk_OtherCandidates(t *testing.T) {
 		t.Errorf("/leader: %q, %v", body, err)
 	}
 	// Systemd must not take a name for a notification.
-	tr.must(notify.SetReadDeadline(time.Now().Add(patience)))
+	tr.must(notify.SetReadDeadline(time.Now().Add(waitTimeout)))
 	for buf := make([]byte, 4096); ; {
 		n, err := notify.Read(buf)
 		tr.must(err)
@@ -321,7 +322,7 @@ func TestJunk_OtherCandidates(t *testing.T) {
 	tr.must(err)
 	tr.waitDead(job)
 	var s status
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if s = tr.status(c); s.Blocker == nil || !strings.HasPrefix(s.Blocker.Key, tr.election+"/nested/") || !strings.Contains(s.Blocker.Why, "nested") {
 			return fmt.Errorf("the nested election is not named: %+v", s)
 		}
@@ -331,7 +332,7 @@ func TestJunk_OtherCandidates(t *testing.T) {
 		t.Errorf("status: %d, %s", code, text)
 	}
 	tr.remedy(s.Blocker.Remedy)
-	tr.waitNext(job, patience)
+	tr.waitNext(job, waitTimeout)
 	_ = nested.Process.Signal(os.Interrupt)
 	tr.stop()
 	if log := strings.ReplaceAll(c.Log(), "\n", ""); !plain(log) {

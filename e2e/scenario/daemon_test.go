@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -131,7 +132,7 @@ func TestConfig_BareNamesChangeNothing(t *testing.T) {
 		t.Errorf("%v authentications", n)
 	}
 	tr.must(tr.witness.Tell(job, "exit 3")) // it is restarted
-	_, err = tr.witness.WaitForJob(tr.waitContext(patience), func(l harness.Life) bool { return l.Pid != job.Pid })
+	_, err = tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool { return l.Pid != job.Pid })
 	tr.must(err)
 	tr.finish()
 	if log := c.Log(); !strings.Contains(log, "level=DEBUG") {
@@ -165,7 +166,7 @@ func TestWait_IsATime(t *testing.T) {
 	// More than its WAIT has passed since a was elected, and it was not touched. A new campaign is not bounded by it either.
 	_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(leader).Leader.Key)
 	tr.must(err)
-	tr.waitNext(job, patience)
+	tr.waitNext(job, waitTimeout)
 	tr.finish()
 }
 
@@ -175,7 +176,7 @@ func TestRestart_LimitDoesNotSpin(t *testing.T) {
 	tr := ordinary(t)
 	c := tr.start("a", "exit=1", variables("LEASEHOLD_RESTART_LIMIT=1"))
 	var lives []harness.Life
-	tr.must(tr.witness.Wait(tr.waitContext(patience), func(l []harness.Life) bool { lives = l; return len(l) == 4 }))
+	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(l []harness.Life) bool { lives = l; return len(l) == 4 }))
 	for i := range lives[1:] {
 		gap, least := lives[i+1].Started-lives[i].End, 4*(500*time.Millisecond<<i)/5
 		if lives[i+1].Token == lives[i].Token {
@@ -201,7 +202,7 @@ func TestCutOff_LiveButNotReady(t *testing.T) {
 			c := tr.start("a", "", kind)
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			const lossGraceAndMargin = 900 * time.Millisecond // of 3 s
-			c.cut()
+			c.SetReachable(false)
 			end := time.Duration(1<<63 - 1) // of the lease, at the latest
 			for turned := false; !turned || harness.Now() < end+tr.ttl; {
 				s := tr.status(c)
@@ -229,7 +230,7 @@ func TestCutOff_LiveButNotReady(t *testing.T) {
 					t.Fatalf("/readyz of a daemon that is cut off: %d, %s", code, body)
 				}
 			}
-			c.heal()
+			c.SetReachable(true)
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			if n, err := c.Metric(tr.ctx, `leasehold_losses_total{reason="contact_lost"}`); err != nil || n != 1 {
 				t.Errorf("losses of contact: %v, %v, want 1", n, err)
@@ -243,7 +244,7 @@ func TestCutOff_LiveButNotReady(t *testing.T) {
 func TestJob_TermVariables(t *testing.T) {
 	tr := ordinary(t)
 	leader, standby, first := tr.pair("")
-	check := func(c *candidate, job harness.Life) {
+	verify := func(c *candidate, job harness.Life) {
 		t.Helper()
 		value := func(name string) string {
 			for _, kv := range job.Env {
@@ -278,10 +279,10 @@ func TestJob_TermVariables(t *testing.T) {
 			}
 		}
 	}
-	check(leader, first)
+	verify(leader, first)
 	tr.must(leader.Signal(syscall.SIGTERM))
-	second := tr.waitNext(first, patience)
-	check(standby, second)
+	second := tr.waitNext(first, waitTimeout)
+	verify(standby, second)
 	if second.Token <= first.Token {
 		t.Errorf("token %d follows %d", second.Token, first.Token)
 	}
@@ -343,7 +344,7 @@ func TestSignals_StopDuringTheStart(t *testing.T) {
 		c := tr.start(fmt.Sprintf("a%d", i), "")
 		tr.sleepPast(harness.Now(), time.Duration(i*i)*time.Millisecond)
 		tr.must(c.Signal(syscall.SIGTERM))
-		code, err := c.Wait(tr.waitContext(patience))
+		code, err := c.Wait(tr.waitContext(waitTimeout))
 		tr.must(err)
 		if code != 0 && (code != 128+15 || c.Log() != "") {
 			t.Errorf("TERM %d ms after the start: exit code %d", i*i, code)
@@ -360,7 +361,7 @@ func TestSignals_CtrlCReachesTheGuardAlone(t *testing.T) {
 	tr := ordinary(t)
 	c := tr.start("a", "", variables("LEASEHOLD_STOP_SIGNAL=USR2", "LEASEHOLD_STOP_GRACE=1m"), command("sh", "-c",
 		`for s in INT TERM HUP QUIT; do trap "echo got $s" $s; done; trap 'echo got USR2; sleep 0.2; exit 5' USR2; echo ready; while :; do sleep 0.01; done`))
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if !strings.Contains(c.Output(), "ready\n") {
 			return fmt.Errorf("the job says %q", c.Output())
 		}
@@ -389,7 +390,7 @@ func TestSignals_EndNothingWithoutAJob(t *testing.T) {
 		}
 	}
 	tr.must(m.Start())
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		for _, c := range []*candidate{run, elect} {
 			if code, body, _ := c.Get(tr.ctx, "/readyz"); code != http.StatusOK {
 				return fmt.Errorf("/readyz of %s: %d, %s", c.Identity, code, body)
@@ -423,7 +424,7 @@ func TestStandardErrorBlocked_LostLinesAreCounted(t *testing.T) {
 		before := lost()
 		_, err := tr.etcd.Etcdctl(tr.ctx, "del", "--prefix", tr.election+"/")
 		tr.must(err)
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			if lost() == before {
 				return fmt.Errorf("no new term")
 			}
@@ -518,7 +519,7 @@ func TestStandardErrorTostop(t *testing.T) {
 				t.Errorf("the terminal does not show %q:\n%s", want, text)
 			}
 		}
-	case <-time.After(patience):
+	case <-time.After(waitTimeout):
 		t.Error("the last line does not come")
 	}
 	tr.finish()
@@ -625,7 +626,7 @@ func TestIdentity_OfTwo(t *testing.T) {
 	tr.must(first.Signal(syscall.SIGTERM))
 	tr.waitNext(job, soon)
 	tr.waitStatus(second, "/leader", http.StatusOK)
-	for _, o := range tr.witness.Overlaps() {
+	for _, o := range check.Overlaps(tr.witness.Lives()) {
 		t.Error(o)
 	}
 	tr.finish()

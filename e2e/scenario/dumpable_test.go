@@ -39,9 +39,9 @@ func TestMemory_IsHidden(t *testing.T) {
 	tr.must(err)
 	tr.must(hidden(elector))
 
-	c.cut() // so that the revocation takes its time
+	c.SetReachable(false) // so that the revocation takes its time
 	tr.must(syscall.Kill(elector, syscall.SIGKILL))
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		for _, pid := range harness.Children(c.Guard()) {
 			cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 			if err == nil && strings.Contains(string(cmdline), "\x00revoke\x00") {
@@ -50,7 +50,7 @@ func TestMemory_IsHidden(t *testing.T) {
 		}
 		return fmt.Errorf("no process revokes the lease")
 	}))
-	c.heal()
+	c.SetReachable(true)
 	tr.waitExit(c, 70)
 	tr.finish()
 }

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -128,7 +129,7 @@ func TestProxy(t *testing.T) {
 		t.Helper()
 		_ = c.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 		if n, err := c.Read(make([]byte, 1)); n != 0 || !os.IsTimeout(err) {
-			t.Fatalf("received %d bytes, %v through a road that is cut", n, err)
+			t.Fatalf("received %d bytes, %v through a link that is cut", n, err)
 		}
 	}
 	for name, direction := range map[string]harness.Direction{"both": harness.BothWays, "to server": harness.ToServer, "to client": harness.ToClient} {
@@ -187,10 +188,10 @@ func TestWitness(t *testing.T) {
 				t.Fatalf("exit code %d, want 3", code)
 			}
 		}
-		if n := len(w.Terms()); n != 20 {
+		if n := len(check.NewHistory(w.Lives())); n != 20 {
 			t.Errorf("%d terms, want 20", n)
 		}
-		for _, o := range w.Overlaps() {
+		for _, o := range check.Overlaps(w.Lives()) {
 			t.Error(o)
 		}
 	})
@@ -199,7 +200,7 @@ func TestWitness(t *testing.T) {
 		w := harness.NewTestWitness(t)
 		start(t, w, "a", "1")
 		start(t, w, "b", "2")
-		if n := len(w.Overlaps()); n != 1 {
+		if n := len(check.Overlaps(w.Lives())); n != 1 {
 			t.Fatalf("%d overlaps, want 1", n)
 		}
 	})
@@ -228,7 +229,7 @@ func TestWitness(t *testing.T) {
 			}
 			_ = cmd.Process.Kill()
 			_ = cmd.Wait()
-			if terms := w.Terms(); len(terms) != 1 || terms[0].End != 0 {
+			if terms := check.NewHistory(w.Lives()); len(terms) != 1 || terms[0].End != 0 {
 				t.Fatalf("terms %+v, want one that lives", terms)
 			}
 		})
@@ -250,7 +251,7 @@ func TestWitness(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if w.Terms()[0].End != 0 {
+		if check.NewHistory(w.Lives())[0].End != 0 {
 			t.Error("it ended with its main thread")
 		}
 		if err := w.Tell(life, "exit 4"); err != nil {

@@ -29,8 +29,8 @@ type writer struct {
 	fenced bool
 }
 
-// check is the one line of the shell example that makes the difference.
-const check = `c("$LEASEHOLD_KEY") = "$LEASEHOLD_FENCING_TOKEN"` + "\n"
+// tokenCheck is the one line of the shell example that makes the difference.
+const tokenCheck = `c("$LEASEHOLD_KEY") = "$LEASEHOLD_FENCING_TOKEN"` + "\n"
 
 func writers() []writer {
 	return []writer{
@@ -44,10 +44,10 @@ func writers() []writer {
 		// What makes the test worth something: the same script without the check.
 		{"shell without the check", func(tr *trial) []string {
 			return []string{tr.script(func(s string) string {
-				if strings.Count(s, check) != 1 {
-					tr.Fatalf("fencing.sh does not check the token with %q", check)
+				if strings.Count(s, tokenCheck) != 1 {
+					tr.Fatalf("fencing.sh does not check the token with %q", tokenCheck)
 				}
-				return strings.Replace(s, check, "", 1)
+				return strings.Replace(s, tokenCheck, "", 1)
 			})}
 		}, false},
 	}
@@ -156,7 +156,7 @@ func (tr *trial) freeze(c *candidate) (job []int) {
 	tr.must(c.Signal(syscall.SIGSTOP))
 	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
 	clean := 0 // looks in a row at which all were stopped: what was forked before one shows at the next
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		job = slices.DeleteFunc(harness.Descendants(c.Guard()), func(pid int) bool { return pid == elector })
 		var running error
 		for _, pid := range append([]int{c.Guard(), elector}, job...) {
@@ -200,7 +200,7 @@ var refusal = regexp.MustCompile(`refused: the term is over: count (\d+) with to
 // refused, and returns what it would have written.
 func (tr *trial) waitRefusal(c *candidate, token int64) (count int64) {
 	tr.Helper()
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		for _, m := range refusal.FindAllStringSubmatch(c.Log(), -1) {
 			var of int64
 			if _, err := fmt.Sscan(m[1], &count); err != nil {
@@ -246,7 +246,7 @@ func (h *history) last() write {
 // wait takes in writes until ok says that it is enough.
 func (h *history) wait(tr *trial, ok func() bool) {
 	tr.Helper()
-	bound := tr.waitContext(patience)
+	bound := tr.waitContext(waitTimeout)
 	for !ok() {
 		select {
 		case resp, open := <-h.watch:

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -63,7 +64,7 @@ func TestExitCode_OfTheDaemon(t *testing.T) {
 			_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(c).Leader.Key)
 			tr.must(err)
 		}, 76},
-		{"never: contact lost", "", never, func(_ *trial, c *candidate, _ harness.Life) { c.cut() }, 76},
+		{"never: contact lost", "", never, func(_ *trial, c *candidate, _ harness.Life) { c.SetReachable(false) }, 76},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			tr := ordinary(t)
@@ -152,7 +153,7 @@ func TestExitCode_BeforeAnyCampaign(t *testing.T) {
 		{"check without a daemon", []string{"LEASEHOLD_LISTEN=" + nobody}, []string{"check"}, 69, nil},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			ctx := testContext(t, patience)
+			ctx := testContext(t, waitTimeout)
 			env := append([]string{"PATH=" + os.Getenv("PATH")}, row.env...)
 			code, stdout, stderr, err := harness.RunOnce(ctx, env, binary, row.args...)
 			if err != nil {
@@ -218,7 +219,7 @@ func TestWait(t *testing.T) {
 	for _, wait := range []string{"0s", "500ms"} {
 		tr.waitExit(tr.start("b", "", variables("LEASEHOLD_WAIT="+wait)), 75)
 	}
-	if d := tr.witness.Terms()[0].End; d != 0 || len(tr.witness.Lives()) != 1 {
+	if d := check.NewHistory(tr.witness.Lives())[0].End; d != 0 || len(tr.witness.Lives()) != 1 {
 		t.Error("those that did not wait touched the job")
 	}
 	tr.must(leader.Signal(syscall.SIGTERM))
@@ -244,7 +245,7 @@ func TestRestart(t *testing.T) {
 			if s := tr.status(leader); s.State != "leading" {
 				t.Errorf("state between two runs of the job: %s, want leading", s.State)
 			}
-			again, err := tr.witness.WaitForJob(tr.waitContext(patience), func(l harness.Life) bool { return l.Pid != job.Pid })
+			again, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool { return l.Pid != job.Pid })
 			tr.must(err)
 			if again.Candidate != "a" || again.Token != job.Token {
 				t.Errorf("the job runs again on %s with token %d, want a and %d", again.Candidate, again.Token, job.Token)
@@ -297,7 +298,7 @@ func TestJob_Surroundings(t *testing.T) {
 			s := tr.status(c)
 			proc := fmt.Sprintf("/proc/%d/", *s.Job.PID)
 			// The job may still be between fork and exec.
-			tr.must(harness.Until(tr.waitContext(patience), func() error {
+			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 				name, err := os.ReadFile(proc + "comm")
 				if err == nil && string(name) != "sleep\n" {
 					err = fmt.Errorf("it is %s", name)
@@ -474,7 +475,7 @@ func TestSignals_GoToTheJob(t *testing.T) {
 		`for s in HUP USR1 USR2 WINCH QUIT; do trap "echo got $s" $s; done; echo ready; while :; do sleep 0.01; done`))
 	said := func(line string) {
 		t.Helper()
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			if !strings.Contains(leader.Output(), line+"\n") {
 				return fmt.Errorf("the job has not said %q in %q", line, leader.Output())
 			}
@@ -504,7 +505,7 @@ func TestStop_ASecondSignalKills(t *testing.T) {
 	}
 	tr.must(leader.Signal(syscall.SIGTERM))
 	tr.waitExit(leader, 0)
-	tr.waitNext(job, patience)
+	tr.waitNext(job, waitTimeout)
 	tr.finish()
 }
 
@@ -513,7 +514,7 @@ func TestStop_RenewalsGoOnDuringTheGrace(t *testing.T) {
 	tr := ordinary(t)
 	leader, _, job := tr.pair("slow-stop=5s", variables("LEASEHOLD_STOP_GRACE=1m"))
 	tr.must(leader.Signal(syscall.SIGTERM))
-	next := tr.waitNext(job, patience)
+	next := tr.waitNext(job, waitTimeout)
 	end := tr.waitDead(job)
 	if next.Started < end {
 		t.Errorf("the next job started %v before the end of one that took longer than the TTL to stop", end-next.Started)
@@ -548,9 +549,9 @@ func TestElect(t *testing.T) {
 
 	c := tr.start("c", "", subcommand("elect"))
 	tr.waitStatus(c, "/leader", http.StatusOK)
-	c.cut()
+	c.SetReachable(false)
 	tr.waitStatus(c, "/leader", http.StatusServiceUnavailable)
-	c.heal()
+	c.SetReachable(true)
 	tr.waitStatus(c, "/leader", http.StatusOK)
 	tr.finish()
 }
@@ -589,14 +590,14 @@ func TestStandardErrorBlocked(t *testing.T) {
 		cfg.Prepare = func(cmd *exec.Cmd) { cmd.Stderr = write }
 	})
 	tr.waitRenewals(leader, 6)
-	leader.cut()
-	next := tr.waitNext(job, patience)
+	leader.SetReachable(false)
+	next := tr.waitNext(job, waitTimeout)
 	if end := tr.waitDead(job); end > next.Started {
 		t.Errorf("the old job died %v after the next one's start", end-next.Started)
 	}
-	leader.heal()
+	leader.SetReachable(true)
 	tr.waitStatus(leader, "/standby", http.StatusOK)
-	for _, o := range tr.witness.Overlaps() {
+	for _, o := range check.Overlaps(tr.witness.Lives()) {
 		t.Error(o)
 	}
 	tr.finish()
@@ -618,7 +619,7 @@ func TestHealthEndpoint_BadClients(t *testing.T) {
 		_, _ = conn.Write([]byte(text)) // it may have hung up on us already
 	}
 	before := harness.Now()
-	tr.must(tr.witness.Wait(tr.waitContext(patience), func(lives []harness.Life) bool { return len(lives) == 1 && lives[0].Alive() }))
+	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool { return len(lives) == 1 && lives[0].Alive() }))
 	tr.sleepPast(before, 2*tr.ttl)
 	if lives := tr.witness.Lives(); len(lives) != 1 || !lives[0].Alive() || lives[0].Pid != job.Pid {
 		t.Errorf("the job was touched: %v", tr.summary())
@@ -646,7 +647,7 @@ func TestHundredTerms(t *testing.T) {
 	for term := 2; term <= 100; term++ {
 		_, err := tr.etcd.Etcdctl(tr.ctx, "del", "--prefix", tr.election)
 		tr.must(err)
-		job = tr.waitNext(job, patience)
+		job = tr.waitNext(job, waitTimeout)
 		if term == 10 {
 			tr.waitStatus(c, "/leader", http.StatusOK) // by then the elector has opened the job
 			fds = [2]int{count(c.Guard(), "fd"), count(elector, "fd")}
@@ -667,7 +668,7 @@ func TestHundredTerms(t *testing.T) {
 			t.Errorf("process %d has %d threads", i, n)
 		}
 	}
-	for _, o := range tr.witness.Overlaps() {
+	for _, o := range check.Overlaps(tr.witness.Lives()) {
 		t.Logf("after a deletion: %v", o) // outside the promise
 	}
 	tr.finish()
@@ -688,7 +689,7 @@ func TestPID1(t *testing.T) {
 	if len(guard) != 1 {
 		t.Fatalf("children of unshare: %v", guard)
 	}
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		for _, pid := range harness.Children(guard[0]) {
 			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 			if err == nil && bytes.Contains(stat, []byte(") Z ")) {
@@ -704,7 +705,7 @@ func TestPID1(t *testing.T) {
 	}
 	tr.waitNext(job, 10*time.Second)
 	tr.waitExit(leader, 70)
-	for _, o := range tr.witness.Overlaps() {
+	for _, o := range check.Overlaps(tr.witness.Lives()) {
 		t.Error(o)
 	}
 	tr.finish()
@@ -718,7 +719,7 @@ func TestNotify(t *testing.T) {
 	t.Cleanup(func() { _ = socket.Close() })
 	expect := func(want ...string) {
 		t.Helper()
-		ctx := tr.waitContext(patience)
+		ctx := tr.waitContext(waitTimeout)
 		deadline, _ := ctx.Deadline()
 		tr.must(socket.SetReadDeadline(deadline))
 		var got []string

@@ -124,7 +124,7 @@ func TestLeaks_OfTermsAndJobs(t *testing.T) {
 	}
 	// It resigns after a failure: the new lease replaces the old one.
 	c := tr.start("resigns", "exit=1", variables("LEASEHOLD_RESTART_LIMIT=1"))
-	tr.must(tr.witness.Wait(tr.waitContext(patience), func(lives []harness.Life) bool {
+	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool {
 		terms := map[int64]bool{}
 		for _, l := range lives {
 			if l.Candidate == "resigns" {
@@ -143,7 +143,7 @@ func TestLeaks_OfTermsAndJobs(t *testing.T) {
 		old := tr.lease(other)
 		_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.election+"/"+strings.TrimLeft(old, "0"))
 		tr.must(err)
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			if s := tr.status(other); s.State != "standby" || s.Lease == nil || fmt.Sprintf("%016s", s.Lease.ID) == old {
 				return fmt.Errorf("%s is %s with lease %+v", other.Identity, s.State, s.Lease)
 			}
@@ -151,7 +151,7 @@ func TestLeaks_OfTermsAndJobs(t *testing.T) {
 		}))
 		tr.leasesAre(tr.lease(leader), tr.lease(standby))
 	}
-	tr.waitNext(job, patience)
+	tr.waitNext(job, waitTimeout)
 
 	// It does not wait.
 	for _, wait := range []string{"0s", "300ms"} {

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -32,7 +33,7 @@ func TestLost_ByAnOperator(t *testing.T) {
 		{"key deleted", func(s status) []string { return []string{"del", s.Leader.Key} }, "key_deleted", soon},
 		{"lease revoked", func(s status) []string { return []string{"lease", "revoke", s.Lease.ID} }, "", soon},
 		// The leader's own reads show that, and the key goes once the job has exited.
-		{"key overwritten", func(s status) []string { return []string{"put", s.Leader.Key, "somebody"} }, "key_overwritten", patience},
+		{"key overwritten", func(s status) []string { return []string{"put", s.Leader.Key, "somebody"} }, "key_overwritten", waitTimeout},
 	}
 	for _, u := range users() {
 		for _, l := range losses {
@@ -55,7 +56,7 @@ func TestLost_ByAnOperator(t *testing.T) {
 						t.Errorf("losses because of %s: %v, %v", l.reason, n, err)
 					}
 					tr.must(standby.Signal(syscall.SIGTERM))
-					if again := tr.waitNext(next, patience); again.Candidate != leader.Identity {
+					if again := tr.waitNext(next, waitTimeout); again.Candidate != leader.Identity {
 						t.Errorf("the job runs on %s, want %s again", again.Candidate, leader.Identity)
 					}
 					tr.finish()
@@ -82,7 +83,7 @@ func TestNeverTwoJobs_ExecHangsPastTheDeadline(t *testing.T) {
 			release := hung(tr, second)
 			tr.must(first.Signal(syscall.SIGTERM))
 			tr.waitDead(job)
-			tr.must(harness.Until(tr.waitContext(patience), func() error {
+			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 				if s := tr.status(second); s.State != "leading" {
 					return fmt.Errorf("candidate b is %s", s.State)
 				}
@@ -90,13 +91,13 @@ func TestNeverTwoJobs_ExecHangsPastTheDeadline(t *testing.T) {
 			}))
 			third := tr.start("c", "")
 			tr.waitStatus(third, "/standby", http.StatusOK)
-			second.cut()
-			next := tr.waitNext(job, patience)
+			second.SetReachable(false)
+			next := tr.waitNext(job, waitTimeout)
 			if next.Candidate != "c" {
 				t.Errorf("the next job is of %s, want c", next.Candidate)
 			}
 			release()
-			second.heal()
+			second.SetReachable(true)
 			tr.waitStatus(second, "/standby", http.StatusOK)
 			for _, l := range tr.witness.Lives() {
 				if l.Candidate == "b" {
@@ -112,7 +113,7 @@ func TestNeverTwoJobs_ExecHangsPastTheDeadline(t *testing.T) {
 		t.Parallel()
 		hang(t, user{name: "root", root: true}, nil, func(tr *trial, c *candidate) func() {
 			var freeze string
-			tr.must(harness.Until(tr.waitContext(patience), func() error {
+			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 				dir, err := c.jobCgroup()
 				freeze = filepath.Join(dir, "cgroup.freeze")
 				return err
@@ -142,7 +143,7 @@ func TestNeverTwoJobs_ExecHangsPastTheDeadline(t *testing.T) {
 				tr.must(err)
 				tr.Cleanup(func() { _ = file.Close() }) // closing gives the lease up
 				// Another test that forks at this moment holds the file for an instant.
-				tr.must(harness.Until(tr.waitContext(patience), func() error {
+				tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 					_, err := unix.FcntlInt(file.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
 					return err
 				}))
@@ -199,7 +200,7 @@ func TestLeaderEndpoint_TurnsAtStopAt(t *testing.T) {
 	leader, standby, job := tr.pair("ignore-term")
 	tr.waitStatus(leader, "/leader", http.StatusOK)
 	tr.waitRenewals(leader, 1)
-	leader.cut()
+	leader.SetReachable(false)
 	cut := harness.Now()
 	tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
 	turned := harness.Now()
@@ -212,19 +213,19 @@ func TestLeaderEndpoint_TurnsAtStopAt(t *testing.T) {
 	if early := cut + stopAt - renewal - turned; early > 250*time.Millisecond {
 		t.Errorf("/leader turned %v earlier than stop-at can have been", early)
 	}
-	if terms := tr.witness.Terms(); terms[0].End != 0 {
+	if terms := check.NewHistory(tr.witness.Lives()); terms[0].End != 0 {
 		t.Error("the job, which ignores SIGTERM, died before its loss grace was over")
 	}
 	end := tr.waitDead(job)
 	if killed := end - turned; killed > lossGrace+250*time.Millisecond {
 		t.Errorf("the job died %v after stop-at, want %v", killed, lossGrace)
 	}
-	tr.waitNext(job, patience)
+	tr.waitNext(job, waitTimeout)
 	tr.waitStatus(standby, "/leader", http.StatusOK)
 	if code, _, err := leader.Get(tr.ctx, "/leader"); code != http.StatusServiceUnavailable {
 		t.Errorf("/leader of the old leader: %d, %v", code, err)
 	}
-	leader.heal()
+	leader.SetReachable(true)
 	tr.waitStatus(leader, "/standby", http.StatusOK)
 	tr.finish()
 }
@@ -254,7 +255,7 @@ func TestInterop_EtcdctlElect(t *testing.T) {
 	other := tr.etcd.EtcdctlCommand(tr.etcd.Endpoints(), "elect", tr.election, "other")
 	tr.must(other.Start())
 	t.Cleanup(func() { _ = other.Process.Kill(); _ = other.Wait() })
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		keys, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--sort-by=create", "--print-value-only", tr.election)
 		if err == nil && keys != "a\nother\n" {
 			err = fmt.Errorf("candidates %q", keys)
@@ -265,14 +266,14 @@ func TestInterop_EtcdctlElect(t *testing.T) {
 	tr.waitStatus(second, "/standby", http.StatusOK)
 	tr.must(leader.Signal(syscall.SIGTERM))
 	tr.waitExit(leader, 0)
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if s := tr.status(second); s.Name != "other" {
 			return fmt.Errorf("candidate b says that %q leads", s.Name)
 		}
 		return nil
 	}))
 	tr.must(other.Process.Signal(os.Interrupt))
-	if next := tr.waitNext(job, patience); next.Candidate != "b" {
+	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
 		t.Errorf("the next job is of %s, want b", next.Candidate)
 	}
 	_ = other.Wait()
@@ -299,7 +300,7 @@ func TestForeignKeys(t *testing.T) {
 	tr.waitStatus(c, "/livez", http.StatusOK)
 	var blocker string
 	for range 5 { // each of them is named, one after the other
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			s := tr.status(c)
 			if s.Blocker == nil || s.Blocker.Key == blocker {
 				return fmt.Errorf("no new blocker: %+v", s)

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -64,7 +65,7 @@ func TestNetwork(t *testing.T) {
 		})
 		return c, node
 	}
-	leader, road := start("a")
+	leader, node := start("a")
 	job, err := witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == "a" })
 	if err != nil {
 		t.Fatal(err)
@@ -74,15 +75,15 @@ func TestNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// Dark for one member: nothing happens. For all: the job moves, and there are never two.
-	if _, err := network.Cut(harness.LinksBetween(road, cluster.Members[0].Node)...); err != nil {
+	// One member unreachable: nothing happens. All: the job moves, and there are never two.
+	if _, err := network.Cut(harness.LinksBetween(node, cluster.Members[0].Node)...); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := witness.WaitForNext(testContext(t, 4*time.Second), job); err == nil {
 		t.Fatal("the job has moved though two members could be reached")
 	}
 	at := harness.Now()
-	if _, err := network.Cut(harness.LinksBetween(road, cluster.Nodes()...)...); err != nil {
+	if _, err := network.Cut(harness.LinksBetween(node, cluster.Nodes()...)...); err != nil {
 		t.Fatal(err)
 	}
 	next, err := witness.WaitForNext(ctx, job)
@@ -90,9 +91,9 @@ func TestNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	if next.Started-at < time.Second {
-		t.Errorf("the job moved after %v: was the road cut, or the connection closed?", next.Started-at)
+		t.Errorf("the job moved after %v: was the link cut, or the connection closed?", next.Started-at)
 	}
-	for _, o := range witness.Overlaps() {
+	for _, o := range check.Overlaps(witness.Lives()) {
 		t.Error(o)
 	}
 	if err := network.Recover(); err != nil {

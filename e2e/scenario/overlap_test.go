@@ -16,12 +16,14 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
 
-// A fault takes the leadership from the leader and returns once another job
-// runs; then what was broken is given back.
-type fault struct {
+// A loss takes the leadership from the leader and returns once another job runs;
+// then what was broken is given back.
+type loss struct {
 	name string
 	do   func(tr *trial, leader, standby *candidate, job harness.Life)
 }
@@ -30,82 +32,62 @@ type fault struct {
 // some ten milliseconds, and the TTL is 3 s.
 const soon = 1500 * time.Millisecond
 
-func plannedStop(tr *trial, leader, _ *candidate, job harness.Life) {
-	tr.must(leader.Signal(syscall.SIGTERM))
-	tr.waitNext(job, soon+500*time.Millisecond) // and the grace
-	tr.waitExit(leader, 0)
+// exits is a fault by which the leader's daemon ends with a code, and the next job
+// starts within a time.
+func exits(f func() fault.Fault, within time.Duration, code int) loss {
+	return loss{f().Name, func(tr *trial, leader, _ *candidate, job harness.Life) {
+		tr.inject(f(), leader)
+		tr.waitNext(job, within)
+		tr.waitExit(leader, code)
+	}}
 }
 
-func guardKilled(tr *trial, leader, _ *candidate, job harness.Life) {
-	tr.must(leader.Signal(syscall.SIGKILL))
-	tr.waitNext(job, soon)
-	tr.waitExit(leader, 128+9)
+// hangs is one of the daemon's processes that hangs until a TTL after the next job's
+// start. Another of them has killed it by then.
+func hangs(p harness.Process, code int) loss {
+	return loss{fault.Hung(p).Name, func(tr *trial, leader, _ *candidate, job harness.Life) {
+		end := tr.inject(fault.Hung(p), leader)
+		next := tr.waitNext(job, waitTimeout)
+		tr.sleepPast(next.Started, tr.ttl)
+		end()
+		tr.waitExit(leader, code)
+	}}
 }
 
-func electorKilled(tr *trial, leader, _ *candidate, job harness.Life) {
-	tr.must(leader.SignalElector(syscall.SIGKILL))
-	tr.waitNext(job, soon)
-	tr.waitExit(leader, 70)
+func killed(p harness.Process) func() fault.Fault {
+	return func() fault.Fault { return fault.Killed(p) }
 }
 
-func guardPaused(tr *trial, leader, _ *candidate, job harness.Life) {
-	tr.must(leader.Signal(syscall.SIGSTOP))
-	next := tr.waitNext(job, patience)
-	tr.sleepPast(next.Started, tr.ttl)
-	_ = leader.Signal(syscall.SIGCONT) // its elector has killed it by now
-	tr.waitExit(leader, 128+9)
-}
+var (
+	plannedStop   = exits(fault.Stop, soon+500*time.Millisecond, 0) // and the grace
+	guardKilled   = exits(killed(harness.Guard), soon, 128+9)
+	electorKilled = exits(killed(harness.Elector), soon, 70)
+	spawnerKilled = exits(killed(harness.Spawner), soon, 70)
+	guardHung     = hangs(harness.Guard, 128+9)
+	electorHung   = hangs(harness.Elector, 70)
 
-func electorPaused(tr *trial, leader, _ *candidate, job harness.Life) {
-	elector, err := leader.Elector()
-	tr.must(err)
-	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
-	next := tr.waitNext(job, patience)
-	tr.sleepPast(next.Started, tr.ttl)
-	_ = syscall.Kill(elector, syscall.SIGCONT) // its guard has killed it by now
-	tr.waitExit(leader, 70)
-}
+	// Nobody needs the spawner before the job is to end.
+	spawnerHung = exits(func() fault.Fault {
+		return fault.Both("spawner-hung-stop", fault.Hung(harness.Spawner), fault.Stop())
+	}, waitTimeout, 70)
+	spawnerHungUnreachable = exits(func() fault.Fault {
+		return fault.HungUnreachable(harness.Spawner)
+	}, waitTimeout, 70)
 
-func spawnerKilled(tr *trial, leader, _ *candidate, job harness.Life) {
-	spawner, err := leader.Spawner()
-	tr.must(err)
-	tr.must(syscall.Kill(spawner, syscall.SIGKILL))
-	tr.waitNext(job, soon)
-	tr.waitExit(leader, 70)
-}
-
-// spawnerPaused: nobody needs the spawner before the job is to end.
-func spawnerPaused(tr *trial, leader, _ *candidate, job harness.Life) {
-	spawner, err := leader.Spawner()
-	tr.must(err)
-	tr.must(syscall.Kill(spawner, syscall.SIGSTOP))
-	tr.must(leader.Signal(syscall.SIGTERM))
-	tr.waitNext(job, patience)
-	tr.waitExit(leader, 70)
-}
-
-func spawnerPausedUnreachable(tr *trial, leader, _ *candidate, job harness.Life) {
-	spawner, err := leader.Spawner()
-	tr.must(err)
-	tr.must(syscall.Kill(spawner, syscall.SIGSTOP))
-	leader.cut()
-	tr.waitNext(job, patience)
-	tr.waitExit(leader, 70)
-}
-
-func roadDark(tr *trial, leader, _ *candidate, job harness.Life) {
-	leader.cut()
-	tr.waitNext(job, patience)
-	leader.heal()
-	tr.waitStatus(leader, "/standby", http.StatusOK)
-}
+	unreachable = loss{"link-unreachable", func(tr *trial, leader, _ *candidate, job harness.Life) {
+		end := tr.inject(fault.Unreachable(), leader)
+		tr.waitNext(job, waitTimeout)
+		end()
+		tr.waitStatus(leader, "/standby", http.StatusOK)
+	}}
+)
 
 func etcdStopped(tr *trial, _, _ *candidate, job harness.Life) {
 	m := tr.etcd.Members[0]
 	tr.must(m.Stop(tr.ctx))
 	tr.waitDead(job)
 	tr.must(m.Start())
-	tr.waitNext(job, patience)
+	tr.waitNext(job, waitTimeout)
 }
 
 // standbyLeaseLost takes the lease of a candidate that waits: it must come back
@@ -114,16 +96,16 @@ func standbyLeaseLost(tr *trial, leader, standby *candidate, job harness.Life) {
 	before := tr.status(standby)
 	_, err := tr.etcd.Etcdctl(tr.ctx, "lease", "revoke", before.Lease.ID)
 	tr.must(err)
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if now := tr.status(standby); now.State != "standby" || now.Lease == nil || now.Lease.ID == before.Lease.ID {
 			return fmt.Errorf("candidate b has not come back: %+v", now)
 		}
 		return nil
 	}))
-	if terms := tr.witness.Terms(); len(terms) != 1 || terms[0].End != 0 {
+	if terms := check.NewHistory(tr.witness.Lives()); len(terms) != 1 || terms[0].End != 0 {
 		tr.Errorf("the loss of a lease that leads nothing touched the job: %v", tr.summary())
 	}
-	plannedStop(tr, leader, standby, job)
+	plannedStop.do(tr, leader, standby, job)
 }
 
 // sleepPast waits until ttl after a moment.
@@ -139,21 +121,14 @@ func TestNeverTwoJobs(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes a minute")
 	}
-	faults := []fault{
-		{"planned stop", plannedStop},
-		{"guard killed", guardKilled},
-		{"elector killed", electorKilled},
-		{"guard paused", guardPaused},
-		{"elector paused", electorPaused},
-		{"spawner killed", spawnerKilled},
-		{"spawner paused", spawnerPaused},
-		{"spawner paused, etcd unreachable", spawnerPausedUnreachable},
-		{"road dark", roadDark},
+	losses := []loss{
+		plannedStop, guardKilled, electorKilled, guardHung, electorHung,
+		spawnerKilled, spawnerHung, spawnerHungUnreachable, unreachable,
 		{"etcd stopped", etcdStopped},
 		{"standby's lease lost", standbyLeaseLost},
 	}
 	for _, u := range users() {
-		for _, f := range faults {
+		for _, f := range losses {
 			t.Run(u.name+"/"+f.name, func(t *testing.T) {
 				t.Parallel()
 				neverTwo(t, func(t *testing.T) *trial {
@@ -168,7 +143,7 @@ func TestNeverTwoJobs(t *testing.T) {
 	}
 }
 
-// TestNeverTwoJobs_GuardHangsAtTheLastMoment: in the dark, just before it must
+// TestNeverTwoJobs_GuardHangsAtTheLastMoment: while etcd is unreachable, just before it must
 // kill. The elector then has but the margin to notice it, and to kill.
 func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
 	for _, u := range users() {
@@ -178,9 +153,9 @@ func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
 				tr := newTrial(t, u, harness.ClusterConfig{})
 				tr.ttl = 10 * time.Second
 				leader, _, job := tr.pair("ignore-term")
-				leader.cut()
+				leader.SetReachable(false)
 				var end time.Duration
-				tr.must(harness.Until(tr.waitContext(patience), func() error { // what was under way may still count
+				tr.must(harness.Until(tr.waitContext(waitTimeout), func() error { // what was under way may still count
 					before := harness.Now()
 					lease := tr.status(leader).Lease
 					end = before + time.Duration(lease.ValidFor*float64(time.Second))
@@ -194,7 +169,7 @@ func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
 				if late := tr.waitDead(job) - end; late > 0 {
 					t.Errorf("the job was dead %v after the end of its lease", late)
 				}
-				tr.waitNext(job, patience)
+				tr.waitNext(job, waitTimeout)
 				tr.waitExit(leader, 128+9)
 				tr.finish()
 				return tr
@@ -222,16 +197,10 @@ func TestNeverTwoJobs_OfTheUnwilling(t *testing.T) {
 		{behaviour: "fork-bomb=10", alone: true},
 		{behaviour: "fill=200", alone: true},
 	}
-	faults := []fault{
-		{"planned stop", plannedStop},
-		{"guard killed", guardKilled},
-		{"elector killed", electorKilled},
-		{"guard paused", guardPaused},
-		{"road dark", roadDark},
-	}
+	losses := []loss{plannedStop, guardKilled, electorKilled, guardHung, unreachable}
 	for _, u := range users() {
 		for _, job := range jobs {
-			for _, f := range faults {
+			for _, f := range losses {
 				t.Run(u.name+"/"+job.behaviour+"/"+f.name, func(t *testing.T) {
 					if !job.alone {
 						t.Parallel()
@@ -256,17 +225,12 @@ func TestNeverTwoJobs_OfTheHidden(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
 	}
-	faults := []fault{
-		{"planned stop", plannedStop},
-		{"guard killed", guardKilled},
-		{"guard paused", guardPaused},
-		{"elector killed", electorKilled},
-		{"spawner killed", spawnerKilled},
-		{"spawner paused, etcd unreachable", spawnerPausedUnreachable},
-		{"road dark", roadDark},
+	losses := []loss{
+		plannedStop, guardKilled, guardHung, electorKilled,
+		spawnerKilled, spawnerHungUnreachable, unreachable,
 	}
 	for _, u := range append(users(), user{name: "hidepid"}) {
-		for _, f := range faults {
+		for _, f := range losses {
 			t.Run(u.name+"/"+f.name, func(t *testing.T) {
 				t.Parallel()
 				neverTwo(t, func(t *testing.T) *trial {
@@ -312,18 +276,13 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 		{"user/pids.max", user{name: "user", uid: 65534}, limitPids},
 		{"user/RLIMIT_NPROC", user{name: "user", uid: 65534}, limitProcesses},
 	}
-	faults := []struct {
-		name string
-		do   func(tr *trial, leader *candidate)
-	}{
-		{"planned stop", func(_ *trial, leader *candidate) { _ = leader.Signal(syscall.SIGTERM) }},
-		{"guard killed", func(_ *trial, leader *candidate) { _ = leader.Signal(syscall.SIGKILL) }},
-		{"elector killed", func(_ *trial, leader *candidate) { _ = leader.SignalElector(syscall.SIGKILL) }},
-		{"road dark", func(_ *trial, leader *candidate) { leader.cut() }},
+	faults := []func() fault.Fault{
+		fault.Stop, killed(harness.Guard), killed(harness.Elector),
+		func() fault.Fault { return fault.Unreachable() },
 	}
 	for _, limit := range limits {
 		for _, f := range faults {
-			t.Run(limit.name+"/"+f.name, func(t *testing.T) {
+			t.Run(limit.name+"/"+f().Name, func(t *testing.T) {
 				harness.NeedsRoot(t) // to set the limit
 				neverTwo(t, func(t *testing.T) *trial {
 					who := limit.user
@@ -335,9 +294,9 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 					leader := tr.start("a", "fill=4000 fork-bomb=4", func(cfg *harness.CandidateConfig) { limit.set(tr, cfg) })
 					// A daemon that can start no thread may die at any time,
 					// with any code, and keep the same promise.
-					leader.mayDie = true
+					leader.mayExit = true
 					job := tr.waitJob(leader)
-					tr.must(harness.Until(tr.waitContext(patience), func() error {
+					tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 						n := len(harness.Descendants(leader.Guard()))
 						if leader.ended() || n >= processLimit/2 {
 							return nil
@@ -348,9 +307,9 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 						tr.user = users()[1] // whom the limit leaves alone
 					}
 					tr.start("b", "")
-					f.do(tr, leader)
-					tr.waitNext(job, patience)
-					leader.heal()
+					tr.inject(f(), leader)
+					tr.waitNext(job, waitTimeout)
+					leader.SetReachable(true)
 					tr.finish()
 					return tr
 				})

@@ -25,7 +25,7 @@ func TestStop_BetweenTwoRuns(t *testing.T) {
 			tr.ttl = 5 * time.Minute
 			c := tr.start("a", "exit=1", variables("LEASEHOLD_RESTART_LIMIT="+limit, "LEASEHOLD_STOP_GRACE=5m"))
 			// The third pause is 1.6 s at least, so that it is met.
-			tr.must(harness.Until(tr.waitContext(patience), func() error {
+			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 				if n := len(tr.witness.Lives()); n < 3 {
 					return fmt.Errorf("%d lives", n)
 				}
@@ -55,7 +55,7 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	job := tr.waitJob(c)
 	elector, err := c.Elector()
 	tr.must(err)
-	c.cut()
+	c.SetReachable(false)
 	tr.must(c.Signal(syscall.SIGKILL))
 	tr.waitDead(job)
 	tr.must(harness.Until(tr.waitContext(10*time.Second), func() error {
@@ -68,7 +68,7 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	if err := syscall.Kill(elector, 0); err != nil {
 		t.Errorf("the elector has ended before it could revoke: %v", err)
 	}
-	c.heal()
+	c.SetReachable(true)
 	tr.nothingLeft()
 }
 
@@ -80,8 +80,8 @@ func TestStop_ASecondSignalWaitsForNobody(t *testing.T) {
 		do   func(c *candidate) error
 	}{
 		{"the elector hangs", stopped},
-		{"etcd is cut off", func(c *candidate) error { c.cut(); return nil }},
-		{"both", func(c *candidate) error { c.cut(); return stopped(c) }},
+		{"etcd is cut off", func(c *candidate) error { c.SetReachable(false); return nil }},
+		{"both", func(c *candidate) error { c.SetReachable(false); return stopped(c) }},
 	} {
 		t.Run(delay.name, func(t *testing.T) {
 			t.Parallel()
@@ -149,7 +149,7 @@ func TestLeader_JobEndsWhileTheElectorHangs(t *testing.T) {
 	}
 	tr.must(syscall.Kill(elector, syscall.SIGCONT))
 	for _, conn := range questions {
-		tr.must(conn.SetReadDeadline(time.Now().Add(patience)))
+		tr.must(conn.SetReadDeadline(time.Now().Add(waitTimeout)))
 		answer, _ := io.ReadAll(conn) // it may end before it answers
 		if strings.Contains(string(answer), "200 OK") {
 			t.Errorf("the job is dead, and /leader says %q", answer)
@@ -246,7 +246,7 @@ func TestSecrets_NotInRefusals(t *testing.T) {
 		for _, kv := range row.env {
 			env = append(env, "LEASEHOLD_"+kv)
 		}
-		code, stdout, stderr, err := harness.RunOnce(testContext(t, patience), env, binary, row.args...)
+		code, stdout, stderr, err := harness.RunOnce(testContext(t, waitTimeout), env, binary, row.args...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -261,8 +261,8 @@ func TestGuardCrashes_EndsBySignal(t *testing.T) {
 	tr := ordinary(t)
 	leader, _, job := tr.pair("")
 	tr.must(leader.Signal(syscall.SIGSEGV))
-	tr.waitNext(job, patience)
-	code, err := leader.Wait(tr.waitContext(patience))
+	tr.waitNext(job, waitTimeout)
+	code, err := leader.Wait(tr.waitContext(waitTimeout))
 	tr.must(err)
 	// By its own hand, or by the elector's, which does not wait until all that the runtime tells of a crash is written.
 	if code != 128+int(syscall.SIGABRT) && code != 128+int(syscall.SIGKILL) {

@@ -64,7 +64,7 @@ func (tr *trial) shell(script string) func(*harness.CandidateConfig) {
 // daemonOf waits for the daemon that a shell has started in its background, and returns its pid and a pidfd. It ends with the test.
 func (tr *trial) daemonOf(shell *candidate) (pid, pidfd int) {
 	tr.Helper()
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		children := harness.Children(shell.Guard())
 		if len(children) != 1 {
 			return fmt.Errorf("children of the shell: %v", children)
@@ -89,7 +89,7 @@ func tells() func(*harness.CandidateConfig) {
 // waitOutput waits until a candidate and its job have written exactly this.
 func (tr *trial) waitOutput(c *candidate, want string) {
 	tr.Helper()
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if got := c.Output(); got != want {
 			return fmt.Errorf("the job of %s says %q, not %q", c.Identity, got, want)
 		}
@@ -151,7 +151,7 @@ func TestTerminal_HangUp(t *testing.T) {
 		}
 		master, slave := newTerminal(t)
 		shell := tr.start("a", "", tells(), tr.shell(`"$@" >`+dir+`/out 2>`+dir+`/log & read x; kill -HUP $!; sleep 0.2`), onTerminal(slave))
-		tr.must(harness.Until(tr.waitContext(patience), func() error {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			if out := says("out"); out != "ready\n" {
 				return fmt.Errorf("the job says %q", out)
 			}
@@ -160,7 +160,7 @@ func TestTerminal_HangUp(t *testing.T) {
 		_, pidfd := tr.daemonOf(shell)
 		_, err := master.WriteString("\n")
 		tr.must(err)
-		if err := harness.Until(tr.waitContext(patience), func() error {
+		if err := harness.Until(tr.waitContext(waitTimeout), func() error {
 			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0); n != 1 {
 				return fmt.Errorf("the daemon has not ended: %w", err)
 			}

@@ -9,9 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -19,12 +17,14 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
 
-// patience bounds every wait for an event that must come. Nothing here takes a
+// waitTimeout bounds every wait for an event that must come. Nothing here takes a
 // tenth of it on a quiet machine.
-const patience = 60 * time.Second
+const waitTimeout = 60 * time.Second
 
 // A user is who runs the daemon.
 type user struct {
@@ -42,13 +42,14 @@ func users() []user {
 	return []user{{name: "root", root: true}, ordinary}
 }
 
-// trial is two or more candidates in one election, each with a road of its own
-// to each member of etcd.
+// trial is two or more candidates in one election, each with a proxy of its own to
+// each member of etcd.
 type trial struct {
 	*testing.T
 	ctx      context.Context
 	user     user
 	programs *harness.Programs
+	testbed  *harness.Testbed
 	etcd     *harness.Cluster
 	witness  *harness.Witness
 	election string
@@ -57,12 +58,10 @@ type trial struct {
 	candidates []*candidate
 }
 
-// candidate is a daemon with its roads.
+// candidate is a daemon on its machine.
 type candidate struct {
-	*harness.Candidate
-	roads  []*harness.Proxy // to the members of etcd
-	cgroup string           // the one that the daemon was started in, as root
-	mayDie bool             // at any time, with any code
+	*harness.Machine
+	mayExit bool // at any time, with any code
 }
 
 var elections atomic.Int64
@@ -74,16 +73,17 @@ func newTrial(t *testing.T, u user, etcd harness.ClusterConfig) *trial {
 		harness.NeedsRoot(t)
 	}
 	programs := allPrograms(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*waitTimeout)
 	t.Cleanup(cancel)
+	cluster := harness.NewTestCluster(t, etcd)
 	tr := &trial{
 		T: t, ctx: ctx, user: u, programs: programs, ttl: 3 * time.Second,
-		etcd: harness.NewTestCluster(t, etcd), witness: harness.NewTestWitness(t),
-		election: fmt.Sprintf("jobs/e2e-%d", elections.Add(1)),
+		testbed: &harness.Testbed{Etcd: cluster}, etcd: cluster,
+		witness: harness.NewTestWitness(t), election: fmt.Sprintf("jobs/e2e-%d", elections.Add(1)),
 	}
 	t.Cleanup(func() {
 		if t.Failed() { // also where the trial came to no end
-			t.Logf("%s; overlaps: %v", tr.summary(), tr.witness.Overlaps())
+			t.Logf("%s; overlaps: %v", tr.summary(), check.Overlaps(tr.witness.Lives()))
 		}
 	})
 	return tr
@@ -92,37 +92,29 @@ func newTrial(t *testing.T, u user, etcd harness.ClusterConfig) *trial {
 // start starts a candidate whose job has the given behaviours.
 func (tr *trial) start(identity, behaviour string, change ...func(*harness.CandidateConfig)) *candidate {
 	tr.Helper()
-	c := &candidate{}
-	cfg := harness.CandidateConfig{
-		Binary: tr.programs.Leasehold, Election: tr.election, Identity: identity, TTL: tr.ttl, UID: tr.user.uid,
-		Job: append([]string{tr.programs.Testjob}, strings.Fields(behaviour)...), Witness: tr.witness,
-		Env: []string{"LEASEHOLD_STOP_GRACE=500ms"},
-	}
-	for _, m := range tr.etcd.Members {
-		road := harness.NewTestProxy(tr, m.ClientURL)
-		c.roads = append(c.roads, road)
-		scheme, _, _ := strings.Cut(m.ClientURL, "://")
-		cfg.Endpoints = append(cfg.Endpoints, scheme+"://"+road.Addr())
-	}
+	on := harness.MachineConfig{Name: identity, Proxied: true}
 	if tr.user.root {
-		c.cgroup = tr.makeCgroup()
-		cfg.Prepare = func(cmd *exec.Cmd) {
-			dir, err := os.Open(c.cgroup)
-			if err != nil {
-				tr.Fatal(err)
-			}
-			tr.Cleanup(func() { _ = dir.Close() })
-			cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+		on.Cgroup = tr.makeCgroup()
+	}
+	m, err := tr.testbed.NewMachine(on)
+	tr.must(err)
+	for _, p := range m.Proxies {
+		tr.Cleanup(p.Close)
+	}
+	c := &candidate{Machine: m}
+	tr.must(m.Start(harness.Leasehold, harness.Candidacy{
+		Programs: tr.programs, Election: tr.election, TTL: tr.ttl,
+		Job: strings.Fields(behaviour), Witness: tr.witness,
+	}, func(cfg *harness.CandidateConfig) error {
+		cfg.UID = tr.user.uid
+		// Instead of what it would get by itself: some tests say otherwise.
+		cfg.Env = []string{"LEASEHOLD_STOP_GRACE=500ms"}
+		for _, f := range change {
+			f(cfg)
 		}
-	}
-	for _, f := range change {
-		f(&cfg)
-	}
-	d, err := harness.StartCandidate(cfg)
-	if err != nil {
-		tr.Fatal(err)
-	}
-	c.Candidate = d
+		return nil
+	}))
+	d := m.Candidate
 	tr.candidates = append(tr.candidates, c)
 	tr.Cleanup(func() {
 		if tr.Failed() { // what it knows, before it ends
@@ -140,63 +132,34 @@ func (tr *trial) start(identity, behaviour string, change ...func(*harness.Candi
 }
 
 // makeCgroup makes a cgroup for a daemon and what it makes inside.
-func (tr *trial) makeCgroup() string {
-	dir, err := os.MkdirTemp(harness.Cgroup2(), "e2e-")
-	if err != nil {
-		tr.Fatal(err)
-	}
+func (tr *trial) makeCgroup() *harness.Cgroup {
+	c, err := harness.NewCgroup("e2e")
+	tr.must(err)
 	tr.Cleanup(func() {
-		_ = os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		err := harness.Until(ctx, func() error {
-			var dirs []string
-			err := filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
-				if err == nil && e.IsDir() {
-					dirs = append(dirs, path)
-				}
-				return err
-			})
-			for _, d := range slices.Backward(dirs) {
-				err = errors.Join(err, os.Remove(d))
-			}
-			return err
-		})
-		if err != nil {
+		if err := c.Remove(context.Background()); err != nil {
 			tr.Errorf("remove the cgroup of a daemon: %v", err)
 		}
 	})
-	return dir
+	return c
 }
 
 // jobCgroup is the cgroup that the daemon made for its job.
 func (c *candidate) jobCgroup() (string, error) {
-	found, err := filepath.Glob(filepath.Join(c.cgroup, "leasehold-*"))
+	found, err := filepath.Glob(filepath.Join(c.Cgroup.Path, "leasehold-*"))
 	if err != nil || len(found) != 1 {
-		return "", fmt.Errorf("cgroups in %s: %q, %w", c.cgroup, found, errors.Join(err, os.ErrNotExist))
+		return "", fmt.Errorf("cgroups in %s: %q, %w", c.Cgroup.Path, found, errors.Join(err, os.ErrNotExist))
 	}
 	return found[0], nil
 }
 
-func (c *candidate) ended() bool {
-	select {
-	case <-c.Ended():
-		return true
-	default:
-		return false
-	}
-}
+func (c *candidate) ended() bool { return !c.Running() }
 
-func (c *candidate) cut() {
-	for _, r := range c.roads {
-		r.Cut(harness.BothWays)
-	}
-}
-
-func (c *candidate) heal() {
-	for _, r := range c.roads {
-		r.Recover()
-	}
+// inject lets a candidate have a fault of the library, and returns what ends it.
+func (tr *trial) inject(f fault.Fault, c *candidate) (end func()) {
+	tr.Helper()
+	on := &fault.Target{Testbed: tr.testbed, Machine: c.Machine, TTL: tr.ttl}
+	tr.must(f.Start(tr.ctx, on))
+	return func() { tr.must(f.End(tr.ctx, on)) }
 }
 
 // status is what the tests read of /status.
@@ -253,7 +216,7 @@ func (tr *trial) waitContext(d time.Duration) context.Context {
 // waitJob waits for the job of a candidate.
 func (tr *trial) waitJob(c *candidate) harness.Life {
 	tr.Helper()
-	life, err := tr.witness.WaitForJob(tr.waitContext(patience), func(l harness.Life) bool { return l.Candidate == c.Identity })
+	life, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool { return l.Candidate == c.Identity })
 	tr.must(err)
 	return life
 }
@@ -269,7 +232,7 @@ func (tr *trial) waitNext(before harness.Life, bound time.Duration) harness.Life
 // waitDead returns when the last process of a term ended.
 func (tr *trial) waitDead(l harness.Life) time.Duration {
 	tr.Helper()
-	end, err := tr.witness.WaitForDead(tr.waitContext(patience), l)
+	end, err := tr.witness.WaitForDead(tr.waitContext(waitTimeout), l)
 	tr.must(err)
 	return end
 }
@@ -277,7 +240,7 @@ func (tr *trial) waitDead(l harness.Life) time.Duration {
 // waitRoles waits until the job has shown processes in all these roles.
 func (tr *trial) waitRoles(l harness.Life, roles ...string) {
 	tr.Helper()
-	tr.must(tr.witness.Wait(tr.waitContext(patience), func(lives []harness.Life) bool {
+	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool {
 		found := map[string]bool{}
 		for _, other := range lives {
 			found[other.Role] = found[other.Role] || other.Token == l.Token && other.Candidate == l.Candidate
@@ -294,13 +257,13 @@ func (tr *trial) waitRoles(l harness.Life, roles ...string) {
 // waitStatus waits until an endpoint of the candidate answers so.
 func (tr *trial) waitStatus(c *candidate, path string, code int) {
 	tr.Helper()
-	tr.must(c.WaitStatus(tr.waitContext(patience), path, code))
+	tr.must(c.WaitStatus(tr.waitContext(waitTimeout), path, code))
 }
 
 // waitExit waits for the end of a candidate and checks its code.
 func (tr *trial) waitExit(c *candidate, want int) {
 	tr.Helper()
-	code, err := c.Wait(tr.waitContext(patience))
+	code, err := c.Wait(tr.waitContext(waitTimeout))
 	tr.must(err)
 	if code != want {
 		tr.Errorf("candidate %s ended with code %d, want %d", c.Identity, code, want)
@@ -310,16 +273,7 @@ func (tr *trial) waitExit(c *candidate, want int) {
 // waitRenewals waits for n more good renewals of a candidate's lease.
 func (tr *trial) waitRenewals(c *candidate, n float64) {
 	tr.Helper()
-	const good = `leasehold_lease_renewals_total{result="ok"}`
-	before, err := c.Metric(tr.ctx, good)
-	tr.must(err)
-	tr.must(harness.Until(tr.waitContext(patience), func() error {
-		now, err := c.Metric(tr.ctx, good)
-		if err == nil && now < before+n {
-			err = fmt.Errorf("candidate %s renewed its lease %v times, want %v", c.Identity, now-before, n)
-		}
-		return err
-	}))
+	tr.must(c.WaitRenewals(tr.waitContext(waitTimeout), n))
 }
 
 // pair starts a leader, whose job behaves as given, and a standby.
@@ -351,13 +305,13 @@ func (tr *trial) stop() {
 		if err := c.Signal(syscall.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
 			tr.must(err)
 		}
-		code, err := c.Wait(tr.waitContext(patience))
+		code, err := c.Wait(tr.waitContext(waitTimeout))
 		tr.must(err)
-		if code != 0 && !c.mayDie {
+		if code != 0 && !c.mayExit {
 			tr.Errorf("candidate %s ended with code %d after SIGTERM, want 0", c.Identity, code)
 		}
 	}
-	tr.must(tr.witness.Wait(tr.waitContext(patience), func(lives []harness.Life) bool {
+	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool {
 		return !slices.ContainsFunc(lives, harness.Life.Alive)
 	}))
 }
@@ -379,42 +333,31 @@ func (tr *trial) nothingLeft() {
 	}))
 }
 
-var latenessPattern = regexp.MustCompile(`guard_lateness=(\S+)`)
-
 // summary says which jobs lived when.
 func (tr *trial) summary() string {
 	var text strings.Builder
-	for _, term := range tr.witness.Terms() {
+	for _, term := range check.NewHistory(tr.witness.Lives()) {
 		until := "now"
-		if term.End != 0 {
+		if !term.Alive() {
 			until = term.End.String()
 		}
-		fmt.Fprintf(&text, "job of %s, token %d, %d processes, from %v to %s; ", term.Candidate, term.Token, len(term.Lives), term.Start, until)
+		fmt.Fprintf(&text, "%v, %d processes, from %v to %s; ", term, len(term.Lives), term.Start, until)
 	}
 	return strings.TrimSuffix(text.String(), "; ")
 }
 
-// lateness is how late a guard served a deadline, by its own account, at worst.
-func (c *candidate) lateness() time.Duration {
-	var worst time.Duration
-	for _, m := range latenessPattern.FindAllStringSubmatch(c.Log(), -1) {
-		if d, err := time.ParseDuration(m[1]); err == nil {
-			worst = max(worst, d)
-		}
-	}
-	return worst
+// latency is how late a guard served a deadline, by its own account, at worst.
+func (c *candidate) latency() time.Duration {
+	return check.Latency(check.TimerLatencies(c.Log()))
 }
 
-// outside tells which overlaps are outside the promise: the earlier job's guard
-// was served later than its margin by the kernel.
-func (tr *trial) outside(o harness.Overlap) bool {
+// outside reports whether an overlap is outside the promise: the kernel served the
+// earlier job's guard later than its margin.
+func (tr *trial) outside(o check.Overlap) bool {
 	margin := max(tr.ttl/10, 200*time.Millisecond)
-	for _, c := range tr.candidates {
-		if c.Identity == o.Earlier.Candidate && c.lateness() > margin {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(tr.candidates, func(c *candidate) bool {
+		return c.Identity == o.Earlier.Candidate && c.latency() > margin
+	})
 }
 
 // neverTwo runs a trial and fails if two jobs ever lived at once. An overlap
@@ -422,11 +365,11 @@ func (tr *trial) outside(o harness.Overlap) bool {
 // shown, and the trial is run once more.
 func neverTwo(t *testing.T, run func(t *testing.T) *trial) {
 	for attempt := 1; ; attempt++ {
-		var excused []harness.Overlap
+		var excused []check.Overlap
 		name := fmt.Sprintf("trial-%d", attempt)
 		t.Run(name, func(t *testing.T) {
 			tr := run(t)
-			for _, o := range tr.witness.Overlaps() {
+			for _, o := range check.Overlaps(tr.witness.Lives()) {
 				if tr.outside(o) {
 					excused = append(excused, o)
 					continue
@@ -434,7 +377,7 @@ func neverTwo(t *testing.T, run func(t *testing.T) *trial) {
 				t.Error(o)
 			}
 			for _, c := range tr.candidates {
-				if d := c.lateness(); d > 0 {
+				if d := c.latency(); d > 0 {
 					t.Logf("the guard of %s was late by %v", c.Identity, d)
 				}
 			}

@@ -57,19 +57,19 @@ func TestUntouched(t *testing.T) {
 			tr.must(leader.WaitHealthy(tr.ctx))
 			tr.waitRenewals(c, 3)
 		}},
-		{"each member dark in turn", plain, false, noChange, eachDark},
-		{"each member dark in turn, with auth", plain, true, noChange, eachDark},
-		{"two endpoints, either dark", plain, false, func(_ *trial, cfg *harness.CandidateConfig) {
+		{"each member unreachable in turn", plain, false, noChange, eachUnreachable},
+		{"each member unreachable in turn, with auth", plain, true, noChange, eachUnreachable},
+		{"two endpoints, either unreachable", plain, false, func(_ *trial, cfg *harness.CandidateConfig) {
 			cfg.Endpoints = cfg.Endpoints[:2]
 		}, func(tr *trial, c *candidate) {
-			c.roads = c.roads[:2]
-			eachDark(tr, c)
+			c.Proxies = c.Proxies[:2]
+			eachUnreachable(tr, c)
 		}},
-		{"every road dark for TTL/5", plain, false, noChange, func(tr *trial, c *candidate) {
+		{"etcd unreachable for TTL/5", plain, false, noChange, func(tr *trial, c *candidate) {
 			tr.waitRenewals(c, 1)
-			c.cut()
+			c.SetReachable(false)
 			tr.sleepPast(harness.Now(), tr.ttl/5)
-			c.heal()
+			c.SetReachable(true)
 			tr.waitRenewals(c, lost)
 		}},
 		{"rolling restart", plain, false, noChange, func(tr *trial, c *candidate) {
@@ -113,7 +113,7 @@ func TestUntouched(t *testing.T) {
 			row.trouble(tr, leader)
 			lives := tr.witness.Lives()
 			if len(lives) != 1 || !lives[0].Alive() || lives[0].Pid != job.Pid {
-				t.Fatalf("the job was touched: %v", tr.summary())
+				t.Fatalf("the job was moved: %v", tr.summary())
 			}
 			tr.waitStatus(leader, "/leader", http.StatusOK)
 			tr.waitStatus(standby, "/standby", http.StatusOK)
@@ -126,11 +126,11 @@ func TestUntouched(t *testing.T) {
 	}
 }
 
-func eachDark(tr *trial, c *candidate) {
-	for _, r := range c.roads {
-		r.Cut(harness.BothWays)
+func eachUnreachable(tr *trial, c *candidate) {
+	for _, p := range c.Proxies {
+		p.Cut(harness.BothWays)
 		tr.waitRenewals(c, 6)
-		r.Recover()
+		p.Recover()
 		tr.waitRenewals(c, 1)
 	}
 }
@@ -202,10 +202,10 @@ func TestTLS_NewCertificates(t *testing.T) {
 	})
 	job := tr.waitJob(c)
 	tr.must(certs.IssueClient(4))
-	c.roads[0].Drop()
+	c.Proxies[0].Drop()
 	tr.waitRenewals(c, 6)
 	if lives := tr.witness.Lives(); len(lives) != 1 || lives[0].Pid != job.Pid || !lives[0].Alive() {
-		t.Errorf("the job was touched: %v", tr.summary())
+		t.Errorf("the job was moved: %v", tr.summary())
 	}
 	tr.finish()
 }
@@ -230,19 +230,19 @@ func TestStandby_OnAMemberWhoseDiskHangs(t *testing.T) {
 	if tr.etcd.Members[hung] == etcdLeader {
 		hung = 1
 	}
-	for i, road := range standby.roads {
+	for i, p := range standby.Proxies {
 		if i != hung {
-			road.Cut(harness.BothWays)
+			p.Cut(harness.BothWays)
 		}
 	}
 	tr.waitRenewals(standby, 8) // long enough for the watch to have moved there
-	standby.heal()
+	standby.SetReachable(true)
 	end, err := tr.etcd.Members[hung].SlowDisk(tr.ctx, 10*time.Minute)
 	tr.must(err)
 	defer end()
 	tr.must(leader.Signal(syscall.SIGTERM))
 	tr.waitExit(leader, 0)
-	if next := tr.waitNext(job, patience); next.Candidate != "b" {
+	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
 		t.Errorf("the next job is %v, want b's", next)
 	}
 	end()
@@ -281,10 +281,10 @@ func TestAuth_RevokeTakesTheToken(t *testing.T) {
 			}
 			killed := harness.Now()
 			tr.must(leader.SignalElector(syscall.SIGKILL))
-			next := tr.waitNext(job, patience)
+			next := tr.waitNext(job, waitTimeout)
 			tr.Logf("the next job started %v after the elector was killed", next.Started-killed)
 			tr.waitExit(leader, 70)
-			tr.must(harness.Until(tr.waitContext(patience), func() error {
+			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 				if n := authentications() - before; n != row.want {
 					return fmt.Errorf("%v authentications, want %v", n, row.want)
 				}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -191,8 +192,8 @@ func TestHung(t *testing.T) {
 			w.must(unix.Kill(pid, unix.SIGSTOP))
 			if c.standby {
 				w.waitFor(struck, unit, 2*time.Minute, map[string]string{"ActiveState": "active", "NRestarts": "1", "StatusText": "standby, leader is a"})
-				if !w.waitJob(leader).Alive() || len(w.witness.Terms()) != 1 {
-					t.Errorf("the job was moved: %v", w.witness.Terms())
+				if !w.waitJob(leader).Alive() || len(check.NewHistory(w.witness.Lives())) != 1 {
+					t.Errorf("the job was moved: %v", w.witness.Lives())
 				}
 			} else {
 				next := w.waitNext(life, c.within)

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
 
@@ -266,7 +267,7 @@ func (w *world) pair(job string, more ...string) (leader, standby *Machine, life
 // noOverlaps is what all of it is for.
 func (w *world) noOverlaps() {
 	w.t.Helper()
-	for _, o := range w.witness.Overlaps() {
+	for _, o := range check.Overlaps(w.witness.Lives()) {
 		w.t.Error(o)
 	}
 }

@@ -23,11 +23,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"leasehold/e2e/fault"
@@ -44,12 +42,15 @@ func run(args []string) int {
 	ci := flags.Bool("ci", false, "only those rows that CI runs")
 	parallel := flags.Int("parallel", 8, "trials side by side")
 	out := flags.String("json", "bin/faults.json", "where to write what was seen")
-	into := flags.String("into", "", "put the rows that are run in their place in such a file of an earlier run, of as many trials")
+	into := flags.String("into", "", "put the rows that are run in their place in such a file "+
+		"of an earlier run, of as many trials")
 	text := flags.String("text", "", "print the report of such a file, and run nothing")
-	table := flags.String("table", "", "print the Markdown table of such a file, and run nothing")
+	table := flags.String("table", "", "print the table of such a file in Markdown, and run nothing")
 	picture := flags.String("picture", "", "draw such a file, and run nothing")
-	svg := flags.String("svg", "docs/faults.svg", "where to draw it, and a short one beside it: -short.svg")
-	readme := flags.String("readme", "", "put picture and short table into this file, between their markers")
+	svg := flags.String("svg", "docs/faults.svg",
+		"where to draw it, and a short one beside it: -short.svg")
+	readme := flags.String("readme", "",
+		"put picture and short table into this file, between their markers")
 	if err := flags.Parse(args); err != nil {
 		return 64
 	}
@@ -69,7 +70,7 @@ func run(args []string) int {
 		if file.path == "" {
 			continue
 		}
-		r, err := readResults(file.path)
+		r, err := harness.ReadJSON[Results](file.path)
 		if err == nil {
 			err = file.use(r)
 		}
@@ -90,18 +91,12 @@ func run(args []string) int {
 	if !inside {
 		return code
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, stop := harness.Interruptible()
 	defer stop()
 	return exit(measure(ctx, wanted, *n, *peersN, max(1, *parallel), *out, *into))
 }
 
-func exit(err error) int {
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "faults:", err)
-		return 1
-	}
-	return 0
-}
+func exit(err error) int { return harness.ExitCode("faults", err) }
 
 // choose finds the scenarios by their names.
 func choose(only string, ci bool) ([]*Scenario, error) {
@@ -187,20 +182,16 @@ func newRunner(ctx context.Context, wanted []*Scenario) (*runner, error) {
 	if harness.Cgroup2() == "" {
 		return nil, errors.New("keep candidates in cgroups of their own: no cgroup v2 is mounted")
 	}
-	if slices.ContainsFunc(wanted, func(s *Scenario) bool { return s.Etcd.Flags == syncing }) {
+	if slices.ContainsFunc(wanted, (*Scenario).slowsDisks) {
 		if _, err := exec.LookPath("strace"); err != nil {
 			return nil, fmt.Errorf("slow disks down (Debian's package strace): %w", err)
 		}
 	}
-	if r.etcd, err = harness.FindEtcd(ctx, os.Stderr); err != nil {
+	if r.etcd, r.results.About, err = harness.FindEtcdAndAbout(ctx); err != nil {
 		return nil, err
 	}
-	if r.results.About, err = harness.AboutThisRun(ctx, r.etcd); err != nil {
-		return nil, err
-	}
-	if slices.ContainsFunc(wanted, func(s *Scenario) bool { return strings.HasPrefix(s.Name, "wall-clock") }) {
-		dir := r.programs.Beside("clock")
-		if r.jumping, err = fault.BuildJumping(ctx, dir); err != nil {
+	if slices.ContainsFunc(wanted, (*Scenario).jumps) {
+		if r.jumping, err = fault.BuildJumping(ctx, r.programs.Beside("clock")); err != nil {
 			return nil, err
 		}
 	}
@@ -282,7 +273,8 @@ func (q *queue) take(preferred etcd) (batch, bool) {
 	if len(q.batches) == 0 {
 		return batch{}, false
 	}
-	i := max(0, slices.IndexFunc(q.batches, func(b batch) bool { return b.scenario.Etcd == preferred }))
+	same := func(b batch) bool { return b.scenario.Etcd == preferred }
+	i := max(0, slices.IndexFunc(q.batches, same))
 	b := q.batches[i]
 	q.batches = slices.Delete(q.batches, i, i+1)
 	return b, true
@@ -337,7 +329,9 @@ func (r *runner) lane(ctx context.Context, q *queue) error {
 
 func (r *runner) newTestbed(ctx context.Context, of etcd) (*harness.Testbed, error) {
 	return harness.NewTestbed(ctx, harness.TestbedConfig{
-		Cluster:  harness.ClusterConfig{Etcd: r.etcd, Size: of.Members, Flags: strings.Fields(of.Flags)},
+		Cluster: harness.ClusterConfig{
+			Etcd: r.etcd, Size: of.Members, Flags: strings.Fields(of.Flags),
+		},
 		Isolated: true, Prefix: prefix, Auth: of.Auth,
 	})
 }

@@ -278,7 +278,7 @@ func (r *Results) headline() string {
 // replaceIn puts the rows of this run in the place of the same rows of an
 // earlier one of as many trials.
 func (r *Results) replaceIn(path string) error {
-	whole, err := readResults(path)
+	whole, err := harness.ReadJSON[Results](path)
 	if err != nil {
 		return err
 	}
@@ -384,18 +384,6 @@ func both(values []float64) string {
 		return middle
 	}
 	return middle + ", max " + most
-}
-
-func readResults(path string) (*Results, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	r := &Results{}
-	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
-	}
-	return r, nil
 }
 
 // write writes a row and a sample a line, so that files of two runs can be

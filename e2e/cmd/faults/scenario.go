@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"slices"
+	"strings"
 	"time"
 
 	"leasehold/e2e/fault"
@@ -111,6 +112,12 @@ func (s *Scenario) ttl() time.Duration {
 	}
 	return s.TTL
 }
+
+// slowsDisks reports whether etcd must sync to its disks, for those to be slow.
+func (s *Scenario) slowsDisks() bool { return s.Etcd.Flags == syncing }
+
+// jumps reports whether programs whose wall clock can jump are needed.
+func (s *Scenario) jumps() bool { return strings.HasPrefix(s.Name, "wall-clock") }
 
 // A variant is an implementation in one of the ways in which it is run.
 type variant struct {

@@ -69,7 +69,7 @@ func TestResults(t *testing.T) {
 	if err := written.write(path); err != nil {
 		t.Fatal(err)
 	}
-	r, err := readResults(path)
+	r, err := harness.ReadJSON[Results](path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func TestResults_ReplaceIn(t *testing.T) {
 	if err := again.replaceIn(path); err != nil {
 		t.Fatal(err)
 	}
-	got, err := readResults(path)
+	got, err := harness.ReadJSON[Results](path)
 	if err != nil {
 		t.Fatal(err)
 	}
