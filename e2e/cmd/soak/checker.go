@@ -54,7 +54,6 @@ type checker struct {
 	mu       sync.Mutex
 	events   []event
 	counts   counts
-	idles    map[int]bool          // faults, by their place, that came to nothing
 	terms    check.History         // not long over
 	past     check.Intervals       // when jobs lived whose terms have been forgotten
 	overlaps map[[2]int64]*overlap // by tokens
@@ -81,8 +80,8 @@ func newChecker(set settings) *checker {
 	now := harness.Now()
 	return &checker{
 		settings: set, began: now, broken: make(chan struct{}),
-		idles: map[int]bool{}, overlaps: map[[2]int64]*overlap{},
-		excuses: newExcuses(), health: newHealth(), leases: newLeases(now),
+		overlaps: map[[2]int64]*overlap{},
+		excuses:  newExcuses(), health: newHealth(), leases: newLeases(now),
 	}
 }
 
@@ -115,13 +114,6 @@ func (k *checker) violateAt(at time.Duration, candidates []string, format string
 	if k.first.CompareAndSwap(nil, v) {
 		close(k.broken)
 	}
-}
-
-// idle is told of a fault that came to nothing.
-func (k *checker) idle(fault int) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.idles[fault] = true
 }
 
 // wall is what the wall clock shows at a moment, for the daemons' logs.

@@ -83,6 +83,7 @@ type excuses struct {
 	frozen  map[string]check.Intervals // by candidate
 	killed  map[string]time.Duration   // when a candidate's guard last got SIGKILL
 	stopped map[string]time.Duration   // and SIGSTOP
+	idle    map[int]bool               // faults, by their place, that came to nothing
 	actions []*action
 	samples []sample // of the kernel's account of CPU pressure
 }
@@ -91,36 +92,25 @@ func newExcuses() excuses {
 	return excuses{
 		frozen: map[string]check.Intervals{},
 		killed: map[string]time.Duration{}, stopped: map[string]time.Duration{},
+		idle: map[int]bool{},
 	}
 }
 
-// freezes is told when a candidate has been frozen, thaws before it is thawed.
-func (k *checker) freezes(candidate string) {
+// tell tells the checker of a fault: of a freeze when it is done, of all else just before.
+func (k *checker) tell(f func(*excuses)) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	f(&k.excuses)
+}
+
+func (e *excuses) freezes(candidate string) {
 	frozen := check.Interval{From: harness.Now(), To: check.Forever}
-	k.excuses.frozen[candidate] = append(k.excuses.frozen[candidate], frozen)
+	e.frozen[candidate] = append(e.frozen[candidate], frozen)
 }
 
-func (k *checker) thaws(candidate string) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if frozen := k.excuses.frozen[candidate]; len(frozen) > 0 {
-		frozen[len(frozen)-1].To = harness.Now()
-	}
-}
-
-// stops is told before a candidate's guard gets SIGSTOP, kills before it gets SIGKILL.
-func (k *checker) stops(candidate string) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.excuses.stopped[candidate] = harness.Now()
-}
-
-func (k *checker) kills(candidate string) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.excuses.killed[candidate] = harness.Now()
+func (e *excuses) thaws(candidate string) {
+	frozen := e.frozen[candidate]
+	frozen[len(frozen)-1].To = harness.Now()
 }
 
 // did is told before an action is done, and returns its number.

@@ -21,7 +21,6 @@ import (
 type done struct {
 	drawn
 	check.Interval
-	idle bool // there was nothing to hit
 }
 
 // executor carries the schedule out, one step at a time in a single goroutine, so that faults that
@@ -197,10 +196,12 @@ func (x *executor) begin(f drawn) error {
 	made := f.fault(x, h)
 	ctx, cancel := context.WithTimeout(x.ctx, harness.WaitTimeout)
 	defer cancel()
-	err := made.Start(ctx, h.on)
-	if err != nil && f.on.mayVanish {
+	switch err := made.Start(ctx, h.on); {
+	case err != nil && f.on.mayVanish:
 		x.idle(n, f, err)
 		return made.End(ctx, h.on)
+	case err != nil:
+		return fmt.Errorf("fault %d, %s: %w", f.number, f.name, err)
 	}
 	if f.lasts > 0 {
 		for _, v := range h.victims {
@@ -209,9 +210,6 @@ func (x *executor) begin(f drawn) error {
 		x.pending = append(x.pending, recovery{now + f.lasts, func() error {
 			return x.recover(n, h, made)
 		}})
-	}
-	if err != nil {
-		return fmt.Errorf("fault %d, %s: %w", f.number, f.name, err)
 	}
 	return nil
 }
@@ -232,7 +230,7 @@ func (x *executor) recover(n int, h *hit, of fault.Fault) error {
 // idle notes a fault that came to nothing.
 func (x *executor) idle(n int, f drawn, why error) {
 	x.check.note("  #%d came to nothing: %s: %v", f.number, f.describe(""), why)
-	x.check.idle(n)
+	x.check.tell(func(e *excuses) { e.idle[n] = true })
 }
 
 // chooseCandidate finds whom a fault is for.

@@ -92,7 +92,7 @@ func just(f func() fault.Fault) func(*executor, *hit) fault.Fault {
 func killed(p harness.Process) func(*executor, *hit) fault.Fault {
 	return func(x *executor, h *hit) fault.Fault {
 		if p == harness.Guard {
-			x.check.kills(h.candidate.name)
+			x.check.tell(func(e *excuses) { e.killed[h.candidate.name] = harness.Now() })
 		}
 		return fault.Killed(p)
 	}
@@ -101,7 +101,7 @@ func killed(p harness.Process) func(*executor, *hit) fault.Fault {
 func hung(p harness.Process) func(*executor, *hit) fault.Fault {
 	return func(x *executor, h *hit) fault.Fault {
 		if p == harness.Guard {
-			x.check.stops(h.candidate.name)
+			x.check.tell(func(e *excuses) { e.stopped[h.candidate.name] = harness.Now() })
 		}
 		return fault.Hung(p)
 	}
@@ -113,12 +113,12 @@ func suspended(x *executor, h *hit) fault.Fault {
 	freeze, thaw := f.Inject, f.Recover
 	f.Inject = func(ctx context.Context, on *fault.Target) error {
 		c.starting.Lock()
-		defer x.check.freezes(c.name)
+		defer x.check.tell(func(e *excuses) { e.freezes(c.name) })
 		return freeze(ctx, on)
 	}
 	f.Recover = func(ctx context.Context, on *fault.Target) error {
 		defer c.starting.Unlock()
-		x.check.thaws(c.name)
+		x.check.tell(func(e *excuses) { e.thaws(c.name) })
 		return thaw(ctx, on)
 	}
 	return f

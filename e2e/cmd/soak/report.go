@@ -184,7 +184,7 @@ func (r *run) results(implementation string) *results {
 			if d.kind == &kinds[i] {
 				count.Count++
 				count.For += ms(d.Length())
-				count.Idle += map[bool]int{true: 1}[k.idles[n]]
+				count.Idle += map[bool]int{true: 1}[k.excuses.idle[n]]
 			}
 		}
 		res.Kinds = append(res.Kinds, count)
