@@ -103,6 +103,7 @@ func TestParse_Hints(t *testing.T) {
 		{"resign", `no such command "resign"`},
 		{"status --jsn", "no such flag --jsn: did you mean --json?"},
 		{"--vesion", "no such flag --vesion: did you mean --version?"},
+		{"-v", "no such flag -v: did you mean --version?"},
 		{"elect --json", "no such flag"},
 		{"status a b", "status takes one argument: leasehold status [ELECTION] [--json]"},
 		{"elect x", "elect takes no argument"},

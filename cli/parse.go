@@ -140,6 +140,9 @@ func (l *line) unknownCommand(word string) string {
 // unknownFlag is the hint for a flag that c, or the whole line where c is none, does not take.
 func (l *line) unknownFlag(c Command, flag string) string {
 	name, _, _ := strings.Cut(flag, "=")
+	if name == "-v" || name == "-V" {
+		return "no such flag " + name + ": did you mean --version?"
+	}
 	if near := suggest.Nearest(name, append([]string{"--help", "--version"}, c.Flags...)); near != "" {
 		return fmt.Sprintf("no such flag %s: did you mean %s?", quote.Word(name), near)
 	}

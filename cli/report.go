@@ -41,7 +41,7 @@ type statusLease struct {
 type statusBlocker struct {
 	Key    string `json:"key" desc:"the key"`
 	Why    string `json:"why" desc:"why it stays"`
-	Remedy string `json:"remedy" desc:"the command that ends the wait"`
+	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" where a live lease keeps the key"`
 }
 
 // ReportFields lists the fields of status --json, for the reference.
@@ -84,7 +84,11 @@ func reportText(name string, r election.Report) string {
 	}
 	_ = w.Flush() // a strings.Builder takes everything
 	for _, x := range r.Blockers {
-		fmt.Fprintf(&b, "blocked by %s: %s; to end the wait: %s\n", x.Key, x.Why, x.Remedy)
+		fmt.Fprintf(&b, "blocked by %s: %s", x.Key, x.Why)
+		if x.Remedy != "" {
+			fmt.Fprintf(&b, "; to end the wait: %s", x.Remedy)
+		}
+		b.WriteByte('\n')
 	}
 	return b.String()
 }

@@ -77,7 +77,7 @@ type Exit struct {
 type Blocker struct {
 	Key    string `json:"key" desc:"that key"`
 	Why    string `json:"why" desc:"why it stays"`
-	Remedy string `json:"remedy" desc:"the command that ends the wait"`
+	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" where a live lease keeps the key"`
 }
 
 // update moves the state on where a deadline has passed. The elector's own timers do the same, but a

@@ -298,7 +298,7 @@ func TestManual(t *testing.T) {
 		t.Error(complaint)
 	}
 	shown := run(t, "groff", "-man", "-Tutf8", "-P-cbou", page)
-	for _, want := range []string{"leasehold " + version(t), commitDate(t).UTC().Format(time.DateOnly), "leasehold status [--json]", "LEASEHOLD_TTL (15s)", "check [live|ready|leader|standby]"} {
+	for _, want := range []string{"leasehold " + version(t), commitDate(t).UTC().Format(time.DateOnly), "leasehold status [ELECTION] [--json]", "LEASEHOLD_TTL (15s)", "check [live|ready|leader|standby]"} {
 		if !strings.Contains(shown, want) {
 			t.Errorf("it does not show %q:\n%s", want, shown)
 		}
