@@ -8,7 +8,6 @@ package fault
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math"
 	"time"
 
@@ -117,13 +116,4 @@ func Both(name string, a, b Fault) Fault {
 		Prepare: action(a.Prepare).and(b.Prepare), Inject: action(a.Inject).and(b.Inject),
 		Recover: action(a.Recover).and(b.Recover), Verify: action(a.Verify).and(b.Verify),
 	}
-}
-
-// within calls f with a deadline of its own.
-func within(
-	ctx context.Context, d time.Duration, otherwise string, f func(context.Context) error,
-) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, d, fmt.Errorf("%s within %v", otherwise, d))
-	defer cancel()
-	return f(ctx)
 }

@@ -120,7 +120,7 @@ func dependOnEtcdsLeader(ctx context.Context, on *Target) (err error) {
 	if err := harness.Wait(ctx, 2*time.Second); err != nil {
 		return err
 	}
-	return within(ctx, on.TTL, "no renewals", func(ctx context.Context) error {
+	return harness.Within(ctx, on.TTL, "no renewals", func(ctx context.Context) error {
 		return on.Machine.WaitRenewals(ctx, 2)
 	})
 }
@@ -153,16 +153,14 @@ func newProbe(ctx context.Context, on *Target, at *harness.Member) (*probe, erro
 // that it no longer is. Those that it finds when it wakes it may not answer.
 func (p *probe) acknowledged(ctx context.Context) error {
 	const otherwise = "no stale acknowledgement"
-	return within(ctx, 2*time.Second, otherwise, func(ctx context.Context) error {
-		return harness.Until(ctx, func() error {
-			ctx, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
-			defer cancel()
-			resp, err := p.client.KeepAliveOnce(ctx, p.lease)
-			if err == nil && resp.RaftTerm != p.term {
-				err = fmt.Errorf("the acknowledgement is of raft term %d, want %d", resp.RaftTerm, p.term)
-			}
-			return err
-		})
+	return harness.UntilWithin(ctx, 2*time.Second, otherwise, func() error {
+		ctx, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+		defer cancel()
+		resp, err := p.client.KeepAliveOnce(ctx, p.lease)
+		if err == nil && resp.RaftTerm != p.term {
+			err = fmt.Errorf("the acknowledgement is of raft term %d, want %d", resp.RaftTerm, p.term)
+		}
+		return err
 	})
 }
 

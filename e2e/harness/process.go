@@ -164,6 +164,21 @@ func Until(ctx context.Context, f func() error) error {
 	}
 }
 
+// Within calls f with a deadline of its own. Where that passes, the error says that
+// so long there was what otherwise is.
+func Within(
+	ctx context.Context, d time.Duration, otherwise string, f func(context.Context) error,
+) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, d, fmt.Errorf("%s within %v", otherwise, d))
+	defer cancel()
+	return f(ctx)
+}
+
+// UntilWithin is Until with a deadline of its own.
+func UntilWithin(ctx context.Context, d time.Duration, otherwise string, f func() error) error {
+	return Within(ctx, d, otherwise, func(ctx context.Context) error { return Until(ctx, f) })
+}
+
 // Wait lets time pass: that of a fault, or that in which something is measured.
 func Wait(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)

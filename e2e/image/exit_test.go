@@ -40,7 +40,7 @@ func read(t *testing.T, file string) string {
 // TestExitCodes: each exit code comes out of the container, and with each but 0 the termination message that `kubectl describe pod`
 // shows says why.
 func TestExitCodes(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	never := []string{"LEASEHOLD_RESTART=never"}
 	etcd := strings.TrimPrefix(s.etcd.Endpoints()[0], "http://")
 	leader := s.job("leader", "")
@@ -51,7 +51,7 @@ func TestExitCodes(t *testing.T) {
 		image    string
 		args     []string
 		env      []string
-		during   func(*stage, *box)
+		during   func(*testbed, *box)
 		alone    bool // needs an election of its own to lead
 		code     int
 		messages []string // what the termination message says; nothing: there is none
@@ -60,7 +60,7 @@ func TestExitCodes(t *testing.T) {
 		{what: "the job's code", args: []string{"--", "/testjob", "exit=7"}, env: never, alone: true, code: 7, messages: []string{"with the job's own code", "exit_code=7"}},
 		{what: "the job dies by a signal", image: imageJob, args: []string{"sh", "-c", "kill -KILL $$"}, env: never, alone: true, code: 137,
 			messages: []string{"with the job's own code", "exit_code=137"}},
-		{what: "planned stop", args: []string{"--", "/testjob", "stop-code=9"}, alone: true, during: func(s *stage, b *box) { s.waitJob(b); b.kill(s, "TERM") }, code: 0},
+		{what: "planned stop", args: []string{"--", "/testjob", "stop-code=9"}, alone: true, during: func(s *testbed, b *box) { s.waitJob(b); b.kill(s, "TERM") }, code: 0},
 		{what: "nothing to run", code: 64, messages: []string{"leasehold: say what to run: leasehold -- COMMAND [ARG...]"}},
 		{what: "a flag", args: []string{"--ttl=5", "--", "/testjob"}, code: 64, messages: []string{"write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)"}},
 		{what: "install without a place", args: []string{"install"}, code: 64, messages: []string{"leasehold install DEST"}},
@@ -75,17 +75,17 @@ func TestExitCodes(t *testing.T) {
 		{what: "somebody else leads, of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_WAIT=0s", "LEASEHOLD_LOG_FORMAT=json"}, code: 75,
 			messages: []string{`"msg":"exiting: LEASEHOLD_WAIT is over: not elected`, `"exit_code":75`}},
 		{what: "the port is taken", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_LISTEN=" + etcd}, code: 71, messages: []string{"LEASEHOLD_LISTEN", "address already in use", "exit_code=71"}},
-		{what: "leadership lost", args: []string{"--", "/testjob"}, env: never, alone: true, during: func(s *stage, b *box) {
+		{what: "leadership lost", args: []string{"--", "/testjob"}, env: never, alone: true, during: func(s *testbed, b *box) {
 			s.waitJob(b)
 			_, err := s.etcd.Etcdctl(s.ctx, "del", "--prefix", s.election+"-own/")
 			s.must(err)
 		}, code: 76, messages: []string{"leadership lost", "exit_code=76"}},
-		{what: "elector lost", args: []string{"--", "/testjob"}, alone: true, during: func(s *stage, b *box) {
+		{what: "elector lost", args: []string{"--", "/testjob"}, alone: true, during: func(s *testbed, b *box) {
 			s.waitJob(b)
 			s.must(syscall.Kill(b.elector(s), syscall.SIGKILL))
 		}, code: 70, messages: []string{"the elector is lost", "exit_code=70"}},
 	} {
-		s.run(c.what, func(s *stage) {
+		s.run(c.what, func(s *testbed) {
 			file, flags := terminationLog(s.T)
 			image := c.image
 			if image == "" {
@@ -122,9 +122,9 @@ func TestExitCodes(t *testing.T) {
 
 // TestTerminationMessage: what else may be at its place.
 func TestTerminationMessage(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	bad := plan{image: imageLeasehold, args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_TTL=15"}}
-	s.run("more than Kubernetes reads", func(s *stage) {
+	s.run("more than Kubernetes reads", func(s *testbed) {
 		file, flags := terminationLog(s.T)
 		p := plan{image: imageLeasehold, args: []string{"--", "/testjob"}, flags: flags}
 		for i := range 100 {
@@ -135,7 +135,7 @@ func TestTerminationMessage(t *testing.T) {
 			s.Errorf("%d bytes: %q", len(m), m)
 		}
 	})
-	s.run("what a former container left", func(s *stage) {
+	s.run("what a former container left", func(s *testbed) {
 		file, flags := terminationLog(s.T)
 		s.must(os.WriteFile(file, []byte(strings.Repeat("old\n", 1000)), 0o666))
 		p := bad
@@ -146,7 +146,7 @@ func TestTerminationMessage(t *testing.T) {
 			s.Errorf("%q, want %q", m, b.Log())
 		}
 	})
-	s.run("the job's own", func(s *stage) {
+	s.run("the job's own", func(s *testbed) {
 		file, flags := terminationLog(s.T)
 		s.waitExit(s.start("a", plan{
 			image: imageJob, args: []string{"sh", "-c", "echo disk full >/dev/termination-log; exit 3"}, flags: flags,
@@ -156,7 +156,7 @@ func TestTerminationMessage(t *testing.T) {
 			s.Errorf("%q, want the job's own", m)
 		}
 	})
-	s.run("a probe has no say", func(s *stage) {
+	s.run("a probe has no say", func(s *testbed) {
 		file, flags := terminationLog(s.T)
 		b := s.start("a", plan{image: imageLeasehold, args: []string{"--", "/testjob"}, flags: flags})
 		s.waitStatus(b, "/leader", http.StatusOK)
@@ -172,13 +172,13 @@ func TestTerminationMessage(t *testing.T) {
 			s.Errorf("%q, want nothing", m)
 		}
 	})
-	s.run("it can't be written to", func(s *stage) {
+	s.run("it can't be written to", func(s *testbed) {
 		_, flags := terminationLog(s.T)
 		p := bad
 		p.flags = []string{flags[0], flags[1] + ":ro"}
 		s.waitExit(s.start("a", p), 78)
 	})
-	s.run("a pipe that nobody reads", func(s *stage) {
+	s.run("a pipe that nobody reads", func(s *testbed) {
 		file := filepath.Join(sharedDir(t), "pipe")
 		s.must(syscall.Mkfifo(file, 0o666))
 		s.must(os.Chmod(file, 0o666))
@@ -186,7 +186,7 @@ func TestTerminationMessage(t *testing.T) {
 		p.flags = []string{"-v", file + ":/dev/termination-log"}
 		s.waitExit(s.start("a", p), 78)
 	})
-	s.run("none", func(s *stage) {
+	s.run("none", func(s *testbed) {
 		const path = "/dev/termination-log"
 		if _, err := os.Lstat(path); err == nil {
 			s.Skip("this machine has one")

@@ -208,7 +208,7 @@ func git(t *testing.T, args ...string) string {
 
 // TestImage_Version: the binary inside says what the labels say.
 func TestImage_Version(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	b := s.start("a", plan{image: imageLeasehold, args: []string{"version"}})
 	s.waitExit(b, 0)
 	want := regexp.MustCompile(`^leasehold ` + regexp.QuoteMeta(git(t, "describe", "--tags", "--always", "--dirty")) +

@@ -20,7 +20,7 @@ import (
 
 // TestRestrictions: the tests here run leasehold under what they claim to, in the daemon as in its job.
 func TestRestrictions(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	b := s.job("a", "")
 	job := s.waitJob(b)
 	for _, pid := range []int{b.pid(t), b.elector(t)} {
@@ -69,10 +69,10 @@ func TestRestrictions(t *testing.T) {
 // TestWholeTree: the job's tree dies to the last process without a cgroup, while the container lives on: the next term's job is in
 // the same container.
 func TestWholeTree(t *testing.T) {
-	s := newStage(t)
-	s.run("as podman has it", func(s *stage) { wholeTree(s, "") })
+	s := newTestbed(t)
+	s.run("as podman has it", func(s *testbed) { wholeTree(s, "") })
 	// As Kubernetes has it on a node with cgroup v2 alone.
-	s.run("a read-only cgroup v2", func(s *stage) {
+	s.run("a read-only cgroup v2", func(s *testbed) {
 		if harness.Cgroup2() == "" {
 			s.Skip("skipped: needs cgroup v2")
 		}
@@ -80,7 +80,7 @@ func TestWholeTree(t *testing.T) {
 	})
 }
 
-func wholeTree(s *stage, reason string, flags ...string) {
+func wholeTree(s *testbed, reason string, flags ...string) {
 	roles := []string{"job", "setsid", "child", "grandchild", "daemon"}
 	b := s.start(s.Name(), plan{
 		image: imageLeasehold, args: []string{"--", "/testjob", "ignore-term", "setsid", "hold-pipes", "daemonize", "wipe-env"}, flags: flags,
@@ -112,12 +112,12 @@ func wholeTree(s *stage, reason string, flags ...string) {
 // TestZombies: process 1 reaps whatever is handed to it.
 func TestZombies(t *testing.T) {
 	const orphans = 200
-	s := newStage(t)
+	s := newTestbed(t)
 	b := s.start("a", plan{image: imageJob, args: []string{"sh", "-c",
 		fmt.Sprintf("i=0; while [ $i -lt %d ]; do (sh -c 'sleep 0.2; echo orphan' & ); i=$((i+1)); done; exec sleep infinity", orphans)}})
 	s.waitOutput(b, "orphan\n", orphans)
 	pid := b.pid(t)
-	s.must(harness.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(waitTimeout), func() error {
 		var left []string
 		for _, p := range harness.Descendants(pid) {
 			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p))
@@ -134,10 +134,10 @@ func TestZombies(t *testing.T) {
 	s.waitExit(b, 0)
 }
 
-// TestSignals: process 1 passes signals to the job, and a second TERM ends the patience with it.
+// TestSignals: process 1 passes signals to the job, and a second TERM ends the wait for it.
 func TestSignals(t *testing.T) {
-	s := newStage(t)
-	s.run("passed on", func(s *stage) {
+	s := newTestbed(t)
+	s.run("passed on", func(s *testbed) {
 		names := []string{"HUP", "USR1", "USR2", "WINCH", "QUIT"}
 		script := "trap 'echo got TERM; exit 5' TERM; "
 		for _, n := range names {
@@ -154,11 +154,11 @@ func TestSignals(t *testing.T) {
 		s.waitExit(b, 0)
 		s.waitOutput(b, "got TERM\n", 1)
 	})
-	s.run("twice", func(s *stage) {
+	s.run("twice", func(s *testbed) {
 		b := s.start("b", plan{image: imageLeasehold, args: []string{"--", "/testjob", "ignore-term"}, env: []string{"LEASEHOLD_STOP_GRACE=1h"}})
 		job := s.waitJob(b)
 		b.kill(s, "INT")
-		s.must(harness.Until(s.wait(patience), func() error {
+		s.must(harness.Until(s.wait(waitTimeout), func() error {
 			_, body, err := b.Get(s.ctx, "/status")
 			if err == nil && !strings.Contains(body, `"stopping"`) {
 				err = fmt.Errorf("it does not stop: %s", body)
@@ -173,7 +173,7 @@ func TestSignals(t *testing.T) {
 
 // TestPID1_CantBeKilledFromInside: no process of the container can take the guard from the job.
 func TestPID1_CantBeKilledFromInside(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	s.ttl = 5 * time.Second
 	b := s.start("a", plan{image: imageJob, args: []string{"sh", "-c", "kill -KILL 1; kill -STOP 1; echo tried; exec sleep infinity"}})
 	s.waitOutput(b, "tried\n", 1)
@@ -189,11 +189,11 @@ func TestPID1_CantBeKilledFromInside(t *testing.T) {
 // TestStranger: what root has put into the container falls to process 1, which may not kill it. It is not the job's, and keeps
 // neither the next job nor the container's end waiting.
 func TestStranger(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	b := s.start("a", plan{image: imageJob, args: []string{"sleep", "infinity"}})
 	s.waitStatus(b, "/leader", http.StatusOK)
 	podman(t, "exec", "-u", "0", b.name, "sh", "-c", "sleep infinity >/dev/null 2>&1 &")
-	s.must(harness.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(waitTimeout), func() error {
 		for _, pid := range harness.Children(b.pid(t)) {
 			if status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n") {
 				return nil
@@ -204,7 +204,7 @@ func TestStranger(t *testing.T) {
 	lease := s.lease()
 	_, err := s.etcd.Etcdctl(s.ctx, "lease", "revoke", lease)
 	s.must(err)
-	s.must(harness.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(waitTimeout), func() error {
 		if code, body, err := b.Get(s.ctx, "/leader"); err != nil || code != http.StatusOK {
 			return fmt.Errorf("/leader: %d, %s, %w", code, body, err)
 		}
@@ -220,7 +220,7 @@ func TestStranger(t *testing.T) {
 
 // TestElectorKilled: the job dies and the lease, which has minutes to go, is revoked.
 func TestElectorKilled(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	leader := s.job("a", "ignore-term daemonize setsid")
 	job := s.waitJob(leader)
 	s.waitRoles(job, "job", "setsid", "daemon")
@@ -239,7 +239,7 @@ func TestElectorKilled(t *testing.T) {
 
 // TestContainerKilled: the kernel kills all of it at once. Nobody is left to revoke, so that the next leader waits for the lease's end.
 func TestContainerKilled(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	s.ttl = 5 * time.Second
 	leader := s.job("a", "ignore-term daemonize setsid")
 	job := s.waitJob(leader)
@@ -263,7 +263,7 @@ func TestContainerKilled(t *testing.T) {
 
 // TestSidecar: elect, in an image that holds nothing else.
 func TestSidecar(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	b := s.start("a", plan{image: imageLeasehold, args: []string{"elect"}, env: []string{"LEASEHOLD_STOP_GRACE=0s"}})
 	s.waitStatus(b, "/leader", http.StatusOK)
 	podman(t, "exec", b.name, "/leasehold", "check", "leader")
@@ -276,7 +276,7 @@ func TestSidecar(t *testing.T) {
 
 // TestCopyFrom: examples/image as it stands.
 func TestCopyFrom(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	b := s.start("a", plan{image: imageJob})
 	s.waitOutput(b, "running, token ", 1)
 	s.waitStatus(b, "/leader", http.StatusOK)
@@ -287,7 +287,7 @@ func TestCopyFrom(t *testing.T) {
 // TestInstall: an init container puts leasehold into a volume, and a container of an image that knows nothing of it runs it there.
 // Both have a read-only root; the second can't write to the volume either.
 func TestInstall(t *testing.T) {
-	s := newStage(t)
+	s := newTestbed(t)
 	volume := sharedDir(t)
 	install := func(dest string, flags ...string) *box {
 		return s.start("init", plan{image: imageLeasehold, args: []string{"install", dest}, flags: flags})

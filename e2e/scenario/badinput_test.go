@@ -66,7 +66,7 @@ func (tr *trial) remedy(command string) {
 	}
 }
 
-// plain tells if a terminal shows the text as it is.
+// plain reports whether a terminal shows the text as it is.
 func plain(text string) bool {
 	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) })
 }

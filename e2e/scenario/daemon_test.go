@@ -163,7 +163,7 @@ func TestWait_IsATime(t *testing.T) {
 			t.Errorf("with WAIT=%v %s it took %v to give up", row.wait, row.env, took)
 		}
 	}
-	// More than its WAIT has passed since a was elected, and it was not touched. A new campaign is not bounded by it either.
+	// More than its WAIT has passed since a was elected, and it was not ended. A new campaign is not bounded by it either.
 	_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(leader).Leader.Key)
 	tr.must(err)
 	tr.waitNext(job, waitTimeout)

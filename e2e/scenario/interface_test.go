@@ -220,7 +220,7 @@ func TestWait(t *testing.T) {
 		tr.waitExit(tr.start("b", "", variables("LEASEHOLD_WAIT="+wait)), 75)
 	}
 	if d := check.NewHistory(tr.witness.Lives())[0].End; d != 0 || len(tr.witness.Lives()) != 1 {
-		t.Error("those that did not wait touched the job")
+		t.Error("those that did not wait moved the job")
 	}
 	tr.must(leader.Signal(syscall.SIGTERM))
 	tr.waitDead(job)
@@ -622,7 +622,7 @@ func TestHealthEndpoint_BadClients(t *testing.T) {
 	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool { return len(lives) == 1 && lives[0].Alive() }))
 	tr.sleepPast(before, 2*tr.ttl)
 	if lives := tr.witness.Lives(); len(lives) != 1 || !lives[0].Alive() || lives[0].Pid != job.Pid {
-		t.Errorf("the job was touched: %v", tr.summary())
+		t.Errorf("the job was moved: %v", tr.summary())
 	}
 	tr.waitStatus(c, "/leader", http.StatusOK)
 	tr.finish()

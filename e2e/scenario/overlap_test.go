@@ -103,7 +103,7 @@ func standbyLeaseLost(tr *trial, leader, standby *candidate, job harness.Life) {
 		return nil
 	}))
 	if terms := check.NewHistory(tr.witness.Lives()); len(terms) != 1 || terms[0].End != 0 {
-		tr.Errorf("the loss of a lease that leads nothing touched the job: %v", tr.summary())
+		tr.Errorf("the loss of a lease that leads nothing moved the job: %v", tr.summary())
 	}
 	plannedStop.do(tr, leader, standby, job)
 }
@@ -178,9 +178,9 @@ func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
 	}
 }
 
-// TestNeverTwoJobs_OfTheUnwilling: jobs that do not end when they are asked to,
+// TestNeverTwoJobs_OfTheUnruly: jobs that do not end when they are asked to,
 // or of which a part escapes the usual ways to kill.
-func TestNeverTwoJobs_OfTheUnwilling(t *testing.T) {
+func TestNeverTwoJobs_OfTheUnruly(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes a minute")
 	}
@@ -287,7 +287,7 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 				neverTwo(t, func(t *testing.T) *trial {
 					who := limit.user
 					if !who.root {
-						// The kernel counts by user: this one runs nothing else, not even what an earlier trial has yet to bury.
+						// The kernel counts by user: this one runs nothing else, not even what an earlier trial has yet to reap.
 						who.uid = 100000 + rand.Uint32N(1<<20)
 					}
 					tr := newTrial(t, who, harness.ClusterConfig{})

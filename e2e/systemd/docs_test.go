@@ -45,11 +45,11 @@ func TestDocs(t *testing.T) {
 	const service = "leasehold@backup.service"
 	leads := func() string {
 		t.Helper()
-		w.waitFor(m, service, patience, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+		w.waitFor(m, service, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
 		guard, elector, err := m.Processes(w.ctx, service)
 		w.must(err)
 		var status []byte
-		w.until(patience, func() error { // the job may be between fork and exec
+		w.until(waitTimeout, func() error { // the job may be between fork and exec
 			for _, pid := range harness.Descendants(guard) {
 				if status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && pid != elector && strings.HasPrefix(string(status), "Name:\tsleep\n") {
 					// Whatever the drop-in, the job keeps its cgroup.

@@ -39,14 +39,14 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 			case "elector killed":
 				w.must(unix.Kill(elector, unix.SIGKILL))
 			}
-			next := w.waitNext(life, patience)
+			next := w.waitNext(life, waitTimeout)
 			if next.Candidate != standby.Name {
 				t.Errorf("the next job is of %s", next.Candidate)
 			}
 			took = append(took, harness.Milliseconds(next.Started-at))
-			dead = append(dead, harness.Milliseconds(w.waitDead(life, patience)-at))
+			dead = append(dead, harness.Milliseconds(w.waitDead(life, waitTimeout)-at))
 			if fault == "systemctl stop" {
-				w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "inactive"})
+				w.waitFor(leader, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
 				w.run(leader, "systemctl", "start", unit)
 			}
 			life, leader, standby = next, standby, leader
@@ -91,11 +91,11 @@ func TestKilled_GuardWhileElectorHangs(t *testing.T) {
 			w.must(unix.Kill(elector, unix.SIGSTOP))
 			at := harness.Now()
 			w.must(unix.Kill(guard, unix.SIGKILL))
-			if took := w.waitDead(life, patience) - at; took > 8*time.Second { // the lease has 12 s more at least
+			if took := w.waitDead(life, waitTimeout) - at; took > 8*time.Second { // the lease has 12 s more at least
 				t.Errorf("the job was dead after %v", took)
 			}
-			w.waitFor(leader, unit, patience, map[string]string{"ActiveState": "active", "NRestarts": "1", "Result": "success"})
-			if next := w.waitNext(life, patience); next.Candidate != standby.Name {
+			w.waitFor(leader, unit, waitTimeout, map[string]string{"ActiveState": "active", "NRestarts": "1", "Result": "success"})
+			if next := w.waitNext(life, waitTimeout); next.Candidate != standby.Name {
 				t.Errorf("the next job is of %s", next.Candidate)
 			}
 			journal := leader.Journal(w.ctx, unit)
@@ -120,7 +120,7 @@ func TestKilled_NoCgroup(t *testing.T) {
 	w.waitJob(m)
 	w.clearUpWith(m, "umount -l /sys/fs/cgroup")
 	w.run(m, "systemctl", "stop", unit)
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
 	if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, "the unit can not see to its own cgroup") {
 		t.Errorf("the journal does not say that the unit can't clear up:\n%s", journal)
 	}
@@ -148,8 +148,8 @@ func TestKilled_Everything(t *testing.T) {
 	w := newWorld(t)
 	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize", "LEASEHOLD_TTL=5s")
 	w.run(leader, "systemctl", "kill", "-s", "KILL", unit)
-	w.waitDead(life, patience)
-	if next := w.waitNext(life, patience); next.Candidate != standby.Name {
+	w.waitDead(life, waitTimeout)
+	if next := w.waitNext(life, waitTimeout); next.Candidate != standby.Name {
 		t.Errorf("the next job is of %s", next.Candidate)
 	}
 	w.waitStandby(leader, standby)
@@ -163,7 +163,7 @@ func TestHung(t *testing.T) {
 		name     string
 		ttl      string
 		elector  bool
-		standby  bool          // it befalls the one that waits
+		standby  bool          // it is the standby that has it
 		watchdog bool          // nothing else helps
 		within   time.Duration // next job
 	}{

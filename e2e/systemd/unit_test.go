@@ -103,11 +103,11 @@ func TestUnit_StartAndStop(t *testing.T) {
 	if took := harness.Now() - began; took < 2*time.Second {
 		t.Errorf("the stop took %v, and the job wants 2s", took)
 	}
-	next := w.waitNext(life, patience)
+	next := w.waitNext(life, waitTimeout)
 	if next.Candidate != "b" {
 		t.Errorf("the next job is of %s", next.Candidate)
 	}
-	w.waitFor(a, unit, patience, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	w.waitFor(a, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
 	w.waitLeading(b)
 	journal := a.Journal(w.ctx, unit)
 	for _, want := range []string{`level=INFO msg="the job is dead"`, `elapsed=2.0`, `level=INFO msg="exiting: planned stop"`, `exit_code=0`} {
@@ -135,8 +135,8 @@ func TestUnit_StopStubborn(t *testing.T) {
 	if took := harness.Now() - began; took < 3*time.Second {
 		t.Errorf("the stop took %v, and the grace is 3s", took)
 	}
-	w.waitFor(a, unit, patience, map[string]string{"ActiveState": "inactive", "Result": "success"})
-	w.waitNext(life, patience)
+	w.waitFor(a, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	w.waitNext(life, waitTimeout)
 	w.waitLeading(b)
 	w.noOverlaps()
 }
@@ -152,10 +152,10 @@ func TestUnit_GraceAboveTimeoutStop(t *testing.T) {
 	life := w.waitJob(m)
 	began := harness.Now()
 	w.run(m, "systemctl", "stop", unit)
-	if took := w.waitDead(life, patience) - began; took < 5*time.Second {
+	if took := w.waitDead(life, waitTimeout) - began; took < 5*time.Second {
 		t.Errorf("the job was dead after %v, and wants 5s", took)
 	}
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
 }
 
 // A stop in the middle of a start is as quick as any other.
@@ -171,7 +171,7 @@ func TestUnit_StopWhileStarting(t *testing.T) {
 		if took := harness.Now() - began; took > 20*time.Second {
 			t.Errorf("the stop took %v", took)
 		}
-		w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive"})
+		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
 	}
 }
 
@@ -189,7 +189,7 @@ func TestUnit_RestartReadsSettings(t *testing.T) {
 	}
 	w.configure(m, `'"/usr/bin/testjob" "two words" more'`)
 	w.run(m, "systemctl", "restart", unit)
-	life = w.waitNext(life, patience)
+	life = w.waitNext(life, waitTimeout)
 	if got, want := fmt.Sprintf("%q", life.Args[1:]), `["two words" "more"]`; got != want {
 		t.Errorf("in quotes as a whole, the job's arguments are %s, want %s", got, want)
 	}
@@ -197,13 +197,13 @@ func TestUnit_RestartReadsSettings(t *testing.T) {
 	if out, err := m.Run(w.ctx, "systemctl", "restart", unit); err == nil {
 		t.Errorf("a command that begins with quotes is no longer joined: %s", out)
 	}
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "failed", "ExecMainStatus": "127"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed", "ExecMainStatus": "127"})
 	if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, `the command \"/usr/bin/testjobchanged\" is not found`) {
 		t.Errorf("the journal does not name the command as it came:\n%s", journal)
 	}
 	w.configure(m, "/usr/bin/testjob changed", "LEASEHOLD_IDENTITY=somebody")
 	w.run(m, "systemctl", "restart", unit)
-	next := w.waitNext(life, patience)
+	next := w.waitNext(life, waitTimeout)
 	if next.Candidate != "somebody" || next.Args[1] != "changed" {
 		t.Errorf("after the restart the job of %s runs as %q", next.Candidate, next.Args)
 	}
@@ -220,10 +220,10 @@ func TestUnit_TwoInstances(t *testing.T) {
 		w.run(m, "systemctl", "start", "leasehold@"+name)
 	}
 	for _, name := range []string{"x", "y"} {
-		w.waitFor(m, "leasehold@"+name, patience, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+		w.waitFor(m, "leasehold@"+name, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
 	}
 	w.run(m, "systemctl", "stop", "leasehold@x")
-	w.waitFor(m, "leasehold@y", patience, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+	w.waitFor(m, "leasehold@y", waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
 }
 
 // What is wrong with the settings is told in full, and tried once.
@@ -253,7 +253,7 @@ func TestUnit_BadSettings(t *testing.T) {
 			t.Errorf("%s: the start succeeds: %s", c.name, out)
 		}
 		// While it is to be restarted the state is activating.
-		w.waitFor(m, unit, patience, map[string]string{"ActiveState": "failed", "SubState": "failed", "NRestarts": "0", "ExecMainStatus": c.code, "Result": "exit-code"})
+		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed", "SubState": "failed", "NRestarts": "0", "ExecMainStatus": c.code, "Result": "exit-code"})
 		out, _ := m.Run(w.ctx, "systemctl", "status", "--no-pager", "--full", unit) // 3: it does not run
 		for _, want := range c.want {
 			if !strings.Contains(out, want) {
@@ -270,7 +270,7 @@ func TestUnit_BadSettings(t *testing.T) {
 	if !strings.Contains(out, "AssertPathExists=/etc/leasehold/job.env was not met") {
 		t.Errorf("systemctl status does not say that the file is missing:\n%s", out)
 	}
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "failed…", "NRestarts": "0"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed…", "NRestarts": "0"})
 }
 
 // A job that has ended for good is left alone; what a restart can help is
@@ -289,20 +289,20 @@ func TestUnit_ExitCodes(t *testing.T) {
 		t.Helper()
 		w.run(m, "systemctl", "stop", unit)
 		w.run(m, "systemctl", "reset-failed") // its last exit may have been one that is restarted
-		w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive"})
+		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
 	}
 
 	start("/usr/bin/testjob exit=0")
-	w.until(patience, func() error { // systemd forgets a unit that is inactive
+	w.until(waitTimeout, func() error { // systemd forgets a unit that is inactive
 		if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, `exiting: with the job's own code: the job ended with code 0"`) || !strings.Contains(journal, "Deactivated successfully") {
 			return errors.New(journal)
 		}
 		return nil
 	})
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "inactive"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
 	for _, code := range []string{"1", "2", "3", "69", "70", "71", "75", "76", "143"} { // the daemon's own among them
 		start("/usr/bin/testjob exit="+code, "LEASEHOLD_RESTART=never")
-		w.waitFor(m, unit, patience, map[string]string{"ActiveState": "failed", "ExecMainStatus": code, "NRestarts": "0"})
+		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed", "ExecMainStatus": code, "NRestarts": "0"})
 	}
 
 	// Lost under RESTART=never: 76.
@@ -311,35 +311,35 @@ func TestUnit_ExitCodes(t *testing.T) {
 	if _, err := w.etcd.Etcdctl(w.ctx, "del", "--prefix", "jobs/job/"); err != nil {
 		t.Fatal(err)
 	}
-	next := w.waitNext(life, patience)
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "active", "NRestarts": "1"})
+	next := w.waitNext(life, waitTimeout)
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "NRestarts": "1"})
 	stop()
 
 	// Not elected in time: 75.
 	other := w.boot("b")
 	w.configure(other, "/usr/bin/testjob")
 	w.run(other, "systemctl", "start", unit)
-	w.waitNext(next, patience)
+	w.waitNext(next, waitTimeout)
 	start("/usr/bin/testjob", "LEASEHOLD_WAIT=0s")
-	w.waitFor(m, unit, patience, map[string]string{"ExecMainStatus": "75", "NRestarts": "2"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ExecMainStatus": "75", "NRestarts": "2"})
 	stop()
 
 	// The address is none of the machine's, and so it may be later: 71.
 	start("/usr/bin/testjob", "LEASEHOLD_LISTEN=192.0.2.1:4040")
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "activating", "SubState": "auto-restart", "ExecMainStatus": "71"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "activating", "SubState": "auto-restart", "ExecMainStatus": "71"})
 	stop()
 
 	// The address is taken: 71.
 	w.must(m.Write("/etc/leasehold/x.env", w.settings("/bin/sleep 3600", "LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=127.0.0.1:4040")))
 	w.run(m, "systemctl", "start", "leasehold@x")
 	start("/usr/bin/testjob", "LEASEHOLD_LISTEN=127.0.0.1:4040")
-	w.waitFor(m, unit, patience, map[string]string{"ExecMainStatus": "71", "NRestarts": "1"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ExecMainStatus": "71", "NRestarts": "1"})
 	w.run(m, "systemctl", "stop", "leasehold@x")
 	w.waitStandby(m, other)
 
 	// A crash: a signal that Go's runtime takes for one of its own.
 	guard, _ := w.processes(m)
 	w.must(unix.Kill(guard, unix.SIGSEGV))
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "active", "StatusText": "standby, leader is b", "NRestarts": "2"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "standby, leader is b", "NRestarts": "2"})
 	w.noOverlaps()
 }

@@ -18,8 +18,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// patience is for what takes a second at most.
-const patience = 30 * time.Second
+// waitTimeout is for what takes a second at most.
+const waitTimeout = 30 * time.Second
 
 const unit = "leasehold@job.service"
 
@@ -210,18 +210,18 @@ func (w *world) waitFor(m *Machine, unit string, d time.Duration, want map[strin
 
 func (w *world) waitLeading(m *Machine) {
 	w.t.Helper()
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
 }
 
 func (w *world) waitStandby(m, leader *Machine) {
 	w.t.Helper()
-	w.waitFor(m, unit, patience, map[string]string{"ActiveState": "active", "StatusText": "standby, leader is " + leader.Name})
+	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "standby, leader is " + leader.Name})
 }
 
 // waitJob waits for the job of a machine.
 func (w *world) waitJob(m *Machine) harness.Life {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(w.ctx, patience)
+	ctx, cancel := context.WithTimeout(w.ctx, waitTimeout)
 	defer cancel()
 	life, err := w.witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == m.Name })
 	w.must(err)

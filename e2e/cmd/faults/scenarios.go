@@ -280,7 +280,7 @@ func takeMemory(ctx context.Context, r *runner) (*fault.Stress, error) {
 	}
 	// A virtual machine may have to get its memory from its host first.
 	const long = 10 * harness.WaitTimeout
-	err = within(ctx, long, "memory is not full", func(ctx context.Context) error {
+	err = harness.Within(ctx, long, "memory is not full", func(ctx context.Context) error {
 		return s.WaitFor(ctx, "full")
 	})
 	if err != nil {
@@ -295,8 +295,8 @@ func waitForRole(role string) func(context.Context, *Trial) error {
 		return nil
 	}
 	return func(ctx context.Context, t *Trial) error {
-		const long = harness.WaitTimeout
-		return within(ctx, long, "no process in the role "+role, func(ctx context.Context) error {
+		otherwise := "no process in the role " + role
+		return harness.Within(ctx, harness.WaitTimeout, otherwise, func(ctx context.Context) error {
 			return t.Witness.Wait(ctx, func(lives []harness.Life) bool {
 				return slices.ContainsFunc(lives, func(l harness.Life) bool { return l.Role == role })
 			})
@@ -307,17 +307,15 @@ func waitForRole(role string) func(context.Context, *Trial) error {
 // waitForOrphans waits until the orphans are there.
 func waitForOrphans(ctx context.Context, t *Trial) error {
 	const long = 3 * harness.WaitTimeout
-	return within(ctx, long, "the job has too few orphans", func(ctx context.Context) error {
-		return harness.Until(ctx, func() error {
-			spawner, err := t.Machine.Pid(harness.Spawner)
-			if err != nil {
-				return err
-			}
-			if n := len(harness.Children(spawner)); n < orphans {
-				return fmt.Errorf("%d orphans", n)
-			}
-			return nil
-		})
+	return harness.UntilWithin(ctx, long, "the job has too few orphans", func() error {
+		spawner, err := t.Machine.Pid(harness.Spawner)
+		if err != nil {
+			return err
+		}
+		if n := len(harness.Children(spawner)); n < orphans {
+			return fmt.Errorf("%d orphans", n)
+		}
+		return nil
 	})
 }
 
@@ -325,33 +323,29 @@ func waitForOrphans(ctx context.Context, t *Trial) error {
 // The guard writes it when all orphans have been reaped.
 func timerLatency(ctx context.Context, t *Trial) error {
 	const long = 3 * harness.WaitTimeout
-	return within(ctx, long, "the leader's log has no timer latency", func(ctx context.Context) error {
-		return harness.Until(ctx, func() error {
-			all := check.TimerLatencies(t.Machine.Log())
-			if len(all) == 0 {
-				return errors.New("not yet")
-			}
-			t.Figure("timer latency", check.Latency(all))
-			return nil
-		})
+	return harness.UntilWithin(ctx, long, "the leader's log has no timer latency", func() error {
+		all := check.TimerLatencies(t.Machine.Log())
+		if len(all) == 0 {
+			return errors.New("not yet")
+		}
+		t.Figure("timer latency", check.Latency(all))
+		return nil
 	})
 }
 
 // waitForMemory waits until the job has touched all its memory.
 func waitForMemory(ctx context.Context, t *Trial) error {
 	const long = 3 * harness.WaitTimeout
-	return within(ctx, long, "the job's memory is not touched", func(ctx context.Context) error {
-		return harness.Until(ctx, func() error {
-			statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", t.Job.Pid))
-			if err != nil {
-				return err
-			}
-			resident, err := strconv.Atoi(strings.Fields(string(statm))[1])
-			if err == nil && resident*os.Getpagesize() < gigabytes<<30 {
-				err = fmt.Errorf("%d MiB are touched", resident*os.Getpagesize()>>20)
-			}
+	return harness.UntilWithin(ctx, long, "the job's memory is not touched", func() error {
+		statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", t.Job.Pid))
+		if err != nil {
 			return err
-		})
+		}
+		resident, err := strconv.Atoi(strings.Fields(string(statm))[1])
+		if err == nil && resident*os.Getpagesize() < gigabytes<<30 {
+			err = fmt.Errorf("%d MiB are touched", resident*os.Getpagesize()>>20)
+		}
+		return err
 	})
 }
 

@@ -202,7 +202,7 @@ func (t *Trial) ready(ctx context.Context) (err error) {
 	if t.Machine, err = t.start("a", t.Scenario.Job.Words, true); err != nil {
 		return err
 	}
-	err = within(ctx, harness.WaitTimeout, "no job", func(ctx context.Context) error {
+	err = harness.Within(ctx, harness.WaitTimeout, "no job", func(ctx context.Context) error {
 		t.Job, err = t.Witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == "a" })
 		return err
 	})
@@ -286,13 +286,13 @@ func (t *Trial) waitTimeout() time.Duration {
 }
 
 func (t *Trial) waitNext(ctx context.Context, d time.Duration) error {
-	return within(ctx, d, "no next job", func(ctx context.Context) error {
+	return harness.Within(ctx, d, "no next job", func(ctx context.Context) error {
 		return t.Witness.Wait(ctx, func([]harness.Life) bool { return t.next() != nil })
 	})
 }
 
 func (t *Trial) waitDead(ctx context.Context, d time.Duration) error {
-	return within(ctx, d, "the old job has not ended", func(ctx context.Context) error {
+	return harness.Within(ctx, d, "the old job has not ended", func(ctx context.Context) error {
 		_, err := t.Witness.WaitForDead(ctx, t.Job)
 		return err
 	})
@@ -303,7 +303,7 @@ func (t *Trial) calm(ctx context.Context) error {
 	if err := harness.Wait(ctx, calm); err != nil || !t.Of.Ours() {
 		return err
 	}
-	err := within(ctx, t.TTL, "no renewals", func(ctx context.Context) error {
+	err := harness.Within(ctx, t.TTL, "no renewals", func(ctx context.Context) error {
 		err := t.Machine.WaitRenewals(ctx, 2)
 		if t.moved() {
 			return nil
@@ -338,15 +338,6 @@ func (t *Trial) next() *harness.Life {
 // old reports whether a process belongs to the term in which the fault began.
 func (t *Trial) old(l harness.Life) bool {
 	return l.Token == t.Job.Token && l.Candidate == t.Job.Candidate
-}
-
-// within calls f with a deadline of its own.
-func within(
-	ctx context.Context, d time.Duration, otherwise string, f func(context.Context) error,
-) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, d, fmt.Errorf("%s within %v", otherwise, d))
-	defer cancel()
-	return f(ctx)
 }
 
 // deathOfThreads takes for the old job's end the moment that was watched for.
@@ -507,7 +498,7 @@ func (t *Trial) end(ctx context.Context, checked bool) {
 			}
 		}
 		// A lease that could not be revoked from afar ends by itself.
-		err := within(ctx, t.TTL+3*time.Second, "etcd is not empty", t.WaitEmpty)
+		err := harness.Within(ctx, t.TTL+3*time.Second, "etcd is not empty", t.WaitEmpty)
 		if err != nil {
 			t.violated("%v", err)
 		}

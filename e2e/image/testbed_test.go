@@ -26,8 +26,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// patience bounds every wait for an event that must come. Nothing here takes a tenth of it on a quiet machine.
-const patience = 60 * time.Second
+// waitTimeout bounds every wait for an event that must come. Nothing here takes a tenth of it on a quiet machine.
+const waitTimeout = 60 * time.Second
 
 // The images under test. Their storage is ours alone.
 const (
@@ -191,8 +191,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// A stage is an etcd, an election and a witness of its jobs.
-type stage struct {
+// A testbed is an etcd, an election and a witness of its jobs.
+type testbed struct {
 	*testing.T
 	ctx      context.Context
 	etcd     *harness.Cluster
@@ -203,19 +203,19 @@ type stage struct {
 
 var numbers atomic.Int64 // keep names apart
 
-func newStage(t *testing.T) *stage {
+func newTestbed(t *testing.T) *testbed {
 	t.Helper()
 	needImages(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*waitTimeout)
 	t.Cleanup(cancel)
-	return &stage{
+	return &testbed{
 		T: t, ctx: ctx, etcd: harness.NewTestCluster(t, harness.ClusterConfig{}), witness: harness.NewTestWitness(t),
 		election: fmt.Sprintf("jobs/image-%d", numbers.Add(1)), ttl: 5 * time.Minute,
 	}
 }
 
 // run runs a part of a test, at the end of which its containers are gone.
-func (s *stage) run(name string, part func(s *stage)) {
+func (s *testbed) run(name string, part func(s *testbed)) {
 	s.Run(name, func(t *testing.T) {
 		of := *s
 		of.T = t
@@ -238,7 +238,7 @@ type plan struct {
 }
 
 // start starts a container under all restrictions. Its name for the election is identity.
-func (s *stage) start(identity string, p plan) *box {
+func (s *testbed) start(identity string, p plan) *box {
 	s.Helper()
 	b := &box{name: fmt.Sprintf("leasehold-%d-%d", os.Getpid(), numbers.Add(1))}
 	args := append([]string{
@@ -271,37 +271,37 @@ func (s *stage) start(identity string, p plan) *box {
 }
 
 // job starts a container whose job is the test job.
-func (s *stage) job(identity, behaviour string) *box {
+func (s *testbed) job(identity, behaviour string) *box {
 	s.Helper()
 	return s.start(identity, plan{image: imageLeasehold, args: append([]string{"--", "/testjob"}, strings.Fields(behaviour)...)})
 }
 
-func (s *stage) must(err error) {
+func (s *testbed) must(err error) {
 	s.Helper()
 	if err != nil {
 		s.Fatal(err)
 	}
 }
 
-func (s *stage) wait(d time.Duration) context.Context {
+func (s *testbed) wait(d time.Duration) context.Context {
 	ctx, cancel := context.WithTimeoutCause(s.ctx, d, fmt.Errorf("not within %v", d))
 	s.Cleanup(cancel)
 	return ctx
 }
 
 // waitJob waits for a job of the candidate, other than those with the tokens given.
-func (s *stage) waitJob(b *box, not ...int64) harness.Life {
+func (s *testbed) waitJob(b *box, not ...int64) harness.Life {
 	s.Helper()
-	life, err := s.witness.WaitForJob(s.wait(patience), func(l harness.Life) bool {
+	life, err := s.witness.WaitForJob(s.wait(waitTimeout), func(l harness.Life) bool {
 		return l.Candidate == b.Identity && !slices.Contains(not, l.Token)
 	})
 	s.must(err)
 	return life
 }
 
-func (s *stage) waitRoles(l harness.Life, roles ...string) {
+func (s *testbed) waitRoles(l harness.Life, roles ...string) {
 	s.Helper()
-	s.must(s.witness.Wait(s.wait(patience), func(lives []harness.Life) bool {
+	s.must(s.witness.Wait(s.wait(waitTimeout), func(lives []harness.Life) bool {
 		found := map[string]bool{}
 		for _, other := range lives {
 			found[other.Role] = found[other.Role] || other.Token == l.Token && other.Candidate == l.Candidate
@@ -310,21 +310,21 @@ func (s *stage) waitRoles(l harness.Life, roles ...string) {
 	}))
 }
 
-func (s *stage) waitDead(l harness.Life) time.Duration {
+func (s *testbed) waitDead(l harness.Life) time.Duration {
 	s.Helper()
-	end, err := s.witness.WaitForDead(s.wait(patience), l)
+	end, err := s.witness.WaitForDead(s.wait(waitTimeout), l)
 	s.must(err)
 	return end
 }
 
-func (s *stage) waitStatus(b *box, path string, code int) {
+func (s *testbed) waitStatus(b *box, path string, code int) {
 	s.Helper()
-	s.must(b.WaitStatus(s.wait(patience), path, code))
+	s.must(b.WaitStatus(s.wait(waitTimeout), path, code))
 }
 
-func (s *stage) waitExit(b *box, want int) {
+func (s *testbed) waitExit(b *box, want int) {
 	s.Helper()
-	code, err := b.Wait(s.wait(patience))
+	code, err := b.Wait(s.wait(waitTimeout))
 	s.must(err)
 	if code != want {
 		s.Errorf("%s ended with code %d, want %d", b.Identity, code, want)
@@ -332,12 +332,12 @@ func (s *stage) waitExit(b *box, want int) {
 }
 
 // waitRenewals waits for n more good renewals of a candidate's lease.
-func (s *stage) waitRenewals(b *box, n float64) {
+func (s *testbed) waitRenewals(b *box, n float64) {
 	s.Helper()
 	const good = `leasehold_lease_renewals_total{result="ok"}`
 	before, err := b.Metric(s.ctx, good)
 	s.must(err)
-	s.must(harness.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(waitTimeout), func() error {
 		now, err := b.Metric(s.ctx, good)
 		if err == nil && now < before+n {
 			err = fmt.Errorf("%s renewed its lease %v times, want %v", b.Identity, now-before, n)
@@ -347,9 +347,9 @@ func (s *stage) waitRenewals(b *box, n float64) {
 }
 
 // waitOutput waits until the container has written the text as often as given to standard output.
-func (s *stage) waitOutput(b *box, text string, times int) {
+func (s *testbed) waitOutput(b *box, text string, times int) {
 	s.Helper()
-	s.must(harness.Until(s.wait(patience), func() error {
+	s.must(harness.Until(s.wait(waitTimeout), func() error {
 		if n := strings.Count(b.Output(), text); n < times {
 			return fmt.Errorf("%s said %q %d times, want %d; it said %q", b.Identity, text, n, times, b.Output())
 		}
@@ -358,7 +358,7 @@ func (s *stage) waitOutput(b *box, text string, times int) {
 }
 
 // lease is the one lease that etcd holds.
-func (s *stage) lease() string {
+func (s *testbed) lease() string {
 	s.Helper()
 	leases, err := s.etcd.Leases(s.ctx)
 	s.must(err)
@@ -369,7 +369,7 @@ func (s *stage) lease() string {
 }
 
 // overlaps fails the test if two jobs ever lived at once.
-func (s *stage) overlaps() {
+func (s *testbed) overlaps() {
 	s.Helper()
 	for _, o := range check.Overlaps(s.witness.Lives()) {
 		s.Error(o)
