@@ -40,8 +40,8 @@ var (
 )
 
 // exits is the table of the exit codes: when each is used, and by which errors. What no row has is
-// an internal fault. Where the job's own code is passed on, it can be any of these as well; the last
-// log line says whose it is.
+// an internal fault. Where the job's own code is passed on, it can be any of these as well; the
+// last log line says whose it is.
 var exits = []struct {
 	code int
 	name string // "": the code's number
@@ -50,30 +50,34 @@ var exits = []struct {
 }{
 	{
 		exitOK, "",
-		"planned stop, whatever the job's code; the job ended with 0 and is not restarted; status: there is a leader; check: yes",
+		"planned stop, whatever the job's code; the job ended with 0 and is not restarted;" +
+			" status: there is a leader; check: yes",
 		is(),
 	},
 	{exitNo, "", "status: there is no leader; check: no", is(cli.ErrNoLeader, health.ErrNo)},
 	{
 		-1, "the job's, or 128+n",
-		"the job ended, by itself or by signal n, and is not restarted; the last log line says whose code it is",
+		"the job ended, by itself or by signal n, and is not restarted;" +
+			" the last log line says whose code it is",
 		as[*supervisor.ExitError],
 	},
 	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
 	{
 		exitUnavailable, "",
-		"status, check: nobody answers, or etcd refuses; etcd never answered, or refused, within LEASEHOLD_WAIT",
+		"status, check: nobody answers, or etcd refuses; not elected within LEASEHOLD_WAIT, for etcd did" +
+			" not answer, or refused",
 		is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable),
 	},
 	{
 		exitInternal, "",
-		"internal fault: elector or spawner lost (worth a restart); a lost guard shows as the signal that took it",
+		"internal fault: elector or spawner lost (worth a restart);" +
+			" a lost guard shows as the signal that took it",
 		nil,
 	},
 	{
 		exitOS, "",
-		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a dead predecessor's job can't be killed:" +
-			" before any campaign; install: the copy can't be made",
+		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a dead predecessor's job" +
+			" can't be killed: before any campaign; install: the copy can't be made",
 		is(errSystem, cli.ErrInstall),
 	},
 	{
@@ -81,7 +85,11 @@ var exits = []struct {
 		"not elected within LEASEHOLD_WAIT, for another leads, or is ahead",
 		is(election.ErrNotElected),
 	},
-	{exitLost, "", "leadership lost under LEASEHOLD_RESTART=never after the job had started", is(errLost)},
+	{
+		exitLost, "",
+		"leadership lost under LEASEHOLD_RESTART=never after the job had started",
+		is(errLost),
+	},
 	{
 		exitConfig, "",
 		"wrong configuration; the election lies within another live one, or around it",
@@ -134,9 +142,9 @@ func exitEntries() []cli.Entry {
 }
 
 // lastWords is what help and docs/reference.md say of the termination message.
-const lastWords = "Unless the code is 0, the faults of the configuration or the last line of the log are also written to " +
-	terminationLog + ", which Kubernetes shows in the pod's status. The file is never made, and what a job wrote there itself" +
-	" is left as it is."
+const lastWords = "Unless the code is 0, the faults of the configuration or the last line of the log are also" +
+	" written to " + terminationLog + ", which Kubernetes shows in the pod's status. The file is never made," +
+	" and what a job wrote there itself is left as it is."
 
 // An ending is why the daemon ends, and the code that says so to whoever started it.
 type ending struct {

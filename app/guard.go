@@ -74,11 +74,10 @@ func runGuard(build Build, command []string) error {
 func jobEnvironment(environ []string) []string {
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		name, _, _ := strings.Cut(entry, "=")
-		switch {
-		case name == "LEASEHOLD_ENDPOINTS", name == "LEASEHOLD_LISTEN", strings.HasPrefix(name, "LEASEHOLD_TLS_"):
-			return false
+		if setting, ours := strings.CutPrefix(name, config.Prefix+"_"); ours {
+			return setting != "ENDPOINTS" && setting != "LISTEN" && !strings.HasPrefix(setting, "TLS_")
 		}
-		return strings.HasPrefix(name, "LEASEHOLD_") || name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_")
+		return name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_")
 	})
 }
 

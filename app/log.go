@@ -17,8 +17,8 @@ import (
 	"leasehold/config"
 )
 
-// logWriter writes log lines to standard error without ever holding up who logs: when standard error
-// blocks, lines are dropped and counted, and the count is logged once it takes lines again.
+// logWriter writes log lines to standard error without ever holding up who logs: when standard
+// error blocks, lines are dropped and counted, and the count is logged once it takes lines again.
 type logWriter struct {
 	lines   chan []byte
 	flush   chan chan struct{}
@@ -43,8 +43,8 @@ func (l *lastLine) String() string {
 	return ""
 }
 
-// newLogWriter starts a writer. Its goroutine lives as long as the process, for a blocked write cannot
-// be cancelled.
+// newLogWriter starts a writer. Its goroutine lives as long as the process, for a blocked write
+// cannot be cancelled.
 func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
 	w := &logWriter{lines: make(chan []byte, 256), flush: make(chan chan struct{}), notice: notice}
 	go func() {
@@ -139,7 +139,8 @@ func newLog(cfg config.Config) *daemonLog {
 	return l
 }
 
-// start logs what the daemon was told. Stop-at and kill-by are counted from the sending of a renewal.
+// start logs what the daemon was told. Stop-at and kill-by are counted from the sending of a
+// renewal.
 func (l *daemonLog) start(build Build, cfg config.Config) {
 	timing := cfg.Timing()
 	killBy := timing.TTL - timing.Margin

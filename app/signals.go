@@ -15,8 +15,8 @@ import (
 	"leasehold/internal/boottime"
 )
 
-// caught is how a process that the user starts hears signals: not those that were ignored when it was
-// started.
+// caught is how a process that the user starts hears signals: not those that were ignored when it
+// was started.
 type caught struct {
 	signals  chan os.Signal // SIGHUP only from relayHangUps
 	hangUps  chan os.Signal
@@ -27,10 +27,13 @@ type caught struct {
 // catchSignals is called before anything that takes time, so that no signal ends the process in
 // disorder. It catches more besides the usual signals.
 //
-// A shell has its commands ignore what they shall not end by: nohup SIGHUP, a background shell SIGINT
-// and SIGQUIT. That stays so. SIGTERM is caught whatever the shell says: a daemon must be stoppable.
+// A shell has its commands ignore what they shall not end by: nohup SIGHUP, a background shell
+// SIGINT and SIGQUIT. That stays so. SIGTERM is caught whatever the shell says: a daemon must be
+// stoppable.
 func catchSignals(more ...os.Signal) *caught {
-	c := &caught{signals: make(chan os.Signal, 64), hangUps: make(chan os.Signal, 64), terminal: hasTerminal()}
+	c := &caught{
+		signals: make(chan os.Signal, 64), hangUps: make(chan os.Signal, 64), terminal: hasTerminal(),
+	}
 	if ossignal.Ignored(unix.SIGHUP) {
 		c.ignored = append(c.ignored, unix.SIGHUP)
 	} else {
@@ -43,21 +46,23 @@ func catchSignals(more ...os.Signal) *caught {
 	} else {
 		ossignal.Notify(c.signals, unix.SIGINT, unix.SIGQUIT)
 	}
-	ossignal.Notify(c.signals, append(more, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH)...)
+	more = append(more, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH)
+	ossignal.Notify(c.signals, more...)
 	return c
 }
 
-// ignoredByJob returns the signals that the job ignores from its start: ours, but for the one that is
-// to stop it.
+// ignoredByJob returns the signals that the job ignores from its start: ours, but for the one that
+// is to stop it.
 func (c *caught) ignoredByJob(stop unix.Signal) []unix.Signal {
 	if slices.Contains(c.ignored, stop) {
-		ossignal.Notify(make(chan os.Signal, 1), stop) // and dropped: exec resets what is caught, and only that
+		// And dropped: exec resets what is caught, and only that.
+		ossignal.Notify(make(chan os.Signal, 1), stop)
 	}
 	return slices.DeleteFunc(slices.Clone(c.ignored), func(s unix.Signal) bool { return s == stop })
 }
 
-// relayHangUps hands each SIGHUP on, and SIGTERM in its place when it comes from a terminal that hangs
-// up. It never returns.
+// relayHangUps hands each SIGHUP on, and SIGTERM in its place when it comes from a terminal that
+// hangs up. It never returns.
 func (c *caught) relayHangUps(log *slog.Logger) {
 	gone := false
 	for s := range c.hangUps {
@@ -72,8 +77,8 @@ func (c *caught) relayHangUps(log *slog.Logger) {
 	}
 }
 
-// losesTerminal reports whether the controlling terminal is gone, or goes within a second: shells and
-// terminal emulators send SIGHUP, and exit a moment later.
+// losesTerminal reports whether the controlling terminal is gone, or goes within a second: shells
+// and terminal emulators send SIGHUP, and exit a moment later.
 func losesTerminal() bool {
 	for end := boottime.Now() + time.Second; hasTerminal(); time.Sleep(20 * time.Millisecond) {
 		if boottime.Now() > end {
@@ -93,15 +98,16 @@ func hasTerminal() bool {
 	return err == nil
 }
 
-// leaveStdin puts /dev/null in the place of a standard input that is a terminal in whose foreground we
-// are not. The shell's job control keeps its background from reading the terminal, but the job, in a
-// session of its own, would take the shell's keystrokes.
+// leaveStdin puts /dev/null in the place of a standard input that is a terminal in whose foreground
+// we are not. The shell's job control keeps its background from reading the terminal, but the job,
+// in a session of its own, would take the shell's keystrokes.
 func leaveStdin() error {
 	if _, err := unix.IoctlGetTermios(0, unix.TCGETS); err != nil {
 		return nil // no terminal
 	}
 	// An error: it is another session's.
-	if foreground, err := unix.IoctlGetInt(0, unix.TIOCGPGRP); err == nil && foreground == unix.Getpgrp() {
+	foreground, err := unix.IoctlGetInt(0, unix.TIOCGPGRP)
+	if err == nil && foreground == unix.Getpgrp() {
 		return nil
 	}
 	null, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)

@@ -59,12 +59,13 @@ func (n *notifier) flush() {
 // the unit's TimeoutStopSec=, systemd waits. Beside the grace that is the time for a kill, and for
 // giving the lease back.
 func stopping(cfg config.Config) string {
-	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", (cfg.StopGrace.Duration + 30*time.Second).Microseconds())
+	within := cfg.StopGrace.Duration + 30*time.Second
+	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", within.Microseconds())
 }
 
 // newWatchdog makes the function that tells systemd's watchdog that the daemon lives, at most once
-// in a third of what it allows. It has a socket of its own and allocates nothing: the guard calls it
-// again and again, and collects no garbage.
+// in a third of what it allows. It has a socket of its own and allocates nothing: the guard calls
+// it again and again, and collects no garbage.
 func newWatchdog() func() {
 	allowed, err := sdnotify.SdWatchdogEnabled(false)
 	if err != nil || allowed == 0 {

@@ -18,8 +18,8 @@ const (
 	maxTerminationMessage = 4096
 )
 
-// leaveMessage writes a termination message if the file for it exists. It returns no error: the same
-// was said on standard error.
+// leaveMessage writes a termination message if the file for it exists. It returns no error: the
+// same was said on standard error.
 //
 // With yield it leaves alone what the file holds already: a job's own account of why it failed is
 // better than ours.

@@ -91,7 +91,8 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 	d.listening = listener.Addr()
 	name, _, _ := net.SplitHostPort(p.cfg.Listen) // sound, or nothing could be bound
 	server := health.New(health.Config{
-		Logger: p.log, Registry: p.registry, Snapshot: snapshot, Now: boottime.Now, Version: p.version, Name: name,
+		Logger: p.log, Registry: p.registry, Snapshot: snapshot, Now: boottime.Now,
+		Version: p.version, Name: name,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	d.group.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })

@@ -37,7 +37,8 @@ func (p *Program) status(c Call) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	report, err := election.Query(ctx, cfg.ElectionConfig(slog.New(cfg.Log.Handler(p.Stderr, cfg.Log.Level.Level))))
+	log := slog.New(cfg.Log.Handler(p.Stderr, cfg.Log.Level.Level))
+	report, err := election.Query(ctx, cfg.ElectionConfig(log))
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrNoReport, err)
 	}

@@ -68,15 +68,16 @@ func (p *Program) Commands() []Command {
 		{
 			Name: "run", Args: "-- COMMAND [ARG...]", Job: true,
 			Summary: "run COMMAND while leading",
-			Description: "All of COMMAND, every descendant too, is killed before another candidate can lead." +
-				" LEASEHOLD_RESTART says what follows when it ends by itself.",
+			Description: "All of COMMAND, every descendant too, is killed before another candidate can" +
+				" lead. LEASEHOLD_RESTART says what follows when it ends by itself.",
 			Run: func(c Call) error { return p.Run(c.Job) },
 		},
 		{
 			Name:    "elect",
 			Summary: "campaign and report, no job (sidecar)",
-			Description: "An app that asks /leader must have stopped within LEASEHOLD_LOSS_GRACE of its last" +
-				" request that got 200 (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <= LEASEHOLD_STOP_GRACE).",
+			Description: "An app that asks /leader must have stopped within LEASEHOLD_LOSS_GRACE of its" +
+				" last request that got 200 (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <=" +
+				" LEASEHOLD_STOP_GRACE).",
 			Run: func(Call) error { return p.Elect() },
 		},
 		{
@@ -87,14 +88,16 @@ func (p *Program) Commands() []Command {
 			Run: p.status,
 		},
 		{
-			Name: "check", Args: "[" + strings.Join(health.Checks(), "|") + "]", Max: 1, Words: health.Checks(),
+			Name: "check", Args: "[" + strings.Join(health.Checks(), "|") + "]", Max: 1,
+			Words:       health.Checks(),
 			Summary:     "ask the local daemon at LEASEHOLD_LISTEN (live if nothing is named)",
 			Description: "Exit code 0: yes; 1: no, with the reason; 69: nobody answers within two seconds.",
 			Run:         p.check,
 		},
 		{
 			Name: "install", Args: "DEST", Min: 1, Max: 1, Files: true,
-			Summary:     "copy this binary to DEST, a directory or a file: for an init container, which has no cp",
+			Summary: "copy this binary to DEST, a directory or a file: for an init container," +
+				" which has no cp",
 			Description: "Whoever looks at DEST sees the old file or the whole new one.",
 			Run:         func(c Call) error { return install(c.Args[0]) },
 		},
@@ -120,8 +123,8 @@ var commandNames = [...]string{"run", "elect", "status", "check", "install", "ve
 // GlobalFlags are the flags that every command takes.
 func GlobalFlags() []Entry {
 	return []Entry{
-		{"-f FILE", "read variables from FILE first, which has the format of systemd's EnvironmentFile=. A variable of the" +
-			" environment overrules the file, also when it is set to nothing"},
+		{"-f FILE", "read variables from FILE first, which has the format of systemd's EnvironmentFile=." +
+			" A variable of the environment overrules the file, also when it is set to nothing"},
 		{"-h, --help", "print the help, or that of the command"},
 		{"--version", "print the version"},
 	}

@@ -38,8 +38,9 @@ func JobVariables() []Entry {
 }
 
 // jobEnvironment says what else a job finds in its environment.
-const jobEnvironment = "The job's environment is the daemon's, less NOTIFY_SOCKET, WATCHDOG_* and every LEASEHOLD_* but" +
-	" LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*, so that leasehold status and leasehold check work in it, plus:"
+const jobEnvironment = "The job's environment is the daemon's, less NOTIFY_SOCKET, WATCHDOG_* and every" +
+	" LEASEHOLD_* but LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*, so that leasehold status and" +
+	" leasehold check work in it, plus:"
 
 // help is the command: all help, or that of one command.
 func (p *Program) help(c Call) error {
@@ -75,13 +76,19 @@ const helpWidth = 110
 // helpText is the text of `leasehold help`.
 func (p *Program) helpText() string {
 	var b strings.Builder
-	b.WriteString("leasehold keeps a job running on exactly one machine: the leader of an election in etcd.\n\nUsage:\n")
+	b.WriteString(`leasehold keeps a job running on exactly one machine: the leader of an election in etcd.
+
+Usage:
+`)
 	writeEntries(&b, p.usage())
 	b.WriteString("\nEvery command takes:\n")
 	writeEntries(&b, GlobalFlags())
 
-	b.WriteString("\nConfiguration is the environment. A variable that is set to nothing counts as unset; an unknown LEASEHOLD_*\n" +
-		"variable is refused. Durations have a unit: 15s, 500ms, 1m30s.\n\n")
+	b.WriteString(`
+Configuration is the environment. A variable that is set to nothing counts as unset; an unknown
+LEASEHOLD_* variable is refused. Durations have a unit: 15s, 500ms, 1m30s.
+
+`)
 	for _, v := range new(config.Config).Variables() {
 		b.WriteString("  " + config.Prefix + "_" + v.Name)
 		if v.Shown != "" {

@@ -17,9 +17,9 @@ import (
 // ErrInstall ends install: the copy can't be made.
 var ErrInstall = errors.New("install")
 
-// install copies the running binary to dest, a directory or a file: a scratch image has no cp for an
-// init container to use. Whoever looks at dest sees the old file or the whole new one, also while
-// the old one runs.
+// install copies the running binary to dest, a directory or a file: a scratch image has no cp for
+// an init container to use. Whoever looks at dest sees the old file or the whole new one, also
+// while the old one runs.
 func install(dest string) error {
 	if err := installTo(dest); err != nil {
 		return fmt.Errorf("%w %s: %w", ErrInstall, quote.Word(dest), err)

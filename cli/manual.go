@@ -26,7 +26,8 @@ leasehold \- keep a job running on exactly one machine
 	b.WriteString(`.fi
 .SH DESCRIPTION
 Each machine runs leasehold with the same election and the same command.
-The leader of the election, in etcd, runs the command as its child, and kills all of it before its lease can pass to another.
+The leader of the election, in etcd, runs the command as its child, and kills all of it before its
+lease can pass to another.
 .SH COMMANDS
 `)
 	for _, c := range p.Commands() {
@@ -48,7 +49,9 @@ Durations have a unit: 15s, 500ms, 1m30s.
 	}
 	b.WriteString(".SS The environment of the job\n" + roff(jobEnvironment) + "\n")
 	tagged(&b, JobVariables())
-	b.WriteString(".SH HEALTH ENDPOINT\nAt LEASEHOLD_LISTEN, for GET, HEAD and OPTIONS; 200, or 503 with the reason:\n")
+	b.WriteString(`.SH HEALTH ENDPOINT
+At LEASEHOLD_LISTEN, for GET, HEAD and OPTIONS; 200, or 503 with the reason:
+`)
 	for _, e := range health.Endpoints() {
 		tagged(&b, []Entry{{e.Path, e.Meaning}})
 	}

@@ -13,8 +13,8 @@ import (
 )
 
 // Parse finds the command that args call. --help and --version, which may stand anywhere before a
-// --, are calls of help and version. The error is a *UsageError; the call has its Command then, where
-// one was named.
+// --, are calls of help and version. The error is a *UsageError; the call has its Command then,
+// where one was named.
 func (p *Program) Parse(args []string) (Call, error) {
 	line := line{commands: p.Commands()}
 	if line.own = args; slices.Contains(args, "--") {
@@ -185,7 +185,7 @@ func settingHint(arg string) string {
 		return what + ": leasehold help names all variables"
 	case !assigned:
 		return fmt.Sprintf("%s: set the variable %s_%s", what, config.Prefix, setting)
-	case setting == "PASSWORD" || setting == "ENDPOINTS" || strings.ContainsFunc(value, quote.IsShellSyntax):
+	case setting == "PASSWORD", setting == "ENDPOINTS", strings.ContainsFunc(value, quote.IsShellSyntax):
 		return fmt.Sprintf("%s: write %s_%s=... before the command", what, config.Prefix, setting)
 	}
 	hint := ""
@@ -196,5 +196,6 @@ func settingHint(arg string) string {
 			value += "s"
 		}
 	}
-	return fmt.Sprintf("%s: write %s_%s=%s before the command%s", what, config.Prefix, setting, value, hint)
+	return fmt.Sprintf("%s: write %s_%s=%s before the command%s",
+		what, config.Prefix, setting, value, hint)
 }

@@ -13,8 +13,8 @@ import (
 )
 
 // statusReport is what `leasehold status --json` prints. Like the endpoint's JSON, with which it
-// shares the fields of the same name, it may gain fields and renames none. The desc tags go into the
-// reference.
+// shares the fields of the same name, it may gain fields and renames none. The desc tags go into
+// the reference.
 type statusReport struct {
 	Name     string            `json:"name" desc:"the leader's identity; \"\" without a leader"`
 	Election string            `json:"election" desc:"the election's key prefix"`
@@ -22,7 +22,7 @@ type statusReport struct {
 	Lease    *statusLease      `json:"lease" desc:"the leader's lease"`
 	Queue    []statusCandidate `json:"queue" desc:"all candidates in their order, the leader first"`
 	Blocker  *statusBlocker    `json:"blocker" desc:"the first of the blockers"`
-	Blockers []statusBlocker   `json:"blockers" desc:"keys that no candidate made, and that will not go away by themselves"`
+	Blockers []statusBlocker   `json:"blockers" desc:"keys that no candidate made, and that stay"`
 	Version  string            `json:"version" desc:"of the leasehold that asks"`
 }
 
@@ -41,7 +41,7 @@ type statusLease struct {
 type statusBlocker struct {
 	Key    string `json:"key" desc:"the key"`
 	Why    string `json:"why" desc:"why it stays"`
-	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" where a live lease keeps the key"`
+	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" while its lease lives"`
 }
 
 // ReportFields lists the fields of status --json, for the reference.
@@ -80,7 +80,8 @@ func reportText(name string, r election.Report) string {
 	}
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for i, c := range r.Queue {
-		_, _ = fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, strconv.QuoteToGraphic(c.Identity), c.Token, c.Key)
+		name := strconv.QuoteToGraphic(c.Identity)
+		_, _ = fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, name, c.Token, c.Key)
 	}
 	_ = w.Flush() // a strings.Builder takes everything
 	for _, x := range r.Blockers {

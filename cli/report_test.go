@@ -12,7 +12,8 @@ import (
 	"leasehold/health"
 )
 
-// TestReport_AgreesWithStatus: a field of status --json that /status has too has the same type there.
+// TestReport_AgreesWithStatus: a field of status --json that /status has too has the same type
+// there.
 func TestReport_AgreesWithStatus(t *testing.T) {
 	types := map[string]string{}
 	for _, f := range health.StatusFields() {

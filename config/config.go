@@ -1,8 +1,8 @@
 //go:build linux
 
 // Package config is the daemon's configuration: what the variables are, what they may hold, and
-// every fault of a user's in one report. Help, the man page and docs/reference.md come from the tags
-// of Config.
+// every fault of a user's in one report. Help, the man page and docs/reference.md come from the
+// tags of Config.
 package config
 
 import (
@@ -38,7 +38,8 @@ const (
 )
 
 // Config is the daemon's whole configuration. It is read from the environment, from variables that
-// start with LEASEHOLD_; no other variable counts. A variable that is set to nothing counts as unset.
+// start with LEASEHOLD_; no other variable counts. A variable that is set to nothing counts as
+// unset.
 //
 // The fields have no `envconfig` tag on purpose: with one the library falls back to the bare
 // USERNAME, TTL, … of the environment. The `desc` tag is the text in help and docs/reference.md;
@@ -135,7 +136,7 @@ func Load(use Use) (Config, error) {
 // validate checks every setting, and completes the ones that depend on others.
 func (c *Config) validate(f *faults, set map[string]bool) {
 	for _, v := range c.Variables() {
-		if kept, ok := v.Field.Addr().Interface().(interface{ fault() error }); ok && kept.fault() != nil {
+		if kept, ok := v.Field.Addr().Interface().(interface{ fault() error }); ok {
 			f.add(v.Name, "%w", kept.fault())
 		}
 	}
@@ -155,7 +156,8 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	}
 	f.add("IDENTITY", "%w", nameFault(c.Identity))
 	c.validateTiming(f)
-	if c.Restart = strings.ToLower(c.Restart); !slices.Contains([]string{"always", "on-failure", "never"}, c.Restart) {
+	policies := []string{"always", "on-failure", "never"}
+	if c.Restart = strings.ToLower(c.Restart); !slices.Contains(policies, c.Restart) {
 		f.add("RESTART", "%s is unknown: write always, on-failure or never", quote.Value(c.Restart))
 	}
 	if c.NoNewPrivs = strings.ToLower(c.NoNewPrivs); c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {

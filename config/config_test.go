@@ -23,7 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// load sets NAME=value pairs (without the prefix) in an environment that has no other settings, and reads it.
+// load sets NAME=value pairs (without the prefix) in an environment that has no other settings, and
+// reads it.
 func load(t *testing.T, use Use, settings ...string) (Config, error) {
 	t.Helper()
 	for _, entry := range os.Environ() {
@@ -142,7 +143,8 @@ func TestConfig_BareNamesAreIgnored(t *testing.T) {
 	}
 }
 
-// TestConfig_NamesAreThoseOfTheLibrary: help, the reference and the search for unknown variables name the variables themselves.
+// TestConfig_NamesAreThoseOfTheLibrary: help, the reference and the search for unknown variables
+// name the variables themselves.
 func TestConfig_NamesAreThoseOfTheLibrary(t *testing.T) {
 	values := map[string]string{"ENDPOINTS": "x", "TTL": "77s", "STOP_SIGNAL": "HUP", "RESTART_LIMIT": "77", "LOG_LEVEL": "error"}
 	for _, v := range new(Config).Variables() {

@@ -16,7 +16,8 @@ func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 		TTL: c.TTL.Duration, LossGrace: c.LossGrace.Or(-1), Margin: c.Margin.Or(-1), Wait: c.Wait.Or(-1),
 		DialTimeout: c.DialTimeout.Duration,
 		TLS: election.TLS{
-			CAFile: c.TLS.CAFile, CertFile: c.TLS.CertFile, KeyFile: c.TLS.KeyFile, ServerName: c.TLS.ServerName,
+			CAFile: c.TLS.CAFile, CertFile: c.TLS.CertFile, KeyFile: c.TLS.KeyFile,
+			ServerName: c.TLS.ServerName,
 		},
 		Now:    boottime.Now,
 		Logger: log,

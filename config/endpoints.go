@@ -56,7 +56,8 @@ func parseEndpoint(entry string, withTLS bool) (scheme, address string, err erro
 	case strings.ContainsFunc(entry, unicode.IsSpace):
 		return "", "", errors.New("has a space: write endpoints with commas alone between them")
 	case strings.Contains(entry, "@"):
-		return "", "", errors.New("has a user name in it: set LEASEHOLD_USERNAME and LEASEHOLD_PASSWORD instead")
+		return "", "", errors.New("has a user name in it:" +
+			" set LEASEHOLD_USERNAME and LEASEHOLD_PASSWORD instead")
 	}
 	scheme, address, full := strings.Cut(strings.TrimSuffix(entry, "/"), "://")
 	if !full {

@@ -98,8 +98,8 @@ func (f *envFile) parse() {
 	}
 }
 
-// envNameFault returns what is wrong with the name of a variable, or nil. It does not show the name,
-// which may be the rest of a secret that takes several lines.
+// envNameFault returns what is wrong with the name of a variable, or nil. It does not show the
+// name, which may be the rest of a secret that takes several lines.
 func envNameFault(name string) error {
 	if strings.HasPrefix(name, "export ") {
 		return errors.New("there is an export before the name: write NAME=value")
@@ -107,7 +107,8 @@ func envNameFault(name string) error {
 	for i, c := range []byte(name) {
 		letter := 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '_'
 		if !letter && (i == 0 || c < '0' || c > '9') {
-			return errors.New("what is before the = is no name: use letters, digits and _, and begin with no digit")
+			return errors.New("what is before the = is no name:" +
+				" use letters, digits and _, and begin with no digit")
 		}
 	}
 	if name == "" {
@@ -152,8 +153,9 @@ func (f *envFile) value() (string, error) {
 	return envValue(b.String()[:keep])
 }
 
-// quoted takes the rest of a quoted text into b and reports whether it has an end. A backslash means
-// something only in double quotes, and there only before one of "\`$ and at the end of a line.
+// quoted takes the rest of a quoted text into b and reports whether it has an end. A backslash
+// means something only in double quotes, and there only before one of "\`$ and at the end of a
+// line.
 func (f *envFile) quoted(b *strings.Builder, quote byte) bool {
 	for len(f.text) > 0 {
 		c := f.next()

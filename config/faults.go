@@ -46,14 +46,14 @@ func (f *faults) matters(name string) bool {
 	}
 }
 
-// otherNames are names that are no faults although no setting has them: what Kubernetes puts into each
-// container for a Service whose name starts with "leasehold", and the job's variables, which a daemon
-// started by a job finds.
+// otherNames are names that are no faults although no setting has them: what Kubernetes puts into
+// each container for a Service whose name starts with "leasehold", and the job's variables, which a
+// daemon started by a job finds.
 var otherNames = regexp.MustCompile(`^((.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|` +
 	`PORT_\d+_(TCP|UDP|SCTP)(_.+)?)|KEY|FENCING_TOKEN|LEASE_ID)$`)
 
-// unknown notes the variables that no setting has, for a misspelt one would silently leave the default
-// in force.
+// unknown notes the variables that no setting has, for a misspelt one would silently leave the
+// default in force.
 func (f *faults) unknown(set map[string]bool, known []Variable) {
 	if f.use == ForCheck {
 		return

@@ -10,12 +10,13 @@ import (
 // Handler makes a handler of what is at least as severe as level. It writes a line at a time to w,
 // in the format that the configuration names, with durations as people write them.
 func (l Log) Handler(w io.Writer, level slog.Leveler) slog.Handler {
-	options := &slog.HandlerOptions{Level: level, ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+	readable := func(_ []string, a slog.Attr) slog.Attr {
 		if a.Value.Kind() == slog.KindDuration { // JSON would show nanoseconds.
 			a.Value = slog.StringValue(a.Value.Duration().String())
 		}
 		return a
-	}}
+	}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: readable}
 	if l.Format == "json" {
 		return slog.NewJSONHandler(w, options)
 	}

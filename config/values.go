@@ -5,7 +5,6 @@ package config
 import (
 	"fmt"
 	"log/slog"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -52,7 +51,8 @@ func (d *Duration) Decode(text string) error {
 
 func (d *Duration) fault() error { return d.err }
 
-// MissesUnit reports whether text, where a Duration is wanted, is a number alone, such as 15 or 0.5.
+// MissesUnit reports whether text, where a Duration is wanted, is a number alone, such as 15 or
+// 0.5.
 func MissesUnit(text string) bool {
 	_, err := strconv.ParseFloat(text, 64)
 	return err == nil && strings.Trim(text, "0123456789.") == ""
@@ -91,14 +91,16 @@ func (s *Signal) Decode(text string) error {
 	switch s.Signal = unix.SignalNum(name); {
 	case err == nil && unix.SignalName(unix.Signal(number)) != "":
 		known := unix.SignalName(unix.Signal(number))
-		s.err = fmt.Errorf("%s is a number: write %s", quote.Value(text), strings.TrimPrefix(known, "SIG"))
+		s.err = fmt.Errorf("%s is a number: write %s",
+			quote.Value(text), strings.TrimPrefix(known, "SIG"))
 	case s.Signal == 0:
 		s.err = fmt.Errorf("%s is not the name of a signal: write for example TERM, INT, QUIT or USR1",
 			quote.Value(text))
 	case s.Signal == unix.SIGKILL:
 		s.err = fmt.Errorf("%s leaves the job no time to stop:"+
 			" for that write LEASEHOLD_STOP_GRACE=0s, and here for example TERM", quote.Value(text))
-	case slices.Contains([]unix.Signal{unix.SIGSTOP, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU}, s.Signal):
+	case s.Signal == unix.SIGSTOP, s.Signal == unix.SIGTSTP,
+		s.Signal == unix.SIGTTIN, s.Signal == unix.SIGTTOU:
 		s.err = fmt.Errorf("%s freezes a job instead of stopping it: write for example TERM",
 			quote.Value(text))
 	}

@@ -46,8 +46,8 @@ func appendVariables(list []Variable, prefix string, group reflect.Value) []Vari
 	return list
 }
 
-// reset gives the variable its default. envconfig gives it only to variables that are not set at all,
-// and manifests and unit files set variables to nothing to unset them.
+// reset gives the variable its default. envconfig gives it only to variables that are not set at
+// all, and manifests and unit files set variables to nothing to unset them.
 func (v Variable) reset() {
 	v.Field.SetZero()
 	if v.Default == "" {

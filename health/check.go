@@ -86,5 +86,6 @@ func ask(ctx context.Context, listen, what string) (yes bool, answer string, err
 	case resp.StatusCode == http.StatusServiceUnavailable:
 		return false, string(body), nil
 	}
-	return false, "", fmt.Errorf("something else than leasehold listens at %s: %s", listen, resp.Status)
+	return false, "", fmt.Errorf("something else than leasehold listens at %s: %s",
+		listen, resp.Status)
 }

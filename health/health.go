@@ -1,11 +1,11 @@
 // Package health tells other programs what is true now, over HTTP: load balancers, kubelets, people
 // and Prometheus.
 //
-// The server computes each answer from one snapshot and one reading of the clock, both taken when it
-// serves the request, and asks etcd nothing. In particular /leader compares the lease's own deadline
-// with the clock, so that it never says "leader" once stop-at has passed, even when everything else in
-// the daemon hangs. It cannot promise how long an answer stays true: a client that acts on it acts
-// later. The fencing token is for that.
+// The server computes each answer from one snapshot and one reading of the clock, both taken when
+// it serves the request, and asks etcd nothing. In particular /leader compares the lease's own
+// deadline with the clock, so that it never says "leader" once stop-at has passed, even when
+// everything else in the daemon hangs. It cannot promise how long an answer stays true: a client
+// that acts on it acts later. The fencing token is for that.
 package health
 
 import (
@@ -77,12 +77,12 @@ type Exit struct {
 type Blocker struct {
 	Key    string `json:"key" desc:"that key"`
 	Why    string `json:"why" desc:"why it stays"`
-	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" where a live lease keeps the key"`
+	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" while its lease lives"`
 }
 
-// update moves the state on where a deadline has passed. The elector's own timers do the same, but a
-// request that is served just before them, or while they hang, must not get the old state. wall is the
-// time of day at the reading now.
+// update moves the state on where a deadline has passed. The elector's own timers do the same, but
+// a request that is served just before them, or while they hang, must not get the old state. wall
+// is the time of day at the reading now.
 func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
 	over := func(deadline time.Duration) bool { return deadline != 0 && now >= deadline }
 	switch {

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// leading returns the snapshot of a leader with a running job, 10 s before stop-at and 15 s before the lease's end when the
-// clock shows 100 s.
+// leading returns the snapshot of a leader with a running job, 10 s before stop-at and 15 s before
+// the lease's end when the clock shows 100 s.
 func leading(change ...func(*Snapshot)) Snapshot {
 	s := Snapshot{
 		Election: "jobs/a", Identity: "b", State: Leading, Since: time.Date(2026, 1, 2, 3, 4, 5, 6e6, time.FixedZone("", 3600)),
@@ -76,7 +76,8 @@ func TestTruth(t *testing.T) {
 	}
 }
 
-// TestTruth_NeverTwo: no state of the daemon is both leader and standby, and none is leader without a future stop-at.
+// TestTruth_NeverTwo: no state of the daemon is both leader and standby, and none is leader without
+// a future stop-at.
 func TestTruth_NeverTwo(t *testing.T) {
 	for _, state := range []string{"", Connecting, Standby, Leading, Stopping, "nonsense"} {
 		for _, job := range []string{"", "none", "starting", JobRunning, "stopping", "backoff", "exited"} {

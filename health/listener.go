@@ -18,10 +18,10 @@ const (
 	restTimeout = 100 * time.Millisecond
 )
 
-// boundedListener bounds the connections that are open at once. When all slots are taken, it accepts
-// the next one only once a slot is free, and closes the connection that has been at rest longest. So a
-// crowd of slow clients neither eats the daemon's files and memory nor keeps probes waiting for long,
-// while a burst of honest requests is served in turn.
+// boundedListener bounds the connections that are open at once. When all slots are taken, it
+// accepts the next one only once a slot is free, and closes the connection that has been at rest
+// longest. So a crowd of slow clients neither eats the daemon's files and memory nor keeps probes
+// waiting for long, while a burst of honest requests is served in turn.
 type boundedListener struct {
 	net.Listener
 	slots  int

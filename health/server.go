@@ -45,8 +45,8 @@ func Endpoints() []Endpoint {
 		{"/standby", "200 only while waiting in the queue"},
 		{
 			"/status",
-			"200 with JSON; 421, like the next two, to a request for a host name that is neither localhost nor" +
-				" that of LEASEHOLD_LISTEN",
+			"200 with JSON; 421, like the next two, to a request for a host name that is neither" +
+				" localhost nor that of LEASEHOLD_LISTEN",
 		},
 		{"/", "the same JSON; its name is the leader's identity"},
 		{"/metrics", "metrics for Prometheus"},
@@ -114,9 +114,9 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	write(w, http.StatusOK, "application/json", snapshot.json(now, s.cfg.Version))
 }
 
-// ours answers 421 where the request is for a host name that is not ours. A web page can give its own
-// name our address (DNS rebinding) and then read what its visitor's browser gets from here. What
-// probes answer is not worth that.
+// ours answers 421 where the request is for a host name that is not ours. A web page can give its
+// own name our address (DNS rebinding) and then read what its visitor's browser gets from here.
+// What probes answer is not worth that.
 func (s *Server) ours(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		host := r.Host
@@ -177,7 +177,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		ReadHeaderTimeout: 2 * time.Second,
 		ReadTimeout:       2 * time.Second, // No request that is answered here has a body to wait for.
 		WriteTimeout:      5 * time.Second,
-		IdleTimeout:       90 * time.Second, // More than Prometheus leaves between two scrapes by default.
+		IdleTimeout:       90 * time.Second, // Prometheus scrapes more often by default.
 		MaxHeaderBytes:    8 << 10,
 	}
 	served := make(chan error, 1)

@@ -163,7 +163,8 @@ func TestServer_Answers(t *testing.T) {
 	}
 }
 
-// TestServer_Host: a web page that gives its own name our address by DNS reads nothing, while probes are answered for any name.
+// TestServer_Host: a web page that gives its own name our address by DNS reads nothing, while
+// probes are answered for any name.
 func TestServer_Host(t *testing.T) {
 	ts := newTestServer(t, leading())
 	ask := func(method, path, host string) (int, string) {
@@ -259,7 +260,8 @@ func TestServer_MalformedHTTP(t *testing.T) {
 	}
 }
 
-// TestServer_SlowClients: 1,000 connections that send a byte and no more neither pile up nor keep a probe waiting.
+// TestServer_SlowClients: 1,000 connections that send a byte and no more neither pile up nor keep a
+// probe waiting.
 func TestServer_SlowClients(t *testing.T) {
 	ts := newTestServer(t, leading())
 	before := runtime.NumGoroutine()
@@ -294,8 +296,8 @@ func TestServer_SlowClients(t *testing.T) {
 	}
 }
 
-// TestServer_Burst: 1,000 honest requests at once are all answered. A client that a starved machine holds up between connecting
-// and asking may lose its place, and tries again.
+// TestServer_Burst: 1,000 honest requests at once are all answered. A client that a starved machine
+// holds up between connecting and asking may lose its place, and tries again.
 func TestServer_Burst(t *testing.T) {
 	ts := newTestServer(t, leading())
 	ask := func() error {
@@ -329,8 +331,8 @@ func TestServer_Burst(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	// 138 were seen with the race detector on a machine that was short of processor time. A server that does not serve in turn
-	// makes all but the first 256 try again.
+	// 138 were seen with the race detector on a machine that was short of processor time. A server
+	// that does not serve in turn makes all but the first 256 try again.
 	if n := again.Load(); n > 500 {
 		t.Errorf("%d of 1000 requests had to be tried again", n)
 	}

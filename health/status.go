@@ -13,7 +13,7 @@ import (
 // status is the JSON of /status: a contract. Fields may be added, never renamed, and every one is
 // always present. The desc tags go into the reference.
 type status struct {
-	Name     string    `json:"name" desc:"the leader's identity; \"\" without a leader, and until the candidate stands in the queue"`
+	Name     string    `json:"name" desc:"the leader's identity; \"\" where none is known"`
 	Election string    `json:"election" desc:"the election's key prefix"`
 	Identity string    `json:"identity" desc:"this candidate's name"`
 	State    string    `json:"state" desc:"connecting, standby, leading or stopping"`
@@ -62,7 +62,8 @@ func (s Snapshot) status(now time.Duration, version string) status {
 	if s.LeaseID != 0 {
 		// Rounded down: the lease is never said to last longer than it does.
 		validFor := math.Floor(s.validFor(now).Seconds()*1000) / 1000
-		st.Lease = &lease{ID: strconv.FormatUint(uint64(s.LeaseID), 16), TTL: s.TTL.Seconds(), ValidFor: validFor}
+		id := strconv.FormatUint(uint64(s.LeaseID), 16)
+		st.Lease = &lease{ID: id, TTL: s.TTL.Seconds(), ValidFor: validFor}
 	}
 	if e := s.Job.LastExit; e != nil {
 		st.Job.LastExit = &exitStatus{Signal: orNull(e.Signal), At: timestamp(e.At)}

@@ -6,5 +6,6 @@ import "time"
 
 var start = time.Now()
 
-// Now returns the time since this process started. Nothing runs a job here: this is for the build alone.
+// Now returns the time since this process started. Nothing runs a job here: this is for the build
+// alone.
 func Now() time.Duration { return time.Since(start) }

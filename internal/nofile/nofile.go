@@ -1,10 +1,12 @@
 //go:build linux
 
-// Package nofile keeps the limit of open files that this process was started with. Go's syscall package raises the soft limit when
-// it is initialized, and restores it only in the processes that it starts itself.
+// Package nofile keeps the limit of open files that this process was started with. Go's syscall
+// package raises the soft limit when it is initialized, and restores it only in the processes that
+// it starts itself.
 //
-// The package imports nothing that has to be initialized. Of the packages that are ready Go initializes the first by import path
-// (https://go.dev/ref/spec#Program_initialization), so this one comes before syscall.
+// The package imports nothing that has to be initialized. Of the packages that are ready Go
+// initializes the first by import path (https://go.dev/ref/spec#Program_initialization), so this
+// one comes before syscall.
 package nofile
 
 import "unsafe"

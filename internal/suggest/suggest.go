@@ -22,8 +22,8 @@ func Nearest(word string, candidates []string) string {
 	return best
 }
 
-// distance is the number of letters to insert, delete, replace or swap with their neighbour to make a
-// out of b.
+// distance is the number of letters to insert, delete, replace or swap with their neighbour to make
+// a out of b.
 func distance(a, b string) int {
 	var before []int
 	last := make([]int, len(b)+1)
