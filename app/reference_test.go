@@ -77,7 +77,7 @@ Written from the code by ` + "`go test -run TestReference ./app -update`" + `; a
 `)
 	b.WriteString("| command | meaning |\n|---|---|\n")
 	for _, c := range newProgram(Build{}).Commands() {
-		row(&b, c.Usage(), strings.TrimSpace(c.Summary+". "+c.Description))
+		row(&b, c.Usage(), c.About())
 	}
 	b.WriteString("\nEvery command takes, before a `--`:\n\n")
 	table(&b, "flag", "meaning", cli.GlobalFlags())

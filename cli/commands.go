@@ -39,6 +39,12 @@ func (c Command) Usage() string {
 	return strings.TrimSpace("leasehold " + name + " " + c.Args)
 }
 
+// About is what the command does, in sentences.
+func (c Command) About() string {
+	summary := strings.ToUpper(c.Summary[:1]) + c.Summary[1:] + "."
+	return strings.TrimSpace(summary + " " + c.Description)
+}
+
 // A Call is a command line that was found sound.
 type Call struct {
 	Command Command

@@ -58,18 +58,12 @@ func (p *Program) commandHelp(name string) string {
 	c, _ := l.find(name)
 	var b strings.Builder
 	b.WriteString("Usage: " + c.Usage() + "\n\n")
-	b.WriteString(wrap(sentence(c.Summary), "", helpWidth))
-	if c.Description != "" {
-		b.WriteString("\n" + wrap(c.Description, "", helpWidth))
-	}
+	b.WriteString(wrap(c.About(), "", helpWidth))
 	b.WriteString("\nEvery command takes:\n")
 	writeEntries(&b, GlobalFlags())
 	b.WriteString("\nleasehold help names all variables and exit codes.\n")
 	return b.String()
 }
-
-// sentence makes a sentence of a summary.
-func sentence(text string) string { return strings.ToUpper(text[:1]) + text[1:] + "." }
 
 const helpWidth = 110
 

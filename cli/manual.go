@@ -31,7 +31,7 @@ lease can pass to another.
 .SH COMMANDS
 `)
 	for _, c := range p.Commands() {
-		tagged(&b, []Entry{{c.Usage(), strings.TrimSpace(sentence(c.Summary) + " " + c.Description)}})
+		tagged(&b, []Entry{{c.Usage(), c.About()}})
 	}
 	b.WriteString(".SH OPTIONS\nEvery command takes:\n")
 	tagged(&b, GlobalFlags())

@@ -49,6 +49,8 @@ func (l *line) parse() (call Call, hint string) {
 	found, help := false, false
 	for i := 0; i < len(l.own); i++ {
 		switch arg := l.own[i]; {
+		case call.Command.Job && len(call.Args) > 0:
+			// What follows a command that stands before -- is that command's.
 		case arg == "-f":
 			if i++; i == len(l.own) || l.own[i] == "" {
 				return call, "-f needs a file: leasehold -f FILE ..."
