@@ -80,6 +80,7 @@ func needImages(t *testing.T) {
 	built.Do(func() {
 		built.root = root
 		for name, file := range map[string]string{"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf"} {
+			//nolint:usetesting // It holds for the tests after this one too.
 			built.err = errors.Join(built.err, os.Setenv(name, filepath.Join(root, "bin", ".image", file)))
 		}
 		began := time.Now()
