@@ -81,41 +81,39 @@ func (v view) leader() *Entry {
 // nothing, and a change of leader an event each. etcd's Election.Observe would cost a read and a watch per candidate at each
 // change, and it never says that there is no leader.
 //
-// That one read is the only one of a join for which etcd reads the whole queue, as it does for whatever it sorts or filters. So a
-// campaign is told the result as well, instead of asking for itself.
+// That one read is the only one of a join for which etcd reads the whole queue, as it does for whatever it sorts or filters.
 type queue struct {
 	prefix  string // with the slash
 	own     string
 	members *members
 	timing  Timing
-	legs    *legs
 	// changed has room for one: somebody has to look at the view again.
 	changed chan struct{}
 	// lost is called when our key is deleted. It must not block.
 	lost func(cause error)
 	// suspects has room for one: a member that does not renew our lease.
 	suspects chan *member
-	// joins has room for one: a campaign asks for the predecessor.
-	joins chan struct{}
-	// answers has room for one: the predecessor, for the campaign that asked.
-	answers chan *pb.RangeResponse
-	turned  *atomic.Int64
-	now     func() time.Duration
+	// puts has room for one: our key has been put.
+	puts chan struct{}
+	// first is closed once no key is ahead of ours. None will be again: keys made later are behind.
+	first  chan struct{}
+	turned *atomic.Int64
+	now    func() time.Duration
 
 	mu       sync.Mutex
 	watched  bool             // it has been, at least once
 	created  int64            // our key's create revision; 0: not put yet
-	asked    bool             // a campaign asks for the predecessor and has no answer yet
 	places   map[string]place // all that are ahead of our key, and that; nil: not read yet
 	revision int64            // at which places were read
 	err      error            // why it is not being watched
+	leg      *leg             // serves the watch; nil: none
 }
 
-func newQueue(prefix, own string, ms *members, timing Timing, l *legs, now func() time.Duration, turned *atomic.Int64, lost func(error)) *queue {
+func newQueue(prefix, own string, ms *members, timing Timing, now func() time.Duration, turned *atomic.Int64, lost func(error)) *queue {
 	return &queue{
-		prefix: prefix, own: own, members: ms, timing: timing, legs: l, now: now, turned: turned, lost: lost,
-		changed: make(chan struct{}, 1), suspects: make(chan *member, 1), joins: make(chan struct{}, 1),
-		answers: make(chan *pb.RangeResponse, 1),
+		prefix: prefix, own: own, members: ms, timing: timing, now: now, turned: turned, lost: lost,
+		changed: make(chan struct{}, 1), suspects: make(chan *member, 1), puts: make(chan struct{}, 1),
+		first: make(chan struct{}),
 	}
 }
 
@@ -164,11 +162,11 @@ func (q *queue) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	leg, err := q.legs.open(from)
+	leg, err := openLeg(from)
 	if err != nil {
 		return err
 	}
-	defer q.legs.drop(leg)
+	defer q.members.closing.Go(func() { _ = leg.queue.Close() })
 	var looking sync.WaitGroup
 	defer looking.Wait()
 	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
@@ -184,7 +182,7 @@ func (q *queue) follow(ctx context.Context) error {
 		return err
 	}
 	q.mu.Lock()
-	q.watched, q.err = true, nil
+	q.watched, q.err, q.leg = true, nil, leg
 	poke(q.changed)
 	q.mu.Unlock()
 	tick := time.NewTicker(interval)
@@ -206,8 +204,8 @@ func (q *queue) follow(ctx context.Context) error {
 			if m == leg.member {
 				return errSuspect
 			}
-		case <-q.joins:
-			behind = q.isAsked() && q.rank(ctx, interval) != nil
+		case <-q.puts:
+			behind = !q.isRanked() && q.rank(ctx, interval) != nil
 		case resp, ok := <-events:
 			if !ok {
 				return errors.New("the watch has ended")
@@ -358,32 +356,40 @@ func (q *queue) rank(ctx context.Context, bound time.Duration) error {
 	return err
 }
 
-// joined says that a campaign has put our key, or found it put, and at which revision, and that it goes on to predecessor.
-func (q *queue) joined(created int64) {
+// put says that our key is in etcd, with this create revision.
+func (q *queue) put(created int64) {
 	q.mu.Lock()
-	q.created, q.asked = created, true
-	select {
-	case <-q.answers: // to an earlier campaign, which did not wait for it
-	default:
-	}
+	q.created = created
 	q.mu.Unlock()
-	poke(q.joins)
+	poke(q.puts)
 }
 
-func (q *queue) isAsked() bool {
+// isRanked tells if it was read who is ahead of our key.
+func (q *queue) isRanked() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.asked
+	return q.places != nil
 }
 
-// predecessor waits until it is known who is ahead of our key, and returns who is next to us, if anybody, as a campaign's own read
-// of this moment would.
-func (q *queue) predecessor(ctx context.Context) (*pb.RangeResponse, error) {
+// waitUntilFirst returns nil once no key is ahead of ours.
+func (q *queue) waitUntilFirst(ctx context.Context) error {
 	select {
-	case p := <-q.answers:
-		return p, nil
+	case <-q.first:
+		return nil
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return ctx.Err()
+	}
+}
+
+// signalFirst tells waitUntilFirst if no key is ahead of ours. q.mu is held.
+func (q *queue) signalFirst() {
+	if own, ok := q.places[q.own]; !ok || own.created != q.created || len(q.places) > 1 {
+		return
+	}
+	select {
+	case <-q.first:
+	default:
+		close(q.first)
 	}
 }
 
@@ -392,13 +398,9 @@ func (q *queue) take(kvs []*mvccpb.KeyValue, revision int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.revision, q.places = revision, make(map[string]place, len(kvs))
-	predecessor := place{}
 	for _, kv := range kvs {
 		p := newPlace(q.prefix, kv)
 		q.places[p.key] = p
-		if p.created < q.created && p.created > predecessor.created {
-			predecessor = p
-		}
 	}
 	switch own := q.places[q.own]; {
 	case own.created != q.created:
@@ -406,14 +408,7 @@ func (q *queue) take(kvs []*mvccpb.KeyValue, revision int64) {
 	case !own.candidate:
 		q.lost(ErrKeyOverwritten)
 	}
-	if q.asked {
-		q.asked = false
-		answer := &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: revision}}
-		if predecessor.created != 0 {
-			answer.Kvs = []*mvccpb.KeyValue{{Key: []byte(predecessor.key), CreateRevision: predecessor.created}}
-		}
-		q.answers <- answer // there is room: joined has emptied it, and only now it is filled
-	}
+	q.signalFirst()
 	poke(q.changed)
 }
 
@@ -432,6 +427,7 @@ func (q *queue) apply(events []*clientv3.Event) {
 			poke(q.changed)
 		}
 	}
+	q.signalFirst()
 }
 
 // suspect has the queue followed on another member, if it is that one which it is followed on.
@@ -467,74 +463,16 @@ func (q *queue) view() (view, error) {
 	return v, q.err
 }
 
-// leg is where a session's watches are served: at one member.
+// leg is a watch of the queue, which one member serves.
 type leg struct {
 	member *member
-	// The queue's watch and the campaign's have a stream each: a stream is bound to the token that it was opened with, and
-	// etcd checks that for each new watch on it. The campaign's stream ends with its only watch, and so the token is changed.
-	queue, campaign clientv3.Watcher
+	queue  clientv3.Watcher
 }
 
-// legs is the watcher of a session's client. The queue's goroutine decides at which member watches are served; when it drops
-// one, all of them end there, and a campaign returns with an error although its own context has not ended. Thus it keeps its
-// key, and campaigns again in the same session.
-type legs struct {
-	members *members
-
-	mu      sync.Mutex
-	current *leg
-	opened  chan struct{} // closed when current is set
-}
-
-func newLegs(ms *members) *legs { return &legs{members: ms, opened: make(chan struct{})} }
-
-func (l *legs) open(m *member) (*leg, error) {
+func openLeg(m *member) (*leg, error) {
 	client, err := m.open()
 	if err != nil {
 		return nil, err
 	}
-	leg := &leg{member: m, queue: clientv3.NewWatcher(client), campaign: clientv3.NewWatcher(client)}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.current = leg
-	close(l.opened)
-	return leg, nil
+	return &leg{member: m, queue: clientv3.NewWatcher(client)}, nil
 }
-
-// drop ends all watches of the leg, without waiting for it.
-func (l *legs) drop(old *leg) {
-	l.mu.Lock()
-	if l.current == old {
-		l.current, l.opened = nil, make(chan struct{})
-	}
-	l.mu.Unlock()
-	l.members.closing.Go(func() {
-		_ = old.queue.Close()
-		_ = old.campaign.Close()
-	})
-}
-
-// Watch implements clientv3.Watcher for the campaign.
-func (l *legs) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
-	for {
-		l.mu.Lock()
-		current, opened := l.current, l.opened
-		l.mu.Unlock()
-		if current != nil {
-			return current.campaign.Watch(ctx, key, opts...)
-		}
-		select {
-		case <-opened:
-		case <-ctx.Done():
-			ended := make(chan clientv3.WatchResponse)
-			close(ended)
-			return ended
-		}
-	}
-}
-
-// RequestProgress implements clientv3.Watcher. Nobody calls it.
-func (l *legs) RequestProgress(context.Context) error { return errors.ErrUnsupported }
-
-// Close implements clientv3.Watcher. The queue drops its leg itself.
-func (l *legs) Close() error { return nil }

@@ -28,12 +28,12 @@ func del(key string, revision int64) []*clientv3.Event {
 }
 
 func newTestQueue(lost func(error)) *queue {
-	return newQueue("e/", "e/a", nil, Timing{}, nil, nil, nil, lost)
+	return newQueue("e/", "e/a", nil, Timing{}, nil, nil, lost)
 }
 
 func TestQueue_OwnKey(t *testing.T) {
 	ranked := func(q *queue, own ...*mvccpb.KeyValue) {
-		q.joined(6)
+		q.put(6)
 		q.take(append(own, kv("e/9", 3, 9)), 9)
 	}
 	for name, test := range map[string]struct {
@@ -45,7 +45,7 @@ func TestQueue_OwnKey(t *testing.T) {
 		"put and deleted before read":  {func(q *queue) { ranked(q) }, true},
 		"put, deleted and made anew":   {func(q *queue) { ranked(q, kv("e/a", 8, 10)) }, true},
 		"deleted":                      {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.apply(del("e/a", 10)) }, true},
-		"deleted before it was ranked": {func(q *queue) { q.joined(6); q.apply(del("e/a", 7)) }, true},
+		"deleted before it was ranked": {func(q *queue) { q.put(6); q.apply(del("e/a", 7)) }, true},
 		"read again":                   {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q, kv("e/a", 6, 10)) }, false},
 		"gone, seen late":              {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q) }, true},
 		"others deleted":               {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.apply(del("e/9", 10)); q.apply(del("e/b", 11)) }, false},
@@ -63,7 +63,7 @@ func TestQueue_OwnKey(t *testing.T) {
 
 func TestQueue_View(t *testing.T) {
 	q := newTestQueue(func(error) {})
-	q.joined(8)
+	q.put(8)
 	v, _ := q.view()
 	if v.own != nil {
 		t.Errorf("own place before it is known who is ahead: %+v", v)
@@ -93,35 +93,40 @@ func TestQueue_View(t *testing.T) {
 	}
 }
 
-// A campaign is told what its own read would show, and never what was read for an earlier one: to watch from a revision long past
-// has etcd read all that has happened since.
-func TestQueue_Predecessor(t *testing.T) {
+// A campaign is woken when no key is ahead of ours, and not before.
+func TestQueue_First(t *testing.T) {
 	q := newTestQueue(func(error) {})
-	read := func(revision int64, ahead ...*mvccpb.KeyValue) { q.take(append(ahead, kv("e/a", 8, 10)), revision) }
-	expect := func(key string, revision int64) {
+	expect := func(want bool, what string) {
 		t.Helper()
-		p, err := q.predecessor(t.Context())
-		if err != nil || p.Header.Revision != revision || (key == "") != (len(p.Kvs) == 0) || key != "" && string(p.Kvs[0].Key) != key {
-			t.Errorf("%v, %v, want %q at %d", p, err, key, revision)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		select {
+		case <-q.first:
+			if err := q.waitUntilFirst(t.Context()); err != nil || !want {
+				t.Errorf("%s: first, %v", what, err)
+			}
+		default:
+			if err := q.waitUntilFirst(ctx); !errors.Is(err, context.Canceled) || want {
+				t.Errorf("%s: not first, %v", what, err)
+			}
 		}
 	}
-	q.joined(8)
-	read(10, kv("e/9", 3, 9), kv("e/7", 6, 7), kv("e/8", 5, 8))
-	read(11, kv("e/9", 3, 9), kv("e/7", 6, 7)) // nobody has asked
-	expect("e/7", 10)
-	q.joined(8)
-	read(20, kv("e/9", 3, 9)) // not waited for
-	q.joined(8)
-	expired, cancel := context.WithCancel(t.Context())
-	cancel()
-	if p, err := q.predecessor(expired); err == nil {
-		t.Errorf("the answer to an earlier campaign is given: %v", p)
-	}
-	read(30, kv("e/8", 5, 8))
-	expect("e/8", 30)
-	q.joined(8)
-	read(40)
-	expect("", 40)
+	expect(false, "not put")
+	q.put(8)
+	expect(false, "not read")
+	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/7", 6, 7), kv("e/a", 8, 10)}, 10)
+	expect(false, "two ahead")
+	q.apply(del("e/7", 11))
+	expect(false, "one ahead")
+	q.apply(del("e/9", 12))
+	expect(true, "none ahead")
+	q.take([]*mvccpb.KeyValue{kv("e/a", 8, 10)}, 13)
+	expect(true, "read again")
+
+	q = newTestQueue(func(error) {})
+	q.put(8)
+	q.take(nil, 9)
+	expect(false, "our key is gone")
 }
 
 func TestFirst(t *testing.T) {
@@ -200,48 +205,6 @@ func answerIn(millis int, err error) func(context.Context) error {
 	}
 }
 
-// A campaign is told who is ahead by the queue's read. When it has joined again the watch was lost, and maybe the queue can't tell:
-// then the campaign soon reads for itself.
-func TestJoinedKV_WaitTimeout(t *testing.T) {
-	cluster := newTestEtcd(t)
-	ms, err := newMembers(testConfig(t, cluster.Endpoints(), "a"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ms.close()
-	const hedgeDelay, bound = 50 * time.Millisecond, 3 * time.Second
-	kv := &joinedKV{
-		members: ms, joinAfter: hedgeDelay, bound: bound, looking: new(atomic.Pointer[chan struct{}]), joined: func(int64) {},
-		predecessor: func(ctx context.Context) (*pb.RangeResponse, error) {
-			<-ctx.Done()
-			return nil, ctx.Err()
-		},
-	}
-	key := []byte("e/a")
-	read := &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: key}}}
-	for _, row := range []struct {
-		name        string
-		least, most time.Duration
-	}{{"join", bound, 10 * bound}, {"join again", hedgeDelay, bound}, {"join once more", hedgeDelay, bound}} {
-		if _, err := kv.Txn(t.Context(), &pb.TxnRequest{ // as a campaign does
-			Compare: []*pb.Compare{{Key: key, Target: pb.Compare_CREATE, TargetUnion: &pb.Compare_CreateRevision{}}},
-			Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: key}}}},
-			Failure: []*pb.RequestOp{read},
-		}); err != nil {
-			t.Fatal(err)
-		}
-		began := harness.Now()
-		resp, err := kv.Range(t.Context(), read.GetRequestRange())
-		if took := harness.Now() - began; err != nil || len(resp.Kvs) != 1 || took < row.least || took >= row.most {
-			t.Errorf("%s: %v, %v after %v", row.name, resp, err, took)
-		}
-		began = harness.Now()
-		if _, err := kv.Range(t.Context(), read.GetRequestRange()); err != nil || harness.Now()-began >= bound {
-			t.Errorf("%s: the second read: %v after %v", row.name, err, harness.Now()-began)
-		}
-	}
-}
-
 // newRunningQueue follows the queue e, in which our own key has so many others ahead of it. It returns its create revision too.
 func newRunningQueue(t *testing.T, cluster *harness.Cluster, ttl time.Duration, ahead int) (*queue, int64) {
 	t.Helper()
@@ -266,7 +229,7 @@ func newRunningQueue(t *testing.T, cluster *harness.Cluster, ttl time.Duration, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := newQueue("e/", "e/a", ms, Timing{TTL: ttl}, newLegs(ms), harness.Now, new(atomic.Int64), func(err error) { t.Error(err) })
+	q := newQueue("e/", "e/a", ms, Timing{TTL: ttl}, harness.Now, new(atomic.Int64), func(err error) { t.Error(err) })
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { q.run(ctx) })
@@ -280,7 +243,7 @@ func newRunningQueue(t *testing.T, cluster *harness.Cluster, ttl time.Duration, 
 // A candidate must not wait for ever for an event that does not come.
 func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	q, own := newRunningQueue(t, newTestEtcd(t), time.Second, 0)
-	q.joined(own)
+	q.put(own)
 	waitForHead := func(key string) {
 		t.Helper()
 		deadline := time.After(30 * time.Second)
@@ -327,13 +290,13 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
 	cluster := newTestEtcd(t)
 	q, own := newRunningQueue(t, cluster, time.Second, 40)
-	q.joined(own)
+	q.put(own)
 	// served waits until there is a watch, and that one is another than the last.
 	served := func(last *leg) *leg {
 		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(ms) {
-			q.legs.mu.Lock()
-			current := q.legs.current
-			q.legs.mu.Unlock()
+			q.mu.Lock()
+			current := q.leg
+			q.mu.Unlock()
 			if current != nil && current != last {
 				return current
 			}

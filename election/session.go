@@ -10,10 +10,8 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
-	"google.golang.org/grpc"
 
 	"leasehold/internal/quote"
 )
@@ -27,10 +25,7 @@ type session struct {
 	lease   *lease
 	queue   *queue
 	changed chan struct{} // room for one: a renewal counted, or stop-at passed
-
-	// alive is the channel of concurrency.Session. It is closed when the term or the session ends.
-	alive     chan *clientv3.LeaseKeepAliveResponse
-	closeOnce sync.Once
+	running sync.WaitGroup
 
 	mu        sync.Mutex
 	lostOnce  bool
@@ -39,8 +34,8 @@ type session struct {
 	closing   bool          // from here on our key goes because we want it to
 	trouble   error         // why the last renewal did not count
 
-	created atomic.Int64                  // our key's create revision once it is put
-	looking atomic.Pointer[chan struct{}] // closed when the check that was begun last is done
+	created     atomic.Int64 // our key's create revision once it is put
+	campaignErr error        // why the key could not be put the last time
 }
 
 // session takes part in the election with one lease, until that is lost or the term it led to is over. It returns nil for
@@ -56,12 +51,10 @@ func (r *runner) session(ctx context.Context) error {
 	}
 	s := &session{
 		runner: r, id: newLeaseID(), changed: make(chan struct{}, 1), gone: make(chan struct{}),
-		alive: make(chan *clientv3.LeaseKeepAliveResponse),
 	}
 	s.key = fmt.Sprintf("%s%x", r.prefix, s.id)
 	sctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	var running sync.WaitGroup
-	defer running.Wait()
+	defer s.running.Wait()
 	defer cancel()
 
 	// The queue is watched from while the lease is being granted, and before our key is put: the watch then sees all that
@@ -69,10 +62,9 @@ func (r *runner) session(ctx context.Context) error {
 	// revoked, so that those who leave in a crowd are not told of each other.
 	qctx, stopQueue := context.WithCancel(sctx)
 	defer stopQueue()
-	watches := newLegs(r.members)
 	asked := NewTiming(r.cfg.TTL, r.cfg.LossGrace, r.cfg.Margin)
-	s.queue = newQueue(r.prefix, s.key, r.members, asked, watches, r.cfg.Now, &r.turns.queue, s.lost)
-	running.Go(func() {
+	s.queue = newQueue(r.prefix, s.key, r.members, asked, r.cfg.Now, &r.turns.queue, s.lost)
+	s.running.Go(func() {
 		defer r.turns.queue.Store(0)
 		s.queue.run(qctx)
 	})
@@ -100,23 +92,12 @@ func (r *runner) session(ctx context.Context) error {
 	}
 	early := func() time.Duration { return rand.N(s.timing.RenewInterval() / 5) }
 	s.lease = newLease(s.id, s.key, s.timing, g, endpoints, &r.members.current, r.cfg.Now, early, s, r.metrics, &r.turns.lease)
-	running.Go(func() {
+	s.running.Go(func() {
 		defer r.turns.lease.Store(0)
 		s.lease.run(sctx)
 	})
 
-	client := clientv3.NewCtxClient(sctx)
-	defer func() { _ = client.Close() }()
-	client.KV = clientv3.NewKVFromKVClient(&joinedKV{members: r.members, joinAfter: s.timing.joinAfter(), bound: r.requestTimeout(), looking: &s.looking, joined: s.joined, predecessor: s.queue.predecessor}, nil)
-	client.Watcher = watches
-	client.Lease = sessionLease{alive: s.alive}
-	defer s.closeAlive()
-	cs, err := concurrency.NewSession(client, concurrency.WithLease(clientv3.LeaseID(s.id)))
-	if err != nil {
-		return fmt.Errorf("make the session: %w", err)
-	}
-	election := concurrency.NewElection(cs, r.cfg.Election)
-	created, err := s.standby(patient, sctx, &running, election)
+	created, err := s.standby(patient, sctx)
 	switch {
 	case ctx.Err() != nil:
 		return nil
@@ -182,14 +163,6 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	})
 }
 
-func (s *session) isClosing() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.closing
-}
-
-func (s *session) closeAlive() { s.closeOnce.Do(func() { close(s.alive) }) }
-
 // renewed implements leaseEvents.
 func (s *session) renewed(d Deadlines) {
 	s.mu.Lock()
@@ -206,13 +179,13 @@ func (s *session) renewed(d Deadlines) {
 	poke(s.changed)
 }
 
-// joined learns from the campaign that our key has been put.
-func (s *session) joined(created int64) {
+// put learns from the campaign that our key is in etcd.
+func (s *session) put(created int64) {
 	if before := s.created.Swap(created); before != 0 && before != created {
 		s.lost(ErrKeyDeleted) // and put again by a campaign that did not know
 		return
 	}
-	s.queue.joined(created)
+	s.queue.put(created)
 }
 
 // contactLost implements leaseEvents.
@@ -274,69 +247,42 @@ type checked struct {
 }
 
 // standby campaigns and waits. It returns the create revision of our key when that has won, or 0 when the session is over.
-// The context ends with Run's, or when it is too late to be elected.
-func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, election *concurrency.Election) (int64, error) {
-	campaigned := make(chan error, 1) // room for the last one, which nobody may want any more
-	campaign := func() {
-		var wait retry
-		for {
-			began := s.cfg.Now()
-			err := election.Campaign(clientv3.WithRequireLeader(sctx), s.cfg.Identity)
-			select {
-			case campaigned <- err:
-			case <-sctx.Done():
-				return
-			}
-			if err == nil || s.isClosing() {
-				return
-			}
-			// Its key keeps its place, since the campaign's own context has not ended: campaign again in the same session.
-			if s.cfg.Now()-began > s.timing.RenewInterval() {
-				wait = retry{}
-			}
-			wait.sleep(sctx)
-		}
+// ctx ends with Run's, or when it is too late to be elected; sctx with the session.
+func (s *session) standby(ctx, sctx context.Context) (int64, error) {
+	cctx, cancel := context.WithCancel(sctx)
+	var campaigning sync.WaitGroup
+	defer campaigning.Wait()
+	defer cancel()
+	election, err := newElection(cctx, s.cfg.Election, s.id, &campaignKV{
+		members: s.members, hedgeDelay: s.timing.joinAfter(), timeout: s.requestTimeout(),
+		put: s.put, waitUntilFirst: s.queue.waitUntilFirst,
+	})
+	if err != nil {
+		return 0, err
 	}
-	results := make(chan checked, 1)
-	check := func(after time.Duration) {
-		looked := make(chan struct{})
-		s.looking.Store(&looked)
-		running.Go(func() {
-			got := s.check(sctx, running, after)
-			close(looked)
-			results <- got
-		})
-	}
+	won := make(chan int64, 1)
 	tick := time.NewTicker(HeartbeatInterval / 2)
 	defer tick.Stop()
-	var (
-		campaigning, won, checking bool
-		campaignErr                error
-		warned                     string
-	)
+	renewNext := func() { s.running.Go(func() { s.lease.renewNow(sctx) }) }
+	begun, warned := false, ""
 	for {
 		s.turn()
 		v, queueErr := s.queue.view()
-		if v.watched && !campaigning {
-			campaigning = true
-			running.Go(campaign)
+		if v.watched && !begun {
+			begun = true
+			campaigning.Go(func() {
+				if created := s.campaign(cctx, election, renewNext); created != 0 {
+					won <- created
+				}
+			})
 		}
-		head := v.own != nil && v.head.key == v.own.key // our own key is one of those that the head is chosen from
-		if s.cfg.Wait == 0 && !s.elected && v.own != nil && !head {
+		if s.cfg.Wait == 0 && !s.elected && v.own != nil && v.head.key != v.own.key {
 			return 0, fmt.Errorf("%w: %s is ahead", ErrNotElected, quote.Shell(v.head.identity))
 		}
-		// Our watch often shows earlier than the campaign's that our predecessor is gone: etcd serves a new watch of the present
-		// revision only after up to 100 ms, and the campaign then reads the queue once more. So whichever of the two says it
-		// first makes us look, and looking decides.
-		if (head || won) && !checking {
-			if created := s.created.Load(); created != 0 {
-				s.lease.confirmFrom(created)
-			}
-			checking = true
-			check(0)
-		}
-		// Only now, for the answer is waited for and what is shown is not.
-		s.show(v, errors.Join(queueErr, campaignErr))
+		s.mu.Lock()
+		trouble := errors.Join(queueErr, s.campaignErr)
+		s.mu.Unlock()
+		s.show(v, trouble)
 		if v.blocker != nil && v.blocker.Key != warned {
 			warned = v.blocker.Key
 			s.log.Warn("a key ahead of ours will not go by itself, waiting until somebody deletes it",
@@ -352,40 +298,58 @@ func (s *session) standby(ctx, sctx context.Context, running *sync.WaitGroup, el
 		case <-s.queue.changed:
 		case <-s.changed:
 		case <-tick.C:
-		case campaignErr = <-campaigned:
-			won = campaignErr == nil
-		case got := <-results:
-			checking = false
-			switch {
-			case got.err == nil && got.created != 0 && got.lease != s.id:
-				s.lost(ErrKeyOverwritten)
-			case got.err == nil && got.first:
-				return got.created, nil
-			case got.err == nil && got.created == 0 && won:
-				s.lost(ErrKeyDeleted)
-			default:
-				checking = true
-				check(s.timing.repeatAfter())
-			}
+		case created := <-won:
+			return created, nil
 		}
 	}
 }
 
-// check looks whether we lead, after a while: Election.Campaign returns nil even when its own key is gone
+// campaign puts our key, waits until no key is ahead of it, and verifies that. It returns our key's create revision when we have
+// won, or 0 when we have lost the key or ctx has ended.
+func (s *session) campaign(ctx context.Context, election *concurrency.Election, renewNext func()) (created int64) {
+	var wait retry
+	for {
+		err := election.Campaign(clientv3.WithRequireLeader(ctx), s.cfg.Identity)
+		if ctx.Err() != nil {
+			return 0
+		}
+		s.mu.Lock()
+		s.campaignErr = err
+		s.mu.Unlock()
+		if err == nil {
+			break
+		}
+		// The key was not put, as far as we know. The next attempt finds it if it was.
+		poke(s.changed)
+		wait.sleep(ctx)
+	}
+	s.lease.confirmFrom(s.created.Load())
+	for ctx.Err() == nil {
+		got := s.check(ctx, renewNext)
+		switch {
+		case got.err == nil && got.created == 0:
+			s.lost(ErrKeyDeleted)
+			return 0
+		case got.err == nil && got.lease != s.id:
+			s.lost(ErrKeyOverwritten)
+			return 0
+		case got.err == nil && got.first:
+			return got.created
+		}
+		pause(ctx, s.timing.repeatAfter())
+	}
+	return 0
+}
+
+// check looks whether we lead: Election.Campaign returns nil even when its own key is gone
 // (https://github.com/etcd-io/etcd/issues/19597). That our key is the oldest which exists in a linearizable read proves by itself
 // that we lead, for a key made later can never be older; and that it exists proves that the lease did when it was read. So where
 // the last renewal that was due counts, and the read confirms it, its deadlines are as good as those of a leader in the middle of
 // its term, and the next one follows the read, for etcd would serve it first and the job is waiting. Else there must be another
 // renewal, that is confirmed as those of a leader are.
-func (s *session) check(lctx context.Context, running *sync.WaitGroup, after time.Duration) checked {
-	ctx, cancel := context.WithTimeout(lctx, after+s.requestTimeout())
+func (s *session) check(ctx context.Context, renewNext func()) checked {
+	ctx, cancel := context.WithTimeout(ctx, s.requestTimeout())
 	defer cancel()
-	if after > 0 {
-		select {
-		case <-time.After(after):
-		case <-ctx.Done():
-		}
-	}
 	confirming := s.lease.confirms()
 	fresh := confirming && s.cfg.Now() < s.Snapshot().Deadlines.End-s.timing.TTL+s.timing.RenewInterval()*3/2
 	var renewed <-chan struct{}
@@ -418,7 +382,7 @@ func (s *session) check(lctx context.Context, running *sync.WaitGroup, after tim
 		return got
 	}
 	if last := s.lease.raftTerm.Load(); fresh && (last == 0 || last == got.raftTerm) {
-		running.Go(func() { s.lease.renewNow(lctx) })
+		renewNext()
 		return got
 	}
 	if renewed == nil {
@@ -483,7 +447,6 @@ func same[T comparable](a, b *T) bool { return a == b || a != nil && b != nil &&
 func (s *session) lead(ctx context.Context, created int64) error {
 	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
-	defer context.AfterFunc(lctx, s.closeAlive)()
 	s.lease.confirmFrom(created)
 	t := &term{end: end, lost: make(chan struct{})}
 	s.Candidate.mu.Lock()
@@ -548,84 +511,3 @@ func (s *session) lead(ctx context.Context, created int64) error {
 		}
 	}
 }
-
-// joinedKV is the key-value store as the session's client sees it: each request is made over all members. That is right for
-// what a campaign does, a read or a transaction that finds its work done when it comes a second time, and nothing else is there.
-type joinedKV struct {
-	pb.KVClient // nil
-	members     *members
-	joinAfter   time.Duration
-	bound       time.Duration
-	looking     *atomic.Pointer[chan struct{}]
-	joined      func(created int64) // called when a campaign has put the key, or has found it put
-	predecessor func(context.Context) (*pb.RangeResponse, error)
-	// waitTimeout is for how long predecessor is waited for, after joined was called; else 0. The campaign's goroutine alone uses it.
-	waitTimeout time.Duration
-}
-
-// Range is the campaign's read of who is ahead. When it has just begun, the queue reads the same. Later the event that brings it on
-// has us look for ourselves, and etcd serves one linearizable read after the other: ours is waited for, and this one can wait.
-func (kv *joinedKV) Range(ctx context.Context, in *pb.RangeRequest, opts ...grpc.CallOption) (*pb.RangeResponse, error) {
-	if kv.waitTimeout != 0 {
-		pctx, cancel := context.WithTimeout(ctx, kv.waitTimeout)
-		resp, err := kv.predecessor(pctx)
-		cancel()
-		kv.waitTimeout = 0
-		if err == nil {
-			return resp, nil
-		}
-		// The queue can't be watched, or not read in its time. To win, a read is enough.
-	}
-	if looked := kv.looking.Load(); looked != nil {
-		select {
-		case <-*looked:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
-	return joined(ctx, kv, func(ctx context.Context, c pb.KVClient) (*pb.RangeResponse, error) { return c.Range(ctx, in, opts...) })
-}
-
-func (kv *joinedKV) Txn(ctx context.Context, in *pb.TxnRequest, opts ...grpc.CallOption) (*pb.TxnResponse, error) {
-	resp, err := joined(ctx, kv, func(ctx context.Context, c pb.KVClient) (*pb.TxnResponse, error) { return c.Txn(ctx, in, opts...) })
-	// A campaign puts the key if that has no create revision yet, and else reads it.
-	if err == nil && len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE && in.Compare[0].GetCreateRevision() == 0 {
-		if resp.Succeeded {
-			kv.waitTimeout = kv.bound
-			kv.joined(resp.Header.Revision)
-		} else if kvs := resp.Responses[0].GetResponseRange().GetKvs(); len(kvs) > 0 {
-			// The watch was lost, and maybe what it would have told.
-			kv.waitTimeout = kv.joinAfter
-			kv.joined(kvs[0].CreateRevision)
-		}
-	}
-	return resp, err
-}
-
-func joined[T any](ctx context.Context, kv *joinedKV, call func(context.Context, pb.KVClient) (T, error)) (T, error) {
-	ctx, cancel := context.WithTimeout(ctx, kv.bound)
-	defer cancel()
-	return first(ctx, kv.members, kv.joinAfter, func(ctx context.Context, m *member) (T, error) {
-		conn, err := m.conn()
-		if err != nil {
-			var none T
-			return none, err
-		}
-		got, err := call(ctx, pb.NewKVClient(conn))
-		return got, rpctypes.Error(err)
-	})
-}
-
-// sessionLease lets concurrency.NewSession run on the lease that we keep ourselves. It knows no other methods.
-type sessionLease struct {
-	clientv3.Lease // nil
-	alive          chan *clientv3.LeaseKeepAliveResponse
-}
-
-// KeepAlive implements clientv3.Lease: the channel is closed when the term or the session ends.
-func (l sessionLease) KeepAlive(context.Context, clientv3.LeaseID) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
-	return l.alive, nil
-}
-
-// Close implements clientv3.Lease.
-func (l sessionLease) Close() error { return nil }

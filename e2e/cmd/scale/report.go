@@ -204,7 +204,7 @@ func writeCapacity(to io.Writer, r *results) error {
 		"measured %.0f/s.\n"+
 		"- **etcd's CPU**: %.0f %% of a core for %.0f candidates in pairs. In proportion, which was not "+
 		"tried, half a core carries %.0f.\n"+
-		"- **etcd's memory**: %s for each candidate: its connection, two watches, a lease. 4 GiB carry "+
+		"- **etcd's memory**: %s for each candidate: its connection, a watch, a lease. 4 GiB carry "+
 		"%.0f, in the same proportion.\n"+
 		"- **A crowd in one election**: all joining at once costs etcd %s.\n",
 		5.5*n/ttl+max(5*n/ttl, n/2.5)+5.5*leaders/ttl+n/ttl, pairs.Shape, c.total()/c.At,

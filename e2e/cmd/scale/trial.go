@@ -166,10 +166,10 @@ func until(ctx context.Context, f func() error) error {
 	return harness.Until(ctx, f)
 }
 
-// settled waits until etcd serves every watch, one of each candidate's queue and one of each
-// standby's predecessor, and returns what was counted then.
+// settled waits until etcd serves every watch, one of each candidate's queue, and returns what was
+// counted then.
 func (t *trial) settled(ctx context.Context) (c count, err error) {
-	watches := float64(2*t.shape.candidates() - t.shape.Elections)
+	watches := float64(t.shape.candidates())
 	err = until(ctx, func() (err error) {
 		if c, err = t.sample(ctx); err == nil && c.watchers != watches {
 			err = fmt.Errorf("etcd serves %v watches of %v", c.watchers, watches)

@@ -1,0 +1,107 @@
+package election
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+	"google.golang.org/grpc"
+)
+
+// This file is all of the package that knows etcd's concurrency package. Its Election decides what
+// is in etcd: the key's name and value, and the transaction that puts it. So etcdctl elect, and
+// whatever else is built on that package, takes part in the same election.
+//
+// Its Session is not safe enough to renew the lease, and its Campaign returns nil even when its own
+// key is gone (https://github.com/etcd-io/etcd/issues/19597). So the lease is renewed by type lease,
+// and a won campaign is verified. The Election runs on a client of which only two parts exist:
+//
+//	Election.Campaign
+//	   ├─ Txn: put the key         campaignKV asks all members, as every request does
+//	   └─ Range: who is ahead?     campaignKV lets the queue answer, once nobody is
+//
+// The campaign therefore has no watch and no read of its own: the queue's watch wakes it.
+
+// newElection makes an election on the lease. What it holds is freed when ctx ends.
+func newElection(
+	ctx context.Context, name string, lease int64, kv *campaignKV,
+) (*concurrency.Election, error) {
+	client := clientv3.NewCtxClient(ctx)
+	client.KV = clientv3.NewKVFromKVClient(kv, nil)
+	client.Lease = keptLease{}
+	session, err := concurrency.NewSession(client, concurrency.WithLease(clientv3.LeaseID(lease)))
+	if err != nil {
+		return nil, fmt.Errorf("make the session: %w", err)
+	}
+	return concurrency.NewElection(session, name), nil
+}
+
+// campaignKV is the key-value store that a campaign sees.
+type campaignKV struct {
+	pb.KVClient // nil: a campaign calls no other method
+
+	members             *members
+	hedgeDelay, timeout time.Duration
+	// put is called with the key's create revision when the key is known to be in etcd.
+	put func(created int64)
+	// waitUntilFirst returns nil once no key is ahead of ours.
+	waitUntilFirst func(context.Context) error
+}
+
+// Txn puts the key, or finds that an earlier attempt has put it. Members are asked side by side:
+// the second one to do it finds the work of the first.
+func (kv *campaignKV) Txn(
+	ctx context.Context, in *pb.TxnRequest, opts ...grpc.CallOption,
+) (*pb.TxnResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, kv.timeout)
+	defer cancel()
+	resp, err := first(ctx, kv.members, kv.hedgeDelay,
+		func(ctx context.Context, m *member) (*pb.TxnResponse, error) {
+			conn, err := m.conn()
+			if err != nil {
+				return nil, err
+			}
+			resp, err := pb.NewKVClient(conn).Txn(ctx, in, opts...)
+			return resp, rpctypes.Error(err)
+		})
+	if err != nil {
+		return nil, err
+	}
+	// Only the transaction that puts the key asks whether that has no create revision yet.
+	if len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE &&
+		in.Compare[0].GetCreateRevision() == 0 {
+		if resp.Succeeded {
+			kv.put(resp.Header.Revision)
+		} else if kvs := resp.Responses[0].GetResponseRange().Kvs; len(kvs) > 0 {
+			kv.put(kvs[0].CreateRevision)
+		}
+	}
+	return resp, nil
+}
+
+// Range is the campaign's question of who is next ahead. The answer, that nobody is, comes once it
+// is true, so that the campaign has nobody to watch.
+func (kv *campaignKV) Range(
+	ctx context.Context, _ *pb.RangeRequest, _ ...grpc.CallOption,
+) (*pb.RangeResponse, error) {
+	if err := kv.waitUntilFirst(ctx); err != nil {
+		return nil, err
+	}
+	return &pb.RangeResponse{Header: &pb.ResponseHeader{}}, nil
+}
+
+// keptLease is the lease as concurrency.NewSession sees it. That calls no other methods.
+type keptLease struct{ clientv3.Lease }
+
+// KeepAlive implements clientv3.Lease. The channel is closed when ctx ends.
+func (keptLease) KeepAlive(
+	ctx context.Context, _ clientv3.LeaseID,
+) (<-chan *clientv3.LeaseKeepAliveResponse, error) {
+	alive := make(chan *clientv3.LeaseKeepAliveResponse)
+	context.AfterFunc(ctx, func() { close(alive) })
+	return alive, nil
+}
