@@ -1,0 +1,176 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+)
+
+// member is one endpoint of etcd. Its connection is made when first needed.
+type member struct {
+	endpoint string
+	host     *host // nil: the endpoint is an address
+	number   int   // of the member among those of the host
+	dial     func(more ...grpc.DialOption) (*clientv3.Client, error)
+	auth     *auth // shared by all members; nil: none
+
+	mu     sync.Mutex
+	client *clientv3.Client
+	next   *clientv3.Client // which is to replace it, while that is not up; else nil
+	closed bool
+}
+
+// name is the endpoint, and which of its addresses.
+func (m *member) name() string {
+	if m.host == nil || m.host.address(m.number) == "" {
+		return m.endpoint
+	}
+	return m.endpoint + " (" + m.host.address(m.number) + ")"
+}
+
+// open returns the client of the connection, which it makes if there is none. It does not wait for the connection to be up:
+// a request does, until the first attempt to connect has failed.
+func (m *member) open() (*clientv3.Client, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, errClosed
+	}
+	if m.client == nil {
+		client, err := m.dial()
+		if err != nil {
+			return nil, fmt.Errorf("connect: %w", err)
+		}
+		m.client = client
+	}
+	return m.client, nil
+}
+
+func (m *member) conn() (*grpc.ClientConn, error) {
+	client, err := m.open()
+	if err != nil {
+		return nil, err
+	}
+	return client.ActiveConnection(), nil
+}
+
+// renewal is what a member answers to a renewal.
+type renewal struct {
+	ttl  time.Duration
+	term uint64 // the raft term of the member that answered, read before the renewal was carried out
+}
+
+// renew renews the lease once. It does not use etcd's KeepAliveOnce, which repeats itself without a pause while a member is
+// unavailable.
+func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
+	conn, err := m.conn()
+	if err != nil {
+		return renewal{}, err
+	}
+	var r renewal
+	err = m.authenticated(ctx, func() error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := pb.NewLeaseClient(conn).LeaseKeepAlive(ctx)
+		if err != nil {
+			return err
+		}
+		// When Send says io.EOF the stream has ended, and Recv says why.
+		if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: id}); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		_ = stream.CloseSend() // a failure shows in Recv
+		resp, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		if resp.TTL <= 0 {
+			return rpctypes.ErrLeaseNotFound
+		}
+		r = renewal{ttl: time.Duration(resp.TTL) * time.Second, term: resp.GetHeader().GetRaftTerm()}
+		return nil
+	})
+	return r, rpctypes.Error(err)
+}
+
+// reading is what a linearizable read of one key shows.
+type reading struct {
+	created int64 // the key's create revision, 0 when there is no such key
+	lease   int64 // that it is bound to
+	term    uint64
+}
+
+// read reads the key, linearizably. Not the key only: from 3.7 on etcd does not show its lease then.
+func (m *member) read(ctx context.Context, key string) (reading, error) {
+	conn, err := m.conn()
+	if err != nil {
+		return reading{}, err
+	}
+	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(key)})
+	if err != nil {
+		return reading{}, rpctypes.Error(err)
+	}
+	r := reading{term: resp.GetHeader().GetRaftTerm()}
+	if len(resp.Kvs) > 0 {
+		r.created, r.lease = resp.Kvs[0].CreateRevision, resp.Kvs[0].Lease
+	}
+	return r, nil
+}
+
+// readBoth reads twice in one linearizable transaction.
+func (m *member) readBoth(ctx context.Context, one, other *pb.RangeRequest) (header *pb.ResponseHeader, a, b []*mvccpb.KeyValue, err error) {
+	conn, err := m.conn()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	resp, err := pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+		{Request: &pb.RequestOp_RequestRange{RequestRange: one}},
+		{Request: &pb.RequestOp_RequestRange{RequestRange: other}},
+	}})
+	if err != nil {
+		return nil, nil, nil, rpctypes.Error(err)
+	}
+	return resp.Header, resp.Responses[0].GetResponseRange().Kvs, resp.Responses[1].GetResponseRange().Kvs, nil
+}
+
+// remove deletes the key if it has that create revision; 0: whichever it has.
+func (m *member) remove(ctx context.Context, key string, created int64) error {
+	conn, err := m.conn()
+	if err != nil {
+		return err
+	}
+	var only []*pb.Compare
+	if created != 0 {
+		only = []*pb.Compare{{
+			Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
+			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: created},
+		}}
+	}
+	_, err = pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{
+		Compare: only,
+		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)}}}},
+	})
+	return rpctypes.Error(err)
+}
+
+// revoke revokes the lease. That etcd does not know it is as good.
+func (m *member) revoke(ctx context.Context, id int64) error {
+	conn, err := m.conn()
+	if err != nil {
+		return err
+	}
+	_, err = pb.NewLeaseClient(conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
+	if err = rpctypes.Error(err); errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		return nil
+	}
+	return err
+}
