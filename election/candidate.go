@@ -40,11 +40,11 @@ type Candidate struct {
 
 // term is the leadership that Lead is told of.
 type term struct {
-	end    context.CancelCauseFunc
-	over   bool // end was called
-	silent bool // stop-at has passed
-	lost   chan struct{}
-	gone   bool // lost is closed
+	end         context.CancelCauseFunc
+	over        bool // end was called
+	contactLost bool // stop-at has passed
+	lost        chan struct{}
+	gone        bool // lost is closed
 }
 
 // New checks the configuration, as far as that can be done without etcd.
@@ -141,7 +141,7 @@ func (c *Candidate) endTerm(cause error) {
 		close(t.lost)
 	}
 	if errors.Is(cause, ErrContactLost) {
-		t.silent = true
+		t.contactLost = true
 	}
 	c.mu.Unlock()
 	if reason, ok := lossReasons[cause]; ok && first {
@@ -255,7 +255,7 @@ func (c *Candidate) requestTimeout() time.Duration {
 	return min(max(c.cfg.TTL/5, 2*c.cfg.DialTimeout), HeartbeatInterval/2)
 }
 
-func (c *Candidate) joinAfter() time.Duration { return Timing{TTL: c.cfg.TTL}.joinAfter() }
+func (c *Candidate) hedgeDelay() time.Duration { return Timing{TTL: c.cfg.TTL}.hedgeDelay() }
 
 // granted is a lease as etcd granted it.
 type granted struct {
@@ -268,7 +268,7 @@ func (r *runner) grant(ctx context.Context, id int64) (granted, error) {
 	// Not called off by a stop: a revocation would overtake the grant, find no lease, and leave one behind.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.requestTimeout())
 	defer cancel()
-	return first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (granted, error) {
+	return hedge(ctx, r.members, r.hedgeDelay(), func(ctx context.Context, m *member) (granted, error) {
 		conn, err := m.conn()
 		if err != nil {
 			return granted{}, err
@@ -306,12 +306,12 @@ func (r *runner) revoke(ctx context.Context, l leaving, bound time.Duration) err
 	var keyErr error
 	if l.created != 0 {
 		half, cancel := context.WithTimeout(ctx, bound/2)
-		_, keyErr = first(half, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
+		_, keyErr = hedge(half, r.members, r.hedgeDelay(), func(ctx context.Context, m *member) (struct{}, error) {
 			return struct{}{}, m.remove(ctx, l.key, l.created)
 		})
 		cancel()
 	}
-	_, err := first(ctx, r.members, r.joinAfter(), func(ctx context.Context, m *member) (struct{}, error) {
+	_, err := hedge(ctx, r.members, r.hedgeDelay(), func(ctx context.Context, m *member) (struct{}, error) {
 		return struct{}{}, m.revoke(ctx, l.lease)
 	})
 	return errors.Join(keyErr, err)

@@ -59,7 +59,7 @@ func (kv *campaignKV) Txn(
 ) (*pb.TxnResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, kv.timeout)
 	defer cancel()
-	resp, err := first(ctx, kv.members, kv.hedgeDelay,
+	resp, err := hedge(ctx, kv.members, kv.hedgeDelay,
 		func(ctx context.Context, m *member) (*pb.TxnResponse, error) {
 			conn, err := m.conn()
 			if err != nil {

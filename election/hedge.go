@@ -11,7 +11,7 @@ import (
 // The first good answer counts, and whoever gave it is current from then on. The other requests are cancelled and not waited for.
 // When none has come in time the next member is current, so that the same one is not asked first again. What is asked must be
 // harmless when done twice.
-func first[T any](ctx context.Context, ms *members, hedgeDelay time.Duration, ask func(context.Context, *member) (T, error)) (T, error) {
+func hedge[T any](ctx context.Context, ms *members, hedgeDelay time.Duration, ask func(context.Context, *member) (T, error)) (T, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type answer struct {

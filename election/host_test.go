@@ -181,7 +181,7 @@ func TestHost_Resolve(t *testing.T) {
 }
 
 // A name may have had one address at first, whose member hangs.
-func TestFirst_LooksAgain(t *testing.T) {
+func TestHedge_LooksAgain(t *testing.T) {
 	cluster := newTestCluster3(t)
 	name := newTestName(t, cluster)
 	roads, _ := name.move(2)
@@ -199,7 +199,7 @@ func TestFirst_LooksAgain(t *testing.T) {
 	ask := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
-		_, err := first(ctx, ms, 100*time.Millisecond, func(ctx context.Context, m *member) (reading, error) { return m.read(ctx, "any") })
+		_, err := hedge(ctx, ms, 100*time.Millisecond, func(ctx context.Context, m *member) (reading, error) { return m.read(ctx, "any") })
 		return err
 	}
 	until(t, ask)

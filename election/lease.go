@@ -54,15 +54,15 @@ type lease struct {
 	demands chan demand
 
 	// What follows belongs to run.
-	endpoints []endpoint
-	sent      time.Duration // when the renewal that counts was sent
-	deadlines Deadlines
-	silent    bool // stop-at has passed and contactLost was called
-	attempts  []attempt
-	answers   chan answer
-	next      time.Duration // when to start the next attempt
-	prefer    int           // the endpoint to start with after a failure, else -1
-	demand    []demand
+	endpoints   []endpoint
+	sent        time.Duration // when the renewal that counts was sent
+	deadlines   Deadlines
+	contactLost bool // stop-at has passed and contactLost was called
+	attempts    []attempt
+	answers     chan answer
+	next        time.Duration // when to start the next attempt
+	prefer      int           // the endpoint to start with after a failure, else -1
+	demand      []demand
 }
 
 // attempt is the renewal outstanding at one endpoint.
@@ -179,7 +179,7 @@ func (l *lease) run(ctx context.Context) {
 				serial++
 				l.start(ctx, i, serial, now)
 			}
-			l.next = now + l.timing.joinAfter()
+			l.next = now + l.timing.hedgeDelay()
 		}
 		timer.Reset(l.sleep(now))
 		select {
@@ -203,8 +203,8 @@ func (l *lease) run(ctx context.Context) {
 
 // check ends the term, if there is one, before anything that arrives now could revive it.
 func (l *lease) check(now time.Duration) {
-	if !l.silent && now >= l.deadlines.StopAt {
-		l.silent = true
+	if !l.contactLost && now >= l.deadlines.StopAt {
+		l.contactLost = true
 		l.events.contactLost()
 	}
 }
@@ -212,8 +212,8 @@ func (l *lease) check(now time.Duration) {
 // sleep is for how long there is nothing to do. It is never long: the timer's clock stands still while the machine is suspended,
 // and the deadlines' clock does not.
 func (l *lease) sleep(now time.Duration) time.Duration {
-	until := min(now+l.timing.joinAfter(), now+HeartbeatInterval/2, l.next)
-	if !l.silent {
+	until := min(now+l.timing.hedgeDelay(), now+HeartbeatInterval/2, l.next)
+	if !l.contactLost {
 		until = min(until, l.deadlines.StopAt)
 	}
 	for _, a := range l.attempts {
@@ -257,7 +257,7 @@ func (l *lease) replace(now time.Duration) int {
 		return -1
 	}
 	a := &l.attempts[oldest]
-	if now < a.abandon-l.timing.RenewInterval()+3*l.timing.joinAfter() {
+	if now < a.abandon-l.timing.RenewInterval()+3*l.timing.hedgeDelay() {
 		return -1
 	}
 	l.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
@@ -357,7 +357,7 @@ func (l *lease) count(now time.Duration, i int, sent time.Duration, r renewal) {
 	l.raftTerm.Store(r.term)
 	l.timing.TTL = r.ttl
 	l.deadlines = l.timing.From(sent)
-	l.silent = now >= l.deadlines.StopAt
+	l.contactLost = now >= l.deadlines.StopAt
 	l.current.Store(int32(i))
 	l.next = sent + l.timing.RenewInterval() - l.early()
 	l.events.renewed(l.deadlines)

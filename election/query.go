@@ -46,7 +46,7 @@ func Query(ctx context.Context, cfg Config) (Report, error) {
 	// A member that does not answer costs a fraction of the bound, since the next is asked meanwhile.
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	report, err := first(ctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (Report, error) {
+	report, err := hedge(ctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (Report, error) {
 		return m.query(ctx, prefix)
 	})
 	if err != nil {
@@ -64,13 +64,13 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	if err != nil {
 		return Report{}, rpctypes.Error(err)
 	}
-	places := make([]place, 0, len(resp.Kvs))
+	entries := make([]queueEntry, 0, len(resp.Kvs))
 	for _, kv := range resp.Kvs {
-		places = append(places, newPlace(prefix, kv))
+		entries = append(entries, newQueueEntry(prefix, kv))
 	}
-	sort.Slice(places, func(i, j int) bool { return places[i].created < places[j].created })
+	sort.Slice(entries, func(i, j int) bool { return entries[i].created < entries[j].created })
 	var r Report
-	for i, p := range places {
+	for i, p := range entries {
 		if !p.candidate {
 			r.Blockers = append(r.Blockers, *p.blocker(prefix))
 			continue
@@ -103,11 +103,11 @@ func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 	for {
 		rctx, cancel := context.WithTimeout(ctx, bound)
 		half, cancelHalf := context.WithTimeout(rctx, bound/2)
-		_, keyErr := first(half, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
+		_, keyErr := hedge(half, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
 			return struct{}{}, m.remove(ctx, fmt.Sprintf("%s/%x", cfg.Election, leaseID), 0)
 		})
 		cancelHalf()
-		_, err := first(rctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
+		_, err := hedge(rctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
 			return struct{}{}, m.revoke(ctx, leaseID)
 		})
 		err = errors.Join(keyErr, err)

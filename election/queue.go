@@ -22,7 +22,7 @@ import (
 const maxIdentity = 256
 
 // place is one key under the election's prefix.
-type place struct {
+type queueEntry struct {
 	key      string
 	created  int64 // create revision: the order of the queue
 	lease    int64
@@ -31,21 +31,21 @@ type place struct {
 	candidate bool
 }
 
-func newPlace(prefix string, kv *mvccpb.KeyValue) place {
+func newQueueEntry(prefix string, kv *mvccpb.KeyValue) queueEntry {
 	value := kv.Value
 	if len(value) > maxIdentity {
 		value = value[:maxIdentity]
 	}
-	return place{
+	return queueEntry{
 		key: string(kv.Key), created: kv.CreateRevision, lease: kv.Lease, identity: strings.ToValidUTF8(string(value), "�"),
 		candidate: kv.Lease != 0 && string(kv.Key) == fmt.Sprintf("%s%x", prefix, kv.Lease),
 	}
 }
 
-func (p place) entry() *Entry { return &Entry{Identity: p.identity, Key: p.key, Token: p.created} }
+func (p queueEntry) entry() *Entry { return &Entry{Identity: p.identity, Key: p.key, Token: p.created} }
 
 // blocker says why nothing that takes part in the election will remove the key.
-func (p place) blocker(prefix string) *Blocker {
+func (p queueEntry) blocker(prefix string) *Blocker {
 	b := &Blocker{Key: quote.Printable(p.key), Remedy: "etcdctl del " + quote.Shell(p.key)}
 	rest := strings.TrimPrefix(p.key, prefix)
 	slash := strings.LastIndexByte(rest, '/')
@@ -62,10 +62,10 @@ func (p place) blocker(prefix string) *Blocker {
 
 // view is what the queue shows a candidate.
 type view struct {
-	watched bool     // our key can be put: all that happens to it will be seen
-	head    *place   // whoever is first, leader or blocker
-	own     *place   // once it is known who is ahead of us
-	blocker *Blocker // the first one ahead of our own key
+	watched bool        // our key can be put: all that happens to it will be seen
+	head    *queueEntry // whoever is first, leader or blocker
+	own     *queueEntry // once it is known who is ahead of us
+	blocker *Blocker    // the first one ahead of our own key
 }
 
 // leader returns the leader: whoever is first, if that is a candidate.
@@ -101,12 +101,12 @@ type queue struct {
 	now    func() time.Duration
 
 	mu       sync.Mutex
-	watched  bool             // it has been, at least once
-	created  int64            // our key's create revision; 0: not put yet
-	places   map[string]place // all that are ahead of our key, and that; nil: not read yet
-	revision int64            // at which places were read
-	err      error            // why it is not being watched
-	leg      *leg             // serves the watch; nil: none
+	watched  bool                  // it has been, at least once
+	created  int64                 // our key's create revision; 0: not put yet
+	entries  map[string]queueEntry // all that are ahead of our key, and that; nil: not read yet
+	revision int64                 // at which entries were read
+	err      error                 // why it is not being watched
+	leg      *leg                  // serves the watch; nil: none
 }
 
 func newQueue(prefix, own string, ms *members, timing Timing, now func() time.Duration, turned *atomic.Int64, lost func(error)) *queue {
@@ -141,7 +141,7 @@ func (q *queue) run(ctx context.Context) {
 // ended too, and each of them reads as many keys as are ahead of it. The first ones wait for next to nothing.
 func (q *queue) spread() time.Duration {
 	q.mu.Lock()
-	keys := len(q.places)
+	keys := len(q.entries)
 	q.mu.Unlock()
 	return rand.N(1 + min(time.Duration(keys)*10*time.Millisecond, q.timing.RenewInterval(), HeartbeatInterval/2))
 }
@@ -178,7 +178,7 @@ func (q *queue) follow(ctx context.Context) error {
 		q.members.reset(from)
 		return errSilent
 	}
-	if err := q.rank(ctx, interval); err != nil {
+	if err := q.loadAhead(ctx, interval); err != nil {
 		return err
 	}
 	q.mu.Lock()
@@ -190,7 +190,7 @@ func (q *queue) follow(ctx context.Context) error {
 	quiet := 0        // ticks since the last answer
 	behind := false   // our key has been put, and who is ahead of it could not be read
 	looked := q.now() // at the head, once in a TTL
-	var looks chan place
+	var looks chan queueEntry
 	q.mu.Lock()
 	seen := max(answer.Header.Revision, q.revision)
 	q.mu.Unlock()
@@ -205,7 +205,7 @@ func (q *queue) follow(ctx context.Context) error {
 				return errSuspect
 			}
 		case <-q.puts:
-			behind = !q.isRanked() && q.rank(ctx, interval) != nil
+			behind = !q.isLoaded() && q.loadAhead(ctx, interval) != nil
 		case resp, ok := <-events:
 			if !ok {
 				return errors.New("the watch has ended")
@@ -218,7 +218,7 @@ func (q *queue) follow(ctx context.Context) error {
 		case <-tick.C:
 			select {
 			case gone := <-looks:
-				if gone != (place{}) && q.ahead(gone) {
+				if gone != (queueEntry{}) && q.ahead(gone) {
 					q.members.reset(leg.member)
 					return errBehind
 				}
@@ -227,10 +227,10 @@ func (q *queue) follow(ctx context.Context) error {
 			}
 			switch {
 			case behind:
-				behind = q.rank(ctx, interval) != nil
+				behind = q.loadAhead(ctx, interval) != nil
 			case looks == nil && q.now()-looked > q.timing.TTL:
 				// Beside the watch, which must not wait for it.
-				found := make(chan place, 1)
+				found := make(chan queueEntry, 1)
 				looks = found
 				looking.Go(func() { found <- q.lookAtHead(wctx, interval) })
 			}
@@ -268,10 +268,10 @@ func (q *queue) unchanged(ctx context.Context, m *member, revision int64, bound 
 // may have taken the lease from either by writing to it: then it never goes by itself. None is a deletion, so the watch does not tell. If the
 // key is gone it returns its place: the watch will have told of that by the next tick, unless its member does not keep up with the
 // others, and answers all the same. An answer that does not come is no harm, for there is another look.
-func (q *queue) lookAtHead(ctx context.Context, bound time.Duration) (gone place) {
+func (q *queue) lookAtHead(ctx context.Context, bound time.Duration) (gone queueEntry) {
 	v, _ := q.view()
 	if v.own == nil || v.head.key == v.own.key {
-		return place{}
+		return queueEntry{}
 	}
 	type answer struct {
 		header    *pb.ResponseHeader
@@ -279,37 +279,37 @@ func (q *queue) lookAtHead(ctx context.Context, bound time.Duration) (gone place
 	}
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	got, err := first(ctx, q.members, q.timing.joinAfter(), func(ctx context.Context, m *member) (a answer, err error) {
+	got, err := hedge(ctx, q.members, q.timing.hedgeDelay(), func(ctx context.Context, m *member) (a answer, err error) {
 		a.header, a.head, a.own, err = m.readBoth(ctx, &pb.RangeRequest{Key: []byte(v.head.key)}, &pb.RangeRequest{Key: []byte(q.own)})
 		return a, err
 	})
 	if err != nil {
-		return place{}
+		return queueEntry{}
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(got.own) > 0 && got.own[0].CreateRevision == q.created && !newPlace(q.prefix, got.own[0]).candidate {
+	if len(got.own) > 0 && got.own[0].CreateRevision == q.created && !newQueueEntry(q.prefix, got.own[0]).candidate {
 		q.lost(ErrKeyOverwritten)
 	}
-	now, there := q.places[v.head.key]
+	now, there := q.entries[v.head.key]
 	switch {
 	case !there || now.created != v.head.created || got.header.Revision < q.revision:
-		return place{}
+		return queueEntry{}
 	case len(got.head) == 0 || got.head[0].CreateRevision != now.created:
 		return now
 	}
-	if found := newPlace(q.prefix, got.head[0]); found != now {
-		q.places[v.head.key] = found
+	if found := newQueueEntry(q.prefix, got.head[0]); found != now {
+		q.entries[v.head.key] = found
 		poke(q.changed)
 	}
-	return place{}
+	return queueEntry{}
 }
 
 // ahead tells if the place is one of those that are ahead of us, for all that we know.
-func (q *queue) ahead(p place) bool {
+func (q *queue) ahead(p queueEntry) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.places[p.key] == p
+	return q.entries[p.key] == p
 }
 
 // all makes it a request for keys of the election.
@@ -326,7 +326,7 @@ func (q *queue) ask(ctx context.Context, bound time.Duration, what *pb.RangeRequ
 		from *member
 		resp *pb.RangeResponse
 	}
-	got, err := first(ctx, q.members, q.timing.joinAfter(), func(ctx context.Context, m *member) (answer, error) {
+	got, err := hedge(ctx, q.members, q.timing.hedgeDelay(), func(ctx context.Context, m *member) (answer, error) {
 		conn, err := m.conn()
 		if err != nil {
 			return answer{}, err
@@ -341,8 +341,8 @@ func (q *queue) ask(ctx context.Context, bound time.Duration, what *pb.RangeRequ
 	return got.from, got.resp, nil
 }
 
-// rank reads who is ahead of us, if our key has been put.
-func (q *queue) rank(ctx context.Context, bound time.Duration) error {
+// loadAhead reads who is ahead of us, if our key has been put.
+func (q *queue) loadAhead(ctx context.Context, bound time.Duration) error {
 	q.mu.Lock()
 	created := q.created
 	q.mu.Unlock()
@@ -351,7 +351,7 @@ func (q *queue) rank(ctx context.Context, bound time.Duration) error {
 	}
 	_, resp, err := q.ask(ctx, bound, q.all(&pb.RangeRequest{MaxCreateRevision: created}))
 	if err == nil {
-		q.take(resp.Kvs, resp.Header.Revision)
+		q.setAhead(resp.Kvs, resp.Header.Revision)
 	}
 	return err
 }
@@ -364,11 +364,11 @@ func (q *queue) put(created int64) {
 	poke(q.puts)
 }
 
-// isRanked tells if it was read who is ahead of our key.
-func (q *queue) isRanked() bool {
+// isLoaded tells if it was read who is ahead of our key.
+func (q *queue) isLoaded() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.places != nil
+	return q.entries != nil
 }
 
 // waitUntilFirst returns nil once no key is ahead of ours.
@@ -383,7 +383,7 @@ func (q *queue) waitUntilFirst(ctx context.Context) error {
 
 // signalFirst tells waitUntilFirst if no key is ahead of ours. q.mu is held.
 func (q *queue) signalFirst() {
-	if own, ok := q.places[q.own]; !ok || own.created != q.created || len(q.places) > 1 {
+	if own, ok := q.entries[q.own]; !ok || own.created != q.created || len(q.entries) > 1 {
 		return
 	}
 	select {
@@ -393,16 +393,16 @@ func (q *queue) signalFirst() {
 	}
 }
 
-// take takes over what rank has read at that revision.
-func (q *queue) take(kvs []*mvccpb.KeyValue, revision int64) {
+// setAhead takes over what loadAhead has read at that revision.
+func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.revision, q.places = revision, make(map[string]place, len(kvs))
+	q.revision, q.entries = revision, make(map[string]queueEntry, len(kvs))
 	for _, kv := range kvs {
-		p := newPlace(q.prefix, kv)
-		q.places[p.key] = p
+		p := newQueueEntry(q.prefix, kv)
+		q.entries[p.key] = p
 	}
-	switch own := q.places[q.own]; {
+	switch own := q.entries[q.own]; {
 	case own.created != q.created:
 		q.lost(ErrKeyDeleted)
 	case !own.candidate:
@@ -422,8 +422,8 @@ func (q *queue) apply(events []*clientv3.Event) {
 			q.lost(ErrKeyDeleted)
 		}
 		// The key may have been made anew before it was read.
-		if _, ahead := q.places[key]; ahead && e.Kv.ModRevision > q.revision {
-			delete(q.places, key)
+		if _, ahead := q.entries[key]; ahead && e.Kv.ModRevision > q.revision {
+			delete(q.entries, key)
 			poke(q.changed)
 		}
 	}
@@ -442,11 +442,11 @@ func (q *queue) view() (view, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	v := view{watched: q.watched}
-	if own, ok := q.places[q.own]; ok {
+	if own, ok := q.entries[q.own]; ok {
 		v.own = &own
 	}
-	var head, ahead place
-	for _, p := range q.places {
+	var head, ahead queueEntry
+	for _, p := range q.entries {
 		if head.created == 0 || p.created < head.created {
 			head = p
 		}

@@ -34,7 +34,7 @@ func newTestQueue(lost func(error)) *queue {
 func TestQueue_OwnKey(t *testing.T) {
 	ranked := func(q *queue, own ...*mvccpb.KeyValue) {
 		q.put(6)
-		q.take(append(own, kv("e/9", 3, 9)), 9)
+		q.setAhead(append(own, kv("e/9", 3, 9)), 9)
 	}
 	for name, test := range map[string]struct {
 		act  func(*queue)
@@ -68,7 +68,7 @@ func TestQueue_View(t *testing.T) {
 	if v.own != nil {
 		t.Errorf("own place before it is known who is ahead: %+v", v)
 	}
-	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11)}, 10)
+	q.setAhead([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11)}, 10)
 	v, _ = q.view()
 	if l := v.leader(); l == nil || l.Key != "e/9" || l.Token != 3 {
 		t.Errorf("leader %+v", l)
@@ -114,24 +114,24 @@ func TestQueue_First(t *testing.T) {
 	expect(false, "not put")
 	q.put(8)
 	expect(false, "not read")
-	q.take([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/7", 6, 7), kv("e/a", 8, 10)}, 10)
+	q.setAhead([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/7", 6, 7), kv("e/a", 8, 10)}, 10)
 	expect(false, "two ahead")
 	q.apply(del("e/7", 11))
 	expect(false, "one ahead")
 	q.apply(del("e/9", 12))
 	expect(true, "none ahead")
-	q.take([]*mvccpb.KeyValue{kv("e/a", 8, 10)}, 13)
+	q.setAhead([]*mvccpb.KeyValue{kv("e/a", 8, 10)}, 13)
 	expect(true, "read again")
 
 	q = newTestQueue(func(error) {})
 	q.put(8)
-	q.take(nil, 9)
+	q.setAhead(nil, 9)
 	expect(false, "our key is gone")
 }
 
-func TestFirst(t *testing.T) {
+func TestHedge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		const joinAfter = 100 * time.Millisecond
+		const hedgeDelay = 100 * time.Millisecond
 		refused := errors.New("refused")
 		for _, test := range []struct {
 			name    string
@@ -153,7 +153,7 @@ func TestFirst(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			began := time.Now()
-			_, err := first(ctx, members, joinAfter, func(ctx context.Context, m *member) (int, error) {
+			_, err := hedge(ctx, members, hedgeDelay, func(ctx context.Context, m *member) (int, error) {
 				return 0, test.answers[m.endpoint[0]-'a'](ctx)
 			})
 			if took := time.Since(began); took != test.took || !errors.Is(err, test.err) || members.current.Load() != test.from {
@@ -166,7 +166,7 @@ func TestFirst(t *testing.T) {
 }
 
 // However long the delay, all members are asked in time.
-func TestFirst_AsksAllInTime(t *testing.T) {
+func TestHedge_AsksAllInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const bound = 2500 * ms
 		for _, test := range []struct {
@@ -179,7 +179,7 @@ func TestFirst_AsksAllInTime(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), bound)
 			began := time.Now()
-			_, err := first(ctx, members, 15*time.Second, func(ctx context.Context, m *member) (int, error) {
+			_, err := hedge(ctx, members, 15*time.Second, func(ctx context.Context, m *member) (int, error) {
 				if slices.Index(members.known, m) < test.hung {
 					return 0, answerIn(1e6, nil)(ctx)
 				}
@@ -257,7 +257,7 @@ func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	}
 	waitForHead("e/a")
 	q.mu.Lock()
-	q.places["e/gone"] = place{key: "e/gone", created: 1}
+	q.entries["e/gone"] = queueEntry{key: "e/gone", created: 1}
 	q.mu.Unlock()
 	waitForHead("e/a")
 }
@@ -271,9 +271,9 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 	}{{1, 15 * time.Second, 10 * ms}, {2, 15 * time.Second, 20 * ms}, {50, 15 * time.Second, 500 * ms}, {1000, 15 * time.Second, 3 * time.Second}, {1000, 5 * time.Minute, HeartbeatInterval / 2}} {
 		q := newTestQueue(func(error) {})
 		q.timing.TTL = test.ttl
-		q.places = map[string]place{}
+		q.entries = map[string]queueEntry{}
 		for i := range test.keys {
-			q.places[fmt.Sprint(i)] = place{}
+			q.entries[fmt.Sprint(i)] = queueEntry{}
 		}
 		least, most := time.Hour, time.Duration(0)
 		for range 1000 {

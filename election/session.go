@@ -170,7 +170,7 @@ func (s *session) renewed(d Deadlines) {
 	s.mu.Unlock()
 	s.Candidate.mu.Lock()
 	s.snapshot.Deadlines = d
-	extend := s.term != nil && !s.term.silent && !s.term.gone
+	extend := s.term != nil && !s.term.contactLost && !s.term.gone
 	s.Candidate.mu.Unlock()
 	if extend {
 		s.cfg.Callbacks.Extended(d)
@@ -254,7 +254,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 	defer campaigning.Wait()
 	defer cancel()
 	election, err := newElection(cctx, s.cfg.Election, s.id, &campaignKV{
-		members: s.members, hedgeDelay: s.timing.joinAfter(), timeout: s.requestTimeout(),
+		members: s.members, hedgeDelay: s.timing.hedgeDelay(), timeout: s.requestTimeout(),
 		put: s.put, waitUntilFirst: s.queue.waitUntilFirst,
 	})
 	if err != nil {
@@ -361,7 +361,7 @@ func (s *session) check(ctx context.Context, renewNext func()) checked {
 		Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
 	}
 	own := &pb.RangeRequest{Key: []byte(s.key)} // with its lease: see read
-	got, err := first(ctx, s.members, s.timing.joinAfter(), func(ctx context.Context, m *member) (checked, error) {
+	got, err := hedge(ctx, s.members, s.timing.hedgeDelay(), func(ctx context.Context, m *member) (checked, error) {
 		header, head, ours, err := m.readBoth(ctx, oldest, own)
 		if err != nil {
 			return checked{}, err

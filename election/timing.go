@@ -36,9 +36,9 @@ func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 // RenewInterval is the time between the sending of two renewals when all is well. It may be up to a fifth shorter.
 func (t Timing) RenewInterval() time.Duration { return t.TTL / 5 }
 
-// joinAfter is for how long a request goes unanswered before another endpoint is asked as well. However long the TTL is, a
+// hedgeDelay is for how long a request goes unanswered before another endpoint is asked as well. However long the TTL is, a
 // candidate that has won must not wait longer for the renewal that proves it.
-func (t Timing) joinAfter() time.Duration {
+func (t Timing) hedgeDelay() time.Duration {
 	return min(max(t.TTL/20, 50*time.Millisecond), time.Second)
 }
 
