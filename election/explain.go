@@ -3,14 +3,18 @@ package election
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"leasehold/internal/quote"
 )
 
-// memberError says which member answered so.
+// memberError names the member that gave the error.
 type memberError struct {
 	endpoint string
 	err      error
@@ -26,12 +30,18 @@ func (e *memberError) Error() string {
 		ok && (s.Code() == codes.DeadlineExceeded || s.Code() == codes.Canceled):
 		return e.endpoint + ": no answer"
 	case ok:
-		// Without gRPC's wrappings: rpc error: code = … desc = connection error: desc = "transport: …"
+		// Without what gRPC wraps it in: rpc error: code = … desc = connection error: desc = "…"
 		message := s.Message()
 		if i := strings.LastIndex(message, `desc = "`); i >= 0 {
 			message = strings.TrimSuffix(message[i+len(`desc = "`):], `"`)
 		}
-		return e.endpoint + ": " + strings.TrimPrefix(message, "transport: Error while dialing: ")
+		for _, wrapping := range []string{
+			"transport: Error while dialing: ", "transport: authentication handshake failed: ",
+			"error reading server preface: ",
+		} {
+			message = strings.TrimPrefix(message, wrapping)
+		}
+		return e.endpoint + ": " + message
 	}
 	return e.endpoint + ": " + e.err.Error()
 }
@@ -53,4 +63,32 @@ func unavailable(err error) bool {
 		return said.Code() == codes.Unavailable
 	}
 	return status.Code(err) == codes.Unavailable
+}
+
+// explain returns the error in one line, with what would help where that is known.
+func (cfg *Config) explain(err error) string { return cfg.explainFor("readwrite", err) }
+
+// explainFor does so for what needs that permission.
+func (cfg *Config) explainFor(permission string, err error) string {
+	text := oneLine(err)
+	switch {
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		user := "the user"
+		if cfg.Username != "" {
+			user += " " + quote.Value(cfg.Username)
+		}
+		return fmt.Sprintf("%s: %s needs a role with %s permission on the prefix %s",
+			text, user, permission, quote.Value(cfg.prefix()))
+	case errors.Is(err, rpctypes.ErrAuthFailed):
+		return text + ": user name or password is wrong"
+	case errors.Is(err, rpctypes.ErrUserEmpty):
+		return text + ": etcd demands a user name and a password"
+	}
+	return text
+}
+
+// oneLine makes an error of many lines fit into a sentence. Where all requests wait for one token
+// they fail alike.
+func oneLine(err error) string {
+	return strings.Join(slices.Compact(strings.Split(err.Error(), "\n")), "; ")
 }

@@ -11,53 +11,47 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// endpoint is what the renewal of a lease needs of a member of etcd. Both calls may take for ever, but not once their context
-// has ended.
+// endpoint is what the renewal of a lease needs of a member of etcd. Both calls may take for ever,
+// but not once their context has ended.
 type endpoint interface {
 	renew(ctx context.Context, id int64) (renewal, error)
 	read(ctx context.Context, key string) (reading, error)
 }
 
-// leaseEvents is what comes of renewing a lease. All are called by the goroutine of lease.run and must not block it.
+// leaseEvents is what comes of renewing a lease. All are called by the goroutine of lease.run and
+// must not block it.
 type leaseEvents interface {
 	// renewed is called after each renewal that counts.
 	renewed(Deadlines)
 	// contactLost is called once when stop-at passes, before any renewal that comes later is counted.
 	contactLost()
-	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted, ErrKeyOverwritten) is gone.
+	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted, ErrKeyOverwritten) is
+	// gone.
 	lost(cause error)
 	// suspect is called when a renewal at that endpoint failed or, with dead set, was abandoned.
 	suspect(endpoint int, dead bool, err error)
 }
 
-// lease keeps one lease alive. One goroutine, that of run, does all the deciding; each attempt to renew has another one, which
-// reports to it and which it never waits for.
+// lease keeps one lease alive. One goroutine, that of run, decides everything; each attempt to renew
+// has another one, which reports to it and which it never waits for.
 type lease struct {
-	id      int64
-	key     string
-	timing  Timing
-	list    func() []endpoint // there may be more of them later
-	current *atomic.Int32     // the endpoint to ask first
-	now     func() time.Duration
-	events  leaseEvents
-	metrics *metrics
-	turned  *atomic.Int64
-	// early is by how much to renew before the interval is over: those who joined or came back in a crowd must not renew in step.
-	early func() time.Duration
+	cfg leaseConfig
 
 	mu sync.Mutex
 	// created is the create revision of our key from confirmFrom on, else 0.
 	created int64
-	// raftTerm is that of the renewal that counted last; 0 where it needs no confirmation, for a majority of etcd granted the lease.
+	// raftTerm is that of the renewal that counted last; 0 where it needs no confirmation, for a
+	// majority of etcd granted the lease.
 	raftTerm atomic.Uint64
 	// demands asks for a renewal that is sent after the demand.
 	demands chan demand
 
 	// What follows belongs to run.
+	timing      Timing // its TTL is that which was granted last
 	endpoints   []endpoint
 	sent        time.Duration // when the renewal that counts was sent
 	deadlines   Deadlines
-	contactLost bool // stop-at has passed and contactLost was called
+	contactLost bool // stop-at has passed, and the event was reported
 	attempts    []attempt
 	answers     chan answer
 	next        time.Duration // when to start the next attempt
@@ -65,11 +59,31 @@ type lease struct {
 	demand      []demand
 }
 
+type leaseConfig struct {
+	id      int64
+	key     string
+	timing  Timing
+	granted granted
+	// endpoints returns those of etcd. There may be more of them later.
+	endpoints func() []endpoint
+	// current is the endpoint to ask first.
+	current *atomic.Int32
+	now     func() time.Duration
+	// early returns by how much to renew before the interval is over: those who joined or came back
+	// in a crowd must not renew in step.
+	early     func() time.Duration
+	events    leaseEvents
+	metrics   *metrics
+	heartbeat *heartbeat
+}
+
 // attempt is the renewal outstanding at one endpoint.
 type attempt struct {
-	serial  int // 0: none outstanding; answers to earlier attempts are recognised by it
-	sent    time.Duration
-	since   time.Duration // when the first of the attempts was sent that have hung here, one after the other
+	// serial is 0 where none is outstanding. Answers to earlier attempts are recognised by it.
+	serial int
+	sent   time.Duration
+	// since is when the first of the attempts was sent that have hung here, one after the other.
+	since   time.Duration
 	abandon time.Duration // when to give it up
 	cancel  context.CancelFunc
 	renewal renewal // once that is answered, and the confirming read is outstanding
@@ -101,20 +115,19 @@ func (d demand) isGivenUp() bool {
 }
 
 // newLease makes the keeper of a lease that was granted.
-func newLease(id int64, key string, timing Timing, g granted, list func() []endpoint, current *atomic.Int32,
-	now, early func() time.Duration, events leaseEvents, m *metrics, turned *atomic.Int64,
-) *lease {
+func newLease(cfg leaseConfig) *lease {
+	sent := cfg.granted.sent
 	l := &lease{
-		id: id, key: key, timing: timing, list: list, current: current,
-		now: now, early: early, events: events, metrics: m, turned: turned,
-		demands: make(chan demand), answers: make(chan answer), sent: g.sent, deadlines: timing.From(g.sent),
-		next: g.sent + timing.RenewInterval() - early(), prefer: -1,
+		cfg: cfg, timing: cfg.timing, demands: make(chan demand), answers: make(chan answer),
+		sent: sent, deadlines: cfg.timing.From(sent),
+		next: sent + cfg.timing.RenewInterval() - cfg.early(), prefer: -1,
 	}
-	l.raftTerm.Store(g.raftTerm)
+	l.raftTerm.Store(cfg.granted.raftTerm)
 	return l
 }
 
-// renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts, unless the context has ended before.
+// renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts, unless
+// the context has ended before.
 func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 	done := make(chan struct{})
 	select {
@@ -124,22 +137,17 @@ func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 	return done
 }
 
-// confirmFrom says that we lead or look whether we do, and with which create revision of our key. When it returns every renewal
-// that counts without having been confirmed counts already; the others need a read that shows the key.
+// confirmFrom says that we lead or verify whether we do, and with which create revision of our key.
+// When it returns every renewal that counts without having been confirmed counts already; the others
+// need a read that shows the key.
 func (l *lease) confirmFrom(created int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.created = created
 }
 
-// confirms tells if renewals have to be confirmed by now.
-func (l *lease) confirms() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.created != 0
-}
-
-// countAlone counts a renewal that no read has to confirm. Of any other it returns the create revision that the read must show.
+// countAlone counts a renewal that no read has to confirm. Of any other it returns the create
+// revision that the read must show.
 func (l *lease) countAlone(now time.Duration, a answer) (created int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -157,19 +165,14 @@ func (l *lease) run(ctx context.Context) {
 	defer timer.Stop()
 	serial := 0
 	for {
-		now := l.now()
-		l.turned.Store(int64(now))
-		l.check(now)
-		l.endpoints = l.list()
-		l.attempts = append(l.attempts, make([]attempt, len(l.endpoints)-len(l.attempts))...)
+		now := l.cfg.now()
+		l.cfg.heartbeat.mark(now)
+		l.checkStopAt(now)
+		l.endpoints = l.cfg.endpoints()
+		more := len(l.endpoints) - len(l.attempts)
+		l.attempts = append(l.attempts, make([]attempt, more)...)
 		l.demand = slices.DeleteFunc(l.demand, demand.isGivenUp)
-		for i := range l.attempts {
-			if a := &l.attempts[i]; a.serial != 0 && now >= a.abandon {
-				l.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
-				l.failed(now, i)
-				l.events.suspect(i, true, context.DeadlineExceeded)
-			}
-		}
+		l.abandonHung(now)
 		if now >= l.next {
 			i := l.idle()
 			if i < 0 {
@@ -187,7 +190,7 @@ func (l *lease) run(ctx context.Context) {
 			return
 		case <-timer.C:
 		case d := <-l.demands:
-			d.since = l.now()
+			d.since = l.cfg.now()
 			l.demand = append(l.demand, d)
 			l.next = d.since
 		case a := <-l.answers:
@@ -201,16 +204,27 @@ func (l *lease) run(ctx context.Context) {
 	}
 }
 
-// check ends the term, if there is one, before anything that arrives now could revive it.
-func (l *lease) check(now time.Duration) {
+// checkStopAt ends the term, if there is one, before anything that arrives now could revive it.
+func (l *lease) checkStopAt(now time.Duration) {
 	if !l.contactLost && now >= l.deadlines.StopAt {
 		l.contactLost = true
-		l.events.contactLost()
+		l.cfg.events.contactLost()
 	}
 }
 
-// sleep is for how long there is nothing to do. It is never long: the timer's clock stands still while the machine is suspended,
-// and the deadlines' clock does not.
+// abandonHung gives up the attempts that have been unanswered for too long.
+func (l *lease) abandonHung(now time.Duration) {
+	for i := range l.attempts {
+		if a := &l.attempts[i]; a.serial != 0 && now >= a.abandon {
+			l.cfg.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
+			l.failed(now, i)
+			l.cfg.events.suspect(i, true, context.DeadlineExceeded)
+		}
+	}
+}
+
+// sleep is for how long there is nothing to do. It is never long: the timer's clock stands still
+// while the machine is suspended, and the deadlines' clock does not.
 func (l *lease) sleep(now time.Duration) time.Duration {
 	until := min(now+l.timing.hedgeDelay(), now+HeartbeatInterval/2, l.next)
 	if !l.contactLost {
@@ -224,11 +238,12 @@ func (l *lease) sleep(now time.Duration) time.Duration {
 	return max(0, until-now)
 }
 
-// idle returns the endpoint for the next attempt: none is asked twice at a time. It returns -1 when all are busy.
+// idle returns the endpoint for the next attempt: none is asked twice at a time. It returns -1 when
+// all are busy.
 func (l *lease) idle() int {
 	start := l.prefer
 	if start < 0 {
-		start = int(l.current.Load())
+		start = int(l.cfg.current.Load())
 	}
 	l.prefer = -1
 	for i := range l.endpoints {
@@ -239,17 +254,19 @@ func (l *lease) idle() int {
 	return -1
 }
 
-// replace gives up the oldest attempt, if all endpoints have one that hangs, and returns its endpoint, else -1. While etcd has
-// no leader a member passes renewals on to the old one and does not come back to them: an attempt that is made after the
-// election is answered at once, and must not wait for those before it to be abandoned.
+// replace gives up the oldest attempt, if all endpoints have one that hangs, and returns its
+// endpoint, else -1. While etcd has no leader a member passes renewals on to the old one and does not
+// come back to them: an attempt that is made after the election is answered at once, and must not
+// wait for those before it to be abandoned.
 func (l *lease) replace(now time.Duration) int {
 	if len(l.attempts) == 1 {
 		return -1
 	}
 	oldest := -1
 	for i := range l.attempts {
-		// One of which the renewal was answered, and the confirming read is outstanding, does not hang.
-		if l.attempts[i].created == 0 && (oldest < 0 || l.attempts[i].abandon < l.attempts[oldest].abandon) {
+		// Where the renewal was answered, and the confirming read is outstanding, nothing hangs.
+		if l.attempts[i].created == 0 &&
+			(oldest < 0 || l.attempts[i].abandon < l.attempts[oldest].abandon) {
 			oldest = i
 		}
 	}
@@ -260,11 +277,11 @@ func (l *lease) replace(now time.Duration) int {
 	if now < a.abandon-l.timing.RenewInterval()+3*l.timing.hedgeDelay() {
 		return -1
 	}
-	l.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
+	l.cfg.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
 	since := a.since
 	l.finish(oldest)
 	if now-since >= l.timing.RenewInterval() {
-		l.events.suspect(oldest, true, context.DeadlineExceeded)
+		l.cfg.events.suspect(oldest, true, context.DeadlineExceeded)
 		since = 0
 	}
 	a.since = since
@@ -277,28 +294,33 @@ func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 	if since == 0 {
 		since = now
 	}
-	l.attempts[i] = attempt{serial: serial, sent: now, since: since, abandon: now + l.timing.RenewInterval(), cancel: cancel}
+	l.attempts[i] = attempt{
+		serial: serial, sent: now, since: since, abandon: now + l.timing.RenewInterval(),
+		cancel: cancel,
+	}
 	at := l.endpoints[i]
 	go func() {
-		r, err := at.renew(ctx, l.id)
+		r, err := at.renew(ctx, l.cfg.id)
 		l.report(ctx, answer{endpoint: i, serial: serial, renewal: r, err: err})
 	}()
 }
 
-// confirm reads our key from the endpoint that has answered a renewal. Etcd's leader acknowledges renewals without asking anybody,
-// and one that was paused or cut off and deposed meanwhile may do so as well, for as long as it does not know (etcd #15247 tells
-// of its like). The read is answered by the leader that a majority of etcd follows; when that is in another raft term than the
-// renewal, the renewal is worth nothing.
+// confirm reads our key from the endpoint that has answered a renewal. Etcd's leader acknowledges
+// renewals without asking anybody, and one that was paused or cut off and deposed meanwhile may do so
+// as well, for as long as it does not know (etcd #15247 tells of its like). The read is answered by
+// the leader that a majority of etcd follows; when that is in another raft term than the renewal, the
+// renewal is worth nothing.
 func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	ctx, cancel := context.WithCancel(ctx)
 	a := &l.attempts[i]
 	a.cancel()
-	// A majority of etcd with slow disks takes its time for a read, and for no renewal. That the renewal was answered says that the
-	// member is there, and what counts is when it was sent: so the read may take longer.
+	// A majority of etcd with slow disks takes its time for a read, and for no renewal. That the
+	// renewal was answered says that the member is there, and what counts is when it was sent: so the
+	// read may take longer.
 	a.cancel, a.abandon = cancel, now+2*l.timing.RenewInterval()
 	serial, at := a.serial, l.endpoints[i]
 	go func() {
-		r, err := at.read(ctx, l.key)
+		r, err := at.read(ctx, l.cfg.key)
 		l.report(ctx, answer{endpoint: i, serial: serial, confirming: true, reading: r, err: err})
 	}()
 }
@@ -313,26 +335,26 @@ func (l *lease) report(ctx context.Context, a answer) {
 
 // answered takes an answer into account. It returns true when the lease is gone.
 func (l *lease) answered(ctx context.Context, a answer) bool {
-	now := l.now()
-	l.check(now)
+	now := l.cfg.now()
+	l.checkStopAt(now)
 	this := &l.attempts[a.endpoint]
 	switch {
 	case errors.Is(a.err, rpctypes.ErrLeaseNotFound):
-		l.events.lost(ErrLeaseLost)
+		l.cfg.events.lost(ErrLeaseLost)
 		return true
 	case a.err != nil:
-		l.metrics.renewals.WithLabelValues(renewalFailed).Inc()
+		l.cfg.metrics.renewals.WithLabelValues(renewalFailed).Inc()
 		l.failed(now, a.endpoint)
-		l.events.suspect(a.endpoint, false, a.err)
+		l.cfg.events.suspect(a.endpoint, false, a.err)
 	case a.confirming && a.reading.created != this.created:
-		l.events.lost(ErrKeyDeleted)
+		l.cfg.events.lost(ErrKeyDeleted)
 		return true
-	case a.confirming && a.reading.lease != l.id:
-		l.events.lost(ErrKeyOverwritten)
+	case a.confirming && a.reading.lease != l.cfg.id:
+		l.cfg.events.lost(ErrKeyOverwritten)
 		return true
 	case a.confirming && a.reading.term != this.renewal.term:
 		l.finish(a.endpoint)
-		l.metrics.renewals.WithLabelValues(renewalUnconfirmed).Inc()
+		l.cfg.metrics.renewals.WithLabelValues(renewalUnconfirmed).Inc()
 		l.next, l.prefer = now, a.endpoint
 	case a.confirming:
 		l.count(now, a.endpoint, this.sent, this.renewal)
@@ -345,11 +367,12 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 	return false
 }
 
-// count takes the good renewal into account. What counts is when it was sent: a late reply to an early attempt changes nothing.
+// count takes the good renewal into account. What counts is when it was sent: a late reply to an
+// early attempt changes nothing.
 func (l *lease) count(now time.Duration, i int, sent time.Duration, r renewal) {
 	l.finish(i)
-	l.metrics.renewals.WithLabelValues(renewalOK).Inc()
-	l.metrics.duration.Observe((now - sent).Seconds())
+	l.cfg.metrics.renewals.WithLabelValues(renewalOK).Inc()
+	l.cfg.metrics.duration.Observe((now - sent).Seconds())
 	if sent <= l.sent {
 		return
 	}
@@ -358,9 +381,9 @@ func (l *lease) count(now time.Duration, i int, sent time.Duration, r renewal) {
 	l.timing.TTL = r.ttl
 	l.deadlines = l.timing.From(sent)
 	l.contactLost = now >= l.deadlines.StopAt
-	l.current.Store(int32(i))
-	l.next = sent + l.timing.RenewInterval() - l.early()
-	l.events.renewed(l.deadlines)
+	l.cfg.current.Store(int32(i))
+	l.next = sent + l.timing.RenewInterval() - l.cfg.early()
+	l.cfg.events.renewed(l.deadlines)
 	waiting := l.demand[:0]
 	for _, d := range l.demand {
 		if sent < d.since {
@@ -379,8 +402,8 @@ func (l *lease) finish(i int) {
 	l.attempts[i].serial, l.attempts[i].since = 0, 0
 }
 
-// failed gives up the attempt and arranges for the next one, at another endpoint if there is one. When a later attempt has
-// already been good, that can wait for its turn.
+// failed gives up the attempt and arranges for the next one, at another endpoint if there is one.
+// When a later attempt has already been good, the next one can wait until it is due.
 func (l *lease) failed(now time.Duration, i int) {
 	l.finish(i)
 	if l.attempts[i].sent <= l.sent {

@@ -143,7 +143,12 @@ func newTestLeaseOf(t *testing.T, ttl time.Duration, created int64, answers ...f
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.lease = newLease(testLeaseID, "key", NewTiming(ttl, -1, -1), granted{}, func() []endpoint { return endpoints }, new(atomic.Int32), l.now, func() time.Duration { return 0 }, testEvents{l}, m, new(atomic.Int64))
+	l.lease = newLease(leaseConfig{
+		id: testLeaseID, key: "key", timing: NewTiming(ttl, -1, -1),
+		endpoints: func() []endpoint { return endpoints }, current: new(atomic.Int32),
+		now: l.now, early: func() time.Duration { return 0 },
+		events: testEvents{l}, metrics: m, heartbeat: new(heartbeat),
+	})
 	l.confirmFrom(created)
 	ctx, stop := context.WithCancel(t.Context())
 	l.stop = stop

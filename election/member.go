@@ -37,8 +37,8 @@ func (m *member) name() string {
 	return m.endpoint + " (" + m.host.address(m.number) + ")"
 }
 
-// open returns the client of the connection, which it makes if there is none. It does not wait for the connection to be up:
-// a request does, until the first attempt to connect has failed.
+// open returns the client of the connection, which it makes if there is none. It does not wait for
+// the connection to be up: a request does, until the first attempt to connect has failed.
 func (m *member) open() (*clientv3.Client, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -69,8 +69,8 @@ type renewal struct {
 	term uint64 // the raft term of the member that answered, read before the renewal was carried out
 }
 
-// renew renews the lease once. It does not use etcd's KeepAliveOnce, which repeats itself without a pause while a member is
-// unavailable.
+// renew renews the lease once. It does not use etcd's KeepAliveOnce, which repeats itself without a
+// pause while a member is unavailable.
 func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 	conn, err := m.conn()
 	if err != nil {
@@ -109,7 +109,7 @@ type reading struct {
 	term    uint64
 }
 
-// read reads the key, linearizably. Not the key only: from 3.7 on etcd does not show its lease then.
+// read reads the key, linearizably. Not with KeysOnly: from 3.7 on etcd does not show the lease then.
 func (m *member) read(ctx context.Context, key string) (reading, error) {
 	conn, err := m.conn()
 	if err != nil {
@@ -126,20 +126,28 @@ func (m *member) read(ctx context.Context, key string) (reading, error) {
 	return r, nil
 }
 
-// readBoth reads twice in one linearizable transaction.
-func (m *member) readBoth(ctx context.Context, one, other *pb.RangeRequest) (header *pb.ResponseHeader, a, b []*mvccpb.KeyValue, err error) {
+// readAll makes all these reads in one linearizable transaction.
+func (m *member) readAll(
+	ctx context.Context, ranges ...*pb.RangeRequest,
+) (*pb.ResponseHeader, [][]*mvccpb.KeyValue, error) {
 	conn, err := m.conn()
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
-	resp, err := pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
-		{Request: &pb.RequestOp_RequestRange{RequestRange: one}},
-		{Request: &pb.RequestOp_RequestRange{RequestRange: other}},
-	}})
+	txn := &pb.TxnRequest{}
+	for _, r := range ranges {
+		txn.Success = append(txn.Success,
+			&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}})
+	}
+	resp, err := pb.NewKVClient(conn).Txn(ctx, txn)
 	if err != nil {
-		return nil, nil, nil, rpctypes.Error(err)
+		return nil, nil, rpctypes.Error(err)
 	}
-	return resp.Header, resp.Responses[0].GetResponseRange().Kvs, resp.Responses[1].GetResponseRange().Kvs, nil
+	var all [][]*mvccpb.KeyValue
+	for _, r := range resp.Responses {
+		all = append(all, r.GetResponseRange().Kvs)
+	}
+	return resp.Header, all, nil
 }
 
 // remove deletes the key if it has that create revision; 0: whichever it has.
@@ -155,14 +163,15 @@ func (m *member) remove(ctx context.Context, key string, created int64) error {
 			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: created},
 		}}
 	}
-	_, err = pb.NewKVClient(conn).Txn(ctx, &pb.TxnRequest{
-		Compare: only,
-		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)}}}},
-	})
+	del := &pb.RequestOp_RequestDeleteRange{
+		RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
+	}
+	_, err = pb.NewKVClient(conn).Txn(ctx,
+		&pb.TxnRequest{Compare: only, Success: []*pb.RequestOp{{Request: del}}})
 	return rpctypes.Error(err)
 }
 
-// revoke revokes the lease. That etcd does not know it is as good.
+// revoke revokes the lease. It is as good if etcd does not know the lease.
 func (m *member) revoke(ctx context.Context, id int64) error {
 	conn, err := m.conn()
 	if err != nil {

@@ -16,10 +16,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials"
 )
 
-// members are the endpoints of etcd, each with a connection of its own, so that which member is asked is decided here and not
-// by a balancer: etcd's client takes turns per request, and a connection on which nothing arrives any more stays in its round.
+// members are the endpoints of etcd, each with a connection of its own, so that which member is asked
+// is decided here and not by a balancer: etcd's client asks them by turns, and a connection on which
+// nothing arrives any more stays among them.
 type members struct {
 	hosts []*host // those of the endpoints that name one
 	mu    sync.Mutex
@@ -27,7 +29,8 @@ type members struct {
 	// current is the index of the member that gave the last good answer. Requests go there first.
 	current atomic.Int32
 	auth    *auth // nil: none
-	// closing counts the connections and watchers that are being closed, which can take a while when nobody answers.
+	// closing counts the connections and watchers that are being closed, which can take a while when
+	// nobody answers.
 	closing sync.WaitGroup
 }
 
@@ -35,6 +38,9 @@ type members struct {
 var errClosed = errors.New("connections to etcd are closed")
 
 func newMembers(cfg Config) (*members, error) {
+	if len(cfg.Endpoints) == 0 {
+		return nil, errors.New("no endpoints")
+	}
 	creds, err := newCredentials(cfg.TLS)
 	if err != nil {
 		return nil, err
@@ -43,53 +49,60 @@ func newMembers(cfg Config) (*members, error) {
 	if cfg.Username != "" && cfg.Password != nil {
 		ms.auth = newAuth(cfg, ms)
 	}
-	add := func(endpoint string, h *host, number int) {
-		m := &member{endpoint: endpoint, host: h, number: number, auth: ms.auth}
-		options := []grpc.DialOption{
-			// gRPC's own backoff goes up to two minutes.
-			grpc.WithConnectParams(grpc.ConnectParams{
-				Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
-				MinConnectTimeout: cfg.DialTimeout,
-			}),
-			// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
-			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
-		}
-		if strings.HasPrefix(endpoint, "https://") {
-			options = append(options, grpc.WithTransportCredentials(creds))
-		}
-		if h != nil {
-			options = append(options, h.dialer(number))
-		}
-		if ms.auth != nil {
-			options = append(options, grpc.WithPerRPCCredentials(ms.auth), grpc.WithChainUnaryInterceptor(m.intercept))
-		}
-		m.dial = func(more ...grpc.DialOption) (*clientv3.Client, error) {
-			return clientv3.New(clientv3.Config{
-				Endpoints:   []string{endpoint},
-				DialOptions: slices.Concat(options, more),
-				Logger:      zap.NewNop(),
-				// Requests are repeated here, on another member.
-				MaxUnaryRetries: 1,
-			})
-		}
-		ms.mu.Lock()
-		defer ms.mu.Unlock()
-		ms.known = append(ms.known, m)
-	}
 	for _, endpoint := range cfg.Endpoints {
+		transport := creds
+		if !strings.HasPrefix(endpoint, "https://") {
+			transport = newPlainCredentials()
+		}
 		h := newHost(endpoint, cfg.lookup)
 		if h != nil {
-			h.add = func(number int) { add(endpoint, h, number) }
+			h.add = func(number int) { ms.add(endpoint, h, number, transport, cfg.DialTimeout) }
 			ms.hosts = append(ms.hosts, h)
 		}
-		add(endpoint, h, 0)
-	}
-	if len(cfg.Endpoints) == 0 {
-		return nil, errors.New("no endpoints")
+		ms.add(endpoint, h, 0, transport, cfg.DialTimeout)
 	}
 	// Many candidates have the same list: they should not all begin with the same member.
 	ms.current.Store(rand.Int32N(int32(len(cfg.Endpoints))))
 	return ms, nil
+}
+
+// add makes one more member: the one of that number among those of the host, if the endpoint has one.
+func (ms *members) add(
+	endpoint string, h *host, number int,
+	transport credentials.TransportCredentials, dialTimeout time.Duration,
+) {
+	m := &member{endpoint: endpoint, host: h, number: number, auth: ms.auth}
+	options := []grpc.DialOption{
+		grpc.WithConnectParams(grpc.ConnectParams{
+			// gRPC's own backoff goes up to two minutes.
+			Backoff: backoff.Config{
+				BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second,
+			},
+			MinConnectTimeout: dialTimeout,
+		}),
+		// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
+		grpc.WithTransportCredentials(transport),
+	}
+	if h != nil {
+		options = append(options, h.dialer(number))
+	}
+	if ms.auth != nil {
+		options = append(options,
+			grpc.WithPerRPCCredentials(ms.auth), grpc.WithChainUnaryInterceptor(m.intercept))
+	}
+	m.dial = func(more ...grpc.DialOption) (*clientv3.Client, error) {
+		return clientv3.New(clientv3.Config{
+			Endpoints:   []string{endpoint},
+			DialOptions: slices.Concat(options, more),
+			Logger:      zap.NewNop(),
+			// Requests are repeated here, on another member.
+			MaxUnaryRetries: 1,
+		})
+	}
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	ms.known = append(ms.known, m)
 }
 
 // all returns the members there are by now. None is ever removed.
@@ -99,9 +112,10 @@ func (ms *members) all() []*member {
 	return ms.known
 }
 
-// reset replaces the connection of m, on which nothing arrives any more: when the network is back, a new one is made at once,
-// whereas the kernel would wait for its next retransmission, which can be two minutes away. Until the new one is up the old one
-// stays in use, for where packets are only lost now and then it may be the first to be good again.
+// reset replaces the connection of m, on which nothing arrives any more: when the network is back, a
+// new one is made at once, whereas the kernel would wait for its next retransmission, which can be
+// two minutes away. Until the new one is up the old one stays in use, for where packets are only lost
+// now and then it may be the first to be good again.
 func (ms *members) reset(m *member) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -116,7 +130,8 @@ func (ms *members) reset(m *member) {
 	ms.closing.Go(func() { ms.replace(m, next) })
 }
 
-// replace waits until the new connection is up, or closed, and then closes the old one, and with it whatever waits there.
+// replace waits until the new connection is up, or closed, and then closes the old one, and with it
+// whatever waits there.
 func (ms *members) replace(m *member, next *clientv3.Client) {
 	conn := next.ActiveConnection()
 	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
@@ -124,7 +139,7 @@ func (ms *members) replace(m *member, next *clientv3.Client) {
 			return
 		}
 		conn.Connect()
-		conn.WaitForStateChange(context.Background(), state) // ends when the connection is closed, too
+		conn.WaitForStateChange(context.Background(), state) // ends when conn is closed, too
 	}
 	m.mu.Lock()
 	old := m.client
@@ -144,7 +159,8 @@ func (ms *members) closeClient(client *clientv3.Client) {
 	}
 }
 
-// close ends all connections. It waits for them only briefly: those that nobody answers on end by themselves.
+// close ends all connections. It waits for them only briefly: those that nobody answers on end by
+// themselves.
 func (ms *members) close() {
 	if ms.auth != nil {
 		ms.auth.close()

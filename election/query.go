@@ -1,15 +1,14 @@
 package election
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"sort"
+	"slices"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // Report is an election as etcd has it at one moment.
@@ -22,11 +21,11 @@ type Report struct {
 	LeaseLeft time.Duration
 	// Queue holds all candidates in their order, the leader first.
 	Queue []Entry
-	// Blockers are the keys under the prefix that no candidate made. Candidates behind them wait for ever.
+	// Blockers are the keys under the prefix that no candidate made. Candidates behind them wait.
 	Blockers []Blocker
 }
 
-// queryMembers opens the members for one question.
+// queryMembers opens the members for one question, and returns how long that may take.
 func queryMembers(cfg Config) (*members, time.Duration, error) {
 	ms, err := newMembers(cfg)
 	if err != nil {
@@ -35,22 +34,26 @@ func queryMembers(cfg Config) (*members, time.Duration, error) {
 	return ms, 2 * cfg.DialTimeout, nil
 }
 
-// Query reads the election from etcd. Of cfg it needs the endpoints, how to reach them and the election.
+// queryDelay is the hedge delay of such a question.
+func queryDelay(timeout time.Duration) time.Duration {
+	return min(timeout/8, 250*time.Millisecond)
+}
+
+// Query reads the election from etcd. Of cfg it needs the endpoints, how to reach them and the
+// election.
 func Query(ctx context.Context, cfg Config) (Report, error) {
-	ms, bound, err := queryMembers(cfg)
+	ms, timeout, err := queryMembers(cfg)
 	if err != nil {
 		return Report{}, err
 	}
 	defer ms.close()
-	prefix := cfg.Election + "/"
-	// A member that does not answer costs a fraction of the bound, since the next is asked meanwhile.
-	ctx, cancel := context.WithTimeout(ctx, bound)
+	// A member that does not answer costs a fraction of the timeout: the next is asked meanwhile.
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	report, err := hedge(ctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (Report, error) {
-		return m.query(ctx, prefix)
-	})
+	report, err := hedge(ctx, ms, queryDelay(timeout),
+		func(ctx context.Context, m *member) (Report, error) { return m.query(ctx, cfg.prefix()) })
 	if err != nil {
-		return Report{}, fmt.Errorf("query etcd: %s", oneLine(err))
+		return Report{}, fmt.Errorf("query etcd: %s", cfg.explainFor("read", err))
 	}
 	return report, nil
 }
@@ -60,7 +63,7 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	if err != nil {
 		return Report{}, err
 	}
-	resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(prefix), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(prefix))})
+	resp, err := pb.NewKVClient(conn).Range(ctx, wholePrefix(prefix))
 	if err != nil {
 		return Report{}, rpctypes.Error(err)
 	}
@@ -68,20 +71,21 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	for _, kv := range resp.Kvs {
 		entries = append(entries, newQueueEntry(prefix, kv))
 	}
-	sort.Slice(entries, func(i, j int) bool { return entries[i].created < entries[j].created })
+	slices.SortFunc(entries, func(a, b queueEntry) int { return cmp.Compare(a.created, b.created) })
 	var r Report
-	for i, p := range entries {
-		if !p.candidate {
-			r.Blockers = append(r.Blockers, *p.blocker(prefix))
+	for i, e := range entries {
+		if !e.candidate {
+			r.Blockers = append(r.Blockers, *e.blocker())
 			continue
 		}
-		r.Queue = append(r.Queue, *p.entry())
+		r.Queue = append(r.Queue, *e.entry())
 		if i == 0 {
-			r.Leader, r.LeaseID = p.entry(), p.lease
+			r.Leader, r.LeaseID = e.entry(), e.lease
 		}
 	}
 	if r.Leader != nil {
-		ttl, err := pb.NewLeaseClient(conn).LeaseTimeToLive(ctx, &pb.LeaseTimeToLiveRequest{ID: r.LeaseID})
+		ttl, err := pb.NewLeaseClient(conn).LeaseTimeToLive(ctx,
+			&pb.LeaseTimeToLiveRequest{ID: r.LeaseID})
 		if err != nil {
 			return Report{}, rpctypes.Error(err)
 		}
@@ -91,33 +95,24 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	return r, nil
 }
 
-// Revoke removes a candidate's key, which stays without its lease where somebody has overwritten it, and revokes the lease. It asks all
-// members, again and again, until both are gone or ctx ends.
+// Revoke removes a candidate's key, which stays without its lease where somebody has overwritten it,
+// and revokes the lease. It asks all members, again and again, until both are gone or ctx ends.
 func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
-	ms, bound, err := queryMembers(cfg)
+	ms, timeout, err := queryMembers(cfg)
 	if err != nil {
 		return err
 	}
 	defer ms.close()
+	left := leaving{lease: leaseID, key: fmt.Sprintf("%s%x", cfg.prefix(), leaseID)}
 	var wait retry
 	for {
-		rctx, cancel := context.WithTimeout(ctx, bound)
-		half, cancelHalf := context.WithTimeout(rctx, bound/2)
-		_, keyErr := hedge(half, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
-			return struct{}{}, m.remove(ctx, fmt.Sprintf("%s/%x", cfg.Election, leaseID), 0)
-		})
-		cancelHalf()
-		_, err := hedge(rctx, ms, min(bound/8, 250*time.Millisecond), func(ctx context.Context, m *member) (struct{}, error) {
-			return struct{}{}, m.revoke(ctx, leaseID)
-		})
-		err = errors.Join(keyErr, err)
-		cancel()
+		err := left.revoke(ctx, ms, timeout, queryDelay(timeout))
 		if err == nil {
 			return nil
 		}
 		wait.sleep(ctx)
 		if ctx.Err() != nil {
-			return fmt.Errorf("revoke the lease %x: %s", leaseID, oneLine(err))
+			return fmt.Errorf("revoke the lease %x: %s", leaseID, cfg.explain(err))
 		}
 	}
 }

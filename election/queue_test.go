@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,7 +27,7 @@ func del(key string, revision int64) []*clientv3.Event {
 }
 
 func newTestQueue(lost func(error)) *queue {
-	return newQueue("e/", "e/a", nil, Timing{}, nil, nil, lost)
+	return newQueue(queueConfig{prefix: "e/", own: "e/a", lost: lost})
 }
 
 func TestQueue_OwnKey(t *testing.T) {
@@ -229,7 +228,10 @@ func newRunningQueue(t *testing.T, cluster *harness.Cluster, ttl time.Duration, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	q := newQueue("e/", "e/a", ms, Timing{TTL: ttl}, harness.Now, new(atomic.Int64), func(err error) { t.Error(err) })
+	q := newQueue(queueConfig{
+		prefix: "e/", own: "e/a", members: ms, timing: Timing{TTL: ttl}, now: harness.Now,
+		heartbeat: new(heartbeat), lost: func(err error) { t.Error(err) },
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() { q.run(ctx) })
@@ -270,7 +272,7 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 		ttl, want time.Duration
 	}{{1, 15 * time.Second, 10 * ms}, {2, 15 * time.Second, 20 * ms}, {50, 15 * time.Second, 500 * ms}, {1000, 15 * time.Second, 3 * time.Second}, {1000, 5 * time.Minute, HeartbeatInterval / 2}} {
 		q := newTestQueue(func(error) {})
-		q.timing.TTL = test.ttl
+		q.cfg.timing.TTL = test.ttl
 		q.entries = map[string]queueEntry{}
 		for i := range test.keys {
 			q.entries[fmt.Sprint(i)] = queueEntry{}
@@ -292,10 +294,10 @@ func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
 	q, own := newRunningQueue(t, cluster, time.Second, 40)
 	q.put(own)
 	// served waits until there is a watch, and that one is another than the last.
-	served := func(last *leg) *leg {
+	served := func(last *watchConn) *watchConn {
 		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(ms) {
 			q.mu.Lock()
-			current := q.leg
+			current := q.conn
 			q.mu.Unlock()
 			if current != nil && current != last {
 				return current
@@ -306,11 +308,11 @@ func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
 	}
 	most := time.Duration(0)
 	for range 10 {
-		leg := served(nil)
-		time.Sleep(2 * q.timing.RenewInterval()) // a watch that ends as soon as it has begun is another matter
+		last := served(nil)
+		time.Sleep(2 * q.cfg.timing.RenewInterval()) // a watch that ends as soon as it has begun is another matter
 		began := harness.Now()
-		q.suspect(leg.member)
-		served(leg)
+		q.suspect(last.member)
+		served(last)
 		most = max(most, harness.Now()-began)
 	}
 	t.Logf("the longest of 10 pauses: %v", most)

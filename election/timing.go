@@ -5,24 +5,26 @@ import (
 	"time"
 )
 
-// Deadlines are moments in time since boot (CLOCK_BOOTTIME), which counts suspend and ignores jumps of the wall clock.
+// Deadlines are moments in time since boot (CLOCK_BOOTTIME), which counts suspend and ignores jumps
+// of the wall clock.
 type Deadlines struct {
 	StopAt time.Duration // the end of the term: ask the job to stop
 	KillBy time.Duration // the job is killed
 	End    time.Duration // the lease holds at least until here
 }
 
-// Timing says how a lease's life is divided:
+// Timing is how a lease's life is divided:
 //
 //	s                                          StopAt          KillBy      End
 //	|---- renewals every RenewInterval --------------|---- LossGrace ----|-- Margin --|
 type Timing struct{ TTL, LossGrace, Margin time.Duration }
 
-// minMargin is the least default margin: what a busy kernel may need to kill a job, however short the TTL.
+// minMargin is the least default margin: what a busy kernel may need to kill a job, however short
+// the TTL.
 const minMargin = 200 * time.Millisecond
 
-// NewTiming returns the timing of a lease granted for that long. A negative loss grace means a fifth of it, a negative margin a
-// tenth, at least 200 ms.
+// NewTiming returns the timing of a lease granted for that long. A negative loss grace means a fifth
+// of it, a negative margin a tenth, at least 200 ms.
 func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 	if lossGrace < 0 {
 		lossGrace = granted / 5
@@ -33,11 +35,13 @@ func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 	return Timing{TTL: granted, LossGrace: lossGrace, Margin: margin}
 }
 
-// RenewInterval is the time between the sending of two renewals when all is well. It may be up to a fifth shorter.
+// RenewInterval is the time between the sending of two renewals when all is well. It may be up to a
+// fifth shorter.
 func (t Timing) RenewInterval() time.Duration { return t.TTL / 5 }
 
-// hedgeDelay is for how long a request goes unanswered before another endpoint is asked as well. However long the TTL is, a
-// candidate that has won must not wait longer for the renewal that proves it.
+// hedgeDelay is for how long a request goes unanswered before another endpoint is asked as well.
+// However long the TTL is, a candidate that has won must not wait longer for the renewal that proves
+// it.
 func (t Timing) hedgeDelay() time.Duration {
 	return min(max(t.TTL/20, 50*time.Millisecond), time.Second)
 }
@@ -48,8 +52,8 @@ func (t Timing) repeatAfter() time.Duration { return min(t.TTL/20, time.Second) 
 // Validate refuses a timing in which losing two renewals in a row would end the term.
 func (t Timing) Validate() error {
 	if sum := t.LossGrace + t.Margin + 3*t.RenewInterval(); sum > t.TTL {
-		return fmt.Errorf("loss grace %v + margin %v + 3 × renewal interval %v = %v is more than the TTL %v",
-			t.LossGrace, t.Margin, t.RenewInterval(), sum, t.TTL)
+		return fmt.Errorf("loss grace %v + margin %v + 3 × renewal interval %v = %v is more than "+
+			"the TTL %v", t.LossGrace, t.Margin, t.RenewInterval(), sum, t.TTL)
 	}
 	return nil
 }

@@ -4,15 +4,19 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
+	"syscall"
 
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 )
 
-// reloading are transport credentials that read their files at each handshake, so that renewed certificates are used without
-// anybody watching them. Connections that are up stay up.
+// reloading are transport credentials that read their files at each handshake, so that renewed
+// certificates are used without anybody watching them. Connections that are up stay up.
 type reloading struct {
 	credentials.TransportCredentials // made of the files as they were at the start: for Info
 	files                            TLS
@@ -27,7 +31,9 @@ func newCredentials(files TLS) (credentials.TransportCredentials, error) {
 }
 
 // ClientHandshake implements credentials.TransportCredentials.
-func (r *reloading) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (r *reloading) ClientHandshake(
+	ctx context.Context, authority string, conn net.Conn,
+) (net.Conn, credentials.AuthInfo, error) {
 	cfg, err := r.files.load()
 	if err != nil {
 		_ = conn.Close()
@@ -36,7 +42,16 @@ func (r *reloading) ClientHandshake(ctx context.Context, authority string, conn 
 	if r.files.ServerName != "" {
 		authority = r.files.ServerName
 	}
-	return credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
+	secured, info, err := credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
+	var notTLS tls.RecordHeaderError
+	switch {
+	case errors.As(err, &notTLS):
+		err = fmt.Errorf("the endpoint does not speak TLS: its URL begins with http: %w", err)
+	case closedByPeer(err):
+		err = fmt.Errorf("the endpoint has ended the TLS handshake, as one without TLS, "+
+			"whose URL begins with http, does: %w", err)
+	}
+	return secured, info, err
 }
 
 // Clone implements credentials.TransportCredentials.
@@ -64,4 +79,57 @@ func (t TLS) load() (*tls.Config, error) {
 		cfg.Certificates = []tls.Certificate{cert}
 	}
 	return cfg, nil
+}
+
+// plain are transport credentials without TLS that tell when the endpoint seems to want it.
+type plain struct {
+	credentials.TransportCredentials
+}
+
+func newPlainCredentials() credentials.TransportCredentials {
+	return plain{insecure.NewCredentials()}
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (p plain) ClientHandshake(
+	ctx context.Context, authority string, conn net.Conn,
+) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := p.TransportCredentials.ClientHandshake(ctx, authority, conn)
+	return &plainConn{Conn: conn}, info, err
+}
+
+// Clone implements credentials.TransportCredentials.
+func (p plain) Clone() credentials.TransportCredentials {
+	return plain{p.TransportCredentials.Clone()}
+}
+
+// plainConn is a connection without TLS. gRPC reads from it in one goroutine.
+type plainConn struct {
+	net.Conn
+	spoken bool // the endpoint has sent something
+}
+
+// recordTypeAlert is the first byte of a TLS alert (RFC 8446, section 5.1).
+const recordTypeAlert = 21
+
+// Read implements net.Conn.
+func (c *plainConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if c.spoken || n == 0 && err == nil {
+		return n, err
+	}
+	c.spoken = true
+	switch {
+	case n > 0 && p[0] == recordTypeAlert:
+		return 0, errors.New("the endpoint speaks TLS: its URL begins with https")
+	case n == 0 && closedByPeer(err):
+		err = fmt.Errorf("the endpoint has closed the connection, as one that speaks TLS, "+
+			"whose URL begins with https, does: %w", err)
+	}
+	return n, err
+}
+
+// closedByPeer reports whether the other end has closed the connection.
+func closedByPeer(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)
 }

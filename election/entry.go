@@ -1,0 +1,91 @@
+package election
+
+import (
+	"fmt"
+	"log/slog"
+	"strings"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"leasehold/internal/quote"
+)
+
+// maxIdentity is how much of a key's value is kept: anybody can write a megabyte there.
+const maxIdentity = 256
+
+// queueEntry is one key under the election's prefix.
+type queueEntry struct {
+	key      string
+	created  int64 // create revision: the order of the queue
+	lease    int64
+	identity string
+	// candidate: the key is one that a campaign in this election makes, the prefix and its own lease
+	// in hex.
+	candidate bool
+}
+
+func newQueueEntry(prefix string, kv *mvccpb.KeyValue) queueEntry {
+	value := kv.Value
+	if len(value) > maxIdentity {
+		value = value[:maxIdentity]
+	}
+	return queueEntry{
+		key: string(kv.Key), created: kv.CreateRevision, lease: kv.Lease,
+		identity:  strings.ToValidUTF8(string(value), "�"),
+		candidate: kv.Lease != 0 && string(kv.Key) == fmt.Sprintf("%s%x", prefix, kv.Lease),
+	}
+}
+
+func (e queueEntry) entry() *Entry {
+	return &Entry{Identity: e.identity, Key: e.key, Token: e.created}
+}
+
+// election returns the name of the election that the key is a candidate's of: all of the key before
+// its lease in hex, which is its last segment. It returns "" for a key of another form.
+func (e queueEntry) election() string {
+	slash := strings.LastIndexByte(e.key, '/')
+	if e.lease == 0 || slash < 0 || e.key[slash+1:] != fmt.Sprintf("%x", e.lease) {
+		return ""
+	}
+	return e.key[:slash]
+}
+
+// blocker returns why nothing that takes part in the election will remove the key. Only a key that
+// will never expire may be deleted: whoever keeps a lease alive relies on its keys.
+func (e queueEntry) blocker() *Blocker {
+	b := &Blocker{Key: quote.Printable(e.key)}
+	nested := e.election()
+	switch {
+	case e.lease == 0:
+		b.Why = "it has no lease, so it will never expire"
+		b.Remedy = "etcdctl del " + quote.Shell(e.key)
+	case nested != "":
+		b.Why = fmt.Sprintf("it belongs to the nested election %s and is kept by its candidates",
+			quote.Shell(nested))
+	default:
+		b.Why = fmt.Sprintf("it is not a candidate's key, and somebody keeps its lease %x", e.lease)
+	}
+	return b
+}
+
+func (b *Blocker) warn(log *slog.Logger) {
+	if b.Remedy == "" {
+		log.Warn("a key ahead of ours keeps us waiting for as long as its lease is kept alive",
+			"key", b.Key, "reason", b.Why)
+		return
+	}
+	log.Warn("a key ahead of ours keeps us waiting until somebody deletes it",
+		"key", b.Key, "reason", b.Why, "remedy", b.Remedy)
+}
+
+// prefix is that of the election's keys: its name and a slash.
+func (cfg *Config) prefix() string { return cfg.Election + "/" }
+
+// wholePrefix is a request for all keys with the prefix.
+func wholePrefix(prefix string) *pb.RangeRequest {
+	return &pb.RangeRequest{
+		Key: []byte(prefix), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(prefix)),
+	}
+}

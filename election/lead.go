@@ -1,0 +1,57 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// lead begins a term, has it led, and returns when that has ended. The lease is renewed meanwhile.
+func (s *session) lead(ctx context.Context, created int64) error {
+	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer end(nil)
+	s.lease.confirmFrom(created)
+	t := &term{end: end, lost: make(chan struct{})}
+	deadlines, begun := s.state.elected(t,
+		Entry{Identity: s.cfg.Identity, Key: s.key, Token: created})
+	if !begun {
+		return nil // it took too long to learn that we won
+	}
+	s.run.elected = true
+	if s.isLost() { // before there was a term to be ended
+		s.state.termEnded(s.lostCause)
+	}
+	led := make(chan error, 1)
+	go func() {
+		led <- s.cfg.Callbacks.Lead(lctx, Term{
+			Key: s.key, Token: created, LeaseID: s.id,
+			Deadlines: deadlines, Timing: s.timing, Lost: t.lost,
+		})
+	}()
+	tick := time.NewTicker(HeartbeatInterval / 2)
+	defer tick.Stop()
+	stop := ctx.Done()
+	for {
+		s.candidate.beat()
+		select {
+		case <-stop:
+			stop = nil
+			s.state.termEnded(context.Cause(ctx))
+		case <-tick.C:
+		case <-s.changed:
+		case <-s.queue.changed:
+			v, _ := s.queue.view()
+			s.state.queueChanged(v.leader(), v.blocker)
+		case err := <-led:
+			if s.cfg.Now() >= s.state.get().Deadlines.StopAt {
+				s.state.termEnded(ErrContactLost) // Lead's own clock was first
+			}
+			cause := context.Cause(lctx)
+			s.state.leadReturned(cause)
+			if cause != nil && errors.Is(err, cause) {
+				return nil // the term's own end is not a fault of Lead
+			}
+			return err
+		}
+	}
+}

@@ -1,0 +1,98 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+)
+
+// leaving is what a session leaves in etcd.
+type leaving struct {
+	lease   int64
+	key     string // "": it was not put
+	created int64  // the key's create revision; 0: whichever it has
+}
+
+// revoke gives up the key and the lease. The job has exited. The key is deleted by itself, and
+// first: a key that was overwritten does not go with the lease, and would keep all others waiting
+// for ever. The next leader waits for no more than the key.
+func (l leaving) revoke(
+	ctx context.Context, ms *members, timeout, hedgeDelay time.Duration,
+) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	var keyErr error
+	if l.key != "" {
+		half, cancel := context.WithTimeout(ctx, timeout/2)
+		_, keyErr = hedge(half, ms, hedgeDelay,
+			func(ctx context.Context, m *member) (struct{}, error) {
+				return struct{}{}, m.remove(ctx, l.key, l.created)
+			})
+		cancel()
+	}
+	_, err := hedge(ctx, ms, hedgeDelay,
+		func(ctx context.Context, m *member) (struct{}, error) {
+			return struct{}{}, m.revoke(ctx, l.lease)
+		})
+	return errors.Join(keyErr, err)
+}
+
+// leftovers revokes the leases that could not be revoked when their sessions ended. The key of such
+// a lease keeps all others waiting, and that it expires in a TTL is not certain: a renewal that was
+// sent into a network partition can arrive long after.
+type leftovers struct {
+	members             *members
+	timeout, hedgeDelay time.Duration
+	ctx                 context.Context // ends with Run
+	cancel              context.CancelFunc
+	revoking            sync.WaitGroup
+	last                chan struct{} // closed when the last one is revoked; nil: there was none
+}
+
+func newLeftovers(ctx context.Context, ms *members, cfg *Config) *leftovers {
+	l := &leftovers{members: ms, timeout: cfg.requestTimeout(), hedgeDelay: cfg.hedgeDelay()}
+	l.ctx, l.cancel = context.WithCancel(ctx)
+	return l
+}
+
+// add goes on revoking. When Run ends there is one last attempt, as for the lease of a session that
+// a planned stop ends.
+func (l *leftovers) add(left leaving) {
+	done := make(chan struct{})
+	l.last = done
+	l.revoking.Go(func() {
+		defer close(done)
+		var wait retry
+		for l.ctx.Err() == nil {
+			if left.revoke(l.ctx, l.members, l.timeout, l.hedgeDelay) == nil {
+				return
+			}
+			wait.sleep(l.ctx)
+		}
+		// Else it expires.
+		_ = left.revoke(context.WithoutCancel(l.ctx), l.members, l.timeout, l.hedgeDelay)
+	})
+}
+
+// wait waits for the last one, for as long as one request over all members may take. Behind a key of
+// our own we would only stand in our own way; and until the callbacks are told of another lease it
+// is this one that whoever is told can revoke.
+func (l *leftovers) wait(ctx context.Context) {
+	if l.last == nil {
+		return
+	}
+	timer := time.NewTimer(l.timeout)
+	defer timer.Stop()
+	select {
+	case <-l.last:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// close returns after the last attempts.
+func (l *leftovers) close() {
+	l.cancel()
+	l.revoking.Wait()
+}

@@ -1,0 +1,74 @@
+package election
+
+import (
+	"log/slog"
+	"sync"
+	"time"
+)
+
+// outage tells of a time in which etcd can't be used: when it begins, when its reason changes, every
+// minute while it lasts, and when it is over.
+type outage struct {
+	log *slog.Logger
+	now func() time.Duration
+
+	mu     sync.Mutex
+	what   failing // 0: there is no outage
+	since  time.Duration
+	isTold bool          // this one
+	reason string        // that was told last, maybe of an earlier one
+	toldAt time.Duration // when that was
+}
+
+// failing is what fails, in bits.
+type failing uint8
+
+const (
+	leaseFails failing = 1 << iota // the lease is not granted or not renewed
+	queueFails                     // the queue can't be joined
+)
+
+const (
+	// repeatEvery is the time after which an outage is told again.
+	repeatEvery = time.Minute
+	// reasonEvery is the least time between two reasons, and between two outages of one reason: on a
+	// link that loses packets they come and go.
+	reasonEvery = 10 * time.Second
+
+	notInElection = "not in the election, trying again"
+)
+
+// fails says that an attempt has failed. The message is for the beginning of an outage.
+func (o *outage) fails(what failing, message, reason string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	now := o.now()
+	if o.what == 0 {
+		o.since, o.isTold = now, false
+	}
+	o.what |= what
+	age, isNew := now-o.toldAt, o.reason != reason
+	switch {
+	case !o.isTold && (isNew || age >= reasonEvery):
+		o.log.Warn(message, "reason", reason)
+	case o.isTold && (age >= repeatEvery || isNew && age >= reasonEvery):
+		o.log.Warn("etcd still can't be used, trying again",
+			"reason", reason, "elapsed", (now - o.since).Round(time.Millisecond).String())
+	default:
+		return
+	}
+	o.isTold, o.reason, o.toldAt = true, reason, now
+}
+
+// over says that an attempt was good.
+func (o *outage) over(what failing) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.what == 0 {
+		return
+	}
+	if o.what &^= what; o.what == 0 && o.isTold {
+		o.log.Info("etcd can be used again",
+			"elapsed", (o.now() - o.since).Round(time.Millisecond).String())
+	}
+}

@@ -1,0 +1,236 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+
+	"leasehold/internal/quote"
+)
+
+// standby campaigns and waits. It returns the create revision of our key when that has won, or 0
+// when the session is over. ctx ends with Run's, or when it is too late to be elected; sctx ends
+// with the session.
+func (s *session) standby(ctx, sctx context.Context) (int64, error) {
+	cctx, cancel := context.WithCancel(sctx)
+	var campaigning sync.WaitGroup
+	defer campaigning.Wait()
+	defer cancel()
+	election, err := newElection(cctx, s.cfg.Election, s.id, &campaignKV{
+		members: s.members, hedgeDelay: s.timing.hedgeDelay(), timeout: s.cfg.requestTimeout(),
+		put: s.put, waitUntilFirst: s.queue.waitUntilFirst,
+	})
+	if err != nil {
+		return 0, err
+	}
+	won := make(chan int64, 1)
+	renewNext := func() { s.running.Go(func() { s.lease.renewNow(sctx) }) }
+	campaign := func() {
+		if created := s.campaign(cctx, election, renewNext); created != 0 {
+			won <- created
+		}
+	}
+	tick := time.NewTicker(HeartbeatInterval / 2)
+	defer tick.Stop()
+	begun, warned := false, ""
+	for {
+		s.candidate.beat()
+		v, trouble := s.look()
+		if v.watched && !begun {
+			begun = true
+			campaigning.Go(campaign)
+		}
+		if s.triesOnce() && v.isBehind() {
+			return 0, v.notElected()
+		}
+		s.show(v, trouble)
+		if v.blocker != nil && v.blocker.Key != warned {
+			warned = v.blocker.Key
+			v.blocker.warn(s.log)
+		}
+		select {
+		case <-ctx.Done():
+			return 0, s.waitOver(v, trouble)
+		case <-s.gone:
+			s.state.entryLost(s.lostCause)
+			return 0, nil
+		case <-s.queue.changed:
+		case <-s.changed:
+		case <-tick.C:
+		case created := <-won:
+			return created, nil
+		}
+	}
+}
+
+// look returns what the queue shows, and what keeps us from being in it.
+func (s *session) look() (view, error) {
+	v, err := s.queue.view()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return v, errors.Join(err, s.campaignErr)
+}
+
+// show publishes what a candidate that waits knows.
+func (s *session) show(v view, trouble error) {
+	outage := s.run.outage
+	switch {
+	case s.cfg.Now() >= s.state.get().Deadlines.StopAt:
+		s.state.connecting(s.unrenewed())
+	case v.own != nil:
+		s.state.queued()
+		outage.over(queueFails)
+	case trouble != nil:
+		reason := "join the queue: " + s.cfg.explain(trouble)
+		s.state.connecting(reason)
+		outage.fails(queueFails, notInElection, reason)
+	default:
+		s.state.connecting("joining the queue")
+	}
+	s.state.queueChanged(v.leader(), v.blocker)
+}
+
+// unrenewed returns why a standby's lease may have expired.
+func (s *session) unrenewed() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	reason := "the lease could not be renewed in time"
+	if s.trouble != nil {
+		reason += ": " + s.cfg.explain(s.trouble)
+	}
+	return reason
+}
+
+// waitOver returns why the candidate was not elected in time.
+func (s *session) waitOver(v view, trouble error) error {
+	switch {
+	case s.cfg.Now() >= s.state.get().Deadlines.StopAt:
+		return fmt.Errorf("%w: %s", ErrUnreachable, s.unrenewed())
+	case v.isBehind():
+		return v.notElected()
+	case trouble != nil:
+		return fmt.Errorf("%w: join the queue: %s", ErrUnreachable, s.cfg.explain(trouble))
+	}
+	return fmt.Errorf("%w: no answer in time", ErrUnreachable)
+}
+
+// isBehind reports whether a key is ahead of ours.
+func (v view) isBehind() bool { return v.own != nil && v.head.key != v.own.key }
+
+// notElected returns who or what is ahead.
+func (v view) notElected() error {
+	if v.blocker != nil {
+		return fmt.Errorf("%w: the key %s is ahead: %s", ErrNotElected, v.blocker.Key, v.blocker.Why)
+	}
+	return fmt.Errorf("%w: %s is ahead", ErrNotElected, quote.Shell(v.head.identity))
+}
+
+// campaign puts our key, waits until no key is ahead of it, and verifies that. It returns our key's
+// create revision when we have won, or 0 when we have lost the key or ctx has ended.
+func (s *session) campaign(
+	ctx context.Context, election *concurrency.Election, renewNext func(),
+) (created int64) {
+	var wait retry
+	for {
+		err := election.Campaign(clientv3.WithRequireLeader(ctx), s.cfg.Identity)
+		if ctx.Err() != nil {
+			return 0
+		}
+		s.mu.Lock()
+		s.campaignErr = err
+		s.mu.Unlock()
+		if err == nil {
+			break
+		}
+		// The key was not put, as far as we know. The next attempt finds it if it was.
+		poke(s.changed)
+		wait.sleep(ctx)
+	}
+	s.lease.confirmFrom(s.created.Load())
+	for ctx.Err() == nil {
+		got, err := s.verifyFirst(ctx, renewNext)
+		switch {
+		case err != nil:
+		case got.created == 0:
+			s.lost(ErrKeyDeleted)
+			return 0
+		case got.lease != s.id:
+			s.lost(ErrKeyOverwritten)
+			return 0
+		case got.first:
+			return got.created
+		}
+		pause(ctx, s.timing.repeatAfter())
+	}
+	return 0
+}
+
+// verification is what a linearizable read shows of our key.
+type verification struct {
+	first    bool   // no key under the prefix was created before ours
+	created  int64  // our key's create revision; 0: it is gone
+	lease    int64  // that our key is bound to
+	raftTerm uint64 // of the member that answered
+}
+
+// verifyFirst verifies that we lead: Election.Campaign returns nil even when its own key is gone
+// (https://github.com/etcd-io/etcd/issues/19597). That our key is the oldest which exists in a
+// linearizable read proves by itself that we lead, for a key made later can never be older; and that
+// it exists proves that the lease did when it was read. So where the last renewal that was due
+// counts, and the read confirms it, its deadlines are as good as those of a leader in the middle of
+// its term. The next renewal follows the read, for etcd would serve it first and the job is waiting.
+// Otherwise there must be another renewal, which is confirmed as those of a leader are.
+func (s *session) verifyFirst(ctx context.Context, renewNext func()) (verification, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
+	defer cancel()
+	sent := s.state.get().Deadlines.End - s.timing.TTL // the last renewal that counts
+	fresh := s.cfg.Now() < sent+s.timing.RenewInterval()*3/2
+	var renewed <-chan struct{}
+	if !fresh {
+		renewed = s.lease.renewNow(ctx)
+	}
+	got, err := hedge(ctx, s.members, s.timing.hedgeDelay(), s.readFirst)
+	if err != nil || !got.first || got.lease != s.id {
+		return got, err
+	}
+	if last := s.lease.raftTerm.Load(); fresh && (last == 0 || last == got.raftTerm) {
+		renewNext()
+		return got, nil
+	}
+	if renewed == nil {
+		s.lease.confirmFrom(got.created)
+		renewed = s.lease.renewNow(ctx)
+	}
+	select {
+	case <-renewed:
+		return got, nil
+	case <-ctx.Done():
+		return got, errors.New("the lease was not renewed")
+	}
+}
+
+// readFirst reads which key is the oldest, and our own.
+func (s *session) readFirst(ctx context.Context, m *member) (verification, error) {
+	oldest := wholePrefix(s.cfg.prefix())
+	oldest.KeysOnly, oldest.Limit = true, 1
+	oldest.SortTarget, oldest.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_ASCEND
+	own := &pb.RangeRequest{Key: []byte(s.key)} // with its lease: see read
+	header, kvs, err := m.readAll(ctx, oldest, own)
+	if err != nil {
+		return verification{}, err
+	}
+	v := verification{raftTerm: header.RaftTerm}
+	if len(kvs[0]) > 0 {
+		v.first = string(kvs[0][0].Key) == s.key
+	}
+	if len(kvs[1]) > 0 {
+		v.created, v.lease = kvs[1][0].CreateRevision, kvs[1][0].Lease
+	}
+	return v, nil
+}

@@ -1,0 +1,297 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"leasehold/internal/quote"
+)
+
+// machine is the candidate's state machine, and all that Snapshot tells. Each event is a method;
+// transition is the only way into a state.
+//
+//	            queued                    elected
+//	Connecting ────────> Standby ────────────────────────> Leading
+//	 ^  ^ │              │ │ │                                │
+//	 │  └─┼──────────────┘ │ │                                │ termEnded
+//	 │    │   connecting   │ │ campaigningAgain               │ leadReturned
+//	 │    │   entryLost    │ │ (won too late)                 v
+//	 │    └────────────────┴─┼──────────────────────────> Stopping
+//	 │        runEnded       │                                │
+//	 └───────────────────────┴────────────────────────────────┘
+//	                 campaigningAgain, connecting
+//
+// A candidate whose lease could not be renewed is Connecting while its key is still in the queue,
+// and may be elected from there.
+type machine struct {
+	log     *slog.Logger
+	metrics *metrics
+	now     func() time.Duration
+	changed func() // called after each change, without the lock; may be nil
+
+	mu          sync.Mutex
+	snapshot    Snapshot
+	term        *term // from before Lead is called until it has returned
+	unpublished bool
+}
+
+// term is a term of which Lead is told.
+type term struct {
+	end         context.CancelCauseFunc
+	over        bool // end was called
+	contactLost bool // stop-at has passed
+	lost        chan struct{}
+	gone        bool // lost is closed
+}
+
+func newMachine(cfg Config) *machine {
+	return &machine{
+		log: cfg.Logger, now: cfg.Now, changed: cfg.Changed,
+		snapshot: Snapshot{State: Connecting, Reason: "not started", Since: time.Now()},
+	}
+}
+
+// change is a transition.
+type change struct {
+	to     State
+	reason string
+	loss   string // an unplanned loss of leadership, as lossReasons has it; else ""
+	warn   string // a message in place of "state changed", at level WARN
+	attrs  []any
+}
+
+// transition enters a state. Nothing else logs, counts or publishes that. The caller, an event,
+// holds m.mu and has looked at the state before.
+func (m *machine) transition(c change) {
+	from, before := m.snapshot.State, m.snapshot.Reason
+	if from == c.to && before == c.reason {
+		return
+	}
+	m.unpublished = true
+	m.snapshot.State, m.snapshot.Reason = c.to, c.reason
+	if from == c.to {
+		return
+	}
+	m.snapshot.Since = time.Now()
+	if c.to == Leading {
+		m.metrics.terms.Inc()
+	}
+	level, message := slog.LevelInfo, "state changed"
+	if c.loss != "" {
+		m.metrics.losses.WithLabelValues(c.loss).Inc()
+		c.warn = "leadership lost"
+	}
+	if c.warn != "" {
+		level, message = slog.LevelWarn, c.warn
+	}
+	attrs := append([]any{"from", from, "to", c.to, "reason", c.reason}, c.attrs...)
+	m.log.Log(context.Background(), level, message, attrs...)
+}
+
+// impossible reports an event that the state does not allow, which is a fault of this package. The
+// elector dies of it, and the guard kills the job.
+func (m *machine) impossible(event string) {
+	panic(fmt.Sprintf("election: %s in state %q", event, m.snapshot.State))
+}
+
+// unlock ends an event, and publishes what it has changed.
+func (m *machine) unlock() {
+	publish := m.unpublished
+	m.unpublished = false
+	m.mu.Unlock()
+	if publish {
+		m.publish()
+	}
+}
+
+func (m *machine) publish() {
+	if m.changed != nil {
+		m.changed()
+	}
+}
+
+// get returns the snapshot, without the heartbeats.
+func (m *machine) get() Snapshot {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.snapshot
+}
+
+// connecting: the candidate is not in the election, for this reason.
+func (m *machine) connecting(reason string) {
+	m.mu.Lock()
+	defer m.unlock()
+	switch m.snapshot.State {
+	case Connecting, Standby, Stopping:
+		m.transition(change{to: Connecting, reason: reason})
+	default:
+		m.impossible("connecting")
+	}
+}
+
+// campaigningAgain: a session begins. A reason of the last one's end stays.
+func (m *machine) campaigningAgain() {
+	m.mu.Lock()
+	defer m.unlock()
+	switch m.snapshot.State {
+	case Connecting:
+	case Standby, Stopping:
+		m.transition(change{to: Connecting, reason: "campaigning again"})
+	default:
+		m.impossible("campaigning again")
+	}
+}
+
+// queued: the candidate's key is in the queue.
+func (m *machine) queued() {
+	m.mu.Lock()
+	defer m.unlock()
+	switch m.snapshot.State {
+	case Connecting, Standby:
+		m.transition(change{to: Standby})
+	default:
+		m.impossible("queued")
+	}
+}
+
+// entryLost: the key or the lease is gone before the candidate was elected.
+func (m *machine) entryLost(cause error) {
+	m.mu.Lock()
+	defer m.unlock()
+	switch m.snapshot.State {
+	case Connecting, Standby:
+		m.transition(change{
+			to: Connecting, reason: cause.Error(),
+			warn: "queue entry lost, campaigning again with a new lease",
+		})
+	default:
+		m.impossible("queue entry lost")
+	}
+}
+
+// elected: the candidate has won. It returns false, and does nothing, where stop-at has passed.
+func (m *machine) elected(t *term, self Entry) (Deadlines, bool) {
+	m.mu.Lock()
+	defer m.unlock()
+	deadlines := m.snapshot.Deadlines
+	if m.now() >= deadlines.StopAt {
+		return deadlines, false
+	}
+	switch m.snapshot.State {
+	case Connecting, Standby:
+		m.term = t
+		m.snapshot.Leading, m.snapshot.Leader, m.snapshot.Blocker = true, &self, nil
+		m.transition(change{to: Leading, attrs: []any{
+			"token", self.Token,
+			"lease", fmt.Sprintf("%x", m.snapshot.LeaseID), "ttl", m.snapshot.TTL.String(),
+		}})
+	default:
+		m.impossible("elected")
+	}
+	return deadlines, true
+}
+
+// termEnded: the term is over for this cause, if one runs. The first cause counts. That the lease or
+// the key is lost is passed on to Lead also after a milder cause.
+func (m *machine) termEnded(cause error) {
+	m.mu.Lock()
+	defer m.unlock()
+	t := m.term
+	if t == nil {
+		return
+	}
+	if errors.Is(cause, ErrContactLost) {
+		t.contactLost = true
+	}
+	first := !t.over
+	if first {
+		t.over = true
+		m.snapshot.Leading = false
+		t.end(cause) // before anything that takes time
+	}
+	if !t.gone && (errors.Is(cause, ErrLeaseLost) || errors.Is(cause, ErrKeyDeleted)) {
+		t.gone = true
+		close(t.lost)
+	}
+	switch m.snapshot.State {
+	case Leading:
+		m.transition(change{to: Stopping, reason: cause.Error(), loss: lossReasons[cause]})
+	case Stopping:
+	default:
+		m.impossible("term ended")
+	}
+}
+
+// leadReturned: Lead has returned, because the term ended for this cause, or by itself (nil).
+func (m *machine) leadReturned(cause error) {
+	m.mu.Lock()
+	defer m.unlock()
+	m.term, m.snapshot.Leading = nil, false
+	reason := ""
+	if cause != nil {
+		reason = cause.Error()
+	}
+	switch m.snapshot.State {
+	case Leading, Stopping:
+		m.transition(change{to: Stopping, reason: reason})
+	default:
+		m.impossible("lead returned")
+	}
+}
+
+// runEnded: the context of Run has ended, and nothing of the candidate is left in etcd.
+func (m *machine) runEnded() {
+	m.mu.Lock()
+	defer m.unlock()
+	switch m.snapshot.State {
+	case Connecting, Standby, Stopping:
+		m.transition(change{to: Stopping})
+	default:
+		m.impossible("run ended")
+	}
+}
+
+// The methods that follow change what is known, and not the state.
+
+// leased publishes the lease; all zero: there is none, and nothing is known of the queue.
+func (m *machine) leased(id int64, ttl time.Duration, d Deadlines) {
+	m.mu.Lock()
+	defer m.unlock()
+	m.unpublished = true
+	m.snapshot.LeaseID, m.snapshot.TTL, m.snapshot.Deadlines = id, ttl, d
+	if id == 0 {
+		m.snapshot.Leader, m.snapshot.Blocker = nil, nil
+	}
+}
+
+// renewed keeps the new deadlines, for the caller to publish. It reports whether a term is
+// extended by them: none that stop-at has ended is.
+func (m *machine) renewed(d Deadlines) (extends bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.snapshot.Deadlines = d
+	return m.term != nil && !m.term.contactLost && !m.term.gone
+}
+
+// queueChanged publishes who leads, and what keeps the candidate waiting.
+func (m *machine) queueChanged(leader *Entry, blocker *Blocker) {
+	m.mu.Lock()
+	defer m.unlock()
+	if m.snapshot.Leading {
+		// Ourselves: that was proven by more than a watch, which may be late.
+		leader, blocker = m.snapshot.Leader, nil
+	}
+	newLeader := !same(m.snapshot.Leader, leader)
+	m.unpublished = newLeader || !same(m.snapshot.Blocker, blocker)
+	m.snapshot.Leader, m.snapshot.Blocker = leader, blocker
+	if newLeader && leader != nil {
+		m.log.Info("leader changed", "leader", quote.Printable(leader.Identity), "token", leader.Token)
+	}
+}
+
+// same compares what the pointers point to.
+func same[T comparable](a, b *T) bool { return a == b || a != nil && b != nil && *a == *b }

@@ -1,0 +1,220 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// Why a watch is given up.
+var (
+	errUnanswered = errors.New("the watch is not answered")
+	errSuspect    = errors.New("the member that serves the watch does not renew the lease")
+	errBehind     = errors.New("the watch has not told of what others know")
+)
+
+// watchConn is a watch of the queue, which one member serves.
+type watchConn struct {
+	queue    *queue
+	member   *member
+	watcher  clientv3.Watcher
+	events   clientv3.WatchChan
+	interval time.Duration // of the tick; both halves of the liveness check take one
+
+	seen       int64 // the latest revision that the member has told of
+	unanswered int   // ticks since its last answer
+	behind     bool  // our key has been put, and who is ahead of it could not be read
+
+	looked  time.Duration   // at the head, once in a TTL
+	look    chan queueEntry // the result of the look under way; nil: none is
+	looking sync.WaitGroup
+}
+
+// follow watches the queue, until the watch ends or the member is suspect.
+func (q *queue) follow(ctx context.Context) error {
+	w := &watchConn{queue: q, interval: min(q.cfg.timing.RenewInterval(), HeartbeatInterval/2)}
+	// Whoever answers first serves the watch. Any key will do, but who may not read them all must not
+	// join.
+	anyKey := wholePrefix(q.cfg.prefix)
+	anyKey.Limit, anyKey.KeysOnly = 1, true
+	from, answer, err := q.ask(ctx, w.interval, anyKey)
+	if err != nil {
+		return err
+	}
+	client, err := from.open()
+	if err != nil {
+		return err
+	}
+	w.member, w.watcher, w.seen = from, clientv3.NewWatcher(client), answer.Header.Revision
+	defer q.cfg.members.closing.Go(func() { _ = w.watcher.Close() })
+	defer w.looking.Wait()
+	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	defer cancel()
+	// Watch returns when the member has answered. What is read after that is not older than what the
+	// watch begins with.
+	answered := time.AfterFunc(w.interval, cancel)
+	w.events = w.watcher.Watch(wctx, q.cfg.prefix,
+		clientv3.WithPrefix(), clientv3.WithFilterPut(), clientv3.WithFragment())
+	if !answered.Stop() {
+		q.cfg.members.reset(from)
+		return errUnanswered
+	}
+	if err := q.loadAhead(ctx, w.interval); err != nil {
+		return err
+	}
+	q.mu.Lock()
+	q.watched, q.err, q.conn = true, nil, w
+	w.seen = max(w.seen, q.revision)
+	poke(q.changed)
+	q.mu.Unlock()
+	return w.run(ctx, wctx)
+}
+
+// run follows the watch. ctx is the queue's, wctx the watch's own.
+func (w *watchConn) run(ctx, wctx context.Context) error {
+	q := w.queue
+	tick := time.NewTicker(w.interval)
+	defer tick.Stop()
+	w.looked = q.cfg.now()
+	for {
+		q.beat()
+		select {
+		case <-ctx.Done():
+			return nil
+		case m := <-q.suspects:
+			// Also where there is no other: an etcd that stops waits for its watches to end.
+			if m == w.member {
+				return errSuspect
+			}
+		case <-q.puts:
+			w.behind = !q.isLoaded() && q.loadAhead(ctx, w.interval) != nil
+		case resp, ok := <-w.events:
+			if !ok {
+				return errors.New("the watch has ended")
+			}
+			if err := resp.Err(); err != nil {
+				return fmt.Errorf("watch the queue: %w", err)
+			}
+			w.unanswered, w.seen = 0, max(w.seen, resp.Header.Revision)
+			q.apply(resp.Events)
+		case <-tick.C:
+			if err := w.tick(ctx, wctx); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// tick looks at the head now and then, and asks whether the watch is still served.
+func (w *watchConn) tick(ctx, wctx context.Context) error {
+	q := w.queue
+	select {
+	case gone := <-w.look:
+		if gone != (queueEntry{}) && q.isAhead(gone) {
+			q.cfg.members.reset(w.member)
+			return errBehind
+		}
+		w.looked, w.look = q.cfg.now(), nil
+	default:
+	}
+	switch {
+	case w.behind:
+		w.behind = q.loadAhead(ctx, w.interval) != nil
+	case w.look == nil && q.cfg.now()-w.looked > q.cfg.timing.TTL:
+		// Beside the watch, which must not wait for it.
+		found := make(chan queueEntry, 1)
+		w.look = found
+		w.looking.Go(func() { found <- q.lookAtHead(wctx, w.interval) })
+	}
+	q.beat()
+	if w.unanswered++; w.unanswered > 1 {
+		// Etcd answers no request for progress before anything was written since the watch began:
+		// from the revision after the read, and so does the client after a broken connection. Then
+		// there is nothing to be missed either.
+		if w.isUpToDate(wctx) {
+			w.unanswered = 0
+			return nil
+		}
+		q.cfg.members.reset(w.member)
+		return errUnanswered
+	}
+	pctx, cancel := context.WithTimeout(wctx, w.interval)
+	defer cancel()
+	_ = w.watcher.RequestProgress(pctx) // an error shows in that no answer comes
+	return nil
+}
+
+// isUpToDate reports whether the member answers and knows of nothing later than the watch has told.
+func (w *watchConn) isUpToDate(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, w.interval)
+	defer cancel()
+	conn, err := w.member.conn()
+	if err != nil {
+		return false
+	}
+	resp, err := pb.NewKVClient(conn).Range(ctx,
+		&pb.RangeRequest{Key: []byte(w.queue.cfg.own), KeysOnly: true, Serializable: true})
+	return err == nil && resp.Header.Revision <= w.seen
+}
+
+// lookAtHead reads the key that is first, and our own, over all members. The candidate may have given
+// it another value, and anybody may have taken the lease from either by writing to it: then it never
+// goes by itself. None of this is a deletion, so the watch does not tell. If the key is gone it
+// returns its entry: the watch will have told of that by the next tick, unless its member does not
+// keep up with the others, and answers all the same. An answer that does not come is no harm, for
+// there is another look.
+func (q *queue) lookAtHead(ctx context.Context, timeout time.Duration) (gone queueEntry) {
+	v, _ := q.view()
+	if !v.isBehind() {
+		return queueEntry{}
+	}
+	type answer struct {
+		header    *pb.ResponseHeader
+		head, own []*mvccpb.KeyValue
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	got, err := hedge(ctx, q.cfg.members, q.cfg.timing.hedgeDelay(),
+		func(ctx context.Context, m *member) (answer, error) {
+			header, kvs, err := m.readAll(ctx,
+				&pb.RangeRequest{Key: []byte(v.head.key)}, &pb.RangeRequest{Key: []byte(q.cfg.own)})
+			if err != nil {
+				return answer{}, err
+			}
+			return answer{header, kvs[0], kvs[1]}, nil
+		})
+	if err != nil {
+		return queueEntry{}
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(got.own) > 0 && got.own[0].CreateRevision == q.created &&
+		!newQueueEntry(q.cfg.prefix, got.own[0]).candidate {
+		q.cfg.lost(ErrKeyOverwritten)
+	}
+	now, there := q.entries[v.head.key]
+	switch {
+	case !there || now.created != v.head.created || got.header.Revision < q.revision:
+		return queueEntry{}
+	case len(got.head) == 0 || got.head[0].CreateRevision != now.created:
+		return now
+	}
+	if found := newQueueEntry(q.cfg.prefix, got.head[0]); found != now {
+		q.entries[v.head.key] = found
+		poke(q.changed)
+	}
+	return queueEntry{}
+}
+
+// isAhead reports whether the entry is one of those that are ahead of us, for all that we know.
+func (q *queue) isAhead(e queueEntry) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.entries[e.key] == e
+}
