@@ -436,7 +436,7 @@ func TestCandidate_Wait(t *testing.T) {
 	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
 		b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testHolder) { cfg.Wait = wait })
 		began := harness.Now()
-		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) {
+		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) || !strings.Contains(err.Error(), "'a' is ahead") {
 			t.Errorf("wait %v: Run returned %v", wait, err)
 		}
 		if took := harness.Now() - began; took > wait+time.Second {
@@ -464,7 +464,7 @@ func TestCandidate_EtcdDownAtStart(t *testing.T) {
 	}
 	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
 		b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testHolder) { cfg.Wait = wait })
-		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) || !strings.Contains(err.Error(), "connection refused") {
+		if err := b.waitForReturn(); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "connection refused") {
 			t.Errorf("wait %v: Run returned %v", wait, err)
 		}
 	}
@@ -551,31 +551,23 @@ func (b *syncBuffer) String() string {
 func TestCandidate_Blockers(t *testing.T) {
 	cluster := newTestEtcd(t)
 	lease := strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]
-	for key, why := range map[string]string{
-		t.Name() + "/by hand":                                "no lease",
-		t.Name() + "/nested/" + strings.TrimLeft(lease, "0"): "nested election",
-		t.Name() + "/it's\x01\xff/binary":                    "no lease",
-		t.Name() + "/not-the-lease":                          "not a candidate's",
-		t.Name() + "/":                                       "no lease",
-		t.Name() + "/" + strings.Repeat("k", 600):            "no lease",
+	value := "\x01\xff" + strings.Repeat("v", 2*maxIdentity)
+	for _, key := range []string{
+		"by hand", "it's\x01\xff/binary", "nested/" + strings.TrimLeft(lease, "0"), "",
+		strings.Repeat("k", 600),
 	} {
-		args := []string{"put", key, "\x01\xff" + strings.Repeat("v", 2*maxIdentity)}
-		if why != "no lease" {
-			args = append(args, "--lease", lease)
-		}
-		etcdctl(t, cluster, args...)
+		etcdctl(t, cluster, "put", t.Name()+"/"+key, value)
 		a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
-		s := a.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
-		if !strings.Contains(s.Blocker.Why, why) || s.State != Standby || s.Leader != nil {
-			t.Errorf("%q: snapshot %+v, blocker %+v", key, s, s.Blocker)
-		}
+		s := a.waitForBlocker("no lease")
 		r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
-		if err != nil || r.Leader != nil || len(r.Blockers) != 1 || r.Blockers[0] != *s.Blocker || len(r.Queue) != 1 {
+		if err != nil || r.Leader != nil || len(r.Blockers) != 1 || r.Blockers[0] != *s.Blocker ||
+			len(r.Queue) != 1 {
 			t.Errorf("%q: query: %+v, %v", key, r, err)
 		}
 		// The remedy is a command that works as it stands, in bash.
 		bash := exec.Command("bash", "-c", s.Blocker.Remedy)
-		bash.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+cluster.Endpoints()[0], "PATH="+etcdctlDir(cluster)+":"+os.Getenv("PATH"))
+		bash.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+cluster.Endpoints()[0],
+			"PATH="+etcdctlDir(cluster)+":"+os.Getenv("PATH"))
 		if out, err := bash.CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v: %s", s.Blocker.Remedy, err, out)
 		}
@@ -583,6 +575,48 @@ func TestCandidate_Blockers(t *testing.T) {
 		a.stop(nil)
 		a.waitForReturn()
 	}
+}
+
+// A key whose lease is alive is waited for. Nobody is advised to delete it.
+func TestCandidate_BlockersWithALease(t *testing.T) {
+	cluster := newTestEtcd(t)
+	for key, why := range map[string]string{
+		"nested/%s": "nested election", "not-the-lease": "not a candidate's",
+	} {
+		resign := make(chan struct{})
+		a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testHolder) {
+			h.lead = func(ctx context.Context, _ Term) error {
+				select {
+				case <-resign:
+				case <-ctx.Done():
+				}
+				return nil
+			}
+		})
+		a.waitForTerm()
+		// It comes after the candidate's start, which would refuse a nested election.
+		lease := strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]
+		key = strings.ReplaceAll(key, "%s", strings.TrimLeft(lease, "0"))
+		etcdctl(t, cluster, "put", t.Name()+"/"+key, "", "--lease", lease)
+		resign <- struct{}{} // and campaign again, behind that
+		if s := a.waitForBlocker(why); s.Blocker.Remedy != "" {
+			t.Errorf("%q: remedy %q", key, s.Blocker.Remedy)
+		}
+		etcdctl(t, cluster, "lease", "revoke", lease)
+		a.waitForTerm()
+		a.stop(nil)
+		a.waitForReturn()
+	}
+}
+
+// waitForBlocker waits until a key keeps the candidate waiting, for a reason that contains why.
+func (c *testCandidate) waitForBlocker(why string) Snapshot {
+	c.t.Helper()
+	s := c.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
+	if !strings.Contains(s.Blocker.Why, why) || s.State != Standby || s.Leader != nil {
+		c.t.Errorf("%s: snapshot %+v, blocker %+v", why, s, s.Blocker)
+	}
+	return s
 }
 
 // Whoever writes to a leader's key takes its lease from it. It must not stay and block the others.

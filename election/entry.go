@@ -72,11 +72,11 @@ func (e queueEntry) blocker() *Blocker {
 
 func (b *Blocker) warn(log *slog.Logger) {
 	if b.Remedy == "" {
-		log.Warn("a key ahead of ours keeps us waiting for as long as its lease is kept alive",
+		log.Warn("a key ahead of ours is not a candidate's, waiting for its lease to end",
 			"key", b.Key, "reason", b.Why)
 		return
 	}
-	log.Warn("a key ahead of ours keeps us waiting until somebody deletes it",
+	log.Warn("a key ahead of ours will not go by itself, waiting until somebody deletes it",
 		"key", b.Key, "reason", b.Why, "remedy", b.Remedy)
 }
 

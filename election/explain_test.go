@@ -1,0 +1,75 @@
+package election
+
+import (
+	"strings"
+	"testing"
+
+	"leasehold/e2e/harness"
+)
+
+// What etcd refuses, and what would help, stands in the reason and in what Query returns.
+func TestExplain_Auth(t *testing.T) {
+	cluster := newTestEtcd(t)
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", "allowed/"); err != nil {
+		t.Fatal(err)
+	}
+	password := func(p string) func() (string, error) {
+		return func() (string, error) { return p, nil }
+	}
+	for name, test := range map[string]struct {
+		change func(*Config)
+		want   string
+	}{
+		"role": {
+			func(cfg *Config) { cfg.Username, cfg.Password = "candidate", password("secret") },
+			`user "candidate" needs a role with %s permission on the prefix "` + t.Name() + `/"`,
+		},
+		"password": {
+			func(cfg *Config) { cfg.Username, cfg.Password = "candidate", password("guess") },
+			"user name or password is wrong",
+		},
+		"no user": {func(*Config) {}, "etcd demands a user name and a password"},
+	} {
+		cfg := testConfig(t, cluster.Endpoints(), "")
+		test.change(&cfg)
+		read := strings.ReplaceAll(test.want, "%s", "read")
+		if _, err := Query(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), read) {
+			t.Errorf("%s: query: %v, want %s", name, err, read)
+		}
+		a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testHolder) {
+			test.change(cfg)
+		})
+		readwrite := strings.ReplaceAll(test.want, "%s", "readwrite")
+		a.waitFor(name, func(s Snapshot) bool { return strings.Contains(s.Reason, readwrite) })
+		a.stop(nil)
+		a.waitForReturn()
+	}
+}
+
+// A URL with the wrong scheme is told as such.
+func TestExplain_Scheme(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	certs, err := harness.NewCerts(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	secure := harness.NewTestCluster(t, harness.ClusterConfig{TLS: certs})
+	open := harness.NewTestCluster(t, harness.ClusterConfig{})
+	for _, test := range []struct {
+		endpoint, from, to, want string
+	}{
+		{secure.Endpoints()[0], "https://", "http://", "begins with https"},
+		{open.Endpoints()[0], "http://", "https://", "begins with http"},
+	} {
+		cfg := testConfig(t, []string{strings.Replace(test.endpoint, test.from, test.to, 1)}, "")
+		for range 3 {
+			_, err := Query(t.Context(), cfg)
+			t.Logf("%s: %v", cfg.Endpoints[0], err)
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%s: %v, want %q", cfg.Endpoints[0], err, test.want)
+			}
+		}
+	}
+}
