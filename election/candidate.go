@@ -61,6 +61,8 @@ type run struct {
 	outage    *outage
 	started   time.Duration
 	elected   bool // at least once
+	// nestedChecked: it is known that there was no election within or around ours.
+	nestedChecked bool
 }
 
 // Run takes part in the election until ctx ends, which is a planned stop: the term, if one runs,

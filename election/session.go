@@ -83,6 +83,9 @@ func (s *session) start(ctx context.Context) error {
 		return unlessStopped(ctx, err)
 	}
 	s.startLease(sctx, g)
+	if err := s.refuseNested(wctx); err != nil {
+		return unlessStopped(ctx, err)
+	}
 	created, err := s.standby(wctx, sctx)
 	if ctx.Err() != nil || err != nil || created == 0 {
 		return unlessStopped(ctx, err)
