@@ -16,17 +16,18 @@ import (
 	"google.golang.org/grpc/keepalive"
 )
 
-// auth holds the token that etcd gave for a user name and password. With both in its Config etcd's client would authenticate
-// before every stream, at 80 ms of bcrypt each; here it is done once, and again only when etcd says that the token is no good.
+// auth holds the token that etcd gave for a user name and password. With both in its Config etcd's
+// client would authenticate before every stream, at 80 ms of bcrypt each; here it is done once, and
+// again only when etcd says that the token is no good.
 //
-// A candidate has one authentication in flight, whichever requests need it. It outlives them: etcd checks a password to the end,
-// although nobody waits any more. If a whole fleet threw away what it has begun and began it again, as after a restart of etcd,
-// etcd would have time for nothing else.
+// A candidate has one authentication in flight, whichever requests need it. It outlives them: etcd
+// checks a password to the end, although nobody waits any more. If a whole fleet threw away what it
+// has begun and began it again, as after a restart of etcd, etcd would have time for nothing else.
 type auth struct {
 	username string
 	password func() (string, error)
 	members  *members
-	spread   time.Duration      // a token is replaced after up to so long, for those of a fleet may end together
+	spread   time.Duration      // the longest wait before a token is replaced: those of a fleet may end together
 	obtained func(token string) // called with each new token; may be nil
 
 	life context.Context // ends with the members
@@ -48,11 +49,12 @@ type authentication struct {
 }
 
 const (
-	// authBound is for how long an authentication is kept, while etcd answers a ping every 10 s within 20 s: it may have thousands of
-	// passwords to check beside ours, and is done with all of them at about the same time.
-	authBound = 5 * time.Minute
-	pingEvery = 10 * time.Second
-	pingBound = 20 * time.Second
+	// authTimeout is for how long an authentication is kept, while etcd answers a ping every 10 s
+	// within 20 s: it may have thousands of passwords to check beside ours, and is done with all of
+	// them at about the same time.
+	authTimeout = 5 * time.Minute
+	pingEvery   = 10 * time.Second
+	pingTimeout = 20 * time.Second
 	// mostHold bounds the pause after an authentication that failed, but for chance.
 	mostHold = 5 * time.Second
 	// refusalHolds is the pause after a refused password, which costs etcd as much as a good one.
@@ -77,7 +79,8 @@ func (a *auth) GetRequestMetadata(context.Context, ...string) (map[string]string
 	return map[string]string{rpctypes.TokenFieldNameGRPC: token}, nil
 }
 
-// RequireTransportSecurity implements credentials.PerRPCCredentials. etcd allows passwords without TLS, and so does its client.
+// RequireTransportSecurity implements credentials.PerRPCCredentials. etcd allows passwords without
+// TLS, and so does its client.
 func (a *auth) RequireTransportSecurity() bool { return false }
 
 func (a *auth) current() (token string, known bool) {
@@ -86,7 +89,8 @@ func (a *auth) current() (token string, known bool) {
 	return a.token, a.known
 }
 
-// busy reports whether requests may be waiting for a token: that they get no answer says nothing of a member, then.
+// busy reports whether requests may be waiting for a token: that they get no answer says nothing of
+// a member, then.
 func (a *auth) busy() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -103,19 +107,25 @@ func (a *auth) close() {
 // unauthenticated reports whether a new token may help.
 func unauthenticated(err error) bool {
 	err = rpctypes.Error(err)
-	return errors.Is(err, rpctypes.ErrInvalidAuthToken) || errors.Is(err, rpctypes.ErrUserEmpty) || errors.Is(err, rpctypes.ErrAuthOldRevision)
+	return errors.Is(err, rpctypes.ErrInvalidAuthToken) || errors.Is(err, rpctypes.ErrUserEmpty) ||
+		errors.Is(err, rpctypes.ErrAuthOldRevision)
 }
 
-// intercept gives all unary requests a token. Streams get theirs from GetRequestMetadata; those that fail for it are opened
-// again by whoever opened them, after a unary request or through authenticated.
-func (m *member) intercept(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+// intercept gives all unary requests a token. Streams get theirs from GetRequestMetadata; those
+// that fail for it are opened again by whoever opened them, after a unary request or through
+// authenticated.
+func (m *member) intercept(
+	ctx context.Context, method string, req, reply any, conn *grpc.ClientConn,
+	invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+) error {
 	if method == pb.Auth_Authenticate_FullMethodName {
 		return invoke(ctx, method, req, reply, conn, opts...)
 	}
 	return m.authenticated(ctx, func() error { return invoke(ctx, method, req, reply, conn, opts...) })
 }
 
-// authenticated carries out the call with a token, and once more with a new one if etcd refuses the one we have.
+// authenticated carries out the call with a token, and once more with a new one if etcd refuses the
+// one we have.
 func (m *member) authenticated(ctx context.Context, call func() error) error {
 	if m.auth == nil {
 		return call()
@@ -137,7 +147,8 @@ func (m *member) authenticated(ctx context.Context, call func() error) error {
 	return call()
 }
 
-// replace waits for a token in place of the refused one. The member that it was needed for is asked for it first.
+// replace waits for a token in place of the refused one. The member that it was needed for is asked
+// for it first.
 func (a *auth) replace(ctx context.Context, refused string, first *member) error {
 	a.mu.Lock()
 	switch {
@@ -196,14 +207,15 @@ func (a *auth) run(this *authentication, pause time.Duration, first *member) {
 	a.failure, a.retryAt = err, time.Now().Add(hold/2+rand.N(hold))
 }
 
-// ask asks one member after the other, and never two at a time, until one knows the password as good or bad.
+// ask asks one member after the other, and never two at a time, until one knows the password as
+// good or bad.
 func (a *auth) ask(first *member) (token string, err error) {
 	password, err := a.password()
 	if err != nil {
 		return "", fmt.Errorf("read the password: %w", err)
 	}
 	// A member that knows of no leader says so at once, then.
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(a.life), authBound)
+	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(a.life), authTimeout)
 	defer cancel()
 	list := a.members.all()
 	start := slices.Index(list, first)
@@ -220,17 +232,20 @@ func (a *auth) ask(first *member) (token string, err error) {
 	return "", err
 }
 
-// authenticate gets a token from this member, over a connection of its own: those for requests are replaced when requests wait for
-// too long, and one to a member that hangs does not come up.
+// authenticate gets a token from this member, over a connection of its own: those for requests are
+// replaced when requests wait for too long, and one to a member that hangs does not come up.
 func (m *member) authenticate(ctx context.Context, username, password string) (string, error) {
-	client, err := m.dial(grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingEvery, Timeout: pingBound}))
+	client, err := m.dial(grpc.WithKeepaliveParams(
+		keepalive.ClientParameters{Time: pingEvery, Timeout: pingTimeout}))
 	if err != nil {
 		return "", &memberError{m.name(), err}
 	}
 	defer m.auth.members.closeClient(client)
-	resp, err := pb.NewAuthClient(client.ActiveConnection()).Authenticate(ctx, &pb.AuthenticateRequest{Name: username, Password: password})
+	resp, err := pb.NewAuthClient(client.ActiveConnection()).Authenticate(ctx,
+		&pb.AuthenticateRequest{Name: username, Password: password})
 	if err != nil {
-		return "", &memberError{m.name(), fmt.Errorf("authenticate as %q: %w", username, rpctypes.Error(err))}
+		err = fmt.Errorf("authenticate as %q: %w", username, rpctypes.Error(err))
+		return "", &memberError{m.name(), err}
 	}
 	return resp.Token, nil
 }

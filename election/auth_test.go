@@ -8,11 +8,137 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"leasehold/e2e/harness"
 )
+
+func TestCandidate_Auth(t *testing.T) {
+	cluster := newTestEtcd(t)
+	ctx := t.Context()
+	password := "secret"
+	withAuth := func(cfg *Config, _ *testCallbacks) {
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return password, nil }
+	}
+	// Before auth is enabled the user name does no harm.
+	early := newTestCandidate(t, cluster.Endpoints(), "early", withAuth)
+	term := early.waitForTerm()
+	if err := cluster.EnableAuth(ctx, "candidate", password, t.Name()+"/"); err != nil {
+		t.Fatal(err)
+	}
+	early.waitForExtensions(2)
+	early.expectLeading(term)
+	authenticated := func() float64 {
+		t.Helper()
+		n, err := cluster.Members[0].Metric(ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	a := newTestCandidate(t, cluster.Endpoints(), "a", withAuth)
+	a.waitForState(Standby)
+	before := authenticated()
+	early.waitForExtensions(8)
+	if n := authenticated() - before; n != 0 {
+		t.Errorf("%v authentications for 8 renewals of two candidates", n)
+	}
+	early.stop(nil)
+	a.waitForTerm()
+
+	wrong := newTestCandidate(t, cluster.Endpoints(), "wrong", func(cfg *Config, _ *testCallbacks) {
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "guess", nil }
+	})
+	s := wrong.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "authentication failed") })
+	if s.State != Connecting || strings.Contains(s.Reason, "guess") {
+		t.Errorf("snapshot: %+v", s)
+	}
+	if _, err := Query(ctx, func() Config { cfg := testConfig(t, cluster.Endpoints(), ""); withAuth(&cfg, nil); return cfg }()); err != nil {
+		t.Errorf("query: %v", err)
+	}
+}
+
+// Tokens that are not used for a second expire here, so that every renewal finds its own expired,
+// and so does every watch that is opened when a predecessor goes.
+func TestCandidate_TokensExpire(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	cluster := harness.NewTestCluster(t, harness.ClusterConfig{Flags: []string{"--auth-token-ttl=1"}})
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
+		t.Fatal(err)
+	}
+	withAuth := func(cfg *Config, _ *testCallbacks) {
+		cfg.TTL = 15 * time.Second
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+	}
+	a := newTestCandidate(t, cluster.Endpoints(), "a", withAuth)
+	term := a.waitForTerm()
+	b := newTestCandidate(t, cluster.Endpoints(), "b", withAuth)
+	b.waitForState(Standby)
+	c := newTestCandidate(t, cluster.Endpoints(), "c", withAuth)
+	c.waitForState(Standby)
+	a.waitForExtensions(2)
+	a.expectLeading(term)
+	// c's predecessor goes: it has to watch another key.
+	b.stop(nil)
+	b.waitForReturn()
+	a.waitForExtensions(1)
+	a.stop(nil)
+	c.waitForTerm()
+}
+
+// A refused renewal says nothing of the member's watch: to open that again has etcd read the whole
+// queue.
+func TestCandidate_RefusedRenewalKeepsTheWatch(t *testing.T) {
+	cluster := newTestEtcd(t)
+	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
+		t.Fatal(err)
+	}
+	root, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Username: "root", Password: "root-secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	registry := prometheus.NewRegistry()
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testCallbacks) {
+		cfg.TTL, cfg.Registerer = 15*time.Second, registry
+		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+	})
+	term := a.waitForTerm()
+	a.waitForExtensions(1)
+	watches := func() float64 {
+		t.Helper()
+		n, err := cluster.Members[0].Metric(t.Context(), `grpc_server_started_total{grpc_method="Watch"`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := watches()
+	if _, err := root.UserChangePassword(t.Context(), "candidate", "other"); err != nil { // and its tokens are no good any more
+		t.Fatal(err)
+	}
+	until(t, func() error {
+		if n := gather(t, registry)["leasehold_lease_renewals_total failed"]; n < 1 {
+			return fmt.Errorf("no renewal was refused")
+		}
+		return nil
+	})
+	if _, err := root.UserChangePassword(t.Context(), "candidate", "secret"); err != nil {
+		t.Fatal(err)
+	}
+	a.waitForExtensions(2)
+	a.expectLeading(term)
+	if n := watches() - before; n != 0 {
+		t.Errorf("%v watches were opened again", n)
+	}
+}
 
 // newTestEtcdOnOneCore starts an etcd of one member with auth, all of whose threads share a core.
 func newTestEtcdOnOneCore(t *testing.T) *harness.Cluster {
@@ -36,9 +162,10 @@ func newTestEtcdOnOneCore(t *testing.T) *harness.Cluster {
 	return cluster
 }
 
-// A restart of etcd makes all simple tokens invalid. Etcd checks one password in 80 ms of a core, and checks it to the end although
-// nobody waits any more: a fleet must not throw away what it has begun, or it never comes back. TEST_FLEET is how many leaders it has;
-// docs/scale.md shows what was measured.
+// A restart of etcd makes all simple tokens invalid. Etcd checks one password in 80 ms of a core,
+// and checks it to the end although nobody waits any more: a fleet must not throw away what it has
+// begun, or it never comes back. TEST_FLEET is how many leaders it has; docs/scale.md shows what
+// was measured.
 func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 	fleet := 60 // it takes them 5 to 8 s to come back
 	if n, err := strconv.Atoi(os.Getenv("TEST_FLEET")); err == nil {
@@ -61,7 +188,7 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 	}
 	began := harness.Now()
 	for i := range fleet {
-		all = append(all, newTestCandidate(t, cluster.Endpoints(), fmt.Sprintf("c%d", i), func(cfg *Config, _ *testHolder) {
+		all = append(all, newTestCandidate(t, cluster.Endpoints(), fmt.Sprintf("c%d", i), func(cfg *Config, _ *testCallbacks) {
 			cfg.Election += fmt.Sprintf("/%d", i)
 			cfg.TTL = 15 * time.Second
 			cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
@@ -94,7 +221,8 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 	}
 }
 
-// A member that hangs takes nothing from a leader that has to authenticate for each renewal, and keeps nobody from joining.
+// A member that hangs takes nothing from a leader that has to authenticate for each renewal, and
+// keeps nobody from joining.
 func TestCandidate_TokensExpireWhileAMemberHangs(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")
@@ -103,7 +231,7 @@ func TestCandidate_TokensExpireWhileAMemberHangs(t *testing.T) {
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()); err != nil {
 		t.Fatal(err)
 	}
-	withAuth := func(cfg *Config, _ *testHolder) {
+	withAuth := func(cfg *Config, _ *testCallbacks) {
 		cfg.TTL = 15 * time.Second
 		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
 	}

@@ -66,9 +66,9 @@ type run struct {
 }
 
 // Run takes part in the election until ctx ends, which is a planned stop: the term, if one runs,
-// ends with the cause of ctx, and when Lead has returned the lease is revoked. Run returns nil then.
-// It returns ErrNotElected or ErrUnreachable, with the cause, when Config.Wait has passed, or what
-// Lead returned.
+// ends with the cause of ctx, and when Lead has returned the lease is revoked. Run returns nil
+// then. It returns ErrNotElected or ErrUnreachable, with the cause, when Config.Wait has passed, or
+// what Lead returned.
 func (c *Candidate) Run(ctx context.Context) error {
 	members, err := newMembers(c.cfg)
 	if err != nil {

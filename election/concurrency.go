@@ -17,8 +17,9 @@ import (
 // whatever else is built on that package, takes part in the same election.
 //
 // Its Session is not safe enough to renew the lease, and its Campaign returns nil even when its own
-// key is gone (https://github.com/etcd-io/etcd/issues/19597). So the lease is renewed by type lease,
-// and a won campaign is verified. The Election runs on a client of which only two parts exist:
+// key is gone (https://github.com/etcd-io/etcd/issues/19597). So the lease is renewed by type
+// lease, and a won campaign is verified. The Election runs on a client of which only two parts
+// exist:
 //
 //	Election.Campaign
 //	   ├─ Txn: put the key         campaignKV asks all members, as every request does

@@ -1,17 +1,25 @@
-// Package election answers one question for the rest of leasehold: am I the leader, until when, and with which fencing token?
+// Package election answers one question for the rest of leasehold: am I the leader, until when, and
+// with which fencing token?
 //
-// A candidate takes a lease from etcd, puts a key bound to it under the election's prefix and waits until no key under that
-// prefix was created before its own. From then on it leads, for one term. The layout of the keys is that of etcd's own
-// concurrency.Election, so etcdctl elect, and whatever else is built on that, takes part in the same election.
+// A candidate takes a lease from etcd, puts a key bound to it under the election's prefix and waits
+// until no key under that prefix was created before its own. From then on it leads, for one term.
+// The layout of the keys is that of etcd's own concurrency.Election, so etcdctl elect, and whatever
+// else is built on that, takes part in the same election.
 //
-// What a term promises, on a clock that runs at the same rate as etcd's: until Deadlines.End no other candidate leads, unless
-// somebody deletes the key or the lease. A renewal sent at s and granted for T holds the lease at least until s+T, however late
-// its reply comes, so every deadline is counted from the moment of sending. Renewals move the deadlines; once Deadlines.StopAt
-// has passed the term is over, and nothing revives it.
+// What a term promises, on a clock that runs at the same rate as etcd's: until Deadlines.End no
+// other candidate leads, unless somebody deletes the key or the lease. A renewal sent at s and
+// granted for T holds the lease at least until s+T, however late its reply comes, so every deadline
+// is counted from the moment of sending. Renewals move the deadlines; once Deadlines.StopAt has
+// passed the term is over, and nothing revives it.
 //
-// What it does not promise: that a leader whose key or lease was removed by another hand hears of it before the next leader
-// starts. Only the fencing token protects against that. The other hand can be etcd's own: a member that led, was paused for longer
-// than the TTL and wakes can revoke leases that were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
+// What it does not promise: that a leader whose key or lease was removed by somebody else hears of
+// it before the next leader starts. Only the fencing token protects against that. Etcd itself can
+// do so: a member that led, was paused for longer than the TTL and wakes can revoke leases that
+// were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
+//
+// Where to read on: candidate.go has the goroutines and who owns what, state.go the state machine,
+// session.go the life of a lease, standby.go how a candidate comes to lead, lease.go renewals and
+// their deadlines, queue.go and watch.go who is ahead, members.go and hedge.go how etcd is asked.
 package election
 
 import (
@@ -26,55 +34,62 @@ import (
 	"leasehold/internal/quote"
 )
 
-// The causes with which the context of Callbacks.Lead can end, beside the one with which the context of Run did.
+// The causes with which the context of Callbacks.Lead can end, beside that of Run's context.
 var (
 	// ErrContactLost: stop-at passed without a renewal. The lease still holds until Deadlines.End.
 	ErrContactLost = errors.New("no lease renewal before stop-at")
 	// ErrLeaseLost: etcd no longer knows the lease. The next leader may be starting.
 	ErrLeaseLost = errors.New("the lease is gone from etcd")
-	// ErrKeyDeleted: the key was deleted, or deleted and made anew. The next leader may be starting.
+	// ErrKeyDeleted: the key was deleted, or deleted and made anew. The next leader may be
+	// starting.
 	ErrKeyDeleted = errors.New("the leader's key is gone from etcd")
-	// ErrKeyOverwritten: somebody wrote to the key, which took our lease from it. No other can lead before the key is removed,
-	// which is for us to do, or for a hand.
-	ErrKeyOverwritten = errors.New("the candidate's key was overwritten in etcd, and with that lost its lease")
+	// ErrKeyOverwritten: somebody wrote to the key, which took our lease from it. No other can lead
+	// before the key is removed. The session removes it when Lead has returned.
+	ErrKeyOverwritten = errors.New(
+		"the candidate's key was overwritten in etcd, and with that lost its lease")
 )
 
 // What Run returns, with the cause, when the candidate was not elected within Config.Wait.
 var (
-	// ErrNotElected: another candidate leads or is ahead, or something else keeps the candidate waiting.
+	// ErrNotElected: another candidate leads or is ahead, or a key that is no candidate's.
 	ErrNotElected = errors.New("not elected")
-	// ErrUnreachable: etcd never answered, or it refused, so that the candidate never joined the election.
+	// ErrUnreachable: etcd did not answer, or it refused.
 	ErrUnreachable = errors.New("etcd can't be used")
 )
 
-// NestedError is what Run returns at the first contact with etcd where the election lies within another one that has live
-// candidates, or around it: both would take each other's keys for their own.
+// NestedError is what Run returns at the first contact with etcd where the election lies within
+// another one that has live candidates, or around it: the candidates of the outer one would wait
+// for those of the inner one.
 type NestedError struct{ Election, Other string }
 
 func (e *NestedError) Error() string {
-	return fmt.Sprintf("the election %s can't be used beside %s, which has live candidates: one name is a prefix of the other",
-		quote.Value(e.Election), quote.Value(e.Other))
+	return fmt.Sprintf("the election %s can't be used beside %s, which has live candidates: "+
+		"one name is a prefix of the other", quote.Value(e.Election), quote.Value(e.Other))
 }
 
-// Backoff is what Callbacks.Lead returns to give up the term and to keep the candidate out of the election for a while.
+// Backoff is what Callbacks.Lead returns to give up the term and to keep the candidate out of the
+// election for a while.
 type Backoff struct{ For time.Duration }
 
 func (b *Backoff) Error() string { return fmt.Sprintf("resigned for %v", b.For) }
 
-// Callbacks is told of the lease, and runs what leadership is for.
+// Callbacks are told of the lease, and run what leadership is for.
 type Callbacks interface {
-	// Leased is called with the id of a lease before etcd is asked for it, so that somebody else can revoke it should this
-	// process die. It is called with zeros once the lease is revoked or known to be gone, unless another one was told by then.
+	// Leased is called with the id of a lease before etcd is asked for it, so that somebody else
+	// can revoke it should this process exit. It is called with zeros once the lease is revoked or
+	// known to be gone, unless it was called with another one by then.
 	Leased(id int64, ttl time.Duration)
-	// Extended is called with the new deadlines after each renewal while a term runs and stop-at has not passed. It must not
-	// block. A call may come just before Lead's own; the latest deadlines are those that count.
+	// Extended is called with the new deadlines after each renewal while a term runs and stop-at
+	// has not passed. It must not block. A call may come just before Lead's own; the latest
+	// deadlines are those that count.
 	Extended(Deadlines)
-	// Lead is called when a term begins, and returns when nothing of what leadership is for is alive. Its context ends when
-	// the term does: with the cause with which Run's context ended (a planned stop), ErrContactLost, ErrLeaseLost,
-	// ErrKeyDeleted or ErrKeyOverwritten. The lease is renewed until Lead returns and revoked after that, never before.
+	// Lead is called when a term begins, and returns when nothing of what leadership is for is
+	// alive. Its context ends when the term does: with the cause with which Run's context ended (a
+	// planned stop), ErrContactLost, ErrLeaseLost, ErrKeyDeleted or ErrKeyOverwritten. The lease is
+	// renewed until Lead returns and revoked after that, never before.
 	//
-	// The result nil, or the term's own end, means: campaign again. A *Backoff means: campaign again after that time. Any
-	// other error ends Run, which returns it.
+	// The result nil, or the term's own end, means: campaign again. A *Backoff means: campaign
+	// again after that time. Any other error ends Run, which returns it.
 	Lead(ctx context.Context, t Term) error
 }
 
@@ -82,15 +97,17 @@ type Callbacks interface {
 type Term struct {
 	// Key is the candidate's key in etcd.
 	Key string
-	// Token is the fencing token: the create revision of Key. Each term has a higher one than every term before it.
+	// Token is the fencing token: the create revision of Key. Each term has a higher one than every
+	// term before it.
 	Token int64
 	// LeaseID is the lease that the key is bound to.
 	LeaseID int64
 	// Deadlines are those at the beginning of the term.
 	Deadlines Deadlines
 	Timing    Timing
-	// Lost is closed when the lease or the key is gone, which an overwritten key is not, also when Lead's context had already ended for a milder cause:
-	// whatever still runs must be killed at once, for the next leader may be starting.
+	// Lost is closed when the lease or the key is gone, also when Lead's context had already ended
+	// for a milder cause: whatever still runs must be killed at once, for the next leader may be
+	// starting. An overwritten key is not gone.
 	Lost <-chan struct{}
 }
 
@@ -105,18 +122,21 @@ const (
 	Stopping   State = "stopping"   // the term is over, or Run's context is; Lead has not returned
 )
 
-// Entry is a candidate's place in the election.
+// Entry is a candidate's entry in the queue.
 type Entry struct {
-	Identity string // the key's value, cut at maxIdentity bytes
+	Identity string // the key's value, cut at 256 bytes
 	Key      string
 	Token    int64 // the key's create revision
 }
 
-// Blocker is a key ahead of the candidate's own that no daemon can be relied upon to remove, so that the wait may never end.
+// Blocker is a key ahead of the candidate's own that is no candidate's of this election, so that
+// the wait may never end.
 type Blocker struct {
-	Key    string
-	Why    string
-	Remedy string // a shell command
+	Key string // printable
+	Why string
+	// Remedy is a shell command that ends the wait. It is empty where the key's lease is alive:
+	// whoever keeps that relies on the key.
+	Remedy string
 }
 
 // Snapshot is what a candidate knows at one moment. It comes from memory.
@@ -130,23 +150,29 @@ type Snapshot struct {
 	LeaseID   int64
 	TTL       time.Duration
 	Deadlines Deadlines
-	// Leading is true while a term runs that is neither lost nor given up. The reader compares Deadlines.StopAt with the
-	// present moment himself.
+	// Leading is true while a term runs that is neither lost nor given up. The reader compares
+	// Deadlines.StopAt with the present moment himself.
 	Leading bool
-	Blocker *Blocker
-	// LastHeartbeat is when the slowest of the candidate's loops last turned, in time since boot. Each turns at least once in
-	// every HeartbeatInterval.
+	Blocker *Blocker // nil: there is none
+	// LastHeartbeat is the oldest of the last heartbeats of the candidate's loops, in time since
+	// boot. Each has one at least in every HeartbeatInterval. 0: none runs.
 	LastHeartbeat time.Duration
 }
 
-// TLS says how to reach endpoints with https. All fields are optional. The files are read at each handshake.
+// HeartbeatInterval is the longest time between two heartbeats of each of a candidate's loops,
+// whatever etcd does.
+const HeartbeatInterval = 5 * time.Second
+
+// TLS is how to reach endpoints with https. All fields are optional. The files are read at each
+// handshake.
 type TLS struct {
 	CAFile, CertFile, KeyFile, ServerName string
 }
 
 // Config configures a candidate.
 type Config struct {
-	// Endpoints are the URLs of etcd's members. Where the host is a name, each of its addresses is one.
+	// Endpoints are the URLs of etcd's members. Where the host is a name, each of its addresses is
+	// one.
 	Endpoints []string
 	// Election is the key prefix, without the slash that follows it.
 	Election string
@@ -156,19 +182,20 @@ type Config struct {
 	TTL time.Duration
 	// LossGrace and Margin are negative for the default that NewTiming documents.
 	LossGrace, Margin time.Duration
-	// Wait is for how long, from the start of Run, to wait for being elected: negative means for ever, and 0 to join, look
-	// and leave if there is a leader.
+	// Wait is for how long, from the start of Run, to wait for being elected: negative means for
+	// ever, and 0 to join, look and leave if there is a leader.
 	Wait time.Duration
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
 	// lookup finds the addresses of a host. nil: the system's resolver.
 	lookup func(ctx context.Context, host string) ([]string, error)
 	TLS    TLS
-	// Username and Password are for etcd's own authentication. Password is called anew for each; nil means none.
+	// Username and Password are for etcd's own authentication. Password is called anew for each;
+	// nil means none.
 	Username string
 	Password func() (string, error)
-	// AuthToken is a token that etcd gave this user earlier, and Authenticated is called with each new one. It must not block.
-	// Both may be empty.
+	// AuthToken is a token that etcd gave this user earlier, and Authenticated is called with each
+	// new one. It must not block. Both may be empty.
 	AuthToken     string
 	Authenticated func(token string)
 	// Now reads CLOCK_BOOTTIME.
@@ -179,6 +206,3 @@ type Config struct {
 	// Changed is called after each change of Snapshot and must not block. It may be nil.
 	Changed func()
 }
-
-// HeartbeatInterval is the longest time in which each of a candidate's loops turns, whatever etcd does.
-const HeartbeatInterval = 5 * time.Second

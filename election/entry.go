@@ -21,8 +21,8 @@ type queueEntry struct {
 	created  int64 // create revision: the order of the queue
 	lease    int64
 	identity string
-	// candidate: the key is one that a campaign in this election makes, the prefix and its own lease
-	// in hex.
+	// candidate: the key is one that a campaign in this election makes, the prefix and its own
+	// lease in hex.
 	candidate bool
 }
 

@@ -36,7 +36,7 @@ func TestExplain_Auth(t *testing.T) {
 		if _, err := Query(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), read) {
 			t.Errorf("%s: query: %v, want %s", name, err, read)
 		}
-		a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testHolder) {
+		a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testCallbacks) {
 			test.change(cfg)
 		})
 		readwrite := strings.ReplaceAll(test.want, "%s", "readwrite")

@@ -7,11 +7,11 @@ import (
 )
 
 // hedge asks the current member, and when that has not answered after hedgeDelay the next one as
-// well, and so on; a failure brings the next at once. The delay is shorter where ctx would end before
-// all have been asked, with as much time left for the last one. The first good answer counts, and
-// whoever gave it is current from then on. The other requests are cancelled and not waited for. When
-// no answer has come in time the next member is current, so that the same one is not asked first
-// again. What is asked must be harmless when done twice.
+// well, and so on; a failure brings the next at once. The delay is shorter where ctx would end
+// before all have been asked, with as much time left for the last one. The first good answer
+// counts, and whoever gave it is current from then on. The other requests are cancelled and not
+// waited for. When no answer has come in time the next member is current, so that the same one is
+// not asked first again. What is asked must be harmless when done twice.
 func hedge[T any](
 	ctx context.Context, ms *members, hedgeDelay time.Duration,
 	ask func(context.Context, *member) (T, error),

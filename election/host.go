@@ -13,9 +13,10 @@ import (
 	"google.golang.org/grpc"
 )
 
-// host is an endpoint with the name of a host in it. Each address of the name is a member of its own: to gRPC all of them are one
-// connection, and where its member hangs there would be no other to ask. The name is looked up at each attempt to connect, and
-// when no member has answered a request. An address that the name has lost is never connected to again, for it may belong to
+// host is an endpoint with the name of a host in it. Each address of the name is a member of its
+// own: to gRPC all of them are one connection, and where its member hangs there would be no other
+// to ask. The name is looked up at each attempt to connect, and when no member has answered a
+// request. An address that the name has lost is never connected to again, for it may belong to
 // another etcd by then.
 type host struct {
 	name, port string
@@ -48,7 +49,8 @@ func (h *host) resolve(ctx context.Context) error {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	added := slices.DeleteFunc(slices.Clone(found), func(a string) bool { return slices.Contains(h.addresses, a) })
+	added := slices.DeleteFunc(slices.Clone(found),
+		func(a string) bool { return slices.Contains(h.addresses, a) })
 	// Many candidates have the same name: they should not all begin with the same member.
 	rand.Shuffle(len(added), func(i, j int) { added[i], added[j] = added[j], added[i] })
 	for i, address := range h.addresses {
@@ -73,8 +75,8 @@ func (h *host) address(number int) string {
 	return h.addresses[number]
 }
 
-// dialer has the member of that number connect to its address. All else, such as the name that TLS asks a certificate for, is as
-// if gRPC had looked the name up.
+// dialer has the member of that number connect to its address. All else, such as the name that TLS
+// asks a certificate for, is as if gRPC had looked the name up.
 func (h *host) dialer(number int) grpc.DialOption {
 	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 		if err := h.resolve(ctx); err != nil {

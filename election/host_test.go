@@ -14,7 +14,7 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// testName is a host name whose addresses are roads to the members of etcd, all at one port.
+// testName is a host name whose addresses are proxies to the members of etcd, all at one port.
 type testName struct {
 	t       *testing.T
 	cluster *harness.Cluster
@@ -46,47 +46,47 @@ func (n *testName) lookup(context.Context, string) ([]string, error) {
 	return slices.Clone(n.addresses), nil
 }
 
-// move gives the name one address for each member of etcd, from 127.0.0.first on, and no others. The roads there are closed by the
-// second result, or when the test ends.
-func (n *testName) move(first int) (roads []*harness.Proxy, closeAll func()) {
+// move gives the name one address for each member of etcd, from 127.0.0.first on, and no others.
+// The proxies there are closed by the second result, or when the test ends.
+func (n *testName) move(first int) (proxies []*harness.Proxy, closeAll func()) {
 	n.t.Helper()
 	var addresses []string
 	for i, m := range n.cluster.Members {
 		_, target, _ := strings.Cut(m.ClientURL, "://")
 		address := fmt.Sprintf("127.0.0.%d", first+i)
-		road, err := harness.StartProxyAt(net.JoinHostPort(address, n.port), target)
+		proxy, err := harness.StartProxyAt(net.JoinHostPort(address, n.port), target)
 		if err != nil {
 			n.t.Fatal(err)
 		}
-		roads, addresses = append(roads, road), append(addresses, address)
+		proxies, addresses = append(proxies, proxy), append(addresses, address)
 	}
 	n.mu.Lock()
 	n.addresses = addresses
 	n.mu.Unlock()
 	closeAll = sync.OnceFunc(func() {
-		for _, road := range roads {
-			road.Close()
+		for _, proxy := range proxies {
+			proxy.Close()
 		}
 	})
 	n.t.Cleanup(closeAll)
-	return roads, closeAll
+	return proxies, closeAll
 }
 
 // Whichever member of a name hangs, there is another to ask, and a leader moves with the name.
 func TestCandidate_NameOfSeveralMembers(t *testing.T) {
 	cluster := newTestCluster3(t)
 	name := newTestName(t, cluster)
-	a := newTestCandidate(t, []string{"http://etcd.test:" + name.port}, "a", func(cfg *Config, _ *testHolder) { cfg.lookup = name.lookup })
+	a := newTestCandidate(t, []string{"http://etcd.test:" + name.port}, "a", func(cfg *Config, _ *testCallbacks) { cfg.lookup = name.lookup })
 	a.waitFor("refused", func(s Snapshot) bool {
 		return strings.Contains(s.Reason, "http://etcd.test:"+name.port+": no such host")
 	})
-	roads, leave := name.move(2)
+	proxies, leave := name.move(2)
 	term := a.waitForTerm()
-	for i := range roads {
-		roads[i].Cut(harness.BothWays)
+	for i := range proxies {
+		proxies[i].Cut(harness.BothWays)
 		a.waitForExtensions(4)
 		a.expectLeading(term)
-		roads[i].Recover()
+		proxies[i].Recover()
 		a.waitForExtensions(2)
 	}
 	news, _ := name.move(5)
@@ -184,7 +184,7 @@ func TestHost_Resolve(t *testing.T) {
 func TestHedge_LooksAgain(t *testing.T) {
 	cluster := newTestCluster3(t)
 	name := newTestName(t, cluster)
-	roads, _ := name.move(2)
+	proxies, _ := name.move(2)
 	name.mu.Lock()
 	every := name.addresses
 	name.addresses = every[:1]
@@ -203,7 +203,7 @@ func TestHedge_LooksAgain(t *testing.T) {
 		return err
 	}
 	until(t, ask)
-	roads[0].Cut(harness.BothWays)
+	proxies[0].Cut(harness.BothWays)
 	name.mu.Lock()
 	name.addresses = every
 	name.mu.Unlock()

@@ -23,7 +23,8 @@ type endpoint interface {
 type leaseEvents interface {
 	// renewed is called after each renewal that counts.
 	renewed(Deadlines)
-	// contactLost is called once when stop-at passes, before any renewal that comes later is counted.
+	// contactLost is called once when stop-at passes, before any renewal that comes later is
+	// counted.
 	contactLost()
 	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted, ErrKeyOverwritten) is
 	// gone.
@@ -32,8 +33,8 @@ type leaseEvents interface {
 	suspect(endpoint int, dead bool, err error)
 }
 
-// lease keeps one lease alive. One goroutine, that of run, decides everything; each attempt to renew
-// has another one, which reports to it and which it never waits for.
+// lease keeps one lease alive. One goroutine, that of run, decides everything; each attempt to
+// renew has another one, which reports to it and which it never waits for.
 type lease struct {
 	cfg leaseConfig
 
@@ -126,8 +127,8 @@ func newLease(cfg leaseConfig) *lease {
 	return l
 }
 
-// renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts, unless
-// the context has ended before.
+// renewNow demands a renewal now, whatever the schedule. The channel is closed once it counts,
+// unless the context has ended before.
 func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 	done := make(chan struct{})
 	select {
@@ -138,8 +139,8 @@ func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 }
 
 // confirmFrom says that we lead or verify whether we do, and with which create revision of our key.
-// When it returns every renewal that counts without having been confirmed counts already; the others
-// need a read that shows the key.
+// When it returns every renewal that counts without having been confirmed counts already; the
+// others need a read that shows the key.
 func (l *lease) confirmFrom(created int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -255,9 +256,9 @@ func (l *lease) idle() int {
 }
 
 // replace gives up the oldest attempt, if all endpoints have one that hangs, and returns its
-// endpoint, else -1. While etcd has no leader a member passes renewals on to the old one and does not
-// come back to them: an attempt that is made after the election is answered at once, and must not
-// wait for those before it to be abandoned.
+// endpoint, else -1. While etcd has no leader a member passes renewals on to the old one and does
+// not come back to them: an attempt that is made after the election is answered at once, and must
+// not wait for those before it to be abandoned.
 func (l *lease) replace(now time.Duration) int {
 	if len(l.attempts) == 1 {
 		return -1
@@ -306,17 +307,17 @@ func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 }
 
 // confirm reads our key from the endpoint that has answered a renewal. Etcd's leader acknowledges
-// renewals without asking anybody, and one that was paused or cut off and deposed meanwhile may do so
-// as well, for as long as it does not know (etcd #15247 tells of its like). The read is answered by
-// the leader that a majority of etcd follows; when that is in another raft term than the renewal, the
-// renewal is worth nothing.
+// renewals without asking anybody, and one that was paused or cut off and deposed meanwhile may do
+// so as well, for as long as it does not know (etcd #15247 tells of its like). The read is answered
+// by the leader that a majority of etcd follows; when that is in another raft term than the
+// renewal, the renewal is worth nothing.
 func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	ctx, cancel := context.WithCancel(ctx)
 	a := &l.attempts[i]
 	a.cancel()
 	// A majority of etcd with slow disks takes its time for a read, and for no renewal. That the
-	// renewal was answered says that the member is there, and what counts is when it was sent: so the
-	// read may take longer.
+	// renewal was answered says that the member is there, and what counts is when it was sent: so
+	// the read may take longer.
 	a.cancel, a.abandon = cancel, now+2*l.timing.RenewInterval()
 	serial, at := a.serial, l.endpoints[i]
 	go func() {

@@ -14,7 +14,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// fakeEndpoint answers as a test has it. It records when it was asked, and that it is never asked twice at a time.
+// fakeEndpoint answers as a test has it. It records when it was asked, and that it is never asked
+// twice at a time.
 type fakeEndpoint struct {
 	answer func(ctx context.Context) (renewal, error)
 	show   func(ctx context.Context) (reading, error)
@@ -88,8 +89,8 @@ func shows(created int64, term uint64) func(context.Context) (reading, error) {
 	}
 }
 
-// testLease keeps a lease of 10 s (so: renewals every 2 s, the next endpoint after 500 ms, stop-at 7 s after sending) that was
-// granted at time 0. It records what comes of it.
+// testLease keeps a lease of 10 s (so: renewals every 2 s, the next endpoint after 500 ms, stop-at
+// 7 s after sending) that was granted at time 0. It records what comes of it.
 type testLease struct {
 	*lease
 	endpoints []*fakeEndpoint
@@ -319,7 +320,8 @@ func TestLease_DeposedLeaderIsNotBelieved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newTestLease(t, 7, good(1))
 		l.pass(3 * time.Second)
-		// A leader of the past acknowledges at once, though all went well before. Its read is answered by the new one.
+		// A leader of the past acknowledges at once, though all went well before. Its read is
+		// answered by the new one.
 		l.endpoints[0].mu.Lock()
 		l.endpoints[0].show = shows(7, 2)
 		l.endpoints[0].mu.Unlock()
@@ -416,7 +418,8 @@ func TestLease_RenewNow(t *testing.T) {
 	})
 }
 
-// While etcd does not answer, a candidate that has won demands a renewal again and again. Nobody waits for the old ones.
+// While etcd does not answer, a candidate that has won demands a renewal again and again. Nobody
+// waits for the old ones.
 func TestLease_RenewNow_GivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newTestLease(t, 7, hang)
@@ -432,7 +435,8 @@ func TestLease_RenewNow_GivenUp(t *testing.T) {
 	})
 }
 
-// Who has won waits for such a renewal, and gives up after 2.5 s: that must do also where two of five members hang.
+// Who has won waits for such a renewal, and gives up after 2.5 s: that must do also where two of
+// five members hang.
 func TestLease_RenewNow_LongTTL(t *testing.T) {
 	for _, ttl := range []time.Duration{time.Minute, 5 * time.Minute} {
 		synctest.Test(t, func(t *testing.T) {
@@ -449,7 +453,8 @@ func TestLease_RenewNow_LongTTL(t *testing.T) {
 	}
 }
 
-// After the end of a term renewals go on, so that a successor waits while something of the job is still alive.
+// After the end of a term renewals go on, so that a successor waits while something of the job is
+// still alive.
 func TestLease_RenewsAfterStopAt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newTestLease(t, 7, refuse)

@@ -75,9 +75,9 @@ func (l *leftovers) add(left leaving) {
 	})
 }
 
-// wait waits for the last one, for as long as one request over all members may take. Behind a key of
-// our own we would only stand in our own way; and until the callbacks are told of another lease it
-// is this one that whoever is told can revoke.
+// wait waits for the last one, for as long as one request over all members may take. Behind a key
+// of our own we would only stand in our own way; and until the callbacks are told of another lease
+// it is this one that whoever is told can revoke.
 func (l *leftovers) wait(ctx context.Context) {
 	if l.last == nil {
 		return

@@ -109,7 +109,8 @@ type reading struct {
 	term    uint64
 }
 
-// read reads the key, linearizably. Not with KeysOnly: from 3.7 on etcd does not show the lease then.
+// read reads the key, linearizably. Not with KeysOnly: from 3.7 on etcd does not show the lease
+// then.
 func (m *member) read(ctx context.Context, key string) (reading, error) {
 	conn, err := m.conn()
 	if err != nil {

@@ -19,9 +19,9 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// members are the endpoints of etcd, each with a connection of its own, so that which member is asked
-// is decided here and not by a balancer: etcd's client asks them by turns, and a connection on which
-// nothing arrives any more stays among them.
+// members are the endpoints of etcd, each with a connection of its own, so that which member is
+// asked is decided here and not by a balancer: etcd's client asks them by turns, and a connection
+// on which nothing arrives any more stays among them.
 type members struct {
 	hosts []*host // those of the endpoints that name one
 	mu    sync.Mutex
@@ -29,8 +29,8 @@ type members struct {
 	// current is the index of the member that gave the last good answer. Requests go there first.
 	current atomic.Int32
 	auth    *auth // nil: none
-	// closing counts the connections and watchers that are being closed, which can take a while when
-	// nobody answers.
+	// closing counts the connections and watchers that are being closed, which can take a while
+	// when nobody answers.
 	closing sync.WaitGroup
 }
 
@@ -66,7 +66,8 @@ func newMembers(cfg Config) (*members, error) {
 	return ms, nil
 }
 
-// add makes one more member: the one of that number among those of the host, if the endpoint has one.
+// add makes one more member: the one of that number among those of the host, if the endpoint has
+// one.
 func (ms *members) add(
 	endpoint string, h *host, number int,
 	transport credentials.TransportCredentials, dialTimeout time.Duration,
@@ -112,10 +113,10 @@ func (ms *members) all() []*member {
 	return ms.known
 }
 
-// reset replaces the connection of m, on which nothing arrives any more: when the network is back, a
-// new one is made at once, whereas the kernel would wait for its next retransmission, which can be
-// two minutes away. Until the new one is up the old one stays in use, for where packets are only lost
-// now and then it may be the first to be good again.
+// reset replaces the connection of m, on which nothing arrives any more: when the network is back,
+// a new one is made at once, whereas the kernel would wait for its next retransmission, which can
+// be two minutes away. Until the new one is up the old one stays in use, for where packets are only
+// lost now and then it may be the first to be good again.
 func (ms *members) reset(m *member) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

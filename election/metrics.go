@@ -22,7 +22,8 @@ type metrics struct {
 	losses   *prometheus.CounterVec
 }
 
-// lossReasons maps the causes of a loss to the values of the label reason of leasehold_losses_total.
+// lossReasons maps the causes of a loss to the values of the label reason of
+// leasehold_losses_total.
 var lossReasons = map[error]string{
 	ErrContactLost:    "contact_lost",
 	ErrLeaseLost:      "lease_lost",
@@ -30,7 +31,9 @@ var lossReasons = map[error]string{
 	ErrKeyOverwritten: "key_overwritten",
 }
 
-func newMetrics(r prometheus.Registerer, snapshot func() Snapshot, now func() time.Duration) (*metrics, error) {
+func newMetrics(
+	r prometheus.Registerer, snapshot func() Snapshot, now func() time.Duration,
+) (*metrics, error) {
 	m := &metrics{
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "leasehold_lease_renewals_total",
@@ -72,7 +75,9 @@ func newMetrics(r prometheus.Registerer, snapshot func() Snapshot, now func() ti
 		Name: "leasehold_lease_valid_seconds",
 		Help: "Time for which the lease is sure to hold from now on, 0 without one.",
 	}, func() float64 { return max(0, snapshot().Deadlines.End-now()).Seconds() })
-	for _, c := range []prometheus.Collector{m.renewals, m.duration, m.terms, m.losses, leading, valid} {
+	for _, c := range []prometheus.Collector{
+		m.renewals, m.duration, m.terms, m.losses, leading, valid,
+	} {
 		if err := r.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}

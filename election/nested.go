@@ -9,10 +9,10 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// Where one election's name is a prefix of another's, as jobs and jobs/backup, the candidates of the
-// one wait for those of the other, for ever. So a candidate looks for such elections once, before its
-// first key is put, with one request. What that reads is bounded, so it may overlook an election; a
-// key that then keeps us waiting shows as a Blocker.
+// Where one election's name is a prefix of another's, as jobs and jobs/backup, the candidates of
+// the one wait for those of the other, for ever. So a candidate looks for such elections once,
+// before its first key is put, with one request. What that reads is bounded, so it may overlook an
+// election; a key that then keeps us waiting shows as a Blocker.
 
 const (
 	// nestedLimit is how many keys are read of each range.
@@ -37,8 +37,8 @@ func parents(election string) (names []string) {
 // The ranges in which the keys of other elections are looked for. A candidate's key ends with its
 // lease in hex, and nearly all leases begin with a digit.
 
-// aroundRanges are ranges of the candidates of elections with these names. Elections beside ours have
-// their keys there as well; most of their names begin with another letter.
+// aroundRanges are ranges of the candidates of elections with these names. Elections beside ours
+// have their keys there as well; most of their names begin with another letter.
 func aroundRanges(names []string) (ranges []*pb.RangeRequest) {
 	for _, name := range names {
 		ranges = append(ranges,
@@ -61,7 +61,8 @@ func nestedRange(from, to string) *pb.RangeRequest {
 	return &pb.RangeRequest{Key: []byte(from), RangeEnd: []byte(to), Limit: nestedLimit}
 }
 
-// findNested returns the name of an election within or around ours that has a live candidate, or "".
+// findNested returns the name of an election within or around ours that has a live candidate, or
+// "".
 func (s *session) findNested(ctx context.Context, ranges []*pb.RangeRequest) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
@@ -89,8 +90,8 @@ func isNested(a, b string) bool {
 	return a != b && (strings.HasPrefix(a+"/", b+"/") || strings.HasPrefix(b+"/", a+"/"))
 }
 
-// refuseNested returns a NestedError where such an election is found, and otherwise once it is known
-// that none was. It does not look again in the same run.
+// refuseNested returns a NestedError where such an election is found, and otherwise once it is
+// known that none was. It does not look again in the same run.
 func (s *session) refuseNested(ctx context.Context) error {
 	if s.run.nestedChecked {
 		return nil

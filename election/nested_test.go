@@ -50,8 +50,8 @@ func (c *testCandidate) expectNested(election, other string) {
 
 func TestCandidate_NestedElections(t *testing.T) {
 	cluster := newTestEtcd(t)
-	in := func(election string) func(*Config, *testHolder) {
-		return func(cfg *Config, _ *testHolder) { cfg.Election = election }
+	in := func(election string) func(*Config, *testCallbacks) {
+		return func(cfg *Config, _ *testCallbacks) { cfg.Election = election }
 	}
 	for _, test := range []struct{ leads, refused string }{
 		{"jobs", "jobs/backup"}, {"jobs/backup", "jobs"},
@@ -116,8 +116,8 @@ func TestCandidate_NestedElections_Late(t *testing.T) {
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/in/"); err != nil {
 		t.Fatal(err)
 	}
-	withAuth := func(election string) func(*Config, *testHolder) {
-		return func(cfg *Config, _ *testHolder) {
+	withAuth := func(election string) func(*Config, *testCallbacks) {
+		return func(cfg *Config, _ *testCallbacks) {
 			cfg.Election, cfg.TTL = election, 15*time.Second
 			cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
 		}
@@ -141,7 +141,7 @@ func TestCandidate_NestedElections_Late(t *testing.T) {
 func TestCandidate_NestedElections_Cost(t *testing.T) {
 	cluster := newTestEtcd(t)
 	resign := make(chan struct{})
-	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testHolder) {
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testCallbacks) {
 		h.lead = func(ctx context.Context, _ Term) error {
 			select {
 			case <-resign:

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// outage tells of a time in which etcd can't be used: when it begins, when its reason changes, every
-// minute while it lasts, and when it is over.
+// outage tells of a time in which etcd can't be used: when it begins, when its reason changes,
+// every minute while it lasts, and when it is over.
 type outage struct {
 	log *slog.Logger
 	now func() time.Duration
@@ -31,8 +31,8 @@ const (
 const (
 	// repeatEvery is the time after which an outage is told again.
 	repeatEvery = time.Minute
-	// reasonEvery is the least time between two reasons, and between two outages of one reason: on a
-	// link that loses packets they come and go.
+	// reasonEvery is the least time between two reasons, and between two outages of one reason: on
+	// a link that loses packets they come and go.
 	reasonEvery = 10 * time.Second
 
 	notInElection = "not in the election, trying again"

@@ -95,8 +95,8 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	return r, nil
 }
 
-// Revoke removes a candidate's key, which stays without its lease where somebody has overwritten it,
-// and revokes the lease. It asks all members, again and again, until both are gone or ctx ends.
+// Revoke removes a candidate's key, which stays without its lease where somebody has overwritten
+// it, and revokes the lease. It asks all members, again and again, until both are gone or ctx ends.
 func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 	ms, timeout, err := queryMembers(cfg)
 	if err != nil {

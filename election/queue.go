@@ -33,8 +33,8 @@ func (v view) leader() *Entry {
 // queue keeps in memory who is ahead of us, by one read when our key has been put, and one watch
 // that was opened before. Whoever comes later is behind us and never matters to us, so the watch is
 // of deletions only: that a candidate joins costs the others nothing, and a change of leader costs
-// an event each. etcd's Election.Observe would cost a read and a watch per candidate at each change,
-// and it never says that there is no leader.
+// an event each. etcd's Election.Observe would cost a read and a watch per candidate at each
+// change, and it never says that there is no leader.
 //
 // That one read is the only one of a join for which etcd reads the whole queue, as it does for
 // whatever it sorts or filters.
@@ -76,8 +76,8 @@ func newQueue(cfg queueConfig) *queue {
 	}
 }
 
-// run follows the queue until ctx ends. A watch that ends is no loss: it is opened again, on another
-// member if need be, and meanwhile the lease's deadlines decide.
+// run follows the queue until ctx ends. A watch that ends is no loss: it is opened again, on
+// another member if need be, and meanwhile the lease's deadlines decide.
 func (q *queue) run(ctx context.Context) {
 	wait := retry{}
 	for ctx.Err() == nil {
@@ -86,8 +86,8 @@ func (q *queue) run(ctx context.Context) {
 		q.mu.Lock()
 		q.err = err
 		q.mu.Unlock()
-		// A member that did not answer all the time may have too much to do: it would not help if all
-		// of us came back at once.
+		// A member that did not answer all the time may have too much to do: it would not help if
+		// all of us came back at once.
 		age := q.cfg.now() - started
 		if age > q.cfg.timing.TTL ||
 			age > q.cfg.timing.RenewInterval() && !errors.Is(err, errUnanswered) {
@@ -101,9 +101,9 @@ func (q *queue) run(ctx context.Context) {
 
 func (q *queue) beat() { q.cfg.heartbeat.mark(q.cfg.now()) }
 
-// spread returns for how long to wait, by chance, before the queue is read again after its watch has
-// ended: those of all others may have ended too, and each of them reads as many keys as are ahead of
-// it. The first ones wait for next to nothing.
+// spread returns for how long to wait, by chance, before the queue is read again after its watch
+// has ended: those of all others may have ended too, and each of them reads as many keys as are
+// ahead of it. The first ones wait for next to nothing.
 func (q *queue) spread() time.Duration {
 	q.mu.Lock()
 	keys := len(q.entries)

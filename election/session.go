@@ -53,8 +53,8 @@ func newSession(c *Candidate, r *run) *session {
 // will choose.
 func newLeaseID() int64 { return 1 + rand.Int64N(1<<63-1) }
 
-// start takes part in the election with one lease, until that is lost or the term it led to is over.
-// It returns nil for the next session to follow.
+// start takes part in the election with one lease, until that is lost or the term it led to is
+// over. It returns nil for the next session to follow.
 func (s *session) start(ctx context.Context) error {
 	s.candidate.beat()
 	s.state.campaigningAgain()
@@ -68,8 +68,8 @@ func (s *session) start(ctx context.Context) error {
 
 	// The queue is watched from while the lease is being granted, and before our key is put: the
 	// watch then sees all that happens to the key, and at once, whereas etcd serves a watch of the
-	// past only every 100 ms. It ends before the lease is revoked, so that those who leave in a crowd
-	// are not told of each other.
+	// past only every 100 ms. It ends before the lease is revoked, so that those who leave in a
+	// crowd are not told of each other.
 	qctx, stopQueue := context.WithCancel(sctx)
 	defer stopQueue()
 	s.startQueue(qctx)
@@ -191,7 +191,8 @@ type granted struct {
 
 // grant asks for the lease with our own id, so that it can be revoked even if no reply ever comes.
 func (s *session) grant(ctx context.Context) (granted, error) {
-	// Not called off by a stop: a revocation would overtake the grant, find no lease, and leave one.
+	// Not called off by a stop: a revocation would overtake the grant, find no lease, and leave
+	// one.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.requestTimeout())
 	defer cancel()
 	seconds := int64((s.cfg.TTL + time.Second - 1) / time.Second)

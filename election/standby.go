@@ -181,11 +181,11 @@ type verification struct {
 
 // verifyFirst verifies that we lead: Election.Campaign returns nil even when its own key is gone
 // (https://github.com/etcd-io/etcd/issues/19597). That our key is the oldest which exists in a
-// linearizable read proves by itself that we lead, for a key made later can never be older; and that
-// it exists proves that the lease did when it was read. So where the last renewal that was due
+// linearizable read proves by itself that we lead, for a key made later can never be older; and
+// that it exists proves that the lease did when it was read. So where the last renewal that was due
 // counts, and the read confirms it, its deadlines are as good as those of a leader in the middle of
-// its term. The next renewal follows the read, for etcd would serve it first and the job is waiting.
-// Otherwise there must be another renewal, which is confirmed as those of a leader are.
+// its term. The next renewal follows the read, for etcd would serve it first and the job is
+// waiting. Otherwise there must be another renewal, which is confirmed as those of a leader are.
 func (s *session) verifyFirst(ctx context.Context, renewNext func()) (verification, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()

@@ -195,8 +195,8 @@ func (m *machine) elected(t *term, self Entry) (Deadlines, bool) {
 	return deadlines, true
 }
 
-// termEnded: the term is over for this cause, if one runs. The first cause counts. That the lease or
-// the key is lost is passed on to Lead also after a milder cause.
+// termEnded: the term is over for this cause, if one runs. The first cause counts. That the lease
+// or the key is lost is passed on to Lead also after a milder cause.
 func (m *machine) termEnded(cause error) {
 	m.mu.Lock()
 	defer m.unlock()
@@ -289,7 +289,8 @@ func (m *machine) queueChanged(leader *Entry, blocker *Blocker) {
 	m.unpublished = newLeader || !same(m.snapshot.Blocker, blocker)
 	m.snapshot.Leader, m.snapshot.Blocker = leader, blocker
 	if newLeader && leader != nil {
-		m.log.Info("leader changed", "leader", quote.Printable(leader.Identity), "token", leader.Token)
+		m.log.Info("leader changed",
+			"leader", quote.Printable(leader.Identity), "token", leader.Token)
 	}
 }
 

@@ -23,8 +23,8 @@ type Timing struct{ TTL, LossGrace, Margin time.Duration }
 // the TTL.
 const minMargin = 200 * time.Millisecond
 
-// NewTiming returns the timing of a lease granted for that long. A negative loss grace means a fifth
-// of it, a negative margin a tenth, at least 200 ms.
+// NewTiming returns the timing of a lease granted for that long. A negative loss grace means a
+// fifth of it, a negative margin a tenth, at least 200 ms.
 func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 	if lossGrace < 0 {
 		lossGrace = granted / 5
@@ -40,8 +40,8 @@ func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 func (t Timing) RenewInterval() time.Duration { return t.TTL / 5 }
 
 // hedgeDelay is for how long a request goes unanswered before another endpoint is asked as well.
-// However long the TTL is, a candidate that has won must not wait longer for the renewal that proves
-// it.
+// However long the TTL is, a candidate that has won must not wait longer for the renewal that
+// proves it.
 func (t Timing) hedgeDelay() time.Duration {
 	return min(max(t.TTL/20, 50*time.Millisecond), time.Second)
 }

@@ -39,8 +39,8 @@ type watchConn struct {
 // follow watches the queue, until the watch ends or the member is suspect.
 func (q *queue) follow(ctx context.Context) error {
 	w := &watchConn{queue: q, interval: min(q.cfg.timing.RenewInterval(), HeartbeatInterval/2)}
-	// Whoever answers first serves the watch. Any key will do, but who may not read them all must not
-	// join.
+	// Whoever answers first serves the watch. Any key will do, but who may not read them all must
+	// not join.
 	anyKey := wholePrefix(q.cfg.prefix)
 	anyKey.Limit, anyKey.KeysOnly = 1, true
 	from, answer, err := q.ask(ctx, w.interval, anyKey)
@@ -56,8 +56,8 @@ func (q *queue) follow(ctx context.Context) error {
 	defer w.looking.Wait()
 	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
-	// Watch returns when the member has answered. What is read after that is not older than what the
-	// watch begins with.
+	// Watch returns when the member has answered. What is read after that is not older than what
+	// the watch begins with.
 	answered := time.AfterFunc(w.interval, cancel)
 	w.events = w.watcher.Watch(wctx, q.cfg.prefix,
 		clientv3.WithPrefix(), clientv3.WithFilterPut(), clientv3.WithFragment())
@@ -163,12 +163,12 @@ func (w *watchConn) isUpToDate(ctx context.Context) bool {
 	return err == nil && resp.Header.Revision <= w.seen
 }
 
-// lookAtHead reads the key that is first, and our own, over all members. The candidate may have given
-// it another value, and anybody may have taken the lease from either by writing to it: then it never
-// goes by itself. None of this is a deletion, so the watch does not tell. If the key is gone it
-// returns its entry: the watch will have told of that by the next tick, unless its member does not
-// keep up with the others, and answers all the same. An answer that does not come is no harm, for
-// there is another look.
+// lookAtHead reads the key that is first, and our own, over all members. The candidate may have
+// given it another value, and anybody may have taken the lease from either by writing to it: then
+// it never goes by itself. None of this is a deletion, so the watch does not tell. If the key is
+// gone it returns its entry: the watch will have told of that by the next tick, unless its member
+// does not keep up with the others, and answers all the same. An answer that does not come is no
+// harm, for there is another look.
 func (q *queue) lookAtHead(ctx context.Context, timeout time.Duration) (gone queueEntry) {
 	v, _ := q.view()
 	if !v.isBehind() {
