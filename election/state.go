@@ -14,19 +14,15 @@ import (
 // machine is the candidate's state machine, and all that Snapshot tells. Each event is a method;
 // transition is the only way into a state.
 //
-//	            queued                    elected
-//	Connecting ────────> Standby ────────────────────────> Leading
-//	 ^  ^ │              │ │ │                                │
-//	 │  └─┼──────────────┘ │ │                                │ termEnded
-//	 │    │   connecting   │ │ campaigningAgain               │ leadReturned
-//	 │    │   entryLost    │ │ (won too late)                 v
-//	 │    └────────────────┴─┼──────────────────────────> Stopping
-//	 │        runEnded       │                                │
-//	 └───────────────────────┴────────────────────────────────┘
-//	                 campaigningAgain, connecting
+//	    ┌────────────────── campaigningAgain, connecting ──────────────────────┐
+//	    v                                                                      │
+//	Connecting ── queued ──> Standby ── elected ──> Leading ── termEnded ──> Stopping
+//	    ^                       │                      │                       ^
+//	    └─ connecting, entryLost┘                      └──── leadReturned ─────┘
 //
-// A candidate whose lease could not be renewed is Connecting while its key is still in the queue,
-// and may be elected from there.
+// runEnded leads to Stopping from everywhere but Leading: Lead returns first. A candidate whose lease
+// could not be renewed is Connecting while its key is still in the queue, and may be elected from
+// there; one that has won too late campaigns again from Standby.
 type machine struct {
 	log     *slog.Logger
 	metrics *metrics
@@ -88,7 +84,10 @@ func (m *machine) transition(c change) {
 	if c.warn != "" {
 		level, message = slog.LevelWarn, c.warn
 	}
-	attrs := append([]any{"from", from, "to", c.to, "reason", c.reason}, c.attrs...)
+	attrs := append([]any{"from", from, "to", c.to}, c.attrs...)
+	if c.reason != "" {
+		attrs = append(attrs, "reason", c.reason)
+	}
 	m.log.Log(context.Background(), level, message, attrs...)
 }
 
