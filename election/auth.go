@@ -63,8 +63,13 @@ const (
 
 func newAuth(cfg Config, ms *members) *auth {
 	a := &auth{
-		username: cfg.Username, password: cfg.Password, members: ms, spread: min(cfg.TTL/20, time.Second),
-		obtained: cfg.Authenticated, token: cfg.AuthToken, known: cfg.AuthToken != "",
+		username: cfg.Username,
+		password: cfg.Password,
+		members:  ms,
+		spread:   min(cfg.TTL/20, time.Second),
+		obtained: cfg.Authenticated,
+		token:    cfg.AuthToken,
+		known:    cfg.AuthToken != "",
 	}
 	a.life, a.end = context.WithCancel(context.Background())
 	return a
@@ -121,7 +126,8 @@ func (m *member) intercept(
 	if method == pb.Auth_Authenticate_FullMethodName {
 		return invoke(ctx, method, req, reply, conn, opts...)
 	}
-	return m.authenticated(ctx, func() error { return invoke(ctx, method, req, reply, conn, opts...) })
+	call := func() error { return invoke(ctx, method, req, reply, conn, opts...) }
+	return m.authenticated(ctx, call)
 }
 
 // authenticated carries out the call with a token, and once more with a new one if etcd refuses the

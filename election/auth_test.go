@@ -35,7 +35,9 @@ func TestCandidate_Auth(t *testing.T) {
 	early.expectLeading(term)
 	authenticated := func() float64 {
 		t.Helper()
-		n, err := cluster.Members[0].Metric(ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+		n, err := cluster.Members[0].Metric(
+			ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`,
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -54,11 +56,17 @@ func TestCandidate_Auth(t *testing.T) {
 	wrong := newTestCandidate(t, cluster.Endpoints(), "wrong", func(cfg *Config, _ *testCallbacks) {
 		cfg.Username, cfg.Password = "candidate", func() (string, error) { return "guess", nil }
 	})
-	s := wrong.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "authentication failed") })
+	s := wrong.waitFor(
+		"refused",
+		func(s Snapshot) bool { return strings.Contains(s.Reason, "authentication failed") },
+	)
 	if s.State != Connecting || strings.Contains(s.Reason, "guess") {
 		t.Errorf("snapshot: %+v", s)
 	}
-	if _, err := Query(ctx, func() Config { cfg := testConfig(t, cluster.Endpoints(), ""); withAuth(&cfg, nil); return cfg }()); err != nil {
+	if _, err := Query(
+		ctx,
+		func() Config { cfg := testConfig(t, cluster.Endpoints(), ""); withAuth(&cfg, nil); return cfg }(),
+	); err != nil {
 		t.Errorf("query: %v", err)
 	}
 }
@@ -69,7 +77,9 @@ func TestCandidate_TokensExpire(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	cluster := harness.NewTestCluster(t, harness.ClusterConfig{Flags: []string{"--auth-token-ttl=1"}})
+	cluster := harness.NewTestCluster(
+		t, harness.ClusterConfig{Flags: []string{"--auth-token-ttl=1"}},
+	)
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +110,9 @@ func TestCandidate_RefusedRenewalKeepsTheWatch(t *testing.T) {
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
 		t.Fatal(err)
 	}
-	root, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Username: "root", Password: "root-secret"})
+	root, err := clientv3.New(
+		clientv3.Config{Endpoints: cluster.Endpoints(), Username: "root", Password: "root-secret"},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,14 +126,18 @@ func TestCandidate_RefusedRenewalKeepsTheWatch(t *testing.T) {
 	a.waitForExtensions(1)
 	watches := func() float64 {
 		t.Helper()
-		n, err := cluster.Members[0].Metric(t.Context(), `grpc_server_started_total{grpc_method="Watch"`)
+		n, err := cluster.Members[0].Metric(
+			t.Context(), `grpc_server_started_total{grpc_method="Watch"`,
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return n
 	}
 	before := watches()
-	if _, err := root.UserChangePassword(t.Context(), "candidate", "other"); err != nil { // and its tokens are no good any more
+	if _, err := root.UserChangePassword(
+		t.Context(), "candidate", "other",
+	); err != nil { // and its tokens are no good any more
 		t.Fatal(err)
 	}
 	until(t, func() error {
@@ -151,7 +167,9 @@ func newTestEtcdOnOneCore(t *testing.T) *harness.Cluster {
 		t.Fatal(err)
 	}
 	script := filepath.Join(t.TempDir(), "etcd")
-	if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/sh\nexec taskset -c 0 '%s' \"$@\"\n", etcd.Server), 0o700); err != nil {
+	if err := os.WriteFile(
+		script, fmt.Appendf(nil, "#!/bin/sh\nexec taskset -c 0 '%s' \"$@\"\n", etcd.Server), 0o700,
+	); err != nil {
 		t.Fatal(err)
 	}
 	etcd.Server = script
@@ -188,12 +206,20 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 	}
 	began := harness.Now()
 	for i := range fleet {
-		all = append(all, newTestCandidate(t, cluster.Endpoints(), fmt.Sprintf("c%d", i), func(cfg *Config, _ *testCallbacks) {
-			cfg.Election += fmt.Sprintf("/%d", i)
-			cfg.TTL = 15 * time.Second
-			cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
-			cfg.Logger = slog.New(slog.DiscardHandler)
-		}))
+		all = append(
+			all,
+			newTestCandidate(
+				t,
+				cluster.Endpoints(),
+				fmt.Sprintf("c%d", i),
+				func(cfg *Config, _ *testCallbacks) {
+					cfg.Election += fmt.Sprintf("/%d", i)
+					cfg.TTL = 15 * time.Second
+					cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+					cfg.Logger = slog.New(slog.DiscardHandler)
+				},
+			),
+		)
 	}
 	if err := waitForAll(0); err != nil {
 		t.Fatal(err)
@@ -210,9 +236,13 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 	for _, c := range all {
 		lost += len(c.ended)
 	}
-	authenticated, errMetric := cluster.Members[0].Metric(ctx, `grpc_server_started_total{grpc_method="Authenticate"`)
-	t.Logf("etcd was down for %v; all were back %v after its start; %d terms were lost; %v authentications were begun",
-		up-stopped, back-up, lost, authenticated)
+	authenticated, errMetric := cluster.Members[0].Metric(
+		ctx, `grpc_server_started_total{grpc_method="Authenticate"`,
+	)
+	t.Logf(
+		"etcd was down for %v; all were back %v after its start; %d terms were lost; %v authentications were begun",
+		up-stopped, back-up, lost, authenticated,
+	)
 	if err := errors.Join(err, errMetric); err != nil {
 		t.Error(err)
 	}
@@ -227,7 +257,9 @@ func TestCandidate_TokensExpireWhileAMemberHangs(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
-	cluster := harness.NewTestCluster(t, harness.ClusterConfig{Size: 3, Flags: []string{"--auth-token-ttl=1"}})
+	cluster := harness.NewTestCluster(
+		t, harness.ClusterConfig{Size: 3, Flags: []string{"--auth-token-ttl=1"}},
+	)
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()); err != nil {
 		t.Fatal(err)
 	}

@@ -100,8 +100,8 @@ func (c *Candidate) Run(ctx context.Context) error {
 	}
 }
 
-// beat marks that the loop of Run has turned.
-func (c *Candidate) beat() { c.heartbeats.run.mark(c.cfg.Now()) }
+// heartbeat is that of the loop of Run.
+func (c *Candidate) heartbeat() { c.heartbeats.run.mark(c.cfg.Now()) }
 
 // sleep waits, and marks heartbeats meanwhile.
 func (c *Candidate) sleep(ctx context.Context, d time.Duration) {
@@ -110,7 +110,7 @@ func (c *Candidate) sleep(ctx context.Context, d time.Duration) {
 	tick := time.NewTicker(HeartbeatInterval / 2)
 	defer tick.Stop()
 	for {
-		c.beat()
+		c.heartbeat()
 		select {
 		case <-ctx.Done():
 			return
@@ -132,13 +132,13 @@ func (cfg *Config) hedgeDelay() time.Duration { return Timing{TTL: cfg.TTL}.hedg
 // heartbeats are those of the candidate's loops.
 type heartbeats struct{ run, lease, queue heartbeat }
 
-// heartbeat is when a loop last turned, in time since boot; 0: it does not run.
+// heartbeat is when a loop last came round, in time since boot; 0: it does not run.
 type heartbeat struct{ last atomic.Int64 }
 
 func (h *heartbeat) mark(now time.Duration) { h.last.Store(int64(now)) }
 func (h *heartbeat) stop()                  { h.last.Store(0) }
 
-// oldest returns the heartbeat of the loop that has not turned for longest; 0: none runs.
+// oldest returns the heartbeat of the loop whose last one is the oldest; 0: none runs.
 func (h *heartbeats) oldest() (oldest time.Duration) {
 	for _, h := range []*heartbeat{&h.run, &h.lease, &h.queue} {
 		if t := time.Duration(h.last.Load()); t != 0 && (oldest == 0 || t < oldest) {

@@ -18,7 +18,8 @@ func TestCandidate_PlannedHandOver(t *testing.T) {
 	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	first := a.waitForTerm()
-	if s := a.Snapshot(); !s.Leading || s.State != Leading || s.LeaseID != first.LeaseID || s.TTL != testTTL {
+	if s := a.Snapshot(); !s.Leading || s.State != Leading || s.LeaseID != first.LeaseID ||
+		s.TTL != testTTL {
 		t.Errorf("snapshot while leading: %+v", s)
 	}
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
@@ -107,7 +108,8 @@ func TestCandidate_LeaseRevokedWhileLeading(t *testing.T) {
 	term := a.waitForTerm()
 	etcdctl(t, cluster, "lease", "revoke", fmt.Sprintf("%x", term.LeaseID))
 	// Usually the watch is faster than the next renewal.
-	if end := a.waitForEnd(); !errors.Is(end.cause, ErrKeyDeleted) && !errors.Is(end.cause, ErrLeaseLost) {
+	if end := a.waitForEnd(); !errors.Is(end.cause, ErrKeyDeleted) &&
+		!errors.Is(end.cause, ErrLeaseLost) {
 		t.Errorf("the term's context ended with %v", end.cause)
 	}
 	waitForLeases(t, cluster, a.waitForTerm().LeaseID)
@@ -148,7 +150,9 @@ func TestCandidate_KeyDeletedWhileStandby(t *testing.T) {
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 	old := b.waitForState(Standby).LeaseID
 	etcdctl(t, cluster, "del", fmt.Sprintf("%s/%x", t.Name(), old))
-	s := b.waitFor("standby again", func(s Snapshot) bool { return s.State == Standby && s.LeaseID != old })
+	s := b.waitFor(
+		"standby again", func(s Snapshot) bool { return s.State == Standby && s.LeaseID != old },
+	)
 	waitForLeases(t, cluster, first.LeaseID, s.LeaseID)
 	a.stop(nil)
 	if term := b.waitForTerm(); term.LeaseID != s.LeaseID {
@@ -198,9 +202,12 @@ func TestCandidate_Wait(t *testing.T) {
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	term := a.waitForTerm()
 	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
-		b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testCallbacks) { cfg.Wait = wait })
+		b := newTestCandidate(
+			t, cluster.Endpoints(), "b", func(cfg *Config, _ *testCallbacks) { cfg.Wait = wait },
+		)
 		began := harness.Now()
-		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) || !strings.Contains(err.Error(), "'a' is ahead") {
+		if err := b.waitForReturn(); !errors.Is(err, ErrNotElected) ||
+			!strings.Contains(err.Error(), "'a' is ahead") {
 			t.Errorf("wait %v: Run returned %v", wait, err)
 		}
 		if took := harness.Now() - began; took > wait+time.Second {
@@ -211,7 +218,9 @@ func TestCandidate_Wait(t *testing.T) {
 	a.stop(nil)
 	a.waitForReturn()
 	// With nobody ahead it is elected, and having been elected once it waits for ever.
-	c := newTestCandidate(t, cluster.Endpoints(), "c", func(cfg *Config, _ *testCallbacks) { cfg.Wait = 0 })
+	c := newTestCandidate(
+		t, cluster.Endpoints(), "c", func(cfg *Config, _ *testCallbacks) { cfg.Wait = 0 },
+	)
 	etcdctl(t, cluster, "del", c.waitForTerm().Key)
 	c.waitForEnd()
 	c.waitForTerm()
@@ -227,13 +236,19 @@ func TestCandidate_EtcdDownAtStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
-		b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testCallbacks) { cfg.Wait = wait })
-		if err := b.waitForReturn(); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "connection refused") {
+		b := newTestCandidate(
+			t, cluster.Endpoints(), "b", func(cfg *Config, _ *testCallbacks) { cfg.Wait = wait },
+		)
+		if err := b.waitForReturn(); !errors.Is(err, ErrUnreachable) ||
+			!strings.Contains(err.Error(), "connection refused") {
 			t.Errorf("wait %v: Run returned %v", wait, err)
 		}
 	}
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
-	s := a.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "connection refused") })
+	s := a.waitFor(
+		"refused",
+		func(s Snapshot) bool { return strings.Contains(s.Reason, "connection refused") },
+	)
 	if s.State != Connecting || harness.Now()-s.LastHeartbeat > HeartbeatInterval {
 		t.Errorf("snapshot: %+v", s)
 	}

@@ -12,7 +12,7 @@
 // is counted from the moment of sending. Renewals move the deadlines; once Deadlines.StopAt has
 // passed the term is over, and nothing revives it.
 //
-// What it does not promise: that a leader whose key or lease was removed by somebody else hears of
+// What it does not promise: that a leader whose key or lease was removed by somebody else learns of
 // it before the next leader starts. Only the fencing token protects against that. Etcd itself can
 // do so: a member that led, was paused for longer than the TTL and wakes can revoke leases that
 // were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).

@@ -134,7 +134,9 @@ func TestCandidate_StandbysKeyOverwritten(t *testing.T) {
 	old := b.waitForState(Standby).LeaseID
 	key := fmt.Sprintf("%s/%x", t.Name(), old)
 	etcdctl(t, cluster, "put", key, "somebody")
-	b.waitFor("standby again", func(s Snapshot) bool { return s.State == Standby && s.LeaseID != old })
+	b.waitFor(
+		"standby again", func(s Snapshot) bool { return s.State == Standby && s.LeaseID != old },
+	)
 	if out := etcdctl(t, cluster, "get", key); out != "" {
 		t.Errorf("the key is still there: %s", out)
 	}
@@ -149,7 +151,8 @@ func TestCandidate_StrangeIdentities(t *testing.T) {
 		a.waitForTerm()
 		b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 		s := b.waitForState(Standby)
-		if s.Leader == nil || len(s.Leader.Identity) > maxIdentity+3 || !utf8.ValidString(s.Leader.Identity) {
+		if s.Leader == nil || len(s.Leader.Identity) > maxIdentity+3 ||
+			!utf8.ValidString(s.Leader.Identity) {
 			t.Errorf("%.20q: leader %+v", identity, s.Leader)
 		}
 		for _, c := range []*testCandidate{b, a} {

@@ -18,7 +18,9 @@ func TestCandidate_BlackHole(t *testing.T) {
 	cluster := newTestEtcd(t)
 	proxies, endpoints := newTestProxies(t, cluster)
 	registry := prometheus.NewRegistry()
-	a := newTestCandidate(t, endpoints, "a", func(cfg *Config, _ *testCallbacks) { cfg.Registerer = registry })
+	a := newTestCandidate(
+		t, endpoints, "a", func(cfg *Config, _ *testCallbacks) { cfg.Registerer = registry },
+	)
 	first := a.waitForTerm()
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 	b.waitForState(Standby)
@@ -60,7 +62,9 @@ func TestCandidate_BlackHole(t *testing.T) {
 		}
 	}
 	m := gather(t, registry)
-	if m["leasehold_lease_renewals_total ok"] < 2 || m["leasehold_lease_renewals_total abandoned"]+m["leasehold_lease_renewals_total failed"] < 1 || m["leasehold_lease_valid_seconds"] <= 0 {
+	if m["leasehold_lease_renewals_total ok"] < 2 ||
+		m["leasehold_lease_renewals_total abandoned"]+m["leasehold_lease_renewals_total failed"] < 1 ||
+		m["leasehold_lease_valid_seconds"] <= 0 {
 		t.Errorf("metrics: %v", m)
 	}
 }
@@ -137,7 +141,7 @@ func TestCandidate_EtcdRestarted(t *testing.T) {
 	a.expectLeading(term)
 	a.stop(nil)
 	if term := b.waitForTerm(); term.LeaseID != old.LeaseID {
-		t.Error("the standby has not kept its place")
+		t.Error("the standby has not kept its queue entry")
 	}
 }
 
@@ -155,7 +159,9 @@ func TestCandidate_QuietAfterARestart(t *testing.T) {
 	}
 	watches := func() float64 {
 		// Before the first one there is no such sample.
-		n, _ := cluster.Members[0].Metric(t.Context(), `grpc_server_started_total{grpc_method="Watch"`)
+		n, _ := cluster.Members[0].Metric(
+			t.Context(), `grpc_server_started_total{grpc_method="Watch"`,
+		)
 		return n
 	}
 	for attempt := 1; ; attempt++ {
@@ -167,7 +173,9 @@ func TestCandidate_QuietAfterARestart(t *testing.T) {
 			break
 		}
 		if attempt == 4 { // the first ones are there to reconnect
-			t.Fatalf("%v watches were opened again within six intervals in which nothing happened", n)
+			t.Fatalf(
+				"%v watches were opened again within six intervals in which nothing happened", n,
+			)
 		}
 	}
 }
@@ -199,7 +207,7 @@ func TestCandidate_Compaction(t *testing.T) {
 }
 
 // When etcd comes back from an outage that outlasts every lease it gives those it had their full
-// time again. The standby has kept its place, and the old leader's lease, which nobody wants,
+// time again. The standby has kept its queue entry, and the old leader's lease, which nobody wants,
 // stands in nobody's way.
 func TestCandidate_OutageLongerThanTheLease(t *testing.T) {
 	cluster := newTestEtcd(t)
@@ -216,7 +224,7 @@ func TestCandidate_OutageLongerThanTheLease(t *testing.T) {
 	}
 	for _, c := range []*testCandidate{a, b} {
 		if s := c.waitForState(Connecting); harness.Now()-s.LastHeartbeat > HeartbeatInterval {
-			t.Errorf("a loop last turned %v ago", harness.Now()-s.LastHeartbeat)
+			t.Errorf("the last heartbeat was %v ago", harness.Now()-s.LastHeartbeat)
 		}
 	}
 	if err := cluster.Members[0].Start(); err != nil {
@@ -227,7 +235,7 @@ func TestCandidate_OutageLongerThanTheLease(t *testing.T) {
 	}
 	began := harness.Now()
 	if term := b.waitForTerm(); term.LeaseID != lease {
-		t.Error("the standby has not kept its place")
+		t.Error("the standby has not kept its queue entry")
 	}
 	if took := harness.Now() - began; took > testTTL*4/5 {
 		t.Errorf("leads %v after etcd came back", took)

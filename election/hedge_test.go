@@ -33,10 +33,18 @@ func TestHedge(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			began := time.Now()
-			_, err := hedge(ctx, members, hedgeDelay, func(ctx context.Context, m *member) (int, error) {
-				return 0, test.answers[m.endpoint[0]-'a'](ctx)
-			})
-			if took := time.Since(began); took != test.took || !errors.Is(err, test.err) || members.current.Load() != test.from {
+			_, err := hedge(
+				ctx,
+				members,
+				hedgeDelay,
+				func(ctx context.Context, m *member) (int, error) {
+					return 0, test.answers[m.endpoint[0]-'a'](ctx)
+				},
+			)
+			if took := time.Since(
+				began,
+			); took != test.took || !errors.Is(err, test.err) ||
+				members.current.Load() != test.from {
 				t.Errorf("%s: %v after %v from %d", test.name, err, took, members.current.Load())
 			}
 			cancel()
@@ -59,14 +67,22 @@ func TestHedge_AsksAllInTime(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), bound)
 			began := time.Now()
-			_, err := hedge(ctx, members, 15*time.Second, func(ctx context.Context, m *member) (int, error) {
-				if slices.Index(members.known, m) < test.hung {
-					return 0, answerIn(1e6, nil)(ctx)
-				}
-				return 0, nil
-			})
+			_, err := hedge(
+				ctx,
+				members,
+				15*time.Second,
+				func(ctx context.Context, m *member) (int, error) {
+					if slices.Index(members.known, m) < test.hung {
+						return 0, answerIn(1e6, nil)(ctx)
+					}
+					return 0, nil
+				},
+			)
 			if took := time.Since(began); err != nil || took != test.took {
-				t.Errorf("%d of %d members hung: %v after %v, want an answer after %v", test.hung, test.members, err, took, test.took)
+				t.Errorf(
+					"%d of %d members hung: %v after %v, want an answer after %v", test.hung,
+					test.members, err, took, test.took,
+				)
 			}
 			cancel()
 			synctest.Wait()

@@ -97,16 +97,28 @@ func testConfig(t *testing.T, endpoints []string, identity string) Config {
 		level = slog.LevelDebug
 	}
 	return Config{
-		Endpoints: endpoints, Election: strings.ReplaceAll(t.Name(), "/", "-"), Identity: identity,
-		TTL: testTTL, LossGrace: -1, Margin: -1, Wait: -1, DialTimeout: time.Second,
-		Now:        harness.Now,
-		Logger:     slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level})).With("identity", identity),
+		Endpoints:   endpoints,
+		Election:    strings.ReplaceAll(t.Name(), "/", "-"),
+		Identity:    identity,
+		TTL:         testTTL,
+		LossGrace:   -1,
+		Margin:      -1,
+		Wait:        -1,
+		DialTimeout: time.Second,
+		Now:         harness.Now,
+		Logger: slog.New(
+			slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: level}),
+		).With(
+			"identity", identity,
+		),
 		Registerer: prometheus.NewRegistry(),
 	}
 }
 
 // newTestCandidate runs a candidate. The configuration may be changed before that.
-func newTestCandidate(t *testing.T, endpoints []string, identity string, change func(*Config, *testCallbacks)) *testCandidate {
+func newTestCandidate(
+	t *testing.T, endpoints []string, identity string, change func(*Config, *testCallbacks),
+) *testCandidate {
 	t.Helper()
 	c := &testCandidate{
 		testCallbacks: &testCallbacks{terms: make(chan Term, 1000), ended: make(chan ended, 1000)},
@@ -280,7 +292,9 @@ func etcdctlDir(cluster *harness.Cluster) string {
 }
 
 // newTestProxies starts a proxy in front of each member.
-func newTestProxies(t *testing.T, cluster *harness.Cluster) (proxies []*harness.Proxy, endpoints []string) {
+func newTestProxies(
+	t *testing.T, cluster *harness.Cluster,
+) (proxies []*harness.Proxy, endpoints []string) {
 	for _, url := range cluster.Endpoints() {
 		proxy := harness.NewTestProxy(t, url)
 		proxies = append(proxies, proxy)

@@ -76,7 +76,10 @@ func (n *testName) move(first int) (proxies []*harness.Proxy, closeAll func()) {
 func TestCandidate_NameOfSeveralMembers(t *testing.T) {
 	cluster := newTestCluster3(t)
 	name := newTestName(t, cluster)
-	a := newTestCandidate(t, []string{"http://etcd.test:" + name.port}, "a", func(cfg *Config, _ *testCallbacks) { cfg.lookup = name.lookup })
+	a := newTestCandidate(
+		t, []string{"http://etcd.test:" + name.port}, "a",
+		func(cfg *Config, _ *testCallbacks) { cfg.lookup = name.lookup },
+	)
 	a.waitFor("refused", func(s Snapshot) bool {
 		return strings.Contains(s.Reason, "http://etcd.test:"+name.port+": no such host")
 	})
@@ -118,7 +121,11 @@ func TestMembers_NameAndTLS(t *testing.T) {
 	query := func(host string) error {
 		cfg := testConfig(t, []string{"https://" + host + ":" + name.port}, "")
 		cfg.lookup = name.lookup
-		cfg.TLS = TLS{CAFile: certs.CAFile, CertFile: certs.ClientCertFile, KeyFile: certs.ClientKeyFile}
+		cfg.TLS = TLS{
+			CAFile:   certs.CAFile,
+			CertFile: certs.ClientCertFile,
+			KeyFile:  certs.ClientKeyFile,
+		}
 		_, err := Query(t.Context(), cfg)
 		return err
 	}
@@ -166,11 +173,19 @@ func TestHost_Resolve(t *testing.T) {
 		}
 		for i, address := range before {
 			if slices.Contains(test.want, address) && address != "" && h.addresses[i] != address {
-				t.Errorf("%s: member %d has changed its address from %s to %s", test.step, i, address, h.addresses[i])
+				t.Errorf(
+					"%s: member %d has changed its address from %s to %s", test.step, i, address,
+					h.addresses[i],
+				)
 			}
 		}
-		if got := slices.Sorted(slices.Values(h.addresses)); !slices.Equal(got, test.want) || added != len(test.want)-1 {
-			t.Errorf("%s: addresses %q, want %q; %d members added", test.step, got, test.want, added)
+		if got := slices.Sorted(
+			slices.Values(h.addresses),
+		); !slices.Equal(got, test.want) ||
+			added != len(test.want)-1 {
+			t.Errorf(
+				"%s: addresses %q, want %q; %d members added", test.step, got, test.want, added,
+			)
 		}
 	}
 	for _, literal := range []string{"http://127.0.0.1:2379", "https://[::1]:2379"} {
@@ -199,7 +214,10 @@ func TestHedge_LooksAgain(t *testing.T) {
 	ask := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
-		_, err := hedge(ctx, ms, 100*time.Millisecond, func(ctx context.Context, m *member) (reading, error) { return m.read(ctx, "any") })
+		_, err := hedge(
+			ctx, ms, 100*time.Millisecond,
+			func(ctx context.Context, m *member) (reading, error) { return m.read(ctx, "any") },
+		)
 		return err
 	}
 	until(t, ask)

@@ -32,7 +32,7 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	defer tick.Stop()
 	stop := ctx.Done()
 	for {
-		s.candidate.beat()
+		s.candidate.heartbeat()
 		select {
 		case <-stop:
 			stop = nil

@@ -29,8 +29,9 @@ type leaseEvents interface {
 	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted, ErrKeyOverwritten) is
 	// gone.
 	lost(cause error)
-	// suspect is called when a renewal at that endpoint failed or, with dead set, was abandoned.
-	suspect(endpoint int, dead bool, err error)
+	// suspect is called when a renewal at that endpoint failed or, with abandoned set, was not
+	// answered.
+	suspect(endpoint int, abandoned bool, err error)
 }
 
 // lease keeps one lease alive. One goroutine, that of run, decides everything; each attempt to

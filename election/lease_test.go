@@ -63,7 +63,9 @@ func good(term uint64) func(context.Context) (renewal, error) {
 	return func(context.Context) (renewal, error) { return renewal{10 * time.Second, term}, nil }
 }
 
-func after(d time.Duration, answer func(context.Context) (renewal, error)) func(context.Context) (renewal, error) {
+func after(
+	d time.Duration, answer func(context.Context) (renewal, error),
+) func(context.Context) (renewal, error) {
 	return func(ctx context.Context) (renewal, error) {
 		select {
 		case <-time.After(d):
@@ -122,15 +124,22 @@ func (e testEvents) lost(cause error) { e.record("%v", cause) }
 func (e testEvents) suspect(endpoint int, dead bool, _ error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.testLease.suspect = append(e.testLease.suspect, fmt.Sprintf("%v endpoint %d dead %v", e.now(), endpoint, dead))
+	e.testLease.suspect = append(
+		e.testLease.suspect, fmt.Sprintf("%v endpoint %d dead %v", e.now(), endpoint, dead),
+	)
 }
 
-func newTestLease(t *testing.T, created int64, answers ...func(context.Context) (renewal, error)) *testLease {
+func newTestLease(
+	t *testing.T, created int64, answers ...func(context.Context) (renewal, error),
+) *testLease {
 	t.Helper()
 	return newTestLeaseOf(t, 10*time.Second, created, answers...)
 }
 
-func newTestLeaseOf(t *testing.T, ttl time.Duration, created int64, answers ...func(context.Context) (renewal, error)) *testLease {
+func newTestLeaseOf(
+	t *testing.T, ttl time.Duration, created int64,
+	answers ...func(context.Context) (renewal, error),
+) *testLease {
 	t.Helper()
 	start := time.Now()
 	l := &testLease{now: func() time.Duration { return time.Since(start) }}
@@ -284,7 +293,10 @@ func TestLease_OneEndpointIsAskedAgain(t *testing.T) {
 		expectAsked(t, l.endpoints[0], 2*time.Second, 4*time.Second) // abandoned after an interval
 		l.endpoints[0].set(refuse)
 		l.pass(7600 * ms)
-		expectAsked(t, l.endpoints[0], 2*time.Second, 4*time.Second, 6*time.Second, 6500*ms, 7*time.Second, 7500*ms)
+		expectAsked(
+			t, l.endpoints[0], 2*time.Second, 4*time.Second, 6*time.Second, 6500*ms, 7*time.Second,
+			7500*ms,
+		)
 	})
 }
 
@@ -335,7 +347,10 @@ func TestLease_DeposedLeaderIsNotBelieved(t *testing.T) {
 		l.pass(5 * time.Second)
 		l.expect(t, "2s renewed until 12s", "4s renewed until 14s")
 		if stale != 3 || l.endpoints[0].reads != 1+3 {
-			t.Errorf("%d renewals and %d reads, want 3 of both, and one read before", stale, l.endpoints[0].reads)
+			t.Errorf(
+				"%d renewals and %d reads, want 3 of both, and one read before", stale,
+				l.endpoints[0].reads,
+			)
 		}
 	})
 }
@@ -387,7 +402,10 @@ func TestLease_ConfirmationShowsAnotherLease(t *testing.T) {
 
 func TestLease_Lost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newTestLease(t, 7, hang, func(context.Context) (renewal, error) { return renewal{}, rpctypes.ErrLeaseNotFound })
+		l := newTestLease(
+			t, 7, hang,
+			func(context.Context) (renewal, error) { return renewal{}, rpctypes.ErrLeaseNotFound },
+		)
 		l.pass(20 * time.Second)
 		l.expect(t, "2.5s "+ErrLeaseLost.Error())
 		expectAsked(t, l.endpoints[1], 2500*ms)

@@ -47,7 +47,9 @@ func testLostGrantReply(t *testing.T, stop bool) {
 	again <- struct{}{}
 	lost := <-granting
 	waitForLeases(t, cluster, lost) // etcd has granted it
-	a.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "ask for a lease") })
+	a.waitFor(
+		"refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "ask for a lease") },
+	)
 	if stop {
 		a.stop(nil)
 		a.waitForReturn()
@@ -69,7 +71,9 @@ func TestCandidate_LeaseNotRevoked(t *testing.T) {
 	}
 	allow := func(what string) {
 		t.Helper()
-		if _, err := cluster.Etcdctl(t.Context(), "role", "grant-permission", "--prefix", "candidates", what, election); err != nil {
+		if _, err := cluster.Etcdctl(
+			t.Context(), "role", "grant-permission", "--prefix", "candidates", what, election,
+		); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -85,7 +89,9 @@ func TestCandidate_LeaseNotRevoked(t *testing.T) {
 		}
 	})
 	first := a.waitForTerm()
-	keeps := cluster.EtcdctlCommand(cluster.Endpoints(), "lease", "keep-alive", fmt.Sprintf("%x", first.LeaseID))
+	keeps := cluster.EtcdctlCommand(
+		cluster.Endpoints(), "lease", "keep-alive", fmt.Sprintf("%x", first.LeaseID),
+	)
 	if err := keeps.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +101,9 @@ func TestCandidate_LeaseNotRevoked(t *testing.T) {
 	}()
 	allow("read")
 	over <- struct{}{}
-	a.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "permission denied") })
+	a.waitFor(
+		"refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "permission denied") },
+	)
 	allow("readwrite")
 	if second := a.waitForTerm(); second.Token <= first.Token {
 		t.Errorf("token %d follows %d", second.Token, first.Token)
@@ -125,7 +133,9 @@ func TestCandidate_LeaseNotRevoked_CallbacksKnowIt(t *testing.T) {
 	}
 	proxies[0].Cut(harness.BothWays)
 	over <- struct{}{}
-	a.waitFor("done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" })
+	a.waitFor(
+		"done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" },
+	)
 	select {
 	case id := <-told:
 		t.Fatalf("told of the lease %x", id)
@@ -155,7 +165,9 @@ func TestCandidate_LeaseNotRevoked_PlannedStop(t *testing.T) {
 	waitForLeases(t, cluster, first.LeaseID)
 	proxies[0].Cut(harness.BothWays)
 	over <- struct{}{}
-	a.waitFor("done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" })
+	a.waitFor(
+		"done with the session", func(s Snapshot) bool { return s.Reason == "campaigning again" },
+	)
 	a.stop(nil)
 	proxies[0].Recover()
 	if err := a.waitForReturn(); err != nil {

@@ -85,7 +85,8 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 			return err
 		}
 		// When Send says io.EOF the stream has ended, and Recv says why.
-		if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: id}); err != nil && !errors.Is(err, io.EOF) {
+		err = stream.Send(&pb.LeaseKeepAliveRequest{ID: id})
+		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
 		_ = stream.CloseSend() // a failure shows in Recv
@@ -96,7 +97,10 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 		if resp.TTL <= 0 {
 			return rpctypes.ErrLeaseNotFound
 		}
-		r = renewal{ttl: time.Duration(resp.TTL) * time.Second, term: resp.GetHeader().GetRaftTerm()}
+		r = renewal{
+			ttl:  time.Duration(resp.TTL) * time.Second,
+			term: resp.GetHeader().GetRaftTerm(),
+		}
 		return nil
 	})
 	return r, rpctypes.Error(err)

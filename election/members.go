@@ -20,8 +20,8 @@ import (
 )
 
 // members are the endpoints of etcd, each with a connection of its own, so that which member is
-// asked is decided here and not by a balancer: etcd's client asks them by turns, and a connection
-// on which nothing arrives any more stays among them.
+// asked is decided here and not by a balancer: etcd's client asks one after the other, and a
+// connection on which nothing arrives any more stays among them.
 type members struct {
 	hosts []*host // those of the endpoints that name one
 	mu    sync.Mutex
@@ -77,7 +77,10 @@ func (ms *members) add(
 		grpc.WithConnectParams(grpc.ConnectParams{
 			// gRPC's own backoff goes up to two minutes.
 			Backoff: backoff.Config{
-				BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second,
+				BaseDelay:  100 * time.Millisecond,
+				Multiplier: 1.6,
+				Jitter:     0.2,
+				MaxDelay:   time.Second,
 			},
 			MinConnectTimeout: dialTimeout,
 		}),

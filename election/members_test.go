@@ -55,7 +55,7 @@ func TestCandidate_MemberLost(t *testing.T) {
 	// With that member gone everything still works.
 	a.stop(nil)
 	if term := b.waitForTerm(); term.LeaseID != lease {
-		t.Error("the standby has not kept its place")
+		t.Error("the standby has not kept its queue entry")
 	}
 }
 
@@ -78,12 +78,17 @@ func TestCandidate_HungMember_LongTTL(t *testing.T) {
 		{"two of five, 5 min", 5 * time.Minute, 5, 2, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			testHungMember(t, harness.NewTestCluster(t, harness.ClusterConfig{Size: test.size}), test.ttl, test.hung, test.leader)
+			testHungMember(
+				t, harness.NewTestCluster(t, harness.ClusterConfig{Size: test.size}), test.ttl,
+				test.hung, test.leader,
+			)
 		})
 	}
 }
 
-func testHungMember(t *testing.T, cluster *harness.Cluster, ttl time.Duration, hung int, withLeader bool) {
+func testHungMember(
+	t *testing.T, cluster *harness.Cluster, ttl time.Duration, hung int, withLeader bool,
+) {
 	leader, err := cluster.Leader(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -153,7 +158,8 @@ func testHungMember(t *testing.T, cluster *harness.Cluster, ttl time.Duration, h
 	t.Logf("the planned hand-over: %v", harness.Now()-began)
 }
 
-// A watch is silent on a member that went cut. The standby finds out and watches on another.
+// A watch on a member that becomes unreachable tells nothing. The standby finds out and watches on
+// another.
 func TestCandidate_StandbyOnAnUnreachableMember(t *testing.T) {
 	cluster := newTestCluster3(t)
 	proxies, endpoints := newTestProxies(t, cluster)

@@ -152,7 +152,9 @@ func TestCandidate_NestedElections_Cost(t *testing.T) {
 	})
 	txns := func() float64 {
 		t.Helper()
-		n, err := cluster.Members[0].Metric(t.Context(), `grpc_server_started_total{grpc_method="Txn"`)
+		n, err := cluster.Members[0].Metric(
+			t.Context(), `grpc_server_started_total{grpc_method="Txn"`,
+		)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -94,12 +94,12 @@ func (q *queue) run(ctx context.Context) {
 			wait = retry{}
 		}
 		pause(ctx, q.spread())
-		q.beat()
+		q.heartbeat()
 		wait.sleep(ctx)
 	}
 }
 
-func (q *queue) beat() { q.cfg.heartbeat.mark(q.cfg.now()) }
+func (q *queue) heartbeat() { q.cfg.heartbeat.mark(q.cfg.now()) }
 
 // spread returns for how long to wait, by chance, before the queue is read again after its watch
 // has ended: those of all others may have ended too, and each of them reads as many keys as are
@@ -132,7 +132,7 @@ func (q *queue) ask(
 			resp, err := pb.NewKVClient(conn).Range(ctx, what)
 			return answer{m, resp}, rpctypes.Error(err)
 		})
-	q.beat()
+	q.heartbeat()
 	if err != nil {
 		return nil, nil, fmt.Errorf("read the queue: %w", err)
 	}

@@ -11,11 +11,21 @@ import (
 )
 
 func kv(key string, created, lease int64) *mvccpb.KeyValue {
-	return &mvccpb.KeyValue{Key: []byte(key), CreateRevision: created, ModRevision: created, Lease: lease}
+	return &mvccpb.KeyValue{
+		Key:            []byte(key),
+		CreateRevision: created,
+		ModRevision:    created,
+		Lease:          lease,
+	}
 }
 
 func del(key string, revision int64) []*clientv3.Event {
-	return []*clientv3.Event{{Type: clientv3.EventTypeDelete, Kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: revision}}}
+	return []*clientv3.Event{
+		{
+			Type: clientv3.EventTypeDelete,
+			Kv:   &mvccpb.KeyValue{Key: []byte(key), ModRevision: revision},
+		},
+	}
 }
 
 func newTestQueue(lost func(error)) *queue {
@@ -59,7 +69,15 @@ func TestQueue_View(t *testing.T) {
 	if v.own != nil {
 		t.Errorf("own place before it is known who is ahead: %+v", v)
 	}
-	q.setAhead([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/a", 8, 10), kv("e/hand", 5, 0), kv("e/n/b", 6, 11)}, 10)
+	q.setAhead(
+		[]*mvccpb.KeyValue{
+			kv("e/9", 3, 9),
+			kv("e/a", 8, 10),
+			kv("e/hand", 5, 0),
+			kv("e/n/b", 6, 11),
+		},
+		10,
+	)
 	v, _ = q.view()
 	if l := v.leader(); l == nil || l.Key != "e/9" || l.Token != 3 {
 		t.Errorf("leader %+v", l)
@@ -75,7 +93,8 @@ func TestQueue_View(t *testing.T) {
 	q.apply(del("e/9", 11))
 	q.apply(del("e/hand", 12))
 	v, _ = q.view()
-	if l := v.leader(); l != nil || v.blocker == nil || v.blocker.Key != "e/n/b" || !strings.Contains(v.blocker.Why, "'e/n'") {
+	if l := v.leader(); l != nil || v.blocker == nil || v.blocker.Key != "e/n/b" ||
+		!strings.Contains(v.blocker.Why, "'e/n'") {
 		t.Errorf("leader %+v, blocker %+v", l, v.blocker)
 	}
 	q.apply(del("e/n/b", 13))

@@ -16,7 +16,7 @@ import (
 
 // session is one lease, from before its grant until after its revocation, and the key bound to it.
 type session struct {
-	candidate *Candidate // whose method beat it calls
+	candidate *Candidate // whose heartbeat it marks
 	run       *run
 	cfg       *Config
 	log       *slog.Logger
@@ -56,7 +56,7 @@ func newLeaseID() int64 { return 1 + rand.Int64N(1<<63-1) }
 // start takes part in the election with one lease, until that is lost or the term it led to is
 // over. It returns nil for the next session to follow.
 func (s *session) start(ctx context.Context) error {
-	s.candidate.beat()
+	s.candidate.heartbeat()
 	s.state.campaigningAgain()
 	s.run.leftovers.wait(ctx)
 	if ctx.Err() != nil {
@@ -164,9 +164,9 @@ func (s *session) join(ctx context.Context) (g granted, err error) {
 func (s *session) keepTrying(ctx context.Context, what string, request func() error) error {
 	var wait retry
 	for {
-		s.candidate.beat()
+		s.candidate.heartbeat()
 		err := request()
-		s.candidate.beat()
+		s.candidate.heartbeat()
 		if err == nil {
 			s.run.outage.over(leaseFails)
 			return nil
@@ -250,7 +250,7 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 		s.log.Warn("key and lease not removed, "+then,
 			"lease", fmt.Sprintf("%x", s.id), "err", s.cfg.explain(err))
 	}
-	s.candidate.beat()
+	s.candidate.heartbeat()
 	s.state.leased(0, 0, Deadlines{})
 }
 
@@ -307,7 +307,7 @@ func (s *session) isLost() bool {
 }
 
 // suspect implements leaseEvents.
-func (s *session) suspect(endpoint int, dead bool, err error) {
+func (s *session) suspect(endpoint int, abandoned bool, err error) {
 	m := s.members.all()[endpoint]
 	trouble := &memberError{m.name(), err}
 	s.mu.Lock()
@@ -318,14 +318,14 @@ func (s *session) suspect(endpoint int, dead bool, err error) {
 		message += " at another endpoint"
 	}
 	s.run.outage.fails(leaseFails, message, s.cfg.explain(trouble))
-	if dead && s.members.auth != nil && s.members.auth.busy() {
+	if abandoned && s.members.auth != nil && s.members.auth.busy() {
 		return // it waits for a token, maybe
 	}
-	if dead {
+	if abandoned {
 		s.members.reset(m)
 	}
 	// A refusal, of too many requests or of a token, says nothing of the watch.
-	if dead || unavailable(err) {
+	if abandoned || unavailable(err) {
 		s.queue.suspect(m)
 	}
 }

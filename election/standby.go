@@ -40,7 +40,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 	defer tick.Stop()
 	begun, warned := false, ""
 	for {
-		s.candidate.beat()
+		s.candidate.heartbeat()
 		v, trouble := s.look()
 		if v.watched && !begun {
 			begun = true
@@ -126,7 +126,8 @@ func (v view) isBehind() bool { return v.own != nil && v.head.key != v.own.key }
 // notElected returns who or what is ahead.
 func (v view) notElected() error {
 	if v.blocker != nil {
-		return fmt.Errorf("%w: the key %s is ahead: %s", ErrNotElected, v.blocker.Key, v.blocker.Why)
+		return fmt.Errorf("%w: the key %s is ahead: %s",
+			ErrNotElected, v.blocker.Key, v.blocker.Why)
 	}
 	return fmt.Errorf("%w: %s is ahead", ErrNotElected, quote.Shell(v.head.identity))
 }

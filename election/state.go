@@ -20,9 +20,9 @@ import (
 //	    ^                       │                      │                       ^
 //	    └─ connecting, entryLost┘                      └──── leadReturned ─────┘
 //
-// runEnded leads to Stopping from everywhere but Leading: Lead returns first. A candidate whose lease
-// could not be renewed is Connecting while its key is still in the queue, and may be elected from
-// there; one that has won too late campaigns again from Standby.
+// runEnded leads to Stopping from everywhere but Leading: Lead returns first. A candidate whose
+// lease could not be renewed is Connecting while its key is still in the queue, and may be elected
+// from there; one that has won too late campaigns again from Standby.
 type machine struct {
 	log     *slog.Logger
 	metrics *metrics

@@ -17,14 +17,21 @@ func TestNewTiming(t *testing.T) {
 		{15 * time.Second, 0, time.Second, Timing{15 * time.Second, 0, time.Second}},
 	} {
 		if got := NewTiming(test.granted, test.lossGrace, test.margin); got != test.want {
-			t.Errorf("NewTiming(%v, %v, %v) = %+v, want %+v", test.granted, test.lossGrace, test.margin, got, test.want)
+			t.Errorf(
+				"NewTiming(%v, %v, %v) = %+v, want %+v", test.granted, test.lossGrace, test.margin,
+				got, test.want,
+			)
 		}
 	}
 }
 
 func TestTiming_From(t *testing.T) {
 	got := NewTiming(15*time.Second, -1, -1).From(100 * time.Second)
-	want := Deadlines{StopAt: 110500 * time.Millisecond, KillBy: 113500 * time.Millisecond, End: 115 * time.Second}
+	want := Deadlines{
+		StopAt: 110500 * time.Millisecond,
+		KillBy: 113500 * time.Millisecond,
+		End:    115 * time.Second,
+	}
 	if got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}

@@ -24,7 +24,11 @@ func TestCandidate_TLS(t *testing.T) {
 	cluster := harness.NewTestCluster(t, harness.ClusterConfig{TLS: certs})
 	proxy := harness.NewTestProxy(t, cluster.Endpoints()[0])
 	withTLS := func(cfg *Config, _ *testCallbacks) {
-		cfg.TLS = TLS{CAFile: certs.CAFile, CertFile: certs.ClientCertFile, KeyFile: certs.ClientKeyFile}
+		cfg.TLS = TLS{
+			CAFile:   certs.CAFile,
+			CertFile: certs.ClientCertFile,
+			KeyFile:  certs.ClientKeyFile,
+		}
 	}
 	a := newTestCandidate(t, []string{"https://" + proxy.Addr()}, "a", withTLS)
 	term := a.waitForTerm()
@@ -36,7 +40,9 @@ func TestCandidate_TLS(t *testing.T) {
 	a.expectLeading(term)
 
 	stranger := newTestCandidate(t, cluster.Endpoints(), "stranger", nil)
-	stranger.waitFor("refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "certificate") })
+	stranger.waitFor(
+		"refused", func(s Snapshot) bool { return strings.Contains(s.Reason, "certificate") },
+	)
 	if _, err := New(func() Config {
 		cfg := testConfig(t, cluster.Endpoints(), "")
 		cfg.TLS.CAFile = "/nowhere"
@@ -62,7 +68,14 @@ func TestCredentials_FilesAreReadAgain(t *testing.T) {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
-	creds, err := newCredentials(TLS{CAFile: certs.CAFile, CertFile: certs.ClientCertFile, KeyFile: certs.ClientKeyFile, ServerName: "localhost"})
+	creds, err := newCredentials(
+		TLS{
+			CAFile:     certs.CAFile,
+			CertFile:   certs.ClientCertFile,
+			KeyFile:    certs.ClientKeyFile,
+			ServerName: "localhost",
+		},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +87,12 @@ func TestCredentials_FilesAreReadAgain(t *testing.T) {
 		seen := make(chan string, 1)
 		go func() {
 			conn := tls.Server(there, &tls.Config{
-				Certificates: []tls.Certificate{server}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: roots, NextProtos: []string{"h2"},
+				Certificates: []tls.Certificate{
+					server,
+				},
+				ClientAuth: tls.RequireAndVerifyClientCert,
+				ClientCAs:  roots,
+				NextProtos: []string{"h2"},
 			})
 			if err := conn.Handshake(); err != nil {
 				seen <- err.Error()

@@ -83,7 +83,7 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 	defer tick.Stop()
 	w.looked = q.cfg.now()
 	for {
-		q.beat()
+		q.heartbeat()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -132,7 +132,7 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		w.look = found
 		w.looking.Go(func() { found <- q.lookAtHead(wctx, w.interval) })
 	}
-	q.beat()
+	q.heartbeat()
 	if w.unanswered++; w.unanswered > 1 {
 		// Etcd answers no request for progress before anything was written since the watch began:
 		// from the revision after the read, and so does the client after a broken connection. Then

@@ -15,7 +15,9 @@ import (
 
 // newRunningQueue follows the queue e, in which our own key has so many others ahead of it. It
 // returns its create revision too.
-func newRunningQueue(t *testing.T, cluster *harness.Cluster, ttl time.Duration, ahead int) (*queue, int64) {
+func newRunningQueue(
+	t *testing.T, cluster *harness.Cluster, ttl time.Duration, ahead int,
+) (*queue, int64) {
 	t.Helper()
 	ms, err := newMembers(testConfig(t, cluster.Endpoints(), "a"))
 	if err != nil {
@@ -26,7 +28,11 @@ func newRunningQueue(t *testing.T, cluster *harness.Cluster, ttl time.Duration, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := pb.NewLeaseClient(client.ActiveConnection()).LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: 0xa, TTL: 600}); err != nil {
+	if _, err := pb.NewLeaseClient(
+		client.ActiveConnection(),
+	).LeaseGrant(
+		t.Context(), &pb.LeaseGrantRequest{ID: 0xa, TTL: 600},
+	); err != nil {
 		t.Fatal(err)
 	}
 	for i := range ahead {
@@ -93,7 +99,9 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 			least, most = min(least, d), max(most, d)
 		}
 		if most > test.want || most < test.want*4/5 || least > test.want/5 {
-			t.Errorf("%d keys are read after %v to %v, want 0 to %v", test.keys, least, most, test.want)
+			t.Errorf(
+				"%d keys are read after %v to %v, want 0 to %v", test.keys, least, most, test.want,
+			)
 		}
 	}
 }
@@ -119,7 +127,9 @@ func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
 	most := time.Duration(0)
 	for range 10 {
 		last := served(nil)
-		time.Sleep(2 * q.cfg.timing.RenewInterval()) // a watch that ends as soon as it has begun is another matter
+		time.Sleep(
+			2 * q.cfg.timing.RenewInterval(),
+		) // a watch that ends as soon as it has begun is another matter
 		began := harness.Now()
 		q.suspect(last.member)
 		served(last)
