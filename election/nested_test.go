@@ -53,14 +53,14 @@ func TestCandidate_NestedElections(t *testing.T) {
 	in := func(election string) func(*Config, *testCallbacks) {
 		return func(cfg *Config, _ *testCallbacks) { cfg.Election = election }
 	}
-	for _, test := range []struct{ leads, refused string }{
-		{"jobs", "jobs/backup"}, {"jobs/backup", "jobs"},
-		{"/1/jobs", "/1/jobs/2/3"}, {"/1/jobs/2/3", "/1/jobs"},
+	for _, test := range []struct{ leads, refused, beside string }{
+		{"jobs", "jobs/backup", "jobs2"}, {"jobs/backup", "jobs", "jobs2"},
+		{"/1/jobs", "/1/jobs/2/3", "/1/4"}, {"/1/jobs/2/3", "/1/jobs", "/1/4"},
 	} {
 		a := newTestCandidate(t, cluster.Endpoints(), "a", in(test.leads))
 		term := a.waitForTerm()
 		// The election's own candidates, those beside it, and keys of another form are no others.
-		beside := newTestCandidate(t, cluster.Endpoints(), "b", in(test.refused+"2"))
+		beside := newTestCandidate(t, cluster.Endpoints(), "b", in(test.beside))
 		other := beside.waitForTerm()
 		etcdctl(t, cluster, "put", test.refused+"/by hand", "")
 		c := newTestCandidate(t, cluster.Endpoints(), "c", in(test.refused))

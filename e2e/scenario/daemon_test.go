@@ -41,7 +41,7 @@ func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			tr.must(c.Signal(syscall.SIGINT))
 		}, 0, "planned stop"},
-		{"daemon: 75", []func(*harness.CandidateConfig){variables("LEASEHOLD_WAIT=1ms", "LEASEHOLD_ENDPOINTS=127.0.0.1:1"), shell("exit 3")}, nothing, 75, "LEASEHOLD_WAIT"},
+		{"daemon: 69", []func(*harness.CandidateConfig){variables("LEASEHOLD_WAIT=1ms", "LEASEHOLD_ENDPOINTS=127.0.0.1:1"), shell("exit 3")}, nothing, 69, "LEASEHOLD_WAIT"},
 		{"daemon: 76", []func(*harness.CandidateConfig){never}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(c).Leader.Key)
@@ -148,9 +148,11 @@ func TestWait_IsATime(t *testing.T) {
 	for _, row := range []struct {
 		wait time.Duration
 		env  string
+		code int
 	}{
-		{time.Second, ""}, {0, ""}, // a leads
-		{time.Second, "LEASEHOLD_ENDPOINTS=127.0.0.1:1"}, {0, "LEASEHOLD_ENDPOINTS=127.0.0.1:1"}, // nobody is there
+		{time.Second, "", 75}, {0, "", 75}, // a leads
+		// etcd does not answer
+		{time.Second, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69}, {0, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69},
 	} {
 		began := harness.Now()
 		env := []string{"LEASEHOLD_WAIT=" + row.wait.String()}
@@ -158,7 +160,7 @@ func TestWait_IsATime(t *testing.T) {
 			env = append(env, row.env)
 		}
 		c := tr.start("b", "", variables(env...))
-		tr.waitExit(c, 75)
+		tr.waitExit(c, row.code)
 		if took := harness.Now() - began; took < row.wait || took > row.wait+2*time.Second {
 			t.Errorf("with WAIT=%v %s it took %v to give up", row.wait, row.env, took)
 		}
