@@ -60,8 +60,8 @@ func TestExplain_Scheme(t *testing.T) {
 	for _, test := range []struct {
 		endpoint, from, to, want string
 	}{
-		{secure.Endpoints()[0], "https://", "http://", "begins with https"},
-		{open.Endpoints()[0], "http://", "https://", "begins with http"},
+		{secure.Endpoints()[0], "https://", "http://", "begin with https:"},
+		{open.Endpoints()[0], "http://", "https://", "begin with http:"},
 	} {
 		cfg := testConfig(t, []string{strings.Replace(test.endpoint, test.from, test.to, 1)}, "")
 		for range 3 {

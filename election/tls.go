@@ -46,10 +46,10 @@ func (r *reloading) ClientHandshake(
 	var notTLS tls.RecordHeaderError
 	switch {
 	case errors.As(err, &notTLS):
-		err = fmt.Errorf("the endpoint does not speak TLS: its URL begins with http: %w", err)
+		err = fmt.Errorf("the endpoint does not speak TLS: its URL must begin with http: %w", err)
 	case closedByPeer(err):
-		err = fmt.Errorf("the endpoint has ended the TLS handshake, as one without TLS, "+
-			"whose URL begins with http, does: %w", err)
+		err = fmt.Errorf("the endpoint ended the TLS handshake: if it needs no TLS, "+
+			"its URL must begin with http: %w", err)
 	}
 	return secured, info, err
 }
@@ -121,10 +121,10 @@ func (c *plainConn) Read(p []byte) (int, error) {
 	c.spoken = true
 	switch {
 	case n > 0 && p[0] == recordTypeAlert:
-		return 0, errors.New("the endpoint speaks TLS: its URL begins with https")
+		return 0, errors.New("the endpoint speaks TLS: its URL must begin with https")
 	case n == 0 && closedByPeer(err):
-		err = fmt.Errorf("the endpoint has closed the connection, as one that speaks TLS, "+
-			"whose URL begins with https, does: %w", err)
+		err = fmt.Errorf("the endpoint closed the connection at once: if it speaks TLS, "+
+			"its URL must begin with https: %w", err)
 	}
 	return n, err
 }
