@@ -98,12 +98,17 @@ func hasTerminal() bool {
 	return err == nil
 }
 
+func isTerminal(fd int) bool {
+	_, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	return err == nil
+}
+
 // leaveStdin puts /dev/null in the place of a standard input that is a terminal in whose foreground
 // we are not. The shell's job control keeps its background from reading the terminal, but the job,
 // in a session of its own, would take the shell's keystrokes.
 func leaveStdin() error {
-	if _, err := unix.IoctlGetTermios(0, unix.TCGETS); err != nil {
-		return nil // no terminal
+	if !isTerminal(0) {
+		return nil
 	}
 	// An error: it is another session's.
 	foreground, err := unix.IoctlGetInt(0, unix.TIOCGPGRP)

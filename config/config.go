@@ -21,6 +21,7 @@ import (
 )
 
 const (
+	// Prefix begins the name of each variable, before an underscore.
 	Prefix = "LEASEHOLD"
 
 	// maxNameBytes bounds the election and the identity. etcd takes more, but every candidate keeps

@@ -364,6 +364,16 @@ func TestConfig_SecretIsNeverPrinted(t *testing.T) {
 	}
 }
 
+func TestLog_DurationsAreReadable(t *testing.T) {
+	for format, want := range map[string]string{"text": "ttl=1m30s", "json": `"ttl":"1m30s"`} {
+		var out bytes.Buffer
+		slog.New(Log{Format: format}.Handler(&out, slog.LevelInfo)).Info("x", "ttl", 90*time.Second)
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%s: %s, want %s", format, out.String(), want)
+		}
+	}
+}
+
 // testPair writes a self-signed certificate and its key, and returns their paths.
 func testPair(t *testing.T, dir, name string) [2]string {
 	t.Helper()

@@ -78,6 +78,43 @@ func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 	tr.finish()
 }
 
+// TestLog: the first line says what the daemon was given, and each names its election and candidate.
+func TestLog(t *testing.T) {
+	tr := ordinary(t)
+	for _, row := range []struct {
+		name    string
+		changes []func(*harness.CandidateConfig)
+	}{
+		{"job", []func(*harness.CandidateConfig){command("true"), variables("LEASEHOLD_RESTART=never")}},
+		{"elect", []func(*harness.CandidateConfig){subcommand("elect")}},
+	} {
+		json := variables("LEASEHOLD_LOG_FORMAT=json", "LEASEHOLD_STOP_GRACE=1s")
+		c := tr.start(row.name, "", append(row.changes, json)...)
+		if row.name == "elect" {
+			tr.waitStatus(c, "/leader", http.StatusOK)
+			tr.must(c.Signal(syscall.SIGTERM))
+		}
+		tr.waitExit(c, 0)
+		for i, line := range strings.Split(strings.TrimSpace(c.Log()), "\n") {
+			for _, want := range []string{`"election":"` + tr.election + `"`, `"identity":"` + row.name + `"`} {
+				if !strings.Contains(line, want) {
+					t.Errorf("%s is not in %s", want, line)
+				}
+			}
+			if i > 0 {
+				continue
+			}
+			ttl := `"ttl":"` + tr.ttl.String() + `","stop_at":"`
+			for _, want := range []string{`"msg":"starting"`, `"version":"`, `"endpoints":"http://`, c.Listen, ttl, `"kill_by":"`} {
+				if !strings.Contains(line, want) {
+					t.Errorf("%s is not in the first line, %s", want, line)
+				}
+			}
+		}
+	}
+	tr.finish()
+}
+
 // A client that is slow to ask holds the end of the daemon up by a second, when
 // the lease is revoked already. Impatience must not turn a planned stop into a
 // fault.
