@@ -64,7 +64,7 @@ func runElect(build Build) error {
 }
 
 // addSignals stops the daemon at the first TERM or INT, and at the second has the lease given back
-// at once. Beside that it tells systemd's watchdog that the candidate lives.
+// at once. Beside that it feeds systemd's watchdog while the candidate lives.
 func addSignals(d *daemon, caught *caught, lease *leaseCallbacks, stop func()) {
 	ended, alive := make(chan struct{}), newWatchdog()
 	d.group.Add(func() error {

@@ -139,7 +139,7 @@ func newLog(cfg config.Config) *daemonLog {
 	return l
 }
 
-// start logs what the daemon was told. Stop-at and kill-by are counted from the sending of a
+// start logs what the daemon was given. Stop-at and kill-by are counted from the sending of a
 // renewal.
 func (l *daemonLog) start(build Build, cfg config.Config) {
 	timing := cfg.Timing()

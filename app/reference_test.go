@@ -92,8 +92,8 @@ with file and line: a line without ` + "`=`" + `, a name that is none, a quote w
 ## Variables
 
 Configuration is the environment. Only these names count. A variable that is set to nothing counts as unset. An unknown
-` + "`LEASEHOLD_*`" + ` variable is refused, except what Kubernetes makes for Services, and the job's variables below. All faults are told at
-once, one a line, and nothing is started. ` + "`status`" + ` looks only at what reaching etcd takes, ` + "`check`" + ` only at ` + "`LEASEHOLD_LISTEN`" + `.
+` + "`LEASEHOLD_*`" + ` variable is refused, except what Kubernetes makes for Services, and the job's variables below. All faults are reported
+at once, one a line, and nothing is started. ` + "`status`" + ` looks only at what reaching etcd takes, ` + "`check`" + ` only at ` + "`LEASEHOLD_LISTEN`" + `.
 Durations have a unit (` + "`15s`, `500ms`, `1m30s`" + `) and are a year at most.
 
 | variable | default | meaning |
@@ -123,7 +123,7 @@ its own for ` + "`status`" + `), plus:
 
 At ` + "`LEASEHOLD_LISTEN`" + `, for GET, HEAD and OPTIONS, which all get the same status (load balancers check with any of them); other methods get
 405. Answers come from memory. Probes say ` + "`ok`" + `, or 503 with the reason. At most 256 connections are open at once, fewer where few files
-may be open; a new one takes the place of the one that rested longest.
+may be open; a new one replaces the one that was at rest longest.
 
 `)
 	b.WriteString("| path | answer |\n|---|---|\n")

@@ -15,8 +15,8 @@ import (
 	"leasehold/internal/boottime"
 )
 
-// caught is how a process that the user starts hears signals: not those that were ignored when it
-// was started.
+// caught is how a process that the user starts receives signals: not those that were ignored when
+// it was started.
 type caught struct {
 	signals  chan os.Signal // SIGHUP only from relayHangUps
 	hangUps  chan os.Signal

@@ -14,7 +14,7 @@ import (
 	"leasehold/internal/boottime"
 )
 
-// A notifier tells systemd what the daemon does. A slow systemd loses notifications, and holds up
+// A notifier sends systemd what the daemon does. A slow systemd loses notifications, and holds up
 // nobody. Without a systemd that listens it does nothing.
 type notifier struct {
 	states chan string   // nil: nobody listens
@@ -43,7 +43,7 @@ func (n *notifier) notify(state string) {
 	}
 }
 
-// flush waits for a moment until systemd has been told all. Nothing can be told after that.
+// flush waits for a moment until all has been sent. Nothing can be sent after that.
 func (n *notifier) flush() {
 	if n.states == nil {
 		return
@@ -55,15 +55,15 @@ func (n *notifier) flush() {
 	}
 }
 
-// stopping tells systemd that the daemon stops, and how long that may take: where it is longer than
-// the unit's TimeoutStopSec=, systemd waits. Beside the grace that is the time for a kill, and for
-// giving the lease back.
+// stopping is the message that the daemon stops, and how long that may take: where it is longer
+// than the unit's TimeoutStopSec=, systemd waits. Beside the grace that is the time for a kill, and
+// for giving the lease back.
 func stopping(cfg config.Config) string {
 	within := cfg.StopGrace.Duration + 30*time.Second
 	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", within.Microseconds())
 }
 
-// newWatchdog makes the function that tells systemd's watchdog that the daemon lives, at most once
+// newWatchdog makes the function that feeds systemd's watchdog while the daemon lives, at most once
 // in a third of what it allows. It has a socket of its own and allocates nothing: the guard calls
 // it again and again, and collects no garbage.
 func newWatchdog() func() {

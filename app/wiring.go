@@ -99,8 +99,8 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 	return nil
 }
 
-// addStatus tells at each change what the candidate does. It is one line, for a leader may have any
-// name, and systemd takes each line for an order.
+// addStatus passes on at each change what the candidate does. It is one line, for a leader may have
+// any name, and systemd takes each line for an order.
 func (d *daemon) addStatus(p parts) {
 	stop := make(chan struct{})
 	d.group.Add(func() error {

@@ -63,7 +63,7 @@ func installTo(dest string) (err error) {
 	return cause(os.Rename(to.Name(), dest))
 }
 
-// cause is an error without the name of our temporary file, which tells nobody anything.
+// cause is an error without the name of our temporary file, which helps nobody.
 func cause(err error) error {
 	var errno unix.Errno
 	if errors.As(err, &errno) {
