@@ -12,6 +12,7 @@ import (
 	"leasehold/election"
 	"leasehold/health"
 	"leasehold/supervisor"
+	"leasehold/supervisor/guard"
 )
 
 // Exit codes: those of sysexits.h where it has one, and a shell's 126 and 127.
@@ -78,7 +79,7 @@ var exits = []struct {
 		exitOS, "",
 		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a dead predecessor's job" +
 			" can't be killed: before any campaign; install: the copy can't be made",
-		is(errSystem, cli.ErrInstall),
+		either(is(errSystem, cli.ErrInstall), as[*guard.SetupError]),
 	},
 	{
 		exitNotElected, "",
@@ -162,21 +163,29 @@ func endingOf(err error) ending {
 		}
 	}
 	var job *supervisor.ExitError
+	var elector *electorExit
 	switch {
 	case err == nil:
 		end.text = errPlannedStop.Error()
 	case errors.As(err, &job):
 		end.code, end.text = job.Code, "with the job's own code: "+job.Error()
+	case errors.As(err, &elector):
+		end.code, end.text = elector.Code, elector.Why
 	case errors.Is(err, election.ErrNotElected), errors.Is(err, election.ErrUnreachable):
 		end.text = "LEASEHOLD_WAIT is over: " + err.Error()
 	default:
 		end.text = err.Error()
 	}
-	if end.code == exitOK || errors.Is(err, election.ErrNotElected) { // what WAIT was set for
+	if end.code == exitOK || end.code == exitNotElected { // what WAIT was set for
 		end.level = slog.LevelInfo
 	}
 	return end
 }
+
+// An electorExit is the end of the guard as its elector has announced it.
+type electorExit struct{ guard.Exit }
+
+func (e *electorExit) Error() string { return e.Why }
 
 // A loggedError is the end of a daemon whose log has said why.
 type loggedError struct{ code int }

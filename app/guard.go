@@ -51,7 +51,7 @@ func runGuard(build Build, command []string) error {
 		return log.exit(err)
 	}
 	log.start(build, cfg)
-	code := guard.Run(guard.Config{
+	exit, err := guard.Run(guard.Config{
 		Path: path, Argv: command, Env: jobEnvironment(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
 		TTL: cfg.TTL.Duration, Margin: cfg.Timing().Margin,
@@ -62,10 +62,13 @@ func runGuard(build Build, command []string) error {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
 		Signals: caught.signals, Children: children, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
-		Notify: systemd.notify, Stopping: stopping(cfg), Turned: newWatchdog(),
+		Notify: systemd.notify, Stopping: stopping(cfg), Heartbeat: newWatchdog(),
 		Logger: log.Logger,
 	})
-	return log.exit(&loggedError{code})
+	if err == nil {
+		err = &electorExit{exit}
+	}
+	return log.exit(err)
 }
 
 // jobEnvironment drops from an environment what is the daemon's alone: its settings, secrets among

@@ -82,6 +82,8 @@ const (
 	testTTL    = 3 * time.Second
 	testMargin = 300 * time.Millisecond
 	testWait   = 20 * time.Second
+
+	exitLost = 70 // of a guard that has lost the elector or the spawner
 )
 
 func guardMain() int {
@@ -97,16 +99,21 @@ func guardMain() int {
 	if p := os.Getenv("TEST_PATH"); p != "" {
 		path = p
 	}
-	return guard.Run(guard.Config{
+	exit, err := guard.Run(guard.Config{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
 		Election: "election", Identity: "identity", TTL: testTTL, Margin: testMargin, StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
 		Revoke: func(lease int64, _ time.Duration) []string {
 			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
 		},
-		Signals: signals, Children: children, Notify: func(string) {}, Turned: func() {},
+		Signals: signals, Children: children, Notify: func(string) {}, Heartbeat: func() {},
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return exitLost
+	}
+	return exit.Code
 }
 
 // dialTest connects to the test and says who is there. The connection stays open for the life of the process.
@@ -584,7 +591,7 @@ func TestGuard_ElectorKilled(t *testing.T) {
 				_ = unix.Kill(r.pids["elector"], unix.SIGKILL)
 				r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 				r.requireDead()
-				r.waitExit(guard.ExitInternal)
+				r.waitExit(exitLost)
 			})
 		}
 	})
@@ -596,7 +603,7 @@ func TestGuard_ElectorStoppedPastKillBy(t *testing.T) {
 	_ = unix.Kill(r.pids["elector"], unix.SIGSTOP)
 	r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 	r.requireDead()
-	r.waitExit(guard.ExitInternal)
+	r.waitExit(exitLost)
 }
 
 func TestHandle_GuardKilled(t *testing.T) {
@@ -738,7 +745,7 @@ func TestGuard_SleepsBesideZombies(t *testing.T) {
 		time.Sleep(testTTL)
 		r.requireSleep()
 		release()
-		r.waitExit(guard.ExitInternal)
+		r.waitExit(exitLost)
 	})
 }
 
@@ -762,7 +769,7 @@ func TestGuard_SpawnerLost(t *testing.T) {
 				_ = unix.Kill(spawner, unix.SIGKILL)
 				r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 				r.requireDead()
-				r.waitExit(guard.ExitInternal)
+				r.waitExit(exitLost)
 				release()
 			})
 		}

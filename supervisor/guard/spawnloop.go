@@ -10,12 +10,15 @@ import (
 	"leasehold/supervisor/ipc"
 )
 
-// This file is what runs in the spawner. The guard forks it without exec, so that it costs some pages of memory and not a whole
-// Go process. No Go runtime runs in it: it has one thread, no scheduler, no garbage collection, and its stack can't grow. So every
-// function here is nosplit (the linker checks the sum of their frames), allocates nothing, calls nothing but raw system calls, and
-// stores no pointer. All its data are in the spawnArea. All signals stay blocked in it, for it has no handlers.
+// This file is what runs in the spawner. The guard forks it without exec, so that it costs some
+// pages of memory and not a whole Go process. No Go runtime runs in it: it has one thread, no
+// scheduler, no garbage collection, and its stack can't grow. So every function here is nosplit
+// (the linker checks the sum of their frames), allocates nothing, calls nothing but raw system
+// calls, and stores no pointer. All its data are in the spawnArea. All signals stay blocked in it,
+// for it has no handlers.
 //
-// runtime_BeforeFork makes the child end loudly where that rule is broken. gVisor starts its stub processes in the same way.
+// runtime_BeforeFork makes the child end loudly where that rule is broken. gVisor starts its stub
+// processes in the same way.
 
 //go:linkname runtimeBeforeFork syscall.runtime_BeforeFork
 func runtimeBeforeFork()
@@ -33,8 +36,8 @@ type spawnArea struct {
 	path, argv, envp uintptr
 
 	// The spawner writes these.
-	turns uint32 // atomic; a spawner that is asked for something and does not turn hangs
-	leaf  int32  // number of the newest cgroup for a start
+	heartbeats uint32 // atomic; a spawner that is asked for something and shows none hangs
+	leaf       int32  // number of the newest cgroup for a start
 
 	// What the spawner was made with.
 	guardPid, guardSock, electorSock, cgroupFd, procFd int32
@@ -124,7 +127,8 @@ type spawnControl struct {
 func spawnerMain(a *spawnArea) {
 	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, 0)
-	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(&a.name)), 0, 0, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(&a.name)),
+		0, 0, 0, 0)
 	if a.noNewPrivs != 0 {
 		_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
 	}
@@ -132,11 +136,12 @@ func spawnerMain(a *spawnArea) {
 	a.resetSignals()
 	a.keepOwnDescriptors()
 	if a.nofile[1] != 0 { // the limit may lie below our own descriptors
-		_, _, _ = unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, uintptr(unsafe.Pointer(&a.nofile)), 0, 0, 0)
+		_, _, _ = unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE,
+			uintptr(unsafe.Pointer(&a.nofile)), 0, 0, 0)
 	}
-	a.turns++
+	a.heartbeats++
 	for {
-		a.turn()
+		a.round()
 	}
 }
 
@@ -155,20 +160,22 @@ func (a *spawnArea) showTitle() {
 	}
 }
 
-// resetSignals gives the default to all signals but those that the job shall ignore. They are blocked until the job's exec, before
-// which no handler of Go's may run.
+// resetSignals gives the default to all signals but those that the job shall ignore. They are
+// blocked until the job's exec, before which no handler of Go's may run.
 //
 //go:nosplit
 //go:norace
 func (a *spawnArea) resetSignals() {
 	for sig := uintptr(1); sig <= 64; sig++ {
 		if a.keepIgnored&(1<<(sig-1)) == 0 { // the action is all zeros; it is refused for SIGKILL and SIGSTOP
-			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&a.action)), 0, 8, 0, 0)
+			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig,
+				uintptr(unsafe.Pointer(&a.action)), 0, 8, 0, 0)
 		}
 	}
 }
 
-// keepOwnDescriptors closes all that the guard had open, but for the standard streams, which are the job's, and our own.
+// keepOwnDescriptors closes all that the guard had open, but for the standard streams, which are
+// the job's, and our own.
 //
 //go:nosplit
 //go:norace
@@ -183,7 +190,7 @@ func (a *spawnArea) keepOwnDescriptors() {
 		a.keep(&a.cgroupFd, &next)
 	}
 	for a.guardSock < 0 || a.electorSock < 0 || a.procFd < 0 || hasCgroup && a.cgroupFd < 0 { // the guard sees our end
-		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, ExitOS, 0, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
 	}
 	closeRange(next, 1<<31-1)
 	closeRange(3, lowest-1)
@@ -191,11 +198,13 @@ func (a *spawnArea) keepOwnDescriptors() {
 	parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0)
 	orphaned := errno != 0 || parent != uintptr(a.guardPid)
 	a.sigset = 1 << (unix.SIGCHLD - 1)
-	sigfd, _, errno := unix.RawSyscall6(unix.SYS_SIGNALFD4, ^uintptr(0), uintptr(unsafe.Pointer(&a.sigset)), 8, unix.SFD_CLOEXEC|unix.SFD_NONBLOCK, 0, 0)
+	sigfd, _, errno := unix.RawSyscall6(unix.SYS_SIGNALFD4, ^uintptr(0),
+		uintptr(unsafe.Pointer(&a.sigset)), 8, unix.SFD_CLOEXEC|unix.SFD_NONBLOCK, 0, 0)
 	if errno != 0 {
 		sigfd = ^uintptr(0)
 	}
-	list, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(a.procFd), uintptr(unsafe.Pointer(&a.listPath)), unix.O_RDONLY|unix.O_CLOEXEC, 0, 0, 0)
+	list, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(a.procFd),
+		uintptr(unsafe.Pointer(&a.listPath)), unix.O_RDONLY|unix.O_CLOEXEC, 0, 0, 0)
 	a.listFd = -1
 	if errno == 0 {
 		a.listFd = int32(list)
@@ -216,7 +225,8 @@ func (a *spawnArea) keepOwnDescriptors() {
 //go:nosplit
 //go:norace
 func (a *spawnArea) keep(fd, next *int32) {
-	moved, _, errno := unix.RawSyscall(unix.SYS_FCNTL, uintptr(*fd), unix.F_DUPFD_CLOEXEC, uintptr(*next))
+	moved, _, errno := unix.RawSyscall(unix.SYS_FCNTL, uintptr(*fd), unix.F_DUPFD_CLOEXEC,
+		uintptr(*next))
 	if errno != 0 {
 		moved = ^uintptr(0)
 	} else if int32(moved) > *next {
@@ -228,7 +238,8 @@ func (a *spawnArea) keep(fd, next *int32) {
 //go:nosplit
 //go:norace
 func closeRange(from, to int32) {
-	if _, _, errno := unix.RawSyscall(unix.SYS_CLOSE_RANGE, uintptr(from), uintptr(to), 0); errno == 0 {
+	if _, _, errno := unix.RawSyscall(unix.SYS_CLOSE_RANGE, uintptr(from), uintptr(to),
+		0); errno == 0 {
 		return
 	}
 	for fd := from; fd <= to && fd < 1024; fd++ { // Linux before 5.9
@@ -240,11 +251,11 @@ func closeRange(from, to int32) {
 //go:norace
 func rawCloseSpawn(fd uintptr) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0, 0) }
 
-// turn waits for something to do, and does it.
+// round waits for something to do, and does it.
 //
 //go:nosplit
 //go:norace
-func (a *spawnArea) turn() {
+func (a *spawnArea) round() {
 	timeout := uintptr(0)
 	if a.killing != 0 {
 		now := a.readClock()
@@ -266,12 +277,13 @@ func (a *spawnArea) turn() {
 	for i := range a.fds {
 		a.fds[i].Revents = 0
 	}
-	_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&a.fds)), uintptr(len(a.fds)), timeout, 0, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&a.fds)),
+		uintptr(len(a.fds)), timeout, 0, 0, 0)
 	if a.fds[pollGuardPidfd].Revents != 0 {
 		a.guardIsGone()
 	}
 	if a.fds[pollElectorSock].Revents != 0 {
-		a.hearElector()
+		a.receiveFromElector()
 	}
 	if a.fds[pollGuardSock].Revents != 0 && a.receive(pollGuardSock) {
 		switch a.message.Kind {
@@ -296,10 +308,11 @@ func (a *spawnArea) turn() {
 		a.execDone()
 	}
 	if a.fds[pollSignal].Revents != 0 {
-		_, _, _ = unix.RawSyscall(unix.SYS_READ, uintptr(a.fds[pollSignal].Fd), uintptr(unsafe.Pointer(&a.buf)), uintptr(len(a.buf)))
+		_, _, _ = unix.RawSyscall(unix.SYS_READ, uintptr(a.fds[pollSignal].Fd),
+			uintptr(unsafe.Pointer(&a.buf)), uintptr(len(a.buf)))
 	}
 	a.reap()
-	a.turns++
+	a.heartbeats++
 }
 
 // guardIsGone kills what there is, and then ends the spawner.
@@ -329,12 +342,14 @@ func (a *spawnArea) kill() {
 	}
 }
 
-// receive reads a message. At the end of the other side it stops looking there: the pidfd tells who has gone.
+// receive reads a message. At the end of the other side it stops looking there: the pidfd tells who
+// has gone.
 //
 //go:nosplit
 //go:norace
 func (a *spawnArea) receive(which int) bool {
-	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(a.fds[which].Fd), uintptr(unsafe.Pointer(&a.message)), uintptr(ipc.SpawnerMessageLen), unix.MSG_DONTWAIT, 0, 0)
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(a.fds[which].Fd),
+		uintptr(unsafe.Pointer(&a.message)), uintptr(ipc.SpawnerMessageLen), unix.MSG_DONTWAIT, 0, 0)
 	if errno == 0 && n == uintptr(ipc.SpawnerMessageLen) {
 		return true
 	}
@@ -346,15 +361,15 @@ func (a *spawnArea) receive(which int) bool {
 
 //go:nosplit
 //go:norace
-func (a *spawnArea) hearElector() {
+func (a *spawnArea) receiveFromElector() {
 	if a.receive(pollElectorSock) && a.message.Kind == ipc.SpawnerKill {
 		a.close()
 	}
 }
 
-// send sends a message, with a descriptor unless that is negative, and reports whether it went. The guard asks for little at a time
-// and takes all answers, so that there is always room for them; a descriptor can be one too many for the kernel (unix(7),
-// ETOOMANYREFS).
+// send sends a message, with a descriptor unless that is negative, and reports whether it went. The
+// guard asks for little at a time and takes all answers, so that there is always room for them; a
+// descriptor can be one too many for the kernel (unix(7), ETOOMANYREFS).
 //
 //go:nosplit
 //go:norace
@@ -365,7 +380,8 @@ func (a *spawnArea) send(sock, kind, serial, value, extra, fd int32) bool {
 		a.control.fd = fd
 		a.header.control, a.header.controlLen = uintptr(unsafe.Pointer(&a.control)), unsafe.Sizeof(a.control)
 	}
-	_, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(sock), uintptr(unsafe.Pointer(&a.header)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	_, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(sock),
+		uintptr(unsafe.Pointer(&a.header)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 	return errno == 0
 }
 
@@ -381,7 +397,8 @@ func (a *spawnArea) prepare() int32 {
 		rawCloseSpawn(uintptr(a.leafFd))
 		a.leafFd = -1
 		// One in which the job has made others stays: the guard removes it.
-		_, _, _ = unix.RawSyscall(unix.SYS_UNLINKAT, uintptr(a.cgroupFd), uintptr(unsafe.Pointer(&a.number)), unix.AT_REMOVEDIR)
+		_, _, _ = unix.RawSyscall(unix.SYS_UNLINKAT, uintptr(a.cgroupFd),
+			uintptr(unsafe.Pointer(&a.number)), unix.AT_REMOVEDIR)
 	}
 	n := a.leaf + 1
 	i := len(a.number) - 1
@@ -392,12 +409,14 @@ func (a *spawnArea) prepare() int32 {
 	for j := 0; i < len(a.number); i, j = i+1, j+1 {
 		a.number[j] = a.number[i]
 	}
-	_, _, errno := unix.RawSyscall(unix.SYS_MKDIRAT, uintptr(a.cgroupFd), uintptr(unsafe.Pointer(&a.number)), 0o755)
+	_, _, errno := unix.RawSyscall(unix.SYS_MKDIRAT, uintptr(a.cgroupFd),
+		uintptr(unsafe.Pointer(&a.number)), 0o755)
 	if errno != 0 {
 		return int32(errno)
 	}
 	a.leaf++
-	fd, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(a.cgroupFd), uintptr(unsafe.Pointer(&a.number)), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
+	fd, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(a.cgroupFd),
+		uintptr(unsafe.Pointer(&a.number)), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
 	if errno != 0 {
 		return int32(errno)
 	}
@@ -405,8 +424,9 @@ func (a *spawnArea) prepare() int32 {
 	return 0
 }
 
-// start forks the job and returns 0, or why it doesn't. What follows comes to execDone. It is a fork and not a vfork, for that
-// would keep the spawner from killing while a slow file system holds up the exec.
+// start forks the job and returns 0, or why it doesn't. What follows comes to execDone. It is a
+// fork and not a vfork, for that would keep the spawner from killing while a slow file system holds
+// up the exec.
 //
 //go:nosplit
 //go:norace
@@ -415,7 +435,8 @@ func (a *spawnArea) start() int32 {
 	if a.closed != 0 || a.first != 0 {
 		return ipc.SpawnerTooLate
 	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&a.pipe)), unix.O_CLOEXEC, 0); errno != 0 {
+	if _, _, errno := unix.RawSyscall(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&a.pipe)),
+		unix.O_CLOEXEC, 0); errno != 0 {
 		return int32(errno)
 	}
 	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
@@ -429,10 +450,13 @@ func (a *spawnArea) start() int32 {
 	var errno unix.Errno
 	if a.leafFd >= 0 {
 		a.clone.cgroup = uint64(a.leafFd)
-		pid, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)), unsafe.Sizeof(a.clone), 0)
+		pid, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)),
+			unsafe.Sizeof(a.clone), 0)
 	} else {
-		// Where there is no cgroup there may be no clone3 either: seccomp filters can't look into its arguments.
-		pid, _, errno = unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_PIDFD|uintptr(unix.SIGCHLD), 0, uintptr(unsafe.Pointer(&a.pidfd)), 0, 0, 0)
+		// Where there is no cgroup there may be no clone3 either: seccomp filters can't look into
+		// its arguments.
+		pid, _, errno = unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_PIDFD|uintptr(unix.SIGCHLD),
+			0, uintptr(unsafe.Pointer(&a.pidfd)), 0, 0, 0)
 	}
 	if errno == 0 && pid == 0 {
 		a.exec(self)
@@ -452,7 +476,8 @@ func (a *spawnArea) start() int32 {
 //go:nosplit
 //go:norace
 func (a *spawnArea) readClock() int64 {
-	_, _, _ = unix.RawSyscall(unix.SYS_CLOCK_GETTIME, unix.CLOCK_BOOTTIME, uintptr(unsafe.Pointer(&a.now)), 0)
+	_, _, _ = unix.RawSyscall(unix.SYS_CLOCK_GETTIME, unix.CLOCK_BOOTTIME,
+		uintptr(unsafe.Pointer(&a.now)), 0)
 	return a.now.Sec*1e9 + a.now.Nsec
 }
 
@@ -462,15 +487,19 @@ func (a *spawnArea) readClock() int64 {
 //go:norace
 func (a *spawnArea) exec(spawner uintptr) {
 	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
-	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0,
+		0, 0)
 	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != spawner {
-		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0, 0) // too late for the signal
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0,
+			0) // too late for the signal
 	}
 	own := uint64(0) // on the stack: the area is shared with the spawner
-	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, uintptr(unsafe.Pointer(&own)), 0, 8, 0, 0)
+	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK,
+		uintptr(unsafe.Pointer(&own)), 0, 8, 0, 0)
 	_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, a.path, a.argv, a.envp)
 	failed := int32(errno)
-	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(a.pipe[1]), uintptr(unsafe.Pointer(&failed)), 4)
+	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(a.pipe[1]),
+		uintptr(unsafe.Pointer(&failed)), 4)
 	for {
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
 	}
@@ -481,7 +510,8 @@ func (a *spawnArea) exec(spawner uintptr) {
 //go:nosplit
 //go:norace
 func (a *spawnArea) execDone() {
-	n, _, _ := unix.RawSyscall(unix.SYS_READ, uintptr(a.fds[pollExec].Fd), uintptr(unsafe.Pointer(&a.word)), 4)
+	n, _, _ := unix.RawSyscall(unix.SYS_READ, uintptr(a.fds[pollExec].Fd),
+		uintptr(unsafe.Pointer(&a.word)), 4)
 	rawCloseSpawn(uintptr(a.fds[pollExec].Fd))
 	a.fds[pollExec].Fd = -1
 	if n == 4 {
@@ -495,9 +525,6 @@ func (a *spawnArea) execDone() {
 	rawCloseSpawn(uintptr(a.pidfd))
 }
 
-// reapsPerTurn bounds what a turn does: where thousands of children live on, the kernel takes long for each wait.
-const reapsPerTurn = 64
-
 // reap waits for children that have exited, and tells who needs to know.
 //
 //go:nosplit
@@ -505,8 +532,9 @@ const reapsPerTurn = 64
 func (a *spawnArea) reap() {
 	var pid uintptr
 	var errno unix.Errno
-	for range reapsPerTurn {
-		pid, _, errno = unix.RawSyscall6(unix.SYS_WAIT4, ^uintptr(0), uintptr(unsafe.Pointer(&a.word)), unix.WNOHANG|unix.WALL, 0, 0, 0)
+	for range maxReaps {
+		pid, _, errno = unix.RawSyscall6(unix.SYS_WAIT4, ^uintptr(0),
+			uintptr(unsafe.Pointer(&a.word)), unix.WNOHANG|unix.WALL, 0, 0, 0)
 		if errno != 0 || pid == 0 {
 			break
 		}
@@ -551,7 +579,7 @@ func (a *spawnArea) reap() {
 	}
 }
 
-// rearm makes the next turn come at once.
+// rearm makes the next round come at once.
 //
 //go:nosplit
 //go:norace
@@ -560,14 +588,15 @@ func (a *spawnArea) rearm() {
 	_, _, _ = unix.RawSyscall(unix.SYS_KILL, self, uintptr(unix.SIGCHLD), 0)
 }
 
-// killRound kills the children. They can't be strangers, for nobody else reaps them. What descends from them falls to us as they
-// exit, so that in the end there is nobody but children.
+// killRound kills the children. They can't be strangers, for nobody else reaps them. What descends
+// from them falls to us as they exit, so that in the end there is nobody but children.
 //
 //go:nosplit
 //go:norace
 func (a *spawnArea) killRound() {
 	a.rounds++
-	// While the guard kills too, with a priority of its own, what is killed needs the other processors to exit.
+	// While the guard kills too, with a priority of its own, what is killed needs the other
+	// processors to exit.
 	if a.closed != 0 && a.raised == 0 {
 		a.raised = 1
 		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_SETATTR, 0, uintptr(unsafe.Pointer(&a.urgent)), 0)
@@ -581,7 +610,8 @@ func (a *spawnArea) killRound() {
 	_, _, _ = unix.RawSyscall(unix.SYS_LSEEK, uintptr(a.listFd), 0, unix.SEEK_SET)
 	child := uintptr(0)
 	for {
-		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(a.listFd), uintptr(unsafe.Pointer(&a.buf)), uintptr(len(a.buf)))
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(a.listFd),
+			uintptr(unsafe.Pointer(&a.buf)), uintptr(len(a.buf)))
 		if errno != 0 || n == 0 || n > uintptr(len(a.buf)) {
 			return
 		}
@@ -596,6 +626,6 @@ func (a *spawnArea) killRound() {
 			}
 			child = 0
 		}
-		a.turns++
+		a.heartbeats++
 	}
 }

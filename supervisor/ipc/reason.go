@@ -16,6 +16,7 @@ const (
 	KilledLeftover            // the first process exited and left others behind
 	KilledGuard               // the guard is lost: the elector killed the job in its place
 	KilledSpawner             // the spawner is lost
+	KilledFault               // the guard found itself in a state that can't be
 )
 
 // The labels are public.
@@ -29,6 +30,7 @@ var reasons = [...]struct{ label, text string }{
 	KilledLeftover: {"left_behind", "its first process exited and left it behind"},
 	KilledGuard:    {"guard_gone", "guard lost"},
 	KilledSpawner:  {"spawner_gone", "spawner lost"},
+	KilledFault:    {"internal_fault", "internal fault"},
 }
 
 // KillReasons returns all reasons but NotKilled.

@@ -1,0 +1,357 @@
+//go:build linux
+
+package guard
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
+)
+
+// jobState is what the job does.
+//
+//	       start asked            spawner started
+//	idle ---------------> forking ----------------> running
+//	 ^                    |     |                   |     |
+//	 |                    |     | stop asked,       |     |
+//	 |                    |     | stop-at passed    |     |
+//	 |                    |     +---> stopping <----+     |
+//	 |                    |               |               |
+//	 |                    |               | grace over    |
+//	 |                    v               v               v
+//	 +---------------- killing <--------------------------+
+//	  nothing is left     from each of the three: lease lost, kill-by passed, second signal,
+//	                      elector lost, spawner lost, start refused, first process exited
+//
+// Every method below with the name of an event takes it in any state. transition is the one place
+// where the state changes.
+type jobState string
+
+const (
+	jobIdle     jobState = "idle"     // nothing of a job is left
+	jobForking  jobState = "forking"  // the spawner was asked to start it
+	jobRunning  jobState = "running"  // its first process runs
+	jobStopping jobState = "stopping" // it was told to stop, or will be once it has started
+	jobKilling  jobState = "killing"  // SIGKILL goes out until nothing of it is left
+)
+
+// job is the command and every descendant of it, from the elector's request until nothing is left.
+type job struct {
+	g     *guard
+	state jobState
+
+	serial     int32 // of the start
+	unanswered bool  // the spawner has not yet told what came of the start
+	started    bool
+	pid        int // the first process; 0: not yet started, or exited
+	pidfd      int
+	status     unix.WaitStatus // of the first process
+	exitSeen   time.Duration   // when its pidfd showed its exit, and the spawner had not told; 0: no
+	childless  bool            // the spawner has told that nothing of the job is left
+
+	stopAt, killBy time.Duration // the elector moves them until stop-at
+	graceEnd       time.Duration // of a stop that was asked for
+	endAt          time.Duration // when it was told to stop, or the kill began; 0: neither
+	ordered        bool          // the guard ends it: it does not exit by itself
+
+	reason     ipc.KillReason // of the state killing
+	killAt     time.Duration  // when that began
+	rounds     int            // of the kill
+	nextRound  time.Duration
+	complainAt time.Duration
+}
+
+// alive reports whether something of the job may run.
+func (j *job) alive() bool { return j.state != jobIdle }
+
+// startAsked: the elector asks for a start.
+func (j *job) startAsked(m ipc.Start) {
+	g := j.g
+	if j.state != jobIdle {
+		g.log.Error("elector asked for a start while the job lives: killing both")
+		g.loseElector()
+		return
+	}
+	g.starts++
+	*j = job{
+		g: g, state: jobIdle, serial: g.starts, unanswered: true, pidfd: -1,
+		stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
+	}
+	j.transition(jobForking, "start asked")
+	if err := g.spawner.setTerm(termEnvironment(g.cfg, m)); err != nil {
+		j.refused(int32(unix.E2BIG))
+		return
+	}
+	atomic.StoreInt64(&g.spawner.area.stopAt, int64(j.stopAt))
+	g.spawner.send(ipc.SpawnerStart, j.serial)
+	if g.stopSignals > 1 {
+		j.kill(ipc.KilledSignal)
+	}
+}
+
+// spawnerStarted: the start has come to its exec.
+func (j *job) spawnerStarted(pid, pidfd int) {
+	if !j.unanswered {
+		if pidfd >= 0 {
+			proctree.CloseRaw(pidfd)
+		}
+		j.invalid("spawner started")
+		return
+	}
+	j.unanswered, j.started, j.pid, j.pidfd = false, true, pid, pidfd
+	switch j.state {
+	case jobForking:
+		j.transition(jobRunning, "spawner started")
+	case jobStopping:
+		proctree.SignalPidfd(j.pidfd, j.g.cfg.StopSignal)
+	case jobKilling:
+		j.killNow()
+	default:
+		j.invalid("spawner started")
+	}
+	j.g.send(ipc.Started{PID: pid})
+}
+
+// refused: the start came to nothing. Whether something is left is proven as after any other end.
+func (j *job) refused(errno int32) {
+	if !j.unanswered {
+		j.invalid("start refused")
+		return
+	}
+	j.unanswered = false
+	if errno == ipc.SpawnerTooLate {
+		j.ordered = true // we called it off
+	} else {
+		err := unix.Errno(errno)
+		j.g.send(ipc.Refused{Code: startCode(err), Why: err.Error()})
+		j.g.log.Error("job could not be started", "path", j.g.cfg.Path, "err", err)
+	}
+	j.kill(ipc.KilledLeftover)
+}
+
+// startCode is the exit code of a job that could not be started, as a shell has it. 71 is EX_OSERR
+// of sysexits.h.
+func startCode(err error) int {
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return 127
+	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM):
+		return 71
+	}
+	return 126
+}
+
+// firstExited: the first process has exited. With it ends the job, and what it left behind is
+// killed.
+func (j *job) firstExited(ws unix.WaitStatus) {
+	if j.state == jobIdle {
+		j.invalid("first process exited")
+		return
+	}
+	j.pid, j.exitSeen, j.status = 0, 0, ws
+	j.g.send(ipc.Exited(proctree.ExitOf(ws)))
+	j.kill(ipc.KilledLeftover)
+}
+
+// extended: the elector has renewed the lease. Once stop-at has passed nothing moves the deadlines
+// of this job any more.
+func (j *job) extended(m ipc.Extend, now time.Duration) {
+	if !j.alive() || now >= j.stopAt {
+		return
+	}
+	j.stopAt, j.killBy = m.StopAt, m.KillBy
+	atomic.StoreInt64(&j.g.spawner.area.stopAt, int64(j.stopAt)) // for a start that is under way
+}
+
+// stopAsked: the elector asks for the end of the job.
+func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
+	switch {
+	case m.Grace == 0:
+		j.kill(ipc.KilledLost)
+	case m.Grace == ipc.UntilKillBy:
+		j.stop(forever, "stop asked")
+	default:
+		j.stop(now+m.Grace, "stop asked")
+	}
+}
+
+// serveDeadlines is where the job is stopped and killed on loss of contact: the elector has not
+// moved its deadlines. Nobody is asked.
+func (j *job) serveDeadlines(now time.Duration) {
+	switch j.state {
+	case jobForking, jobRunning, jobStopping:
+	default:
+		return
+	}
+	switch {
+	case now >= j.killBy:
+		j.kill(ipc.KilledKillBy)
+		j.g.missed(now - j.killBy)
+	case j.state == jobStopping && now >= j.graceEnd:
+		j.kill(ipc.KilledGrace)
+		j.g.missed(now - j.graceEnd)
+	case j.state != jobStopping && now >= j.stopAt:
+		j.stop(forever, "stop-at passed")
+		j.g.missed(now - j.stopAt)
+		j.g.log.Warn("job told to stop: no renewal by stop-at", "signal",
+			j.g.cfg.StopSignal.String(),
+			"kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
+	}
+	if j.state != jobKilling && j.exitSeen != 0 && now >= j.exitSeen+exitTimeout {
+		j.g.log.Warn("first process of the job exited and is not reaped: something traces it, or the spawner hangs",
+			"pid", j.pid)
+		j.kill(ipc.KilledLeftover)
+	}
+}
+
+// exitTimeout is for how long the spawner may take to tell of an exit that the guard sees.
+const exitTimeout = time.Second
+
+// nextDeadline is the earliest moment at which serveDeadlines has something to do.
+func (j *job) nextDeadline() time.Duration {
+	next := forever
+	switch j.state {
+	case jobForking, jobRunning:
+		next = min(j.killBy, j.stopAt)
+	case jobStopping:
+		next = min(j.killBy, j.graceEnd)
+	default:
+		return next
+	}
+	if j.exitSeen != 0 {
+		next = min(next, j.exitSeen+exitTimeout)
+	}
+	return next
+}
+
+// stop sends the stop signal, once, and has the job killed at the end of its grace, or at kill-by
+// if that is earlier. A start that is under way is told when it has come to its exec.
+func (j *job) stop(graceEnd time.Duration, why string) {
+	switch j.state {
+	case jobForking, jobRunning:
+		j.graceEnd = graceEnd
+		if j.pid != 0 {
+			proctree.SignalPidfd(j.pidfd, j.g.cfg.StopSignal)
+		}
+		j.transition(jobStopping, why)
+	case jobStopping:
+		j.graceEnd = graceEnd
+	case jobIdle, jobKilling: // there is nothing left to stop
+	default:
+		j.invalid(why)
+	}
+}
+
+// kill begins the kill. SIGKILL goes out here, before anything else is done.
+func (j *job) kill(reason ipc.KillReason) {
+	switch j.state {
+	case jobForking, jobRunning, jobStopping:
+	case jobIdle, jobKilling: // there is nothing left to kill, or it is under way
+		return
+	default:
+		j.invalid("kill")
+		return
+	}
+	g := j.g
+	if j.unanswered {
+		atomic.StoreInt32(&g.spawner.area.cancelled, j.serial)
+	}
+	if !j.childless && g.spawner.pid != 0 {
+		g.spawner.send(ipc.SpawnerKill, j.serial)
+	}
+	if reason != ipc.KilledLeftover {
+		j.killNow()
+	}
+	j.reason = reason
+	j.transition(jobKilling, reason.String())
+}
+
+// invalid fails loudly: an event came in a state in which it can't. A panic would leave a living
+// job to others, so what may live is killed.
+func (j *job) invalid(event string) {
+	j.g.log.Error("event in a state that can't have it: killing the job",
+		"event", event, "state", string(j.state))
+	switch j.state {
+	case jobIdle, jobKilling:
+	default:
+		j.state = jobRunning // whatever it was
+		j.kill(ipc.KilledFault)
+	}
+}
+
+// transition is the one place where the state of the job changes, and where that is logged and
+// published.
+func (j *job) transition(to jobState, why string) {
+	from, now := j.state, boottime.Now()
+	j.state = to
+	j.g.log.Debug("job state", "from", string(from), "to", string(to), "reason", why)
+	switch to {
+	case jobForking, jobRunning:
+	case jobStopping:
+		j.endAt, j.ordered = now, true
+	case jobKilling:
+		j.killAt, j.complainAt = now, now+10*time.Second
+		if j.endAt == 0 {
+			j.endAt = now
+		}
+		j.ordered = j.ordered || j.reason != ipc.KilledLeftover
+	case jobIdle:
+		j.reportGone(now)
+		*j = job{g: j.g, state: jobIdle}
+		j.g.jobGone(now)
+	default:
+		j.invalid(why)
+	}
+}
+
+// reportGone tells the elector and the log that nothing of the job is left.
+func (j *job) reportGone(now time.Duration) {
+	if j.started && j.pidfd >= 0 {
+		proctree.CloseRaw(j.pidfd)
+	}
+	reason, elapsed := j.reason, now-j.endAt
+	if reason == ipc.KilledLeftover && j.rounds == 0 {
+		reason = ipc.NotKilled
+	}
+	j.g.send(ipc.Gone{Elapsed: elapsed, Reason: reason, Ordered: j.ordered})
+	attrs := []any{"elapsed", elapsed.String()}
+	if j.started {
+		exit := proctree.ExitOf(j.status)
+		attrs = append(attrs, "exit_code", exit.Code, "signal", exit.Signal)
+	}
+	level, text := slog.LevelInfo, "job exited"
+	if reason != ipc.NotKilled {
+		level, text = slog.LevelWarn, "job killed: "+reason.String()
+		attrs = append(attrs, "reason", reason.Label())
+	}
+	if j.g.latency > 0 {
+		attrs = append(attrs, "guard_lateness", j.g.latency.String())
+	}
+	j.g.log.Log(context.Background(), level, text, attrs...)
+}
+
+// jobGone does what follows for the rest of the guard when nothing of a job is left.
+func (g *guard) jobGone(now time.Duration) {
+	g.latency = 0
+	g.spawner.awaited = false
+	if g.stopSignals > 1 {
+		g.forceBy = now + forceTimeout // until now the elector was needed, to renew the lease
+	}
+	// An elector without a job pings once a second.
+	g.elector.missedChecks, g.elector.checkAt = 0, max(g.elector.checkAt, now+3*time.Second)
+	g.tidyAt = now + time.Second
+}
+
+// missed tells by how much a deadline was missed. What it led to is under way already.
+func (g *guard) missed(by time.Duration) {
+	g.latency = max(g.latency, by)
+	g.send(ipc.TimerLatency{By: by})
+}

@@ -1,0 +1,225 @@
+//go:build linux
+
+package guard
+
+import (
+	"fmt"
+	"runtime"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+)
+
+// loop is the guard. Each round looks at the clock first, kills what is to be killed, and only then
+// receives what there is to receive. It waits in poll alone, and allocates nothing while a job
+// lives and nothing changes.
+func (g *guard) loop() (Exit, error) {
+	for {
+		now := boottime.Now()
+		g.job.serveDeadlines(now)
+		g.serveSpawnerSilence(now)
+		g.serveElectorDeadlines(now)
+		if g.job.state == jobKilling {
+			g.job.killRound()
+		}
+		if g.finished() {
+			return g.exit()
+		}
+		g.poll()
+		g.receiveSignals()
+		if g.watched[watchPipe].Revents != 0 {
+			g.receiveFromElector()
+		}
+		g.receiveFromSpawner()
+		g.reap()
+		g.tidy(now)
+	}
+}
+
+// finished reports whether the guard may exit. The order of every end stands here: the elector has
+// exited, nothing of the job is left, and only then is the lease of a lost elector revoked.
+func (g *guard) finished() bool {
+	switch e := &g.elector; {
+	case e.pid != 0 || !e.gone:
+		return false
+	case g.job.state != jobIdle:
+		return false
+	case e.revoker != 0:
+		return false
+	case e.announced || e.lease.ID == 0:
+		return true
+	}
+	g.startRevoke()
+	return g.elector.revoker == 0
+}
+
+// exit is what Run returns.
+func (g *guard) exit() (Exit, error) {
+	switch {
+	case g.elector.announced:
+		return g.elector.exit, nil
+	case g.forced: // nothing of what was asked for is left undone
+		return Exit{Why: "planned stop; the elector was killed"}, nil
+	case g.spawner.lost:
+		return Exit{}, fmt.Errorf("the spawner is %w", ErrLost)
+	}
+	return Exit{}, fmt.Errorf("the elector is %w", ErrLost)
+}
+
+// The places in guard.watched.
+const (
+	watchTimer   = iota
+	watchPipe    // from the elector
+	watchWake    // a signal is pending
+	watchElector // its exit
+	watchJob     // the exit of its first process
+	watchSpawner // its socket
+	watchedLen
+)
+
+// poll waits for the next thing to do. While a kill is under way that is soon.
+func (g *guard) poll() {
+	g.armTimer(g.nextDeadline())
+	// An elector that has exited and can't be reaped is a zombie that a tracer holds: the tracer's
+	// end comes as a SIGCHLD. It is not watched in every other round, which sleeps for a while.
+	held := g.elector.pid != 0 && g.watched[watchElector].Revents != 0
+	g.watch(held)
+	var timeout *unix.Timespec
+	var soon unix.Timespec
+	switch {
+	case g.unreaped:
+		timeout = &soon
+	case g.job.state == jobKilling:
+		left := max(g.job.nextRound-boottime.Now(), 0)
+		soon = unix.NsecToTimespec(int64(min(left, 100*time.Millisecond)))
+		timeout = &soon
+	case held:
+		soon = unix.NsecToTimespec(int64(50 * time.Millisecond))
+		timeout = &soon
+	}
+	_, _, _ = unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&g.watched[0])), watchedLen,
+		uintptr(unsafe.Pointer(timeout)), 0, 0, 0)
+	if g.watched[watchTimer].Revents != 0 {
+		_, _ = unix.Read(g.timer, g.scratch[:8])
+		g.armedFor = 0
+	}
+	if g.watched[watchJob].Revents != 0 {
+		g.job.exitSeen = boottime.Now()
+	}
+}
+
+// armTimer sets the timer to a moment since boot.
+func (g *guard) armTimer(next time.Duration) {
+	if next == g.armedFor {
+		return
+	}
+	spec := unix.ItimerSpec{}
+	if next != forever {
+		spec.Value = unix.NsecToTimespec(int64(max(next, 1)))
+	}
+	_ = unix.TimerfdSettime(g.timer, unix.TFD_TIMER_ABSTIME, &spec, nil)
+	g.armedFor = next
+}
+
+// watch lists what poll waits for. A descriptor of -1 is passed over.
+func (g *guard) watch(held bool) {
+	watched := func(fd int, on bool) unix.PollFd {
+		if !on {
+			fd = -1
+		}
+		return unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	}
+	g.watched = [watchedLen]unix.PollFd{
+		watchTimer:   watched(g.timer, true),
+		watchPipe:    watched(g.elector.in, !g.elector.pipeEnded),
+		watchWake:    watched(g.wakeR, true),
+		watchElector: watched(g.elector.pidfd, g.elector.pid != 0 && !held),
+		watchJob: watched(g.job.pidfd,
+			g.job.pid != 0 && g.job.exitSeen == 0), // else it wakes us again and again
+		watchSpawner: watched(g.spawner.sock, g.spawner.pid != 0),
+	}
+}
+
+// nextDeadline is the earliest of all that the clock alone brings about.
+func (g *guard) nextDeadline() time.Duration {
+	next := min(g.job.nextDeadline(), g.nextElectorDeadline())
+	if g.spawner.awaited && g.job.state != jobKilling {
+		next = min(next, g.spawner.checkedAt+g.spawnerTimeout(0)/3)
+	}
+	return next
+}
+
+// maxReaps bounds for how long a round reaps. The kernel looks through all children that live each
+// time, and a guard that is process 1 has those of others.
+const maxReaps = 64
+
+// reap waits for the children that have exited: our own, and the orphans that fall to us.
+func (g *guard) reap() {
+	g.unreaped = false
+	for range maxReaps {
+		pid, ws, errno := wait(-1)
+		if errno == unix.EINTR {
+			continue
+		}
+		if errno != 0 || pid == 0 {
+			return
+		}
+		switch pid {
+		case g.elector.pid:
+			g.electorExited(ws)
+		case g.spawner.pid, g.spawner.zombie:
+			if g.receiveFromSpawner(); g.spawner.pid != 0 { // its last words first
+				g.spawnerExited()
+			}
+			g.spawner.zombie = 0
+			g.listChildren()
+		case g.elector.revoker:
+			g.revokerExited(ws)
+		case g.job.pid:
+			g.job.firstExited(ws)
+		}
+	}
+	g.unreaped = true
+}
+
+// wait waits for a child that has exited, of any kind, and never blocks.
+func wait(pid int) (int, unix.WaitStatus, unix.Errno) {
+	var ws unix.WaitStatus
+	got, _, errno := unix.RawSyscall6(unix.SYS_WAIT4, uintptr(pid), uintptr(unsafe.Pointer(&ws)),
+		unix.WNOHANG|unix.WALL, 0, 0, 0)
+	return int(got), ws, errno
+}
+
+// listChildren lists the children that are not the job's.
+func (g *guard) listChildren() {
+	g.children = g.children[:0]
+	for _, pid := range [...]int{g.elector.pid, g.spawner.pid, g.spawner.zombie, g.elector.revoker} {
+		if pid != 0 {
+			g.children = append(g.children, pid)
+		}
+	}
+}
+
+// tidy does, a while after a job is gone, what nobody waits for: it gets ready for the next start,
+// and does what the garbage collector may not do while a job lives.
+func (g *guard) tidy(now time.Duration) {
+	if g.job.state != jobIdle || g.elector.gone || now < g.tidyAt {
+		return
+	}
+	g.tidyAt = now + time.Minute
+	g.spawner.send(ipc.SpawnerPrepare, 0)
+	select {
+	case g.sweep <- int(atomic.LoadInt32(&g.spawner.area.leaf)):
+	default: // it has not come to the last one yet
+	}
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	if m.HeapAlloc > 4<<20 {
+		runtime.GC()
+	}
+}

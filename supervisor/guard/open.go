@@ -1,0 +1,152 @@
+//go:build linux
+
+package guard
+
+import (
+	"errors"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
+)
+
+// open makes everything that the loop needs, so that the loop makes nothing. close gives back what
+// a failed open has made.
+func (g *guard) open() error {
+	fail := func(op string, err error) error { return &SetupError{Op: op, Err: err} }
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return fail("become a child subreaper", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fail("set dumpable", err)
+	}
+	var err error
+	if g.procs, err = proctree.NewScanner(); err != nil {
+		return fail("read /proc", err)
+	}
+	g.procs.Yield = g.receiveFromElector // a ping must not wait for the end of a long kill
+	g.cgroup, err = proctree.NewCgroup(g.cfg.Probe)
+	if errors.Is(err, proctree.ErrLeftover) {
+		return fail("kill what a predecessor left", err)
+	}
+	if err != nil {
+		g.log.Info("the job gets no cgroup of its own; its processes are found by their parentage",
+			"reason", err.Error())
+	}
+	if g.timer, err = unix.TimerfdCreate(unix.CLOCK_BOOTTIME,
+		unix.TFD_CLOEXEC|unix.TFD_NONBLOCK); err != nil {
+		return fail("make a timer", err)
+	}
+	var wake [2]int
+	if err := unix.Pipe2(wake[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		return fail("make a pipe", err)
+	}
+	g.wakeR, g.wakeW = wake[0], wake[1]
+	g.noNewPrivs = g.wantsNoNewPrivs()
+	if hidden := proctree.ProcHidden(); hidden != "" {
+		g.log.Info("/proc hides processes: those of the job that it hides are found as children of the spawner",
+			"mount_option", hidden)
+	}
+	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.noNewPrivs); err != nil {
+		return fail("start the spawner", err)
+	}
+	g.spawner.send(ipc.SpawnerPrepare, 0)
+	if g.cgroup != nil {
+		go func() {
+			for newest := range g.sweep {
+				g.cgroup.Sweep(newest)
+			}
+		}()
+	}
+	go g.relaySignals()
+	warmThreads(4)
+	if err := g.startElector(); err != nil {
+		return fail("start the elector", err)
+	}
+	g.tidyAt = boottime.Now() + time.Second
+	g.privileges()
+	return nil
+}
+
+// close gives back what open made. Nothing of the job is left by now.
+func (g *guard) close() {
+	if g.spawner != nil {
+		g.spawner.close()
+	}
+	if g.cgroup != nil {
+		g.cgroup.Remove()
+	}
+	if g.procs != nil {
+		g.procs.Close()
+	}
+	for _, fd := range []int{g.timer, g.wakeR, g.wakeW, g.elector.in, g.elector.outbox.FD, g.elector.pidfd} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+}
+
+// privileges asks for what makes the loop's thread punctual, where it is permitted.
+func (g *guard) privileges() {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) == nil {
+		// Below a finite limit the lock would hold until that is reached, and then no memory could
+		// be had. With a limit of 0 it takes a CAP_IPC_LOCK that counts, which one of a user
+		// namespace does not.
+		none := unix.Rlimit{Max: limit.Max}
+		if limit.Cur == unix.RLIM_INFINITY || unix.Setrlimit(unix.RLIMIT_MEMLOCK, &none) == nil {
+			_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
+			_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit) // the job inherits it
+		}
+	}
+	fifo := unix.SchedAttr{
+		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO,
+		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: 1,
+	}
+	if unix.SchedSetAttr(0, &fifo, 0) == nil {
+		return
+	}
+	nice := unix.SchedAttr{
+		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL,
+		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Nice: -10,
+	}
+	_ = unix.SchedSetAttr(0, &nice, 0)
+}
+
+// warmThreads makes the runtime create n threads and keep them. Where a fork bomb has used up the
+// limit of processes, a thread that can't be created would end this process.
+func warmThreads(n int) {
+	var ready, done sync.WaitGroup
+	ready.Add(n)
+	for range n {
+		done.Go(func() {
+			runtime.LockOSThread() // each goroutine has a thread of its own while it waits for the others
+			ready.Done()
+			ready.Wait()
+			runtime.UnlockOSThread()
+		})
+	}
+	done.Wait()
+}
+
+// wantsNoNewPrivs reports whether the job must not gain privileges: without CAP_KILL a set-user-id
+// process is out of our reach. A cgroup is no help, for such a process can leave it.
+func (g *guard) wantsNoNewPrivs() bool {
+	if proctree.HasCapability(unix.CAP_KILL) {
+		return false
+	}
+	if !g.cfg.NewPrivs {
+		g.log.Info("the job runs with no_new_privs: without CAP_KILL a set-user-id process could not be killed")
+		return true
+	}
+	if set, _ := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); set == 0 {
+		g.log.Warn("LEASEHOLD_NO_NEW_PRIVS=off, and the daemon lacks CAP_KILL: " +
+			"a set-user-id process of the job that can't be killed may run beside the next job")
+	}
+	return false
+}
