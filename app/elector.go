@@ -24,21 +24,21 @@ import (
 
 // jobCallbacks runs the job for the candidate.
 type jobCallbacks struct {
-	handle *supervisor.Handle
-	cfg    config.Config
-	margin atomic.Int64
+	supervisor *supervisor.Supervisor
+	cfg        config.Config
+	margin     atomic.Int64
 	// stopping reports whether the daemon was asked to stop: the job may have ended for that before
 	// the term has.
 	stopping func() bool
 }
 
-func (j *jobCallbacks) Leased(id int64, ttl time.Duration) { j.handle.Lease(id, ttl) }
-func (j *jobCallbacks) Extended(d election.Deadlines)      { j.handle.Extend(d.StopAt, d.KillBy) }
+func (j *jobCallbacks) Leased(id int64, ttl time.Duration) { j.supervisor.Lease(id, ttl) }
+func (j *jobCallbacks) Extended(d election.Deadlines)      { j.supervisor.Extend(d.StopAt, d.KillBy) }
 func (j *jobCallbacks) grantedMargin() time.Duration       { return time.Duration(j.margin.Load()) }
 
 func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 	j.margin.Store(int64(t.Timing.Margin))
-	err := j.handle.Supervise(ctx, supervisor.Term{
+	err := j.supervisor.Supervise(ctx, supervisor.Term{
 		Key: t.Key, Token: t.Token, LeaseID: t.LeaseID,
 		StopAt: t.Deadlines.StopAt, KillBy: t.Deadlines.KillBy, Lost: t.Lost,
 	}, j.grace)
@@ -47,7 +47,7 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 	switch {
 	case errors.As(err, &resign):
 		return &election.Backoff{For: resign.After}
-	case err == nil && never && !j.stopping() && !j.handle.Snapshot().StartedAt.IsZero():
+	case err == nil && never && !j.stopping() && !j.supervisor.Snapshot().StartedAt.IsZero():
 		return errLost
 	}
 	return err
@@ -67,12 +67,12 @@ func (j *jobCallbacks) grace(cause error) time.Duration {
 
 // runElector is the guard's child: etcd, HTTP, decisions.
 //
-//	config ──→ candidate (etcd) ──→ handle (the job, by way of the guard)
+//	config ──→ candidate (etcd) ──→ supervisor (the job, by way of the guard)
 //	               ├────────────────────┴──→ health server
-//	               └──→ status ──→ handle ──→ guard ──→ systemd
+//	               └──→ status ──→ supervisor ──→ guard ──→ systemd
 //
-// The candidate and the handle are one actor, since their order at the end matters: the candidate
-// revokes its lease when the job is dead, and the handle listens until then.
+// The candidate and the supervisor are one actor, since their order at the end matters: the candidate
+// revokes its lease when nothing of the job is left, and the supervisor listens until then.
 func runElector(build Build, args []string) int {
 	// The guard alone hears what the user says; what reaches us directly is dropped.
 	ossignal.Notify(make(chan os.Signal, 1),
@@ -103,12 +103,12 @@ func runElector(build Build, args []string) int {
 	job := &jobCallbacks{cfg: cfg, stopping: func() bool { return ctx.Err() != nil }}
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
-	handle, err := supervisor.Connect(supervisor.HandleConfig{
+	super, err := supervisor.Connect(supervisor.Config{
 		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: pids[0], Spawner: pids[1], CgroupDir: cgroupDir,
 		TTL: cfg.TTL.Duration, Margin: job.grantedMargin,
 		Restart: supervisor.Restart(cfg.Restart), RestartLimit: cfg.RestartLimit.N,
 		Signal:  func(unix.Signal) { stop(errPlannedStop) },
-		Turning: func() bool { return live(d.candidate.Snapshot()) == nil },
+		Running: func() bool { return live(d.candidate.Snapshot()) == nil },
 		Changed: func() { signalChange(changed) },
 		Logger:  log.Logger, Registerer: registry,
 	})
@@ -116,27 +116,27 @@ func runElector(build Build, args []string) int {
 		log.Error("connect to the guard", "err", err)
 		return exitInternal
 	}
-	job.handle = handle
+	job.supervisor = super
 	guardGone := make(chan struct{})
 	d, err = wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version, registry: registry, changed: changed,
-		callbacks: job, authenticated: handle.Token, status: handle.Status,
-		job: func() health.Job { return healthJob(handle.Snapshot()) },
+		callbacks: job, authenticated: super.Token, status: super.Status,
+		job: func() health.Job { return healthJob(super.Snapshot()) },
 		campaign: func(c *election.Candidate) error {
-			return campaignWithJob(ctx, stop, c, handle, guardGone)
+			return campaignWithJob(ctx, stop, c, super, guardGone)
 		},
 	})
 	if err == nil {
 		addGuardWatch(d, guardGone)
-		handle.Ready()
+		super.Ready()
 		err = d.group.Run()
 	}
 	end := endingOf(err)
-	if errors.Is(err, supervisor.ErrGuardGone) { // the last line is ours, then
+	if errors.Is(err, supervisor.ErrGuardLost) { // the last line is ours, then
 		log.Error("exiting: "+end.text, "exit_code", end.code)
 	}
-	handle.Status(quote.Printable("exiting: " + end.text)) // the unit restarts nothing where the code is the job's own
-	handle.Exit(end.code, end.text)
+	super.Status(quote.Printable("exiting: " + end.text)) // the unit restarts nothing where the code is the job's own
+	super.Exit(end.code, end.text)
 	return end.code
 }
 
@@ -148,31 +148,31 @@ func addGuardWatch(d *daemon, guardGone <-chan struct{}) {
 	d.group.Add(func() error {
 		select {
 		case <-guardGone:
-			return supervisor.ErrGuardGone
+			return supervisor.ErrGuardLost
 		case <-stop:
 			return nil
 		}
 	}, func(error) { close(stop) })
 }
 
-// campaignWithJob runs the candidate, and beside it the handle until the candidate is done. It
+// campaignWithJob runs the candidate, and beside it the supervisor until the candidate is done. It
 // closes guardGone if the guard is, once the job is dead.
 func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc, candidate *election.Candidate,
-	handle *supervisor.Handle, guardGone chan<- struct{},
+	super *supervisor.Supervisor, guardGone chan<- struct{},
 ) error {
-	handleCtx, stop := context.WithCancel(context.Background())
-	handleDone := make(chan error, 1)
+	superCtx, stop := context.WithCancel(context.Background())
+	superDone := make(chan error, 1)
 	go func() {
-		err := handle.Run(handleCtx)
+		err := super.Run(superCtx)
 		if err != nil {
 			cancel(err)
 		}
-		if errors.Is(err, supervisor.ErrGuardGone) {
+		if errors.Is(err, supervisor.ErrGuardLost) {
 			close(guardGone)
 		}
-		handleDone <- err
+		superDone <- err
 	}()
 	err := candidate.Run(ctx)
 	stop()
-	return errors.Join(<-handleDone, err)
+	return errors.Join(<-superDone, err)
 }

@@ -29,7 +29,7 @@ func TestEnding(t *testing.T) {
 		{fmt.Errorf("%w: x", health.ErrNoAnswer), 69, slog.LevelError},
 		{fmt.Errorf("%w: x", cli.ErrNoReport), 69, slog.LevelError},
 		{fmt.Errorf("%w: x", election.ErrUnreachable), 69, slog.LevelError},
-		{supervisor.ErrGuardGone, 70, slog.LevelError},
+		{supervisor.ErrGuardLost, 70, slog.LevelError},
 		{errors.New("anything"), 70, slog.LevelError},
 		{fmt.Errorf("%w: x", errSystem), 71, slog.LevelError},
 		{fmt.Errorf("%w: x", cli.ErrInstall), 71, slog.LevelError},

@@ -193,8 +193,8 @@ func metrics(t *testing.T) []metric {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	// The handle registers its metrics before it looks for a guard, which this process is not.
-	if _, err := supervisor.Connect(supervisor.HandleConfig{Guard: os.Getpid(), Registerer: registry}); !errors.Is(err, supervisor.ErrGuardGone) {
+	// The supervisor registers its metrics before it looks for a guard, which this process is not.
+	if _, err := supervisor.Connect(supervisor.Config{Guard: os.Getpid(), Registerer: registry}); !errors.Is(err, supervisor.ErrGuardLost) {
 		t.Fatal(err)
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 1, 0, 0, 0); err != nil { // Which Connect takes from us.

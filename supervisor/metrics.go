@@ -10,26 +10,30 @@ import (
 )
 
 type metrics struct {
-	up       prometheus.Gauge
-	starts   prometheus.Counter
-	exits    *prometheus.CounterVec
-	kills    *prometheus.CounterVec
-	stops    prometheus.Histogram
-	lateness prometheus.Histogram
+	up           prometheus.Gauge
+	starts       prometheus.Counter
+	exits        *prometheus.CounterVec
+	kills        *prometheus.CounterVec
+	stops        prometheus.Histogram
+	timerLatency prometheus.Histogram
 }
 
 func newMetrics(r prometheus.Registerer) metrics {
 	f := promauto.With(r)
 	m := metrics{
-		up:     f.NewGauge(prometheus.GaugeOpts{Name: "leasehold_job_up", Help: "1 while the job runs."}),
-		starts: f.NewCounter(prometheus.CounterOpts{Name: "leasehold_job_starts_total", Help: "Starts of the job."}),
-		exits:  f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_exits_total", Help: "Ends of the job's first process, by reason."}, []string{"reason"}),
-		kills:  f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_kills_total", Help: "Kills of the job, by reason."}, []string{"reason"}),
+		up:     f.NewGauge(prometheus.GaugeOpts{Name: "leasehold_job_up",
+			Help: "1 while the job runs."}),
+		starts: f.NewCounter(prometheus.CounterOpts{Name: "leasehold_job_starts_total",
+			Help: "Starts of the job."}),
+		exits:  f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_exits_total",
+			Help: "Ends of the job's first process, by reason."}, []string{"reason"}),
+		kills:  f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_kills_total",
+			Help: "Kills of the job, by reason."}, []string{"reason"}),
 		stops: f.NewHistogram(prometheus.HistogramOpts{
 			Name: "leasehold_job_stop_duration_seconds", Help: "From the stop signal, or the kill where there was none, until the job was dead.",
 			Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30, 60},
 		}),
-		lateness: f.NewHistogram(prometheus.HistogramOpts{
+		timerLatency: f.NewHistogram(prometheus.HistogramOpts{
 			Name: "leasehold_guard_lateness_seconds", Help: "How late the guard served a deadline.",
 			Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .2, .5, 1, 5},
 		}),

@@ -17,8 +17,8 @@ type life struct {
 	code int
 }
 
-// play runs the lives one after the other, on a clock that no job's or test's own slowness disturbs. It returns the pauses
-// between them, and what ended the sequence.
+// play runs the lives one after the other, on a clock that no job's or test's own slowness
+// disturbs. It returns the pauses between them, and what ended the sequence.
 func play(r *restarter, lives ...life) (pauses []time.Duration, end error) {
 	for _, l := range lives {
 		began := time.Now()
@@ -91,9 +91,11 @@ func TestRestarter_Modes(t *testing.T) {
 		{RestartAlways, 0, true},
 		{RestartAlways, 1, true},
 	} {
-		_, err := newTestRestarter(c.mode, 0).after(ExitError{Exit: proctree.Exit{Code: c.code}}, time.Minute)
+		_, err := newTestRestarter(c.mode, 0).after(ExitError{Exit: proctree.Exit{Code: c.code}},
+			time.Minute)
 		var ended *ExitError
-		if c.restarts != (err == nil) || err != nil && (!errors.As(err, &ended) || ended.Code != c.code) {
+		if c.restarts != (err == nil) || err != nil && (!errors.As(err,
+			&ended) || ended.Code != c.code) {
 			t.Errorf("%s, code %d: %v", c.mode, c.code, err)
 		}
 	}
@@ -109,7 +111,8 @@ func TestRestarter_LimitResigns(t *testing.T) {
 			t.Fatalf("%v after %v", err, pauses)
 		}
 		if len(pauses) != 5 {
-			t.Errorf("resigned after %d restarts, not 5: a long run starts the count anew", len(pauses))
+			t.Errorf("resigned after %d restarts, not 5: a long run starts the count anew",
+				len(pauses))
 		}
 		// Elected again at once, and failing again: the backoff goes on where it was.
 		if resign.After != 4*time.Second {
@@ -124,7 +127,8 @@ func TestRestarter_LimitResigns(t *testing.T) {
 func TestRestarter_SuccessIsNoFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRestarter(RestartAlways, 2)
-		if _, err := play(r, life{0, 1}, life{0, 0}, life{0, 1}, life{0, 0}, life{0, 0}, life{0, 0}); err != nil {
+		if _, err := play(r, life{0, 1}, life{0, 0}, life{0, 1}, life{0, 0}, life{0, 0}, life{0,
+			0}); err != nil {
 			t.Error(err)
 		}
 	})

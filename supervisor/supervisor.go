@@ -1,75 +1,191 @@
 //go:build linux
 
-// Package supervisor runs the job while this candidate leads, and sees to it that the job is dead before anybody else's can run.
+// Package supervisor is the elector's side of the job: it asks the guard to run the job for a term,
+// restarts it, and kills it if the guard is lost.
 //
-// It is spread over three processes. The guard is what the user started: it holds the deadlines and kills. The elector, its child,
-// holds a Handle, through which it asks for a start, hands on later deadlines, and learns of the job's end. The spawner, a child of
-// the guard's too, starts the job, and is the parent of all that the job leaves behind.
-// Whichever of them is lost, the others kill the job.
+// The job is spread over three processes. The guard (package guard) is what the user started: it
+// holds the deadlines and kills. The elector, its child, holds a Supervisor, through which it asks
+// for a start, extends the deadlines and learns of the job's end. The spawner, a child of the guard
+// too, starts the job, and is the parent of all that the job leaves behind. Whichever of the three
+// is lost, the others kill the job.
 //
-// Promised: once a deadline has passed, or one of the three is gone, every process of the job is killed, and "dead" is said
-// only when the kernel shows none: no child of the spawner, nothing in the job's cgroup.
+// Promised: once a deadline has passed, or one of the three is lost, every process of the job is
+// killed. The job is reported gone only when the kernel shows nothing of it: no child of the
+// spawner, nothing in the job's cgroup.
 //
-// Not promised: anything about work that the job gave to another daemon; a job in uninterruptible sleep dies when that ends,
-// and until then its death is not claimed. When guard and spawner are killed in one moment, what has left the job's cgroup is missed.
+// Not promised: anything about work that the job gave to another daemon. A job in uninterruptible
+// sleep exits when that ends, and until then it is not reported gone. When guard and spawner are
+// killed in one moment, what has left the job's cgroup is missed.
+//
+// Where to look: job.go is the state of the job, term.go runs it for a term, guard.go watches the
+// guard, guardlost.go kills in the guard's place.
 package supervisor
 
 import (
 	"errors"
 	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
 )
 
-// JobState is what the job is doing.
-type JobState string
+// Config is what a Supervisor needs to know.
+type Config struct {
+	In, Out      int    // the pipe pair to the guard
+	SpawnerSock  int    // what the spawner says
+	SpawnerPidfd int    //
+	Guard        int    // pid
+	Spawner      int    // pid
+	CgroupDir    string // "": the job has none
+	TTL          time.Duration
+	Margin       func() time.Duration // of the lease as granted
+	Restart      Restart
+	RestartLimit int
 
-// The states of the job.
-const (
-	JobNone     JobState = "none"     // never started in this process
-	JobStarting JobState = "starting" // asked for
-	JobRunning  JobState = "running"
-	JobStopping JobState = "stopping" // told to stop, or being killed
-	JobBackoff  JobState = "backoff"  // ended by itself, to be started again
-	JobExited   JobState = "exited"   // dead
-)
+	// None of these may block or call the Supervisor.
+	Signal  func(s unix.Signal) // called for each stop request that the guard received
+	Running func() bool         // the elector's own loops run; the guard gets no pings while they don't
+	Changed func()              // called after each change of Snapshot
 
-// Term is what the job is told of the term that it runs in.
-type Term struct {
-	Key     string // of the candidate in etcd
-	Token   int64  // the key's create revision
-	LeaseID int64
-	StopAt  time.Duration // readings of CLOCK_BOOTTIME, like KillBy
-	KillBy  time.Duration
-	// Lost is closed when the lease or the key is gone: whatever still runs is killed at once. It may be nil.
-	Lost <-chan struct{}
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
 }
 
-// ExitError says that the job ended by itself and is not started again.
-type ExitError struct {
-	proctree.Exit
-	Refused string // why it could not be started, where that is so
+// ErrGuardLost means that the guard has exited or hangs. Nothing of the job is left by the time it
+// is returned.
+var ErrGuardLost = errors.New("guard lost")
+
+const forever = time.Duration(1<<63 - 1)
+
+// Supervisor asks the guard to run the job, and kills the job itself when the guard is lost.
+type Supervisor struct {
+	cfg     Config
+	log     *slog.Logger
+	metrics metrics
+	restart *restarter
+
+	pipe    *os.File          // In, for the netpoller
+	spawner *os.File          // SpawnerSock, the same
+	guardFd int               // pidfd
+	procs   *proctree.Scanner // Run's goroutine alone uses it
+	// killing is held while the cgroup is killed, which may take the kernel a while: not mu, for
+	// the endpoint waits for that.
+	killing sync.Mutex
+	cgroup  *proctree.Cgroup
+
+	sending     sync.Mutex
+	outbox      ipc.Outbox
+	unreachable atomic.Bool // the guard does not take messages
+
+	pingDue     chan struct{} // room for one: the next ping may be due earlier
+	guardGone   chan struct{} // closed when the guard is lost and nothing of the job is left
+	spawnerDone chan struct{} // closed when the spawner has told that nothing is left, and starts nothing
+
+	mu  sync.Mutex
+	job job
 }
 
-func (e *ExitError) Error() string {
-	switch {
-	case e.Refused != "":
-		return "the job could not be started: " + e.Refused
-	case e.Signal != 0:
-		return fmt.Sprintf("the job was ended by signal %d", e.Signal)
+// Connect opens the elector's end. It fails with ErrGuardLost when the guard has exited already.
+func Connect(cfg Config) (*Supervisor, error) {
+	s := &Supervisor{
+		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer),
+		restart: newRestarter(cfg.Restart, cfg.RestartLimit),
+		guardFd: -1, outbox: ipc.Outbox{FD: cfg.Out},
+		pingDue: make(chan struct{},
+			1), guardGone: make(chan struct{}), spawnerDone: make(chan struct{}),
+		job: job{shown: Job{State: JobNone}, pidfd: -1},
 	}
-	return fmt.Sprintf("the job ended with code %d", e.Code)
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return nil, fmt.Errorf("set dumpable: %w", err)
+	}
+	var err error
+	if s.guardFd, err = unix.PidfdOpen(cfg.Guard, 0); err != nil {
+		return nil, fmt.Errorf("open the guard: %w", err)
+	}
+	if unix.Getppid() != cfg.Guard {
+		return nil, ErrGuardLost
+	}
+	if cfg.CgroupDir != "" {
+		if s.cgroup, err = proctree.OpenCgroup(cfg.CgroupDir); err != nil {
+			return nil, fmt.Errorf("open the job's cgroup: %w", err)
+		}
+	}
+	for _, fd := range []int{cfg.In, cfg.Out, cfg.SpawnerSock} {
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return nil, fmt.Errorf("open the guard's pipe: %w", err)
+		}
+	}
+	s.pipe = os.NewFile(uintptr(cfg.In), "guard")
+	s.spawner = os.NewFile(uintptr(cfg.SpawnerSock), "spawner")
+	return s, nil
 }
 
-// ErrGuardGone says that the guard is gone or hung. The job is dead by the time it is returned.
-var ErrGuardGone = errors.New("the guard is gone")
+// Ready tells the guard that the elector is up and its endpoint listens.
+func (s *Supervisor) Ready() { s.send(ipc.Ready{}) }
 
-// ResignError says that the job failed too often here: another candidate should try.
-type ResignError struct {
-	After time.Duration // before this one campaigns again
+// Status tells systemd, through the guard. At most 512 bytes of the text go there.
+func (s *Supervisor) Status(text string) { s.send(ipc.Status{Text: text[:min(len(text), 512)]}) }
+
+// Lease tells the guard which lease to revoke if the elector is lost; 0: none.
+func (s *Supervisor) Lease(id int64, ttl time.Duration) { s.send(ipc.Lease{ID: id, TTL: ttl}) }
+
+// Token hands on what etcd takes in place of the password, so that a revocation need not wait for
+// etcd to check that. What does not fit into a message is not handed on.
+func (s *Supervisor) Token(token string) {
+	if len(token) > ipc.MaxText {
+		token = ""
+	}
+	s.send(ipc.Token{Value: []byte(token)})
 }
 
-func (e *ResignError) Error() string {
-	return fmt.Sprintf("the job keeps failing: resigning, back in the queue after %s", e.After.Round(time.Millisecond))
+// Extend hands later deadlines to the guard. Once stop-at has passed, or the guard is given up,
+// they change nothing.
+func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
+	s.mu.Lock()
+	if s.job.guardLost {
+		s.mu.Unlock()
+		return
+	}
+	if boottime.Now() < s.job.term.StopAt {
+		s.job.term.StopAt, s.job.term.KillBy = stopAt, killBy
+	}
+	s.mu.Unlock()
+	s.send(ipc.Extend{StopAt: stopAt, KillBy: killBy})
+}
+
+// Exit tells the guard that the elector is about to exit, with which code the daemon shall exit,
+// and why: the last line of the log is the guard's.
+func (s *Supervisor) Exit(code int, why string) { s.send(ipc.Exiting{Code: code, Why: why}) }
+
+// send sends a message. A guard that does not take it is given up at the next ping.
+func (s *Supervisor) send(message any) {
+	s.sending.Lock()
+	defer s.sending.Unlock()
+	if s.outbox.Send(message) != nil {
+		s.unreachable.Store(true)
+	}
+}
+
+// killNow kills what of the job can be named without looking around. No other job begins meanwhile,
+// unless the guard has reported this one gone.
+func (s *Supervisor) killNow() {
+	s.mu.Lock()
+	if s.job.pidfd >= 0 {
+		proctree.SignalPidfd(s.job.pidfd, unix.SIGKILL)
+	}
+	s.mu.Unlock()
+	s.killing.Lock()
+	defer s.killing.Unlock()
+	if s.cgroup != nil {
+		s.cgroup.KillAllBlocking()
+	}
 }

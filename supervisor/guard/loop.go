@@ -16,29 +16,39 @@ import (
 )
 
 // loop is the guard. Each round looks at the clock first, kills what is to be killed, and only then
-// receives what there is to receive. It waits in poll alone, and allocates nothing while a job
-// lives and nothing changes.
+// receives what there is to receive. It waits in poll alone, and allocates nothing while a job runs
+// or is killed.
 func (g *guard) loop() (Exit, error) {
 	for {
 		now := boottime.Now()
-		g.job.serveDeadlines(now)
-		g.serveSpawnerSilence(now)
-		g.serveElectorDeadlines(now)
-		if g.job.state == jobKilling {
-			g.job.killRound()
-		}
+		g.act(now)
 		if g.finished() {
 			return g.exit()
 		}
 		g.poll()
-		g.receiveSignals()
-		if g.watched[watchPipe].Revents != 0 {
-			g.receiveFromElector()
-		}
-		g.receiveFromSpawner()
-		g.reap()
+		g.receive()
 		g.tidy(now)
 	}
+}
+
+// act does what the clock demands.
+func (g *guard) act(now time.Duration) {
+	g.job.serveDeadlines(now)
+	g.serveSpawnerSilence(now)
+	g.serveElectorDeadlines(now)
+	if g.job.state == jobKilling {
+		g.job.killRound()
+	}
+}
+
+// receive acts on what poll has found.
+func (g *guard) receive() {
+	g.receiveSignals()
+	if g.watched[watchPipe].Revents != 0 {
+		g.receiveFromElector()
+	}
+	g.receiveFromSpawner()
+	g.reap()
 }
 
 // finished reports whether the guard may exit. The order of every end stands here: the elector has

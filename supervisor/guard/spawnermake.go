@@ -71,9 +71,7 @@ func newSpawner(cfg Config, c *proctree.Cgroup, proc int, noNewPrivs bool) (*spa
 	}
 	a.prepareMessages()
 
-	// The header of our own reads.
-	s.iov = [2]uintptr{uintptr(unsafe.Pointer(&s.got)), uintptr(ipc.SpawnerMessageLen)}
-
+	s.iov = receiveInto(&s.got)
 	pid, pidfd, errno := forkSpawner(a)
 	if errno != 0 {
 		s.close()
@@ -84,12 +82,17 @@ func newSpawner(cfg Config, c *proctree.Cgroup, proc int, noNewPrivs bool) (*spa
 	return s, nil
 }
 
+// receiveInto is the struct iovec of a message.
+func receiveInto(m *ipc.SpawnerMessage) [2]uintptr {
+	return [2]uintptr{uintptr(unsafe.Pointer(m)), uintptr(ipc.SpawnerMessageLen)}
+}
+
 // prepareMessages fills in what the spawner passes to the kernel: it stores no pointer itself.
 func (a *spawnArea) prepareMessages() {
 	a.guardPid = int32(unix.Getpid())
 	a.nofile = [2]uint64{nofile.Original.Soft, nofile.Original.Hard}
 	a.message = ipc.SpawnerMessage{}
-	a.iov = [2]uintptr{uintptr(unsafe.Pointer(&a.message)), uintptr(ipc.SpawnerMessageLen)}
+	a.iov = receiveInto(&a.message)
 	a.header = spawnHeader{iov: uintptr(unsafe.Pointer(&a.iov)), iovLen: 1}
 	a.control = spawnControl{
 		len: unsafe.Offsetof(a.control.fd) + 4, level: unix.SOL_SOCKET, kind: unix.SCM_RIGHTS,

@@ -1,0 +1,270 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
+)
+
+// pings counts what was asked of the guard and answered.
+type pings struct {
+	sent, answered int64
+	killBy         time.Duration // when the last ping was sent
+}
+
+// Run listens to the guard until ctx ends (nil) or the guard is lost: then it kills the job itself,
+// proves that nothing of it is left, and returns ErrGuardLost. No Supervise may be under way when
+// ctx ends.
+func (s *Supervisor) Run(ctx context.Context) error {
+	var owned sync.WaitGroup
+	defer owned.Wait()
+	defer func() { _ = errors.Join(s.pipe.Close(), s.spawner.Close()) }()
+	stop := make(chan struct{})
+	defer close(stop)
+
+	messages := make(chan ipc.Message)
+	owned.Go(func() { s.read(messages, stop) })
+	owned.Go(s.readSpawner)
+	exited := make(chan struct{})
+	exit, err := newPidfdWait(s.guardFd)
+	if err != nil {
+		return fmt.Errorf("watch the guard: %w", err)
+	}
+	defer func() { _ = exit.Close() }()
+	owned.Go(func() { exit.wait(exited) })
+
+	var p pings
+	tick := time.NewTimer(0)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-exited:
+			return s.guardLost("guard exited")
+		case m := <-messages:
+			s.receive(m, &p)
+		case <-tick.C:
+			if s.unreachable.Load() || s.guardHangs(p.sent-p.answered) {
+				return s.guardLost("guard hangs")
+			}
+			// Where the job is overdue the guard is asked even if our own loops hang: there is
+			// nobody else to notice.
+			if overdue := s.killOverdue(); overdue || s.cfg.Running() {
+				s.ping(&p)
+			}
+			tick.Reset(s.pingInterval(boottime.Now()))
+		case <-s.pingDue:
+			tick.Reset(s.pingInterval(boottime.Now()))
+		}
+	}
+}
+
+// receive acts on a message of the guard.
+func (s *Supervisor) receive(m ipc.Message, p *pings) {
+	switch m.Kind {
+	case ipc.KindPong:
+		p.answered = m.Pong().Number
+	case ipc.KindSignal:
+		s.cfg.Signal(m.Signal().Signal)
+	case ipc.KindTimerLatency:
+		s.metrics.timerLatency.Observe(m.TimerLatency().By.Seconds())
+	case ipc.KindStarted:
+		s.started(m.Started())
+	case ipc.KindRefused:
+		s.refused(m.Refused())
+	case ipc.KindExited:
+		s.firstExited(m.Exited())
+	case ipc.KindGone:
+		s.gone(m.Gone())
+	}
+}
+
+func (s *Supervisor) ping(p *pings) {
+	s.mu.Lock()
+	if p.sent == p.answered {
+		s.job.known = max(s.job.known, p.killBy)
+	}
+	p.killBy = s.job.term.KillBy
+	s.mu.Unlock()
+	p.sent++
+	s.send(ipc.Ping{Number: p.sent})
+}
+
+// pingSoon has the time of the next ping worked out anew.
+func (s *Supervisor) pingSoon() {
+	select {
+	case s.pingDue <- struct{}{}:
+	default:
+	}
+}
+
+// guardHangs reports whether the guard is taken for hung: it owes us the answers to more than three
+// pings while there is something for it to do. That is the start, what follows the exit of the
+// first process, and from a margin before kill-by on the kill. Until then its silence does no harm,
+// and a machine that stalls must not cost the job. Pings are counted as we send them, so that our
+// own pause, or the host's, is not held against it.
+func (s *Supervisor) guardHangs(owed int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j, now := &s.job, boottime.Now()
+	if !j.alive() || owed <= 3 {
+		return false
+	}
+	switch {
+	case j.pidfd < 0 && now < j.askedAt+s.cfg.TTL/3: // the start
+	case j.pidfd >= 0 && proctree.PidfdExited(j.pidfd):
+	case now >= min(j.known-s.cfg.Margin(), j.due):
+	default:
+		return false
+	}
+	return true
+}
+
+// killOverdue kills, where that needs no look around, a job that the guard should have killed by
+// now: the guard may hang, and to be sure of that takes several pings, which on a starved machine
+// are far between. It reports whether there is such a job.
+func (s *Supervisor) killOverdue() bool {
+	s.mu.Lock()
+	overdue := s.job.alive() && boottime.Now() >= s.job.overdue(s.cfg.Margin())
+	s.mu.Unlock()
+	if overdue {
+		s.killNow()
+	}
+	return overdue
+}
+
+// pingInterval is the time from now to the next ping: while the job lives a third of T/10, which is
+// what the guard may take to answer where that matters. From a quarter of the margin after kill-by
+// on, or after the moment that a stop of ours allows, it is far less, for nothing of the job should
+// be left, and the rest of the margin is all there is for noticing that the guard hangs and for
+// killing in its place.
+func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	margin := s.cfg.Margin()
+	switch overdue := s.job.overdue(margin); {
+	case !s.job.alive():
+		return time.Second
+	case now < overdue:
+		return min(s.cfg.TTL/30, time.Second, overdue-now)
+	}
+	return max(min(max(margin/16, 25*time.Millisecond), margin/8), time.Millisecond)
+}
+
+// read hands on what the guard says.
+func (s *Supervisor) read(messages chan<- ipc.Message, stop <-chan struct{}) {
+	conn, err := s.pipe.SyscallConn()
+	if err != nil {
+		return
+	}
+	var in ipc.Inbox
+	for {
+		var fillErr error
+		if err := conn.Read(func(fd uintptr) bool {
+			var more bool
+			more, fillErr = in.Fill(int(fd))
+			return more || fillErr != nil
+		}); err != nil || fillErr != nil {
+			return // end-of-file decides nothing: the guard's pidfd shows whether it has exited
+		}
+		for m, ok := in.Next(); ok; m, ok = in.Next() {
+			select {
+			case messages <- m.Clone():
+			case <-stop:
+				return
+			}
+		}
+	}
+}
+
+// readSpawner takes what the spawner says, until its end or ours. With each start comes a pidfd of
+// the job's first process, by which its exit is known without the guard's help.
+func (s *Supervisor) readSpawner() {
+	conn, err := s.spawner.SyscallConn()
+	if err != nil {
+		return
+	}
+	for {
+		var m ipc.SpawnerMessage
+		var control [unix.SizeofCmsghdr + 8]byte
+		n, controlLen := 0, 0
+		var received error
+		if err := conn.Read(func(fd uintptr) bool {
+			n, controlLen, _, _, received = unix.Recvmsg(int(fd), m.Bytes(), control[:],
+				unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			return !errors.Is(received, unix.EAGAIN)
+		}); err != nil || received != nil || n != ipc.SpawnerMessageLen {
+			return // end-of-file decides nothing: the spawner's pidfd shows whether it has exited
+		}
+		switch m.Kind {
+		case ipc.SpawnerStarted:
+			s.mu.Lock()
+			s.job.closePidfd()
+			s.job.pidfd, s.job.pidfdPid = receivedFd(control[:controlLen]), int(m.Value)
+			s.mu.Unlock()
+		case ipc.SpawnerGone:
+			select {
+			case <-s.spawnerDone:
+			default:
+				close(s.spawnerDone)
+			}
+		}
+	}
+}
+
+// receivedFd is the descriptor that came with a message, or -1.
+func receivedFd(control []byte) int {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil || len(messages) != 1 {
+		return -1
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return -1
+	}
+	return fds[0]
+}
+
+// askSpawner asks the spawner to kill the job, and to start none any more.
+func (s *Supervisor) askSpawner() {
+	m := ipc.SpawnerMessage{Kind: ipc.SpawnerKill}
+	_ = unix.Sendto(s.cfg.SpawnerSock, m.Bytes(), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
+}
+
+// pidfdWait waits for the exit of a process without holding a thread.
+type pidfdWait struct{ *os.File }
+
+func newPidfdWait(pidfd int) (pidfdWait, error) {
+	// A copy: closing it ends the wait, and must not close the original under its users.
+	fd, err := unix.FcntlInt(uintptr(pidfd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return pidfdWait{}, err
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return pidfdWait{}, errors.Join(err, unix.Close(fd))
+	}
+	return pidfdWait{os.NewFile(uintptr(fd), "pidfd")}, nil
+}
+
+// wait closes exited when the process has exited. It returns without that once the file is closed.
+func (p pidfdWait) wait(exited chan<- struct{}) {
+	conn, err := p.SyscallConn()
+	if err != nil {
+		return
+	}
+	if conn.Read(func(fd uintptr) bool { return proctree.PidfdExited(int(fd)) }) == nil {
+		close(exited)
+	}
+}

@@ -1,0 +1,287 @@
+//go:build linux
+
+package guard
+
+import (
+	"log/slog"
+	"os/exec"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
+)
+
+// testGuard is a guard whose elector and spawner are played by the test. A process that sleeps stands
+// for each of the three.
+type testGuard struct {
+	*guard
+	t      *testing.T
+	in     int // what the guard says to the elector
+	inbox  ipc.Inbox
+	out    ipc.Outbox // to the guard
+	socket int        // the spawner's end
+}
+
+func newTestGuard(t *testing.T) *testGuard {
+	t.Helper()
+	g := newGuard(Config{
+		TTL: time.Hour, Margin: time.Minute, StopSignal: unix.SIGTERM,
+		Notify: func(string) {}, Heartbeat: func() {},
+		Logger: slog.New(slog.DiscardHandler),
+	})
+	var err error
+	if g.procs, err = proctree.NewScanner(); err != nil {
+		t.Fatal(err)
+	}
+	if g.timer, err = unix.TimerfdCreate(unix.CLOCK_BOOTTIME,
+		unix.TFD_CLOEXEC|unix.TFD_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	pipes := [3][2]int{}
+	for i := range pipes {
+		if err := unix.Pipe2(pipes[i][:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sockets, err := unix.Socketpair(unix.AF_UNIX,
+		unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.wakeR, g.wakeW = pipes[0][0], pipes[0][1]
+	g.elector.in, g.elector.outbox.FD, g.elector.pipeEnded = pipes[1][0], pipes[2][1], false
+	g.elector.pid, g.elector.pidfd = newSleeper(t)
+	g.spawner = &spawner{sock: sockets[0], elector: -1}
+	if err := g.spawner.layOut(g.cfg); err != nil {
+		t.Fatal(err)
+	}
+	g.spawner.iov = receiveInto(&g.spawner.got)
+	g.spawner.pid, g.spawner.pidfd = newSleeper(t)
+	g.listChildren()
+	g.heardFromElector(boottime.Now())
+	t.Cleanup(func() {
+		g.procs.Close()
+		fds := []int{g.timer, sockets[0], sockets[1]}
+		for _, p := range pipes {
+			fds = append(fds, p[:]...)
+		}
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+		_ = unix.Munmap(g.spawner.mem)
+	})
+	return &testGuard{guard: g, t: t, in: pipes[2][0], out: ipc.Outbox{FD: pipes[1][1]}, socket: sockets[1]}
+}
+
+// newSleeper starts a process that sleeps.
+func newSleeper(t *testing.T) (pid, pidfd int) {
+	t.Helper()
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pidfd, err := unix.PidfdOpen(cmd.Process.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // the guard may have reaped it
+		_ = unix.Close(pidfd)
+	})
+	return cmd.Process.Pid, pidfd
+}
+
+// The events, as the test brings them about.
+
+func (g *testGuard) start() {
+	g.job.startAsked(ipc.Start{Key: "key", StopAt: boottime.Now() + time.Hour,
+		KillBy: boottime.Now() + 2*time.Hour})
+}
+
+func (g *testGuard) started() {
+	pid, pidfd := newSleeper(g.t)
+	fd, err := unix.FcntlInt(uintptr(pidfd), unix.F_DUPFD_CLOEXEC, 0) // the guard closes it
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.job.spawnerStarted(pid, fd)
+}
+
+func (g *testGuard) refused(errno int32) { g.job.childless = true; g.job.refused(errno) }
+func (g *testGuard) exited()             { g.job.childless = true; g.job.firstExited(0) }
+func (g *testGuard) extend() {
+	g.job.extended(ipc.Extend{StopAt: forever, KillBy: forever}, boottime.Now())
+}
+func (g *testGuard) lost() { g.job.stopAsked(ipc.Stop{}, boottime.Now()) }
+
+func (g *testGuard) stop(grace time.Duration) {
+	g.job.stopAsked(ipc.Stop{Grace: grace}, boottime.Now())
+}
+
+func (g *testGuard) at(d time.Duration) { g.job.serveDeadlines(boottime.Now() + d) }
+
+func (g *testGuard) round() { g.job.killRound() }
+
+// nothingLeft lets the spawner say that nothing of the job is left.
+func (g *testGuard) nothingLeft() {
+	g.job.childless, g.job.pid, g.job.unanswered = true, 0, false
+	g.job.killRound()
+}
+
+// said returns what the guard said last of the given kind.
+func (g *testGuard) said(kind ipc.Kind) (last ipc.Message, ok bool) {
+	g.t.Helper()
+	for {
+		if more, err := g.inbox.Fill(g.in); !more || err != nil {
+			return last, ok
+		}
+		for m, more := g.inbox.Next(); more; m, more = g.inbox.Next() {
+			if m.Kind == kind {
+				last, ok = m.Clone(), true
+			}
+		}
+	}
+}
+
+// TestJob_States: each event leads where the diagram says, and what the elector is told at the end is
+// true.
+func TestJob_States(t *testing.T) {
+	type g = *testGuard
+	for _, c := range []struct {
+		name   string
+		events []func(g)
+		state  jobState
+		gone   ipc.Gone // checked where the state is idle, but for the time
+	}{
+		{"starts", []func(g){g.start, g.started}, jobRunning, ipc.Gone{}},
+		{"forks", []func(g){g.start}, jobForking, ipc.Gone{}},
+		{"stop while running", []func(g){g.start, g.started, func(g g) { g.stop(time.Hour) }},
+			jobStopping, ipc.Gone{}},
+		{"stop while forking", []func(g){g.start, func(g g) { g.stop(time.Hour) }}, jobStopping,
+			ipc.Gone{}},
+		{"started while stopping", []func(g){g.start, func(g g) { g.stop(time.Hour) }, g.started},
+			jobStopping, ipc.Gone{}},
+		{"stop-at passed", []func(g){g.start, g.started, func(g g) { g.at(time.Hour) }},
+			jobStopping, ipc.Gone{}},
+		{"extended", []func(g){g.start, g.started, g.extend, func(g g) { g.at(3 * time.Hour) }},
+			jobRunning, ipc.Gone{}},
+		{"kill-by passed", []func(g){g.start, g.started, func(g g) { g.at(2 * time.Hour) }},
+			jobKilling, ipc.Gone{}},
+		{
+			"grace over",
+			[]func(g){g.start, g.started, func(g g) { g.stop(time.Minute) },
+				func(g g) { g.at(time.Minute) }, g.exited, g.nothingLeft},
+			jobIdle, ipc.Gone{Reason: ipc.KilledGrace, Ordered: true},
+		},
+		{
+			"exits by itself",
+			[]func(g){g.start, g.started, g.exited, g.nothingLeft},
+			jobIdle, ipc.Gone{},
+		},
+		{
+			"leaves something behind",
+			[]func(g){g.start, g.started, func(g g) { g.job.firstExited(0) }, g.round,
+				g.nothingLeft},
+			jobIdle, ipc.Gone{Reason: ipc.KilledLeftover},
+		},
+		{
+			"exits when told",
+			[]func(g){g.start, g.started, func(g g) { g.stop(time.Hour) }, g.exited, g.nothingLeft},
+			jobIdle, ipc.Gone{Ordered: true},
+		},
+		{
+			"lease lost",
+			[]func(g){g.start, g.started, g.lost, g.exited, g.nothingLeft},
+			jobIdle, ipc.Gone{Reason: ipc.KilledLost, Ordered: true},
+		},
+		{
+			"start refused",
+			[]func(g){g.start, func(g g) { g.refused(int32(unix.ENOENT)) }, g.nothingLeft},
+			jobIdle, ipc.Gone{},
+		},
+		{
+			"start too late",
+			[]func(g){g.start, func(g g) { g.refused(ipc.SpawnerTooLate) }, g.nothingLeft},
+			jobIdle, ipc.Gone{Ordered: true},
+		},
+		{
+			"kill waits for the answer to the start",
+			[]func(g){g.start, g.lost, func(g g) { g.job.childless = true }, g.round},
+			jobKilling, ipc.Gone{},
+		},
+		{
+			"start asked twice",
+			[]func(g){g.start, g.started, g.start, g.exited, g.nothingLeft},
+			jobIdle, ipc.Gone{Reason: ipc.KilledElector, Ordered: true},
+		},
+		{
+			"started twice",
+			[]func(g){g.start, g.started, g.started, g.exited, g.nothingLeft},
+			jobIdle, ipc.Gone{Reason: ipc.KilledFault, Ordered: true},
+		},
+		{
+			"second signal",
+			[]func(g){g.start, g.started,
+				func(g g) { g.signal(unix.SIGTERM); g.signal(unix.SIGTERM) }, g.exited, g.nothingLeft},
+			jobIdle, ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},
+		},
+		{"nothing to stop", []func(g){func(g g) { g.stop(time.Hour) }, g.lost, g.extend}, jobIdle,
+			ipc.Gone{}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			g := newTestGuard(t)
+			for _, event := range c.events {
+				event(g)
+			}
+			if g.job.state != c.state {
+				t.Fatalf("the job is %s, want %s", g.job.state, c.state)
+			}
+			m, told := g.said(ipc.KindGone)
+			if told != (c.state == jobIdle && g.starts > 0) && !g.elector.gone {
+				t.Fatalf("the elector was told that the job is gone: %v", told)
+			}
+			if got := m.Gone(); told && (got.Reason != c.gone.Reason || got.Ordered != c.gone.Ordered) {
+				t.Errorf("the elector was told %+v, want %+v", got, c.gone)
+			}
+		})
+	}
+}
+
+// TestGuard_AllocatesNothing: neither while the job runs and the elector renews, nor while the job is
+// killed and does not exit.
+func TestGuard_AllocatesNothing(t *testing.T) {
+	g := newTestGuard(t)
+	g.start()
+	g.started()
+	number := int64(0)
+	round := func() {
+		number++
+		_ = g.out.Send(ipc.Extend{StopAt: boottime.Now() + time.Hour,
+			KillBy: boottime.Now() + 2*time.Hour})
+		_ = g.out.Send(ipc.Ping{Number: number})
+		g.act(boottime.Now())
+		g.poll()
+		g.receive()
+		_, _ = g.inbox.Fill(g.in)
+		for _, ok := g.inbox.Next(); ok; _, ok = g.inbox.Next() {
+		}
+	}
+	if allocs := testing.AllocsPerRun(200, round); allocs != 0 {
+		t.Errorf("a round while the job runs allocates %v times", allocs)
+	}
+	if g.job.state != jobRunning || number < 200 {
+		t.Fatalf("the job is %s after %d rounds", g.job.state, number)
+	}
+	g.lost()
+	if allocs := testing.AllocsPerRun(20, round); allocs != 0 {
+		t.Errorf("a round while the job is killed allocates %v times", allocs)
+	}
+	if g.job.state != jobKilling || g.job.rounds < 10 {
+		t.Fatalf("the job is %s after %d rounds of the kill", g.job.state, g.job.rounds)
+	}
+}

@@ -1,0 +1,195 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/proctree"
+)
+
+// guardLost kills the job in the place of a guard that has exited or hangs, then the guard, and
+// returns ErrGuardLost when both are proven gone.
+func (s *Supervisor) guardLost(why string) error {
+	k := killInGuardsPlace{s: s, why: why, began: boottime.Now(), spawnerDone: s.spawnerDone}
+	k.begin()
+	for !k.step() {
+		k.pause()
+	}
+	k.finish()
+	return ErrGuardLost
+}
+
+// killInGuardsPlace kills the job and then the guard, step by step.
+//
+// The spawner, from which all of the job descends, kills, and tells when nothing is left; it starts
+// nothing any more, whatever it may still find from the guard. We kill what we see of its
+// descendants beside it: we see more of them at a time.
+//
+// A guard that is PID 1 can't be killed from inside its namespace. It is left when nothing of the
+// job is.
+type killInGuardsPlace struct {
+	s   *Supervisor
+	why string
+
+	began       time.Duration
+	complainAt  time.Duration
+	alive       bool              // there was a job
+	procs       *proctree.Scanner // nil: the process table can't be read
+	spawnerDone <-chan struct{}   // until it has told
+
+	// A spawner is taken for hung once nothing was seen to descend from it for a while: it would
+	// have told.
+	seesAll  bool          // /proc hides nothing
+	lastSeen time.Duration // when something was seen, or could have been there unseen
+	clean    int           // looks in a row that saw nothing
+}
+
+// begin kills what can be named at once.
+func (k *killInGuardsPlace) begin() {
+	s := k.s
+	k.alive = s.guardIsLost(k.why) // nobody may be told that it runs, from before it is killed
+	s.askSpawner()
+	if k.alive {
+		s.killNow()
+	}
+	k.complainAt, k.lastSeen = k.began+10*time.Second, k.began
+	k.seesAll = proctree.ProcHidden() == ""
+	var err error
+	if k.procs, err = proctree.NewScanner(); err != nil {
+		k.procs = nil
+		s.log.Error("process table can't be read: the spawner alone finds the job", "err", err)
+	}
+	if !proctree.PidfdExited(s.guardFd) {
+		s.log.Error(k.why+": killing it and the job", "threads", threadStates(s.cfg.Guard))
+	}
+}
+
+// step kills what is left, and reports whether job and guard are gone.
+func (k *killInGuardsPlace) step() bool {
+	s := k.s
+	gone, left := k.killJob()
+	if k.clean++; left {
+		k.lastSeen, k.clean = boottime.Now(), 0
+	}
+	if !gone {
+		return false
+	}
+	proctree.SignalPidfd(s.guardFd, unix.SIGKILL)
+	return proctree.PidfdExited(s.guardFd) || s.cfg.Guard == 1
+}
+
+// killJob kills what is left of the job. It reports whether nothing of it is left, and whether
+// something was seen of it, or could be there unseen.
+func (k *killInGuardsPlace) killJob() (gone, left bool) {
+	s := k.s
+	gone, left = true, true
+	select {
+	case <-s.spawnerDone:
+	default:
+		if proctree.PidfdExited(s.cfg.SpawnerPidfd) {
+			// Two processes were lost in one moment. What has left the job's cgroup is not found.
+			s.mu.Lock()
+			gone = s.job.pidfd < 0 || proctree.PidfdExited(s.job.pidfd)
+			s.mu.Unlock()
+		} else {
+			gone, left = false, k.killBesideSpawner()
+		}
+		s.killNow()
+	}
+	if s.cgroup != nil && s.cgroup.Populated() {
+		s.killNow()
+		return false, true
+	}
+	return gone, left
+}
+
+// killBesideSpawner asks the spawner to kill, and kills what is seen to descend from it. It reports
+// whether something was seen, or could be there unseen.
+func (k *killInGuardsPlace) killBesideSpawner() (left bool) {
+	s := k.s
+	s.askSpawner()
+	// To look through the process table takes milliseconds, in which the spawner is mostly done.
+	if k.procs == nil || boottime.Now() <= k.began+5*time.Millisecond {
+		return true
+	}
+	left = k.procs.KillDescendants(s.cfg.Spawner, unix.Getpid())
+	waitTimeout := max(s.cfg.Margin()/2, time.Second)
+	if left || !k.seesAll || k.clean < 3 || boottime.Now() <= k.lastSeen+waitTimeout {
+		return left
+	}
+	// It hangs. Stopped it starts nothing between the last look and its end.
+	proctree.SignalPidfd(s.cfg.SpawnerPidfd, unix.SIGSTOP)
+	end := unix.SIGKILL
+	if left = k.procs.KillDescendants(s.cfg.Spawner, unix.Getpid()); left {
+		end = unix.SIGCONT
+	}
+	proctree.SignalPidfd(s.cfg.SpawnerPidfd, end)
+	return left
+}
+
+// pause waits before the next step, and complains now and then.
+func (k *killInGuardsPlace) pause() {
+	pause := 200 * time.Microsecond
+	elapsed := boottime.Now() - k.began
+	switch {
+	case elapsed > 10*time.Second:
+		pause = 100 * time.Millisecond
+	case elapsed > 100*time.Millisecond:
+		pause = time.Millisecond
+	}
+	select {
+	case <-k.spawnerDone:
+		k.spawnerDone = nil // what is waited for now does not tell
+	case <-time.After(pause):
+	}
+	if boottime.Now() > k.complainAt {
+		k.complainAt += 10 * time.Second
+		k.s.log.Error("job or its guard can't be killed: the lease is kept until both are gone",
+			"elapsed", elapsed.Round(time.Second).String())
+	}
+}
+
+// finish gives up the cgroup and tells that nothing of the job is left.
+func (k *killInGuardsPlace) finish() {
+	s := k.s
+	text := k.why + ": there was no job"
+	if k.alive {
+		text = "job killed: " + k.why
+	}
+	s.log.Error(text, "elapsed", (boottime.Now() - k.began).String())
+	s.killing.Lock()
+	if s.cgroup != nil {
+		s.cgroup.Remove()
+		s.cgroup = nil
+	}
+	s.killing.Unlock()
+	s.goneWithoutGuard()
+	close(s.guardGone)
+}
+
+// threadStates is what the kernel tells of the threads of a process: the state of each, and where
+// in the kernel it waits, as far as we may know.
+func threadStates(pid int) string {
+	var states []string
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*", pid))
+	for _, task := range tasks {
+		stat, _ := os.ReadFile(task + "/stat")
+		wchan, _ := os.ReadFile(task + "/wchan")
+		call, _ := os.ReadFile(task + "/syscall")
+		state := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]) + " ?")[0]
+		number, _, _ := strings.Cut(strings.TrimSpace(string(call)), " ")
+		states = append(states,
+			strings.TrimSpace(fmt.Sprintf("%s:%s %s %s", filepath.Base(task), state, wchan,
+				number)))
+	}
+	return strings.Join(states, ", ")
+}

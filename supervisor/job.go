@@ -1,0 +1,308 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
+)
+
+// JobState is what the job does, as the elector knows it.
+//
+//	none       start asked            started
+//	backoff ----------------> starting -------> running
+//	exited                       |                 |
+//	  ^                          | stop asked, start refused,
+//	  |                          | first process exited, guard lost
+//	  |                          v                 |
+//	  +---------------------- stopping <-----------+
+//	   gone: exited; then backoff, if the job is to be started again
+//
+// Every method below with the name of an event takes it in any state. transition is the one place
+// where the state changes. The guard's own states are in package guard.
+type JobState string
+
+// The states of the job.
+const (
+	JobNone     JobState = "none"     // never started in this process
+	JobStarting JobState = "starting" // asked for
+	JobRunning  JobState = "running"
+	JobStopping JobState = "stopping" // told to stop, or being killed
+	JobBackoff  JobState = "backoff"  // exited by itself, to be started again
+	JobExited   JobState = "exited"   // nothing of it is left
+)
+
+// Job is the job as others see it.
+type Job struct {
+	State     JobState
+	PID       int // 0: no first process
+	StartedAt time.Time
+	Restarts  int
+	LastExit  *LastExit
+}
+
+// LastExit is how the job last exited.
+type LastExit struct {
+	proctree.Exit
+	At time.Time
+}
+
+// ExitError means that the job exited by itself and is not started again.
+type ExitError struct {
+	proctree.Exit
+	Refused string // why it could not be started, where that is so
+}
+
+func (e *ExitError) Error() string {
+	switch {
+	case e.Refused != "":
+		return "the job could not be started: " + e.Refused
+	case e.Signal != 0:
+		return fmt.Sprintf("the job was ended by signal %d", e.Signal)
+	}
+	return fmt.Sprintf("the job ended with code %d", e.Code)
+}
+
+// job is the state of a run, from the request for its start until nothing of it is left. The mutex
+// of the Supervisor guards it.
+type job struct {
+	shown Job
+	term  Term
+	exit  ExitError
+	// ordered means that the elector ends the run: the job does not exit by itself.
+	ordered bool
+	ended   chan outcome // of this run; room for one
+
+	askedAt time.Duration // when the start was asked for
+	// due is when the guard was to have the job killed because we asked for its stop; forever: we
+	// have not.
+	due time.Duration
+	// known is the last kill-by that the guard is sure to have read: it has answered a ping that
+	// was sent later.
+	known time.Duration
+
+	pidfd     int // of the first process, from the spawner; -1: none
+	pidfdPid  int // its pid: the guard tells of the start in its own time
+	guardLost bool
+}
+
+// outcome is what came of a run.
+type outcome struct {
+	exit     ExitError
+	byItself bool
+}
+
+// alive reports whether something of the job may run.
+func (j *job) alive() bool {
+	switch j.shown.State {
+	case JobStarting, JobRunning, JobStopping:
+		return true
+	}
+	return false
+}
+
+// overdue is when the guard should have killed the job.
+func (j *job) overdue(margin time.Duration) time.Duration {
+	return min(j.term.KillBy, j.due) + margin/4
+}
+
+func (j *job) closePidfd() {
+	if j.pidfd >= 0 {
+		_ = unix.Close(j.pidfd)
+		j.pidfd = -1
+	}
+}
+
+// Snapshot is the job as it is now. That its first process has exited is seen at once, not when the
+// guard has told of it: our own loops may hang, or have just gone on.
+func (s *Supervisor) Snapshot() Job {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	shown := j.shown
+	if shown.State == JobRunning && j.pidfd >= 0 && j.pidfdPid == shown.PID && proctree.PidfdExited(j.pidfd) {
+		shown.State = JobStopping
+	}
+	return shown
+}
+
+// startAsked begins a run. What comes of it arrives on the channel.
+func (s *Supervisor) startAsked(t Term) (<-chan outcome, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	if j.guardLost {
+		return nil, ErrGuardLost
+	}
+	j.term, j.askedAt, j.due, j.known = t, boottime.Now(), forever, t.KillBy
+	j.exit, j.ordered, j.ended = ExitError{}, false, make(chan outcome, 1)
+	s.transition(JobStarting, "elected")
+	return j.ended, nil
+}
+
+// stopAsked: we asked the guard to have the job killed by due.
+func (s *Supervisor) stopAsked(why string, due time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	if !j.alive() {
+		return // the run has just ended
+	}
+	j.ordered, j.due = true, min(j.due, due)
+	s.transition(JobStopping, why)
+}
+
+// started: the guard tells of the start.
+func (s *Supervisor) started(m ipc.Started) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.metrics.starts.Inc()
+	j := &s.job
+	j.shown.PID, j.shown.StartedAt = m.PID, time.Now().UTC()
+	switch j.shown.State {
+	case JobStarting:
+		s.transition(JobRunning, "started")
+	case JobStopping: // a stop was asked for meanwhile
+		s.transition(JobStopping, "started")
+	default:
+		s.invalid("started")
+	}
+}
+
+// refused: the guard could not start the job.
+func (s *Supervisor) refused(m ipc.Refused) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	j.exit = ExitError{Exit: proctree.Exit{Code: m.Code}, Refused: m.Why}
+	j.shown.LastExit = &LastExit{j.exit.Exit, time.Now().UTC()}
+	switch j.shown.State {
+	case JobStarting, JobStopping:
+		s.transition(JobStopping, m.Why)
+	default:
+		s.invalid("refused")
+	}
+}
+
+// firstExited: the first process has exited. What it left behind is killed.
+func (s *Supervisor) firstExited(m ipc.Exited) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	j.exit = ExitError{Exit: proctree.Exit(m)}
+	j.shown.PID, j.shown.LastExit = 0, &LastExit{j.exit.Exit, time.Now().UTC()}
+	s.metrics.exits.WithLabelValues(exitReason(j.exit.Exit, !j.ordered)).Inc()
+	switch j.shown.State {
+	case JobStarting, JobRunning, JobStopping:
+		s.transition(JobStopping, "first process exited")
+	default:
+		s.invalid("first process exited")
+	}
+}
+
+// gone: nothing of the job is left. The guard also stops the job by its own clock, and at a second
+// signal, without asking us: then it says that it was ordered.
+func (s *Supervisor) gone(m ipc.Gone) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	if !j.alive() {
+		s.invalid("gone")
+		return
+	}
+	if m.Reason != ipc.NotKilled {
+		s.metrics.kills.WithLabelValues(m.Reason.Label()).Inc()
+	}
+	s.metrics.stops.Observe(m.Elapsed.Seconds())
+	j.closePidfd()
+	j.shown.PID = 0
+	s.transition(JobExited, "gone")
+	j.ended <- outcome{exit: j.exit, byItself: !j.ordered && !m.Ordered}
+}
+
+// restarting: the job exited by itself and is started again after a pause.
+func (s *Supervisor) restarting() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.job.shown.Restarts++
+	s.transition(JobBackoff, "exited by itself")
+}
+
+// termOver: the term ended while nothing of the job was left. It returns the term's last deadlines.
+func (s *Supervisor) termOver() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.transition(JobExited, "term over")
+}
+
+// guardIsLost: from now on the deadlines that the guard knows stay as they are, and nobody is told
+// that the job runs. It reports whether something of the job may run.
+func (s *Supervisor) guardIsLost(why string) (alive bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	j.guardLost = true
+	if alive = j.alive(); alive {
+		s.transition(JobStopping, why)
+	}
+	return alive
+}
+
+// goneWithoutGuard: nothing of the job is left, and the guard is lost.
+func (s *Supervisor) goneWithoutGuard() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	j.closePidfd()
+	if j.alive() {
+		s.metrics.kills.WithLabelValues(ipc.KilledGuard.Label()).Inc()
+		j.shown.PID = 0
+		s.transition(JobExited, "killed in the guard's place")
+	}
+}
+
+// invalid fails loudly: an event came in a state that can't have it. What may live is killed.
+func (s *Supervisor) invalid(event string) {
+	s.log.Error("event in a state that can't have it: killing the job",
+		"event", event, "state", string(s.job.shown.State))
+	s.send(ipc.Stop{})
+	s.cfg.Changed()
+}
+
+// transition is the one place where the state of the job changes, and where that is logged, counted
+// and published. The mutex is held.
+func (s *Supervisor) transition(to JobState, why string) {
+	j := &s.job
+	from := j.shown.State
+	j.shown.State = to
+	up := 0.0
+	if to == JobRunning {
+		up = 1
+	}
+	s.metrics.up.Set(up)
+	if from != to {
+		s.log.Debug("job state", "from", string(from), "to", string(to), "reason", why)
+		if to == JobRunning {
+			s.log.Info("job started", "pid", j.shown.PID, "token", j.term.Token)
+		}
+	}
+	s.cfg.Changed()
+}
+
+func exitReason(e proctree.Exit, byItself bool) string {
+	switch {
+	case !byItself:
+		return "stopped"
+	case e.Signal != 0:
+		return "signal"
+	case e.Code != 0:
+		return "error"
+	}
+	return "ok"
+}

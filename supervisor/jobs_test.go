@@ -1,0 +1,78 @@
+//go:build linux
+
+package supervisor_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	ossignal "os/signal"
+	"runtime"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func jobMain(behaviour string) {
+	again := func(behaviour string, setsid bool) {
+		cmd := exec.Command("/proc/self/exe", "job", behaviour)
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: setsid}
+		if err := cmd.Start(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}
+	switch behaviour {
+	case "daemonize":
+		again("child-of-daemonize", true)
+	case "child-of-daemonize":
+		again("stubborn", true)
+		os.Exit(0)
+	case "stubborn":
+		ossignal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGINT)
+	case "sudo":
+		cmd := exec.Command(os.Getenv("TEST_SETUID"), "job", "escape")
+		if err := cmd.Start(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	case "escape": // as sudo does, and from the cgroup: who may, may write there
+		_ = syscall.Setuid(0)
+		_ = os.WriteFile(os.Getenv("TEST_OUTSIDE"), []byte(strconv.Itoa(os.Getpid())), 0)
+		dialTest(fmt.Sprintf("job escape as-%d", os.Geteuid()))
+		select {}
+	case "exit-5":
+		os.Exit(5)
+	case "leave-behind":
+		again("stubborn", true)
+		time.Sleep(200 * time.Millisecond) // its child has said hello by then, or is killed earlier: both are fine
+		os.Exit(0)
+	case "storm":
+		// Some hundred processes at any time, all of them short-lived and replaced at once. It says
+		// hello first: once they run, the deadline may come before it has the processor again.
+		ossignal.Ignore(unix.SIGTERM)
+		dialTest("job " + behaviour)
+		for range 50 {
+			go func() {
+				for {
+					_ = exec.Command("/bin/sh", "-c",
+						"trap '' TERM; (setsid sleep 0.1 &) ; sleep 0.05").Run()
+				}
+			}()
+		}
+		select {}
+	case "threads":
+		// The main thread goes, the others stay: the state in /proc reads Z and the process lives.
+		go func() {
+			runtime.LockOSThread()
+			dialTest("job threads")
+			select {}
+		}()
+		time.Sleep(100 * time.Millisecond)
+		runtime.LockOSThread()
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0)
+	}
+	dialTest("job " + behaviour)
+	select {}
+}

@@ -1,0 +1,136 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+)
+
+// Term is what the job is told of the term that it runs in.
+type Term struct {
+	Key     string // of the candidate in etcd
+	Token   int64  // the key's create revision
+	LeaseID int64
+	StopAt  time.Duration // readings of CLOCK_BOOTTIME, like KillBy
+	KillBy  time.Duration
+	// Lost is closed when the lease or the key is gone: whatever still runs is killed at once. It
+	// may be nil.
+	Lost <-chan struct{}
+}
+
+// ResignError means that the job failed too often here: another candidate should try.
+type ResignError struct {
+	After time.Duration // before this one campaigns again
+}
+
+func (e *ResignError) Error() string {
+	return fmt.Sprintf("the job keeps failing: resigning, back in the queue after %s",
+		e.After.Round(time.Millisecond))
+}
+
+// Supervise runs the job for one term: it starts it, starts it again as the restart policy says,
+// and when ctx ends has it stopped. It returns when nothing of the job is left: ErrGuardLost, an
+// *ExitError or a *ResignError where that ended it, else nil. grace translates the cause of ctx's
+// end: zero kills at once, negative leaves the job the time until kill-by.
+func (s *Supervisor) Supervise(ctx context.Context, t Term, grace func(cause error) time.Duration) error {
+	for !over(ctx, t) {
+		began := boottime.Now()
+		run, err := s.runOnce(ctx, t, grace)
+		if err != nil || !run.byItself {
+			return err
+		}
+		delay, err := s.restart.after(run.exit, boottime.Now()-began)
+		if err != nil {
+			return err
+		}
+		if err := s.backOff(ctx, t, run.exit, delay); err != nil {
+			return err
+		}
+		s.mu.Lock()
+		t.StopAt, t.KillBy = s.job.term.StopAt, s.job.term.KillBy
+		s.mu.Unlock()
+	}
+	return nil
+}
+
+// runOnce runs the job once.
+func (s *Supervisor) runOnce(
+	ctx context.Context, t Term, grace func(cause error) time.Duration,
+) (outcome, error) {
+	ended, err := s.startAsked(t)
+	if err != nil {
+		return outcome{}, err
+	}
+	s.pingSoon()
+	s.send(ipc.Start{
+		Key: t.Key, Token: t.Token, LeaseID: t.LeaseID, StopAt: t.StopAt, KillBy: t.KillBy,
+	})
+	done, lost := ctx.Done(), t.Lost
+	for {
+		select {
+		case <-lost:
+			lost = nil
+			s.send(ipc.Stop{})
+			// The next leader starts already. The guard has to wake up first, and then sees to all
+			// of the job; the first SIGKILL is ours.
+			s.stopAsked("lease lost", boottime.Now())
+			s.killNow()
+			s.pingSoon()
+		case <-done:
+			done = nil
+			cause := context.Cause(ctx)
+			g, due := grace(cause), forever
+			if g >= 0 {
+				due = boottime.Now() + g
+			}
+			s.stopAsked(cause.Error(), due)
+			s.send(ipc.Stop{Grace: max(g, ipc.UntilKillBy)})
+			s.pingSoon()
+		case <-s.guardGone:
+			return outcome{}, ErrGuardLost
+		case run := <-ended:
+			return run, nil
+		}
+	}
+}
+
+// backOff waits before the next start. It returns ErrGuardLost if the guard is.
+func (s *Supervisor) backOff(ctx context.Context, t Term, exit ExitError, delay time.Duration) error {
+	s.restarting()
+	level, text := slog.LevelInfo, "job exited by itself: starting it again"
+	if s.restart.failures > 1 {
+		level, text = slog.LevelWarn, "job keeps failing: starting it again"
+	}
+	s.log.Log(ctx, level, text, "exit_code", exit.Code, "signal", exit.Signal,
+		"backoff", delay.Round(time.Millisecond).String())
+	timer := time.NewTimer(delay)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	case <-s.guardGone:
+		return ErrGuardLost
+	}
+	if over(ctx, t) {
+		s.termOver()
+	}
+	return nil
+}
+
+// over reports whether the term has ended: nothing may be started in it any more.
+func over(ctx context.Context, t Term) bool {
+	select {
+	case <-ctx.Done():
+		return true
+	case <-t.Lost:
+		return true
+	default:
+		return false
+	}
+}
