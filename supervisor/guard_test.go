@@ -99,14 +99,14 @@ func TestGuard_JobEndsByItself(t *testing.T) {
 		t.Run("code", func(t *testing.T) {
 			r := newRig(t, "exit-5", uid)
 			r.tell("lead 1h 2h")
-			r.waitSaid("led the job ended with code 5")
+			r.waitSaid("led the job exited with code 5")
 			r.tell("exit 5")
 			r.waitExit(5)
 		})
 		t.Run("leaves a process behind", func(t *testing.T) {
 			r := newRig(t, "leave-behind", uid)
 			r.tell("lead 1h 2h")
-			r.waitSaid("led the job ended with code 0")
+			r.waitSaid("led the job exited with code 0")
 			r.requireDead()
 			r.tell("exit 0")
 			r.waitExit(0)

@@ -40,6 +40,8 @@ func TestSupervisor_GuardKilled(t *testing.T) {
 	})
 }
 
+// TestSupervisor_SilentGuard: silence alone costs the job nothing. It does where the guard had to
+// act.
 func TestSupervisor_SilentGuard(t *testing.T) {
 	stopped := func(t *testing.T, lead string) *rig {
 		t.Parallel()
@@ -85,6 +87,8 @@ func TestSupervisor_SilentGuard(t *testing.T) {
 	})
 }
 
+// TestSupervisor_GuardKilledSpawnerStopped: two faults at once, after which the lease must not stay
+// for ever.
 func TestSupervisor_GuardKilledSpawnerStopped(t *testing.T) {
 	eachUser(t, func(t *testing.T, uid int) {
 		r := newRig(t, "daemonize", uid)

@@ -64,9 +64,9 @@ func (e *ExitError) Error() string {
 	case e.Refused != "":
 		return "the job could not be started: " + e.Refused
 	case e.Signal != 0:
-		return fmt.Sprintf("the job was ended by signal %d", e.Signal)
+		return fmt.Sprintf("the job was killed by signal %d", e.Signal)
 	}
-	return fmt.Sprintf("the job ended with code %d", e.Code)
+	return fmt.Sprintf("the job exited with code %d", e.Code)
 }
 
 // job is the state of a run, from the request for its start until nothing of it is left. The mutex
@@ -126,7 +126,8 @@ func (s *Supervisor) Snapshot() Job {
 	defer s.mu.Unlock()
 	j := &s.job
 	shown := j.shown
-	if shown.State == JobRunning && j.pidfd >= 0 && j.pidfdPid == shown.PID && proctree.PidfdExited(j.pidfd) {
+	known := j.pidfd >= 0 && j.pidfdPid == shown.PID
+	if shown.State == JobRunning && known && proctree.PidfdExited(j.pidfd) {
 		shown.State = JobStopping
 	}
 	return shown

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// jobMain is a job, or one of its descendants.
 func jobMain(behaviour string) {
 	again := func(behaviour string, setsid bool) {
 		cmd := exec.Command("/proc/self/exe", "job", behaviour)

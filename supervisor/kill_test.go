@@ -18,6 +18,8 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
+// TestGuard_SleepsBesideZombies: a process that has ended can't be reaped for as long as a tracer
+// holds it.
 func TestGuard_SleepsBesideZombies(t *testing.T) {
 	t.Run("job", func(t *testing.T) {
 		t.Parallel()
@@ -27,7 +29,7 @@ func TestGuard_SleepsBesideZombies(t *testing.T) {
 		_ = unix.Kill(number(r.waitSaid("job")), unix.SIGKILL)
 		r.requireSleep()
 		release()
-		r.waitSaid("led the job was ended by signal 9")
+		r.waitSaid("led the job was killed by signal 9")
 		r.tell("exit 0")
 		r.waitExit(0)
 	})
@@ -45,6 +47,8 @@ func TestGuard_SleepsBesideZombies(t *testing.T) {
 	})
 }
 
+// TestGuard_SpawnerLost: all of the job falls to the guard, also while a tracer keeps the spawner
+// from being reaped.
 func TestGuard_SpawnerLost(t *testing.T) {
 	eachUser(t, func(t *testing.T, uid int) {
 		for _, traced := range []bool{false, true} {
@@ -71,6 +75,8 @@ func TestGuard_SpawnerLost(t *testing.T) {
 	})
 }
 
+// TestGuard_StartCalledOff: a start that comes to nothing leaves no cgroup behind in which the next
+// job would be killed at once.
 func TestGuard_StartCalledOff(t *testing.T) {
 	needCgroup(t)
 	r := newRig(t, "plain", 0)
@@ -90,6 +96,8 @@ func TestGuard_StartCalledOff(t *testing.T) {
 	r.waitExit(0)
 }
 
+// hold traces a process, so that nobody reaps it before it is released. The rest of the test is
+// bound to its thread.
 func hold(t *testing.T, pid int) (release func()) {
 	t.Helper()
 	runtime.LockOSThread()
@@ -111,6 +119,8 @@ func hold(t *testing.T, pid int) (release func()) {
 	}
 }
 
+// requireSleep fails if the guard, and what it has started, takes more than a little of a
+// processor.
 func (r *rig) requireSleep() {
 	r.t.Helper()
 	const interval = time.Second
@@ -145,6 +155,8 @@ func TestGuard_LostContactKillsForkStorm(t *testing.T) {
 	})
 }
 
+// TestGuard_SetUserID: what gains privileges can leave the job's cgroup, and a guard without
+// CAP_KILL can't kill it there. So it gains none, unless the user wants it to.
 func TestGuard_SetUserID(t *testing.T) {
 	const user = 65534
 	parent := needCgroup(t)
@@ -186,6 +198,7 @@ func TestGuard_SetUserID(t *testing.T) {
 	}
 }
 
+// delegateCgroup makes a cgroup that belongs to a user.
 func delegateCgroup(t *testing.T, parent string, uid int) *os.File {
 	t.Helper()
 	dir, err := os.MkdirTemp(parent, "delegated-")
@@ -217,6 +230,7 @@ func delegateCgroup(t *testing.T, parent string, uid int) *os.File {
 	return f
 }
 
+// TestGuard_LocksMemory: with CAP_IPC_LOCK whatever the limit, without it only where there is none.
 func TestGuard_LocksMemory(t *testing.T) {
 	var old unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &old); err != nil {
@@ -245,6 +259,7 @@ func TestGuard_LocksMemory(t *testing.T) {
 	})
 }
 
+// lockLimit is the line of /proc that tells how much memory a process may lock.
 func lockLimit(t *testing.T, pid int) string {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
@@ -260,6 +275,7 @@ func lockLimit(t *testing.T, pid int) string {
 	return ""
 }
 
+// needCgroup skips where this user can't make cgroups, which CI forbids.
 func needCgroup(t *testing.T) string {
 	t.Helper()
 	parent, err := proctree.OwnCgroup()
@@ -275,6 +291,7 @@ func needCgroup(t *testing.T) string {
 	return parent
 }
 
+// removeTree removes a cgroup and those inside it, the innermost first.
 func removeTree(dir string) {
 	entries, _ := os.ReadDir(dir)
 	for _, e := range entries {

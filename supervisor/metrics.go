@@ -21,20 +21,22 @@ type metrics struct {
 func newMetrics(r prometheus.Registerer) metrics {
 	f := promauto.With(r)
 	m := metrics{
-		up:     f.NewGauge(prometheus.GaugeOpts{Name: "leasehold_job_up",
+		up: f.NewGauge(prometheus.GaugeOpts{Name: "leasehold_job_up",
 			Help: "1 while the job runs."}),
 		starts: f.NewCounter(prometheus.CounterOpts{Name: "leasehold_job_starts_total",
 			Help: "Starts of the job."}),
-		exits:  f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_exits_total",
-			Help: "Ends of the job's first process, by reason."}, []string{"reason"}),
-		kills:  f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_kills_total",
+		exits: f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_exits_total",
+			Help: "Exits of the job's first process, by reason."}, []string{"reason"}),
+		kills: f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_kills_total",
 			Help: "Kills of the job, by reason."}, []string{"reason"}),
 		stops: f.NewHistogram(prometheus.HistogramOpts{
-			Name: "leasehold_job_stop_duration_seconds", Help: "From the stop signal, or the kill where there was none, until the job was dead.",
+			Name: "leasehold_job_stop_duration_seconds",
+			Help: "From the stop signal, or the kill where there was none, " +
+				"until nothing of the job was left.",
 			Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30, 60},
 		}),
 		timerLatency: f.NewHistogram(prometheus.HistogramOpts{
-			Name: "leasehold_guard_lateness_seconds", Help: "How late the guard served a deadline.",
+			Name: "leasehold_guard_lateness_seconds", Help: "By how much the guard missed a deadline.",
 			Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .2, .5, 1, 5},
 		}),
 	}

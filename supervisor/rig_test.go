@@ -4,7 +4,6 @@ package supervisor_test
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -21,11 +20,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
-	"leasehold/internal/boottime"
-	"leasehold/supervisor"
 	"leasehold/supervisor/guard"
 	"leasehold/supervisor/proctree"
 )
@@ -33,6 +29,7 @@ import (
 // The test binary plays every part: the guard as main would run it, an elector that obeys the test
 // over a socket, and jobs that hold a connection to the test for as long as they live.
 
+// TestMain plays the part that its first argument names.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
@@ -59,7 +56,6 @@ func TestMain(m *testing.M) {
 
 // guardBinary is a copy of the test binary that an ordinary user can execute, and setuidBinary one
 // that makes them who the test is.
-
 var guardBinary, setuidBinary string
 
 func runTests(m *testing.M) int {
@@ -103,7 +99,8 @@ func guardMain() int {
 	}
 	exit, err := guard.Run(guard.Config{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
-		Election: "election", Identity: "identity", TTL: testTTL, Margin: testMargin, StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
+		Election: "election", Identity: "identity", TTL: testTTL, Margin: testMargin,
+		StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
 		Revoke: func(lease int64, _ time.Duration) []string {
 			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
@@ -118,110 +115,7 @@ func guardMain() int {
 	return exit.Code
 }
 
-// dialTest connects to the test and says who is there. The connection stays open for the life of
-// the process.
-
-func dialTest(hello string) net.Conn {
-	c, err := net.Dial("unix", os.Getenv("TEST_SOCKET"))
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "reach the test:", err)
-		os.Exit(3)
-	}
-	fmt.Fprintf(c, "%s %d\n", hello, os.Getpid())
-	return c
-}
-
-// electorMain obeys: "lead STOP-AT KILL-BY" (durations from now), "extend …", "end
-// planned|contact|lost", "exit CODE".
-
-func electorMain(args []string) int {
-	ossignal.Notify(make(chan os.Signal, 1), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
-	guard, _ := strconv.Atoi(args[0])
-	spawner, _ := strconv.Atoi(args[1])
-	cgroupDir := ""
-	if len(args) > 2 {
-		cgroupDir = args[2]
-	}
-	test := dialTest("elector")
-	causes := map[string]error{"planned": errors.New("planned"), "contact": errors.New("contact"),
-		"lost": errors.New("lost")}
-	h, err := supervisor.Connect(supervisor.Config{
-		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guard, Spawner: spawner, CgroupDir: cgroupDir, TTL: testTTL, Margin: func() time.Duration { return testMargin },
-		Restart: supervisor.RestartNever, Signal: func(s unix.Signal) { fmt.Fprintf(test,
-			"signal %d\n", s) },
-		Running: func() bool { return true }, Changed: func() {},
-		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), Registerer: prometheus.NewRegistry(),
-	})
-	if err != nil {
-		fmt.Fprintln(test, "connect", err)
-		return 1
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	handleDone := make(chan error, 1)
-	go func() {
-		err := h.Run(ctx)
-		fmt.Fprintf(test, "run %v\n", err)
-		handleDone <- err
-	}()
-	lease, _ := strconv.ParseInt(os.Getenv("TEST_LEASE"), 10, 64)
-	h.Lease(lease, testTTL)
-	h.Ready()
-	var term context.Context
-	var end context.CancelCauseFunc
-	begin := func() { term, end = context.WithCancelCause(context.Background()) }
-	begin()
-	defer func() { end(nil) }()
-	lines := bufio.NewScanner(test)
-	for lines.Scan() {
-		f := strings.Fields(lines.Text())
-		duration := func(i int) time.Duration {
-			d, err := time.ParseDuration(f[i])
-			if err != nil {
-				panic(err)
-			}
-			return d
-		}
-		switch f[0] {
-		case "lead":
-			t := supervisor.Term{Key: "election/abc", Token: 7, LeaseID: lease,
-				StopAt: boottime.Now() + duration(1), KillBy: boottime.Now() + duration(2)}
-			go func() {
-				err := h.Supervise(term, t, func(cause error) time.Duration {
-					switch {
-					case errors.Is(cause, causes["planned"]):
-						return 10 * time.Second
-					case errors.Is(cause, causes["contact"]):
-						return -1
-					}
-					return 0
-				})
-				fmt.Fprintf(test, "led %v\n", err)
-			}()
-		case "again":
-			end(nil)
-			begin()
-		case "extend":
-			h.Extend(boottime.Now()+duration(1), boottime.Now()+duration(2))
-			fmt.Fprintln(test, "extended")
-		case "end":
-			end(causes[f[1]])
-		case "exit":
-			cancel()
-			<-handleDone
-			h.Lease(0, 0)
-			code, _ := strconv.Atoi(f[1])
-			h.Exit(code, "test")
-			return code
-		}
-	}
-	return 1
-}
-
-// jobMain is a job, or one of its descendants.
-
 // rig is a guard with its elector and job, and what they say.
-
 type rig struct {
 	t      *testing.T
 	guard  *exec.Cmd
@@ -242,7 +136,6 @@ func newRig(t *testing.T, job string, uid int, env ...string) *rig {
 }
 
 // newRigIn starts the guard in a cgroup, where one is given.
-
 func newRigIn(t *testing.T, cgroup *os.File, job string, uid int, env ...string) *rig {
 	t.Helper()
 	r := &rig{t: t, lease: rand.Int64(), exited: make(chan int, 1), alive: map[string]int{},
@@ -327,7 +220,6 @@ func (r *rig) serve(c net.Conn) {
 }
 
 // wait waits until f is true.
-
 func (r *rig) wait(what string, f func() bool) {
 	r.t.Helper()
 	timer := time.AfterFunc(testWait, r.cond.Broadcast)
@@ -364,11 +256,8 @@ func (r *rig) waitJobs(n int) {
 }
 
 // requireDead fails if any process of the job is alive. It is called when its death has just been
-// claimed: a process that has
-
-// ended has closed its connection, but the other end may take a moment to read that, so the pid
-// decides.
-
+// claimed: a process that has ended has closed its connection, but the other end may take a moment
+// to read that, so the pid decides.
 func (r *rig) requireDead() {
 	r.t.Helper()
 	r.mu.Lock()
@@ -386,7 +275,6 @@ func (r *rig) requireDead() {
 }
 
 // children lists the guard's.
-
 func (r *rig) children() (pids []int) {
 	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", r.guard.Process.Pid))
 	for _, path := range lists {
@@ -399,7 +287,6 @@ func (r *rig) children() (pids []int) {
 }
 
 // spawner is the pid of the guard's child that is not the elector, while there is no other.
-
 func (r *rig) spawner() (pid int) {
 	for _, child := range r.children() {
 		if child != r.pids["elector"] {
@@ -410,7 +297,6 @@ func (r *rig) spawner() (pid int) {
 }
 
 // count counts what was said so. The mutex is held.
-
 func (r *rig) count(line string) (n int) {
 	for _, s := range r.said {
 		if s == line {
@@ -428,10 +314,7 @@ func (r *rig) tell(format string, args ...any) {
 }
 
 // lead starts the job, waits until that many of its processes run, and only then sets the
-// deadlines, from now on: how long a start
-
-// takes is the machine's affair.
-
+// deadlines, from now on: how long a start takes is the machine's affair.
 func (r *rig) lead(processes int, stopAt, killBy time.Duration) {
 	r.t.Helper()
 	r.tell("lead 1h 2h")
@@ -454,7 +337,6 @@ func (r *rig) waitExit(code int) {
 }
 
 // cleanUp ends what a failed test left, by pid.
-
 func (r *rig) cleanUp() {
 	r.mu.Lock()
 	pids := []int{r.guard.Process.Pid, r.pids["elector"]}
@@ -478,7 +360,6 @@ func (r *rig) cleanUp() {
 
 // eachUser runs a test as root, whose job has a cgroup, and as an ordinary user, whose job has
 // none.
-
 func eachUser(t *testing.T, f func(t *testing.T, uid int)) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -489,45 +370,8 @@ func eachUser(t *testing.T, f func(t *testing.T, uid int)) {
 	t.Run("user", func(t *testing.T) { t.Parallel(); f(t, 65534) })
 }
 
-// TestSupervisor_SilentGuard: silence alone costs the job nothing. It does where the guard had to
-// act.
-
-// TestGuard_SleepsBesideZombies: a process that has ended can't be reaped for as long as a tracer
-// holds it.
-
-// TestGuard_SpawnerLost: all of the job falls to the guard, also while a tracer keeps the spawner
-// from being reaped.
-
-// TestSupervisor_GuardKilledSpawnerStopped: two faults at once, after which the lease must not stay
-// for ever.
-
-// TestGuard_StartCalledOff: a start that comes to nothing leaves no cgroup behind in which the next
-// job would be killed at once.
-
 // number is the pid at the end of what a process said first.
-
 func number(said string) int {
 	pid, _ := strconv.Atoi(said[strings.LastIndexByte(said, ' ')+1:])
 	return pid
 }
-
-// hold traces a process, so that nobody reaps it before it is released. The rest of the test is
-// bound to its thread.
-
-// requireSleep fails if the guard, and what it has started, takes more than a little of a
-// processor.
-
-// TestGuard_SetUserID: what gains privileges can leave the job's cgroup, and a guard without
-// CAP_KILL can't kill it there. So it
-
-// gains none, unless the user wants it to.
-
-// delegateCgroup makes a cgroup that belongs to a user.
-
-// TestGuard_LocksMemory: with CAP_IPC_LOCK whatever the limit, without it only where there is none.
-
-// lockLimit is the line of /proc that tells how much memory a process may lock.
-
-// needCgroup skips where this user can't make cgroups, which CI forbids.
-
-// removeTree removes a cgroup and those inside it, the innermost first.

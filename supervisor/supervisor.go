@@ -40,9 +40,9 @@ import (
 
 // Config is what a Supervisor needs to know.
 type Config struct {
-	In, Out      int    // the pipe pair to the guard
-	SpawnerSock  int    // what the spawner says
-	SpawnerPidfd int    //
+	In, Out      int // the pipe pair to the guard
+	SpawnerSock  int // what the spawner says
+	SpawnerPidfd int
 	Guard        int    // pid
 	Spawner      int    // pid
 	CgroupDir    string // "": the job has none
@@ -53,7 +53,7 @@ type Config struct {
 
 	// None of these may block or call the Supervisor.
 	Signal  func(s unix.Signal) // called for each stop request that the guard received
-	Running func() bool         // the elector's own loops run; the guard gets no pings while they don't
+	Running func() bool         // the elector's own loops run; else the guard gets no pings
 	Changed func()              // called after each change of Snapshot
 
 	Logger     *slog.Logger
@@ -88,7 +88,7 @@ type Supervisor struct {
 
 	pingDue     chan struct{} // room for one: the next ping may be due earlier
 	guardGone   chan struct{} // closed when the guard is lost and nothing of the job is left
-	spawnerDone chan struct{} // closed when the spawner has told that nothing is left, and starts nothing
+	spawnerDone chan struct{} // closed when the spawner reports that nothing is left
 
 	mu  sync.Mutex
 	job job

@@ -38,7 +38,9 @@ func (e *ResignError) Error() string {
 // and when ctx ends has it stopped. It returns when nothing of the job is left: ErrGuardLost, an
 // *ExitError or a *ResignError where that ended it, else nil. grace translates the cause of ctx's
 // end: zero kills at once, negative leaves the job the time until kill-by.
-func (s *Supervisor) Supervise(ctx context.Context, t Term, grace func(cause error) time.Duration) error {
+func (s *Supervisor) Supervise(
+	ctx context.Context, t Term, grace func(cause error) time.Duration,
+) error {
 	for !over(ctx, t) {
 		began := boottime.Now()
 		run, err := s.runOnce(ctx, t, grace)
@@ -101,7 +103,9 @@ func (s *Supervisor) runOnce(
 }
 
 // backOff waits before the next start. It returns ErrGuardLost if the guard is.
-func (s *Supervisor) backOff(ctx context.Context, t Term, exit ExitError, delay time.Duration) error {
+func (s *Supervisor) backOff(
+	ctx context.Context, t Term, exit ExitError, delay time.Duration,
+) error {
 	s.restarting()
 	level, text := slog.LevelInfo, "job exited by itself: starting it again"
 	if s.restart.failures > 1 {

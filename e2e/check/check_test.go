@@ -75,9 +75,9 @@ func TestHistory(t *testing.T) {
 }
 
 func TestLog(t *testing.T) {
-	log := `time=2026-01-02T03:04:05Z msg="the job is dead" guard_lateness=3ms
+	log := `time=2026-01-02T03:04:05Z msg="job exited" timer_latency=3ms
 time=2026-01-02T03:04:06Z msg="state changed" reason="the lease is gone from etcd"
-time=2026-01-02T03:04:09Z msg="the job is dead" guard_lateness=1ms
+time=2026-01-02T03:04:09Z msg="job killed: lease lost" timer_latency=1ms
 `
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	if got := check.Latency(check.TimerLatencies(log)); got != 3*time.Millisecond {
@@ -90,7 +90,7 @@ time=2026-01-02T03:04:09Z msg="the job is dead" guard_lateness=1ms
 	if taken := check.TermTaken(log); len(taken) != 1 || !taken[0].At.Equal(at.Add(time.Second)) {
 		t.Errorf("etcd took the term at %v", taken)
 	}
-	if dead := check.JobStates(log); len(dead) != 2 || dead[1].Match != "is dead" {
+	if dead := check.JobStates(log); len(dead) != 2 || dead[1].Match != "killed" {
 		t.Errorf("the job's states are %v", dead)
 	}
 }

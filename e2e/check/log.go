@@ -15,12 +15,12 @@ type Entry struct {
 }
 
 var (
-	timerLatency = regexp.MustCompile(`time=(\S+) .*guard_lateness=(\S+)`)
+	timerLatency = regexp.MustCompile(`time=(\S+) .*timer_latency=(\S+)`)
 	termTaken    = regexp.MustCompile(`time=(\S+) .*(the lease|the leader's key) is gone from etcd`)
-	jobState     = regexp.MustCompile(`time=(\S+) .*msg="the job (runs|is dead)"`)
+	jobState     = regexp.MustCompile(`time=(\S+) .*msg="job (started|exited|killed)`)
 )
 
-// JobStates lists when a daemon wrote that its job "runs" or "is dead".
+// JobStates lists when a daemon wrote that its job "started", "exited" or was "killed".
 func JobStates(log string) []Entry { return entries(log, jobState) }
 
 // TermTaken lists when a daemon wrote that etcd had taken its term away.

@@ -34,8 +34,8 @@ func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 		code    int
 		says    string
 	}{
-		{"job: 0", []func(*harness.CandidateConfig){shell("exit 0")}, nothing, 0, "the job ended with code 0"},
-		{"job: 75", []func(*harness.CandidateConfig){never, shell("exit 75")}, nothing, 75, "the job ended with code 75"},
+		{"job: 0", []func(*harness.CandidateConfig){shell("exit 0")}, nothing, 0, "the job exited with code 0"},
+		{"job: 75", []func(*harness.CandidateConfig){never, shell("exit 75")}, nothing, 75, "the job exited with code 75"},
 		{"job: signal", []func(*harness.CandidateConfig){never, shell("kill -s QUIT $$")}, nothing, 128 + 3, "signal 3"},
 		{"daemon: 0", []func(*harness.CandidateConfig){shell("trap 'exit 9' TERM; while :; do sleep 0.01; done")}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
@@ -553,7 +553,7 @@ func TestStandardErrorTostop(t *testing.T) {
 	tr.waitExit(c, 0)
 	select {
 	case text := <-shown:
-		for _, want := range []string{"the job gets no cgroup", "the job runs", "exiting: planned stop"} {
+		for _, want := range []string{"the job gets no cgroup", "job started", "exiting: planned stop"} {
 			if !strings.Contains(text, want) {
 				t.Errorf("the terminal does not show %q:\n%s", want, text)
 			}

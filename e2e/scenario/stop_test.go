@@ -152,7 +152,7 @@ func TestLeader_JobEndsWhileTheElectorHangs(t *testing.T) {
 		tr.must(conn.SetReadDeadline(time.Now().Add(waitTimeout)))
 		answer, _ := io.ReadAll(conn) // it may end before it answers
 		if strings.Contains(string(answer), "200 OK") {
-			t.Errorf("the job is dead, and /leader says %q", answer)
+			t.Errorf("the job has exited, and /leader says %q", answer)
 		}
 	}
 	tr.waitExit(c, 128+9)

@@ -50,7 +50,7 @@ func TestUnit_StartAndStop(t *testing.T) {
 			t.Errorf("systemctl status on %s does not say %s:\n%s", m.Name, want, out)
 		}
 	}
-	if out := w.run(a, "systemctl", "status", "--no-pager", unit); !strings.Contains(out, `msg="the job runs"`) {
+	if out := w.run(a, "systemctl", "status", "--no-pager", unit); !strings.Contains(out, `msg="job started"`) {
 		t.Errorf("systemctl status does not show the log:\n%s", out)
 	}
 
@@ -110,7 +110,7 @@ func TestUnit_StartAndStop(t *testing.T) {
 	w.waitFor(a, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
 	w.waitLeading(b)
 	journal := a.Journal(w.ctx, unit)
-	for _, want := range []string{`level=INFO msg="the job is dead"`, `elapsed=2.0`, `level=INFO msg="exiting: planned stop"`, `exit_code=0`} {
+	for _, want := range []string{`level=INFO msg="job exited"`, `elapsed=2.0`, `level=INFO msg="exiting: planned stop"`, `exit_code=0`} {
 		if !strings.Contains(journal, want) {
 			t.Errorf("the journal does not say %s:\n%s", want, journal)
 		}
@@ -294,7 +294,7 @@ func TestUnit_ExitCodes(t *testing.T) {
 
 	start("/usr/bin/testjob exit=0")
 	w.until(waitTimeout, func() error { // systemd forgets a unit that is inactive
-		if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, `exiting: with the job's own code: the job ended with code 0"`) || !strings.Contains(journal, "Deactivated successfully") {
+		if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, `exiting: with the job's own code: the job exited with code 0"`) || !strings.Contains(journal, "Deactivated successfully") {
 			return errors.New(journal)
 		}
 		return nil

@@ -156,7 +156,8 @@ func (g *guard) heardFromElector(now time.Duration) {
 func (g *guard) serveElectorDeadlines(now time.Duration) {
 	e := &g.elector
 	if g.forceBy != 0 && now >= g.forceBy && !g.job.alive() && e.pid != 0 && !e.gone {
-		g.log.Error("elector has not exited within " + forceTimeout.String() + " of the second signal: killing it")
+		g.log.Error("elector has not exited after the second signal: killing it",
+			"elapsed", forceTimeout.String())
 		g.forced = true
 		g.loseElector()
 	}

@@ -42,9 +42,9 @@ type Config struct {
 	Election   string
 	Identity   string
 	TTL        time.Duration // as configured; bounds for how long the elector may be silent
-	Margin     time.Duration // of the lease; bounds for how long the spawner may be silent after kill-by
+	Margin     time.Duration // of the lease; bounds for how long a late spawner may be silent
 	StopSignal unix.Signal
-	NewPrivs   bool // the job may gain privileges, although what has gained them may be out of reach
+	NewPrivs   bool // the job may gain privileges, and so get out of reach
 	// Ignored is what the job ignores from its start; every other signal has its default.
 	Ignored []unix.Signal
 
@@ -117,7 +117,7 @@ type guard struct {
 
 	pending     [65]atomic.Int32 // signals that were caught and wait for the loop, by number
 	stopSignals int              // TERM and INT received
-	forceBy     time.Duration    // after the second of them: when the elector must have exited; 0: none
+	forceBy     time.Duration    // after the second: when the elector must have exited; 0: none
 	forced      bool             // it had not
 }
 

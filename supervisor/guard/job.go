@@ -54,7 +54,7 @@ type job struct {
 	pid        int // the first process; 0: not yet started, or exited
 	pidfd      int
 	status     unix.WaitStatus // of the first process
-	exitSeen   time.Duration   // when its pidfd showed its exit, and the spawner had not told; 0: no
+	exitSeen   time.Duration   // when its pidfd showed its exit, before the spawner told; 0: no
 	childless  bool            // the spawner has told that nothing of the job is left
 
 	stopAt, killBy time.Duration // the elector moves them until stop-at
@@ -206,7 +206,7 @@ func (j *job) serveDeadlines(now time.Duration) {
 			"kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
 	}
 	if j.state != jobKilling && j.exitSeen != 0 && now >= j.exitSeen+exitTimeout {
-		j.g.log.Warn("first process of the job exited and is not reaped: something traces it, or the spawner hangs",
+		j.g.log.Warn("job exited and is not reaped: something traces it, or the spawner hangs",
 			"pid", j.pid)
 		j.kill(ipc.KilledLeftover)
 	}
@@ -333,7 +333,7 @@ func (j *job) reportGone(now time.Duration) {
 		attrs = append(attrs, "reason", reason.Label())
 	}
 	if j.g.latency > 0 {
-		attrs = append(attrs, "guard_lateness", j.g.latency.String())
+		attrs = append(attrs, "timer_latency", j.g.latency.String())
 	}
 	j.g.log.Log(context.Background(), level, text, attrs...)
 }

@@ -208,7 +208,8 @@ func wait(pid int) (int, unix.WaitStatus, unix.Errno) {
 // listChildren lists the children that are not the job's.
 func (g *guard) listChildren() {
 	g.children = g.children[:0]
-	for _, pid := range [...]int{g.elector.pid, g.spawner.pid, g.spawner.zombie, g.elector.revoker} {
+	e, s := &g.elector, g.spawner
+	for _, pid := range [...]int{e.pid, s.pid, s.zombie, e.revoker} {
 		if pid != 0 {
 			g.children = append(g.children, pid)
 		}

@@ -49,7 +49,7 @@ func (g *guard) open() error {
 	g.wakeR, g.wakeW = wake[0], wake[1]
 	g.noNewPrivs = g.wantsNoNewPrivs()
 	if hidden := proctree.ProcHidden(); hidden != "" {
-		g.log.Info("/proc hides processes: those of the job that it hides are found as children of the spawner",
+		g.log.Info("/proc hides processes: the job's are found as children of the spawner",
 			"mount_option", hidden)
 	}
 	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.noNewPrivs); err != nil {
@@ -84,7 +84,8 @@ func (g *guard) close() {
 	if g.procs != nil {
 		g.procs.Close()
 	}
-	for _, fd := range []int{g.timer, g.wakeR, g.wakeW, g.elector.in, g.elector.outbox.FD, g.elector.pidfd} {
+	e := &g.elector
+	for _, fd := range []int{g.timer, g.wakeR, g.wakeW, e.in, e.outbox.FD, e.pidfd} {
 		if fd >= 0 {
 			_ = unix.Close(fd)
 		}
@@ -125,7 +126,7 @@ func warmThreads(n int) {
 	ready.Add(n)
 	for range n {
 		done.Go(func() {
-			runtime.LockOSThread() // each goroutine has a thread of its own while it waits for the others
+			runtime.LockOSThread() // each has a thread of its own while it waits for the others
 			ready.Done()
 			ready.Wait()
 			runtime.UnlockOSThread()
@@ -141,7 +142,8 @@ func (g *guard) wantsNoNewPrivs() bool {
 		return false
 	}
 	if !g.cfg.NewPrivs {
-		g.log.Info("the job runs with no_new_privs: without CAP_KILL a set-user-id process could not be killed")
+		g.log.Info("the job runs with no_new_privs: " +
+			"without CAP_KILL a set-user-id process could not be killed")
 		return true
 	}
 	if set, _ := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); set == 0 {

@@ -19,7 +19,7 @@ import (
 // job, reaps it, and kills it when the guard asks for it, when the elector does, or when the guard
 // is gone.
 //
-// It is a child subreaper, as the guard is. So after the death of any one of the daemon's processes
+// It is a child subreaper, as the guard is. So after the loss of any one of the daemon's processes
 // the whole job is still found by descent: all of it descends from the spawner while that lives,
 // and falls to the guard when it doesn't. That the spawner has no child left, which wait4(2) tells,
 // proves that nothing of the job is left. The proof needs no /proc. To name its children the
@@ -96,7 +96,7 @@ func (g *guard) receiveFromSpawner() {
 			return
 		}
 		m := s.got
-		if j.state == jobIdle || m.Serial != j.serial { // it answers a kill that was not needed any more
+		if j.state == jobIdle || m.Serial != j.serial { // it answers a kill that came too late
 			if fd >= 0 {
 				proctree.CloseRaw(fd)
 			}
@@ -129,7 +129,7 @@ func (g *guard) spawnerExited() {
 	j.unanswered = false
 	if j.pid != 0 {
 		if pid, ws, errno := wait(j.pid); errno == unix.ECHILD || pid == j.pid {
-			j.firstExited(ws) // the spawner has reaped it, and could not tell any more; or we just did
+			j.firstExited(ws) // we have just reaped it, or the spawner did and could not tell
 		}
 	}
 	if g.elector.announced && !j.alive() {

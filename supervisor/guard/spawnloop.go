@@ -15,7 +15,8 @@ import (
 // scheduler, no garbage collection, and its stack can't grow. So every function here is nosplit
 // (the linker checks the sum of their frames), allocates nothing, calls nothing but raw system
 // calls, and stores no pointer. All its data are in the spawnArea. All signals stay blocked in it,
-// for it has no handlers.
+// for it has no handlers. It is one file, long as it is, because these rules hold for all of it and
+// for nothing else.
 //
 // runtime_BeforeFork makes the child end loudly where that rule is broken. gVisor starts its stub
 // processes in the same way.
@@ -95,7 +96,8 @@ const (
 
 // spawnClone is struct clone_args of clone3(2), version 2.
 type spawnClone struct {
-	flags, pidfd, childTid, parentTid, exitSignal, stack, stackSize, tls, setTid, setTidSize, cgroup uint64
+	flags, pidfd, childTid, parentTid, exitSignal, stack, stackSize, tls uint64
+	setTid, setTidSize, cgroup                                           uint64
 }
 
 // spawnHeader is struct msghdr, without pointers.
@@ -167,7 +169,8 @@ func (a *spawnArea) showTitle() {
 //go:norace
 func (a *spawnArea) resetSignals() {
 	for sig := uintptr(1); sig <= 64; sig++ {
-		if a.keepIgnored&(1<<(sig-1)) == 0 { // the action is all zeros; it is refused for SIGKILL and SIGSTOP
+		// The action is all zeros. It is refused for SIGKILL and SIGSTOP.
+		if a.keepIgnored&(1<<(sig-1)) == 0 {
 			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig,
 				uintptr(unsafe.Pointer(&a.action)), 0, 8, 0, 0)
 		}
@@ -189,7 +192,8 @@ func (a *spawnArea) keepOwnDescriptors() {
 	if hasCgroup {
 		a.keep(&a.cgroupFd, &next)
 	}
-	for a.guardSock < 0 || a.electorSock < 0 || a.procFd < 0 || hasCgroup && a.cgroupFd < 0 { // the guard sees our end
+	// The guard sees our end.
+	for a.guardSock < 0 || a.electorSock < 0 || a.procFd < 0 || hasCgroup && a.cgroupFd < 0 {
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
 	}
 	closeRange(next, 1<<31-1)
@@ -210,7 +214,8 @@ func (a *spawnArea) keepOwnDescriptors() {
 		a.listFd = int32(list)
 	}
 	a.fds[pollGuardSock].Fd, a.fds[pollElectorSock].Fd = a.guardSock, a.electorSock
-	a.fds[pollGuardPidfd].Fd, a.fds[pollExec].Fd, a.fds[pollSignal].Fd = int32(guard), -1, int32(sigfd)
+	a.fds[pollGuardPidfd].Fd = int32(guard)
+	a.fds[pollExec].Fd, a.fds[pollSignal].Fd = -1, int32(sigfd)
 	for i := range a.fds {
 		a.fds[i].Events = unix.POLLIN
 	}
@@ -258,20 +263,7 @@ func rawCloseSpawn(fd uintptr) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0
 func (a *spawnArea) round() {
 	timeout := uintptr(0)
 	if a.killing != 0 {
-		now := a.readClock()
-		if now >= a.nextRound {
-			began := now
-			a.killRound()
-			now = a.readClock()
-			// What was killed needs the processor to exit, so most of the time is left to that.
-			a.nextRound = now + max(100_000, 4*(now-began))
-			if a.rounds > 100 {
-				a.nextRound = max(a.nextRound, now+10_000_000)
-			} else if a.rounds > 10 {
-				a.nextRound = max(a.nextRound, now+1_000_000)
-			}
-		}
-		a.pause = unix.Timespec{Nsec: min(a.nextRound-now, 10_000_000)}
+		a.killWhenDue()
 		timeout = uintptr(unsafe.Pointer(&a.pause))
 	}
 	for i := range a.fds {
@@ -300,7 +292,9 @@ func (a *spawnArea) round() {
 			}
 		case ipc.SpawnerKill:
 			a.killAsked = a.message.Serial
-			a.leafUsed = 1 // the guard kills its cgroup from now on, and since Linux 6.14 nothing can be started in it then
+			// The guard kills its cgroup from now on, and since Linux 6.14 nothing can be started
+			// in it then.
+			a.leafUsed = 1
 			a.kill()
 		}
 	}
@@ -313,6 +307,27 @@ func (a *spawnArea) round() {
 	}
 	a.reap()
 	a.heartbeats++
+}
+
+// killWhenDue makes a round of the kill when it is due, and sets the pause until the next.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) killWhenDue() {
+	now := a.readClock()
+	if now >= a.nextRound {
+		began := now
+		a.killRound()
+		now = a.readClock()
+		// What was killed needs the processor to exit, so most of the time is left to that.
+		a.nextRound = now + max(100_000, 4*(now-began))
+		if a.rounds > 100 {
+			a.nextRound = max(a.nextRound, now+10_000_000)
+		} else if a.rounds > 10 {
+			a.nextRound = max(a.nextRound, now+1_000_000)
+		}
+	}
+	a.pause = unix.Timespec{Nsec: min(a.nextRound-now, 10_000_000)}
 }
 
 // guardIsGone kills what there is, and then ends the spawner.
@@ -349,7 +364,8 @@ func (a *spawnArea) kill() {
 //go:norace
 func (a *spawnArea) receive(which int) bool {
 	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(a.fds[which].Fd),
-		uintptr(unsafe.Pointer(&a.message)), uintptr(ipc.SpawnerMessageLen), unix.MSG_DONTWAIT, 0, 0)
+		uintptr(unsafe.Pointer(&a.message)), uintptr(ipc.SpawnerMessageLen),
+		unix.MSG_DONTWAIT, 0, 0)
 	if errno == 0 && n == uintptr(ipc.SpawnerMessageLen) {
 		return true
 	}
@@ -378,7 +394,8 @@ func (a *spawnArea) send(sock, kind, serial, value, extra, fd int32) bool {
 	a.header.control, a.header.controlLen = 0, 0
 	if fd >= 0 {
 		a.control.fd = fd
-		a.header.control, a.header.controlLen = uintptr(unsafe.Pointer(&a.control)), unsafe.Sizeof(a.control)
+		a.header.control = uintptr(unsafe.Pointer(&a.control))
+		a.header.controlLen = unsafe.Sizeof(a.control)
 	}
 	_, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(sock),
 		uintptr(unsafe.Pointer(&a.header)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
@@ -431,7 +448,9 @@ func (a *spawnArea) prepare() int32 {
 //go:nosplit
 //go:norace
 func (a *spawnArea) start() int32 {
-	a.leafUsed = 1 // also by a start that comes to nothing: its cgroup may have been killed meanwhile, see cgroup
+	// Also by a start that comes to nothing: its cgroup may have been killed meanwhile, see
+	// proctree.Cgroup.
+	a.leafUsed = 1
 	if a.closed != 0 || a.first != 0 {
 		return ipc.SpawnerTooLate
 	}
@@ -490,8 +509,8 @@ func (a *spawnArea) exec(spawner uintptr) {
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0,
 		0, 0)
 	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != spawner {
-		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0,
-			0) // too late for the signal
+		// Too late for the signal.
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0, 0)
 	}
 	own := uint64(0) // on the stack: the area is shared with the spawner
 	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK,
@@ -605,7 +624,7 @@ func (a *spawnArea) killRound() {
 		_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(a.first), uintptr(unix.SIGKILL), 0)
 	}
 	if a.listFd < 0 {
-		return // the kernel has no lists of children: guard and elector find them in the process table
+		return // the kernel has no such lists: guard and elector read the process table
 	}
 	_, _, _ = unix.RawSyscall(unix.SYS_LSEEK, uintptr(a.listFd), 0, unix.SEEK_SET)
 	child := uintptr(0)

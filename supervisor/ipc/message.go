@@ -2,8 +2,8 @@
 
 // Package ipc is what guard, elector and spawner say to each other.
 //
-// Guard and elector share a pair of non-blocking pipes. A message is small, and the kernel writes it
-// whole or not at all. A full pipe counts as a lost peer, so that no sender ever waits. Neither
+// Guard and elector share a pair of non-blocking pipes. A message is small, and the kernel writes
+// it whole or not at all. A full pipe counts as a lost peer, so that no sender ever waits. Neither
 // sending nor receiving allocates: the guard collects no garbage while a job lives.
 package ipc
 
@@ -50,8 +50,8 @@ type (
 		ID  int64
 		TTL time.Duration
 	}
-	// Token is what etcd takes for the elector's password, for whoever revokes in its place.
-	// Empty: there is none. A received Value holds until the next Fill.
+	// Token is what etcd takes for the elector's password, for whoever revokes in its place. Empty:
+	// there is none. A received Value holds until the next Fill.
 	Token struct{ Value []byte }
 	// Start asks for a start of the job.
 	Start struct {

@@ -10,8 +10,8 @@ import (
 )
 
 // A message is at most PIPE_BUF long, so that the kernel writes it whole or not at all (pipe(7)).
-// It begins with its length (2 bytes), its kind (1) and a byte of zero; four numbers follow, and then
-// the text.
+// It begins with its length (2 bytes), its kind (1) and a byte of zero; four numbers follow, and
+// then the text.
 const (
 	maxMessage = 4096
 	headerLen  = 4 + 4*8

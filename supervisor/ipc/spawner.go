@@ -32,8 +32,8 @@ const (
 	// SpawnerExited means that the first process has exited. Value: its wait status, Extra: 1 if no
 	// other process of the job is left.
 	SpawnerExited
-	// SpawnerGone means that nothing of the job is left, after a kill was asked for; to the elector:
-	// and that nothing will be started.
+	// SpawnerGone means that nothing of the job is left, after a kill was asked for; to the
+	// elector: and that nothing will be started.
 	SpawnerGone
 )
 

@@ -22,9 +22,10 @@ import (
 // cgroupPrefix is how the job's cgroup is named: a random part follows.
 const cgroupPrefix = "leasehold-"
 
-// cgroup is the job's own cgroup (v2). Its maker holds an exclusive lock on its directory while it
-// lives: one that takes a shared lock is a leftover of a dead maker. The directory's mode is 0700,
-// so that no other user can open and lock it. The parent, which anybody can lock, is not locked.
+// Cgroup is the job's own cgroup (v2). Its maker holds an exclusive lock on its directory while it
+// lives: one that takes a shared lock is a leftover of a maker that has exited. The directory's
+// mode is 0700, so that no other user can open and lock it. The parent, which anybody can lock, is
+// not locked.
 //
 // Each start gets a fresh leaf inside it: since Linux 6.14 whatever is cloned into a cgroup that
 // was ever killed by cgroup.kill is killed at once (seen with 6.18: the fork compares the kill
@@ -39,7 +40,7 @@ type Cgroup struct {
 }
 
 // NewCgroup makes a cgroup below our own and proves by a probe process that a process can be
-// started in it and killed with it. Whatever dead predecessors left beside it is killed and removed
+// started in it and killed with it. What lost predecessors left beside it is killed and removed
 // first.
 func NewCgroup(probe []string) (*Cgroup, error) {
 	parent, err := OwnCgroup()
@@ -81,7 +82,8 @@ func makeCgroup(parent string) (*Cgroup, error) {
 		}
 		_ = os.Remove(dir)
 		if try == 100 || !removed && !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("make a cgroup in %s: %w", parent, cmp.Or(err, error(unix.ENOENT)))
+			return nil, fmt.Errorf("make a cgroup in %s: %w", parent, cmp.Or(err,
+				error(unix.ENOENT)))
 		}
 	}
 }
@@ -116,26 +118,28 @@ func (c *Cgroup) close() {
 	}
 }
 
-// remove removes and closes the cgroup and those that the job made inside it. It must be empty.
+// Remove removes and closes the cgroup and those that the job made inside it. It must be empty.
 func (c *Cgroup) Remove() {
 	removeTree(c.Dir)
 	c.close() // and with it the lock
 }
 
-// killAll sends SIGKILL to everything in the cgroup.
+// KillAll sends SIGKILL to everything in the cgroup.
 func (c *Cgroup) KillAll() {
 	c.buf[0] = '1'
-	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(c.kill), uintptr(unsafe.Pointer(&c.buf[0])), 1)
+	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(c.kill), uintptr(unsafe.Pointer(&c.buf[0])),
+		1)
 }
 
-// killAllBlocking is killAll for those who have other goroutines: the kernel may keep its caller
+// KillAllBlocking is KillAll for those who have other goroutines: the kernel may keep its caller
 // waiting.
 func (c *Cgroup) KillAllBlocking() { _, _ = unix.Write(c.kill, []byte{'1'}) }
 
-// populated says if there is a process in the cgroup. What can't be read counts as populated,
-// unless the cgroup is gone, which it can be only when it was empty.
+// Populated reports whether there is a process in the cgroup. What can't be read counts as
+// populated, unless the cgroup is gone, which it can be only when it was empty.
 func (c *Cgroup) Populated() bool {
-	n, _, errno := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(c.events), uintptr(unsafe.Pointer(&c.buf[0])), uintptr(len(c.buf)), 0, 0, 0)
+	n, _, errno := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(c.events),
+		uintptr(unsafe.Pointer(&c.buf[0])), uintptr(len(c.buf)), 0, 0, 0)
 	if errno != 0 {
 		return errno != unix.ENODEV
 	}
@@ -159,7 +163,7 @@ func (c *Cgroup) waitEmpty(d time.Duration) bool {
 	}
 }
 
-// sweep removes the cgroups of starts before that of the number newest. The spawner has removed
+// Sweep removes the cgroups of starts before that of the number newest. The spawner has removed
 // those that were simple to remove.
 func (c *Cgroup) Sweep(newest int) {
 	entries, _ := os.ReadDir(c.Dir)
@@ -208,7 +212,7 @@ func (c *Cgroup) probe(argv []string) error {
 	if err != nil {
 		return fmt.Errorf("start a process in %s: %w", c.Dir, err)
 	}
-	runs := c.hears(pipe[0], 5*time.Second) && c.Populated()
+	runs := c.receives(pipe[0], 5*time.Second) && c.Populated()
 	empty := c.waitEmpty(2 * time.Second)
 	if !empty {
 		_ = unix.Kill(pid, unix.SIGKILL)
@@ -228,8 +232,8 @@ func (c *Cgroup) probe(argv []string) error {
 	return nil
 }
 
-// hears waits for a byte from the pipe fd.
-func (c *Cgroup) hears(fd int, d time.Duration) bool {
+// receives waits for a byte from the pipe fd.
+func (c *Cgroup) receives(fd int, d time.Duration) bool {
 	for end := boottime.Now() + d; boottime.Now() < end; {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 		if n, _ := unix.Poll(fds, int((end-boottime.Now()).Milliseconds())+1); n == 1 {
@@ -240,14 +244,15 @@ func (c *Cgroup) hears(fd int, d time.Duration) bool {
 	return false
 }
 
-// ErrLeftover says that a predecessor's job may be alive: no other may be started beside it.
+// ErrLeftover means that a predecessor's job may be alive: no other may be started beside it.
 var ErrLeftover = errors.New("a job whose guard is gone may be alive")
 
 // removeLeftovers kills and removes the cgroups whose maker is gone: a shared lock can be taken.
 // Guards that start at the same time share it, so that each of them waits until the leftover is
 // empty.
 func removeLeftovers(parent string) error {
-	dirs, _ := filepath.Glob(filepath.Join(parent, cgroupPrefix+"[0-9]*")) // as MkdirTemp names them
+	dirs, _ := filepath.Glob(filepath.Join(parent,
+		cgroupPrefix+"[0-9]*")) // as MkdirTemp names them
 	for _, dir := range dirs {
 		c, err := OpenCgroup(dir)
 		if err != nil {

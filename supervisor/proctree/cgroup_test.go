@@ -89,7 +89,8 @@ func TestCgroup_KillsAlone(t *testing.T) {
 			t.Fatal(err)
 		}
 		marker := filepath.Join(t.TempDir(), "up")
-		pidfd := startIn(t, leaf, "trap '' TERM; (setsid sh -c 'sleep 1000 & wait' &); touch "+marker+"; sleep 1000")
+		pidfd := startIn(t, leaf,
+			"trap '' TERM; (setsid sh -c 'sleep 1000 & wait' &); touch "+marker+"; sleep 1000")
 		for end := time.Now().Add(testWait); ; {
 			if _, err := os.Stat(marker); err == nil {
 				break
@@ -173,7 +174,8 @@ func TestCgroup_LocksOfOthers(t *testing.T) {
 	}
 	cmd := exec.Command("/bin/sh", "-c", `exec 9<"$1"`, "sh", c.Dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "Permission denied") {
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out),
+		"Permission denied") {
 		t.Errorf("an ordinary user opens %s: %v, %s", c.Dir, err, out)
 	}
 }
@@ -224,7 +226,8 @@ func TestFindCgroup(t *testing.T) {
 		{"/foo", mount("/foo", "/sys/fs/cgroup"), "/sys/fs/cgroup"},
 		{"/foo/bar", mount("/foo", "/sys/fs/cgroup"), "/sys/fs/cgroup/bar"},
 		{"/foobar", mount("/foo", "/sys/fs/cgroup"), ""},
-		{"/foobar", mount("/foo", "/mnt/foo") + mount("/", "/sys/fs/cgroup"), "/sys/fs/cgroup/foobar"},
+		{"/foobar", mount("/foo", "/mnt/foo") + mount("/", "/sys/fs/cgroup"),
+			"/sys/fs/cgroup/foobar"},
 		{"/with space/x", mount(`/with\040space`, `/mnt/a\040b`), "/mnt/a b/x"},
 		{"/..", mount("/", "/sys/fs/cgroup"), ""},
 		{"/../other", mount("/", "/sys/fs/cgroup"), ""},

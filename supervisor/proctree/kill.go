@@ -5,8 +5,8 @@ package proctree
 import "golang.org/x/sys/unix"
 
 // KillDescendants kills every descendant of root but those in except. All are stopped before the
-// first is killed, so that none can answer the death of another by a fork. It returns if any lived
-// when the table was read, or could not be read.
+// first is killed, so that none can answer the exit of another by a fork. It reports whether any
+// lived when the table was read, or could not be read.
 func (s *Scanner) KillDescendants(root int, except ...int) (left bool) {
 	s.scan()
 	if s.markDescendants(root, except...) == 0 {
@@ -42,7 +42,7 @@ func (s *Scanner) signalMarked(root int, sig unix.Signal) {
 		if parent := s.parent(pid); parent != 0 && (parent == int(s.ppid[i]) || parent == root) {
 			if errno == 0 {
 				SignalPidfd(int(pidfd), sig)
-			} else { // no descriptor to be had: a plain kill, under the same check, is better than none
+			} else { // no descriptor to be had: a plain kill, after the same check, does instead
 				_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
 			}
 		}

@@ -8,12 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PidfdExited says if the process has ended, all its threads included (pidfd_open(2): readable
-// then).
+// PidfdExited reports whether the process has exited, all its threads included (pidfd_open(2): it
+// is readable then).
 func PidfdExited(pidfd int) bool {
 	fds := [1]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
 	var now unix.Timespec
-	n, _, _ := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds[0])), 1, uintptr(unsafe.Pointer(&now)), 0, 0, 0)
+	n, _, _ := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&fds[0])), 1,
+		uintptr(unsafe.Pointer(&now)), 0, 0, 0)
 	return n == 1
 }
 
@@ -25,10 +26,10 @@ func SignalPidfd(pidfd int, sig unix.Signal) {
 // CloseRaw closes a descriptor without telling the runtime of it, which could make the caller wait.
 func CloseRaw(fd int) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
-// Exit is how a process ended.
+// Exit is how a process exited.
 type Exit struct {
 	Code   int // as a shell has it: 128+n for a signal
-	Signal int // 0: ended by itself
+	Signal int // 0: none ended it
 }
 
 // ExitOf decodes a wait status.

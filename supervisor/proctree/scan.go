@@ -13,7 +13,7 @@ import (
 )
 
 // maxProcesses bounds the table of a scan. Where a host has more processes, a later scan sees the
-// rest, for what the earlier one saw is dead by then.
+// rest, for what the earlier one saw has exited by then.
 const maxProcesses = 1 << 17
 
 // Scanner reads /proc. Its buffers exist from the start and nothing in it allocates, for it runs on
@@ -53,7 +53,8 @@ func NewScanner() (*Scanner, error) {
 	// A /proc of another PID namespace would show strangers under our children's numbers.
 	if self, err := os.Readlink("/proc/self"); err != nil || self != strconv.Itoa(unix.Getpid()) {
 		_ = unix.Close(proc)
-		return nil, errors.New("/proc does not show this PID namespace: mount it anew (mount -t proc proc /proc)")
+		return nil, errors.New("/proc does not show this PID namespace: " +
+			"mount it anew (mount -t proc proc /proc)")
 	}
 	s := &Scanner{
 		Proc:    proc,
@@ -87,13 +88,15 @@ func (s *Scanner) procPath(pid int, middle string, tid int, name string) *byte {
 
 // openat opens a path under /proc without allocating.
 func (s *Scanner) openat(path *byte, flags int) (int, unix.Errno) {
-	fd, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(s.Proc), uintptr(unsafe.Pointer(path)), uintptr(flags|unix.O_CLOEXEC), 0, 0, 0)
+	fd, _, errno := unix.RawSyscall6(unix.SYS_OPENAT, uintptr(s.Proc),
+		uintptr(unsafe.Pointer(path)), uintptr(flags|unix.O_CLOEXEC), 0, 0, 0)
 	return int(fd), errno
 }
 
 func rawRead(fd int, b []byte) (int, unix.Errno) {
 	for {
-		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&b[0])),
+			uintptr(len(b)))
 		if errno == unix.EINTR {
 			continue
 		}
@@ -104,7 +107,8 @@ func rawRead(fd int, b []byte) (int, unix.Errno) {
 	}
 }
 
-// gone says if the error means that there is no such process any more. Any other leaves it unknown.
+// gone reports whether the error means that there is no such process any more. Any other leaves it
+// unknown.
 func gone(errno unix.Errno) bool { return errno == unix.ENOENT || errno == unix.ESRCH }
 
 // process is what /proc/PID/stat says of a process. The zero value: there is none.
@@ -217,7 +221,8 @@ func (s *Scanner) eachThread(dir int, f func(s *Scanner, tid int) bool) {
 // can't be read.
 func (s *Scanner) getdents(fd int, buf []byte) ([]byte, bool) {
 	for {
-		n, _, errno := unix.RawSyscall(unix.SYS_GETDENTS64, uintptr(fd), uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)))
+		n, _, errno := unix.RawSyscall(unix.SYS_GETDENTS64, uintptr(fd),
+			uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)))
 		if errno == unix.EINTR {
 			continue
 		}

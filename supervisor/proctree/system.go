@@ -24,7 +24,8 @@ func ProcHidden() string {
 		}
 		hidden = "" // the last mount there is the one that is seen
 		for option := range strings.SplitSeq(options[2], ",") {
-			if value, ok := strings.CutPrefix(option, "hidepid="); ok && value != "0" && value != "off" {
+			if value, ok := strings.CutPrefix(option,
+				"hidepid="); ok && value != "0" && value != "off" {
 				hidden = option
 			}
 		}
@@ -32,7 +33,7 @@ func ProcHidden() string {
 	return hidden
 }
 
-// HasCapability says if this process has the capability in effect (capget(2)).
+// HasCapability reports whether this process has the capability in effect (capget(2)).
 func HasCapability(capability int) bool {
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData

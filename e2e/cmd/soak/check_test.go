@@ -95,7 +95,7 @@ func TestAction_OfEtcdExcusesWhomItHit(t *testing.T) {
 		guilty               bool
 	}{
 		{"told", "", loss, 0, 0, false},
-		{"not told", "", `level=INFO msg="the job is dead"`, 0, time.Second, true},
+		{"not told", "", `level=INFO msg="job exited"`, 0, time.Second, true},
 		{"told of an earlier one", "", loss, time.Minute, time.Second, true},
 		{"out of reach", "etcd's other members were not all there", "", 0, time.Second, false},
 		{"out of reach, the lease over", "etcd's other members were not all there", "", 0,

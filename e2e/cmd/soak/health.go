@@ -337,7 +337,7 @@ func (k *checker) untold(y yes) bool {
 	var runs time.Time
 	for _, e := range check.JobStates(k.log(y.candidate)) {
 		switch {
-		case e.Match == "runs":
+		case e.Match == "started":
 			runs = e.At
 		case !runs.IsZero() && !runs.After(received) && !e.At.Before(sent):
 			return !k.told(y.candidate, runs, e.At)
