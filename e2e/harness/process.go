@@ -17,17 +17,11 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"leasehold/internal/boottime"
 )
 
 // Now reads CLOCK_BOOTTIME, the clock of all times in this package.
-func Now() time.Duration {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		panic(err) // Linux has had this clock since 2.6.39
-	}
-	return time.Duration(ts.Nano())
-}
+func Now() time.Duration { return boottime.Now() }
 
 // process is a child with one goroutine that waits for it.
 type process struct {

@@ -226,8 +226,8 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 	e.announced = false
 	g.loseElector()
 	exit := proctree.ExitOf(ws)
-	g.log.Error("elector exited: killing the job and revoking the lease", "exit_code", exit.Code,
-		"signal", exit.Signal)
+	g.log.Error("elector exited: killing the job and revoking the lease",
+		"exit_code", exit.Code, "signal", exit.Signal)
 }
 
 // startRevoke starts the process that revokes the lease of a lost elector. Nothing of the job is
@@ -248,15 +248,15 @@ func (g *guard) startRevoke() {
 		_ = unix.Close(token[1])
 		e.revoker, err = syscall.ForkExec("/proc/self/exe", g.cfg.Revoke(lease.ID, within),
 			&syscall.ProcAttr{
-				Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1,
-					2}, Sys: &syscall.SysProcAttr{Setsid: true},
+				Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1, 2},
+				Sys: &syscall.SysProcAttr{Setsid: true},
 			})
 		_ = unix.Close(token[0])
 	}
 	if err != nil {
 		e.revoker = 0
-		g.log.Error("lease could not be revoked: it will expire", "lease",
-			strconv.FormatInt(lease.ID, 16), "err", err)
+		g.log.Error("lease could not be revoked: it will expire",
+			"lease", strconv.FormatInt(lease.ID, 16), "err", err)
 		return
 	}
 	e.revokeBy = boottime.Now() + within
@@ -267,7 +267,7 @@ func (g *guard) revokerExited(ws unix.WaitStatus) {
 	g.elector.revoker = 0
 	g.listChildren()
 	if exit := proctree.ExitOf(ws); exit.Code != 0 {
-		g.log.Warn("lease could not be revoked: it will expire", "exit_code", exit.Code, "signal",
-			exit.Signal)
+		g.log.Warn("lease could not be revoked: it will expire",
+			"exit_code", exit.Code, "signal", exit.Signal)
 	}
 }

@@ -280,11 +280,11 @@ func (j *job) invalid(event string) {
 	j.g.log.Error("event in a state that can't have it: killing the job",
 		"event", event, "state", string(j.state))
 	switch j.state {
-	case jobIdle, jobKilling:
+	case jobIdle, jobForking, jobRunning, jobStopping, jobKilling:
 	default:
-		j.state = jobRunning // whatever it was
-		j.kill(ipc.KilledFault)
+		j.state = jobRunning // there is no such state
 	}
+	j.kill(ipc.KilledFault)
 }
 
 // transition is the one place where the state of the job changes, and where that is logged and

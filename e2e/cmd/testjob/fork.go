@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // A forked process goes on in this file with one thread and without the runtime's others: it
@@ -56,7 +58,7 @@ func rawExit() {
 func rawSleep(d time.Duration, witness int, end time.Duration) {
 	ts := unix.NsecToTimespec(int64(d))
 	_, _, _ = unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
-	if now() > end {
+	if boottime.Now() > end {
 		rawExit()
 	}
 	if witness < 0 {
@@ -85,7 +87,7 @@ func forking(f func(n, witness int, end time.Duration) error) func(*process, str
 				return err
 			}
 		}
-		return f(number(n), fd, now()+forksLife)
+		return f(number(n), fd, boottime.Now()+forksLife)
 	}
 }
 

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // A child may wait for ever for threads of Go's runtime that it doesn't have. It ends in time all
@@ -38,7 +40,7 @@ func TestRawFork_EndsInTime(t *testing.T) {
 			_, _ = unix.Wait4(pid, nil, 0, nil)
 		}
 	}()
-	end := now() + 3*time.Second
+	end := boottime.Now() + 3*time.Second
 	for range children {
 		switch pid := rawFork(end); {
 		case pid == 0:
@@ -55,7 +57,7 @@ func TestRawFork_EndsInTime(t *testing.T) {
 		t.Fatalf("%d children", len(left))
 	}
 	bound := end + 30*time.Second
-	for ; now() < bound && len(left) > 0; time.Sleep(10 * time.Millisecond) {
+	for ; boottime.Now() < bound && len(left) > 0; time.Sleep(10 * time.Millisecond) {
 		for pid := range left {
 			if got, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); got == pid && err == nil {
 				delete(left, pid)

@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // behaviour is one word of the command line, with = where it takes a value.
@@ -102,7 +104,7 @@ func main() {
 }
 
 func (p *process) run() error {
-	started, first := now(), atStart
+	started, first := boottime.Now(), atStart
 	if p.role != "job" {
 		signal.Ignore(syscall.SIGTERM)
 		first = hiding
@@ -299,12 +301,4 @@ func number(s string) int {
 		return 0
 	}
 	return n
-}
-
-func now() time.Duration {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		panic(err)
-	}
-	return time.Duration(ts.Nano())
 }
