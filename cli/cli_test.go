@@ -81,7 +81,7 @@ func TestParse_Hints(t *testing.T) {
 		{"-f a status -f b", "-f is given twice"},
 		{"run backup.sh -x", "put -- before the command: leasehold run -- backup.sh ..."},
 		{"run backup.sh", "put -- before the command: leasehold run -- backup.sh ..."},
-		{"backup.sh --ttl 5s", `no such command "backup.sh": there are run, elect, `},
+		{"backup.sh --ttl 5s", `no such command "backup.sh": the commands are run, elect, `},
 		{"backup.sh --ttl 5s", "To run a job of that name: leasehold -- backup.sh ..."},
 		{"backup.sh -- x", "leasehold -- backup.sh ..."},
 		{"--ttl 5s -- backup.sh", "LEASEHOLD_TTL"},

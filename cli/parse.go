@@ -134,7 +134,7 @@ func (l *line) unknownCommand(word string) string {
 	if near := suggest.Nearest(word, commandNames[:]); near != "" {
 		hint += ": did you mean " + near + "?"
 	} else {
-		hint += ": there are " + strings.Join(commandNames[:], ", ") + "."
+		hint += ": the commands are " + strings.Join(commandNames[:], ", ") + "."
 	}
 	return hint + " To run a job of that name: leasehold -- " + quote.Word(word) + " ..."
 }
