@@ -71,8 +71,9 @@ func (j *jobCallbacks) grace(cause error) time.Duration {
 //	               ├────────────────────┴──→ health server
 //	               └──→ status ──→ supervisor ──→ guard ──→ systemd
 //
-// The candidate and the supervisor are one actor, since their order at the end matters: the candidate
-// revokes its lease when nothing of the job is left, and the supervisor listens until then.
+// The candidate and the supervisor are one actor, since their order at the end matters: the
+// candidate revokes its lease when nothing of the job is left, and the supervisor listens until
+// then.
 func runElector(build Build, args []string) int {
 	// The guard alone hears what the user says; what reaches us directly is dropped.
 	ossignal.Notify(make(chan os.Signal, 1),
@@ -84,16 +85,10 @@ func runElector(build Build, args []string) int {
 	}
 	log := newLog(cfg)
 	defer log.flush()
-	var pids [2]int
-	for i := range pids {
-		if pids[i], err = strconv.Atoi(args[i]); err != nil {
-			log.Error("read the pids of guard and spawner", "err", err)
-			return exitUsage
-		}
-	}
-	cgroupDir := ""
-	if len(args) > 2 {
-		cgroupDir = args[2]
+	sc, err := supervisorConfig(args)
+	if err != nil {
+		log.Error("read what the guard says", "err", err)
+		return exitUsage
 	}
 
 	ctx, stop := context.WithCancelCause(context.Background())
@@ -103,15 +98,13 @@ func runElector(build Build, args []string) int {
 	job := &jobCallbacks{cfg: cfg, stopping: func() bool { return ctx.Err() != nil }}
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
-	super, err := supervisor.Connect(supervisor.Config{
-		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: pids[0], Spawner: pids[1], CgroupDir: cgroupDir,
-		TTL: cfg.TTL.Duration, Margin: job.grantedMargin,
-		Restart: supervisor.Restart(cfg.Restart), RestartLimit: cfg.RestartLimit.N,
-		Signal:  func(unix.Signal) { stop(errPlannedStop) },
-		Running: func() bool { return live(d.candidate.Snapshot()) == nil },
-		Changed: func() { signalChange(changed) },
-		Logger:  log.Logger, Registerer: registry,
-	})
+	sc.TTL, sc.Margin = cfg.TTL.Duration, job.grantedMargin
+	sc.Restart, sc.RestartLimit = supervisor.Restart(cfg.Restart), cfg.RestartLimit.N
+	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
+	sc.Running = func() bool { return live(d.candidate.Snapshot()) == nil }
+	sc.Changed = func() { signalChange(changed) }
+	sc.Logger, sc.Registerer = log.Logger, registry
+	super, err := supervisor.Connect(sc)
 	if err != nil {
 		log.Error("connect to the guard", "err", err)
 		return exitInternal
@@ -135,14 +128,29 @@ func runElector(build Build, args []string) int {
 	if errors.Is(err, supervisor.ErrGuardLost) { // the last line is ours, then
 		log.Error("exiting: "+end.text, "exit_code", end.code)
 	}
-	super.Status(quote.Printable("exiting: " + end.text)) // the unit restarts nothing where the code is the job's own
+	super.Status(quote.Printable("exiting: " + end.text)) // see jobsOwnCode
 	super.Exit(end.code, end.text)
 	return end.code
 }
 
-// addGuardWatch ends the elector once the guard is gone and the job is dead. The health endpoint is
-// given up then, before the lease is, which may take long: whoever is started in our place wants to
-// listen.
+// supervisorConfig takes what the guard passes to its elector: the pids of guard and spawner and,
+// if the job has one, the directory of its cgroup. The descriptors are those that the guard sets
+// up.
+func supervisorConfig(args []string) (supervisor.Config, error) {
+	guard, err := strconv.Atoi(args[0])
+	spawner, err2 := strconv.Atoi(args[1])
+	sc := supervisor.Config{
+		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guard, Spawner: spawner,
+	}
+	if len(args) > 2 {
+		sc.CgroupDir = args[2]
+	}
+	return sc, errors.Join(err, err2)
+}
+
+// addGuardWatch ends the elector once the guard is gone and nothing of the job is left. The health
+// endpoint is given up then, before the lease is, which may take long: whoever is started in our
+// place wants to listen.
 func addGuardWatch(d *daemon, guardGone <-chan struct{}) {
 	stop := make(chan struct{})
 	d.group.Add(func() error {
@@ -156,9 +164,9 @@ func addGuardWatch(d *daemon, guardGone <-chan struct{}) {
 }
 
 // campaignWithJob runs the candidate, and beside it the supervisor until the candidate is done. It
-// closes guardGone if the guard is, once the job is dead.
-func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc, candidate *election.Candidate,
-	super *supervisor.Supervisor, guardGone chan<- struct{},
+// closes guardGone if the guard is lost, once nothing of the job is left.
+func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc,
+	candidate *election.Candidate, super *supervisor.Supervisor, guardGone chan<- struct{},
 ) error {
 	superCtx, stop := context.WithCancel(context.Background())
 	superDone := make(chan error, 1)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"strconv"
+	"strings"
 
 	"leasehold/cli"
 	"leasehold/config"
@@ -65,8 +66,8 @@ var exits = []struct {
 	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
 	{
 		exitUnavailable, "",
-		"status, check: nobody answers, or etcd refuses; not elected within LEASEHOLD_WAIT, for etcd did" +
-			" not answer, or refused",
+		"status, check: nobody answers, or etcd refuses;" +
+			" not elected within LEASEHOLD_WAIT, for etcd did not answer, or refused",
 		is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable),
 	},
 	{
@@ -143,9 +144,13 @@ func exitEntries() []cli.Entry {
 }
 
 // lastWords is what help and docs/reference.md say of the termination message.
-const lastWords = "Unless the code is 0, the faults of the configuration or the last line of the log are also" +
-	" written to " + terminationLog + ", which Kubernetes shows in the pod's status. The file is never made," +
-	" and what a job wrote there itself is left as it is."
+const lastWords = "Unless the code is 0, the faults of the configuration or the last line of the log are" +
+	" also written to " + terminationLog + ", which Kubernetes shows in the pod's status. The file is" +
+	" never made, and what a job wrote there itself is left as it is."
+
+// jobsOwnCode begins the text of an exit code that is the job's. systemd/leasehold@.service looks
+// for it: it restarts some codes, but not where they are the job's.
+const jobsOwnCode = "with the job's own code: "
 
 // An ending is why the daemon ends, and the code that says so to whoever started it.
 type ending struct {
@@ -168,7 +173,7 @@ func endingOf(err error) ending {
 	case err == nil:
 		end.text = errPlannedStop.Error()
 	case errors.As(err, &job):
-		end.code, end.text = job.Code, "with the job's own code: "+job.Error()
+		end.code, end.text = job.Code, jobsOwnCode+job.Error()
 	case errors.As(err, &elector):
 		end.code, end.text = elector.Code, elector.Why
 	case errors.Is(err, election.ErrNotElected), errors.Is(err, election.ErrUnreachable):
@@ -176,7 +181,9 @@ func endingOf(err error) ending {
 	default:
 		end.text = err.Error()
 	}
-	if end.code == exitOK || end.code == exitNotElected { // what WAIT was set for
+	// That another candidate leads is what WAIT was set for.
+	elsewhere := end.code == exitNotElected && !strings.HasPrefix(end.text, jobsOwnCode)
+	if end.code == exitOK || elsewhere {
 		end.level = slog.LevelInfo
 	}
 	return end

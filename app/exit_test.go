@@ -13,6 +13,7 @@ import (
 	"leasehold/election"
 	"leasehold/health"
 	"leasehold/supervisor"
+	"leasehold/supervisor/guard"
 	"leasehold/supervisor/proctree"
 )
 
@@ -42,6 +43,10 @@ func TestEnding(t *testing.T) {
 		{fmt.Errorf("the command %w", errNotFound), 127, slog.LevelError},
 		{errors.Join(nil, &supervisor.ExitError{Exit: proctree.Exit{Code: 75}}), 75, slog.LevelError},
 		{&supervisor.ExitError{}, 0, slog.LevelInfo},
+		{&electorExit{guard.Exit{Code: 75, Why: "LEASEHOLD_WAIT is over: not elected"}}, 75, slog.LevelInfo},
+		{&electorExit{guard.Exit{Code: 75, Why: jobsOwnCode + "the job exited"}}, 75, slog.LevelError},
+		{&electorExit{guard.Exit{Code: 70, Why: "anything"}}, 70, slog.LevelError},
+		{&guard.SetupError{Op: "x", Err: errors.New("y")}, 71, slog.LevelError},
 	} {
 		if end := endingOf(c.err); end.code != c.code || end.level != c.level {
 			t.Errorf("%v: exit code %d, logged as %v; want %d, %v", c.err, end.code, end.level, c.code, c.level)
