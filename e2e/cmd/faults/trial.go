@@ -106,10 +106,10 @@ func (t *Trial) run(ctx context.Context) error {
 	if s.Job.ByThreads && s.Duration == 0 {
 		t.death = watchDeath(ctx, t.Job.Pid)
 	}
-	t.lasts = true
 	if err := t.fault.Start(ctx, t.Target); err != nil {
 		return fmt.Errorf("inject the fault: %w", err)
 	}
+	t.lasts = true
 	if err := t.endFault(ctx); err != nil {
 		return fmt.Errorf("recover: %w", err)
 	}
@@ -483,7 +483,7 @@ func (t *Trial) end(ctx context.Context, checked bool) {
 	if t.death != nil && !t.ended {
 		t.death.end()
 	}
-	if t.lasts && checked {
+	if t.lasts {
 		failed(t.fault.End(ctx, t.Target))
 	}
 	failed(t.Recover(ctx))
