@@ -102,7 +102,8 @@ func BuildJumping(ctx context.Context, dir string) (*harness.Programs, error) {
 	if err := os.WriteFile(overlay, mapping, 0o644); err != nil {
 		return nil, err
 	}
-	fmt.Fprintln(os.Stderr, "building programs whose wall clock can jump; it takes about a minute the first time")
+	fmt.Fprintln(os.Stderr,
+		"building programs whose wall clock can jump; it takes about a minute the first time")
 	cmd := exec.CommandContext(ctx, "go", "build", "-overlay", overlay, "-trimpath",
 		"-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", dir+"/", ".", "./e2e/cmd/stockloop")
 	cmd.Dir = module

@@ -118,10 +118,10 @@ func cutOff(w Which, name string, also func(*Target) []*harness.Node) Fault {
 // Deposing has a fault of etcd's leader last until etcd has another.
 func Deposing(f Fault) Fault {
 	f.Verify = action(f.Verify).and(func(ctx context.Context, on *Target) error {
-		return harness.Within(ctx, harness.WaitTimeout, "no other leader of etcd", func(ctx context.Context) error {
-			_, err := on.Etcd.Successor(ctx, on.Member)
-			return err
-		})
+		ctx, cancel := context.WithTimeout(ctx, harness.WaitTimeout)
+		defer cancel()
+		_, err := on.Etcd.Successor(ctx, on.Member)
+		return err
 	})
 	return f
 }

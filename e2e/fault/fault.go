@@ -90,10 +90,14 @@ func (f Fault) Start(ctx context.Context, on *Target) error {
 }
 
 // End calls Recover, if there is one.
-func (f Fault) End(ctx context.Context, on *Target) error { return action(f.Recover).call(ctx, on) }
+func (f Fault) End(ctx context.Context, on *Target) error {
+	return action(f.Recover).call(ctx, on)
+}
 
 // Check calls Verify, if there is one.
-func (f Fault) Check(ctx context.Context, on *Target) error { return action(f.Verify).call(ctx, on) }
+func (f Fault) Check(ctx context.Context, on *Target) error {
+	return action(f.Verify).call(ctx, on)
+}
 
 func (a action) call(ctx context.Context, on *Target) error {
 	if a == nil {

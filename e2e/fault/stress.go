@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -58,7 +57,8 @@ func (s *Stress) WaitFor(ctx context.Context, word string) error {
 	for _, o := range s.outputs {
 		line, err := bufio.NewReader(o).ReadString('\n')
 		if err != nil || strings.TrimSpace(line) != word {
-			return errors.Join(fmt.Errorf("the stress wrote %q, want %q", line, word), err, context.Cause(ctx))
+			wrote := fmt.Errorf("the stress wrote %q, want %q", line, word)
+			return errors.Join(wrote, err, context.Cause(ctx))
 		}
 	}
 	return nil
@@ -76,8 +76,8 @@ func (s *Stress) kill() {
 // killed one that took memory.
 func (s *Stress) Running() bool {
 	for _, cmd := range s.commands {
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
-		if err != nil || strings.HasPrefix(string(stat[strings.LastIndexByte(string(stat), ')')+1:]), " Z") {
+		fields, err := harness.Stat(fmt.Sprintf("/proc/%d", cmd.Process.Pid))
+		if err != nil || fields[0] == "Z" {
 			return false
 		}
 	}

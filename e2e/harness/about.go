@@ -36,7 +36,8 @@ func AboutThisRun(ctx context.Context, etcd Etcd) (About, error) {
 	}
 	first, _, _ := strings.Cut(string(version), "\n")
 	return About{
-		Date: time.Now().UTC().Format(time.DateOnly), Etcd: strings.TrimPrefix(first, "etcd Version: "), Go: runtime.Version(),
+		Date: time.Now().UTC().Format(time.DateOnly),
+		Etcd: strings.TrimPrefix(first, "etcd Version: "), Go: runtime.Version(),
 		Kernel: unix.ByteSliceToString(name.Release[:]), CPUs: runtime.NumCPU(), Root: os.Geteuid() == 0,
 	}, nil
 }

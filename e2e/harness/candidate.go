@@ -63,8 +63,10 @@ func Build(ctx context.Context, packages ...string) (*Programs, error) {
 		return nil, err
 	}
 	p := ProgramsIn(dir)
-	args := append([]string{"build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", dir + "/"}, packages...)
-	cmd := exec.CommandContext(ctx, "go", args...)
+	args := []string{
+		"build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", dir + "/",
+	}
+	cmd := exec.CommandContext(ctx, "go", append(args, packages...)...)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -155,7 +157,8 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	// A job that could not be killed would keep the pipes: don't wait for it.
 	cmd.WaitDelay = 100 * time.Millisecond
 	if cfg.UID != 0 {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}}
+		user := &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
 	}
 	if cfg.Prepare != nil {
 		cfg.Prepare(cmd)
@@ -298,7 +301,8 @@ func (c *Candidate) WaitStatus(ctx context.Context, path string, code int) error
 			}
 		}
 		if got != code {
-			return fmt.Errorf("%s of candidate %s: %d, want %d: %s", path, c.Identity, got, code, strings.TrimSpace(body))
+			return fmt.Errorf("%s of candidate %s: %d, want %d: %s",
+				path, c.Identity, got, code, strings.TrimSpace(body))
 		}
 		return nil
 	})
@@ -360,13 +364,8 @@ func parents() map[int][]int {
 		if err != nil {
 			continue
 		}
-		stat, err := os.ReadFile("/proc/" + e.Name() + "/stat")
+		fields, err := Stat("/proc/" + e.Name())
 		if err != nil {
-			continue
-		}
-		// The name, in parentheses, may hold anything; state and parent follow.
-		fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
-		if len(fields) < 2 {
 			continue
 		}
 		if parent, err := strconv.Atoi(fields[1]); err == nil {
@@ -378,7 +377,9 @@ func parents() map[int][]int {
 
 // RunOnce runs the binary to its end with an environment of its own and
 // returns exit code, standard output and standard error.
-func RunOnce(ctx context.Context, env []string, binary string, args ...string) (code int, stdout, stderr string, err error) {
+func RunOnce(
+	ctx context.Context, env []string, binary string, args ...string,
+) (code int, stdout, stderr string, err error) {
 	cmd := exec.Command(binary, args...)
 	cmd.Env = env
 	cmd.WaitDelay = 100 * time.Millisecond
@@ -393,6 +394,7 @@ func RunOnce(ctx context.Context, env []string, binary string, args ...string) (
 		return p.code(), out.String(), errs.String(), nil
 	case <-ctx.Done():
 		p.kill()
-		return 0, out.String(), errs.String(), errors.Join(fmt.Errorf("run %s %s", binary, strings.Join(args, " ")), context.Cause(ctx))
+		err := fmt.Errorf("run %s %s: %w", binary, strings.Join(args, " "), context.Cause(ctx))
+		return 0, out.String(), errs.String(), err
 	}
 }

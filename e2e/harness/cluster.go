@@ -263,7 +263,8 @@ func (c *Cluster) etcdctl(ctx context.Context, endpoints, args []string) (string
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("etcdctl %s: %w: %s", strings.Join(args, " "), err, stderr.String())
+		return stdout.String(), fmt.Errorf("etcdctl %s: %w: %s",
+			strings.Join(args, " "), err, stderr.String())
 	}
 	return stdout.String(), nil
 }
@@ -280,7 +281,8 @@ func (c *Cluster) EnableAuth(ctx context.Context, user, password, election strin
 		{"user", "grant-role", user, "candidates"},
 		{"auth", "enable"},
 	} {
-		if _, err := c.Etcdctl(ctx, args...); err != nil && !strings.Contains(err.Error(), "role name already exists") {
+		_, err := c.Etcdctl(ctx, args...)
+		if err != nil && !strings.Contains(err.Error(), "role name already exists") {
 			return err
 		}
 	}

@@ -15,8 +15,8 @@
 // The scenarios (e2e/scenario), the tests of other packages and the programs of
 // e2e/cmd use it. What goes wrong is in e2e/fault; what it did to the jobs is for
 // e2e/check to say. The harness knows leasehold by its interface only
-// (environment, exit codes, signals, health endpoint) and imports none of its
-// packages.
+// (environment, exit codes, signals, health endpoint) and imports nothing of it but
+// the clock.
 //
 // Whatever is started here ends with the process that started it: children end
 // with their parent, and the test job exits when its witness is gone.

@@ -118,7 +118,8 @@ func buildTool(ctx context.Context, announce io.Writer, root, path, pkg string) 
 	if unix.Access(path, unix.X_OK) == nil {
 		return nil // someone else built it while we waited
 	}
-	_, _ = fmt.Fprintf(announce, "building bin/%s from tools/etcd, once; it takes about two minutes\n", filepath.Base(path))
+	_, _ = fmt.Fprintf(announce,
+		"building bin/%s from tools/etcd, once; it takes about two minutes\n", filepath.Base(path))
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", path+".new", pkg)
 	cmd.Dir = filepath.Join(root, "tools", "etcd")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

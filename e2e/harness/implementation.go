@@ -45,13 +45,15 @@ var (
 			"IDENTITY=" + c.Identity, fmt.Sprintf("TTL=%.0f", c.TTL.Seconds()),
 		}}
 	}}
-	EtcdctlLock = Implementation{Name: "etcdctl lock", group: true, config: func(c Candidacy) CandidateConfig {
-		args := []string{"lock", fmt.Sprintf("--ttl=%.0f", c.TTL.Seconds()), c.Election, "--"}
-		lock := c.Etcd.EtcdctlCommand(c.Endpoints, append(args, c.job()...)...)
-		return CandidateConfig{Binary: lock.Path, Args: lock.Args[1:]}
-	}}
+	EtcdctlLock     = Implementation{Name: "etcdctl lock", group: true, config: etcdctlLock}
 	Implementations = []Implementation{Leasehold, StockLoop, EtcdctlLock}
 )
+
+func etcdctlLock(c Candidacy) CandidateConfig {
+	args := []string{"lock", fmt.Sprintf("--ttl=%.0f", c.TTL.Seconds()), c.Election, "--"}
+	lock := c.Etcd.EtcdctlCommand(c.Endpoints, append(args, c.job()...)...)
+	return CandidateConfig{Binary: lock.Path, Args: lock.Args[1:]}
+}
 
 func (c Candidacy) job() []string { return append([]string{c.Programs.Testjob}, c.Job...) }
 

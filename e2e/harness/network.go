@@ -161,7 +161,8 @@ func (n *Network) Node(name string) (*Node, error) {
 		return nil, fmt.Errorf("make a node: %w", err)
 	}
 	err = errors.Join(
-		ip("link", "add", node.wire, "type", "veth", "peer", "name", "eth0", "netns", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), node.namespace.Fd())),
+		ip("link", "add", node.wire, "type", "veth", "peer", "name", "eth0",
+			"netns", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), node.namespace.Fd())),
 		ip("link", "set", node.wire, "master", n.bridge(), "up"),
 		node.Do(func() error {
 			return errors.Join(
@@ -339,13 +340,15 @@ func (n *Network) load() error {
 	cmd := exec.CommandContext(context.Background(), "nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(script)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("set rules by nft (Debian's package nftables): %w: %s", err, bytes.TrimSpace(out))
+		return fmt.Errorf("set rules by nft (Debian's package nftables): %w: %s",
+			err, bytes.TrimSpace(out))
 	}
 	return nil
 }
 
 func ip(args ...string) error {
-	if out, err := exec.CommandContext(context.Background(), "ip", args...).CombinedOutput(); err != nil {
+	cmd := exec.CommandContext(context.Background(), "ip", args...)
+	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("ip %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
 	}
 	return nil

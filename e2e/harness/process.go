@@ -11,17 +11,56 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"leasehold/internal/boottime"
 )
 
 // Now reads CLOCK_BOOTTIME, the clock of all times in this package.
 func Now() time.Duration { return boottime.Now() }
+
+// RealTime has the calling thread run before others, where that is permitted; its
+// goroutine is locked to it until restore. The thread must not end with the
+// goroutine: what was forked on it would get the signal that a process gets at its
+// parent thread's end.
+func RealTime(priority uint32) (restore func()) {
+	runtime.LockOSThread()
+	fifo := unix.SchedAttr{
+		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO,
+		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: priority,
+	}
+	permitted := unix.SchedSetAttr(0, &fifo, 0) == nil
+	return func() {
+		if permitted {
+			normal := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}
+			_ = unix.SchedSetAttr(0, &normal, 0) // it was so before
+		}
+		runtime.UnlockOSThread()
+	}
+}
+
+// Stat reads /proc/PID/stat, or that of a thread: the fields after the name, of
+// which the first is the state. See proc_pid_stat(5).
+func Stat(dir string) ([]string, error) {
+	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
+	if err != nil {
+		return nil, err
+	}
+	// The name, in parentheses, may hold anything.
+	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	if len(fields) < 7 {
+		return nil, fmt.Errorf("%s/stat is %q", dir, stat)
+	}
+	return fields, nil
+}
 
 // process is a child with one goroutine that waits for it.
 type process struct {

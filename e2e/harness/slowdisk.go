@@ -19,8 +19,9 @@ import (
 // notice.
 func (m *Member) SlowDisk(ctx context.Context, delay time.Duration) (end func(), err error) {
 	log := &buffer{}
-	cmd := exec.Command("strace", "-f", "-o", "/dev/null", "-p", strconv.Itoa(m.process.cmd.Process.Pid),
-		"-e", "trace=fdatasync,fsync", "-e", fmt.Sprintf("inject=fdatasync,fsync:delay_enter=%d", delay.Microseconds()))
+	cmd := exec.Command("strace", "-f", "-o", "/dev/null",
+		"-p", strconv.Itoa(m.process.cmd.Process.Pid), "-e", "trace=fdatasync,fsync",
+		"-e", fmt.Sprintf("inject=fdatasync,fsync:delay_enter=%d", delay.Microseconds()))
 	cmd.Stderr = log
 	p, err := startProcess(cmd)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -98,7 +99,8 @@ func Cgroup2() string {
 	}
 	for line := range strings.Lines(string(data)) {
 		before, after, found := strings.Cut(line, " - ")
-		if fields := strings.Fields(before); found && strings.HasPrefix(after, "cgroup2 ") && len(fields) > 4 {
+		fields := strings.Fields(before)
+		if found && strings.HasPrefix(after, "cgroup2 ") && len(fields) > 4 {
 			return fields[4]
 		}
 	}
@@ -110,15 +112,15 @@ func cgroup2Writable() bool {
 	return mount != "" && unix.Access(filepath.Join(mount, "cgroup.procs"), unix.W_OK) == nil
 }
 
+var tellingPattern = regexp.MustCompile(
+	`elected leader|became leader|lost leader|revok|"level":"(error|fatal)"|panic`)
+
 // telling picks the lines of etcd's log that tell of leaders, leases and errors.
 func telling(log string) string {
 	var lines []string
 	for line := range strings.Lines(log) {
-		for _, word := range []string{"elected leader", "became leader", "lost leader", "revok", `"level":"error"`, `"level":"fatal"`, "panic"} {
-			if strings.Contains(line, word) {
-				lines = append(lines, line)
-				break
-			}
+		if tellingPattern.MatchString(line) {
+			lines = append(lines, line)
 		}
 	}
 	return strings.Join(lines[max(0, len(lines)-20):], "")

@@ -179,7 +179,8 @@ func (w *Witness) Close() {
 	if w.stopped.Swap(true) {
 		return
 	}
-	_, _ = unix.Write(w.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // can't fail: the counter is never near its limit
+	// It can't fail: the counter is never near its limit.
+	_, _ = unix.Write(w.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 	<-w.done
 }
 
@@ -195,17 +196,8 @@ func (w *Witness) closeDescriptors() {
 }
 
 func (w *Witness) run() {
-	runtime.LockOSThread()
-	// Reset before the thread goes back to others. It must go back, for a
-	// thread's end kills the children that were forked on it (PDEATHSIG).
-	fifo := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 2, Flags: unix.SCHED_FLAG_RESET_ON_FORK}, 0) == nil
-	defer func() {
-		if fifo {
-			_ = unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}, 0)
-		}
-		runtime.UnlockOSThread()
-		close(w.done)
-	}()
+	defer close(w.done)
+	defer RealTime(2)()
 	events := make([]unix.EpollEvent, 256)
 	for !w.stopped.Load() {
 		n, err := unix.EpollWait(w.epoll, events, -1)
@@ -306,7 +298,9 @@ func (w *Witness) known() []Life {
 // Follow calls f with the processes of all jobs, as they are at a moment or
 // later, at each change and as often as given until ctx ends. It forgets those
 // that have ended as soon as f has seen them so.
-func (w *Witness) Follow(ctx context.Context, every time.Duration, f func(at time.Duration, lives []Life)) {
+func (w *Witness) Follow(
+	ctx context.Context, every time.Duration, f func(at time.Duration, lives []Life),
+) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
@@ -382,7 +376,8 @@ func (w *Witness) WaitForDead(ctx context.Context, of Life) (time.Duration, erro
 		return end != 0
 	})
 	if err != nil {
-		return 0, fmt.Errorf("wait for the end of the job of %s (token %d): %w", of.Candidate, of.Token, err)
+		return 0, fmt.Errorf("wait for the end of the job of %s (token %d): %w",
+			of.Candidate, of.Token, err)
 	}
 	return end, nil
 }

@@ -9,10 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,20 +42,8 @@ func (d *death) end() time.Duration {
 // deathOf polls the threads of a process until SIGKILL has reached each of them.
 // It returns 0 when ctx ends first.
 func deathOf(ctx context.Context, pid int) time.Duration {
-	// It must not wait for a processor among all that has just woken. The thread
-	// must not end with the goroutine: what it has started would get the signal that
-	// a process gets at its parent thread's end.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	fifo := unix.SchedAttr{
-		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO,
-		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: 1,
-	}
-	_ = unix.SchedSetAttr(0, &fifo, 0) // where it is not permitted the figure is the worse for it
-	defer func() {
-		normal := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}
-		_ = unix.SchedSetAttr(0, &normal, 0)
-	}()
+	// It must not wait for a processor among all that has just woken.
+	defer harness.RealTime(1)()
 	pause := unix.NsecToTimespec(200_000)
 	tasks := fmt.Sprintf("/proc/%d/task", pid)
 	for ctx.Err() == nil {
@@ -95,12 +81,10 @@ func killed(dir string) bool {
 			return true
 		}
 	}
-	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
+	fields, err := harness.Stat(dir) // from the third on
 	if err != nil {
 		return isGone(err)
 	}
-	// The name, in parentheses, may hold anything; the third field follows.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
 	flags, err := strconv.ParseUint(fields[flagsField-3], 10, 64)
 	return err == nil && flags&pfExiting != 0
 }

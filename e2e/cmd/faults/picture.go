@@ -130,7 +130,8 @@ func (p *picture) x(ms float64) float64 {
 		return axisLeft
 	}
 	const linear = 2 // about so many milliseconds are
-	return axisFault + (axisRight-axisFault)*min(1, math.Log10(1+ms/linear)/math.Log10(1+p.last/linear))
+	share := math.Log10(1+ms/linear) / math.Log10(1+p.last/linear)
+	return axisFault + (axisRight-axisFault)*min(1, share)
 }
 
 func (p *picture) heading(r *Results) {
@@ -141,9 +142,11 @@ func (p *picture) heading(r *Results) {
 	p.y += 26
 	x := float64(margin)
 	for _, entry := range []struct{ class, text string }{
-		{"old", "the old job is alive"}, {"next", "the next job is alive"}, {"both", "both are alive: must never be"}, {"none", "no job is alive"},
+		{"old", "the old job is alive"}, {"next", "the next job is alive"},
+		{"both", "both are alive: must never be"}, {"none", "no job is alive"},
 	} {
-		p.add(`<rect x="%.1f" y="%.1f" width="22" height="%d" rx="2" class="%s"/>`, x, p.y-barHeight, barHeight, entry.class)
+		p.add(`<rect x="%.1f" y="%.1f" width="22" height="%d" rx="2" class="%s"/>`,
+			x, p.y-barHeight, barHeight, entry.class)
 		p.text(x+28, p.y, "", entry.text)
 		x += 58 + 6.4*float64(len(entry.text))
 	}
@@ -156,7 +159,8 @@ func (p *picture) group(title string) {
 	p.add(`<text x="%d" y="%.1f" class="tick" text-anchor="middle">fault</text>`, axisFault, p.y)
 	for _, tick := range ticks {
 		if tick.ms < p.last {
-			p.add(`<text x="%.1f" y="%.1f" class="tick" text-anchor="middle">%s</text>`, p.x(tick.ms), p.y, tick.label)
+			p.add(`<text x="%.1f" y="%.1f" class="tick" text-anchor="middle">%s</text>`,
+				p.x(tick.ms), p.y, tick.label)
 		}
 	}
 	p.y += 8
@@ -177,11 +181,13 @@ func (p *picture) endGroup() {
 	}
 	p.y = max(p.y, p.floor)
 	var grid strings.Builder
-	fmt.Fprintf(&grid, `<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" class="fault"/>`+"\n", axisFault, axisFault, p.top, p.y)
+	fmt.Fprintf(&grid, `<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" class="fault"/>`+"\n",
+		axisFault, axisFault, p.top, p.y)
 	for _, tick := range ticks {
 		if tick.ms < p.last {
 			x := p.x(tick.ms)
-			fmt.Fprintf(&grid, `<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" class="grid"/>`+"\n", x, x, p.top, p.y)
+			fmt.Fprintf(&grid, `<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" class="grid"/>`+"\n",
+				x, x, p.top, p.y)
 		}
 	}
 	body := strings.Replace(p.body.String(), gridMark, grid.String(), 1)
@@ -194,7 +200,8 @@ func (p *picture) fault(row RowInfo) {
 	p.y = max(p.y, p.floor)
 	if p.y > p.top {
 		p.y += 3
-		p.add(`<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" class="rule"/>`, margin, pictureWidth-margin, p.y, p.y)
+		p.add(`<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" class="rule"/>`,
+			margin, pictureWidth-margin, p.y, p.y)
 	}
 	p.y += 4
 	lines := wrap(row.About, lineWidth)
@@ -227,7 +234,8 @@ func (p *picture) lane(c cell) {
 			right = left + least
 		}
 		if right > left {
-			p.add(`<rect x="%.1f" y="%.1f" width="%.1f" height="%d" class="%s"/>`, left, top, right-left, barHeight, class)
+			p.add(`<rect x="%.1f" y="%.1f" width="%.1f" height="%d" class="%s"/>`,
+				left, top, right-left, barHeight, class)
 		}
 	}
 	if len(c.samples) > 0 {
@@ -274,19 +282,21 @@ func (c cell) words() (words, class string) {
 	if len(c.samples) == 0 {
 		return "no outcome", "bad"
 	}
-	next := c.next()
-	overlaps := c.overlaps()
+	next, overlaps := c.next(), c.overlaps()
+	nextAt := harness.Span(harness.Median(next))
 	switch {
 	case len(overlaps) > 0:
-		words = "next " + harness.Span(harness.Median(next)) + ", both alive "
+		words = "next " + nextAt + ", both alive "
 		if len(next) < len(c.samples) {
-			words = fmt.Sprintf("moved in %d of %d, both alive ", len(next), len(c.samples)) // there is no room for more
+			// There is no room for more.
+			words = fmt.Sprintf("moved in %d of %d, both alive ", len(next), len(c.samples))
 		}
 		switch {
 		case c.livesOn() > 0:
 			words += "for good"
 		case len(overlaps) < len(c.samples):
-			words += fmt.Sprintf("%d of %d, ≤ %s", len(overlaps), len(c.samples), harness.Span(slices.Max(overlaps)))
+			words += fmt.Sprintf("%d of %d, ≤ %s",
+				len(overlaps), len(c.samples), harness.Span(slices.Max(overlaps)))
 		default:
 			words += "≤ " + harness.Span(slices.Max(overlaps))
 		}
@@ -302,9 +312,9 @@ func (c cell) words() (words, class string) {
 	case len(next) == 0:
 		words, class = "dead "+harness.Span(harness.Median(c.dead()))+", no next job", "bad"
 	case len(next) < len(c.samples):
-		words = fmt.Sprintf("moved in %d of %d: next %s", len(next), len(c.samples), harness.Span(harness.Median(next)))
+		words = fmt.Sprintf("moved in %d of %d: next %s", len(next), len(c.samples), nextAt)
 	default:
-		words = "dead " + harness.Span(harness.Median(c.dead())) + ", next " + harness.Span(harness.Median(next))
+		words = "dead " + harness.Span(harness.Median(c.dead())) + ", next " + nextAt
 	}
 	if c.row.NoFailover && words != "not moved" && len(next) == len(c.samples) {
 		words = "moved: " + words
@@ -337,8 +347,10 @@ func wrap(text string, width int) []string {
 // refresh puts the picture and a short table into the README.
 func (r *Results) refresh(readme string) error {
 	var b strings.Builder
-	b.WriteString("[![For some faults: when the old job and the next one were alive](docs/faults-short.svg)](docs/faults.svg)\n\n")
-	b.WriteString("| what happens to the leader | leasehold | naive client | `etcdctl lock` |\n|---|---|---|---|\n")
+	b.WriteString("[![For some faults: when the old job and the next one were alive]" +
+		"(docs/faults-short.svg)](docs/faults.svg)\n\n")
+	b.WriteString("| what happens to the leader | leasehold | naive client | `etcdctl lock` |\n" +
+		"|---|---|---|---|\n")
 	cells := r.cells()
 	for _, row := range r.Rows {
 		if !row.Short {
@@ -356,9 +368,12 @@ func (r *Results) refresh(readme string) error {
 		}
 		b.WriteString("|\n")
 	}
-	fmt.Fprintf(&b, "\nHow long after the fault does the next job start (median)? **Bold**: the old job still ran then. "+
-		"%s, TTL 5 s. [All faults](docs/faults.md) are in this picture:\n\n<details><summary>every fault</summary>\n\n"+
-		"![For each fault: when the old job and the next one were alive](docs/faults.svg)\n\n</details>\n", r.headline())
+	fmt.Fprintf(&b, "\nHow long after the fault does the next job start (median)? "+
+		"**Bold**: the old job still ran then. "+
+		"%s, TTL 5 s. [All faults](docs/faults.md) are in this picture:\n\n"+
+		"<details><summary>every fault</summary>\n\n"+
+		"![For each fault: when the old job and the next one were alive](docs/faults.svg)\n\n"+
+		"</details>\n", r.headline())
 	return harness.Refresh(readme, map[string]string{"faults": b.String()})
 }
 

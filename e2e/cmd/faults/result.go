@@ -57,7 +57,7 @@ type Sample struct {
 	LivesOn   bool               `json:"lives_on,omitzero"` // the old job, when nobody looked any more
 	Starts    int                `json:"starts"`            // of a job
 	Late      float64            `json:"guard_late_ms,omitzero"`
-	Outside   bool               `json:"outside,omitzero"` // two lived at once, but the guard was later than its margin
+	Outside   bool               `json:"outside,omitzero"` // an overlap, but the guard was too late
 	Figures   map[string]float64 `json:"figures_ms,omitempty"`
 	Lives     []Life             `json:"lives"`
 	Until     float64            `json:"until_ms"` // the end of the observation
@@ -315,7 +315,8 @@ func (r *Results) writeText(to io.Writer) error {
 		late := c.values(func(s Sample) *float64 { return &s.Late })
 		_, lateMax := pair(late)
 		p("%s\t%s\t%.0fs\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
-			c.row.Name, c.candidate, c.row.TTL, c.row.Members, dead, deadMax, next, nextMax, gap, c.overlap(), c.starts(), lateMax, c.figures())
+			c.row.Name, c.candidate, c.row.TTL, c.row.Members, dead, deadMax, next, nextMax, gap,
+			c.overlap(), c.starts(), lateMax, c.figures())
 	}
 	for _, v := range r.violations() {
 		p("\nVIOLATED: %s\n", v)
@@ -332,7 +333,8 @@ func (r *Results) writeTable(to io.Writer) error {
 		"kernel tells that SIGKILL has reached each thread); [the same as a picture](faults.svg), "+
 		"[each trial](faults.json).\n", r.headline())
 	if len(r.Again) > 0 {
-		fmt.Fprintf(&b, "\nRun again later, after a repair or with another promise: %s.\n", strings.Join(r.Again, ", "))
+		fmt.Fprintf(&b, "\nRun again later, after a repair or with another promise: %s.\n",
+			strings.Join(r.Again, ", "))
 	}
 	group := ""
 	for _, c := range r.cells() {
