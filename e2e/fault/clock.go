@@ -115,7 +115,7 @@ func BuildJumping(ctx context.Context, dir string) (*harness.Programs, error) {
 }
 
 // lead is the time from the start of the daemon to the jump of its clock.
-const lead = 5 * time.Second
+const lead = 8 * time.Second
 
 // WallClockJumps has the machine's daemon, and nothing else, see the wall clock
 // jump.
