@@ -149,7 +149,7 @@ func writeReport(to io.Writer, r *results) error {
 			span(harness.Percentile(overlaps, 50)), span(harness.Percentile(overlaps, 99)),
 			span(slices.Max(g.column(func(s Sample) float64 { return s.Late }))))
 	})
-	w.p("\nwhere the time goes (medians)\timplementation\tvia\tfault to old job dead\t" +
+	w.p("\nwhere the time goes (medians)\timplementation\tvia\tfault to old job exited\t" +
 		"to its key deleted\tto next job's first instruction\n")
 	r.each(func(fault, implementation, via string, g group) {
 		if g.overlapping() > 0 {

@@ -310,11 +310,11 @@ func (c cell) words() (words, class string) {
 			words = "the old job lives on, no next job"
 		}
 	case len(next) == 0:
-		words, class = "dead "+harness.Span(harness.Median(c.dead()))+", no next job", "bad"
+		words, class = "exited "+harness.Span(harness.Median(c.dead()))+", no next job", "bad"
 	case len(next) < len(c.samples):
 		words = fmt.Sprintf("moved in %d of %d: next %s", len(next), len(c.samples), nextAt)
 	default:
-		words = "dead " + harness.Span(harness.Median(c.dead())) + ", next " + nextAt
+		words = "exited " + harness.Span(harness.Median(c.dead())) + ", next " + nextAt
 	}
 	if c.row.NoFailover && words != "not moved" && len(next) == len(c.samples) {
 		words = "moved: " + words

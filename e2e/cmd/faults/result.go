@@ -306,7 +306,7 @@ func (r *Results) writeText(to io.Writer) error {
 	w := tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)
 	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) } // Flush reports
 	p("\n%s; %.0f minutes\n\n", r.headline(), r.Minutes)
-	p("fault\tcandidate\tTTL\tetcd\told job dead\tmax\tnext job\tmax\tgap\tboth alive\tstarts\t" +
+	p("fault\tcandidate\tTTL\tetcd\told job exited\tmax\tnext job\tmax\tgap\tboth alive\tstarts\t" +
 		"guard late\t\n")
 	for _, c := range r.cells() {
 		dead, deadMax := pair(c.dead())
@@ -340,7 +340,7 @@ func (r *Results) writeTable(to io.Writer) error {
 	for _, c := range r.cells() {
 		if c.row.Group != group {
 			group = c.row.Group
-			fmt.Fprintf(&b, "\n## %s\n\n| fault | candidate | old job dead | next job | gap | "+
+			fmt.Fprintf(&b, "\n## %s\n\n| fault | candidate | old job exited | next job | gap | "+
 				"both alive | job starts |\n|---|---|---|---|---|---|---|\n", c.title())
 		}
 		about := c.row.About

@@ -296,7 +296,7 @@ func (r *results) lines() []line {
 		line{"… the same, the machine starved", r.Stale[starved].String()},
 		line{"… the same, the old leader out of reach", r.Stale[unreached].String()},
 		line{"/leader checked", fmt.Sprintf("%d times, %d of them 200; %d for a job that was killed "+
-			"before it told of itself", c.Leader, c.Yes, c.Untold)},
+			"before the witness knew it", c.Leader, c.Yes, c.Untold)},
 	)
 	for _, excuse := range slices.Sorted(maps.Keys(r.Late)) {
 		after := cmp.Or(excuse, "leasehold had killed the job")
