@@ -80,6 +80,8 @@ func (s *session) look() (view, error) {
 // show publishes what a candidate that waits knows.
 func (s *session) show(v view, trouble error) {
 	outage := s.run.outage
+	// First, so that whoever sees a standby sees its leader too.
+	s.state.queueChanged(v.leader(), v.blocker)
 	switch {
 	case s.cfg.Now() >= s.state.get().Deadlines.StopAt:
 		s.state.connecting(s.unrenewed())
@@ -93,7 +95,6 @@ func (s *session) show(v view, trouble error) {
 	default:
 		s.state.connecting("joining the queue")
 	}
-	s.state.queueChanged(v.leader(), v.blocker)
 }
 
 // unrenewed returns why a standby's lease may have expired.
