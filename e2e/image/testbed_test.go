@@ -335,16 +335,7 @@ func (s *testbed) waitExit(b *box, want int) {
 // waitRenewals waits for n more good renewals of a candidate's lease.
 func (s *testbed) waitRenewals(b *box, n float64) {
 	s.Helper()
-	const good = `leasehold_lease_renewals_total{result="ok"}`
-	before, err := b.Metric(s.ctx, good)
-	s.must(err)
-	s.must(harness.Until(s.wait(waitTimeout), func() error {
-		now, err := b.Metric(s.ctx, good)
-		if err == nil && now < before+n {
-			err = fmt.Errorf("%s renewed its lease %v times, want %v", b.Identity, now-before, n)
-		}
-		return err
-	}))
+	s.must(b.WaitRenewals(s.wait(waitTimeout), n))
 }
 
 // waitOutput waits until the container has written the text as often as given to standard output.
