@@ -137,7 +137,7 @@ var variants = []variant{
 // nothing of user and password.
 func (s *Scenario) has(v variant) bool {
 	return (v.uid == 0 || s.User) && !slices.Contains(s.Without, v.Name) &&
-		!(s.Etcd.Auth && v.Name == harness.StockLoop.Name)
+		(!s.Etcd.Auth || v.Name != harness.StockLoop.Name)
 }
 
 // alone reports whether a variant's trials have the machine for themselves.
