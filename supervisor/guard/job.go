@@ -177,14 +177,14 @@ func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
 	case m.Grace == 0:
 		j.kill(ipc.KilledLost)
 	case m.Grace == ipc.UntilKillBy:
-		j.stop(forever, "stop asked")
+		j.stop(forever, electorAsked)
 	default:
-		j.stop(now+m.Grace, "stop asked")
+		j.stop(now+m.Grace, electorAsked)
 	}
 }
 
-// serveDeadlines is where the job is stopped and killed on loss of contact: the elector has not
-// moved its deadlines. Nobody is asked.
+// serveDeadlines is where the job is stopped and killed on loss of contact: the elector has not moved
+// its deadlines. Nobody is asked.
 func (j *job) serveDeadlines(now time.Duration) {
 	switch j.state {
 	case jobForking, jobRunning, jobStopping:
@@ -193,24 +193,48 @@ func (j *job) serveDeadlines(now time.Duration) {
 	}
 	switch {
 	case now >= j.killBy:
-		j.kill(ipc.KilledKillBy)
-		j.g.missed(now - j.killBy)
+		j.killByPassed(now)
 	case j.state == jobStopping && now >= j.graceEnd:
-		j.kill(ipc.KilledGrace)
-		j.g.missed(now - j.graceEnd)
+		j.graceOver(now)
 	case j.state != jobStopping && now >= j.stopAt:
-		j.stop(forever, "stop-at passed")
-		j.g.missed(now - j.stopAt)
-		j.g.log.Warn("job told to stop: no renewal by stop-at", "signal",
-			j.g.cfg.StopSignal.String(),
-			"kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
+		j.stopAtPassed(now)
 	}
 	if j.state != jobKilling && j.exitSeen != 0 && now >= j.exitSeen+exitTimeout {
-		j.g.log.Warn("job exited and is not reaped: something traces it, or the spawner hangs",
-			"pid", j.pid)
-		j.kill(ipc.KilledLeftover)
+		j.exitUntold()
 	}
 }
+
+// stopAtPassed: no renewal has moved stop-at. The job has until kill-by to stop.
+func (j *job) stopAtPassed(now time.Duration) {
+	j.stop(forever, noRenewal)
+	j.g.missed(now - j.stopAt)
+}
+
+// killByPassed: no renewal has moved kill-by. From here on the margin runs, after which another may
+// lead.
+func (j *job) killByPassed(now time.Duration) {
+	j.kill(ipc.KilledKillBy)
+	j.g.missed(now - j.killBy)
+}
+
+// graceOver: the job has not stopped in time.
+func (j *job) graceOver(now time.Duration) {
+	j.kill(ipc.KilledGrace)
+	j.g.missed(now - j.graceEnd)
+}
+
+// exitUntold: the first process has exited, and the spawner does not tell.
+func (j *job) exitUntold() {
+	j.g.log.Warn("job exited and is not reaped: something traces it, or the spawner hangs",
+		"pid", j.pid)
+	j.kill(ipc.KilledLeftover)
+}
+
+// Why the job is told to stop.
+const (
+	noRenewal    = "no renewal by stop-at"
+	electorAsked = "the elector asks for it"
+)
 
 // exitTimeout is for how long the spawner may take to tell of an exit that the guard sees.
 const exitTimeout = time.Second
@@ -297,6 +321,13 @@ func (j *job) transition(to jobState, why string) {
 	case jobForking, jobRunning:
 	case jobStopping:
 		j.endAt, j.ordered = now, true
+		level := slog.LevelInfo
+		if why == noRenewal {
+			level = slog.LevelWarn
+		}
+		j.g.log.Log(context.Background(), level, "job told to stop: "+why,
+			"signal", j.g.cfg.StopSignal.String(),
+			"kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
 	case jobKilling:
 		j.killAt, j.complainAt = now, now+10*time.Second
 		if j.endAt == 0 {

@@ -22,14 +22,14 @@ import (
 // cgroupPrefix is how the job's cgroup is named: a random part follows.
 const cgroupPrefix = "leasehold-"
 
-// Cgroup is the job's own cgroup (v2). Its maker holds an exclusive lock on its directory while it
-// lives: one that takes a shared lock is a leftover of a maker that has exited. The directory's
-// mode is 0700, so that no other user can open and lock it. The parent, which anybody can lock, is
-// not locked.
+// Cgroup is the job's own cgroup (v2). Its maker holds an exclusive lock on its directory as long
+// as it lives. A directory on which another process gets a shared lock is a leftover: its maker has
+// exited. The mode of the directory is 0700, so that no other user can open and lock it. The parent
+// is not locked, because anybody can lock it.
 //
-// Each start gets a fresh leaf inside it: since Linux 6.14 whatever is cloned into a cgroup that
-// was ever killed by cgroup.kill is killed at once (seen with 6.18: the fork compares the kill
-// counts of two different cgroups).
+// Each start gets a fresh leaf inside it. Since Linux 6.14 the kernel kills at once whatever is
+// cloned into a cgroup that was ever killed by cgroup.kill (seen with 6.18: the fork compares the
+// kill counts of two different cgroups).
 type Cgroup struct {
 	Dir    string
 	FD     int // the directory, locked by its maker
@@ -39,9 +39,9 @@ type Cgroup struct {
 	buf    [256]byte
 }
 
-// NewCgroup makes a cgroup below our own and proves by a probe process that a process can be
-// started in it and killed with it. What lost predecessors left beside it is killed and removed
-// first.
+// NewCgroup makes a cgroup below our own. A probe process proves that a process can be started in
+// it and killed with it. What lost predecessors left beside it is killed and removed first; the
+// error wraps ErrLeftover where that fails.
 func NewCgroup(probe []string) (*Cgroup, error) {
 	parent, err := OwnCgroup()
 	if err != nil {
@@ -131,8 +131,7 @@ func (c *Cgroup) KillAll() {
 		1)
 }
 
-// KillAllBlocking is KillAll for those who have other goroutines: the kernel may keep its caller
-// waiting.
+// KillAllBlocking is KillAll for callers with other goroutines: the kernel may let the caller wait.
 func (c *Cgroup) KillAllBlocking() { _, _ = unix.Write(c.kill, []byte{'1'}) }
 
 // Populated reports whether there is a process in the cgroup. What can't be read counts as
@@ -163,8 +162,8 @@ func (c *Cgroup) waitEmpty(d time.Duration) bool {
 	}
 }
 
-// Sweep removes the cgroups of starts before that of the number newest. The spawner has removed
-// those that were simple to remove.
+// Sweep removes the cgroups of starts before the one with the number newest. The spawner has
+// removed those in which the job made no others.
 func (c *Cgroup) Sweep(newest int) {
 	entries, _ := os.ReadDir(c.Dir)
 	for _, e := range entries {
@@ -251,8 +250,8 @@ var ErrLeftover = errors.New("a job whose guard is gone may be alive")
 // Guards that start at the same time share it, so that each of them waits until the leftover is
 // empty.
 func removeLeftovers(parent string) error {
-	dirs, _ := filepath.Glob(filepath.Join(parent,
-		cgroupPrefix+"[0-9]*")) // as MkdirTemp names them
+	// As MkdirTemp names them.
+	dirs, _ := filepath.Glob(filepath.Join(parent, cgroupPrefix+"[0-9]*"))
 	for _, dir := range dirs {
 		c, err := OpenCgroup(dir)
 		if err != nil {

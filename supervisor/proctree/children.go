@@ -8,11 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Children counts the children of this process, but for those in except: zombies count until they
-// are reaped. What can't be read is not known, and ok is false. Where the kernel has no lists of
-// children the process table serves. With noNewPrivs set a child without that counts for nothing,
-// for it can't descend from the job: somebody has put it into the container of which this is
-// process 1.
+// Children counts the children of this process, but for those in except. Zombies count until they
+// are reaped. ok is false if something could not be read. Without the kernel's lists of children it
+// reads the process table. With noNewPrivs set, a child that may gain privileges does not count: it
+// can't descend from the job. Somebody has put it into the container of which this is process 1.
 func (s *Scanner) Children(noNewPrivs bool, except ...int) (count int, ok bool) {
 	s.broken = false
 	counts := func(s *Scanner, child int) {

@@ -4,9 +4,9 @@ package proctree
 
 import "golang.org/x/sys/unix"
 
-// KillDescendants kills every descendant of root but those in except. All are stopped before the
-// first is killed, so that none can answer the exit of another by a fork. It reports whether any
-// lived when the table was read, or could not be read.
+// KillDescendants kills every descendant of root but those in except. It stops all before it kills
+// the first, so that none can answer the exit of another by a fork. It reports whether any lived
+// when the table was read, or could not be read.
 func (s *Scanner) KillDescendants(root int, except ...int) (left bool) {
 	s.scan()
 	if s.markDescendants(root, except...) == 0 {
@@ -52,7 +52,7 @@ func (s *Scanner) signalMarked(root int, sig unix.Signal) {
 	}
 }
 
-// mostListed bounds for how long killListed goes on.
+// mostListed bounds for how long KillListed goes on.
 const mostListed = 256
 
 // KillListed kills what the kernel's lists of children show to descend from root, but for those in

@@ -1,0 +1,120 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"errors"
+	"log/slog"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
+
+	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
+)
+
+// newTestSupervisor makes one without a guard: what it sends goes nowhere.
+func newTestSupervisor(t *testing.T) *Supervisor {
+	t.Helper()
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(pipe[0]); _ = unix.Close(pipe[1]) })
+	return &Supervisor{
+		cfg: Config{Changed: func() {}}, log: slog.New(slog.DiscardHandler),
+		metrics: newMetrics(prometheus.NewRegistry()), outbox: ipc.Outbox{FD: pipe[1]},
+		guardGone: make(chan struct{}), job: job{shown: Job{State: JobNone}, pidfd: -1},
+	}
+}
+
+// TestSupervisor_States: each event leads where the diagram says, and only a run that nobody ended
+// has ended by itself.
+func TestSupervisor_States(t *testing.T) {
+	type s = *Supervisor
+	started := func(s s) { s.started(ipc.Started{PID: 7}) }
+	exited := func(s s) { s.firstExited(ipc.Exited{Code: 5}) }
+	stop := func(s s) { s.stopAsked("planned", forever) }
+	gone := func(s s) { s.gone(ipc.Gone{}) }
+	for _, c := range []struct {
+		name   string
+		events []func(s)
+		state  JobState
+		ended  *outcome
+	}{
+		{"asked", nil, JobStarting, nil},
+		{"runs", []func(s){started}, JobRunning, nil},
+		{"stopped while starting", []func(s){stop, started}, JobStopping, nil},
+		{
+			"exits by itself", []func(s){started, exited, gone}, JobExited,
+			&outcome{exit: ExitError{Exit: proctree.Exit{Code: 5}}, byItself: true},
+		},
+		{
+			"exits when told", []func(s){started, stop, exited, gone}, JobExited,
+			&outcome{exit: ExitError{Exit: proctree.Exit{Code: 5}}},
+		},
+		{
+			"the guard ends it by its own clock",
+			[]func(s){started, exited, func(s s) { s.gone(ipc.Gone{Ordered: true}) }}, JobExited,
+			&outcome{exit: ExitError{Exit: proctree.Exit{Code: 5}}},
+		},
+		{
+			"refused",
+			[]func(s){func(s s) { s.refused(ipc.Refused{Code: 127, Why: "no such file"}) }, gone}, JobExited,
+			&outcome{
+				exit:     ExitError{Exit: proctree.Exit{Code: 127}, Refused: "no such file"},
+				byItself: true,
+			},
+		},
+		{"restarts", []func(s){started, exited, gone, s.restarting}, JobBackoff, nil},
+		{"term over", []func(s){started, exited, gone, s.restarting, s.termOver}, JobExited, nil},
+		{"stop after the end", []func(s){started, exited, gone, stop}, JobExited, nil},
+		{"gone twice", []func(s){started, exited, gone, gone}, JobExited, nil},
+		{
+			"guard lost", []func(s){started, func(s s) { s.guardIsLost("guard exited") }},
+			JobStopping, nil,
+		},
+		{
+			"killed in the guard's place",
+			[]func(s){started, func(s s) { s.guardIsLost("guard exited") }, s.goneWithoutGuard},
+			JobExited, nil,
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := newTestSupervisor(t)
+			ended, err := s.startAsked(Term{StopAt: forever, KillBy: forever})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, event := range c.events {
+				event(s)
+			}
+			if got := s.Snapshot().State; got != c.state {
+				t.Errorf("the job is %s, want %s", got, c.state)
+			}
+			select {
+			case got := <-ended:
+				if c.ended != nil && got != *c.ended {
+					t.Errorf("the run ended with %+v, want %+v", got, *c.ended)
+				}
+			default:
+				if c.ended != nil {
+					t.Errorf("the run has not ended")
+				}
+			}
+		})
+	}
+}
+
+// TestSupervisor_NoStartWithoutGuard: who has lost the guard starts nothing any more.
+func TestSupervisor_NoStartWithoutGuard(t *testing.T) {
+	s := newTestSupervisor(t)
+	s.guardIsLost("guard hangs")
+	if _, err := s.startAsked(Term{}); !errors.Is(err, ErrGuardLost) {
+		t.Errorf("%v, want %v", err, ErrGuardLost)
+	}
+	if got := s.Snapshot().State; got != JobNone {
+		t.Errorf("the job is %s, want %s", got, JobNone)
+	}
+}
