@@ -78,7 +78,7 @@ var exits = []struct {
 	},
 	{
 		exitOS, "",
-		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a dead predecessor's job" +
+		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a lost predecessor's job" +
 			" can't be killed: before any campaign; install: the copy can't be made",
 		either(is(errSystem, cli.ErrInstall), as[*guard.SetupError]),
 	},

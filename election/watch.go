@@ -16,7 +16,7 @@ import (
 var (
 	errUnanswered = errors.New("the watch is not answered")
 	errSuspect    = errors.New("the member that serves the watch does not renew the lease")
-	errBehind     = errors.New("the watch has not told of what others know")
+	errBehind     = errors.New("the watch lags behind the other members")
 )
 
 // watchConn is a watch of the queue, which one member serves.

@@ -20,7 +20,7 @@ import (
 )
 
 // errPlannedStop is what a candidate is stopped with, as by SIGTERM.
-var errPlannedStop = errors.New("told to stop")
+var errPlannedStop = errors.New("asked to stop")
 
 // fleet is all candidates of a trial, by election.
 type fleet struct {
