@@ -332,7 +332,7 @@ func (x *executor) unreached() map[string]string {
 		if slices.ContainsFunc(x.members, (*member).away) {
 			why[c.name] = "etcd's members were not all there"
 		}
-		if c.victim.away() || c.links.away() {
+		if c.away() || c.links.away() {
 			why[c.name] = "its daemon or its links were under another fault"
 		}
 	}
