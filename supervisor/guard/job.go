@@ -325,7 +325,7 @@ func (j *job) transition(to jobState, why string) {
 		if why == noRenewal {
 			level = slog.LevelWarn
 		}
-		j.g.log.Log(context.Background(), level, "job told to stop: "+why,
+		j.g.log.Log(context.Background(), level, "job asked to stop: "+why,
 			"signal", j.g.cfg.StopSignal.String(),
 			"kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
 	case jobKilling:
