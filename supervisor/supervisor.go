@@ -73,10 +73,9 @@ type Supervisor struct {
 	metrics metrics
 	restart *restarter
 
-	pipe    *os.File          // In, for the netpoller
-	spawner *os.File          // SpawnerSock, the same
-	guardFd int               // pidfd
-	procs   *proctree.Scanner // Run's goroutine alone uses it
+	pipe    *os.File // In, for the netpoller
+	spawner *os.File // SpawnerSock, the same
+	guardFd int      // pidfd
 	// killing is held while the cgroup is killed, which may take the kernel a while: not mu, for
 	// the endpoint waits for that.
 	killing sync.Mutex

@@ -173,10 +173,10 @@ func (j *job) extended(m ipc.Extend, now time.Duration) {
 
 // stopAsked: the elector asks for the end of the job.
 func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
-	switch {
-	case m.Grace == 0:
+	switch m.Grace {
+	case 0:
 		j.kill(ipc.KilledLost)
-	case m.Grace == ipc.UntilKillBy:
+	case ipc.UntilKillBy:
 		j.stop(forever, electorAsked)
 	default:
 		j.stop(now+m.Grace, electorAsked)
