@@ -324,8 +324,8 @@ func waitForOrphans(ctx context.Context, t *Trial) error {
 // elector's stop came first.
 func timerLatency(ctx context.Context, t *Trial) error {
 	const long = 3 * harness.WaitTimeout
-	return harness.UntilWithin(ctx, long, "the leader's job is not dead", func() error {
-		ended := func(e check.Entry) bool { return e.Match == "is dead" }
+	return harness.UntilWithin(ctx, long, "the leader's job has not ended", func() error {
+		ended := func(e check.Entry) bool { return e.Match != "started" }
 		if !slices.ContainsFunc(check.JobStates(t.Machine.Log()), ended) {
 			return errors.New("its log does not say so")
 		}
