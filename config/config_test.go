@@ -197,7 +197,8 @@ func TestConfig_Refusals(t *testing.T) {
 		{"TTL too long", "TTL=301s", []string{"TTL: 5m1s is too long: write 5m (300s) or less"}},
 		{"TTL beyond all bounds", "TTL=99999999999999999999s", []string{`TTL: "99999999999999999999s" is not a duration`}},
 		{"arithmetic", "TTL=5s LOSS_GRACE=2s", []string{
-			"TTL: loss grace 2s + margin 500ms + 3 × renewal interval 1s = 5.5s is more than the TTL 5s: raise it, or lower LEASEHOLD_LOSS_GRACE"}},
+			"TTL: loss grace 2s + margin 500ms + 3 × renewal interval 1s = 5.5s is more than the TTL 5s: raise it, or lower LEASEHOLD_LOSS_GRACE",
+		}},
 		{"arithmetic of the margin", "TTL=10s MARGIN=3s", []string{"TTL: loss grace 2s + margin 3s + 3 × renewal interval 2s = 11s is more than"}},
 		{"stop grace", "STOP_GRACE=-1s", []string{`STOP_GRACE: "-1s" is negative`}},
 		{"loss grace", "LOSS_GRACE=-1s", []string{`LOSS_GRACE: "-1s" is negative`}},
@@ -266,7 +267,8 @@ func TestConfig_Refusals(t *testing.T) {
 		{"all at once", "ELECTION= TTL=15 ENDPOINTS=a STOP_SIGNAL=9 RESTART=x RESTART_LIMIT=x NO_NEW_PRIVS=x WAIT=x LISTEN=x LOG_LEVEL=x LOG_FORMAT=x TLS_CA_FILE=/x" +
 			" TLS_KEY_FILE=/x USERNAME=u DIAL_TIMEOUT=x MARGIN=x LOSS_GRACE=x STOP_GRACE=x IDENTITY=\x01 XYZXYZXYZ=1", []string{
 			"TTL: ", "STOP_SIGNAL: ", "STOP_GRACE: ", "LOSS_GRACE: ", "MARGIN: ", "RESTART_LIMIT: ", "WAIT: ", "LOG_LEVEL: ", "DIAL_TIMEOUT: ",
-			"ENDPOINTS: ", "ELECTION: ", "IDENTITY: ", "RESTART: ", "NO_NEW_PRIVS: ", "LISTEN: ", "LOG_FORMAT: ", "TLS_CA_FILE: ", "TLS_CERT_FILE: ", "USERNAME: ", "XYZXYZXYZ: "}},
+			"ENDPOINTS: ", "ELECTION: ", "IDENTITY: ", "RESTART: ", "NO_NEW_PRIVS: ", "LISTEN: ", "LOG_FORMAT: ", "TLS_CA_FILE: ", "TLS_CERT_FILE: ", "USERNAME: ", "XYZXYZXYZ: ",
+		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			settings := strings.Split(c.settings, " ")

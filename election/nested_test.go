@@ -29,8 +29,13 @@ func TestIsNested(t *testing.T) {
 		a, b string
 		want bool
 	}{
-		{"a", "a", false}, {"a", "ab", false}, {"a/b", "a/c", false}, {"a", "a/b", true},
-		{"a/b/c", "a", true}, {"/a", "/a/b", true}, {"a", "/a", false},
+		{"a", "a", false},
+		{"a", "ab", false},
+		{"a/b", "a/c", false},
+		{"a", "a/b", true},
+		{"a/b/c", "a", true},
+		{"/a", "/a/b", true},
+		{"a", "/a", false},
 	} {
 		if got := isNested(test.a, test.b); got != test.want {
 			t.Errorf("isNested(%q, %q) = %v", test.a, test.b, got)
@@ -54,8 +59,10 @@ func TestCandidate_NestedElections(t *testing.T) {
 		return func(cfg *Config, _ *testCallbacks) { cfg.Election = election }
 	}
 	for _, test := range []struct{ leads, refused, beside string }{
-		{"jobs", "jobs/backup", "jobs2"}, {"jobs/backup", "jobs", "jobs2"},
-		{"/1/jobs", "/1/jobs/2/3", "/1/4"}, {"/1/jobs/2/3", "/1/jobs", "/1/4"},
+		{"jobs", "jobs/backup", "jobs2"},
+		{"jobs/backup", "jobs", "jobs2"},
+		{"/1/jobs", "/1/jobs/2/3", "/1/4"},
+		{"/1/jobs/2/3", "/1/jobs", "/1/4"},
 	} {
 		a := newTestCandidate(t, cluster.Endpoints(), "a", in(test.leads))
 		term := a.waitForTerm()

@@ -53,7 +53,8 @@ func TestTruth(t *testing.T) {
 		{"standby past stop-at", 112 * time.Second, leading(standby), "", "", "standby", ""},
 		{"standby past its lease's end", 115 * time.Second, leading(standby), "", "the lease has expired", "the lease has expired", "the lease has expired"},
 		{
-			"connecting", at, Snapshot{State: Connecting, Reason: "etcd does not answer"},
+			"connecting", at,
+			Snapshot{State: Connecting, Reason: "etcd does not answer"},
 			"", "connecting: etcd does not answer", "connecting: etcd does not answer", "connecting: etcd does not answer",
 		},
 		{"hung", at, leading(func(s *Snapshot) { s.Live = errors.New("no heartbeat for 5s") }), "no heartbeat for 5s", "", "", "leading"},

@@ -102,8 +102,16 @@ func TestServer_Methods(t *testing.T) {
 		path string
 		code int
 	}{
-		{"/livez", 200}, {"/readyz", 200}, {"/leader", 200}, {"/standby", 503}, {"/status", 200}, {"/", 200}, {"/metrics", 200},
-		{"/nowhere", 404}, {"/leader/", 404}, {"/leader/x", 404},
+		{"/livez", 200},
+		{"/readyz", 200},
+		{"/leader", 200},
+		{"/standby", 503},
+		{"/status", 200},
+		{"/", 200},
+		{"/metrics", 200},
+		{"/nowhere", 404},
+		{"/leader/", 404},
+		{"/leader/x", 404},
 	} {
 		for _, method := range []string{"GET", "HEAD", "OPTIONS"} {
 			got := ts.do(t, method, c.path)

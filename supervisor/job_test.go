@@ -47,21 +47,27 @@ func TestSupervisor_States(t *testing.T) {
 		{"runs", []func(s){started}, JobRunning, nil},
 		{"stopped while starting", []func(s){stop, started}, JobStopping, nil},
 		{
-			"exits by itself", []func(s){started, exited, gone}, JobExited,
+			"exits by itself",
+			[]func(s){started, exited, gone},
+			JobExited,
 			&outcome{exit: ExitError{Exit: proctree.Exit{Code: 5}}, byItself: true},
 		},
 		{
-			"exits when told", []func(s){started, stop, exited, gone}, JobExited,
+			"exits when told",
+			[]func(s){started, stop, exited, gone},
+			JobExited,
 			&outcome{exit: ExitError{Exit: proctree.Exit{Code: 5}}},
 		},
 		{
 			"the guard ends it by its own clock",
-			[]func(s){started, exited, func(s s) { s.gone(ipc.Gone{Ordered: true}) }}, JobExited,
+			[]func(s){started, exited, func(s s) { s.gone(ipc.Gone{Ordered: true}) }},
+			JobExited,
 			&outcome{exit: ExitError{Exit: proctree.Exit{Code: 5}}},
 		},
 		{
 			"refused",
-			[]func(s){func(s s) { s.refused(ipc.Refused{Code: 127, Why: "no such file"}) }, gone}, JobExited,
+			[]func(s){func(s s) { s.refused(ipc.Refused{Code: 127, Why: "no such file"}) }, gone},
+			JobExited,
 			&outcome{
 				exit:     ExitError{Exit: proctree.Exit{Code: 127}, Refused: "no such file"},
 				byItself: true,
@@ -72,7 +78,8 @@ func TestSupervisor_States(t *testing.T) {
 		{"stop after the end", []func(s){started, exited, gone, stop}, JobExited, nil},
 		{"gone twice", []func(s){started, exited, gone, gone}, JobExited, nil},
 		{
-			"guard lost", []func(s){started, func(s s) { s.guardIsLost("guard exited") }},
+			"guard lost",
+			[]func(s){started, func(s s) { s.guardIsLost("guard exited") }},
 			JobStopping, nil,
 		},
 		{

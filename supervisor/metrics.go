@@ -21,14 +21,22 @@ type metrics struct {
 func newMetrics(r prometheus.Registerer) metrics {
 	f := promauto.With(r)
 	m := metrics{
-		up: f.NewGauge(prometheus.GaugeOpts{Name: "leasehold_job_up",
-			Help: "1 while the job runs."}),
-		starts: f.NewCounter(prometheus.CounterOpts{Name: "leasehold_job_starts_total",
-			Help: "Starts of the job."}),
-		exits: f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_exits_total",
-			Help: "Exits of the job's first process, by reason."}, []string{"reason"}),
-		kills: f.NewCounterVec(prometheus.CounterOpts{Name: "leasehold_job_kills_total",
-			Help: "Kills of the job, by reason."}, []string{"reason"}),
+		up: f.NewGauge(prometheus.GaugeOpts{
+			Name: "leasehold_job_up",
+			Help: "1 while the job runs.",
+		}),
+		starts: f.NewCounter(prometheus.CounterOpts{
+			Name: "leasehold_job_starts_total",
+			Help: "Starts of the job.",
+		}),
+		exits: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "leasehold_job_exits_total",
+			Help: "Exits of the job's first process, by reason.",
+		}, []string{"reason"}),
+		kills: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "leasehold_job_kills_total",
+			Help: "Kills of the job, by reason.",
+		}, []string{"reason"}),
 		stops: f.NewHistogram(prometheus.HistogramOpts{
 			Name: "leasehold_job_stop_duration_seconds",
 			Help: "From the stop signal, or the kill where there was none, " +

@@ -127,8 +127,10 @@ func TestRestarter_LimitResigns(t *testing.T) {
 func TestRestarter_SuccessIsNoFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRestarter(RestartAlways, 2)
-		if _, err := play(r, life{0, 1}, life{0, 0}, life{0, 1}, life{0, 0}, life{0, 0}, life{0,
-			0}); err != nil {
+		if _, err := play(r, life{0, 1}, life{0, 0}, life{0, 1}, life{0, 0}, life{0, 0}, life{
+			0,
+			0,
+		}); err != nil {
 			t.Error(err)
 		}
 	})

@@ -138,8 +138,10 @@ func newRig(t *testing.T, job string, uid int, env ...string) *rig {
 // newRigIn starts the guard in a cgroup, where one is given.
 func newRigIn(t *testing.T, cgroup *os.File, job string, uid int, env ...string) *rig {
 	t.Helper()
-	r := &rig{t: t, lease: rand.Int64(), exited: make(chan int, 1), alive: map[string]int{},
-		pids: map[string]int{}}
+	r := &rig{
+		t: t, lease: rand.Int64(), exited: make(chan int, 1), alive: map[string]int{},
+		pids: map[string]int{},
+	}
 	r.cond = sync.NewCond(&r.mu)
 	dir, err := os.MkdirTemp("", "rig")
 	if err != nil {

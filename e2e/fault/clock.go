@@ -80,8 +80,10 @@ func BuildJumping(ctx context.Context, dir string) (*harness.Programs, error) {
 	text := string(source)
 	for _, change := range []struct{ from, to string }{
 		{"import (\n", "import (\n\t\"syscall\"\n"},
-		{"func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n",
-			jumpingNow + "\nfunc Now() Time {\n\tsec, nsec, mono := jumpingNow()\n"},
+		{
+			"func Now() Time {\n\tsec, nsec, mono := runtimeNow()\n",
+			jumpingNow + "\nfunc Now() Time {\n\tsec, nsec, mono := jumpingNow()\n",
+		},
 	} {
 		if strings.Count(text, change.from) != 1 {
 			return nil, fmt.Errorf("%s is not as expected: there is no one %q", original, change.from)

@@ -58,22 +58,30 @@ func TestExitCodes(t *testing.T) {
 	}{
 		{what: "the job ends with 0", args: []string{"--", "/testjob", "exit=0"}, alone: true, code: 0},
 		{what: "the job's code", args: []string{"--", "/testjob", "exit=7"}, env: never, alone: true, code: 7, messages: []string{"with the job's own code", "exit_code=7"}},
-		{what: "the job dies by a signal", image: imageJob, args: []string{"sh", "-c", "kill -KILL $$"}, env: never, alone: true, code: 137,
-			messages: []string{"with the job's own code", "exit_code=137"}},
+		{
+			what: "the job dies by a signal", image: imageJob, args: []string{"sh", "-c", "kill -KILL $$"}, env: never, alone: true, code: 137,
+			messages: []string{"with the job's own code", "exit_code=137"},
+		},
 		{what: "planned stop", args: []string{"--", "/testjob", "stop-code=9"}, alone: true, during: func(s *testbed, b *box) { s.waitJob(b); b.kill(s, "TERM") }, code: 0},
 		{what: "nothing to run", code: 64, messages: []string{"leasehold: say what to run: leasehold -- COMMAND [ARG...]"}},
 		{what: "a flag", args: []string{"--ttl=5", "--", "/testjob"}, code: 64, messages: []string{"write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)"}},
 		{what: "install without a place", args: []string{"install"}, code: 64, messages: []string{"leasehold install DEST"}},
 		{what: "install to where nobody may", args: []string{"install", "/"}, code: 71, messages: []string{"leasehold: install /: write to /: read-only file system"}},
-		{what: "three faults", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_TTL=15", "LEASEHOLD_ENDPOINT=http://etcd:2379", "LEASEHOLD_RESTART=sometimes"}, code: 78,
-			messages: []string{`LEASEHOLD_TTL: "15" has no unit: write 15s`, "LEASEHOLD_ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?", `LEASEHOLD_RESTART: "sometimes" is unknown`}},
-		{what: "two faults of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_STOP_SIGNAL=INT", "LEASEHOLD_LISTEN=4040"}, code: 78,
-			messages: []string{"LEASEHOLD_STOP_SIGNAL: it is about a job", `LEASEHOLD_LISTEN: "4040" is not host:port`}},
+		{
+			what: "three faults", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_TTL=15", "LEASEHOLD_ENDPOINT=http://etcd:2379", "LEASEHOLD_RESTART=sometimes"}, code: 78,
+			messages: []string{`LEASEHOLD_TTL: "15" has no unit: write 15s`, "LEASEHOLD_ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?", `LEASEHOLD_RESTART: "sometimes" is unknown`},
+		},
+		{
+			what: "two faults of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_STOP_SIGNAL=INT", "LEASEHOLD_LISTEN=4040"}, code: 78,
+			messages: []string{"LEASEHOLD_STOP_SIGNAL: it is about a job", `LEASEHOLD_LISTEN: "4040" is not host:port`},
+		},
 		{what: "a file that is no program", args: []string{"--", "/etc/ssl/certs/ca-certificates.crt"}, code: 126, messages: []string{"is not executable", "exit_code=126"}},
 		{what: "no such program", args: []string{"--", "backup.sh"}, code: 127, messages: []string{`the command \"backup.sh\" is not found`, "exit_code=127"}},
 		{what: "somebody else leads", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_WAIT=0s"}, code: 75, messages: []string{"LEASEHOLD_WAIT is over: not elected", "exit_code=75"}},
-		{what: "somebody else leads, of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_WAIT=0s", "LEASEHOLD_LOG_FORMAT=json"}, code: 75,
-			messages: []string{`"msg":"exiting: LEASEHOLD_WAIT is over: not elected`, `"exit_code":75`}},
+		{
+			what: "somebody else leads, of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_WAIT=0s", "LEASEHOLD_LOG_FORMAT=json"}, code: 75,
+			messages: []string{`"msg":"exiting: LEASEHOLD_WAIT is over: not elected`, `"exit_code":75`},
+		},
 		{what: "the port is taken", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_LISTEN=" + etcd}, code: 71, messages: []string{"LEASEHOLD_LISTEN", "address already in use", "exit_code=71"}},
 		{what: "leadership lost", args: []string{"--", "/testjob"}, env: never, alone: true, during: func(s *testbed, b *box) {
 			s.waitJob(b)

@@ -113,8 +113,10 @@ func wholeTree(s *testbed, reason string, flags ...string) {
 func TestZombies(t *testing.T) {
 	const orphans = 200
 	s := newTestbed(t)
-	b := s.start("a", plan{image: imageJob, args: []string{"sh", "-c",
-		fmt.Sprintf("i=0; while [ $i -lt %d ]; do (sh -c 'sleep 0.2; echo orphan' & ); i=$((i+1)); done; exec sleep infinity", orphans)}})
+	b := s.start("a", plan{image: imageJob, args: []string{
+		"sh", "-c",
+		fmt.Sprintf("i=0; while [ $i -lt %d ]; do (sh -c 'sleep 0.2; echo orphan' & ); i=$((i+1)); done; exec sleep infinity", orphans),
+	}})
 	s.waitOutput(b, "orphan\n", orphans)
 	pid := b.pid(t)
 	s.must(harness.Until(s.wait(waitTimeout), func() error {

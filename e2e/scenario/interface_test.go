@@ -202,8 +202,14 @@ func TestStatusAndCheck(t *testing.T) {
 		what string
 		code int
 	}{
-		{leader, "live", 0}, {leader, "ready", 0}, {leader, "leader", 0}, {leader, "standby", 1},
-		{standby, "live", 0}, {standby, "ready", 0}, {standby, "leader", 1}, {standby, "standby", 0},
+		{leader, "live", 0},
+		{leader, "ready", 0},
+		{leader, "leader", 0},
+		{leader, "standby", 1},
+		{standby, "live", 0},
+		{standby, "ready", 0},
+		{standby, "leader", 1},
+		{standby, "standby", 0},
 	} {
 		if code, out := ask(row.c, "check", row.what); code != row.code {
 			t.Errorf("check %s of %s: %d, want %d: %s", row.what, row.c.Identity, code, row.code, out)

@@ -98,8 +98,10 @@ func newSleeper(t *testing.T) (pid, pidfd int) {
 // The events, as the test brings them about.
 
 func (g *testGuard) start() {
-	g.job.startAsked(ipc.Start{Key: "key", StopAt: boottime.Now() + time.Hour,
-		KillBy: boottime.Now() + 2*time.Hour})
+	g.job.startAsked(ipc.Start{
+		Key: "key", StopAt: boottime.Now() + time.Hour,
+		KillBy: boottime.Now() + 2*time.Hour,
+	})
 }
 
 func (g *testGuard) started() {
@@ -159,78 +161,123 @@ func TestJob_States(t *testing.T) {
 	}{
 		{"starts", []func(g){g.start, g.started}, jobRunning, ipc.Gone{}},
 		{"forks", []func(g){g.start}, jobForking, ipc.Gone{}},
-		{"stop while running", []func(g){g.start, g.started, func(g g) { g.stop(time.Hour) }},
-			jobStopping, ipc.Gone{}},
-		{"stop while forking", []func(g){g.start, func(g g) { g.stop(time.Hour) }}, jobStopping,
-			ipc.Gone{}},
-		{"started while stopping", []func(g){g.start, func(g g) { g.stop(time.Hour) }, g.started},
-			jobStopping, ipc.Gone{}},
-		{"stop-at passed", []func(g){g.start, g.started, func(g g) { g.at(time.Hour) }},
-			jobStopping, ipc.Gone{}},
-		{"extended", []func(g){g.start, g.started, g.extend, func(g g) { g.at(3 * time.Hour) }},
-			jobRunning, ipc.Gone{}},
-		{"kill-by passed", []func(g){g.start, g.started, func(g g) { g.at(2 * time.Hour) }},
-			jobKilling, ipc.Gone{}},
+		{
+			"stop while running",
+			[]func(g){g.start, g.started, func(g g) { g.stop(time.Hour) }},
+			jobStopping,
+			ipc.Gone{},
+		},
+		{
+			"stop while forking",
+			[]func(g){g.start, func(g g) { g.stop(time.Hour) }},
+			jobStopping,
+			ipc.Gone{},
+		},
+		{
+			"started while stopping",
+			[]func(g){g.start, func(g g) { g.stop(time.Hour) }, g.started},
+			jobStopping,
+			ipc.Gone{},
+		},
+		{
+			"stop-at passed",
+			[]func(g){g.start, g.started, func(g g) { g.at(time.Hour) }},
+			jobStopping,
+			ipc.Gone{},
+		},
+		{
+			"extended",
+			[]func(g){g.start, g.started, g.extend, func(g g) { g.at(3 * time.Hour) }},
+			jobRunning,
+			ipc.Gone{},
+		},
+		{
+			"kill-by passed",
+			[]func(g){g.start, g.started, func(g g) { g.at(2 * time.Hour) }},
+			jobKilling,
+			ipc.Gone{},
+		},
 		{
 			"grace over",
-			[]func(g){g.start, g.started, func(g g) { g.stop(time.Minute) },
-				func(g g) { g.at(time.Minute) }, g.exited, g.nothingLeft},
-			jobIdle, ipc.Gone{Reason: ipc.KilledGrace, Ordered: true},
+			[]func(g){
+				g.start, g.started, func(g g) { g.stop(time.Minute) },
+				func(g g) { g.at(time.Minute) }, g.exited, g.nothingLeft,
+			},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledGrace, Ordered: true},
 		},
 		{
 			"exits by itself",
 			[]func(g){g.start, g.started, g.exited, g.nothingLeft},
-			jobIdle, ipc.Gone{},
+			jobIdle,
+			ipc.Gone{},
 		},
 		{
 			"leaves something behind",
-			[]func(g){g.start, g.started, func(g g) { g.job.firstExited(0) }, g.round,
-				g.nothingLeft},
-			jobIdle, ipc.Gone{Reason: ipc.KilledLeftover},
+			[]func(g){
+				g.start, g.started, func(g g) { g.job.firstExited(0) }, g.round,
+				g.nothingLeft,
+			},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledLeftover},
 		},
 		{
 			"exits when told",
 			[]func(g){g.start, g.started, func(g g) { g.stop(time.Hour) }, g.exited, g.nothingLeft},
-			jobIdle, ipc.Gone{Ordered: true},
+			jobIdle,
+			ipc.Gone{Ordered: true},
 		},
 		{
 			"lease lost",
 			[]func(g){g.start, g.started, g.lost, g.exited, g.nothingLeft},
-			jobIdle, ipc.Gone{Reason: ipc.KilledLost, Ordered: true},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledLost, Ordered: true},
 		},
 		{
 			"start refused",
 			[]func(g){g.start, func(g g) { g.refused(int32(unix.ENOENT)) }, g.nothingLeft},
-			jobIdle, ipc.Gone{},
+			jobIdle,
+			ipc.Gone{},
 		},
 		{
 			"start too late",
 			[]func(g){g.start, func(g g) { g.refused(ipc.SpawnerTooLate) }, g.nothingLeft},
-			jobIdle, ipc.Gone{Ordered: true},
+			jobIdle,
+			ipc.Gone{Ordered: true},
 		},
 		{
 			"kill waits for the answer to the start",
 			[]func(g){g.start, g.lost, func(g g) { g.job.childless = true }, g.round},
-			jobKilling, ipc.Gone{},
+			jobKilling,
+			ipc.Gone{},
 		},
 		{
 			"start asked twice",
 			[]func(g){g.start, g.started, g.start, g.exited, g.nothingLeft},
-			jobIdle, ipc.Gone{Reason: ipc.KilledElector, Ordered: true},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledElector, Ordered: true},
 		},
 		{
 			"started twice",
 			[]func(g){g.start, g.started, g.started, g.exited, g.nothingLeft},
-			jobIdle, ipc.Gone{Reason: ipc.KilledFault, Ordered: true},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledFault, Ordered: true},
 		},
 		{
 			"second signal",
-			[]func(g){g.start, g.started,
-				func(g g) { g.signal(unix.SIGTERM); g.signal(unix.SIGTERM) }, g.exited, g.nothingLeft},
-			jobIdle, ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},
+			[]func(g){
+				g.start, g.started,
+				func(g g) { g.signal(unix.SIGTERM); g.signal(unix.SIGTERM) }, g.exited, g.nothingLeft,
+			},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},
 		},
-		{"nothing to stop", []func(g){func(g g) { g.stop(time.Hour) }, g.lost, g.extend}, jobIdle,
-			ipc.Gone{}},
+		{
+			"nothing to stop",
+			[]func(g){func(g g) { g.stop(time.Hour) }, g.lost, g.extend},
+			jobIdle,
+			ipc.Gone{},
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			g := newTestGuard(t)
@@ -262,8 +309,10 @@ func TestGuard_AllocatesNothing(t *testing.T) {
 	number := int64(0)
 	round := func() {
 		number++
-		_ = g.out.Send(ipc.Extend{StopAt: boottime.Now() + time.Hour,
-			KillBy: boottime.Now() + 2*time.Hour})
+		_ = g.out.Send(ipc.Extend{
+			StopAt: boottime.Now() + time.Hour,
+			KillBy: boottime.Now() + 2*time.Hour,
+		})
 		_ = g.out.Send(ipc.Ping{Number: number})
 		g.act(boottime.Now())
 		g.poll()

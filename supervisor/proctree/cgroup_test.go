@@ -226,8 +226,10 @@ func TestFindCgroup(t *testing.T) {
 		{"/foo", mount("/foo", "/sys/fs/cgroup"), "/sys/fs/cgroup"},
 		{"/foo/bar", mount("/foo", "/sys/fs/cgroup"), "/sys/fs/cgroup/bar"},
 		{"/foobar", mount("/foo", "/sys/fs/cgroup"), ""},
-		{"/foobar", mount("/foo", "/mnt/foo") + mount("/", "/sys/fs/cgroup"),
-			"/sys/fs/cgroup/foobar"},
+		{
+			"/foobar", mount("/foo", "/mnt/foo") + mount("/", "/sys/fs/cgroup"),
+			"/sys/fs/cgroup/foobar",
+		},
 		{"/with space/x", mount(`/with\040space`, `/mnt/a\040b`), "/mnt/a b/x"},
 		{"/..", mount("/", "/sys/fs/cgroup"), ""},
 		{"/../other", mount("/", "/sys/fs/cgroup"), ""},

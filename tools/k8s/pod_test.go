@@ -154,9 +154,11 @@ func (p *pod) start(c corev1.Container) *process {
 		command = append(command, expand(arg, env))
 	}
 	script := w.container(p, c)
-	setpriv := []string{"chroot", "/mnt/root", "/usr/bin/setpriv", fmt.Sprint("--reuid=", *p.spec.SecurityContext.RunAsUser),
+	setpriv := []string{
+		"chroot", "/mnt/root", "/usr/bin/setpriv", fmt.Sprint("--reuid=", *p.spec.SecurityContext.RunAsUser),
 		fmt.Sprint("--regid=", *p.spec.SecurityContext.RunAsGroup), fmt.Sprint("--groups=", *p.spec.SecurityContext.FSGroup),
-		"--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "/usr/bin/env", "-i"}
+		"--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "/usr/bin/env", "-i",
+	}
 	args := append([]string{"--mount", "--propagation=private", "sh", "-ec", script, "sh"}, setpriv...)
 	args = append(append(args, list(env)...), command...)
 	proc := &process{Cmd: exec.Command("unshare", args...), pod: p, spec: c, out: &output{}, ended: make(chan struct{})}

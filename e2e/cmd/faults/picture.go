@@ -142,8 +142,10 @@ func (p *picture) heading(r *Results) {
 	p.y += 26
 	x := float64(margin)
 	for _, entry := range []struct{ class, text string }{
-		{"old", "the old job is alive"}, {"next", "the next job is alive"},
-		{"both", "both are alive: must never be"}, {"none", "no job is alive"},
+		{"old", "the old job is alive"},
+		{"next", "the next job is alive"},
+		{"both", "both are alive: must never be"},
+		{"none", "no job is alive"},
 	} {
 		p.add(`<rect x="%.1f" y="%.1f" width="22" height="%d" rx="2" class="%s"/>`,
 			x, p.y-barHeight, barHeight, entry.class)

@@ -48,30 +48,48 @@ func of[T any](f func(T) fault.Fault, with T) func() fault.Fault {
 }
 
 var daemonScenarios = []Scenario{
-	{Name: "stop", Group: "daemon", About: "planned stop (SIGTERM)",
-		Fault: fault.Stop, Isolation: EveryoneAlone, CI: true, User: true},
-	{Name: "guard-killed", Group: "daemon",
+	{
+		Name: "stop", Group: "daemon", About: "planned stop (SIGTERM)",
+		Fault: fault.Stop, Isolation: EveryoneAlone, CI: true, User: true,
+	},
+	{
+		Name: "guard-killed", Group: "daemon",
 		About: "the daemon (of ours, the guard) is killed with SIGKILL",
-		Fault: of(fault.Killed, harness.Guard), Isolation: OursAlone, CI: true, User: true},
-	{Name: "guard-hung", Group: "daemon", About: "the daemon (of ours, the guard) hangs (SIGSTOP)",
-		Fault: of(fault.Hung, harness.Guard), Isolation: OursAlone, User: true},
-	{Name: "guard-hung-unreachable", Group: "daemon",
+		Fault: of(fault.Killed, harness.Guard), Isolation: OursAlone, CI: true, User: true,
+	},
+	{
+		Name: "guard-hung", Group: "daemon", About: "the daemon (of ours, the guard) hangs (SIGSTOP)",
+		Fault: of(fault.Hung, harness.Guard), Isolation: OursAlone, User: true,
+	},
+	{
+		Name: "guard-hung-unreachable", Group: "daemon",
 		About: "the daemon (of ours, the guard) hangs, and etcd is unreachable",
-		Fault: of(fault.HungUnreachable, harness.Guard), CI: true, User: true},
-	{Name: "elector-killed", Group: "daemon",
+		Fault: of(fault.HungUnreachable, harness.Guard), CI: true, User: true,
+	},
+	{
+		Name: "elector-killed", Group: "daemon",
 		About: "the elector, the guard's child, is killed with SIGKILL", Without: noPeers,
-		Fault: of(fault.Killed, harness.Elector), Isolation: OursAlone, CI: true, User: true},
-	{Name: "elector-hung", Group: "daemon", About: "the elector hangs (SIGSTOP)",
-		Fault: of(fault.Hung, harness.Elector), Without: noPeers, User: true},
-	{Name: "elector-hung-unreachable", Group: "daemon",
+		Fault: of(fault.Killed, harness.Elector), Isolation: OursAlone, CI: true, User: true,
+	},
+	{
+		Name: "elector-hung", Group: "daemon", About: "the elector hangs (SIGSTOP)",
+		Fault: of(fault.Hung, harness.Elector), Without: noPeers, User: true,
+	},
+	{
+		Name: "elector-hung-unreachable", Group: "daemon",
 		About: "the elector hangs, and etcd is unreachable",
-		Fault: of(fault.HungUnreachable, harness.Elector), Without: noPeers},
-	{Name: "spawner-killed", Group: "daemon",
+		Fault: of(fault.HungUnreachable, harness.Elector), Without: noPeers,
+	},
+	{
+		Name: "spawner-killed", Group: "daemon",
 		About: "the spawner, between guard and job, is killed with SIGKILL", Without: noPeers,
-		Fault: of(fault.Killed, harness.Spawner), Isolation: OursAlone, CI: true, User: true},
-	{Name: "spawner-hung-unreachable", Group: "daemon",
+		Fault: of(fault.Killed, harness.Spawner), Isolation: OursAlone, CI: true, User: true,
+	},
+	{
+		Name: "spawner-hung-unreachable", Group: "daemon",
 		About: "the spawner hangs, and etcd is unreachable",
-		Fault: of(fault.HungUnreachable, harness.Spawner), Without: noPeers, User: true},
+		Fault: of(fault.HungUnreachable, harness.Spawner), Without: noPeers, User: true,
+	},
 }
 
 // jobScenarios are jobs that don't end as they should, at a planned stop and when
@@ -83,17 +101,25 @@ var jobScenarios = slices.Concat(
 	unruly("setsid-child", "leaves a child in a session of its own, which ignores SIGTERM",
 		"setsid", "", "setsid"),
 	[]Scenario{
-		{Name: "gigabytes", Group: "job",
+		{
+			Name: "gigabytes", Group: "job",
 			About: "the job has 4 GB of memory to free; etcd becomes unreachable",
-			Job: job{Words: []string{fmt.Sprintf("memory=%d", gigabytes)},
-				Ready: waitForMemory, ByThreads: true},
-			Fault: unreachable, Isolation: EveryoneAlone},
-		{Name: "orphans", Group: "job", About: "the job has thousands of orphans and three fork " +
-			"loops; etcd is unreachable and the deadline passes",
-			Job: job{Words: []string{fmt.Sprintf("orphans=%d", orphans), "fork-bomb=3"},
-				Ready: waitForOrphans, ByThreads: true},
+			Job: job{
+				Words: []string{fmt.Sprintf("memory=%d", gigabytes)},
+				Ready: waitForMemory, ByThreads: true,
+			},
+			Fault: unreachable, Isolation: EveryoneAlone,
+		},
+		{
+			Name: "orphans", Group: "job", About: "the job has thousands of orphans and three fork " +
+				"loops; etcd is unreachable and the deadline passes",
+			Job: job{
+				Words: []string{fmt.Sprintf("orphans=%d", orphans), "fork-bomb=3"},
+				Ready: waitForOrphans, ByThreads: true,
+			},
 			Fault: unreachable, Check: timerLatency,
-			Without: noPeers, Isolation: EveryoneAlone, CI: true},
+			Without: noPeers, Isolation: EveryoneAlone, CI: true,
+		},
 	})
 
 // unruly are the two scenarios of a job. Where a stop is not obeyed, its grace is
@@ -101,13 +127,17 @@ var jobScenarios = slices.Concat(
 func unruly(name, does, word, grace, role string) []Scenario {
 	j := job{Words: []string{word}, Ready: waitForRole(role)}
 	return []Scenario{
-		{Name: name + "-stop", Group: "job",
+		{
+			Name: name + "-stop", Group: "job",
 			About: fmt.Sprintf("the job %s; planned stop%s", does, grace),
-			Job:   j, Fault: fault.Stop, Isolation: OursAlone},
-		{Name: name + "-killed", Group: "job",
+			Job:   j, Fault: fault.Stop, Isolation: OursAlone,
+		},
+		{
+			Name: name + "-killed", Group: "job",
 			About: fmt.Sprintf("the job %s; the guard is killed", does),
 			Job:   j, Fault: of(fault.Killed, harness.Guard), Isolation: OursAlone,
-			CI: name == "fork-bomb", User: true},
+			CI: name == "fork-bomb", User: true,
+		},
 	}
 }
 
@@ -116,27 +146,41 @@ func unreachable() fault.Fault { return fault.Unreachable() }
 // linkScenarios are faults of the links between the leader and etcd. The standby's
 // are never touched.
 var linkScenarios = []Scenario{
-	{Name: "link-unreachable", Group: "link", About: "etcd is unreachable: every packet is lost",
-		Etcd: three, Fault: unreachable, CI: true, User: true},
-	{Name: "link-one-way-out", Group: "link",
+	{
+		Name: "link-unreachable", Group: "link", About: "etcd is unreachable: every packet is lost",
+		Etcd: three, Fault: unreachable, CI: true, User: true,
+	},
+	{
+		Name: "link-one-way-out", Group: "link",
 		About: "packets to etcd are lost, those from etcd arrive",
-		Etcd:  three, Fault: func() fault.Fault { return fault.OutboundLost() }},
-	{Name: "link-one-way-in", Group: "link",
+		Etcd:  three, Fault: func() fault.Fault { return fault.OutboundLost() },
+	},
+	{
+		Name: "link-one-way-in", Group: "link",
 		About: "packets from etcd are lost, those to etcd arrive",
-		Etcd:  three, Fault: func() fault.Fault { return fault.InboundLost() }, CI: true},
-	{Name: "link-slow", Group: "link", About: "the link to etcd is slow: 200 ms longer each way",
+		Etcd:  three, Fault: func() fault.Fault { return fault.InboundLost() }, CI: true,
+	},
+	{
+		Name: "link-slow", Group: "link", About: "the link to etcd is slow: 200 ms longer each way",
 		Etcd: three, Proxied: true, Expect: NoFailover,
-		Fault: of(fault.Slow, 200*time.Millisecond), Duration: 6 * time.Second},
-	{Name: "link-lossy", Group: "link", About: "the link to etcd loses 30 % of the packets each " +
-		"way, for 8 s; TCP may stall for longer than the budget",
-		Etcd: three, Expect: MayFailover, Fault: lossy, Duration: 8 * time.Second},
-	{Name: "link-lossy-long", Group: "link", About: "the same for 20 s, with the default TTL",
+		Fault: of(fault.Slow, 200*time.Millisecond), Duration: 6 * time.Second,
+	},
+	{
+		Name: "link-lossy", Group: "link", About: "the link to etcd loses 30 % of the packets each " +
+			"way, for 8 s; TCP may stall for longer than the budget",
+		Etcd: three, Expect: MayFailover, Fault: lossy, Duration: 8 * time.Second,
+	},
+	{
+		Name: "link-lossy-long", Group: "link", About: "the same for 20 s, with the default TTL",
 		Etcd: three, TTL: 15 * time.Second, Expect: MayFailover,
-		Fault: lossy, Duration: 20 * time.Second},
-	{Name: "link-flapping", Group: "link",
+		Fault: lossy, Duration: 20 * time.Second,
+	},
+	{
+		Name: "link-flapping", Group: "link",
 		About: "etcd is unreachable for a second and reachable for a second, five times",
 		Etcd:  three, Expect: NoFailover, Duration: 9500 * time.Millisecond,
-		Fault: func() fault.Fault { return fault.Flapping(time.Second) }},
+		Fault: func() fault.Fault { return fault.Flapping(time.Second) },
+	},
 }
 
 func lossy() fault.Fault { return fault.Lossy(30) }
@@ -147,26 +191,37 @@ func deposing(f func(fault.Which) fault.Fault) func() fault.Fault {
 
 // etcdScenarios are faults of etcd itself.
 var etcdScenarios = []Scenario{
-	{Name: "member-killed", Group: "etcd",
+	{
+		Name: "member-killed", Group: "etcd",
 		About: "a member that follows is killed, and started again after 5 s",
 		Etcd:  three, Expect: NoFailover,
-		Fault: of(fault.MemberKilled, fault.Follower), Duration: overBudget},
-	{Name: "member-paused", Group: "etcd", About: "a member that follows hangs for 8 s (SIGSTOP)",
+		Fault: of(fault.MemberKilled, fault.Follower), Duration: overBudget,
+	},
+	{
+		Name: "member-paused", Group: "etcd", About: "a member that follows hangs for 8 s (SIGSTOP)",
 		Etcd: three, Expect: NoFailover, CI: true, User: true,
-		Fault: of(fault.MemberPaused, fault.Follower), Duration: longPause - fault.Silence},
-	{Name: "member-cut", Group: "etcd",
+		Fault: of(fault.MemberPaused, fault.Follower), Duration: longPause - fault.Silence,
+	},
+	{
+		Name: "member-cut", Group: "etcd",
 		About: "a member that follows is cut off from everybody for 5 s",
 		Etcd:  three, Expect: NoFailover,
-		Fault: of(fault.MemberCut, fault.Follower), Duration: overBudget},
-	{Name: "etcd-leader-killed", Group: "etcd",
+		Fault: of(fault.MemberCut, fault.Follower), Duration: overBudget,
+	},
+	{
+		Name: "etcd-leader-killed", Group: "etcd",
 		About: "etcd's leader is killed, and started again after 5 s",
 		Etcd:  three, Expect: NoFailover, CI: true, User: true,
-		Fault: deposing(fault.MemberKilled), Duration: overBudget},
-	{Name: "etcd-leader-paused", Group: "etcd",
+		Fault: deposing(fault.MemberKilled), Duration: overBudget,
+	},
+	{
+		Name: "etcd-leader-paused", Group: "etcd",
 		About: "etcd's leader hangs for 3 s, less than the rest of any lease's TTL",
 		Etcd:  three, Expect: NoFailover,
-		Fault: of(fault.MemberPaused, fault.Leader), Duration: shortPause - fault.Silence},
-	{Name: "etcd-leader-paused-long", Group: "etcd",
+		Fault: of(fault.MemberPaused, fault.Leader), Duration: shortPause - fault.Silence,
+	},
+	{
+		Name: "etcd-leader-paused-long", Group: "etcd",
 		About: "etcd's leader hangs for 4.5 to 8 s, until leases have expired for it: when it wakes " +
 			"it may revoke them though they are renewed elsewhere (etcd #15247)",
 		Etcd: three, Expect: MayFailover, Promise: Outside,
@@ -174,51 +229,80 @@ var etcdScenarios = []Scenario{
 		Fault: func() fault.Fault {
 			paused := fault.Deposing(fault.MemberPaused(fault.Leader))
 			return fault.Lasting(paused, 4500*time.Millisecond-fault.Silence, longPause-fault.Silence)
-		}},
-	{Name: "etcd-leader-cut", Group: "etcd",
+		},
+	},
+	{
+		Name: "etcd-leader-cut", Group: "etcd",
 		About: "etcd's leader is cut off from everybody for 5 s",
-		Etcd:  three, Expect: NoFailover, Fault: deposing(fault.MemberCut), Duration: overBudget},
-	{Name: "etcd-leader-isolated", Group: "etcd",
+		Etcd:  three, Expect: NoFailover, Fault: deposing(fault.MemberCut), Duration: overBudget,
+	},
+	{
+		Name: "etcd-leader-isolated", Group: "etcd",
 		About: "etcd's leader is cut off from the other members, but not from the candidates, for 5 s",
-		Etcd:  three, Expect: NoFailover, Fault: deposing(fault.MemberIsolated), Duration: overBudget},
-	{Name: "etcd-leader-moved", Group: "etcd",
+		Etcd:  three, Expect: NoFailover, Fault: deposing(fault.MemberIsolated), Duration: overBudget,
+	},
+	{
+		Name: "etcd-leader-moved", Group: "etcd",
 		About: "etcd's leadership is moved on five times, once a second (etcdctl move-leader)",
 		Etcd:  three, Expect: NoFailover,
-		Fault: func() fault.Fault { return fault.Repeated(fault.LeaderMoved(), 5, time.Second) }},
-	{Name: "all-restarted", Group: "etcd",
+		Fault: func() fault.Fault { return fault.Repeated(fault.LeaderMoved(), 5, time.Second) },
+	},
+	{
+		Name: "all-restarted", Group: "etcd",
 		About: "all members are restarted, one after the other",
-		Etcd:  three, Expect: NoFailover, Fault: fault.AllRestarted},
-	{Name: "all-restarted-at-once", Group: "etcd",
+		Etcd:  three, Expect: NoFailover, Fault: fault.AllRestarted,
+	},
+	{
+		Name: "all-restarted-at-once", Group: "etcd",
 		About: "all members are killed at once, and started again",
-		Etcd:  three, Expect: NoFailover, Fault: fault.AllRestartedAtOnce},
-	{Name: "quorum-lost", Group: "etcd",
+		Etcd:  three, Expect: NoFailover, Fault: fault.AllRestartedAtOnce,
+	},
+	{
+		Name: "quorum-lost", Group: "etcd",
 		About: "two of three members are killed, and started again after 8 s",
-		Etcd:  three, Fault: fault.QuorumLost, Duration: longPause, Check: noJobWithoutQuorum},
-	{Name: "stale-acknowledgement", Group: "etcd", About: "the leader reaches only one member, " +
-		"etcd's leader, and that hangs for most of the leader's time",
-		Etcd: three, Expect: MayFailover, Fault: of(fault.StaleAcknowledgement, fault.Rejoined)},
-	{Name: "stale-acknowledgement-unreachable", Group: "etcd",
+		Etcd:  three, Fault: fault.QuorumLost, Duration: longPause, Check: noJobWithoutQuorum,
+	},
+	{
+		Name: "stale-acknowledgement", Group: "etcd", About: "the leader reaches only one member, " +
+			"etcd's leader, and that hangs for most of the leader's time",
+		Etcd: three, Expect: MayFailover, Fault: of(fault.StaleAcknowledgement, fault.Rejoined),
+	},
+	{
+		Name: "stale-acknowledgement-unreachable", Group: "etcd",
 		About: "the same, and the member is unreachable as soon as it has woken",
-		Etcd:  three, Fault: of(fault.StaleAcknowledgement, fault.CutOffAgain)},
-	{Name: "stale-acknowledgement-isolated", Group: "etcd", About: "the same, and when it wakes it " +
-		"can't hear that another leads, and acknowledges renewals for another second",
-		Etcd: three, Fault: of(fault.StaleAcknowledgement, fault.Isolated)},
-	{Name: "stale-acknowledgement-isolated-long", Group: "etcd", About: "the same with a long TTL",
-		Etcd: three, TTL: 20 * time.Second, Fault: of(fault.StaleAcknowledgement, fault.Isolated)},
-	{Name: "disk-slow", Group: "etcd", About: "the disk of one member is slow: 400 ms longer for " +
-		"each sync, while keys are written",
+		Etcd:  three, Fault: of(fault.StaleAcknowledgement, fault.CutOffAgain),
+	},
+	{
+		Name: "stale-acknowledgement-isolated", Group: "etcd", About: "the same, and when it wakes it " +
+			"can't hear that another leads, and acknowledges renewals for another second",
+		Etcd: three, Fault: of(fault.StaleAcknowledgement, fault.Isolated),
+	},
+	{
+		Name: "stale-acknowledgement-isolated-long", Group: "etcd", About: "the same with a long TTL",
+		Etcd: three, TTL: 20 * time.Second, Fault: of(fault.StaleAcknowledgement, fault.Isolated),
+	},
+	{
+		Name: "disk-slow", Group: "etcd", About: "the disk of one member is slow: 400 ms longer for " +
+			"each sync, while keys are written",
 		Etcd: etcd{Members: 3, Flags: syncing}, Expect: NoFailover,
-		Fault: disksSlow(1), Duration: longPause},
-	{Name: "disks-slow", Group: "etcd", About: "the disks of all members are, so that etcd takes a " +
-		"second and more for whatever it is asked",
+		Fault: disksSlow(1), Duration: longPause,
+	},
+	{
+		Name: "disks-slow", Group: "etcd", About: "the disks of all members are, so that etcd takes a " +
+			"second and more for whatever it is asked",
 		Etcd: etcd{Members: 3, Flags: syncing}, Expect: MayFailover,
-		Fault: disksSlow(3), Duration: longPause},
-	{Name: "compaction", Group: "etcd", About: "all that has passed is compacted and each member " +
-		"defragmented, while no watch is connected",
-		Etcd: three, Proxied: true, Expect: NoFailover, Fault: fault.CompactedUnwatched},
-	{Name: "token-expiry", Group: "etcd", About: "auth tokens expire, one after the other",
+		Fault: disksSlow(3), Duration: longPause,
+	},
+	{
+		Name: "compaction", Group: "etcd", About: "all that has passed is compacted and each member " +
+			"defragmented, while no watch is connected",
+		Etcd: three, Proxied: true, Expect: NoFailover, Fault: fault.CompactedUnwatched,
+	},
+	{
+		Name: "token-expiry", Group: "etcd", About: "auth tokens expire, one after the other",
 		Etcd: etcd{Members: 3, Flags: "--auth-token-ttl=1", Auth: true}, TTL: 10 * time.Second,
-		Expect: NoFailover, Fault: fault.TokensExpire},
+		Expect: NoFailover, Fault: fault.TokensExpire,
+	},
 }
 
 func disksSlow(members int) func() fault.Fault {
@@ -229,31 +313,41 @@ func disksSlow(members int) func() fault.Fault {
 // leadership on at once, and the old leader learns of it at the same moment as the
 // next one: nobody can promise more than that it is quick.
 var operatorScenarios = []Scenario{
-	{Name: "lease-revoked", Group: "operator",
+	{
+		Name: "lease-revoked", Group: "operator",
 		About: "the leader's lease is revoked (etcdctl lease revoke)", Promise: Operator,
-		Fault: fault.LeaseRevoked, Isolation: OursAlone, CI: true, User: true},
-	{Name: "key-deleted", Group: "operator",
+		Fault: fault.LeaseRevoked, Isolation: OursAlone, CI: true, User: true,
+	},
+	{
+		Name: "key-deleted", Group: "operator",
 		About: "the leader's key is deleted (etcdctl del)", Promise: Operator,
-		Fault: fault.KeyDeleted, Isolation: OursAlone, CI: true, User: true},
+		Fault: fault.KeyDeleted, Isolation: OursAlone, CI: true, User: true,
+	},
 }
 
 // machineScenarios are faults of the whole machine.
 var machineScenarios = []Scenario{
-	{Name: "starved-cpu", Group: "machine",
+	{
+		Name: "starved-cpu", Group: "machine",
 		About: "64 busy loops on the machine, while etcd is unreachable and the deadline passes",
 		Fault: unreachable, Isolation: ScenarioAlone, User: true,
 		Stress: func(context.Context, *runner) (*fault.Stress, error) {
 			return startStress(64, fault.BusyLoop...)
-		}},
-	{Name: "starved-memory", Group: "machine",
+		},
+	},
+	{
+		Name: "starved-memory", Group: "machine",
 		About: "nearly all memory is taken while etcd is unreachable and the deadline passes",
-		Fault: unreachable, Isolation: EveryoneAlone, Stress: takeMemory},
+		Fault: unreachable, Isolation: EveryoneAlone, Stress: takeMemory,
+	},
 	wallClock("wall-clock-forward", "is set an hour forward", time.Hour),
 	wallClock("wall-clock-back", "is set an hour back", -time.Hour),
-	{Name: "suspend", Group: "machine", About: "the leader's machine is suspended past its TTL and " +
-		"resumed (all its processes frozen and thawed)",
+	{
+		Name: "suspend", Group: "machine", About: "the leader's machine is suspended past its TTL and " +
+			"resumed (all its processes frozen and thawed)",
 		Promise: Outside, Job: job{ByThreads: true},
-		Fault: fault.Suspended, Duration: untilNextJob, Isolation: OursAlone, CI: true},
+		Fault: fault.Suspended, Duration: untilNextJob, Isolation: OursAlone, CI: true,
+	},
 }
 
 func wallClock(name, does string, by time.Duration) Scenario {

@@ -55,15 +55,21 @@ func TestAlive(t *testing.T) {
 // is made of it; a broken promise is told.
 func TestResults(t *testing.T) {
 	at := func(ms float64) *float64 { return &ms }
-	written := &Results{N: 1, PeersN: 1,
+	written := &Results{
+		N: 1, PeersN: 1,
 		Rows: []RowInfo{{Name: "stop", Group: "daemon", About: "planned <stop>", TTL: 5, Short: true}, {Name: "quiet", Group: "etcd", About: "nothing", NoFailover: true}},
 		Samples: []Sample{
-			{Row: "stop", Candidate: "leasehold", Dead: at(1), Next: at(9), Gap: 8, Starts: 1, Until: 12,
-				Lives: []Life{{"a", 1, -500, at(1)}, {"b", 2, 9, nil}}},
-			{Row: "stop", Candidate: "stock loop", Dead: at(70), Next: at(9), Overlap: 61, Starts: 1, Until: 80,
-				Lives: []Life{{"a", 1, -500, at(70)}, {"b", 2, 9, nil}}},
+			{
+				Row: "stop", Candidate: "leasehold", Dead: at(1), Next: at(9), Gap: 8, Starts: 1, Until: 12,
+				Lives: []Life{{"a", 1, -500, at(1)}, {"b", 2, 9, nil}},
+			},
+			{
+				Row: "stop", Candidate: "stock loop", Dead: at(70), Next: at(9), Overlap: 61, Starts: 1, Until: 80,
+				Lives: []Life{{"a", 1, -500, at(70)}, {"b", 2, 9, nil}},
+			},
 			{Row: "quiet", Candidate: "leasehold", Lives: []Life{{"a", 1, -500, nil}}, Violations: []string{"a lease is left"}},
-		}}
+		},
+	}
 	dir := t.TempDir()
 	path := filepath.Join(dir, "faults.json")
 	if err := written.write(path); err != nil {

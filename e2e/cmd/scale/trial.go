@@ -142,8 +142,10 @@ func (t *trial) measure(ctx context.Context, to *Trial) error {
 		{"stand by", true, func() (err error) { to.Steady, err = t.steady(ctx); return err }},
 		{"measure memory", true, func() (err error) { full, err = t.memory(ctx); return err }},
 		{"change leaders", true, func() (err error) { to.Change, err = t.change(ctx); return err }},
-		{"stop all leaders", all && many,
-			func() (err error) { to.AllLeaders, err = t.stopAllLeaders(ctx); return err }},
+		{
+			"stop all leaders", all && many,
+			func() (err error) { to.AllLeaders, err = t.stopAllLeaders(ctx); return err },
+		},
 		{"restart etcd", all, func() (err error) { to.Restart, err = t.restart(ctx); return err }},
 		{"stand by again", all, func() (err error) { to.After, err = t.steady(ctx); return err }},
 		{"leave", true, func() (err error) { to.Leave, err = t.leave(ctx); return err }},

@@ -98,8 +98,10 @@ func TestAction_OfEtcdExcusesWhomItHit(t *testing.T) {
 		{"not told", "", `level=INFO msg="job exited"`, 0, time.Second, true},
 		{"told of an earlier one", "", loss, time.Minute, time.Second, true},
 		{"out of reach", "etcd's other members were not all there", "", 0, time.Second, false},
-		{"out of reach, the lease over", "etcd's other members were not all there", "", 0,
-			-time.Millisecond, true},
+		{
+			"out of reach, the lease over", "etcd's other members were not all there", "", 0,
+			-time.Millisecond, true,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k := quietChecker()

@@ -30,42 +30,67 @@ var kinds = []kind{
 	{name: "guard-killed", weight: 6, on: &aDaemon, fault: killed(harness.Guard)},
 	{name: "elector-killed", weight: 6, on: &aDaemon, fault: killed(harness.Elector)},
 	{name: "guard-hung", weight: 4, on: &aDaemon, from: 0.02, to: 1.2, fault: hung(harness.Guard)},
-	{name: "elector-hung", weight: 4, on: &aDaemon, from: 0.02, to: 1.4,
-		fault: hung(harness.Elector)},
+	{
+		name: "elector-hung", weight: 4, on: &aDaemon, from: 0.02, to: 1.4,
+		fault: hung(harness.Elector),
+	},
 	{name: "spawner-killed", weight: 4, on: &aDaemon, fault: killed(harness.Spawner)},
-	{name: "spawner-hung", weight: 3, on: &aDaemon, from: 0.02, to: 1.4,
-		fault: hung(harness.Spawner)},
-	{name: "suspend-briefly", weight: 3, on: &aDaemon, from: 0.1, to: 0.8, inMargins: true,
-		fault: suspended},
+	{
+		name: "spawner-hung", weight: 3, on: &aDaemon, from: 0.02, to: 1.4,
+		fault: hung(harness.Spawner),
+	},
+	{
+		name: "suspend-briefly", weight: 3, on: &aDaemon, from: 0.1, to: 0.8, inMargins: true,
+		fault: suspended,
+	},
 	{name: "suspend", weight: 2, on: &aDaemon, from: 1, to: 1.5, fault: suspended},
 	{name: "stop", weight: 5, on: &aDaemon, fault: just(fault.Stop)},
 	{name: "stop-twice", weight: 2, on: &aDaemon, fault: just(fault.StopTwice)},
-	{name: "link-unreachable", weight: 5, on: &aLink, from: 0.1, to: 1.6,
-		fault: ofLinks(fault.Unreachable)},
-	{name: "link-one-way-out", weight: 2, on: &aLink, from: 0.1, to: 1.6,
-		fault: ofLinks(fault.OutboundLost)},
-	{name: "link-one-way-in", weight: 2, on: &aLink, from: 0.1, to: 1.6,
-		fault: ofLinks(fault.InboundLost)},
-	{name: "link-lossy", weight: 3, on: &aLink, from: 0.3, to: 2,
+	{
+		name: "link-unreachable", weight: 5, on: &aLink, from: 0.1, to: 1.6,
+		fault: ofLinks(fault.Unreachable),
+	},
+	{
+		name: "link-one-way-out", weight: 2, on: &aLink, from: 0.1, to: 1.6,
+		fault: ofLinks(fault.OutboundLost),
+	},
+	{
+		name: "link-one-way-in", weight: 2, on: &aLink, from: 0.1, to: 1.6,
+		fault: ofLinks(fault.InboundLost),
+	},
+	{
+		name: "link-lossy", weight: 3, on: &aLink, from: 0.3, to: 2,
 		fault: func(x *executor, h *hit) fault.Fault {
 			return fault.Lossy(h.loss, x.reached(h.drawn)...)
 		},
-		details: func(f drawn) string { return fmt.Sprintf(", %d %%", f.loss) }},
-	{name: "link-flapping", weight: 3, on: &aLink, from: 0.5, to: 2,
+		details: func(f drawn) string { return fmt.Sprintf(", %d %%", f.loss) },
+	},
+	{
+		name: "link-flapping", weight: 3, on: &aLink, from: 0.5, to: 2,
 		fault: func(x *executor, h *hit) fault.Fault {
 			return fault.Flapping(h.period, x.reached(h.drawn)...)
 		},
-		details: func(f drawn) string { return fmt.Sprintf(", every %v", f.period) }},
-	{name: "member-killed", weight: 4, on: &aMember, from: 0.1, to: 1.2,
-		fault: ofMember(fault.MemberKilled)},
+		details: func(f drawn) string { return fmt.Sprintf(", every %v", f.period) },
+	},
+	{
+		name: "member-killed", weight: 4, on: &aMember, from: 0.1, to: 1.2,
+		fault: ofMember(fault.MemberKilled),
+	},
 	{name: "member-paused", weight: 4, on: &aMember, from: 0.1, to: 1.5, fault: memberPaused},
-	{name: "member-isolated", weight: 3, on: &aMember, from: 0.1, to: 1.2,
-		fault: ofMember(fault.MemberIsolated)},
-	{name: "members-killed", weight: 1, on: &allMembers, from: 0.05, to: 0.3,
-		fault: func(_ *executor, h *hit) fault.Fault { return fault.MembersKilled(h.taken...) }},
-	{name: "etcd-leader-moved", weight: 3, on: &etcdByOperator, fault: just(fault.LeaderMoved),
-		details: func(f drawn) string { return " to " + memberName(f.index) }},
-	{name: "compacted", weight: 3, on: &etcdByOperator,
+	{
+		name: "member-isolated", weight: 3, on: &aMember, from: 0.1, to: 1.2,
+		fault: ofMember(fault.MemberIsolated),
+	},
+	{
+		name: "members-killed", weight: 1, on: &allMembers, from: 0.05, to: 0.3,
+		fault: func(_ *executor, h *hit) fault.Fault { return fault.MembersKilled(h.taken...) },
+	},
+	{
+		name: "etcd-leader-moved", weight: 3, on: &etcdByOperator, fault: just(fault.LeaderMoved),
+		details: func(f drawn) string { return " to " + memberName(f.index) },
+	},
+	{
+		name: "compacted", weight: 3, on: &etcdByOperator,
 		fault: func(_ *executor, h *hit) fault.Fault {
 			if !h.defrag {
 				h.on.Member = nil
@@ -77,11 +102,14 @@ var kinds = []kind{
 				return ""
 			}
 			return ", and " + memberName(f.index) + " defragmented"
-		}},
+		},
+	},
 	{name: "key-deleted", weight: 4, on: &anElection, fault: just(fault.KeyDeleted)},
 	{name: "lease-revoked", weight: 4, on: &anElection, fault: just(fault.LeaseRevoked)},
-	{name: "cpu-starved", weight: 3, on: &theMachine, from: 0.3, to: 0.8, fault: cpuStarved,
-		details: func(f drawn) string { return fmt.Sprintf(" by %d busy loops", f.loops) }},
+	{
+		name: "cpu-starved", weight: 3, on: &theMachine, from: 0.3, to: 0.8, fault: cpuStarved,
+		details: func(f drawn) string { return fmt.Sprintf(" by %d busy loops", f.loops) },
+	},
 }
 
 // just is a fault of which the checker need not know.

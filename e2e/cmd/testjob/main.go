@@ -245,8 +245,10 @@ func awaitTerm(p *process, _ string) error {
 
 // wipe leaves what the process itself needs.
 func wipe(env []string) []string {
-	return []string{env[len(env)-1], "WITNESS=" + os.Getenv("WITNESS"),
-		"TESTJOB_CANDIDATE=" + candidate(), "TESTJOB_TOKEN=" + token()}
+	return []string{
+		env[len(env)-1], "WITNESS=" + os.Getenv("WITNESS"),
+		"TESTJOB_CANDIDATE=" + candidate(), "TESTJOB_TOKEN=" + token(),
+	}
 }
 
 func fillUp(env []string) []string {
