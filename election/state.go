@@ -29,7 +29,10 @@ type machine struct {
 	now     func() time.Duration
 	changed func() // called after each change, without the lock; may be nil
 
+	logging sync.Mutex // held while lines are written, so that they stay in order
+
 	mu          sync.Mutex
+	lines       []func() // what is to be logged without the lock: a log may block
 	snapshot    Snapshot
 	term        *term // from before Lead is called until it has returned
 	unpublished bool
@@ -56,7 +59,7 @@ type change struct {
 	to     State
 	reason string
 	loss   string // an unplanned loss of leadership, as lossReasons has it; else ""
-	warn   string // a message in place of "state changed", at level WARN
+	warn   string // a message in place of "state changed", at level WARN, also in the same state
 	attrs  []any
 }
 
@@ -64,17 +67,17 @@ type change struct {
 // holds m.mu and has looked at the state before.
 func (m *machine) transition(c change) {
 	from, before := m.snapshot.State, m.snapshot.Reason
-	if from == c.to && before == c.reason {
-		return
-	}
-	m.unpublished = true
+	isNew := from != c.to
+	m.unpublished = m.unpublished || isNew || before != c.reason
 	m.snapshot.State, m.snapshot.Reason = c.to, c.reason
-	if from == c.to {
-		return
+	if isNew {
+		m.snapshot.Since = time.Now()
 	}
-	m.snapshot.Since = time.Now()
-	if c.to == Leading {
+	if isNew && c.to == Leading {
 		m.metrics.terms.Inc()
+	}
+	if !isNew && c.warn == "" {
+		return
 	}
 	level, message := slog.LevelInfo, "state changed"
 	if c.loss != "" {
@@ -88,7 +91,27 @@ func (m *machine) transition(c change) {
 	if c.reason != "" {
 		attrs = append(attrs, "reason", c.reason)
 	}
-	m.log.Log(context.Background(), level, message, attrs...)
+	m.say(level, message, attrs...)
+}
+
+// say has a line logged when the event has ended. The caller holds m.mu.
+func (m *machine) say(level slog.Level, message string, attrs ...any) {
+	m.lines = append(m.lines, func() {
+		m.log.Log(context.Background(), level, message, attrs...)
+	})
+}
+
+// flush logs the lines that there are by now.
+func (m *machine) flush() {
+	m.logging.Lock()
+	defer m.logging.Unlock()
+	m.mu.Lock()
+	lines := m.lines
+	m.lines = nil
+	m.mu.Unlock()
+	for _, write := range lines {
+		write()
+	}
 }
 
 // impossible reports an event that the state does not allow, which is a fault of this package. The
@@ -97,11 +120,14 @@ func (m *machine) impossible(event string) {
 	panic(fmt.Sprintf("election: %s in state %q", event, m.snapshot.State))
 }
 
-// unlock ends an event, and publishes what it has changed.
+// unlock ends an event, logs what it has to tell, and publishes what it has changed.
 func (m *machine) unlock() {
-	publish := m.unpublished
+	publish, logs := m.unpublished, len(m.lines) > 0
 	m.unpublished = false
 	m.mu.Unlock()
+	if logs {
+		m.flush()
+	}
 	if publish {
 		m.publish()
 	}
@@ -288,7 +314,7 @@ func (m *machine) queueChanged(leader *Entry, blocker *Blocker) {
 	m.unpublished = newLeader || !same(m.snapshot.Blocker, blocker)
 	m.snapshot.Leader, m.snapshot.Blocker = leader, blocker
 	if newLeader && leader != nil {
-		m.log.Info("leader changed",
+		m.say(slog.LevelInfo, "leader changed",
 			"leader", quote.Printable(leader.Identity), "token", leader.Token)
 	}
 }

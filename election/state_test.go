@@ -1,9 +1,11 @@
 package election
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"log/slog"
+	"strings"
 	"testing"
 	"time"
 )
@@ -74,6 +76,45 @@ func TestMachine(t *testing.T) {
 			}
 		}
 	}
+}
+
+// That an entry is lost is logged also where the lease had expired before: the candidate is
+// Connecting by then.
+func TestMachine_EntryLostIsLogged(t *testing.T) {
+	for _, state := range []State{Standby, Connecting} {
+		m := newTestMachine(t, state)
+		before := m.get().Since
+		var log bytes.Buffer
+		m.log = slog.New(slog.NewTextHandler(&log, nil))
+		m.entryLost(ErrLeaseLost)
+		if got := log.String(); strings.Count(got, "queue entry lost") != 1 ||
+			!strings.Contains(got, "level=WARN") || !strings.Contains(got, ErrLeaseLost.Error()) {
+			t.Errorf("%s: the log is %q", state, got)
+		}
+		if isNew := m.get().Since != before; isNew != (state != Connecting) {
+			t.Errorf("%s: a new Since: %v", state, isNew)
+		}
+	}
+}
+
+// A log that blocks does not keep anybody from what is known.
+func TestMachine_LogBlocks(t *testing.T) {
+	m := newTestMachine(t, Connecting)
+	r, w := io.Pipe()
+	m.log = slog.New(slog.NewTextHandler(w, nil))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		m.queued()
+	}()
+	if _, err := r.Read(make([]byte, 1)); err != nil { // the line is being written
+		t.Fatal(err)
+	}
+	if got := m.get().State; got != Standby {
+		t.Errorf("state %s", got)
+	}
+	_ = r.Close()
+	<-done
 }
 
 // Whoever has won too late does not lead.
