@@ -54,7 +54,7 @@ type queue struct {
 	created  int64                 // our key's create revision; 0: not put yet
 	entries  map[string]queueEntry // all that are ahead of our key, and that; nil: not read yet
 	revision int64                 // at which entries were read
-	err      error                 // why it is not being watched
+	err      error                 // why it is not being watched, or not read
 	conn     *watchConn            // that serves the watch now, or served the last one
 }
 
@@ -63,6 +63,7 @@ type queueConfig struct {
 	own       string // our key
 	members   *members
 	timing    Timing
+	timeout   time.Duration // of reading who is ahead: a long queue takes its time
 	now       func() time.Duration
 	heartbeat *heartbeat
 	// lost is called when our key is lost. It must not block.
@@ -139,8 +140,8 @@ func (q *queue) ask(
 	return got.from, got.resp, nil
 }
 
-// loadAhead reads who is ahead of us, if our key has been put.
-func (q *queue) loadAhead(ctx context.Context, timeout time.Duration) error {
+// loadAhead reads who is ahead of us, if our key has been put. An error is to be seen meanwhile.
+func (q *queue) loadAhead(ctx context.Context) error {
 	q.mu.Lock()
 	created := q.created
 	q.mu.Unlock()
@@ -149,11 +150,16 @@ func (q *queue) loadAhead(ctx context.Context, timeout time.Duration) error {
 	}
 	ahead := wholePrefix(q.cfg.prefix)
 	ahead.MaxCreateRevision = created
-	_, resp, err := q.ask(ctx, timeout, ahead)
-	if err == nil {
-		q.setAhead(resp.Kvs, resp.Header.Revision)
+	_, resp, err := q.ask(ctx, q.cfg.timeout, ahead)
+	if err != nil {
+		q.mu.Lock()
+		q.err = err
+		q.mu.Unlock()
+		poke(q.changed)
+		return err
 	}
-	return err
+	q.setAhead(resp.Kvs, resp.Header.Revision)
+	return nil
 }
 
 // put says that our key is in etcd, with this create revision.
@@ -198,7 +204,7 @@ func (q *queue) signalFirst() {
 func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.revision, q.entries = revision, make(map[string]queueEntry, len(kvs))
+	q.err, q.revision, q.entries = nil, revision, make(map[string]queueEntry, len(kvs))
 	for _, kv := range kvs {
 		e := newQueueEntry(q.cfg.prefix, kv)
 		q.entries[e.key] = e
@@ -209,8 +215,8 @@ func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	case !own.candidate:
 		q.cfg.lost(ErrKeyOverwritten)
 	}
-	q.signalFirst()
 	poke(q.changed)
+	q.signalFirst() // last: on one CPU whoever is woken last runs first, and the job is waiting
 }
 
 // apply takes over what a watch shows: deletions.

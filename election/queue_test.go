@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -100,6 +101,30 @@ func TestQueue_View(t *testing.T) {
 	q.apply(del("e/n/b", 13))
 	if v, _ = q.view(); v.leader().Key != "e/a" || v.blocker != nil {
 		t.Errorf("view %+v", v)
+	}
+}
+
+// Why it could not be read who is ahead is shown until it is.
+func TestQueue_NotRead(t *testing.T) {
+	ms, err := newMembers(Config{Endpoints: []string{"http://127.0.0.1:1"}, DialTimeout: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ms.close()
+	q := newQueue(queueConfig{
+		prefix: "e/", own: "e/a", members: ms, timeout: time.Second,
+		now: func() time.Duration { return 0 }, heartbeat: new(heartbeat), lost: func(error) {},
+	})
+	q.put(8)
+	if err := q.loadAhead(t.Context()); err == nil {
+		t.Fatal("read of nobody")
+	}
+	if _, err := q.view(); err == nil || len(q.changed) != 1 {
+		t.Errorf("shown: %v, changes %d", err, len(q.changed))
+	}
+	q.setAhead([]*mvccpb.KeyValue{kv("e/a", 8, 10)}, 10)
+	if _, err := q.view(); err != nil {
+		t.Errorf("shown after the read: %v", err)
 	}
 }
 

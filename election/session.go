@@ -120,8 +120,9 @@ func (s *session) startQueue(ctx context.Context) {
 	heartbeat := &s.candidate.heartbeats.queue
 	s.queue = newQueue(queueConfig{
 		prefix: s.cfg.prefix(), own: s.key, members: s.members,
-		timing: NewTiming(s.cfg.TTL, s.cfg.LossGrace, s.cfg.Margin),
-		now:    s.cfg.Now, heartbeat: heartbeat, lost: s.lost,
+		timing:  NewTiming(s.cfg.TTL, s.cfg.LossGrace, s.cfg.Margin),
+		timeout: s.cfg.requestTimeout(),
+		now:     s.cfg.Now, heartbeat: heartbeat, lost: s.lost,
 	})
 	s.running.Go(func() {
 		defer heartbeat.stop()

@@ -65,7 +65,7 @@ func (q *queue) follow(ctx context.Context) error {
 		q.cfg.members.reset(from)
 		return errUnanswered
 	}
-	if err := q.loadAhead(ctx, w.interval); err != nil {
+	if err := q.loadAhead(ctx); err != nil {
 		return err
 	}
 	q.mu.Lock()
@@ -93,7 +93,9 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 				return errSuspect
 			}
 		case <-q.puts:
-			w.behind = !q.isLoaded() && q.loadAhead(ctx, w.interval) != nil
+			if !q.isLoaded() {
+				w.load(ctx)
+			}
 		case resp, ok := <-w.events:
 			if !ok {
 				return errors.New("the watch has ended")
@@ -111,6 +113,13 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 	}
 }
 
+// load reads who is ahead of us. Meanwhile nothing of the watch is taken in, so that the liveness
+// check begins anew.
+func (w *watchConn) load(ctx context.Context) {
+	w.behind = w.queue.loadAhead(ctx) != nil
+	w.unanswered = 0
+}
+
 // tick looks at the head now and then, and asks whether the watch is still served.
 func (w *watchConn) tick(ctx, wctx context.Context) error {
 	q := w.queue
@@ -125,7 +134,7 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 	}
 	switch {
 	case w.behind:
-		w.behind = q.loadAhead(ctx, w.interval) != nil
+		w.load(ctx)
 	case w.look == nil && q.cfg.now()-w.looked > q.cfg.timing.TTL:
 		// Beside the watch, which must not wait for it.
 		found := make(chan queueEntry, 1)

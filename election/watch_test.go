@@ -46,7 +46,7 @@ func newRunningQueue(
 	}
 	q := newQueue(queueConfig{
 		prefix: "e/", own: "e/a", members: ms, timing: Timing{TTL: ttl}, now: harness.Now,
-		heartbeat: new(heartbeat), lost: func(err error) { t.Error(err) },
+		timeout: time.Second, heartbeat: new(heartbeat), lost: func(err error) { t.Error(err) },
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
