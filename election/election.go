@@ -51,7 +51,8 @@ var (
 
 // What Run returns, with the cause, when the candidate was not elected within Config.Wait.
 var (
-	// ErrNotElected: another candidate leads or is ahead, or a key that is no candidate's.
+	// ErrNotElected: another candidate leads or is ahead, or a key that is no candidate's, or it was
+	// not known in time whether one is.
 	ErrNotElected = errors.New("not elected")
 	// ErrUnreachable: etcd did not answer, or it refused.
 	ErrUnreachable = errors.New("etcd can't be used")

@@ -18,6 +18,7 @@ func (s *session) lead(ctx context.Context, created int64) error {
 		return nil // it took too long to learn that we won
 	}
 	s.run.elected = true
+	s.run.outage.over(queueFails)
 	if s.isLost() { // before there was a term to be ended
 		s.state.termEnded(s.lostCause)
 	}

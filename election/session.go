@@ -261,6 +261,9 @@ func (s *session) put(created int64) {
 		s.lost(ErrKeyDeleted) // and put again by a campaign that did not know
 		return
 	}
+	s.mu.Lock()
+	s.campaignErr = nil
+	s.mu.Unlock()
 	s.queue.put(created)
 }
 

@@ -117,6 +117,8 @@ func (s *session) waitOver(v view, trouble error) error {
 		return v.notElected()
 	case trouble != nil:
 		return fmt.Errorf("%w: join the queue: %s", ErrUnreachable, s.cfg.explain(trouble))
+	case v.own == nil && s.created.Load() != 0: // etcd answers, but who is ahead is still being read
+		return fmt.Errorf("%w: the queue could not be joined in time", ErrNotElected)
 	}
 	return fmt.Errorf("%w: no answer in time", ErrUnreachable)
 }
@@ -140,6 +142,7 @@ func (s *session) campaign(
 ) (created int64) {
 	var wait retry
 	for {
+		started := s.cfg.Now()
 		err := election.Campaign(clientv3.WithRequireLeader(ctx), s.cfg.Identity)
 		if ctx.Err() != nil {
 			return 0
@@ -152,6 +155,9 @@ func (s *session) campaign(
 		}
 		// The key was not put, as far as we know. The next attempt finds it if it was.
 		poke(s.changed)
+		if s.cfg.Now()-started > s.timing.RenewInterval() {
+			wait = retry{}
+		}
 		wait.sleep(ctx)
 	}
 	s.lease.confirmFrom(s.created.Load())
