@@ -99,7 +99,7 @@ func (s *session) refuseNested(ctx context.Context) error {
 	within := withinRanges(s.cfg.Election)
 	ranges := append(aroundRanges(parents(s.cfg.Election)), within...)
 	other := ""
-	err := s.keepTrying(ctx, "look for other elections", func() (err error) {
+	err := s.keepTrying(ctx, nestedFails, "look for other elections", func() (err error) {
 		if s.isLost() {
 			return nil // the next session looks again
 		}

@@ -24,15 +24,17 @@ type outage struct {
 type failing uint8
 
 const (
-	leaseFails failing = 1 << iota // the lease is not granted or not renewed
-	queueFails                     // the queue can't be joined
+	leaseFails  failing = 1 << iota // the lease is not granted or not renewed
+	queueFails                      // the queue can't be joined
+	nestedFails                     // nested elections can't be looked for
 )
 
 const (
 	// repeatEvery is the time after which an outage is told again.
 	repeatEvery = time.Minute
-	// reasonEvery is the least time between two reasons, and between two outages of one reason: on
-	// a link that loses packets they come and go.
+	// reasonEvery is the least time between two reasons of one outage, and between two outages in a
+	// row of one reason: on a link that loses packets they come and go. An outage of another reason
+	// than the last one's is told at once.
 	reasonEvery = 10 * time.Second
 
 	notInElection = "not in the election, trying again"

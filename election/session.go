@@ -154,7 +154,7 @@ func (s *session) startLease(ctx context.Context, g granted) {
 
 // join gets the lease, however long that takes.
 func (s *session) join(ctx context.Context) (g granted, err error) {
-	err = s.keepTrying(ctx, "ask for a lease", func() (err error) {
+	err = s.keepTrying(ctx, leaseFails, "ask for a lease", func() (err error) {
 		g, err = s.grant(ctx)
 		return err
 	})
@@ -162,20 +162,22 @@ func (s *session) join(ctx context.Context) (g granted, err error) {
 }
 
 // keepTrying makes a request until it is answered. It returns ErrUnreachable where ctx ends first.
-func (s *session) keepTrying(ctx context.Context, what string, request func() error) error {
+func (s *session) keepTrying(
+	ctx context.Context, fails failing, what string, request func() error,
+) error {
 	var wait retry
 	for {
 		s.candidate.heartbeat()
 		err := request()
 		s.candidate.heartbeat()
 		if err == nil {
-			s.run.outage.over(leaseFails)
+			s.run.outage.over(fails)
 			return nil
 		}
 		reason := what + ": " + s.cfg.explain(err)
 		if ctx.Err() == nil {
 			s.state.connecting(reason)
-			s.run.outage.fails(leaseFails, notInElection, reason)
+			s.run.outage.fails(fails, notInElection, reason)
 			wait.sleep(ctx)
 		}
 		if ctx.Err() != nil || s.triesOnce() {
