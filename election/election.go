@@ -61,11 +61,15 @@ var (
 // NestedError is what Run returns at the first contact with etcd where the election lies within
 // another one that has live candidates, or around it: the candidates of the outer one would wait
 // for those of the inner one.
-type NestedError struct{ Election, Other string }
+type NestedError struct {
+	Election, Other string
+	Key             string // of one of Other's candidates
+}
 
 func (e *NestedError) Error() string {
-	return fmt.Sprintf("the election %s can't be used beside %s, which has live candidates: "+
-		"one name is a prefix of the other", quote.Value(e.Election), quote.Value(e.Other))
+	return fmt.Sprintf("the election %s can't be used beside %s, which has live candidates, as the "+
+		"key %s shows: one name is a prefix of the other",
+		quote.Value(e.Election), quote.Value(e.Other), quote.Value(e.Key))
 }
 
 // Backoff is what Callbacks.Lead returns to give up the term and to keep the candidate out of the

@@ -61,27 +61,30 @@ func nestedRange(from, to string) *pb.RangeRequest {
 	return &pb.RangeRequest{Key: []byte(from), RangeEnd: []byte(to), Limit: nestedLimit}
 }
 
-// findNested returns the name of an election within or around ours that has a live candidate, or
-// "".
-func (s *session) findNested(ctx context.Context, ranges []*pb.RangeRequest) (string, error) {
+// findNested returns the key of a live candidate of an election within or around ours; of none: the
+// zero value.
+func (s *session) findNested(
+	ctx context.Context, ranges []*pb.RangeRequest,
+) (queueEntry, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
 	return hedge(ctx, s.members, s.cfg.hedgeDelay(),
-		func(ctx context.Context, m *member) (string, error) {
+		func(ctx context.Context, m *member) (queueEntry, error) {
 			_, all, err := m.readAll(ctx, ranges...)
 			if err != nil {
-				return "", err
+				return queueEntry{}, err
 			}
 			for _, kvs := range all {
 				for _, kv := range kvs {
 					// That the key is there says that its lease is alive.
-					other := newQueueEntry("", kv).election()
+					found := newQueueEntry("", kv)
+					other := found.election()
 					if other != "" && isNested(s.cfg.Election, other) {
-						return other, nil
+						return found, nil
 					}
 				}
 			}
-			return "", nil
+			return queueEntry{}, nil
 		})
 }
 
@@ -98,16 +101,16 @@ func (s *session) refuseNested(ctx context.Context) error {
 	}
 	within := withinRanges(s.cfg.Election)
 	ranges := append(aroundRanges(parents(s.cfg.Election)), within...)
-	other := ""
+	var found queueEntry
 	err := s.keepTrying(ctx, nestedFails, "look for other elections", func() (err error) {
 		if s.isLost() {
 			return nil // the next session looks again
 		}
-		other, err = s.findNested(ctx, ranges)
+		found, err = s.findNested(ctx, ranges)
 		if errors.Is(err, rpctypes.ErrPermissionDenied) && len(ranges) > len(within) {
 			s.log.Debug("elections around this one are not looked for", "err", err)
 			ranges = within
-			other, err = s.findNested(ctx, ranges)
+			found, err = s.findNested(ctx, ranges)
 		}
 		s.run.nestedChecked = err == nil
 		return err
@@ -115,8 +118,8 @@ func (s *session) refuseNested(ctx context.Context) error {
 	switch {
 	case err != nil:
 		return err
-	case other != "":
-		return &NestedError{Election: s.cfg.Election, Other: other}
+	case found.key != "":
+		return &NestedError{Election: s.cfg.Election, Other: found.election(), Key: found.key}
 	}
 	return nil
 }

@@ -48,7 +48,7 @@ func (c *testCandidate) expectNested(election, other string) {
 	c.t.Helper()
 	var nested *NestedError
 	if err := c.waitForReturn(); !errors.As(err, &nested) || nested.Election != election ||
-		nested.Other != other {
+		nested.Other != other || !strings.HasPrefix(nested.Key, other+"/") {
 		c.t.Errorf("Run returned %v, want %s and %s refused", err, election, other)
 	}
 }

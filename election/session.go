@@ -83,6 +83,9 @@ func (s *session) start(ctx context.Context) error {
 		return unlessStopped(ctx, err)
 	}
 	s.startLease(sctx, g)
+	if ctx.Err() != nil {
+		return nil
+	}
 	if err := s.refuseNested(wctx); err != nil {
 		return unlessStopped(ctx, err)
 	}
