@@ -87,7 +87,7 @@ func TestAction_EndsToExcuse(t *testing.T) {
 // only where that has heard of it, and one out of reach only where its lease had time left.
 func TestAction_OfEtcdExcusesWhomItHit(t *testing.T) {
 	now := harness.Now()
-	const loss = `level=INFO msg="state changed" reason="the lease is gone from etcd"`
+	const loss = `level=WARN msg="leadership lost" from=leading to=stopping reason="the lease is gone from etcd"`
 	for _, c := range []struct {
 		name, unreached, log string
 		written              time.Duration // before now
