@@ -30,8 +30,8 @@ type leaseEvents interface {
 	// gone.
 	lost(cause error)
 	// suspect is called when a renewal at that endpoint failed or, with abandoned set, was not
-	// answered.
-	suspect(endpoint int, abandoned bool, err error)
+	// answered. It is late where a renewal that was sent after it, or with it, counts already.
+	suspect(endpoint int, abandoned, late bool, err error)
 }
 
 // lease keeps one lease alive. One goroutine, that of run, decides everything; each attempt to
@@ -220,7 +220,7 @@ func (l *lease) abandonHung(now time.Duration) {
 		if a := &l.attempts[i]; a.serial != 0 && now >= a.abandon {
 			l.cfg.metrics.renewals.WithLabelValues(renewalAbandoned).Inc()
 			l.failed(now, i)
-			l.cfg.events.suspect(i, true, context.DeadlineExceeded)
+			l.suspect(i, true, context.DeadlineExceeded)
 		}
 	}
 }
@@ -283,7 +283,7 @@ func (l *lease) replace(now time.Duration) int {
 	since := a.since
 	l.finish(oldest)
 	if now-since >= l.timing.RenewInterval() {
-		l.cfg.events.suspect(oldest, true, context.DeadlineExceeded)
+		l.suspect(oldest, true, context.DeadlineExceeded)
 		since = 0
 	}
 	a.since = since
@@ -347,7 +347,7 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 	case a.err != nil:
 		l.cfg.metrics.renewals.WithLabelValues(renewalFailed).Inc()
 		l.failed(now, a.endpoint)
-		l.cfg.events.suspect(a.endpoint, false, a.err)
+		l.suspect(a.endpoint, false, a.err)
 	case a.confirming && a.reading.created != this.created:
 		l.cfg.events.lost(ErrKeyDeleted)
 		return true
@@ -408,9 +408,16 @@ func (l *lease) finish(i int) {
 // When a later attempt has already been good, the next one can wait until it is due.
 func (l *lease) failed(now time.Duration, i int) {
 	l.finish(i)
-	if l.attempts[i].sent <= l.sent {
+	if l.isLate(i) {
 		return
 	}
 	l.next = min(l.next, now+l.timing.repeatAfter())
 	l.prefer = (i + 1) % len(l.endpoints)
+}
+
+// isLate reports whether a renewal counts that was not sent before the endpoint's last attempt.
+func (l *lease) isLate(i int) bool { return l.attempts[i].sent <= l.sent }
+
+func (l *lease) suspect(i int, abandoned bool, err error) {
+	l.cfg.events.suspect(i, abandoned, l.isLate(i), err)
 }

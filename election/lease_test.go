@@ -121,11 +121,11 @@ func (e testEvents) renewed(d Deadlines) {
 }
 func (e testEvents) contactLost()     { e.record("contact lost") }
 func (e testEvents) lost(cause error) { e.record("%v", cause) }
-func (e testEvents) suspect(endpoint int, dead bool, _ error) {
+func (e testEvents) suspect(endpoint int, dead, late bool, _ error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.testLease.suspect = append(
-		e.testLease.suspect, fmt.Sprintf("%v endpoint %d dead %v", e.now(), endpoint, dead),
+		e.testLease.suspect, fmt.Sprintf("%v endpoint %d dead %v late %v", e.now(), endpoint, dead, late),
 	)
 }
 
@@ -250,7 +250,7 @@ func TestLease_NextEndpointJoinsTheUnansweredOne(t *testing.T) {
 		expectAsked(t, l.endpoints[0], 2*time.Second)
 		expectAsked(t, l.endpoints[1], 2500*ms, 4500*ms)
 		expectAsked(t, l.endpoints[2])
-		if want := []string{"4s endpoint 0 dead true"}; !slices.Equal(l.suspect, want) {
+		if want := []string{"4s endpoint 0 dead true late true"}; !slices.Equal(l.suspect, want) {
 			t.Errorf("suspects: %q, want %q", l.suspect, want)
 		}
 	})
@@ -291,6 +291,9 @@ func TestLease_OneEndpointIsAskedAgain(t *testing.T) {
 		l := newTestLease(t, 7, hang)
 		l.pass(4500 * ms)
 		expectAsked(t, l.endpoints[0], 2*time.Second, 4*time.Second) // abandoned after an interval
+		if want := []string{"4s endpoint 0 dead true late false"}; !slices.Equal(l.suspect, want) {
+			t.Errorf("suspects: %q, want %q", l.suspect, want)
+		}
 		l.endpoints[0].set(refuse)
 		l.pass(7600 * ms)
 		expectAsked(

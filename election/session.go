@@ -316,17 +316,11 @@ func (s *session) isLost() bool {
 }
 
 // suspect implements leaseEvents.
-func (s *session) suspect(endpoint int, abandoned bool, err error) {
+func (s *session) suspect(endpoint int, abandoned, late bool, err error) {
 	m := s.members.all()[endpoint]
-	trouble := &memberError{m.name(), err}
-	s.mu.Lock()
-	s.trouble = trouble
-	s.mu.Unlock()
-	message := "lease not renewed, trying again"
-	if len(s.members.all()) > 1 {
-		message += " at another endpoint"
+	if !late {
+		s.notRenewed(&memberError{m.name(), err})
 	}
-	s.run.outage.fails(leaseFails, message, s.cfg.explain(trouble))
 	if abandoned && s.members.auth != nil && s.members.auth.busy() {
 		return // it waits for a token, maybe
 	}
@@ -337,4 +331,16 @@ func (s *session) suspect(endpoint int, abandoned bool, err error) {
 	if abandoned || unavailable(err) {
 		s.queue.suspect(m)
 	}
+}
+
+// notRenewed says why the lease is not renewed yet.
+func (s *session) notRenewed(trouble error) {
+	s.mu.Lock()
+	s.trouble = trouble
+	s.mu.Unlock()
+	message := "lease not renewed, trying again"
+	if len(s.members.all()) > 1 {
+		message += " at another endpoint"
+	}
+	s.run.outage.fails(leaseFails, message, s.cfg.explain(trouble))
 }
