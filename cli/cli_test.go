@@ -99,6 +99,17 @@ func TestParse_Hints(t *testing.T) {
 		{"--passwd=hunter2 -- x", "LEASEHOLD_PASSWORD"},
 		{"--token=hunter2 -- x", "leasehold help names all variables"},
 		{"FOO=hunter2 -- x", "leasehold help names all variables"},
+		{"--token=hunter2 -- x", "no such flag --token, and settings"},
+		{"--to x -- y", "no such flag --to, and settings are environment variables: leasehold help"},
+		{"--watch -- y", "no such flag --watch, and settings are environment variables: leasehold help"},
+		{"-f=x -- y", "-f FILE reads an env file"},
+		{"--file x -- y", "-f FILE reads an env file"},
+		{"--env-file=x -- y", "-f FILE reads an env file"},
+		{"--json status", "write --json after status: leasehold status [ELECTION] [--json]"},
+		{"--help=x", "--help takes no value"},
+		{"status --json=x", "--json takes no value"},
+		{"status LEASEHOLD_X=hunter2", "settings are environment variables, not arguments"},
+		{"status LEASEHOLD_TTL", "set the variable LEASEHOLD_TTL"},
 		{"statsu", `no such command "statsu": did you mean status? To run a job of that name: leasehold -- statsu`},
 		{"resign", `no such command "resign"`},
 		{"status --jsn", "no such flag --jsn: did you mean --json?"},
@@ -126,6 +137,37 @@ func TestParse_Hints(t *testing.T) {
 		got := usage.Error()
 		if !strings.Contains(got, c.want) || strings.Contains(got, "hunter2") || strings.Contains(got, "\n") {
 			t.Errorf("leasehold %s: %q, want %q", c.args, got, c.want)
+		}
+	}
+}
+
+// TestParse_FaultKeepsCommand: whoever reports the fault must know that a probe runs the command.
+func TestParse_FaultKeepsCommand(t *testing.T) {
+	for args, want := range map[string]string{
+		"--jsn status":         "status",
+		"-f a -f b check":      "check",
+		"--ttl 5s status":      "status",
+		"TTL=5s check":         "check",
+		"status --jsn":         "status",
+		"-f status -x":         "",
+		"backup.sh status":     "",
+		"-f a backup.sh check": "",
+		"--ttl 5s":             "",
+	} {
+		call, err := newTestProgram(nil).Parse(strings.Fields(args))
+		if err == nil || call.Command.Name != want {
+			t.Errorf("leasehold %s: command %q, want %q; %v", args, call.Command.Name, want, err)
+		}
+	}
+}
+
+func TestParse_EmptyArgument(t *testing.T) {
+	for _, args := range [][]string{{"install", ""}, {"status", ""}, {"check", ""}, {"help", ""}} {
+		_, err := newTestProgram(nil).Parse(args)
+		var usage *UsageError
+		want := "an argument is empty: leasehold " + args[0]
+		if !errors.As(err, &usage) || !strings.HasPrefix(usage.Hint, want) {
+			t.Errorf("leasehold %q: %v, want %q", args, err, want)
 		}
 	}
 }

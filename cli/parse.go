@@ -22,10 +22,13 @@ func (p *Program) Parse(args []string) (Call, error) {
 		line.own, line.job, line.hasJob = args[:i], args[i+1:], true
 	}
 	call, hint := line.parse()
-	if hint != "" {
-		return call, &UsageError{Hint: hint}
+	if hint == "" {
+		return call, nil
 	}
-	return call, nil
+	if call.Command.Name == "" {
+		call.Command = line.named()
+	}
+	return call, &UsageError{Hint: hint}
 }
 
 // A line is a command line under way. Nothing of job is ever shown, nor the value of a setting that
@@ -42,6 +45,25 @@ func (l *line) find(name string) (Command, bool) {
 		return Command{}, false
 	}
 	return l.commands[i], true
+}
+
+// named is the command that the line names, also where a wrong flag or a setting stands before it.
+func (l *line) named() Command {
+	for i := 0; i < len(l.own); i++ {
+		arg := l.own[i]
+		c, found := l.find(arg)
+		switch {
+		case found:
+			return c
+		case arg == "-f":
+			i++
+		case strings.HasPrefix(arg, "-"), strings.Contains(arg, "="):
+		case i > 0 && strings.HasPrefix(l.own[i-1], "-"): // the value of a wrong flag
+		default:
+			return Command{}
+		}
+	}
+	return Command{}
 }
 
 // parse returns the call, or what is wrong with the line and, where it is known, its command.
@@ -108,6 +130,8 @@ func (l *line) arguments(call Call) string {
 		return "there is no command after --: leasehold -- COMMAND [ARG...]"
 	case !c.Job && l.hasJob:
 		return fmt.Sprintf("%s runs no job: %s, or leasehold -- COMMAND [ARG...]", c.Name, c.Usage())
+	case slices.Contains(call.Args, ""):
+		return "an argument is empty: " + c.Usage()
 	case len(call.Args) < c.Min:
 		return "an argument is missing: " + c.Usage()
 	case len(call.Args) > c.Max && c.Max == 0:
@@ -141,9 +165,18 @@ func (l *line) unknownCommand(word string) string {
 
 // unknownFlag is the hint for a flag that c, or the whole line where c is none, does not take.
 func (l *line) unknownFlag(c Command, flag string) string {
-	name, _, _ := strings.Cut(flag, "=")
-	if name == "-v" || name == "-V" {
+	name, _, assigned := strings.Cut(flag, "=")
+	valueless := append([]string{"-h", "--help", "--version"}, c.Flags...)
+	named := l.named()
+	switch {
+	case name == "-v" || name == "-V":
 		return "no such flag " + name + ": did you mean --version?"
+	case name == "-f" || name == "--file" || name == "--env-file":
+		return "-f FILE reads an env file: leasehold -f FILE ..."
+	case assigned && slices.Contains(valueless, name):
+		return name + " takes no value"
+	case c.Name == "" && slices.Contains(named.Flags, flag):
+		return fmt.Sprintf("write %s after %s: %s", flag, named.Name, named.Usage())
 	}
 	if near := suggest.Nearest(name, append([]string{"--help", "--version"}, c.Flags...)); near != "" {
 		return fmt.Sprintf("no such flag %s: did you mean %s?", quote.Word(name), near)
@@ -151,10 +184,11 @@ func (l *line) unknownFlag(c Command, flag string) string {
 	return settingHint(flag)
 }
 
-// isSetting reports whether an argument is NAME=value with the name of a variable.
+// isSetting reports whether an argument is NAME=value with the name of a variable, or begins as a
+// variable does.
 func isSetting(arg string) bool {
 	name, _, assigned := strings.Cut(arg, "=")
-	return assigned && slices.Contains(settings(), strings.TrimPrefix(name, config.Prefix+"_"))
+	return strings.HasPrefix(arg, config.Prefix+"_") || assigned && slices.Contains(settings(), name)
 }
 
 func settings() []string {
@@ -170,7 +204,7 @@ func settings() []string {
 func settingHint(arg string) string {
 	flag := strings.HasPrefix(arg, "-")
 	name, value, assigned := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-	if !flag && !assigned {
+	if !flag && !assigned && !isSetting(arg) {
 		return ""
 	}
 	setting := strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
@@ -178,7 +212,8 @@ func settingHint(arg string) string {
 	if known := settings(); !slices.Contains(known, setting) {
 		setting = suggest.Nearest(setting, known)
 	}
-	what := "no such flag, and settings are environment variables"
+	what := fmt.Sprintf("no such flag %s, and settings are environment variables",
+		quote.Word(strings.TrimSuffix(arg, "="+value)))
 	if !flag {
 		what = "settings are environment variables, not arguments"
 	}

@@ -7,13 +7,17 @@ import (
 
 // Nearest returns the candidate that a misspelt word most likely stands for, or "".
 func Nearest(word string, candidates []string) string {
-	best, least := "", 2*max(2, len(word)/3)+2
+	limit := max(2, len(word)/3)
+	if len(word) < 3 {
+		limit = 1 // at a distance of two it would be nearly any short word
+	}
+	best, least := "", 2*limit+2
 	for _, candidate := range candidates {
 		// Of two at the same distance, the one that holds the word; and that one even from afar, as
 		// for GRACE or CA_FILE.
 		rank := 2*distance(word, candidate) + 1
 		if len(word) >= 4 && (strings.Contains(candidate, word) || strings.Contains(word, candidate)) {
-			rank = min(rank-1, 2*max(2, len(word)/3)+1)
+			rank = min(rank-1, 2*limit+1)
 		}
 		if rank < least {
 			best, least = candidate, rank
