@@ -87,7 +87,9 @@ Anything else is wrong usage (exit code 64), with a hint.
 The file of ` + "`-f`" + ` is what a systemd unit reads by ` + "`EnvironmentFile=`" + `: a variable a line, ` + "`#`" + ` and ` + "`;`" + ` before a comment, quotes, a
 backslash before a newline that continues the line. All of its variables are set, also those that are not leasehold's. The environment
 overrules the file: ` + "`LEASEHOLD_TTL=30s leasehold -f /etc/leasehold/backup.env -- backup.sh`" + `. What systemd would pass over is a fault,
-with file and line: a line without ` + "`=`" + `, a name that is none, a quote without an end.
+with file and line: a line without ` + "`=`" + `, a name that is none, a quote without an end. So is a comment
+that ends with a backslash, which versions of systemd read differently. The file is 1 MiB long at most, and each of its values
+shorter than 128 KiB.
 
 ## Variables
 

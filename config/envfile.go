@@ -5,6 +5,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"unicode/utf8"
@@ -13,12 +14,16 @@ import (
 // LoadFile reads an env file and adds its variables to the environment of the process, all of them,
 // as systemd's EnvironmentFile= would. A variable that the environment has already stays as it is,
 // also when it is set to nothing. The error is an *Error with every fault of the file, each led by
-// its name and line.
+// its name and line. An empty path names no file.
 //
 // The format is that of systemd.exec(5). What systemd passes over in silence or with a warning is
-// a fault here: a line without an =, a name that is none, a quote without an end.
+// a fault here: a line without an =, a name that is none, a quote without an end. So is what its
+// versions disagree on: a comment that ends with a backslash.
 func LoadFile(path string) error {
-	text, err := os.ReadFile(path)
+	if path == "" {
+		return nil
+	}
+	text, err := readEnvFile(path)
 	if err != nil {
 		return &Error{Faults: []error{err}}
 	}
@@ -36,6 +41,26 @@ func LoadFile(path string) error {
 		}
 	}
 	return nil
+}
+
+// Bounds of an env file.
+const (
+	maxEnvFile = 1 << 20
+	// maxEntry is MAX_ARG_STRLEN of Linux: exec refuses a longer NAME=value with its NUL.
+	maxEntry = 128 << 10
+)
+
+func readEnvFile(path string) (text []byte, err error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = file.Close() }()
+	text, err = io.ReadAll(io.LimitReader(file, maxEnvFile+1))
+	if err == nil && len(text) > maxEnvFile {
+		err = fmt.Errorf("%s: the file is longer than 1 MiB", path)
+	}
+	return text, err
 }
 
 // An envFile is a file that is being read.
@@ -79,6 +104,10 @@ func (f *envFile) parse() {
 		switch {
 		case rest[0] == '#', rest[0] == ';':
 			f.text = f.text[len(rest):]
+			if strings.HasSuffix(rest, "\\") {
+				f.fault(line, "a comment ends with a backslash:"+
+					" systemd before 254 takes the next line for part of it")
+			}
 			continue
 		case !assigned:
 			f.text = f.text[len(rest):]
@@ -93,6 +122,9 @@ func (f *envFile) parse() {
 		}
 		if err := envNameFault(name); err != nil {
 			f.fault(line, "%w", err)
+		}
+		if len(name)+len("=")+len(value)+len("\x00") > maxEntry {
+			f.fault(line, "the value is too long: with its name it must be shorter than 128 KiB")
 		}
 		f.values[name] = value
 	}

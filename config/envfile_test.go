@@ -16,7 +16,6 @@ func TestEnvFile(t *testing.T) {
 		"A=1":                                "1",
 		"\n\n  A = 1 \t\r\n":                 "1",
 		"# A=2\n; A=3\nA=1\n#A=4":            "1",
-		"# a comment \\\nA=1":                "1",
 		"A=1\nA=2\n":                         "2",
 		"A=":                                 "",
 		"A=a  b # c":                         "a  b # c",
@@ -53,7 +52,12 @@ func TestEnvFile_Faults(t *testing.T) {
 		"A='1\nB=2\nC=hunter2":      {":1: the quote that begins in line 1 has no end"},
 		"\nB=1 \\\n x\nA=\"hunter2": {":4: the quote that begins in line 4 has no end"},
 		"A=\xff":                    {":1: the value is not UTF-8"},
-		"A=a\x00b":                  {":1: the value is not UTF-8, or holds a NUL"},
+		"# a comment \\\nA=1\n;\\": {
+			":1: a comment ends with a backslash", ":3: a comment ends with a backslash",
+		},
+		"B=1\nA=" + strings.Repeat("x", maxEntry): {":2: the value is too long"},
+		strings.Repeat("A=1\n", maxEnvFile/4+1):   {": the file is longer than 1 MiB"},
+		"A=a\x00b":                                {":1: the value is not UTF-8, or holds a NUL"},
 	} {
 		writeFile(t, path, text)
 		err := LoadFile(path)
@@ -74,6 +78,15 @@ func TestEnvFile_Faults(t *testing.T) {
 	}
 	if err := LoadFile(path + "-missing"); err == nil || !strings.Contains(err.Error(), path+"-missing: no such file") {
 		t.Errorf("a file that is missing: %v", err)
+	}
+}
+
+func TestLoadFile_TakesNoEndlessFile(t *testing.T) {
+	if err := LoadFile("/dev/zero"); err == nil || !strings.Contains(err.Error(), "longer than 1 MiB") {
+		t.Errorf("/dev/zero: %v", err)
+	}
+	if err := LoadFile(""); err != nil {
+		t.Errorf("no file: %v", err)
 	}
 }
 
