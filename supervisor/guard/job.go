@@ -353,7 +353,10 @@ func (j *job) reportGone(now time.Duration) {
 		reason = ipc.NotKilled
 	}
 	j.g.send(ipc.Gone{Elapsed: elapsed, Reason: reason, Ordered: j.ordered})
-	attrs := []any{"elapsed", elapsed.String()}
+	var attrs []any
+	if j.ordered || reason != ipc.NotKilled { // else it would read as how long the job ran
+		attrs = append(attrs, "elapsed", elapsed.String())
+	}
 	if j.started {
 		exit := proctree.ExitOf(j.status)
 		attrs = append(attrs, "exit_code", exit.Code, "signal", exit.Signal)

@@ -3,8 +3,10 @@
 package guard
 
 import (
+	"bytes"
 	"log/slog"
 	"os/exec"
+	"strings"
 	"testing"
 	"time"
 
@@ -281,6 +283,8 @@ func TestJob_States(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			g := newTestGuard(t)
+			var log bytes.Buffer
+			g.log = slog.New(slog.NewTextHandler(&log, nil))
 			for _, event := range c.events {
 				event(g)
 			}
@@ -293,6 +297,11 @@ func TestJob_States(t *testing.T) {
 			}
 			got := m.Gone()
 			got.Elapsed = 0
+			// Without a stop or a kill it would read as how long the job ran.
+			byItself := !got.Ordered && got.Reason == ipc.NotKilled
+			if strings.Contains(log.String(), "job exited\" elapsed=") && byItself {
+				t.Errorf("the job ended by itself: %s", &log)
+			}
 			if told && got != c.gone {
 				t.Errorf("the elector was told %+v, want %+v", got, c.gone)
 			}
