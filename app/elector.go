@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	ossignal "os/signal"
 	"strconv"
@@ -26,6 +27,7 @@ import (
 type jobCallbacks struct {
 	supervisor *supervisor.Supervisor
 	cfg        config.Config
+	log        *slog.Logger
 	margin     atomic.Int64
 	// stopping reports whether the daemon was asked to stop: the job may have ended for that before
 	// the term has.
@@ -46,6 +48,10 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 	never := j.cfg.Restart == string(supervisor.RestartNever)
 	switch {
 	case errors.As(err, &resign):
+		j.log.Warn("LEASEHOLD_RESTART_LIMIT is reached: resigning",
+			"restart_limit", j.cfg.RestartLimit.N,
+			"exit_code", resign.Last.Code, "signal", resign.Last.Signal,
+			"backoff", resign.After.Round(time.Millisecond).String())
 		return &election.Backoff{For: resign.After}
 	case err == nil && never && !j.stopping() && !j.supervisor.Snapshot().StartedAt.IsZero():
 		return errLost
@@ -95,7 +101,7 @@ func runElector(build Build, args []string) int {
 	defer stop(nil)
 	changed := make(chan struct{}, 1)
 	registry := prometheus.NewRegistry()
-	job := &jobCallbacks{cfg: cfg, stopping: func() bool { return ctx.Err() != nil }}
+	job := &jobCallbacks{cfg: cfg, log: log.Logger, stopping: func() bool { return ctx.Err() != nil }}
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
 	sc.TTL, sc.Margin = cfg.TTL.Duration, job.grantedMargin

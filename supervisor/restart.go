@@ -56,7 +56,7 @@ func (r *restarter) after(exit ExitError, ran time.Duration) (time.Duration, err
 	delay := time.Duration(float64(r.backoff) * (0.8 + 0.4*r.jitter()))
 	if r.limit > 0 && r.failures >= r.limit {
 		r.failures = 0
-		return 0, &ResignError{After: delay}
+		return 0, &ResignError{After: delay, Last: exit}
 	}
 	return delay, nil
 }

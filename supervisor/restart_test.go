@@ -118,6 +118,9 @@ func TestRestarter_LimitResigns(t *testing.T) {
 		if resign.After != 4*time.Second {
 			t.Errorf("back in the queue after %v, not 4s", resign.After)
 		}
+		if resign.Last.Code != 1 {
+			t.Errorf("resigned for %+v, want the exit code 1", resign.Last)
+		}
 		if pauses, _ := play(r, quick); pauses[0] != 8*time.Second {
 			t.Errorf("the next pause is %v, not 8s", pauses[0])
 		}

@@ -27,6 +27,7 @@ type Term struct {
 // ResignError means that the job failed too often here: another candidate should try.
 type ResignError struct {
 	After time.Duration // before this one campaigns again
+	Last  ExitError     // of the job
 }
 
 func (e *ResignError) Error() string {

@@ -135,7 +135,9 @@ func (g *guard) message(m ipc.Message) {
 	case ipc.KindStop:
 		g.job.stopAsked(m.Stop(), now)
 	case ipc.KindExiting:
-		g.elector.announced, g.elector.exit = true, Exit(m.Exiting())
+		exiting := m.Exiting()
+		g.elector.announced = true
+		g.elector.exit = Exit{Code: exiting.Code, Why: exiting.Why}
 	}
 }
 

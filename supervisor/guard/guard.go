@@ -68,6 +68,8 @@ type Config struct {
 type Exit struct {
 	Code int
 	Why  string
+	// Forced means that a second signal asked for the end, and the elector was killed for it.
+	Forced bool
 }
 
 // ErrLost means that the elector or the spawner was lost. Nothing of the job is left, and the lease

@@ -74,7 +74,7 @@ func (g *guard) exit() (Exit, error) {
 	case g.elector.announced:
 		return g.elector.exit, nil
 	case g.forced: // nothing of what was asked for is left undone
-		return Exit{Why: "planned stop; the elector was killed"}, nil
+		return Exit{Why: "planned stop; the elector was killed", Forced: true}, nil
 	case g.spawner.lost:
 		return Exit{}, fmt.Errorf("the spawner is %w", ErrLost)
 	}
