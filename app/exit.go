@@ -36,6 +36,7 @@ var (
 	errPlannedStop   = errors.New("planned stop")
 	errLost          = errors.New("leadership lost, and the job is not restarted")
 	errSetUp         = errors.New("set up the candidate")
+	errListen        = errors.New("LEASEHOLD_LISTEN")
 	errSystem        = errors.New("the system refuses what the daemon needs")
 	errNotExecutable = errors.New("is not executable")
 	errNotFound      = errors.New("is not found")
@@ -80,7 +81,7 @@ var exits = []struct {
 		exitOS, "",
 		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a lost predecessor's job" +
 			" can't be killed: before any campaign; install: the copy can't be made",
-		either(is(errSystem, cli.ErrInstall), as[*guard.SetupError]),
+		either(is(errListen, errSystem, cli.ErrInstall), as[*guard.SetupError]),
 	},
 	{
 		exitNotElected, "",
@@ -185,6 +186,9 @@ func endingOf(err error) ending {
 	elsewhere := end.code == exitNotElected && !strings.HasPrefix(end.text, jobsOwnCode)
 	if end.code == exitOK || elsewhere {
 		end.level = slog.LevelInfo
+	}
+	if elector != nil && elector.Forced {
+		end.level = slog.LevelWarn
 	}
 	return end
 }

@@ -85,8 +85,8 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 	}
 	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", p.cfg.Listen)
 	if err != nil {
-		return fmt.Errorf("%w: LEASEHOLD_LISTEN: the health endpoint can't be bound,"+
-			" choose another address, or off: %w", errSystem, err)
+		return fmt.Errorf("%w: the health endpoint can't be bound,"+
+			" choose another address, or off: %w", errListen, err)
 	}
 	d.listening = listener.Addr()
 	name, _, _ := net.SplitHostPort(p.cfg.Listen) // sound, or nothing could be bound
