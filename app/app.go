@@ -44,8 +44,8 @@ func Main(args []string, build Build) int {
 		}
 	}
 	call, err := newProgram(build).Parse(args)
-	if err == nil && call.EnvFile != "" {
-		err = config.LoadFile(call.EnvFile)
+	if name := call.Command.Name; err == nil && name != "run" && name != "elect" {
+		err = config.LoadFile(call.EnvFile) // the daemons first catch signals
 	}
 	if err == nil {
 		err = call.Command.Run(call)
@@ -58,8 +58,8 @@ func newProgram(build Build) *cli.Program {
 	return &cli.Program{
 		Version: build.Version, Built: fmt.Sprintf("commit %s, %s", build.Commit, build.Date),
 		Stdout: os.Stdout, Stderr: os.Stderr,
-		Run:       func(job []string) error { return runGuard(build, job) },
-		Elect:     func() error { return runElect(build) },
+		Run:       func(c cli.Call) error { return runGuard(build, c) },
+		Elect:     func(c cli.Call) error { return runElect(build, c) },
 		ExitCodes: exitEntries(), LastWords: lastWords,
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
+	"leasehold/cli"
 	"leasehold/config"
 	"leasehold/election"
 	"leasehold/internal/boottime"
@@ -23,8 +24,11 @@ import (
 //	               ├──→ health server
 //	               └──→ status ──→ systemd
 //	signals ──→ stop, or revoke at once
-func runElect(build Build) error {
+func runElect(build Build, call cli.Call) error {
 	caught := catchSignals()
+	if err := config.LoadFile(call.EnvFile); err != nil {
+		return err
+	}
 	cfg, err := config.Load(config.ForElect)
 	if err != nil {
 		return err

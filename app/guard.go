@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/cli"
 	"leasehold/config"
 	"leasehold/supervisor/guard"
 )
@@ -25,13 +26,16 @@ import (
 //	user, systemd ── signals ──→ guard ──→ elector (runElector)
 //	      ↑                       │  └───→ job
 //	      └──── notifier, log ────┘
-func runGuard(build Build, command []string) error {
+func runGuard(build Build, call cli.Call) error {
 	caught := catchSignals(unix.SIGALRM) // what is neither handled nor passed on is dropped
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
 	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
 	debug.SetTraceback("crash")
 
+	if err := config.LoadFile(call.EnvFile); err != nil {
+		return err
+	}
 	cfg, err := config.Load(config.ForRun)
 	if err != nil {
 		return err
@@ -43,7 +47,7 @@ func runGuard(build Build, command []string) error {
 	go caught.relayHangUps(log.Logger)
 	systemd := newNotifier()
 	defer systemd.flush()
-	path, err := lookCommand(command[0])
+	path, err := lookCommand(call.Job[0])
 	if err == nil {
 		err = leaveStdin()
 	}
@@ -52,7 +56,7 @@ func runGuard(build Build, command []string) error {
 	}
 	log.start(build, cfg)
 	exit, err := guard.Run(guard.Config{
-		Path: path, Argv: command, Env: jobEnvironment(os.Environ()),
+		Path: path, Argv: call.Job, Env: jobEnvironment(os.Environ()),
 		Election: cfg.Election, Identity: cfg.Identity,
 		TTL: cfg.TTL.Duration, Margin: cfg.Timing().Margin,
 		StopSignal: cfg.StopSignal.Signal, NewPrivs: cfg.NoNewPrivs == "off",

@@ -62,8 +62,8 @@ type Program struct {
 	Version        string
 	Built          string // from what, and when
 	Stdout, Stderr io.Writer
-	Run            func(job []string) error // the daemon with a job
-	Elect          func() error             // the daemon without one
+	Run            func(Call) error // the daemon with a job; it reads the call's EnvFile
+	Elect          func(Call) error // the daemon without one; it does too
 	ExitCodes      []Entry
 	LastWords      string // of the termination message
 }
@@ -76,7 +76,7 @@ func (p *Program) Commands() []Command {
 			Summary: "run COMMAND while leading",
 			Description: "All of COMMAND, every descendant too, is killed before another candidate can" +
 				" lead. LEASEHOLD_RESTART says what follows when it ends by itself.",
-			Run: func(c Call) error { return p.Run(c.Job) },
+			Run: func(c Call) error { return p.Run(c) },
 		},
 		{
 			Name:    "elect",
@@ -84,7 +84,7 @@ func (p *Program) Commands() []Command {
 			Description: "An app that asks /leader must have stopped within LEASEHOLD_LOSS_GRACE of its" +
 				" last request that got 200 (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <=" +
 				" LEASEHOLD_STOP_GRACE).",
-			Run: func(Call) error { return p.Elect() },
+			Run: func(c Call) error { return p.Elect(c) },
 		},
 		{
 			Name: "status", Args: "[ELECTION] [--json]", Max: 1, Flags: []string{"--json"},
@@ -111,8 +111,8 @@ func (p *Program) Commands() []Command {
 			Name:    "version",
 			Summary: "print the version",
 			Run: func(Call) error {
-				_, err := fmt.Fprintf(p.Stdout, "leasehold %s (%s)\n", p.Version, p.Built)
-				return err
+				_, _ = fmt.Fprintf(p.Stdout, "leasehold %s (%s)\n", p.Version, p.Built)
+				return nil
 			},
 		},
 		{
