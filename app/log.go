@@ -123,16 +123,16 @@ type daemonLog struct {
 }
 
 func newLog(cfg config.Config) *daemonLog {
+	with := func(h slog.Handler) *slog.Logger {
+		return slog.New(h).With("election", cfg.Election, "identity", cfg.Identity)
+	}
 	notice := func(dropped int64) []byte {
 		var line bytes.Buffer
-		slog.New(cfg.Log.Handler(&line, slog.LevelWarn)).
+		with(cfg.Log.Handler(&line, slog.LevelWarn)).
 			Warn("standard error was blocked: log lines are lost", "dropped", dropped)
 		return line.Bytes()
 	}
 	l := &daemonLog{lines: newLogWriter(2, notice), last: &lastLine{}}
-	with := func(h slog.Handler) *slog.Logger {
-		return slog.New(h).With("election", cfg.Election, "identity", cfg.Identity)
-	}
 	l.Logger = with(slog.NewMultiHandler(
 		cfg.Log.Handler(l.lines, cfg.Log.Level.Level), cfg.Log.Handler(l.last, slog.LevelError)))
 	l.words = with(cfg.Log.Handler(l.last, slog.LevelInfo))
