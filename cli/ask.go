@@ -43,7 +43,9 @@ func (p *Program) status(c Call) error {
 		return fmt.Errorf("%w: %w", ErrNoReport, err)
 	}
 	if c.Has("--json") {
-		err = json.NewEncoder(p.Stdout).Encode(reportJSON(cfg.Election, p.Version, report))
+		encoder := json.NewEncoder(p.Stdout)
+		encoder.SetEscapeHTML(false)
+		err = encoder.Encode(reportJSON(cfg.Election, p.Version, report))
 	} else {
 		_, err = io.WriteString(p.Stdout, reportText(cfg.Election, report))
 	}

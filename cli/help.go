@@ -48,8 +48,8 @@ func (p *Program) help(c Call) error {
 	if len(c.Args) == 1 {
 		text = p.commandHelp(c.Args[0])
 	}
-	_, err := io.WriteString(p.Stdout, text)
-	return err
+	_, _ = io.WriteString(p.Stdout, text)
+	return nil
 }
 
 // commandHelp is the text of `leasehold COMMAND --help`.
