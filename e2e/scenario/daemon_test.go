@@ -198,7 +198,8 @@ func TestWait_IsATime(t *testing.T) {
 		}
 		c := tr.start("b", "", variables(env...))
 		tr.waitExit(c, row.code)
-		if took := harness.Now() - began; took < row.wait || took > row.wait+2*time.Second {
+		// On a loaded machine the start and the end of the daemon alone take seconds.
+		if took := harness.Now() - began; took < row.wait || took > row.wait+20*time.Second {
 			t.Errorf("with WAIT=%v %s it took %v to give up", row.wait, row.env, took)
 		}
 	}
