@@ -48,11 +48,11 @@ func TestCandidate_PlannedHandOver(t *testing.T) {
 	if out := etcdctl(t, cluster, "get", "--prefix", "--keys-only", ""); out != "" {
 		t.Errorf("keys left in etcd: %s", out)
 	}
-	a.testCallbacks.mu.Lock()
+	a.mu.Lock()
 	if want := []int64{first.LeaseID, 0}; !slices.Equal(a.leased, want) {
 		t.Errorf("Leased was called with %v, want %v", a.leased, want)
 	}
-	a.testCallbacks.mu.Unlock()
+	a.mu.Unlock()
 }
 
 func TestCandidate_KeyDeletedWhileLeading(t *testing.T) {

@@ -99,7 +99,7 @@ func (s *session) start(ctx context.Context) error {
 // unlessStopped returns err, and nil where the context of Run has ended: that is a planned stop.
 func unlessStopped(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
-		return nil
+		err = nil
 	}
 	return err
 }

@@ -18,7 +18,7 @@ func newTestMachine(t *testing.T, state State) *machine {
 		t.Fatal(err)
 	}
 	m := newMachine(Config{
-		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Logger: slog.New(slog.DiscardHandler),
 		Now:    func() time.Duration { return 0 },
 	})
 	m.metrics = metrics
