@@ -64,7 +64,7 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 func (j *jobCallbacks) grace(cause error) time.Duration {
 	switch {
 	case errors.Is(cause, errPlannedStop):
-		return j.cfg.StopGrace.Duration
+		return max(j.cfg.StopGrace.Duration, 1) // 0 would mean that the lease is lost
 	case errors.Is(cause, election.ErrContactLost):
 		return -1
 	}

@@ -235,7 +235,7 @@ func (s *Supervisor) restarting() {
 	s.transition(JobBackoff, "exited by itself")
 }
 
-// termOver: the term ended while nothing of the job was left. It returns the term's last deadlines.
+// termOver: the term ended while nothing of the job was left.
 func (s *Supervisor) termOver() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

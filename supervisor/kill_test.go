@@ -79,7 +79,7 @@ func TestGuard_SpawnerLost(t *testing.T) {
 // job would be killed at once.
 func TestGuard_StartCalledOff(t *testing.T) {
 	needCgroup(t)
-	r := newRig(t, "plain", 0)
+	r := newRig(t, "plain", 0, "TEST_MARGIN=20s") // half of it is what the spawner may hang for
 	spawner := r.spawner()
 	_ = unix.Kill(spawner, unix.SIGSTOP)
 	r.tell("lead 200ms 300ms")

@@ -97,9 +97,13 @@ func guardMain() int {
 	if p := os.Getenv("TEST_PATH"); p != "" {
 		path = p
 	}
+	margin := testMargin
+	if m, err := time.ParseDuration(os.Getenv("TEST_MARGIN")); err == nil {
+		margin = m
+	}
 	exit, err := guard.Run(guard.Config{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
-		Election: "election", Identity: "identity", TTL: testTTL, Margin: testMargin,
+		Election: "election", Identity: "identity", TTL: testTTL, Margin: margin,
 		StopSignal: unix.SIGTERM, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
 		Revoke: func(lease int64, _ time.Duration) []string {

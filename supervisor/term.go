@@ -38,7 +38,7 @@ func (e *ResignError) Error() string {
 // Supervise runs the job for one term: it starts it, starts it again as the restart policy says,
 // and when ctx ends has it stopped. It returns when nothing of the job is left: ErrGuardLost, an
 // *ExitError or a *ResignError where that ended it, else nil. grace translates the cause of ctx's
-// end: zero kills at once, negative leaves the job the time until kill-by.
+// end: zero kills at once, for the lease is lost; negative leaves the job the time until kill-by.
 func (s *Supervisor) Supervise(
 	ctx context.Context, t Term, grace func(cause error) time.Duration,
 ) error {
@@ -98,6 +98,8 @@ func (s *Supervisor) runOnce(
 		case <-s.guardGone:
 			return outcome{}, ErrGuardLost
 		case run := <-ended:
+			// The term may have ended in the same instant, and we may have seen the job first.
+			run.byItself = run.byItself && !over(ctx, t)
 			return run, nil
 		}
 	}

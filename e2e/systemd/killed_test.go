@@ -53,8 +53,9 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 		}
 		t.Logf("%s, %d trials: job dead after %s, next job on the other machine after %s (medians; longest %s)",
 			fault, trials, harness.Span(harness.Median(dead)), harness.Span(harness.Median(took)), harness.Span(harness.Percentile(took, 100)))
-		if median := harness.Median(took); median > 100 {
-			t.Errorf("%s: %s to the next job, want 100 ms at most: %.0f", fault, harness.Span(median), took)
+		// Ten times what was seen. Whatever waits for the lease to expire takes 15 s.
+		if median := harness.Median(took); median > 1000 {
+			t.Errorf("%s: %s to the next job, want 1 s at most: %.0f", fault, harness.Span(median), took)
 		}
 	}
 	w.waitStandby(standby, leader)

@@ -135,11 +135,13 @@ func Run(cfg Config) (Exit, error) {
 	runtime.GOMAXPROCS(6)
 	runtime.LockOSThread()
 	g := newGuard(cfg)
-	defer g.close()
 	if err := g.open(); err != nil {
+		g.close()
 		return Exit{}, err
 	}
-	return g.loop()
+	exit, err := g.loop()
+	g.close() // not deferred: a panic must not take the spawner along, from which the job descends
+	return exit, err
 }
 
 func newGuard(cfg Config) *guard {

@@ -61,6 +61,7 @@ type job struct {
 	graceEnd       time.Duration // of a stop that was asked for
 	endAt          time.Duration // when it was told to stop, or the kill began; 0: neither
 	ordered        bool          // the guard ends it: it does not exit by itself
+	lost           bool          // the next leader may be starting
 
 	reason     ipc.KillReason // of the state killing
 	killAt     time.Duration  // when that began
@@ -175,6 +176,7 @@ func (j *job) extended(m ipc.Extend, now time.Duration) {
 func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
 	switch m.Grace {
 	case 0:
+		j.lost = j.alive()
 		j.kill(ipc.KilledLost)
 	case ipc.UntilKillBy:
 		j.stop(forever, electorAsked)

@@ -127,9 +127,13 @@ func (g *guard) spawnerExited() {
 	s.pid, s.zombie, s.awaited, s.lost = 0, s.pid, false, true
 	g.listChildren()
 	j.unanswered = false
+	j.kill(ipc.KilledSpawner) // before its end is looked at, which is no end of its own
 	if j.pid != 0 {
-		if pid, ws, errno := wait(j.pid); errno == unix.ECHILD || pid == j.pid {
-			j.firstExited(ws) // we have just reaped it, or the spawner did and could not tell
+		switch pid, ws, errno := wait(j.pid); {
+		case pid == j.pid:
+			j.firstExited(ws)
+		case errno == unix.ECHILD: // the spawner has reaped it, and could not tell
+			j.firstExited(unix.WaitStatus(unix.SIGKILL))
 		}
 	}
 	if g.elector.announced && !j.alive() {
@@ -137,7 +141,6 @@ func (g *guard) spawnerExited() {
 	}
 	g.elector.announced = false
 	g.log.Error("spawner exited: killing the job and revoking the lease")
-	j.kill(ipc.KilledSpawner)
 	g.loseElector()
 }
 
@@ -161,7 +164,7 @@ func (s *spawner) heartbeat(now time.Duration) bool {
 // has passed, or the next leader may be starting, that is half the margin, for the guard needs the
 // rest to kill all by itself.
 func (g *guard) spawnerTimeout(now time.Duration) time.Duration {
-	if j := &g.job; j.state == jobKilling && (j.reason == ipc.KilledLost || now >= j.killBy) {
+	if j := &g.job; j.state == jobKilling && (j.lost || now >= j.killBy) {
 		return max(g.cfg.Margin/2,
 			50*time.Millisecond) // what a busy processor may keep it from running
 	}
