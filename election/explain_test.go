@@ -1,11 +1,37 @@
 package election
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"leasehold/e2e/harness"
 )
+
+// A watch stays where a member refuses a renewal: only one that can't be used makes it move.
+func TestUnavailable(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{rpctypes.Error(rpctypes.ErrGRPCRequestTooManyRequests), false},
+		{rpctypes.Error(rpctypes.ErrGRPCInvalidAuthToken), false},
+		{rpctypes.Error(rpctypes.ErrGRPCNoLeader), true},
+		{status.Error(codes.Unavailable, "connection refused"), true},
+		{&memberError{"m1", status.Error(codes.Unavailable, "connection refused")}, true},
+		{authError{errors.New("wrong password")}, false},
+		{context.DeadlineExceeded, false},
+	} {
+		if got := unavailable(c.err); got != c.want {
+			t.Errorf("unavailable(%v) = %v", c.err, got)
+		}
+	}
+}
 
 // What etcd refuses, and what would help, stands in the reason and in what Query returns.
 func TestExplain_Auth(t *testing.T) {

@@ -111,6 +111,12 @@ func (l *testLease) record(format string, args ...any) {
 	l.events = append(l.events, fmt.Sprintf("%v ", l.now())+fmt.Sprintf(format, args...))
 }
 
+func (l *testLease) suspects() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.suspect)
+}
+
 type testEvents struct{ *testLease }
 
 func (e testEvents) renewed(d Deadlines) {
@@ -250,8 +256,8 @@ func TestLease_NextEndpointJoinsTheUnansweredOne(t *testing.T) {
 		expectAsked(t, l.endpoints[0], 2*time.Second)
 		expectAsked(t, l.endpoints[1], 2500*ms, 4500*ms)
 		expectAsked(t, l.endpoints[2])
-		if want := []string{"4s endpoint 0 dead true late true"}; !slices.Equal(l.suspect, want) {
-			t.Errorf("suspects: %q, want %q", l.suspect, want)
+		if want := []string{"4s endpoint 0 dead true late true"}; !slices.Equal(l.suspects(), want) {
+			t.Errorf("suspects: %q, want %q", l.suspects(), want)
 		}
 	})
 }
@@ -291,8 +297,8 @@ func TestLease_OneEndpointIsAskedAgain(t *testing.T) {
 		l := newTestLease(t, 7, hang)
 		l.pass(4500 * ms)
 		expectAsked(t, l.endpoints[0], 2*time.Second, 4*time.Second) // abandoned after an interval
-		if want := []string{"4s endpoint 0 dead true late false"}; !slices.Equal(l.suspect, want) {
-			t.Errorf("suspects: %q, want %q", l.suspect, want)
+		if want := []string{"4s endpoint 0 dead true late false"}; !slices.Equal(l.suspects(), want) {
+			t.Errorf("suspects: %q, want %q", l.suspects(), want)
 		}
 		l.endpoints[0].set(refuse)
 		l.pass(7600 * ms)

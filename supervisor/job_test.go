@@ -5,6 +5,9 @@ package supervisor
 import (
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -124,4 +127,57 @@ func TestSupervisor_NoStartWithoutGuard(t *testing.T) {
 	if got := s.Snapshot().State; got != JobNone {
 		t.Errorf("the job is %s, want %s", got, JobNone)
 	}
+}
+
+// TestSupervisor_KillWaits: the kernel may keep whoever writes to cgroup.kill waiting. Nobody who
+// asks for the job waits with it.
+func TestSupervisor_KillWaits(t *testing.T) {
+	dir := t.TempDir()
+	kill := filepath.Join(dir, "cgroup.kill")
+	if err := unix.Mkfifo(kill, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.events"), []byte("populated 1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fifo, err := unix.Open(kill, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(fifo) }()
+	for err == nil {
+		_, err = unix.Write(fifo, make([]byte, 4096))
+	}
+	s := newTestSupervisor(t)
+	if s.cgroup, err = proctree.OpenCgroup(dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.startAsked(Term{}); err != nil {
+		t.Fatal(err)
+	}
+	s.started(ipc.Started{PID: 7})
+	killed := make(chan struct{})
+	go func() {
+		s.killNow()
+		close(killed)
+	}()
+	for s.killing.TryLock() { // until it writes
+		s.killing.Unlock()
+		runtime.Gosched()
+	}
+	if state := s.Snapshot().State; state != JobRunning {
+		t.Errorf("state %s", state)
+	}
+	s.firstExited(ipc.Exited{Code: 5})
+	if state := s.Snapshot().State; state != JobStopping {
+		t.Errorf("state %s after the exit", state)
+	}
+	select {
+	case <-killed:
+		t.Fatal("the kill did not wait")
+	default:
+	}
+	for _, err = unix.Read(fifo, make([]byte, 4096)); err == nil; _, err = unix.Read(fifo, make([]byte, 4096)) {
+	}
+	<-killed
 }
