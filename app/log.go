@@ -119,7 +119,7 @@ type daemonLog struct {
 	*slog.Logger
 	lines *logWriter
 	last  *lastLine    // of those that are errors, or why the daemon exits
-	words *slog.Logger // to last alone
+	final *slog.Logger // keeps its line in last, whatever the level
 }
 
 func newLog(cfg config.Config) *daemonLog {
@@ -133,9 +133,9 @@ func newLog(cfg config.Config) *daemonLog {
 		return line.Bytes()
 	}
 	l := &daemonLog{lines: newLogWriter(2, notice), last: &lastLine{}}
-	l.Logger = with(slog.NewMultiHandler(
-		cfg.Log.Handler(l.lines, cfg.Log.Level.Level), cfg.Log.Handler(l.last, slog.LevelError)))
-	l.words = with(cfg.Log.Handler(l.last, slog.LevelInfo))
+	lines := cfg.Log.Handler(l.lines, cfg.Log.Level.Level)
+	l.Logger = with(slog.NewMultiHandler(lines, cfg.Log.Handler(l.last, slog.LevelError)))
+	l.final = with(slog.NewMultiHandler(lines, cfg.Log.Handler(l.last, slog.LevelInfo)))
 	return l
 }
 
@@ -156,9 +156,7 @@ func (l *daemonLog) exit(err error) *loggedError {
 	if !errors.As(err, &logged) {
 		end := endingOf(err)
 		logged = &loggedError{end.code}
-		for _, log := range []*slog.Logger{l.Logger, l.words} {
-			log.Log(context.Background(), end.level, "exiting: "+end.text, "exit_code", end.code)
-		}
+		l.final.Log(context.Background(), end.level, "exiting: "+end.text, "exit_code", end.code)
 	}
 	if logged.code != exitOK {
 		leaveMessage(terminationLog, l.last.String(), true)

@@ -14,8 +14,8 @@
 //
 // What it does not promise: that a leader whose key or lease was removed by somebody else learns of
 // it before the next leader starts. Only the fencing token protects against that. Etcd itself can
-// do so: a member that led, was paused for longer than the TTL and wakes can revoke leases that
-// were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
+// do so: a member that led, was paused for four fifths of a TTL or longer and wakes can revoke leases
+// that were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
 //
 // Where to read on: candidate.go has the goroutines and who owns what, state.go the state machine,
 // session.go the life of a lease, standby.go how a candidate comes to lead, lease.go renewals and

@@ -276,7 +276,8 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 	}
 }
 
-// kill begins the kill. SIGKILL goes out here, before anything else is done.
+// kill begins the kill. SIGKILL goes out before anything is logged. What a first process that has
+// exited left behind is killed by the spawner, and from the next round on by us.
 func (j *job) kill(reason ipc.KillReason) {
 	switch j.state {
 	case jobForking, jobRunning, jobStopping:
