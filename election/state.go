@@ -268,7 +268,7 @@ func (m *machine) leadReturned(cause error) {
 	}
 }
 
-// runEnded: the context of Run has ended, and nothing of the candidate is left in etcd.
+// runEnded: the context of Run has ended, and the lease is revoked, or is left to expire.
 func (m *machine) runEnded() {
 	m.mu.Lock()
 	defer m.unlock()

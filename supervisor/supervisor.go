@@ -99,8 +99,8 @@ func Connect(cfg Config) (*Supervisor, error) {
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer),
 		restart: newRestarter(cfg.Restart, cfg.RestartLimit),
 		guardFd: -1, outbox: ipc.Outbox{FD: cfg.Out},
-		pingDue: make(chan struct{},
-			1), guardGone: make(chan struct{}), spawnerDone: make(chan struct{}),
+		pingDue:   make(chan struct{}, 1),
+		guardGone: make(chan struct{}), spawnerDone: make(chan struct{}),
 		job: job{shown: Job{State: JobNone}, pidfd: -1},
 	}
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {

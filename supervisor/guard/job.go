@@ -235,7 +235,7 @@ func (j *job) exitUntold() {
 // Why the job is told to stop.
 const (
 	noRenewal    = "no renewal by stop-at"
-	electorAsked = "the elector asks for it"
+	electorAsked = "its term ends"
 )
 
 // exitTimeout is for how long the spawner may take to tell of an exit that the guard sees.
@@ -365,8 +365,16 @@ func (j *job) reportGone(now time.Duration) {
 		attrs = append(attrs, "exit_code", exit.Code, "signal", exit.Signal)
 	}
 	level, text := slog.LevelInfo, "job exited"
-	if reason != ipc.NotKilled {
+	switch {
+	case reason == ipc.NotKilled:
+	case reason == ipc.KilledLeftover && j.ordered: // a shell that is told to stop leaves its child
+		text += " when told to: killed " + reason.String()
+	case reason == ipc.KilledLeftover:
+		level, text = slog.LevelWarn, text+": killed "+reason.String()
+	default:
 		level, text = slog.LevelWarn, "job killed: "+reason.String()
+	}
+	if reason != ipc.NotKilled {
 		attrs = append(attrs, "reason", reason.Label())
 	}
 	if j.g.latency > 0 {

@@ -27,7 +27,7 @@ var reasons = [...]struct{ label, text string }{
 	KilledLost:     {"lost", "lease lost"},
 	KilledElector:  {"elector_gone", "elector lost"},
 	KilledSignal:   {"second_signal", "second signal"},
-	KilledLeftover: {"left_behind", "its first process exited and left it behind"},
+	KilledLeftover: {"left_behind", "what its first process left behind"},
 	KilledGuard:    {"guard_gone", "guard lost"},
 	KilledSpawner:  {"spawner_gone", "spawner lost"},
 	KilledFault:    {"internal_fault", "internal fault"},

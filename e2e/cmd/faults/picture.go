@@ -351,7 +351,7 @@ func (r *Results) refresh(readme string) error {
 	var b strings.Builder
 	b.WriteString("[![For some faults: when the old job and the next one were alive]" +
 		"(docs/faults-short.svg)](docs/faults.svg)\n\n")
-	b.WriteString("| what happens to the leader | leasehold | naive client | `etcdctl lock` |\n" +
+	b.WriteString("| what happens | leasehold | naive client | `etcdctl lock` |\n" +
 		"|---|---|---|---|\n")
 	cells := r.cells()
 	for _, row := range r.Rows {
