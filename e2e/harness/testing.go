@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -123,5 +124,11 @@ func telling(log string) string {
 			lines = append(lines, line)
 		}
 	}
-	return strings.Join(lines[max(0, len(lines)-20):], "")
+	return LastLines(strings.Join(lines, ""), 20)
+}
+
+// LastLines returns the last n lines: where a log is cut, its end is what counts.
+func LastLines(log string, n int) string {
+	lines := slices.Collect(strings.Lines(log))
+	return strings.Join(lines[max(0, len(lines)-n):], "")
 }

@@ -125,7 +125,7 @@ func (tr *trial) start(identity, behaviour string, change ...func(*harness.Candi
 		}
 		d.Close()
 		if tr.Failed() {
-			tr.Logf("log of candidate %s:\n%s", identity, d.Log())
+			tr.Logf("end of the log of candidate %s:\n%s", identity, harness.LastLines(d.Log(), 60))
 		}
 	})
 	return c
