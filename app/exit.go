@@ -42,9 +42,9 @@ var (
 	errNotFound      = errors.New("is not found")
 )
 
-// exits is the table of the exit codes: when each is used, and by which errors. What no row has is
-// an internal fault. Where the job's own code is passed on, it can be any of these as well; the
-// last log line says whose it is.
+// exits is the table of the exit codes: when each is used, and for which errors. An error that no
+// entry names is an internal error. Where the job's own code is passed on, it can be any of these as
+// well; the last log line says whose it is.
 var exits = []struct {
 	code int
 	name string // "": the code's number
@@ -68,24 +68,24 @@ var exits = []struct {
 	{
 		exitUnavailable, "",
 		"status, check: nobody answers, or etcd refuses;" +
-			" not elected within LEASEHOLD_WAIT, for etcd did not answer, or refused",
+			" not elected within LEASEHOLD_WAIT, because etcd did not answer or refused",
 		is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable),
 	},
 	{
 		exitInternal, "",
-		"internal fault: elector or spawner lost (worth a restart);" +
-			" a lost guard shows as the signal that took it",
+		"internal error: elector or spawner lost; start the daemon again." +
+			" A lost guard ends by a signal and has no code",
 		nil,
 	},
 	{
 		exitOS, "",
-		"LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started, or a lost predecessor's job" +
-			" can't be killed: before any campaign; install: the copy can't be made",
+		"before any campaign: LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started," +
+			" or the job of a lost predecessor can't be killed; install: the copy can't be made",
 		either(is(errListen, errSystem, cli.ErrInstall), as[*guard.SetupError]),
 	},
 	{
 		exitNotElected, "",
-		"not elected within LEASEHOLD_WAIT, for another leads, or is ahead",
+		"not elected within LEASEHOLD_WAIT, because another candidate leads or is ahead",
 		is(election.ErrNotElected),
 	},
 	{
@@ -145,9 +145,9 @@ func exitEntries() []cli.Entry {
 }
 
 // lastWords is what help and docs/reference.md say of the termination message.
-const lastWords = "Unless the code is 0, the faults of the configuration or the last line of the log are" +
-	" also written to " + terminationLog + ", which Kubernetes shows in the pod's status. The file is" +
-	" never made, and what a job wrote there itself is left as it is."
+const lastWords = "Unless the code is 0, the daemon also writes the last line of its log, or what is" +
+	" wrong with the configuration, to " + terminationLog + ". Kubernetes shows that in the pod's" +
+	" status. The daemon never creates the file, and leaves alone what the job wrote there."
 
 // jobsOwnCode begins the text of an exit code that is the job's. systemd/leasehold@.service looks
 // for it: it restarts some codes, but not where they are the job's.

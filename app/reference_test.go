@@ -68,35 +68,44 @@ func generated(t *testing.T, path, want string) {
 // reference is the text of docs/reference.md.
 func reference(t *testing.T) string {
 	var b strings.Builder
-	b.WriteString(`# Reference
+	// A raw string can't hold a backtick.
+	md := func(text string) { b.WriteString(strings.ReplaceAll(text, "~", "`")) }
+	md(`# Reference
 
-Written from the code by ` + "`go test -run TestReference ./app -update`" + `; a test checks that it is up to date.
+~go test -run TestReference ./app -update~ writes this page from the code. A test checks that it is
+up to date.
 
 ## Command line
 
+| command | meaning |
+|---|---|
 `)
-	b.WriteString("| command | meaning |\n|---|---|\n")
 	for _, c := range newProgram(Build{}).Commands() {
 		row(&b, c.Usage(), c.About())
 	}
-	b.WriteString("\nEvery command takes, before a `--`:\n\n")
+	md(`
+Every command takes, before a ~--~:
+
+`)
 	table(&b, "flag", "meaning", cli.GlobalFlags())
-	b.WriteString(`
+	md(`
 Anything else is wrong usage (exit code 64), with a hint.
 
-The file of ` + "`-f`" + ` is what a systemd unit reads by ` + "`EnvironmentFile=`" + `: a variable a line, ` + "`#`" + ` and ` + "`;`" + ` before a comment, quotes, a
-backslash before a newline that continues the line. All of its variables are set, also those that are not leasehold's. The environment
-overrules the file: ` + "`LEASEHOLD_TTL=30s leasehold -f /etc/leasehold/backup.env -- backup.sh`" + `. What systemd would pass over is a fault,
-with file and line: a line without ` + "`=`" + `, a name that is none, a quote without an end. So is a comment
-that ends with a backslash, which versions of systemd read differently. The file is 1 MiB long at most, and each of its values
-shorter than 128 KiB.
+The file of ~-f~ has the format that systemd reads by ~EnvironmentFile=~: one variable a line, ~#~
+or ~;~ before a comment, quotes, and a backslash before a newline to continue a line. leasehold sets
+all variables of the file, also those that are not its own. The environment overrules the file:
+~LEASEHOLD_TTL=30s leasehold -f /etc/leasehold/backup.env -- backup.sh~. What systemd would ignore
+is an error, reported with file and line: a line without ~=~, an invalid name, a quote without an
+end. So is a comment that ends with a backslash, because versions of systemd read it differently.
+The file has at most 1 MiB, and each value is shorter than 128 KiB.
 
 ## Variables
 
-Configuration is the environment. Only these names count. A variable that is set to nothing counts as unset. An unknown
-` + "`LEASEHOLD_*`" + ` variable is refused, except what Kubernetes makes for Services, and the job's variables below. All faults are reported
-at once, one a line, and nothing is started. ` + "`status`" + ` looks only at what reaching etcd takes, ` + "`check`" + ` only at ` + "`LEASEHOLD_LISTEN`" + `.
-Durations have a unit (` + "`15s`, `500ms`, `1m30s`" + `) and are a year at most.
+Environment variables configure leasehold. A variable that is set to nothing counts as unset. An
+unknown ~LEASEHOLD_*~ variable is refused, except what Kubernetes makes for Services, and the job's
+variables below. leasehold reports all errors at once, one a line, and starts nothing. ~status~
+looks only at the variables that it needs to reach etcd, and ~check~ only at ~LEASEHOLD_LISTEN~.
+Durations have a unit (~15s~, ~500ms~, ~1m30s~) and are at most a year.
 
 | variable | default | meaning |
 |---|---|---|
@@ -108,52 +117,60 @@ Durations have a unit (` + "`15s`, `500ms`, `1m30s`" + `) and are a year at most
 		}
 		fmt.Fprintf(&b, "| `%s_%s` | %s | %s |\n", config.Prefix, v.Name, shown, v.Desc)
 	}
-	b.WriteString(`
-Refused, with the numbers: loss grace + margin + 3 × renewal interval > TTL. The renewal interval is a fifth of the TTL.
+	md(`
+leasehold refuses loss grace + margin + 3 × renewal interval > TTL, and shows the numbers. The
+renewal interval is a fifth of the TTL.
 
 ## The job's environment
 
-The daemon's own, less ` + "`NOTIFY_SOCKET`, `WATCHDOG_*` and every `LEASEHOLD_*` but `LEASEHOLD_ENDPOINTS`, `LEASEHOLD_LISTEN`" + ` and
-` + "`LEASEHOLD_TLS_*`, so that `leasehold status` and `leasehold check`" + ` work in the job (where etcd demands a password, the job needs one of
-its own for ` + "`status`" + `), plus:
+The job gets the daemon's environment, without ~NOTIFY_SOCKET~, ~WATCHDOG_*~ and ~LEASEHOLD_*~. It
+keeps ~LEASEHOLD_ENDPOINTS~, ~LEASEHOLD_LISTEN~ and ~LEASEHOLD_TLS_*~, so that ~leasehold status~
+and ~leasehold check~ work in it. (If etcd requires a password, the job needs one of its own for
+~status~.) It also gets:
 
 `)
 	table(&b, "variable", "meaning", cli.JobVariables())
-
-	b.WriteString(`
+	md(`
 ## Health endpoint
 
-At ` + "`LEASEHOLD_LISTEN`" + `, for GET, HEAD and OPTIONS, which all get the same status (load balancers check with any of them); other methods get
-405. Answers come from memory. Probes say ` + "`ok`" + `, or 503 with the reason. At most 256 connections are open at once, fewer where few files
-may be open; a new one replaces the one that was at rest longest.
+The endpoint listens on ~LEASEHOLD_LISTEN~. GET, HEAD and OPTIONS get the same status, because load
+balancers check with any of them. Other methods get 405. Answers come from memory. Probes get ~ok~,
+or 503 with the reason. At most 256 connections are open at once, or fewer if the limit of open
+files is low. A new connection replaces the one that was idle longest.
 
+| path | answer |
+|---|---|
 `)
-	b.WriteString("| path | answer |\n|---|---|\n")
 	for _, e := range health.Endpoints() {
 		row(&b, e.Path, e.Meaning)
 	}
-
-	b.WriteString(`
+	md(`
 ### The JSON of /status
 
-What this daemon knows, from memory. Every field is always present. Times are RFC 3339 in UTC. Fields may be added, and are never
-renamed.
+What this daemon knows, from memory. Every field is always present. Times are RFC 3339 in UTC.
+Fields may be added, and are never renamed.
 
 `)
 	fields(&b, health.StatusFields())
-	b.WriteString(`
+	md(`
 ### The JSON of status --json
 
-What etcd has. Fields that /status has too have the same names and forms; the lease is the leader's here, and the candidate's own there.
+What etcd has. Fields that are also in ~/status~ have the same name and form there. But the lease is
+the leader's here, and the candidate's own there.
 
 `)
 	fields(&b, cli.ReportFields())
-
 	b.WriteString("\n## Exit codes\n\n")
 	table(&b, "code", "when", exitEntries())
 	b.WriteString("\n" + lastWords + "\n")
+	md(`
+## Metrics
 
-	b.WriteString("\n## Metrics\n\nOf the job and the guard only where there is a job.\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n")
+~elect~ has no metrics of a job and a guard.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+`)
 	for _, m := range metrics(t) {
 		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", m.name, m.kind, m.labels, m.help)
 	}

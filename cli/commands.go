@@ -3,8 +3,8 @@
 // Package cli is the command line: one table of commands, from which the parser, help, hints, the
 // man page and the shell's completion come. The commands that only ask or copy are here too.
 //
-// Commands return errors. What code and which last words an error ends the process with is for
-// package app to say.
+// Commands return errors. Package app decides on the exit code and the last line that follow from
+// an error.
 package cli
 
 import (
@@ -45,7 +45,7 @@ func (c Command) About() string {
 	return strings.TrimSpace(summary + " " + c.Description)
 }
 
-// A Call is a command line that was found sound.
+// A Call is a command line in which no error was found.
 type Call struct {
 	Command Command
 	EnvFile string   // of -f; "" for none
@@ -60,7 +60,7 @@ func (c Call) Has(flag string) bool { return slices.Contains(c.Flags, flag) }
 // A Program is what the command line is made of.
 type Program struct {
 	Version        string
-	Built          string // from what, and when
+	Built          string // the commit and its date
 	Stdout, Stderr io.Writer
 	Run            func(Call) error // the daemon with a job; it reads the call's EnvFile
 	Elect          func(Call) error // the daemon without one; it does too
@@ -74,29 +74,30 @@ func (p *Program) Commands() []Command {
 		{
 			Name: "run", Args: "-- COMMAND [ARG...]", Job: true,
 			Summary: "run COMMAND while leading",
-			Description: "All of COMMAND, every descendant too, is killed before another candidate can" +
-				" lead. LEASEHOLD_RESTART says what follows when it ends by itself.",
+			Description: "Before another candidate can lead, leasehold kills COMMAND and all its" +
+				" descendants. LEASEHOLD_RESTART says what follows when COMMAND ends by itself.",
 			Run: func(c Call) error { return p.Run(c) },
 		},
 		{
 			Name:    "elect",
-			Summary: "campaign and report, no job (sidecar)",
-			Description: "An app that asks /leader must have stopped within LEASEHOLD_LOSS_GRACE of its" +
+			Summary: "campaign and report who leads, without a job (for a sidecar)",
+			Description: "An app that asks /leader must stop within LEASEHOLD_LOSS_GRACE of its" +
 				" last request that got 200 (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <=" +
 				" LEASEHOLD_STOP_GRACE).",
 			Run: func(c Call) error { return p.Elect(c) },
 		},
 		{
 			Name: "status", Args: "[ELECTION] [--json]", Max: 1, Flags: []string{"--json"},
-			Summary: "the election as etcd has it: leader, token, lease time left, queue",
-			Description: "ELECTION takes the place of LEASEHOLD_ELECTION." +
+			Summary: "show the election as etcd has it: leader, token, lease time left, queue",
+			Description: "ELECTION overrules LEASEHOLD_ELECTION." +
 				" Exit code 0: there is a leader; 1: there is none; 69: etcd does not answer, or refuses.",
 			Run: p.status,
 		},
 		{
 			Name: "check", Args: "[" + strings.Join(health.Checks(), "|") + "]", Max: 1,
-			Words:       health.Checks(),
-			Summary:     "ask the local daemon at LEASEHOLD_LISTEN (live if nothing is named)",
+			Words: health.Checks(),
+			Summary: "ask the local daemon, at LEASEHOLD_LISTEN, whether it is live (the default), ready," +
+				" leader or standby",
 			Description: "Exit code 0: yes; 1: no, with the reason; 69: nobody answers within two seconds.",
 			Run:         p.check,
 		},
@@ -104,7 +105,7 @@ func (p *Program) Commands() []Command {
 			Name: "install", Args: "DEST", Min: 1, Max: 1, Files: true,
 			Summary: "copy this binary to DEST, a directory or a file: for an init container," +
 				" which has no cp",
-			Description: "Whoever looks at DEST sees the old file or the whole new one.",
+			Description: "DEST is at every moment the old file or the whole new one.",
 			Run:         func(c Call) error { return install(c.Args[0]) },
 		},
 		{
@@ -123,20 +124,20 @@ func (p *Program) Commands() []Command {
 	}
 }
 
-// commandNames are the names in the table, which can't refer to itself.
+// commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{"run", "elect", "status", "check", "install", "version", "help"}
 
 // GlobalFlags are the flags that every command takes.
 func GlobalFlags() []Entry {
 	return []Entry{
-		{"-f FILE", "read variables from FILE first, which has the format of systemd's EnvironmentFile=." +
+		{"-f FILE", "read variables from FILE, in the format of systemd's EnvironmentFile=." +
 			" A variable of the environment overrules the file, also when it is set to nothing"},
 		{"-h, --help", "print the help, or that of the command"},
 		{"--version", "print the version"},
 	}
 }
 
-// A UsageError is a wrong command line, in one line with a hint.
+// A UsageError says in one line what is wrong with a command line, with a hint.
 type UsageError struct{ Hint string }
 
 func (e *UsageError) Error() string { return e.Hint }

@@ -38,11 +38,11 @@ func JobVariables() []Entry {
 }
 
 // jobEnvironment says what else a job finds in its environment.
-const jobEnvironment = "The job's environment is the daemon's, less NOTIFY_SOCKET, WATCHDOG_* and every" +
-	" LEASEHOLD_* but LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*, so that leasehold status and" +
-	" leasehold check work in it, plus:"
+const jobEnvironment = "The job gets the daemon's environment, without NOTIFY_SOCKET, WATCHDOG_* and" +
+	" LEASEHOLD_*. It keeps LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*, so that leasehold" +
+	" status and leasehold check work in it. It also gets:"
 
-// help is the command: all help, or that of one command.
+// help runs the command help: it prints all help, or that of one command.
 func (p *Program) help(c Call) error {
 	text := p.helpText()
 	if len(c.Args) == 1 {
@@ -79,8 +79,8 @@ Usage:
 	writeEntries(&b, GlobalFlags())
 
 	b.WriteString(`
-Configuration is the environment. A variable that is set to nothing counts as unset; an unknown
-LEASEHOLD_* variable is refused. Durations have a unit: 15s, 500ms, 1m30s.
+Environment variables configure leasehold. A variable that is set to nothing counts as unset. An
+unknown LEASEHOLD_* variable is refused. Durations have a unit: 15s, 500ms, 1m30s.
 
 `)
 	for _, v := range new(config.Config).Variables() {

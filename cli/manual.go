@@ -26,8 +26,8 @@ leasehold \- keep a job running on exactly one machine
 	b.WriteString(`.fi
 .SH DESCRIPTION
 Each machine runs leasehold with the same election and the same command.
-The leader of the election, in etcd, runs the command as its child, and kills all of it before its
-lease can pass to another.
+They campaign for the election in etcd.
+The leader runs the command, and kills all of it before its lease can pass to another machine.
 .SH COMMANDS
 `)
 	for _, c := range p.Commands() {
@@ -36,8 +36,9 @@ lease can pass to another.
 	b.WriteString(".SH OPTIONS\nEvery command takes:\n")
 	tagged(&b, GlobalFlags())
 	b.WriteString(`.SH ENVIRONMENT
-Configuration is the environment.
-A variable that is set to nothing counts as unset; an unknown LEASEHOLD_* variable is refused.
+Environment variables configure leasehold.
+A variable that is set to nothing counts as unset.
+An unknown LEASEHOLD_* variable is refused.
 Durations have a unit: 15s, 500ms, 1m30s.
 `)
 	for _, v := range new(config.Config).Variables() {
@@ -79,8 +80,7 @@ func tagged(b *strings.Builder, entries []Entry) {
 	}
 }
 
-// roff writes text so that roff takes none of it for an order, and no hyphen for one at which words
-// are broken.
+// roff quotes text for roff: nothing in it is a request, and lines do not break at its hyphens.
 func roff(text string) string {
 	text = strings.NewReplacer(`\`, `\e`, "-", `\-`).Replace(text)
 	if strings.HasPrefix(text, ".") || strings.HasPrefix(text, "'") {

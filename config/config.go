@@ -48,25 +48,25 @@ const (
 //
 //nolint:lll // One variable a line.
 type Config struct {
-	Endpoints    []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, with commas between them; a bare host:port is http, or https where LEASEHOLD_TLS_* is set; each address of a host name counts as an endpoint"`
+	Endpoints    []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, separated by commas; a bare host:port is http, or https if a LEASEHOLD_TLS_* variable is set; each address of a host name counts as an endpoint"`
 	Election     string   `split_words:"true" shown:"required" desc:"election key prefix, used as given: etcdctl elect --listen NAME sees the same election"`
 	Identity     string   `split_words:"true" shown:"host name" desc:"this candidate's name: the value of its key, which other programs read"`
 	TTL          Duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, from 2s to 5m"`
 	StopSignal   Signal   `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
 	StopGrace    Duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL; elect: from /leader's 503 until the lease is given back"`
-	LossGrace    Duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, inside the lease's life; 0s: SIGKILL at once. elect: from /leader's 503 until another can lead"`
-	Margin       Duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, starved machines, poor clocks"`
-	Restart      string   `split_words:"true" default:"on-failure" desc:"what follows when the job ends by itself: always, on-failure or never. Where it is not restarted, the daemon exits with the job's code"`
+	LossGrace    Duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, while the lease still holds; 0s: SIGKILL at once. elect: from /leader's 503 until another can lead"`
+	Margin       Duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, CPU starvation, imprecise clocks"`
+	Restart      string   `split_words:"true" default:"on-failure" desc:"whether the job is started again after it has ended by itself: always, on-failure or never. If it is not, the daemon exits with the job's code"`
 	RestartLimit Count    `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`
-	NoNewPrivs   string   `split_words:"true" default:"auto" desc:"auto: where the daemon lacks CAP_KILL the job runs with no_new_privs, so that sudo and other set-user-id programs gain nothing: they could not be killed; off: they may gain, and one that can't be killed may run beside the next job"`
-	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up when not elected in this time from the start; 0s: try once"`
+	NoNewPrivs   string   `split_words:"true" default:"auto" desc:"auto: if the daemon lacks CAP_KILL, the job runs with no_new_privs. sudo and other set-user-id programs gain no privileges then, because the daemon could not kill them. off: they gain privileges, and one that can't be killed may run beside the next job"`
+	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
 	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
 	Log          Log      `split_words:"true"`
 	TLS          TLS      `split_words:"true"`
 	Username     string   `split_words:"true" desc:"etcd user; needs LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE"`
 	Password     Secret   `split_words:"true" desc:"its password"`
 	PasswordFile string   `split_words:"true" desc:"file with its password (a newline at the end is dropped); read again each time etcd asks for it"`
-	DialTimeout  Duration `split_words:"true" default:"1s" desc:"to connect to one endpoint"`
+	DialTimeout  Duration `split_words:"true" default:"1s" desc:"time limit for connecting to one endpoint"`
 }
 
 // Log says what is logged, and how. Logs go to standard error.
@@ -77,10 +77,10 @@ type Log struct {
 
 // TLS is how etcd is reached over TLS. The files are read again when they change.
 type TLS struct {
-	CAFile     string `split_words:"true" shown:"the system's" desc:"certificates (PEM) that etcd's own is checked against"`
+	CAFile     string `split_words:"true" shown:"the system's" desc:"CA certificates (PEM) that etcd's certificate is checked against"`
 	CertFile   string `split_words:"true" desc:"client certificate (PEM); needs LEASEHOLD_TLS_KEY_FILE. Certificates and keys are read again when they change"`
 	KeyFile    string `split_words:"true" desc:"its private key (PEM)"`
-	ServerName string `split_words:"true" shown:"the endpoint's host" desc:"the name that etcd's certificate must bear"`
+	ServerName string `split_words:"true" shown:"the endpoint's host" desc:"the host name that etcd's certificate must have"`
 }
 
 // A Use is what the configuration is read for. It decides which faults count: ForCheck looks at

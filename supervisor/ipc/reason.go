@@ -16,7 +16,7 @@ const (
 	KilledLeftover            // the first process exited and left others behind
 	KilledGuard               // the guard is lost: the elector killed the job in its place
 	KilledSpawner             // the spawner is lost
-	KilledFault               // the guard found itself in a state that can't be
+	KilledFault               // internal error: an event came in a state that can't have it
 )
 
 // The labels are public.
@@ -30,7 +30,7 @@ var reasons = [...]struct{ label, text string }{
 	KilledLeftover: {"left_behind", "what its first process left behind"},
 	KilledGuard:    {"guard_gone", "guard lost"},
 	KilledSpawner:  {"spawner_gone", "spawner lost"},
-	KilledFault:    {"internal_fault", "internal fault"},
+	KilledFault:    {"internal_fault", "internal error"},
 }
 
 // KillReasons returns all reasons but NotKilled.
