@@ -28,7 +28,9 @@ import (
 // etcdClient can write what no command line can.
 func (tr *trial) etcdClient() *clientv3.Client {
 	tr.Helper()
-	client, err := clientv3.New(clientv3.Config{Endpoints: tr.etcd.Endpoints(), DialTimeout: 5 * time.Second})
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: tr.etcd.Endpoints(), DialTimeout: 5 * time.Second,
+	})
 	tr.must(err)
 	tr.Cleanup(func() { _ = client.Close() })
 	return client
@@ -37,7 +39,10 @@ func (tr *trial) etcdClient() *clientv3.Client {
 // leasehold runs a subcommand that asks etcd.
 func (tr *trial) leasehold(args ...string) (code int, stdout string) {
 	tr.Helper()
-	env := []string{"LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ",")}
+	env := []string{
+		"LEASEHOLD_ELECTION=" + tr.election,
+		"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
+	}
 	code, stdout, stderr, err := harness.RunOnce(tr.ctx, env, tr.programs.Leasehold, args...)
 	tr.must(err)
 	if stderr != "" {
@@ -68,7 +73,8 @@ func (tr *trial) remedy(command string) {
 
 // plain reports whether a terminal shows the text as it is.
 func plain(text string) bool {
-	return utf8.ValidString(text) && !strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) })
+	return utf8.ValidString(text) &&
+		!strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) })
 }
 
 // junk is what somebody may write under an election's prefix, by the end of
@@ -111,9 +117,11 @@ func TestJunk_AheadOfUs(t *testing.T) {
 			if s = tr.status(c); s.State != "standby" || s.Blocker == nil {
 				return fmt.Errorf("no blocker, and %d are left: %+v", left, s)
 			}
-			got, err := client.Get(tr.ctx, tr.election+"/", clientv3.WithPrefix(), clientv3.WithKeysOnly(),
+			got, err := client.Get(tr.ctx, tr.election+"/",
+				clientv3.WithPrefix(), clientv3.WithKeysOnly(),
 				clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
-			if err == nil && !strings.Contains(tr.status(c).Blocker.Remedy, strings.TrimPrefix(s.Blocker.Remedy, "etcdctl del ")) {
+			key := strings.TrimPrefix(s.Blocker.Remedy, "etcdctl del ")
+			if err == nil && !strings.Contains(tr.status(c).Blocker.Remedy, key) {
 				err = fmt.Errorf("the blocker has changed")
 			}
 			if err == nil && (len(got.Kvs) != left+1) {
@@ -124,7 +132,8 @@ func TestJunk_AheadOfUs(t *testing.T) {
 		if s.Name != "" || s.Leader != nil {
 			t.Errorf("%q leads according to /status", s.Name)
 		}
-		if !plain(s.Blocker.Key) || !plain(s.Blocker.Remedy) || !plain(s.Blocker.Why) || s.Blocker.Why == "" {
+		if !plain(s.Blocker.Key) || !plain(s.Blocker.Remedy) || !plain(s.Blocker.Why) ||
+			s.Blocker.Why == "" {
 			t.Errorf("not for a terminal: %+q", *s.Blocker)
 		}
 		code, text := tr.leasehold("status")
@@ -140,7 +149,8 @@ func TestJunk_AheadOfUs(t *testing.T) {
 		if err := json.Unmarshal([]byte(text), &report); err != nil || code != 1 {
 			t.Fatalf("status --json: %d, %v, %s", code, err, text)
 		}
-		if len(report.Blockers) != left || report.Blockers[0] != *s.Blocker || report.Leader != nil || len(report.Queue) != 1 || report.Queue[0].Identity != "a" {
+		if len(report.Blockers) != left || report.Blockers[0] != *s.Blocker ||
+			report.Leader != nil || len(report.Queue) != 1 || report.Queue[0].Identity != "a" {
 			t.Errorf("status --json: %s, want %d blockers, %+v first", text, left, *s.Blocker)
 		}
 		if !strings.Contains(c.Log(), "will not go by itself") {
@@ -158,7 +168,7 @@ func TestJunk_AheadOfUs(t *testing.T) {
 	if s := tr.status(c); s.Blocker != nil || s.Name != "a" {
 		t.Errorf("/status of the leader: %+v", s)
 	}
-	if code, text := tr.leasehold("status"); code != 0 || !strings.Contains(text, "leader is \"a\"") {
+	if code, text := tr.leasehold("status"); code != 0 || !strings.Contains(text, `leader is "a"`) {
 		t.Errorf("status: %d, %s", code, text)
 	}
 	tr.stop()
@@ -277,13 +287,15 @@ func TestJunk_OtherCandidates(t *testing.T) {
 		return cmd
 	}
 	first := elect(tr.election, "\xff\x1b[2J \"quoted\"\nSTOPPING=1\n")
-	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: "@leasehold-junk-" + fmt.Sprint(os.Getpid()), Net: "unixgram"})
+	name := fmt.Sprintf("@leasehold-junk-%d", os.Getpid())
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: name, Net: "unixgram"})
 	tr.must(err)
 	t.Cleanup(func() { _ = notify.Close() })
 	c := tr.start("a", "", variables("NOTIFY_SOCKET="+notify.LocalAddr().String()))
 	tr.waitStatus(c, "/standby", http.StatusOK)
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		if s := tr.status(c); s.Leader == nil || s.Name == "" || s.Name == "a" || !utf8.ValidString(s.Name) || s.Blocker != nil {
+		if s := tr.status(c); s.Leader == nil || s.Name == "" || s.Name == "a" ||
+			!utf8.ValidString(s.Name) || s.Blocker != nil {
 			return fmt.Errorf("/status behind a candidate of a strange name: %+v", s)
 		}
 		return nil
@@ -323,7 +335,9 @@ func TestJunk_OtherCandidates(t *testing.T) {
 	tr.waitDead(job)
 	var s status
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		if s = tr.status(c); s.Blocker == nil || !strings.HasPrefix(s.Blocker.Key, tr.election+"/nested/") || !strings.Contains(s.Blocker.Why, "nested") {
+		s = tr.status(c)
+		if b := s.Blocker; b == nil || !strings.HasPrefix(b.Key, tr.election+"/nested/") ||
+			!strings.Contains(b.Why, "nested") {
 			return fmt.Errorf("the nested election is not named: %+v", s)
 		}
 		return nil
@@ -363,7 +377,9 @@ func TestHealthEndpoint_HandOverUnderFire(t *testing.T) {
 	tr.waitExit(leader, 0)
 	tr.waitStatus(standby, "/leader", http.StatusOK)
 	tr.waitRenewals(standby, 3)
-	if lives := tr.witness.Lives(); len(lives) != 2 || !slices.ContainsFunc(lives, func(l harness.Life) bool { return l.Pid == next.Pid && l.Alive() }) {
+	lives := tr.witness.Lives()
+	runs := func(l harness.Life) bool { return l.Pid == next.Pid && l.Alive() }
+	if len(lives) != 2 || !slices.ContainsFunc(lives, runs) {
 		t.Errorf("lives: %+v", lives)
 	}
 	tr.finish()

@@ -25,33 +25,35 @@ import (
 func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 	tr := ordinary(t)
 	never := variables("LEASEHOLD_RESTART=never")
-	shell := func(script string) func(*harness.CandidateConfig) { return command("/bin/sh", "-c", script) }
+	shell := func(script string) change { return command("/bin/sh", "-c", script) }
+	untilStopped := shell("trap 'exit 9' TERM; while :; do sleep 0.01; done")
+	noEtcd := variables("LEASEHOLD_WAIT=1ms", "LEASEHOLD_ENDPOINTS=127.0.0.1:1")
 	nothing := func(*candidate) {}
 	for _, row := range []struct {
 		name    string
-		changes []func(*harness.CandidateConfig)
+		changes []change
 		then    func(c *candidate)
 		code    int
 		says    string
 	}{
-		{"job: 0", []func(*harness.CandidateConfig){shell("exit 0")}, nothing, 0, "the job exited with code 0"},
-		{"job: 75", []func(*harness.CandidateConfig){never, shell("exit 75")}, nothing, 75, "the job exited with code 75"},
-		{"job: signal", []func(*harness.CandidateConfig){never, shell("kill -s QUIT $$")}, nothing, 128 + 3, "signal 3"},
-		{"daemon: 0", []func(*harness.CandidateConfig){shell("trap 'exit 9' TERM; while :; do sleep 0.01; done")}, func(c *candidate) {
+		{"job: 0", []change{shell("exit 0")}, nothing, 0, "the job exited with code 0"},
+		{"job: 75", []change{never, shell("exit 75")}, nothing, 75, "the job exited with code 75"},
+		{"job: signal", []change{never, shell("kill -s QUIT $$")}, nothing, 128 + 3, "signal 3"},
+		{"daemon: 0", []change{untilStopped}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			tr.must(c.Signal(syscall.SIGINT))
 		}, 0, "planned stop"},
-		{"daemon: 69", []func(*harness.CandidateConfig){variables("LEASEHOLD_WAIT=1ms", "LEASEHOLD_ENDPOINTS=127.0.0.1:1"), shell("exit 3")}, nothing, 69, "LEASEHOLD_WAIT"},
-		{"daemon: 76", []func(*harness.CandidateConfig){never}, func(c *candidate) {
+		{"daemon: 69", []change{noEtcd, shell("exit 3")}, nothing, 69, "LEASEHOLD_WAIT"},
+		{"daemon: 76", []change{never}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(c).Leader.Key)
 			tr.must(err)
 		}, 76, "leadership lost"},
-		{"daemon: 70", []func(*harness.CandidateConfig){shell("exec sleep 1000")}, func(c *candidate) {
+		{"daemon: 70", []change{shell("exec sleep 1000")}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			tr.must(c.SignalElector(syscall.SIGKILL))
 		}, 70, "elector is lost"},
-		{"elector: 70", []func(*harness.CandidateConfig){shell("exec sleep 1000")}, func(c *candidate) {
+		{"elector: 70", []change{shell("exec sleep 1000")}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			tr.must(c.Signal(syscall.SIGKILL))
 		}, 128 + 9, "exit_code=70"},
@@ -66,7 +68,8 @@ func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 		// After the guard's death the elector is still writing.
 		err := harness.Until(tr.waitContext(10*time.Second), func() error {
 			lines := strings.Split(strings.TrimSpace(c.Log()), "\n")
-			if last := lines[len(lines)-1]; !strings.Contains(last, row.says) || !strings.Contains(last, want) {
+			if last := lines[len(lines)-1]; !strings.Contains(last, row.says) ||
+				!strings.Contains(last, want) {
 				return fmt.Errorf("the last line is %q, want %q and %s", last, row.says, want)
 			}
 			return nil
@@ -78,15 +81,16 @@ func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 	tr.finish()
 }
 
-// TestLog: the first line says what the daemon was given, and each names its election and candidate.
+// TestLog: the first line says what the daemon was given, and each names its
+// election and candidate.
 func TestLog(t *testing.T) {
 	tr := ordinary(t)
 	for _, row := range []struct {
 		name    string
-		changes []func(*harness.CandidateConfig)
+		changes []change
 	}{
-		{"job", []func(*harness.CandidateConfig){command("true"), variables("LEASEHOLD_RESTART=never")}},
-		{"elect", []func(*harness.CandidateConfig){subcommand("elect")}},
+		{"job", []change{command("true"), variables("LEASEHOLD_RESTART=never")}},
+		{"elect", []change{subcommand("elect")}},
 	} {
 		json := variables("LEASEHOLD_LOG_FORMAT=json", "LEASEHOLD_STOP_GRACE=1s")
 		c := tr.start(row.name, "", append(row.changes, json)...)
@@ -96,7 +100,9 @@ func TestLog(t *testing.T) {
 		}
 		tr.waitExit(c, 0)
 		for i, line := range strings.Split(strings.TrimSpace(c.Log()), "\n") {
-			for _, want := range []string{`"election":"` + tr.election + `"`, `"identity":"` + row.name + `"`} {
+			for _, want := range []string{
+				`"election":"` + tr.election + `"`, `"identity":"` + row.name + `"`,
+			} {
 				if !strings.Contains(line, want) {
 					t.Errorf("%s is not in %s", want, line)
 				}
@@ -105,7 +111,10 @@ func TestLog(t *testing.T) {
 				continue
 			}
 			ttl := `"ttl":"` + tr.ttl.String() + `","stop_at":"`
-			for _, want := range []string{`"msg":"starting"`, `"version":"`, `"endpoints":"http://`, c.Listen, ttl, `"kill_by":"`} {
+			for _, want := range []string{
+				`"msg":"starting"`, `"version":"`, `"endpoints":"http://`, c.Listen, ttl,
+				`"kill_by":"`,
+			} {
 				if !strings.Contains(line, want) {
 					t.Errorf("%s is not in the first line, %s", want, line)
 				}
@@ -143,12 +152,16 @@ func TestExitCode_ASecondSignalAtTheVeryEnd(t *testing.T) {
 func TestConfig_BareNamesChangeNothing(t *testing.T) {
 	tr := ordinary(t)
 	bare := variables(
-		"TTL=99s", "ELECTION=jobs/another", "IDENTITY=nobody", "ENDPOINTS=http://127.0.0.1:1", "LISTEN=127.0.0.1:1",
-		"USERNAME=somebody", "PASSWORD=something", "PASSWORD_FILE=/nowhere", "RESTART=never", "WAIT=0s", "STOP_SIGNAL=KILL",
-		"STOP_GRACE=0s", "LOG_FORMAT=json", "LOG_LEVEL=error", "LEVEL=error", "FORMAT=json", "MARGIN=1ns", "LOSS_GRACE=1ns", "DIAL_TIMEOUT=1ns",
-		"TLS_CA_FILE=/nowhere", "CA_FILE=/nowhere", "TLS_CERT_FILE=/nowhere", "SERVER_NAME=nowhere",
-		// What Kubernetes puts into every container of a namespace with a service called "leasehold" is no setting either.
-		"LEASEHOLD_SERVICE_HOST=10.0.0.1", "LEASEHOLD_SERVICE_PORT=4040", "LEASEHOLD_PORT=tcp://10.0.0.1:4040", "LEASEHOLD_PORT_4040_TCP_ADDR=10.0.0.1",
+		"TTL=99s", "ELECTION=jobs/another", "IDENTITY=nobody", "ENDPOINTS=http://127.0.0.1:1",
+		"LISTEN=127.0.0.1:1", "USERNAME=somebody", "PASSWORD=something", "PASSWORD_FILE=/nowhere",
+		"RESTART=never", "WAIT=0s", "STOP_SIGNAL=KILL", "STOP_GRACE=0s", "LOG_FORMAT=json",
+		"LOG_LEVEL=error", "LEVEL=error", "FORMAT=json", "MARGIN=1ns", "LOSS_GRACE=1ns",
+		"DIAL_TIMEOUT=1ns", "TLS_CA_FILE=/nowhere", "CA_FILE=/nowhere", "TLS_CERT_FILE=/nowhere",
+		"SERVER_NAME=nowhere",
+		// What Kubernetes puts into every container of a namespace with a service called
+		// "leasehold" is no setting either.
+		"LEASEHOLD_SERVICE_HOST=10.0.0.1", "LEASEHOLD_SERVICE_PORT=4040",
+		"LEASEHOLD_PORT=tcp://10.0.0.1:4040", "LEASEHOLD_PORT_4040_TCP_ADDR=10.0.0.1",
 	)
 	c := tr.start("a", "", bare)
 	job := tr.waitJob(c)
@@ -165,11 +178,13 @@ func TestConfig_BareNamesChangeNothing(t *testing.T) {
 	if s.Election != tr.election || s.Identity != "a" || s.Lease.TTL != tr.ttl.Seconds() {
 		t.Errorf("/status: %s", body)
 	}
-	if n, err := tr.etcd.Members[0].Metric(tr.ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`); err == nil && n > 0 {
+	if n, err := tr.etcd.Members[0].Metric(tr.ctx, authentications); err == nil && n > 0 {
 		t.Errorf("%v authentications", n)
 	}
 	tr.must(tr.witness.Tell(job, "exit 3")) // it is restarted
-	_, err = tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool { return l.Pid != job.Pid })
+	_, err = tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool {
+		return l.Pid != job.Pid
+	})
 	tr.must(err)
 	tr.finish()
 	if log := c.Log(); !strings.Contains(log, "level=DEBUG") {
@@ -189,7 +204,8 @@ func TestWait_IsATime(t *testing.T) {
 	}{
 		{time.Second, "", 75}, {0, "", 75}, // a leads
 		// etcd does not answer
-		{time.Second, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69}, {0, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69},
+		{time.Second, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69},
+		{0, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69},
 	} {
 		began := harness.Now()
 		env := []string{"LEASEHOLD_WAIT=" + row.wait.String()}
@@ -203,7 +219,8 @@ func TestWait_IsATime(t *testing.T) {
 			t.Errorf("with WAIT=%v %s it took %v to give up", row.wait, row.env, took)
 		}
 	}
-	// More than its WAIT has passed since a was elected, and it was not ended. A new campaign is not bounded by it either.
+	// More than its WAIT has passed since a was elected, and it was not ended. A new campaign is
+	// not bounded by it either.
 	_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(leader).Leader.Key)
 	tr.must(err)
 	tr.waitNext(job, waitTimeout)
@@ -216,7 +233,10 @@ func TestRestart_LimitDoesNotSpin(t *testing.T) {
 	tr := ordinary(t)
 	c := tr.start("a", "exit=1", variables("LEASEHOLD_RESTART_LIMIT=1"))
 	var lives []harness.Life
-	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(l []harness.Life) bool { lives = l; return len(l) == 4 }))
+	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(l []harness.Life) bool {
+		lives = l
+		return len(l) == 4
+	}))
 	for i := range lives[1:] {
 		gap, least := lives[i+1].Started-lives[i].End, 4*(500*time.Millisecond<<i)/5
 		if lives[i+1].Token == lives[i].Token {
@@ -247,13 +267,15 @@ func TestCutOff_LiveButNotReady(t *testing.T) {
 			for turned := false; !turned || harness.Now() < end+tr.ttl; {
 				s := tr.status(c)
 				if s.Lease != nil && s.Lease.ValidFor > 0 {
-					end = min(end, harness.Now()+time.Duration(s.Lease.ValidFor*float64(time.Second)))
+					left := time.Duration(s.Lease.ValidFor * float64(time.Second))
+					end = min(end, harness.Now()+left)
 				}
 				asked := harness.Now()
 				code, body, err := c.Get(tr.ctx, "/leader")
 				tr.must(err)
 				switch {
-				case code == http.StatusOK && (turned || asked >= end-lossGraceAndMargin+time.Millisecond):
+				case code == http.StatusOK &&
+					(turned || asked >= end-lossGraceAndMargin+time.Millisecond):
 					t.Fatalf("/leader says %s %v before the end of the lease", body, end-asked)
 				case code == http.StatusServiceUnavailable && !turned:
 					turned = true
@@ -266,13 +288,15 @@ func TestCutOff_LiveButNotReady(t *testing.T) {
 				}
 				code, body, err = c.Get(tr.ctx, "/readyz")
 				tr.must(err)
-				if turned && (code != http.StatusServiceUnavailable || len(strings.TrimSpace(body)) < 20) {
+				if turned &&
+					(code != http.StatusServiceUnavailable || len(strings.TrimSpace(body)) < 20) {
 					t.Fatalf("/readyz of a daemon that is cut off: %d, %s", code, body)
 				}
 			}
 			c.SetReachable(true)
 			tr.waitStatus(c, "/leader", http.StatusOK)
-			if n, err := c.Metric(tr.ctx, `leasehold_losses_total{reason="contact_lost"}`); err != nil || n != 1 {
+			n, err := c.Metric(tr.ctx, `leasehold_losses_total{reason="contact_lost"}`)
+			if err != nil || n != 1 {
 				t.Errorf("losses of contact: %v, %v, want 1", n, err)
 			}
 			tr.finish()
@@ -311,8 +335,10 @@ func TestJob_TermVariables(t *testing.T) {
 		}
 		kv := got.Kvs[0]
 		for name, want := range map[string]string{
-			"LEASEHOLD_FENCING_TOKEN": fmt.Sprint(kv.CreateRevision), "LEASEHOLD_LEASE_ID": fmt.Sprintf("%x", kv.Lease),
-			"LEASEHOLD_IDENTITY": string(kv.Value), "LEASEHOLD_ELECTION": tr.election,
+			"LEASEHOLD_FENCING_TOKEN": fmt.Sprint(kv.CreateRevision),
+			"LEASEHOLD_LEASE_ID":      fmt.Sprintf("%x", kv.Lease),
+			"LEASEHOLD_IDENTITY":      string(kv.Value),
+			"LEASEHOLD_ELECTION":      tr.election,
 		} {
 			if v := value(name); v != want {
 				t.Errorf("%s=%s, and etcd has %s", name, v, want)
@@ -338,8 +364,12 @@ func TestJob_InheritsNeitherMaskNorFiles(t *testing.T) {
 	t.Cleanup(func() { _, _ = read.Close(), write.Close() })
 
 	runtime.LockOSThread()
-	blocked := unix.Sigset_t{Val: [16]uint64{1<<(unix.SIGTERM-1) | 1<<(unix.SIGHUP-1) | 1<<(unix.SIGUSR1-1) | 1<<(unix.SIGCHLD-1) | 1<<(unix.SIGPIPE-1)}}
-	var old unix.Sigset_t
+	var blocked, old unix.Sigset_t
+	for _, sig := range []syscall.Signal{
+		unix.SIGTERM, unix.SIGHUP, unix.SIGUSR1, unix.SIGCHLD, unix.SIGPIPE,
+	} {
+		blocked.Val[0] |= 1 << (sig - 1)
+	}
 	tr.must(unix.PthreadSigmask(unix.SIG_BLOCK, &blocked, &old))
 	c := tr.start("a", "", func(cfg *harness.CandidateConfig) {
 		cfg.Prepare = func(cmd *exec.Cmd) {
@@ -352,7 +382,8 @@ func TestJob_InheritsNeitherMaskNorFiles(t *testing.T) {
 
 	job := tr.waitJob(c)
 	if job.Status["SigBlk"] != "0000000000000000" || job.Status["SigIgn"] != "0000000000000000" {
-		t.Errorf("the job's masks: blocked %s, ignored %s", job.Status["SigBlk"], job.Status["SigIgn"])
+		t.Errorf("the job's masks: blocked %s, ignored %s",
+			job.Status["SigBlk"], job.Status["SigIgn"])
 	}
 	for fd, target := range job.Descriptors {
 		if strings.HasPrefix(target, "pipe:") && !slices.Contains([]string{"0", "1", "2"}, fd) {
@@ -367,7 +398,8 @@ func TestJob_InheritsNeitherMaskNorFiles(t *testing.T) {
 		found, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 		tr.must(err)
 		for _, f := range found {
-			if unix.Stat(fmt.Sprintf("/proc/%d/fd/%s", pid, f.Name()), &theirs) == nil && theirs.Ino == mine.Ino && theirs.Dev == mine.Dev {
+			if unix.Stat(fmt.Sprintf("/proc/%d/fd/%s", pid, f.Name()), &theirs) == nil &&
+				theirs.Ino == mine.Ino && theirs.Dev == mine.Dev {
 				t.Errorf("the %s holds, as %s, a pipe that its daemon was given", name, f.Name())
 			}
 		}
@@ -399,8 +431,10 @@ func TestSignals_StopDuringTheStart(t *testing.T) {
 // own stop signal, once, and no more.
 func TestSignals_CtrlCReachesTheGuardAlone(t *testing.T) {
 	tr := ordinary(t)
-	c := tr.start("a", "", variables("LEASEHOLD_STOP_SIGNAL=USR2", "LEASEHOLD_STOP_GRACE=1m"), command("sh", "-c",
-		`for s in INT TERM HUP QUIT; do trap "echo got $s" $s; done; trap 'echo got USR2; sleep 0.2; exit 5' USR2; echo ready; while :; do sleep 0.01; done`))
+	c := tr.start("a", "", variables("LEASEHOLD_STOP_SIGNAL=USR2", "LEASEHOLD_STOP_GRACE=1m"),
+		command("sh", "-c", `for s in INT TERM HUP QUIT; do trap "echo got $s" $s; done
+			trap 'echo got USR2; sleep 0.2; exit 5' USR2
+			echo ready; while :; do sleep 0.01; done`))
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if !strings.Contains(c.Output(), "ready\n") {
 			return fmt.Errorf("the job says %q", c.Output())
@@ -425,7 +459,9 @@ func TestSignals_EndNothingWithoutAJob(t *testing.T) {
 	elect := tr.start("elect", "", subcommand("elect"))
 	for _, c := range []*candidate{run, elect} {
 		tr.waitStatus(c, "/livez", http.StatusOK)
-		for _, sig := range []syscall.Signal{unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT} {
+		for _, sig := range []syscall.Signal{
+			unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT,
+		} {
 			tr.must(c.Signal(sig))
 		}
 	}
@@ -450,9 +486,10 @@ func TestStandardErrorBlocked_LostLinesAreCounted(t *testing.T) {
 	// A page: it is soon full.
 	_, err = unix.FcntlInt(write.Fd(), unix.F_SETPIPE_SZ, 4096)
 	tr.must(err)
-	c := tr.start("a", "", subcommand("elect"), variables("LEASEHOLD_STOP_GRACE=0s"), func(cfg *harness.CandidateConfig) {
-		cfg.Prepare = func(cmd *exec.Cmd) { cmd.Stderr = write }
-	})
+	c := tr.start("a", "", subcommand("elect"), variables("LEASEHOLD_STOP_GRACE=0s"),
+		func(cfg *harness.CandidateConfig) {
+			cfg.Prepare = func(cmd *exec.Cmd) { cmd.Stderr = write }
+		})
 	tr.waitStatus(c, "/leader", http.StatusOK)
 	lost := func() float64 {
 		n, err := c.Metric(tr.ctx, "leasehold_terms_total")
@@ -494,7 +531,8 @@ func TestStandardErrorBlocked_LostLinesAreCounted(t *testing.T) {
 	}
 }
 
-// TestStandardErrorTostop: in the background of a terminal that stops who writes, the daemon writes all the same, and sleeps.
+// TestStandardErrorTostop: in the background of a terminal that stops who writes, the daemon writes
+// all the same, and sleeps.
 func TestStandardErrorTostop(t *testing.T) {
 	tr := ordinary(t)
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
@@ -524,7 +562,10 @@ func TestStandardErrorTostop(t *testing.T) {
 		cfg.Prepare = func(cmd *exec.Cmd) {
 			// The terminal is the shell's, and the daemon in its background.
 			shell = cmd
-			cmd.Args = append([]string{"setsid", "--ctty", "--wait", "sh", "-c", `stty tostop; set -m; "$@" & wait $!`, "sh", cmd.Path}, cmd.Args[1:]...)
+			cmd.Args = append([]string{
+				"setsid", "--ctty", "--wait",
+				"sh", "-c", `stty tostop; set -m; "$@" & wait $!`, "sh", cmd.Path,
+			}, cmd.Args[1:]...)
 			cmd.Path, err = exec.LookPath("setsid")
 			tr.must(err)
 			cmd.Stdin, cmd.Stdout, cmd.Stderr = terminal, terminal, terminal
@@ -533,13 +574,14 @@ func TestStandardErrorTostop(t *testing.T) {
 	tr.waitStatus(c, "/leader", http.StatusOK)
 	var daemon int
 	for _, pid := range harness.Descendants(shell.Process.Pid) {
-		if cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); strings.HasPrefix(string(cmdline), tr.programs.Leasehold+"\x00--\x00") {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if strings.HasPrefix(string(cmdline), tr.programs.Leasehold+"\x00--\x00") {
 			daemon = pid
 		}
 	}
 	used := func() time.Duration {
 		var ts unix.Timespec
-		tr.must(unix.ClockGettime(int32(^daemon<<3|2), &ts)) // its CPU-time clock, clock_getcpuclockid(3)
+		tr.must(unix.ClockGettime(int32(^daemon<<3|2), &ts)) // CPU time: clock_getcpuclockid(3)
 		return time.Duration(ts.Nano())
 	}
 	const interval = time.Second
@@ -554,7 +596,9 @@ func TestStandardErrorTostop(t *testing.T) {
 	tr.waitExit(c, 0)
 	select {
 	case text := <-shown:
-		for _, want := range []string{"the job gets no cgroup", "job started", "exiting: planned stop"} {
+		for _, want := range []string{
+			"the job gets no cgroup", "job started", "exiting: planned stop",
+		} {
 			if !strings.Contains(text, want) {
 				t.Errorf("the terminal does not show %q:\n%s", want, text)
 			}
@@ -606,7 +650,8 @@ func TestNotify_WatchdogWhileBothTurn(t *testing.T) {
 	}
 	tr.finish()
 
-	elect := tr.start("b", "", subcommand("elect"), variables("NOTIFY_SOCKET="+name, "WATCHDOG_USEC=900000", "LEASEHOLD_STOP_GRACE=0s"))
+	elect := tr.start("b", "", subcommand("elect"),
+		variables("NOTIFY_SOCKET="+name, "WATCHDOG_USEC=900000", "LEASEHOLD_STOP_GRACE=0s"))
 	want := []string{"READY=1", "STATUS=leading, token ", "WATCHDOG=1"}
 	for end := harness.Now() + 30*time.Second; len(want) > 0; {
 		got := next(end)
@@ -633,9 +678,10 @@ func TestPID1_StopsEverything(t *testing.T) {
 	t.Parallel()
 	tr := newTrial(t, users()[0], harness.ClusterConfig{})
 	tr.ttl = 5 * time.Minute
-	c := tr.start("a", "daemonize setsid hold-pipes ignore-term", func(cfg *harness.CandidateConfig) {
-		tr.wrap(cfg, "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
-	})
+	c := tr.start("a", "daemonize setsid hold-pipes ignore-term",
+		func(cfg *harness.CandidateConfig) {
+			tr.wrap(cfg, "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
+		})
 	job := tr.waitJob(c)
 	tr.waitRoles(job, "daemon", "setsid", "grandchild")
 	guard := harness.Children(c.Guard())
@@ -675,9 +721,11 @@ func TestIdentity_OfTwo(t *testing.T) {
 // The job's standard streams are the daemon's own.
 func TestJob_StandardStreams(t *testing.T) {
 	tr := ordinary(t)
-	c := tr.start("a", "", variables("LEASEHOLD_RESTART=never"), command("sh", "-c", "cat; echo and this >&2; exit 3"), func(cfg *harness.CandidateConfig) {
-		cfg.Prepare = func(cmd *exec.Cmd) { cmd.Stdin = strings.NewReader("read this\n") }
-	})
+	c := tr.start("a", "", variables("LEASEHOLD_RESTART=never"),
+		command("sh", "-c", "cat; echo and this >&2; exit 3"),
+		func(cfg *harness.CandidateConfig) {
+			cfg.Prepare = func(cmd *exec.Cmd) { cmd.Stdin = strings.NewReader("read this\n") }
+		})
 	tr.waitExit(c, 3)
 	if out := c.Output(); out != "read this\n" {
 		t.Errorf("standard output: %q", out)

@@ -71,14 +71,16 @@ func TestCluster_TLSAndAuth(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := harness.NewTestCluster(t, harness.ClusterConfig{TLS: certs, Flags: []string{"--auth-token-ttl", "2"}})
+	c := harness.NewTestCluster(t, harness.ClusterConfig{
+		TLS: certs, Flags: []string{"--auth-token-ttl", "2"},
+	})
 	if err := c.EnableAuth(ctx, "user", "secret", "jobs/"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := c.Etcdctl(ctx, "put", "k", "v"); err != nil {
 		t.Fatal(err)
 	}
-	n, err := c.Members[0].Metric(ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+	n, err := c.Members[0].Metric(ctx, authentications)
 	if err != nil || n < 1 {
 		t.Fatalf("authentications: %v, %v", n, err)
 	}
@@ -132,7 +134,9 @@ func TestProxy(t *testing.T) {
 			t.Fatalf("received %d bytes, %v through a link that is cut", n, err)
 		}
 	}
-	for name, direction := range map[string]harness.Direction{"both": harness.BothWays, "to server": harness.ToServer, "to client": harness.ToClient} {
+	for name, direction := range map[string]harness.Direction{
+		"both": harness.BothWays, "to server": harness.ToServer, "to client": harness.ToClient,
+	} {
 		c := dial()
 		send(c, "one")
 		receive(c, "one")
@@ -162,14 +166,21 @@ func TestProxy(t *testing.T) {
 // The judge is judged: it must see the overlaps that there are and no others.
 func TestWitness(t *testing.T) {
 	programs := testPrograms(t)
-	start := func(t *testing.T, w *harness.Witness, candidate, token string, words ...string) (*exec.Cmd, harness.Life) {
+	start := func(
+		t *testing.T, w *harness.Witness, candidate, token string, words ...string,
+	) (*exec.Cmd, harness.Life) {
 		cmd := exec.Command(programs.Testjob, words...)
-		cmd.Env = []string{"WITNESS=" + w.Addr, "LEASEHOLD_IDENTITY=" + candidate, "LEASEHOLD_FENCING_TOKEN=" + token}
+		cmd.Env = []string{
+			"WITNESS=" + w.Addr, "LEASEHOLD_IDENTITY=" + candidate,
+			"LEASEHOLD_FENCING_TOKEN=" + token,
+		}
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-		life, err := w.WaitForJob(testContext(t, 10*time.Second), func(l harness.Life) bool { return l.Pid == cmd.Process.Pid })
+		life, err := w.WaitForJob(testContext(t, 10*time.Second), func(l harness.Life) bool {
+			return l.Pid == cmd.Process.Pid
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -207,14 +218,20 @@ func TestWitness(t *testing.T) {
 
 	// The first process is dead; a descendant that none of the usual ways of
 	// killing reaches is not, and the witness must know.
-	for _, behaviour := range []string{"daemonize", "setsid", "hold-pipes", "fork-bomb=4", "fill=4"} {
+	for _, behaviour := range []string{
+		"daemonize", "setsid", "hold-pipes", "fork-bomb=4", "fill=4",
+	} {
 		t.Run(behaviour+" survives its first process", func(t *testing.T) {
 			w := harness.NewTestWitness(t)
 			cmd, _ := start(t, w, "a", "1", behaviour, "wipe-env")
-			roles := map[string]string{"daemonize": "daemon", "setsid": "setsid", "hold-pipes": "grandchild"}
+			roles := map[string]string{
+				"daemonize": "daemon", "setsid": "setsid", "hold-pipes": "grandchild",
+			}
 			if role, found := roles[behaviour]; found {
 				err := w.Wait(testContext(t, 10*time.Second), func(lives []harness.Life) bool {
-					return slices.ContainsFunc(lives, func(l harness.Life) bool { return l.Role == role && l.Token == 1 })
+					return slices.ContainsFunc(lives, func(l harness.Life) bool {
+						return l.Role == role && l.Token == 1
+					})
 				})
 				if err != nil {
 					t.Fatal(err)
@@ -265,7 +282,10 @@ func TestWitness(t *testing.T) {
 
 	t.Run("signals", func(t *testing.T) {
 		w := harness.NewTestWitness(t)
-		for words, want := range map[string]string{"": "signal: terminated", "stop-code=5": "exit status 5", "slow-stop=50ms": "exit status 0", "ignore-term": "signal: killed"} {
+		for words, want := range map[string]string{
+			"": "signal: terminated", "stop-code=5": "exit status 5",
+			"slow-stop=50ms": "exit status 0", "ignore-term": "signal: killed",
+		} {
 			cmd, _ := start(t, w, "a", "1", words)
 			_ = cmd.Process.Signal(syscall.SIGTERM)
 			if words == "ignore-term" {

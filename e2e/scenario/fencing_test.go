@@ -40,7 +40,9 @@ func writers() []writer {
 			tr.Cleanup(p.Remove)
 			return []string{filepath.Join(filepath.Dir(p.Leasehold), "fencing")}
 		}, true},
-		{"shell", func(tr *trial) []string { return []string{tr.script(func(s string) string { return s })} }, true},
+		{"shell", func(tr *trial) []string {
+			return []string{tr.script(func(s string) string { return s })}
+		}, true},
 		// What makes the test worth something: the same script without the check.
 		{"shell without the check", func(tr *trial) []string {
 			return []string{tr.script(func(s string) string {
@@ -119,7 +121,9 @@ func TestFencing(t *testing.T) {
 					}
 				} else {
 					h.wait(tr, func() bool {
-						return slices.ContainsFunc(h.writes[seen:], func(w write) bool { return w.token == token })
+						return slices.ContainsFunc(h.writes[seen:], func(w write) bool {
+							return w.token == token
+						})
 					})
 				}
 				elector, err := leader.Elector()
@@ -133,7 +137,9 @@ func TestFencing(t *testing.T) {
 			tr.finish()
 			h.follow(tr)
 			behind, lost := h.judge()
-			t.Logf("%d writes under %d tokens; %d frozen writers went on and were refused, %d with what they had read before; accepted behind a higher token: %d; counts lost: %d",
+			t.Logf("%d writes under %d tokens; "+
+				"%d frozen writers went on and were refused, %d with what they had read before; "+
+				"accepted behind a higher token: %d; counts lost: %d",
 				len(h.writes), len(h.tokens()), stale, prepared, len(behind), lost)
 			switch {
 			case len(h.tokens()) < freezes+1:
@@ -141,7 +147,8 @@ func TestFencing(t *testing.T) {
 			case w.fenced && (len(behind) > 0 || lost > 0):
 				t.Errorf("stale writes were accepted: %+v; counts lost: %d", behind, lost)
 			case !w.fenced && len(behind) < freezes:
-				t.Errorf("without the check %d stale writes were accepted, want one for each of %d freezes: this test can't tell", len(behind), freezes)
+				t.Errorf("without the check %d stale writes were accepted, "+
+					"want one for each of %d freezes: this test can't tell", len(behind), freezes)
 			}
 		})
 	}
@@ -155,9 +162,12 @@ func (tr *trial) freeze(c *candidate) (job []int) {
 	tr.must(err)
 	tr.must(c.Signal(syscall.SIGSTOP))
 	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
-	clean := 0 // looks in a row at which all were stopped: what was forked before one shows at the next
+	// Looks in a row at which all were stopped: what was forked before one shows at the next.
+	clean := 0
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		job = slices.DeleteFunc(harness.Descendants(c.Guard()), func(pid int) bool { return pid == elector })
+		job = slices.DeleteFunc(harness.Descendants(c.Guard()), func(pid int) bool {
+			return pid == elector
+		})
 		var running error
 		for _, pid := range append([]int{c.Guard(), elector}, job...) {
 			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
@@ -168,7 +178,8 @@ func (tr *trial) freeze(c *candidate) (job []int) {
 			// The name, in parentheses, may hold anything; the state follows.
 			if state := stat[bytes.LastIndexByte(stat, ')')+2]; state != 'T' && state != 'Z' {
 				_ = syscall.Kill(pid, syscall.SIGSTOP)
-				running = errors.Join(running, fmt.Errorf("pid %d of candidate %s is not stopped", pid, c.Identity))
+				running = errors.Join(running,
+					fmt.Errorf("pid %d of candidate %s is not stopped", pid, c.Identity))
 			}
 		}
 		if clean++; running != nil {
@@ -194,7 +205,8 @@ func (tr *trial) thaw(pids ...int) {
 	}
 }
 
-var refusal = regexp.MustCompile(`refused: the term is over: count (\d+) with token (\d+) is not written`)
+var refusal = regexp.MustCompile(
+	`refused: the term is over: count (\d+) with token (\d+) is not written`)
 
 // waitRefusal waits until the job of a token has said that a write of its was
 // refused, and returns what it would have written.
@@ -230,10 +242,13 @@ type write struct{ revision, count, token int64 }
 
 func (tr *trial) newHistory(counter string) *history {
 	tr.Helper()
-	client, err := clientv3.New(clientv3.Config{Endpoints: tr.etcd.Endpoints(), Logger: zap.NewNop()})
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: tr.etcd.Endpoints(), Logger: zap.NewNop(),
+	})
 	tr.must(err)
 	tr.Cleanup(func() { _ = client.Close() })
-	return &history{counter: counter, client: client, watch: client.Watch(tr.ctx, counter, clientv3.WithRev(1))}
+	watch := client.Watch(tr.ctx, counter, clientv3.WithRev(1))
+	return &history{counter: counter, client: client, watch: watch}
 }
 
 func (h *history) last() write {
@@ -261,7 +276,8 @@ func (h *history) wait(tr *trial, ok func() bool) {
 				h.writes = append(h.writes, w)
 			}
 		case <-bound.Done():
-			tr.Fatalf("the writes of the counter that are waited for do not come; the last of %d: %+v", len(h.writes), h.last())
+			tr.Fatalf("the writes of the counter that are waited for do not come; "+
+				"the last of %d: %+v", len(h.writes), h.last())
 		}
 	}
 }
@@ -325,7 +341,8 @@ func etcdctl(tr *trial) string {
 
 // TestFencingDocs: the code in docs/fencing.md is that of the examples.
 func TestFencingDocs(t *testing.T) {
-	doc, err := os.ReadFile(filepath.Join(filepath.Dir(exampleFile(t, "")), "..", "docs", "fencing.md"))
+	doc, err := os.ReadFile(
+		filepath.Join(filepath.Dir(exampleFile(t, "")), "..", "docs", "fencing.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -337,7 +354,8 @@ func TestFencingDocs(t *testing.T) {
 		_, rest, found := strings.Cut(string(doc), "```"+language+"\n")
 		code, _, closed := strings.Cut(rest, "```")
 		if !found || !closed || !strings.Contains(string(source), code) {
-			t.Errorf("the first %s code of docs/fencing.md is not in examples/fencing/%s", language, name)
+			t.Errorf("the first %s code of docs/fencing.md is not in examples/fencing/%s",
+				language, name)
 		}
 	}
 }

@@ -25,17 +25,17 @@ import (
 )
 
 // variables adds environment variables to a candidate's.
-func variables(env ...string) func(*harness.CandidateConfig) {
+func variables(env ...string) change {
 	return func(cfg *harness.CandidateConfig) { cfg.Env = append(cfg.Env, env...) }
 }
 
 // command replaces the job.
-func command(job ...string) func(*harness.CandidateConfig) {
+func command(job ...string) change {
 	return func(cfg *harness.CandidateConfig) { cfg.Job = job }
 }
 
 // subcommand runs leasehold with a subcommand instead of a job.
-func subcommand(args ...string) func(*harness.CandidateConfig) {
+func subcommand(args ...string) change {
 	return func(cfg *harness.CandidateConfig) { cfg.Job, cfg.Args = nil, args }
 }
 
@@ -51,7 +51,7 @@ func TestExitCode_OfTheDaemon(t *testing.T) {
 	for _, row := range []struct {
 		name      string
 		behaviour string
-		change    func(*harness.CandidateConfig)
+		change    change
 		then      func(tr *trial, c *candidate, job harness.Life)
 		code      int
 	}{
@@ -64,7 +64,9 @@ func TestExitCode_OfTheDaemon(t *testing.T) {
 			_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(c).Leader.Key)
 			tr.must(err)
 		}, 76},
-		{"never: contact lost", "", never, func(_ *trial, c *candidate, _ harness.Life) { c.SetReachable(false) }, 76},
+		{"never: contact lost", "", never, func(_ *trial, c *candidate, _ harness.Life) {
+			c.SetReachable(false)
+		}, 76},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			tr := ordinary(t)
@@ -102,14 +104,17 @@ func TestExitCode_BeforeAnyCampaign(t *testing.T) {
 	}
 	envFile, badFile := filepath.Join(t.TempDir(), "x.env"), filepath.Join(t.TempDir(), "bad.env")
 	for path, text := range map[string]string{
-		envFile: "# of a unit\nLEASEHOLD_ELECTION='jobs/x'\nLEASEHOLD_LISTEN=off\nLEASEHOLD_ENDPOINTS=" + nobody + "\nJOB=backup\n",
+		envFile: "# of a unit\nLEASEHOLD_ELECTION='jobs/x'\nLEASEHOLD_LISTEN=off\n" +
+			"LEASEHOLD_ENDPOINTS=" + nobody + "\nJOB=backup\n",
 		badFile: "LEASEHOLD_ELECTION=jobs/x\nLEASEHOLD_TTL 5s\n",
 	} {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	good := []string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=off", "LEASEHOLD_ENDPOINTS=" + nobody}
+	good := []string{
+		"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=off", "LEASEHOLD_ENDPOINTS=" + nobody,
+	}
 	for _, row := range []struct {
 		name string
 		env  []string
@@ -120,37 +125,58 @@ func TestExitCode_BeforeAnyCampaign(t *testing.T) {
 		{"version", nil, []string{"version"}, 0, []string{"leasehold"}},
 		{"help", nil, []string{"help"}, 0, []string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
 		{"--version", nil, []string{"--version"}, 0, []string{"leasehold"}},
-		{"--help", nil, []string{"--help"}, 0, []string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
-		{"-h of a command", nil, []string{"status", "-h"}, 0, []string{"Usage: leasehold status [ELECTION] [--json]"}},
+		{"--help", nil, []string{"--help"}, 0,
+			[]string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
+		{"-h of a command", nil, []string{"status", "-h"}, 0,
+			[]string{"Usage: leasehold status [ELECTION] [--json]"}},
 		{"no arguments", good, nil, 64, []string{"leasehold"}},
 		{"no command", good, []string{"--"}, 64, nil},
 		{"a flag", good, []string{"--ttl", "5s"}, 64, []string{"LEASEHOLD_TTL"}},
-		{"unknown command", good, []string{"resign"}, 64, []string{`no such command "resign"`, "leasehold -- resign"}},
-		{"misspelt command", good, []string{"statsu"}, 64, []string{`no such command "statsu": did you mean status?`}},
+		{"unknown command", good, []string{"resign"}, 64,
+			[]string{`no such command "resign"`, "leasehold -- resign"}},
+		{"misspelt command", good, []string{"statsu"}, 64,
+			[]string{`no such command "statsu": did you mean status?`}},
 		{"an env file", nil, []string{"-f", envFile, "status"}, 69, []string{nobody}},
-		{"an env file of the daemon", nil, []string{"-f", envFile, "--", "no-such-command"}, 127, []string{"no-such-command"}},
-		{"the environment overrules the file", []string{"LEASEHOLD_ELECTION=a//b"}, []string{"status", "-f", envFile}, 78, []string{"LEASEHOLD_ELECTION"}},
-		{"an argument overrules both", good, []string{"status", "a//b", "-f", envFile}, 78, []string{"LEASEHOLD_ELECTION"}},
-		{"a faulty env file", nil, []string{"elect", "-f", badFile}, 78, []string{badFile + ":2: there is no ="}},
+		{"an env file of the daemon", nil, []string{"-f", envFile, "--", "no-such-command"}, 127,
+			[]string{"no-such-command"}},
+		{"the environment overrules the file", []string{"LEASEHOLD_ELECTION=a//b"},
+			[]string{"status", "-f", envFile}, 78, []string{"LEASEHOLD_ELECTION"}},
+		{"an argument overrules both", good, []string{"status", "a//b", "-f", envFile}, 78,
+			[]string{"LEASEHOLD_ELECTION"}},
+		{"a faulty env file", nil, []string{"elect", "-f", badFile}, 78,
+			[]string{badFile + ":2: there is no ="}},
 		{"no env file", nil, []string{"elect", "-f", envFile + "x"}, 78, []string{envFile + "x"}},
 		{"nothing set", nil, []string{"--", "true"}, 78, []string{"LEASEHOLD_ELECTION"}},
 		{"all faults at once", []string{
-			"LEASEHOLD_TTL=15", "LEASEHOLD_STOP_SIGNAL=FOO", "LEASEHOLD_MARGIN=x", "LEASEHOLD_RESTART=often", "LEASEHOLD_RESTART_LIMIT=-1",
-			"LEASEHOLD_LISTEN=4040", "LEASEHOLD_LOG_LEVEL=loud", "LEASEHOLD_LOG_FORMAT=xml", "LEASEHOLD_ENDPOINTS=ftp://x",
-			"LEASEHOLD_USERNAME=u", "LEASEHOLD_ELECTOIN=jobs/x", "LEASEHOLD_TLS_CERT_FILE=/nowhere", "LEASEHOLD_DIAL_TIMEOUT=0s",
+			"LEASEHOLD_TTL=15", "LEASEHOLD_STOP_SIGNAL=FOO", "LEASEHOLD_MARGIN=x",
+			"LEASEHOLD_RESTART=often", "LEASEHOLD_RESTART_LIMIT=-1", "LEASEHOLD_LISTEN=4040",
+			"LEASEHOLD_LOG_LEVEL=loud", "LEASEHOLD_LOG_FORMAT=xml", "LEASEHOLD_ENDPOINTS=ftp://x",
+			"LEASEHOLD_USERNAME=u", "LEASEHOLD_ELECTOIN=jobs/x", "LEASEHOLD_TLS_CERT_FILE=/nowhere",
+			"LEASEHOLD_DIAL_TIMEOUT=0s",
 		}, []string{"--", "true"}, 78, []string{
-			"LEASEHOLD_TTL", "LEASEHOLD_STOP_SIGNAL", "LEASEHOLD_MARGIN", "LEASEHOLD_RESTART:", "LEASEHOLD_RESTART_LIMIT",
-			"LEASEHOLD_LISTEN", "LEASEHOLD_LOG_LEVEL", "LEASEHOLD_LOG_FORMAT", "LEASEHOLD_ENDPOINTS", "LEASEHOLD_USERNAME",
-			"LEASEHOLD_ELECTOIN", "LEASEHOLD_ELECTION", "LEASEHOLD_TLS_KEY_FILE", "LEASEHOLD_DIAL_TIMEOUT", "write 15s",
+			"LEASEHOLD_TTL", "LEASEHOLD_STOP_SIGNAL", "LEASEHOLD_MARGIN", "LEASEHOLD_RESTART:",
+			"LEASEHOLD_RESTART_LIMIT", "LEASEHOLD_LISTEN", "LEASEHOLD_LOG_LEVEL",
+			"LEASEHOLD_LOG_FORMAT", "LEASEHOLD_ENDPOINTS", "LEASEHOLD_USERNAME",
+			"LEASEHOLD_ELECTOIN", "LEASEHOLD_ELECTION", "LEASEHOLD_TLS_KEY_FILE",
+			"LEASEHOLD_DIAL_TIMEOUT", "write 15s",
 		}},
-		{"times that don't fit", append(slices.Clone(good), "LEASEHOLD_TTL=5s", "LEASEHOLD_LOSS_GRACE=4s"), []string{"--", "true"}, 78, []string{"LEASEHOLD_TTL", "4s"}},
-		{"elect with a job's settings", append(slices.Clone(good), "LEASEHOLD_RESTART=never"), []string{"elect"}, 78, []string{"LEASEHOLD_RESTART"}},
-		{"command not found", good, []string{"--", "no-such-command"}, 127, []string{"no-such-command"}},
+		{"times that don't fit",
+			append(slices.Clone(good), "LEASEHOLD_TTL=5s", "LEASEHOLD_LOSS_GRACE=4s"),
+			[]string{"--", "true"}, 78, []string{"LEASEHOLD_TTL", "4s"}},
+		{"elect with a job's settings", append(slices.Clone(good), "LEASEHOLD_RESTART=never"),
+			[]string{"elect"}, 78, []string{"LEASEHOLD_RESTART"}},
+		{"command not found", good, []string{"--", "no-such-command"}, 127,
+			[]string{"no-such-command"}},
 		{"command not executable", good, []string{"--", script}, 126, []string{script}},
-		{"the endpoint's address is taken", []string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=" + taken.Addr().String()}, []string{"--", "true"}, 71, []string{taken.Addr().String()}},
-		{"the same, elect", []string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=" + taken.Addr().String()}, []string{"elect"}, 71, []string{taken.Addr().String()}},
+		{"the endpoint's address is taken",
+			[]string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=" + taken.Addr().String()},
+			[]string{"--", "true"}, 71, []string{taken.Addr().String()}},
+		{"the same, elect",
+			[]string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=" + taken.Addr().String()},
+			[]string{"elect"}, 71, []string{taken.Addr().String()}},
 		{"status without etcd", good, []string{"status"}, 69, nil},
-		{"check without a daemon", []string{"LEASEHOLD_LISTEN=" + nobody}, []string{"check"}, 69, nil},
+		{"check without a daemon", []string{"LEASEHOLD_LISTEN=" + nobody},
+			[]string{"check"}, 69, nil},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			ctx := testContext(t, waitTimeout)
@@ -178,7 +204,10 @@ func TestStatusAndCheck(t *testing.T) {
 	tr := ordinary(t)
 	ask := func(c *candidate, args ...string) (int, string) {
 		t.Helper()
-		env := []string{"LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ",")}
+		env := []string{
+			"LEASEHOLD_ELECTION=" + tr.election,
+			"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
+		}
 		if c != nil {
 			env = []string{"LEASEHOLD_LISTEN=" + c.Listen}
 		}
@@ -191,7 +220,8 @@ func TestStatusAndCheck(t *testing.T) {
 	}
 	leader, standby, job := tr.pair("")
 	code, out := ask(nil, "status")
-	if code != 0 || !strings.Contains(out, "a") || !strings.Contains(out, strconv.FormatInt(job.Token, 10)) || !strings.Contains(out, "b") {
+	if code != 0 || !strings.Contains(out, "a") ||
+		!strings.Contains(out, strconv.FormatInt(job.Token, 10)) || !strings.Contains(out, "b") {
 		t.Errorf("status: %d, %s", code, out)
 	}
 	if code, out := ask(nil, "status", "--json"); code != 0 || !strings.HasPrefix(out, "{") {
@@ -212,7 +242,8 @@ func TestStatusAndCheck(t *testing.T) {
 		{standby, "standby", 0},
 	} {
 		if code, out := ask(row.c, "check", row.what); code != row.code {
-			t.Errorf("check %s of %s: %d, want %d: %s", row.what, row.c.Identity, code, row.code, out)
+			t.Errorf("check %s of %s: %d, want %d: %s",
+				row.what, row.c.Identity, code, row.code, out)
 		}
 	}
 	tr.finish()
@@ -251,10 +282,12 @@ func TestRestart(t *testing.T) {
 			if s := tr.status(leader); s.State != "leading" {
 				t.Errorf("state between two runs of the job: %s, want leading", s.State)
 			}
-			again, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool { return l.Pid != job.Pid })
+			again, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout),
+				func(l harness.Life) bool { return l.Pid != job.Pid })
 			tr.must(err)
 			if again.Candidate != "a" || again.Token != job.Token {
-				t.Errorf("the job runs again on %s with token %d, want a and %d", again.Candidate, again.Token, job.Token)
+				t.Errorf("the job runs again on %s with token %d, want a and %d",
+					again.Candidate, again.Token, job.Token)
 			}
 			tr.waitStatus(leader, "/leader", http.StatusOK)
 			s := tr.status(leader)
@@ -294,11 +327,13 @@ func TestJob_Surroundings(t *testing.T) {
 			tr := newTrial(t, u, harness.ClusterConfig{})
 			const secret = "very-secret-word"
 			c := tr.start("a", "", command("sleep", "1000"), variables(
-				"LEASEHOLD_STOP_GRACE=1s", "NOTIFY_SOCKET=@nobody-listens", "WATCHDOG_USEC=20000000", "WATCHDOG_PID=1", "KEPT=yes",
+				"LEASEHOLD_STOP_GRACE=1s", "NOTIFY_SOCKET=@nobody-listens",
+				"WATCHDOG_USEC=20000000", "WATCHDOG_PID=1", "KEPT=yes",
 				// Without the prefix they are none of ours.
 				"TTL=99s", "PASSWORD="+secret, "USERNAME=somebody", "LISTEN=127.0.0.1:1",
 			), func(cfg *harness.CandidateConfig) {
-				tr.wrap(cfg, "sh", "-c", `trap "" INT HUP TERM USR1 PIPE; exec 7</dev/null 9</dev/null; exec "$@"`, "sh")
+				tr.wrap(cfg, "sh", "-c",
+					`trap "" INT HUP TERM USR1 PIPE; exec 7</dev/null 9</dev/null; exec "$@"`, "sh")
 			})
 			tr.waitStatus(c, "/leader", http.StatusOK)
 			s := tr.status(c)
@@ -315,7 +350,10 @@ func TestJob_Surroundings(t *testing.T) {
 			data, err := os.ReadFile(proc + "status")
 			tr.must(err)
 			// HUP, INT and QUIT (see TestTerminal_IgnoredStaysIgnored), and nothing else.
-			for field, mask := range map[string]string{"SigIgn": "0000000000000007", "SigBlk": "0000000000000000", "SigCgt": "0000000000000000"} {
+			const none = "0000000000000000"
+			for field, mask := range map[string]string{
+				"SigIgn": "0000000000000007", "SigBlk": none, "SigCgt": none,
+			} {
 				if !strings.Contains(string(data), field+":\t"+mask+"\n") {
 					t.Errorf("%s of the job is not %s in\n%s", field, mask, data)
 				}
@@ -339,9 +377,12 @@ func TestJob_Surroundings(t *testing.T) {
 			tr.must(err)
 			env := strings.Split(strings.TrimSuffix(string(data), "\x00"), "\x00")
 			want := []string{
-				"KEPT=yes", "TTL=99s", "PASSWORD=" + secret, "USERNAME=somebody", "LISTEN=127.0.0.1:1",
-				"LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_IDENTITY=a", "LEASEHOLD_KEY=" + s.Leader.Key,
-				fmt.Sprintf("LEASEHOLD_FENCING_TOKEN=%d", s.Leader.Token), "LEASEHOLD_LEASE_ID=" + s.Lease.ID,
+				"KEPT=yes", "TTL=99s", "LISTEN=127.0.0.1:1",
+				"PASSWORD=" + secret, "USERNAME=somebody",
+				"LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_IDENTITY=a",
+				"LEASEHOLD_KEY=" + s.Leader.Key,
+				fmt.Sprintf("LEASEHOLD_FENCING_TOKEN=%d", s.Leader.Token),
+				"LEASEHOLD_LEASE_ID=" + s.Lease.ID,
 			}
 			for _, kv := range want {
 				if !slices.Contains(env, kv) {
@@ -350,9 +391,14 @@ func TestJob_Surroundings(t *testing.T) {
 			}
 			for _, kv := range env {
 				name, _, _ := strings.Cut(kv, "=")
-				kept := name == "LEASEHOLD_ENDPOINTS" || name == "LEASEHOLD_LISTEN" // see TestJob_AsksItsDaemon
-				known := kept || slices.ContainsFunc(want, func(w string) bool { return strings.HasPrefix(w, name+"=") })
-				if !known && (strings.HasPrefix(name, "LEASEHOLD_") || name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_")) {
+				// See TestJob_AsksItsDaemon.
+				kept := name == "LEASEHOLD_ENDPOINTS" || name == "LEASEHOLD_LISTEN"
+				wanted := slices.ContainsFunc(want, func(w string) bool {
+					return strings.HasPrefix(w, name+"=")
+				})
+				ours := name == "NOTIFY_SOCKET" ||
+					strings.HasPrefix(name, "LEASEHOLD_") || strings.HasPrefix(name, "WATCHDOG_")
+				if ours && !kept && !wanted {
 					t.Errorf("the job's environment holds %s", kv)
 				}
 			}
@@ -364,24 +410,27 @@ func TestJob_Surroundings(t *testing.T) {
 // TestJob_AsksItsDaemon: leasehold status and leasehold check work in a job as it finds itself.
 func TestJob_AsksItsDaemon(t *testing.T) {
 	tr := ordinary(t)
-	c := tr.start("a", "", command("sh", "-c", `until "$0" check leader; do sleep 0.05; done; exec "$0" status`, tr.programs.Leasehold),
+	const ask = `until "$0" check leader; do sleep 0.05; done; exec "$0" status`
+	c := tr.start("a", "", command("sh", "-c", ask, tr.programs.Leasehold),
 		variables("LEASEHOLD_RESTART=never"))
 	tr.waitExit(c, 0)
-	if out := c.Output(); !strings.Contains(out, "ok\n") || !strings.Contains(out, tr.election+`: leader is "a"`) {
+	if out := c.Output(); !strings.Contains(out, "ok\n") ||
+		!strings.Contains(out, tr.election+`: leader is "a"`) {
 		t.Errorf("in the job they print %q", out)
 	}
 	tr.finish()
 }
 
-// TestJob_NoNewPrivs: a job that the daemon may not be able to kill gains no privileges, unless the user wants it to, and then the
-// log warns.
+// TestJob_NoNewPrivs: a job that the daemon may not be able to kill gains no privileges, unless the
+// user wants it to, and then the log warns.
 func TestJob_NoNewPrivs(t *testing.T) {
 	for _, u := range users() {
 		for _, setting := range []string{"", "off"} {
 			t.Run(u.name+"/"+setting, func(t *testing.T) {
 				t.Parallel()
 				tr := newTrial(t, u, harness.ClusterConfig{})
-				c := tr.start("a", "", command("grep", "^NoNewPrivs", "/proc/self/status"), variables("LEASEHOLD_RESTART=never", "LEASEHOLD_NO_NEW_PRIVS="+setting))
+				c := tr.start("a", "", command("grep", "^NoNewPrivs", "/proc/self/status"),
+					variables("LEASEHOLD_RESTART=never", "LEASEHOLD_NO_NEW_PRIVS="+setting))
 				tr.waitExit(c, 0)
 				want := "NoNewPrivs:\t0\n"
 				if !u.root && setting == "" {
@@ -390,7 +439,8 @@ func TestJob_NoNewPrivs(t *testing.T) {
 				if out := c.Output(); out != want {
 					t.Errorf("the job has %q, want %q", out, want)
 				}
-				if warned := strings.Contains(c.Log(), "level=WARN msg=\"LEASEHOLD_NO_NEW_PRIVS=off"); warned != (!u.root && setting == "off") {
+				warned := strings.Contains(c.Log(), "level=WARN msg=\"LEASEHOLD_NO_NEW_PRIVS=off")
+				if warned != (!u.root && setting == "off") {
 					t.Errorf("is there a warning? %v", warned)
 				}
 				tr.finish()
@@ -407,7 +457,8 @@ func TestSecrets(t *testing.T) {
 	tr.must(os.WriteFile(file, []byte(secret+"\n"), 0o600))
 	a := tr.start("a", "", variables("LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD="+secret))
 	job := tr.waitJob(a)
-	wrong := tr.start("b", "", variables("LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=wrong-"+secret))
+	wrong := tr.start("b", "",
+		variables("LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=wrong-"+secret))
 	tr.waitStatus(wrong, "/readyz", http.StatusServiceUnavailable)
 	// The reason is told to those who ask, and to those who read the log.
 	if err := harness.Until(tr.waitContext(10*time.Second), func() error {
@@ -447,7 +498,8 @@ func TestSecrets(t *testing.T) {
 	}
 }
 
-// The endpoint tells its status to those who ask for the name that it was given, and not to a web page that goes by another.
+// The endpoint tells its status to those who ask for the name that it was given, and not to a web
+// page that goes by another.
 func TestListen_ByName(t *testing.T) {
 	tr := ordinary(t)
 	name, err := os.Hostname()
@@ -460,7 +512,8 @@ func TestListen_ByName(t *testing.T) {
 	tr.must(listener.Close())
 	_, port, err := net.SplitHostPort(address)
 	tr.must(err)
-	c := tr.start("a", "", subcommand("elect"), variables("LEASEHOLD_LISTEN="+net.JoinHostPort(name, port)))
+	c := tr.start("a", "", subcommand("elect"),
+		variables("LEASEHOLD_LISTEN="+net.JoinHostPort(name, port)))
 	c.Listen = net.JoinHostPort(name, port)
 	tr.waitStatus(c, "/status", http.StatusOK)
 	req, err := http.NewRequestWithContext(tr.ctx, http.MethodGet, "http://"+address+"/status", nil)
@@ -478,7 +531,8 @@ func TestListen_ByName(t *testing.T) {
 func TestSignals_GoToTheJob(t *testing.T) {
 	tr := ordinary(t)
 	leader := tr.start("a", "", command("sh", "-c",
-		`for s in HUP USR1 USR2 WINCH QUIT; do trap "echo got $s" $s; done; echo ready; while :; do sleep 0.01; done`))
+		`for s in HUP USR1 USR2 WINCH QUIT; do trap "echo got $s" $s; done
+		echo ready; while :; do sleep 0.01; done`))
 	said := func(line string) {
 		t.Helper()
 		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
@@ -491,7 +545,10 @@ func TestSignals_GoToTheJob(t *testing.T) {
 	said("ready")
 	standby := tr.start("b", "")
 	tr.waitStatus(standby, "/standby", http.StatusOK)
-	for name, sig := range map[string]syscall.Signal{"HUP": unix.SIGHUP, "USR1": unix.SIGUSR1, "USR2": unix.SIGUSR2, "WINCH": unix.SIGWINCH, "QUIT": unix.SIGQUIT} {
+	for name, sig := range map[string]syscall.Signal{
+		"HUP": unix.SIGHUP, "USR1": unix.SIGUSR1, "USR2": unix.SIGUSR2,
+		"WINCH": unix.SIGWINCH, "QUIT": unix.SIGQUIT,
+	} {
 		tr.must(leader.Signal(sig))
 		said("got " + name)
 		tr.must(standby.Signal(sig)) // has no job: it is dropped
@@ -523,7 +580,8 @@ func TestStop_RenewalsGoOnDuringTheGrace(t *testing.T) {
 	next := tr.waitNext(job, waitTimeout)
 	end := tr.waitDead(job)
 	if next.Started < end {
-		t.Errorf("the next job started %v before the end of one that took longer than the TTL to stop", end-next.Started)
+		t.Errorf("the next job started %v before the end of one "+
+			"that took longer than the TTL to stop", end-next.Started)
 	}
 	tr.finish()
 }
@@ -621,13 +679,20 @@ func TestHealthEndpoint_BadClients(t *testing.T) {
 			break // more than it takes is as good as it gets
 		}
 		t.Cleanup(func() { _ = conn.Close() })
-		text := []string{"", "GET /status HTTP/1.1\r\nHost:", "\x00\xff\x16\x03\x01\r\n\r\n", "POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\nxx", strings.Repeat("x", 4096)}[i%5]
+		text := []string{
+			"", "GET /status HTTP/1.1\r\nHost:", "\x00\xff\x16\x03\x01\r\n\r\n",
+			"POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\nxx",
+			strings.Repeat("x", 4096),
+		}[i%5]
 		_, _ = conn.Write([]byte(text)) // it may have hung up on us already
 	}
 	before := harness.Now()
-	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool { return len(lives) == 1 && lives[0].Alive() }))
+	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool {
+		return len(lives) == 1 && lives[0].Alive()
+	}))
 	tr.sleepPast(before, 2*tr.ttl)
-	if lives := tr.witness.Lives(); len(lives) != 1 || !lives[0].Alive() || lives[0].Pid != job.Pid {
+	if lives := tr.witness.Lives(); len(lives) != 1 || !lives[0].Alive() ||
+		lives[0].Pid != job.Pid {
 		t.Errorf("the job was moved: %v", tr.summary())
 	}
 	tr.waitStatus(c, "/leader", http.StatusOK)
@@ -708,7 +773,8 @@ func TestPID1(t *testing.T) {
 		return nil
 	}))
 	for _, pid := range harness.Children(guard[0]) {
-		if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && bytes.Contains(cmdline, []byte("\x00elector\x00")) {
+		if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil &&
+			bytes.Contains(cmdline, []byte("\x00elector\x00")) {
 			tr.must(syscall.Kill(pid, syscall.SIGKILL))
 		}
 	}
@@ -740,7 +806,9 @@ func TestNotify(t *testing.T) {
 			}
 			for line := range strings.Lines(string(buf[:n])) {
 				got = append(got, line)
-				want = slices.DeleteFunc(want, func(w string) bool { return strings.HasPrefix(line, w) })
+				want = slices.DeleteFunc(want, func(w string) bool {
+					return strings.HasPrefix(line, w)
+				})
 			}
 		}
 	}

@@ -48,7 +48,8 @@ func (tr *trial) leasesAre(want ...string) {
 		slices.Sort(found)
 		slices.Sort(wantKeys)
 		if !slices.Equal(leases, want) || !slices.Equal(found, wantKeys) {
-			return fmt.Errorf("etcd holds leases %q and keys %q, want leases %q", leases, found, want)
+			return fmt.Errorf("etcd holds leases %q and keys %q, want leases %q",
+				leases, found, want)
 		}
 		return nil
 	}))
@@ -76,7 +77,8 @@ func processesOf(election string) []string {
 		}
 		if slices.Contains(strings.Split(string(data), "\x00"), "LEASEHOLD_ELECTION="+election) {
 			cmdline, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "cmdline"))
-			processes = append(processes, filepath.Base(filepath.Dir(path))+" "+strings.ReplaceAll(string(cmdline), "\x00", " "))
+			words := strings.ReplaceAll(string(cmdline), "\x00", " ")
+			processes = append(processes, filepath.Base(filepath.Dir(path))+" "+words)
 		}
 	}
 	return processes
@@ -144,7 +146,8 @@ func TestLeaks_OfTermsAndJobs(t *testing.T) {
 		_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.election+"/"+strings.TrimLeft(old, "0"))
 		tr.must(err)
 		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-			if s := tr.status(other); s.State != "standby" || s.Lease == nil || fmt.Sprintf("%016s", s.Lease.ID) == old {
+			if s := tr.status(other); s.State != "standby" || s.Lease == nil ||
+				fmt.Sprintf("%016s", s.Lease.ID) == old {
 				return fmt.Errorf("%s is %s with lease %+v", other.Identity, s.State, s.Lease)
 			}
 			return nil
@@ -193,8 +196,10 @@ func TestRefused_StartsNothing(t *testing.T) {
 		args []string
 		code int
 	}{
-		{"wrong configuration", []string{"LEASEHOLD_TTL=1s", "LEASEHOLD_RESTART=sometimes"}, touch, 78},
-		{"wrong configuration, elect", []string{"LEASEHOLD_TTL=1s", "LEASEHOLD_STOP_SIGNAL=HUP"}, []string{"elect"}, 78},
+		{"wrong configuration", []string{"LEASEHOLD_TTL=1s", "LEASEHOLD_RESTART=sometimes"},
+			touch, 78},
+		{"wrong configuration, elect", []string{"LEASEHOLD_TTL=1s", "LEASEHOLD_STOP_SIGNAL=HUP"},
+			[]string{"elect"}, 78},
 		{"wrong usage", nil, []string{"--ttl", "5s"}, 64},
 		{"job without --", nil, touch[1:], 64},
 		{"command not found", nil, []string{"--", dir + "/nothing"}, 127},
@@ -202,13 +207,15 @@ func TestRefused_StartsNothing(t *testing.T) {
 		{"a directory", nil, []string{"--", dir}, 126},
 		{"address taken", []string{"LEASEHOLD_LISTEN=" + taken.Addr()}, touch, 71},
 		{"address of another host", []string{"LEASEHOLD_LISTEN=192.0.2.1:4040"}, touch, 71},
-		{"address taken, elect", []string{"LEASEHOLD_LISTEN=" + taken.Addr()}, []string{"elect"}, 71},
+		{"address taken, elect", []string{"LEASEHOLD_LISTEN=" + taken.Addr()},
+			[]string{"elect"}, 71},
 	} {
 		env := append([]string{
-			"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_LISTEN=off",
-			"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
+			"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=" + tr.election,
+			"LEASEHOLD_LISTEN=off", "LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
 		}, row.env...)
-		code, stdout, stderr, err := harness.RunOnce(tr.ctx, env, tr.programs.Leasehold, row.args...)
+		binary := tr.programs.Leasehold
+		code, stdout, stderr, err := harness.RunOnce(tr.ctx, env, binary, row.args...)
 		tr.must(err)
 		if code != row.code {
 			t.Errorf("%s: exit code %d, want %d: %s%s", row.name, code, row.code, stdout, stderr)

@@ -30,10 +30,16 @@ func TestLost_ByAnOperator(t *testing.T) {
 		reason string
 		within time.Duration // the next job starts
 	}{
-		{"key deleted", func(s status) []string { return []string{"del", s.Leader.Key} }, "key_deleted", soon},
-		{"lease revoked", func(s status) []string { return []string{"lease", "revoke", s.Lease.ID} }, "", soon},
+		{"key deleted", func(s status) []string {
+			return []string{"del", s.Leader.Key}
+		}, "key_deleted", soon},
+		{"lease revoked", func(s status) []string {
+			return []string{"lease", "revoke", s.Lease.ID}
+		}, "", soon},
 		// The leader's own reads show that, and the key goes once the job has exited.
-		{"key overwritten", func(s status) []string { return []string{"put", s.Leader.Key, "somebody"} }, "key_overwritten", waitTimeout},
+		{"key overwritten", func(s status) []string {
+			return []string{"put", s.Leader.Key, "somebody"}
+		}, "key_overwritten", waitTimeout},
 	}
 	for _, u := range users() {
 		for _, l := range losses {
@@ -52,12 +58,15 @@ func TestLost_ByAnOperator(t *testing.T) {
 						t.Logf("the old job died %v after the next one's start", late)
 					}
 					tr.waitStatus(leader, "/standby", http.StatusOK)
-					if n, err := leader.Metric(tr.ctx, fmt.Sprintf("leasehold_losses_total{reason=%q", l.reason)); l.reason != "" && (err != nil || n != 1) {
+					losses := fmt.Sprintf("leasehold_losses_total{reason=%q", l.reason)
+					n, err := leader.Metric(tr.ctx, losses)
+					if l.reason != "" && (err != nil || n != 1) {
 						t.Errorf("losses because of %s: %v, %v", l.reason, n, err)
 					}
 					tr.must(standby.Signal(syscall.SIGTERM))
 					if again := tr.waitNext(next, waitTimeout); again.Candidate != leader.Identity {
-						t.Errorf("the job runs on %s, want %s again", again.Candidate, leader.Identity)
+						t.Errorf("the job runs on %s, want %s again",
+							again.Candidate, leader.Identity)
 					}
 					tr.finish()
 				})
@@ -69,7 +78,10 @@ func TestLost_ByAnOperator(t *testing.T) {
 // The exec of a job can hang (a file system that doesn't answer). If it comes
 // back after the deadline, the job must not have a life.
 func TestNeverTwoJobs_ExecHangsPastTheDeadline(t *testing.T) {
-	hang := func(t *testing.T, u user, change func(tr *trial, cfg *harness.CandidateConfig), hung func(tr *trial, c *candidate) (release func())) {
+	hang := func(
+		t *testing.T, u user, change func(tr *trial, cfg *harness.CandidateConfig),
+		hung func(tr *trial, c *candidate) (release func()),
+	) {
 		neverTwo(t, func(t *testing.T) *trial {
 			tr := newTrial(t, u, harness.ClusterConfig{})
 			first := tr.start("a", "")
@@ -163,9 +175,13 @@ func TestNothingLeft(t *testing.T) {
 	}{
 		{"SIGTERM", 0, func(c *candidate) error { return c.Signal(syscall.SIGTERM) }},
 		{"SIGINT", 0, func(c *candidate) error { return c.Signal(syscall.SIGINT) }},
-		{"two SIGTERM", 0, func(c *candidate) error { return errors.Join(c.Signal(syscall.SIGTERM), c.Signal(syscall.SIGTERM)) }},
+		{"two SIGTERM", 0, func(c *candidate) error {
+			return errors.Join(c.Signal(syscall.SIGTERM), c.Signal(syscall.SIGTERM))
+		}},
 		{"guard killed", 128 + 9, func(c *candidate) error { return c.Signal(syscall.SIGKILL) }},
-		{"elector killed", 70, func(c *candidate) error { return c.SignalElector(syscall.SIGKILL) }},
+		{"elector killed", 70, func(c *candidate) error {
+			return c.SignalElector(syscall.SIGKILL)
+		}},
 	}
 	for _, u := range users() {
 		for _, end := range ends {
@@ -205,7 +221,11 @@ func TestLeaderEndpoint_TurnsAtStopAt(t *testing.T) {
 	tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
 	turned := harness.Now()
 	// s is at most TTL/5 before the cut, and stop-at is TTL - margin - loss grace after s.
-	const margin, lossGrace, renewal = 300 * time.Millisecond, 600 * time.Millisecond, 600 * time.Millisecond
+	const (
+		margin    = 300 * time.Millisecond
+		lossGrace = 600 * time.Millisecond
+		renewal   = 600 * time.Millisecond
+	)
 	stopAt := tr.ttl - margin - lossGrace
 	if late := turned - (cut + stopAt); late > 250*time.Millisecond {
 		t.Errorf("/leader turned %v later than stop-at can have been", late)
@@ -256,7 +276,8 @@ func TestInterop_EtcdctlElect(t *testing.T) {
 	tr.must(other.Start())
 	t.Cleanup(func() { _ = other.Process.Kill(); _ = other.Wait() })
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		keys, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--sort-by=create", "--print-value-only", tr.election)
+		keys, err := tr.etcd.Etcdctl(tr.ctx,
+			"get", "--prefix", "--sort-by=create", "--print-value-only", tr.election)
 		if err == nil && keys != "a\nother\n" {
 			err = fmt.Errorf("candidates %q", keys)
 		}
@@ -329,7 +350,8 @@ func TestForeignKeys(t *testing.T) {
 	tr.waitExit(c, 0)
 }
 
-// TestElect_KeyOverwritten: the key keeps all others waiting until it is removed. So whoever asks has the time to stop.
+// TestElect_KeyOverwritten: the key keeps all others waiting until it is removed.
+// So whoever asks has the time to stop.
 func TestElect_KeyOverwritten(t *testing.T) {
 	t.Parallel()
 	tr := newTrial(t, users()[1], harness.ClusterConfig{})

@@ -24,9 +24,12 @@ func TestNetwork(t *testing.T) {
 		t.Skip("skipped: needs nft (Debian's package nftables)")
 	}
 	if os.Getenv(harness.NetworkVariable) == "" {
-		cmd := exec.Command("/proc/self/exe", "-test.run=^TestNetwork$", "-test.v", "-test.timeout=3m")
+		cmd := exec.Command("/proc/self/exe",
+			"-test.run=^TestNetwork$", "-test.v", "-test.timeout=3m")
 		cmd.Env = append(os.Environ(), harness.NetworkVariable+"=1", "E2E_NO_SKIP=1")
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+		}
 		out, err := cmd.CombinedOutput()
 		t.Logf("in a namespace of its own:\n%s", out)
 		if err != nil {
@@ -51,8 +54,10 @@ func TestNetwork(t *testing.T) {
 		}
 		t.Cleanup(node.Close)
 		c, err := harness.StartCandidate(harness.CandidateConfig{
-			Binary: programs.Leasehold, Election: "jobs/network", Identity: identity, Endpoints: cluster.Endpoints(),
-			TTL: 3 * time.Second, Job: []string{programs.Testjob}, Witness: witness, Node: node, Env: []string{"LEASEHOLD_STOP_GRACE=500ms"},
+			Binary: programs.Leasehold, Election: "jobs/network", Identity: identity,
+			Endpoints: cluster.Endpoints(), TTL: 3 * time.Second, Node: node,
+			Job: []string{programs.Testjob}, Witness: witness,
+			Env: []string{"LEASEHOLD_STOP_GRACE=500ms"},
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -91,7 +96,8 @@ func TestNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	if next.Started-at < time.Second {
-		t.Errorf("the job moved after %v: was the link cut, or the connection closed?", next.Started-at)
+		t.Errorf("the job moved after %v: was the link cut, or the connection closed?",
+			next.Started-at)
 	}
 	for _, o := range check.Overlaps(witness.Lives()) {
 		t.Error(o)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -97,7 +98,8 @@ func standbyLeaseLost(tr *trial, leader, standby *candidate, job harness.Life) {
 	_, err := tr.etcd.Etcdctl(tr.ctx, "lease", "revoke", before.Lease.ID)
 	tr.must(err)
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		if now := tr.status(standby); now.State != "standby" || now.Lease == nil || now.Lease.ID == before.Lease.ID {
+		if now := tr.status(standby); now.State != "standby" || now.Lease == nil ||
+			now.Lease.ID == before.Lease.ID {
 			return fmt.Errorf("candidate b has not come back: %+v", now)
 		}
 		return nil
@@ -155,7 +157,8 @@ func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
 				leader, _, job := tr.pair("ignore-term")
 				leader.SetReachable(false)
 				var end time.Duration
-				tr.must(harness.Until(tr.waitContext(waitTimeout), func() error { // what was under way may still count
+				// What was under way may still count.
+				tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 					before := harness.Now()
 					lease := tr.status(leader).Lease
 					end = before + time.Duration(lease.ValidFor*float64(time.Second))
@@ -219,8 +222,9 @@ func TestNeverTwoJobs_OfTheUnruly(t *testing.T) {
 	}
 }
 
-// TestNeverTwoJobs_OfTheHidden: a job of which a descendant can be found neither by its environment nor by its cgroup, and where
-// /proc hides it not by its entry either. Whichever process of the daemon is lost, it is found by descent.
+// TestNeverTwoJobs_OfTheHidden: a job of which a descendant can be found neither by its environment
+// nor by its cgroup, and where /proc hides it not by its entry either. Whichever process of the
+// daemon is lost, it is found by descent.
 func TestNeverTwoJobs_OfTheHidden(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
@@ -235,13 +239,15 @@ func TestNeverTwoJobs_OfTheHidden(t *testing.T) {
 				t.Parallel()
 				neverTwo(t, func(t *testing.T) *trial {
 					tr := newTrial(t, u, harness.ClusterConfig{})
-					leader, standby, job := tr.pair("ignore-term daemonize wipe-env huge-env undumpable leave-cgroup", func(cfg *harness.CandidateConfig) {
+					const hidden = "ignore-term daemonize wipe-env huge-env undumpable leave-cgroup"
+					leader, standby, job := tr.pair(hidden, func(cfg *harness.CandidateConfig) {
 						if u.name == "hidepid" {
 							tr.hideProc(cfg)
 						}
 					})
 					tr.waitRoles(job, "daemon")
-					if says := strings.Contains(leader.Log(), "hidepid="); says != (u.name == "hidepid") {
+					says := strings.Contains(leader.Log(), "hidepid=")
+					if says != (u.name == "hidepid") {
 						t.Errorf("the log says that /proc hides processes: %t", says)
 					}
 					f.do(tr, leader, standby, job)
@@ -258,7 +264,8 @@ func (tr *trial) hideProc(cfg *harness.CandidateConfig) {
 	harness.NeedsRoot(tr) // to mount it
 	cfg.UID = 0
 	tr.wrap(cfg, "unshare", "--mount", "sh", "-c",
-		`mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$0" "$@"`)
+		`mount -t proc -o hidepid=2 proc /proc &&
+		exec setpriv --reuid=65534 --regid=65534 --clear-groups "$0" "$@"`)
 }
 
 // TestNeverTwoJobs_NoProcessLeft: a job that takes every process there is, so
@@ -287,11 +294,13 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 				neverTwo(t, func(t *testing.T) *trial {
 					who := limit.user
 					if !who.root {
-						// The kernel counts by user: this one runs nothing else, not even what an earlier trial has yet to reap.
+						// The kernel counts by user: this one runs nothing else, not even what an
+						// earlier trial has yet to reap.
 						who.uid = 100000 + rand.Uint32N(1<<20)
 					}
 					tr := newTrial(t, who, harness.ClusterConfig{})
-					leader := tr.start("a", "fill=4000 fork-bomb=4", func(cfg *harness.CandidateConfig) { limit.set(tr, cfg) })
+					leader := tr.start("a", "fill=4000 fork-bomb=4",
+						func(cfg *harness.CandidateConfig) { limit.set(tr, cfg) })
 					// A daemon that can start no thread may die at any time,
 					// with any code, and keep the same promise.
 					leader.mayExit = true
@@ -351,7 +360,7 @@ func (tr *trial) wrap(cfg *harness.CandidateConfig, program string, args ...stri
 		if before != nil {
 			before(cmd)
 		}
-		cmd.Args = append(append([]string{program}, args...), append([]string{cmd.Path}, cmd.Args[1:]...)...)
+		cmd.Args = slices.Concat([]string{program}, args, []string{cmd.Path}, cmd.Args[1:])
 		cmd.Path = path
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,13 +24,16 @@ func TestStop_BetweenTwoRuns(t *testing.T) {
 		t.Run(state, func(t *testing.T) {
 			tr := ordinary(t)
 			tr.ttl = 5 * time.Minute
-			c := tr.start("a", "exit=1", variables("LEASEHOLD_RESTART_LIMIT="+limit, "LEASEHOLD_STOP_GRACE=5m"))
+			c := tr.start("a", "exit=1",
+				variables("LEASEHOLD_RESTART_LIMIT="+limit, "LEASEHOLD_STOP_GRACE=5m"))
 			// The third pause is 1.6 s at least, so that it is met.
 			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 				if n := len(tr.witness.Lives()); n < 3 {
 					return fmt.Errorf("%d lives", n)
 				}
-				if s := tr.status(c); s.State != state || s.Job.State == "running" || s.Job.State == "starting" || s.Job.State == "stopping" {
+				s := tr.status(c)
+				alive := slices.Contains([]string{"starting", "running", "stopping"}, s.Job.State)
+				if s.State != state || alive {
 					return fmt.Errorf("state %s, job %s", s.State, s.Job.State)
 				}
 				return nil
@@ -72,7 +76,8 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	tr.nothingLeft()
 }
 
-// TestStop_ASecondSignalWaitsForNobody: neither for an elector that hangs, nor for an etcd that does not answer it.
+// TestStop_ASecondSignalWaitsForNobody: neither for an elector that hangs,
+// nor for an etcd that does not answer it.
 func TestStop_ASecondSignalWaitsForNobody(t *testing.T) {
 	stopped := func(c *candidate) error { return c.SignalElector(syscall.SIGSTOP) }
 	for _, delay := range []struct {
@@ -108,7 +113,8 @@ func TestStop_ASecondSignalWaitsForNobody(t *testing.T) {
 	}
 }
 
-// That the job's end is seen where nobody is left to tell of it. A guard is known to hang only after seconds.
+// That the job's end is seen where nobody is left to tell of it.
+// A guard is known to hang only after seconds.
 func TestLeader_JobEndsWhileTheGuardHangs(t *testing.T) {
 	tr := ordinary(t)
 	tr.ttl = 5 * time.Minute
@@ -126,11 +132,12 @@ func TestLeader_JobEndsWhileTheGuardHangs(t *testing.T) {
 	tr.nothingLeft()
 }
 
-// An elector that hung while the job ended has yet to be told of that when it goes on, and finds questions waiting.
+// An elector that hung while the job ended has yet to be told of that when it goes on, and
+// finds questions waiting.
 func TestLeader_JobEndsWhileTheElectorHangs(t *testing.T) {
 	tr := ordinary(t)
 	tr.ttl = 5 * time.Minute
-	c := tr.start("a", "", func(cfg *harness.CandidateConfig) { cfg.Env = append(cfg.Env, "LEASEHOLD_RESTART=never") })
+	c := tr.start("a", "", variables("LEASEHOLD_RESTART=never"))
 	job := tr.waitJob(c)
 	tr.waitStatus(c, "/leader", http.StatusOK)
 	elector, err := c.Elector()
@@ -143,7 +150,8 @@ func TestLeader_JobEndsWhileTheElectorHangs(t *testing.T) {
 		conn, err := net.Dial("tcp", c.Listen)
 		tr.must(err)
 		defer func() { _ = conn.Close() }()
-		_, err = io.WriteString(conn, "GET /leader HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		const request = "GET /leader HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+		_, err = io.WriteString(conn, request)
 		tr.must(err)
 		questions = append(questions, conn)
 	}
@@ -169,12 +177,14 @@ func TestStatusAndCheck_OfTheHung(t *testing.T) {
 		t.Helper()
 		began := harness.Now()
 		env := []string{
-			"LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_LISTEN=" + c.Listen, "LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
+			"LEASEHOLD_ELECTION=" + tr.election, "LEASEHOLD_LISTEN=" + c.Listen,
+			"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
 		}
 		got, stdout, stderr, err := harness.RunOnce(tr.ctx, env, tr.programs.Leasehold, args...)
 		tr.must(err)
 		if got != code {
-			t.Errorf("leasehold %s: %d, want %d: %s%s", strings.Join(args, " "), got, code, stdout, stderr)
+			t.Errorf("leasehold %s: %d, want %d: %s%s",
+				strings.Join(args, " "), got, code, stdout, stderr)
 		}
 		if took := harness.Now() - began; took > 6*time.Second {
 			t.Errorf("leasehold %s took %v", strings.Join(args, " "), took)
@@ -229,7 +239,8 @@ func TestSecrets_NotInRefusals(t *testing.T) {
 		args []string
 	}{
 		{78, []string{"PASSWORD=" + secret}, []string{"elect"}},
-		{78, []string{"PASSWORD=" + secret, "PASSWORD_FILE=" + file, "USERNAME=u"}, []string{"--", "true"}},
+		{78, []string{"PASSWORD=" + secret, "PASSWORD_FILE=" + file, "USERNAME=u"},
+			[]string{"--", "true"}},
 		{78, []string{"PASWORD=" + secret}, []string{"elect"}},
 		{78, []string{"PASSWORD_=" + secret}, []string{"status"}},
 		{78, []string{"ENDPOINTS=http://u:" + secret + "@127.0.0.1:1"}, []string{"elect"}},
@@ -240,18 +251,21 @@ func TestSecrets_NotInRefusals(t *testing.T) {
 		{64, nil, []string{"PASSWORD=" + secret, "elect"}},
 		{64, nil, []string{"elect", "--password=" + secret}},
 		{64, nil, []string{"--endpoints=http://u:" + secret + "@127.0.0.1:1"}},
-		{69, []string{"USERNAME=u", "PASSWORD=" + secret, "ENDPOINTS=127.0.0.1:1"}, []string{"status"}},
+		{69, []string{"USERNAME=u", "PASSWORD=" + secret, "ENDPOINTS=127.0.0.1:1"},
+			[]string{"status"}},
 	} {
 		env := []string{"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=x", "LEASEHOLD_LISTEN=off"}
 		for _, kv := range row.env {
 			env = append(env, "LEASEHOLD_"+kv)
 		}
-		code, stdout, stderr, err := harness.RunOnce(testContext(t, waitTimeout), env, binary, row.args...)
+		ctx := testContext(t, waitTimeout)
+		code, stdout, stderr, err := harness.RunOnce(ctx, env, binary, row.args...)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if code != row.code || strings.Contains(stdout+stderr, secret) || stderr == "" {
-			t.Errorf("%q, %q: exit code %d, want %d, and no secret in %s%s", row.env, row.args, code, row.code, stdout, stderr)
+			t.Errorf("%q, %q: exit code %d, want %d, and no secret in %s%s",
+				row.env, row.args, code, row.code, stdout, stderr)
 		}
 	}
 }
@@ -264,7 +278,8 @@ func TestGuardCrashes_EndsBySignal(t *testing.T) {
 	tr.waitNext(job, waitTimeout)
 	code, err := leader.Wait(tr.waitContext(waitTimeout))
 	tr.must(err)
-	// By its own hand, or by the elector's, which does not wait until all that the runtime tells of a crash is written.
+	// By its own hand, or by the elector's, which does not wait until all that the runtime
+	// tells of a crash is written.
 	if code != 128+int(syscall.SIGABRT) && code != 128+int(syscall.SIGKILL) {
 		t.Errorf("the guard ended with code %d, want a signal", code)
 	}

@@ -42,8 +42,9 @@ func newTerminal(t *testing.T) (master, slave *os.File) {
 	return master, slave
 }
 
-// onTerminal makes the command the leader of a session on the terminal, which is its standard input.
-func onTerminal(slave *os.File) func(*harness.CandidateConfig) {
+// onTerminal makes the command the leader of a session on the terminal,
+// which is its standard input.
+func onTerminal(slave *os.File) change {
 	return func(cfg *harness.CandidateConfig) {
 		before := cfg.Prepare
 		cfg.Prepare = func(cmd *exec.Cmd) {
@@ -57,11 +58,12 @@ func onTerminal(slave *os.File) func(*harness.CandidateConfig) {
 }
 
 // shell has a shell start the candidate; "$@" is its command line.
-func (tr *trial) shell(script string) func(*harness.CandidateConfig) {
+func (tr *trial) shell(script string) change {
 	return func(cfg *harness.CandidateConfig) { tr.wrap(cfg, "sh", "-c", script, "sh") }
 }
 
-// daemonOf waits for the daemon that a shell has started in its background, and returns its pid and a pidfd. It ends with the test.
+// daemonOf waits for the daemon that a shell has started in its background, and returns its pid
+// and a pidfd. It ends with the test.
 func (tr *trial) daemonOf(shell *candidate) (pid, pidfd int) {
 	tr.Helper()
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
@@ -82,8 +84,10 @@ func (tr *trial) daemonOf(shell *candidate) (pid, pidfd int) {
 }
 
 // tells is a job that tells which signals it gets, and ends after TERM.
-func tells() func(*harness.CandidateConfig) {
-	return command("sh", "-c", `trap "echo got TERM; exit 0" TERM; for s in HUP INT QUIT; do trap "echo got $s" $s; done; echo ready; while :; do sleep 0.01; done`)
+func tells() change {
+	return command("sh", "-c", `trap "echo got TERM; exit 0" TERM
+		for s in HUP INT QUIT; do trap "echo got $s" $s; done
+		echo ready; while :; do sleep 0.01; done`)
 }
 
 // waitOutput waits until a candidate and its job have written exactly this.
@@ -150,7 +154,8 @@ func TestTerminal_HangUp(t *testing.T) {
 			return string(text)
 		}
 		master, slave := newTerminal(t)
-		shell := tr.start("a", "", tells(), tr.shell(`"$@" >`+dir+`/out 2>`+dir+`/log & read x; kill -HUP $!; sleep 0.2`), onTerminal(slave))
+		script := `"$@" >` + dir + `/out 2>` + dir + `/log & read x; kill -HUP $!; sleep 0.2`
+		shell := tr.start("a", "", tells(), tr.shell(script), onTerminal(slave))
 		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 			if out := says("out"); out != "ready\n" {
 				return fmt.Errorf("the job says %q", out)
@@ -161,14 +166,17 @@ func TestTerminal_HangUp(t *testing.T) {
 		_, err := master.WriteString("\n")
 		tr.must(err)
 		if err := harness.Until(tr.waitContext(waitTimeout), func() error {
-			if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 0); n != 1 {
+			ended := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+			if n, err := unix.Poll(ended, 0); n != 1 {
 				return fmt.Errorf("the daemon has not ended: %w", err)
 			}
 			return nil
 		}); err != nil {
 			t.Fatalf("%v\n%s%s", err, says("log"), says("out"))
 		}
-		if out, log := says("out"), says("log"); out != "ready\ngot TERM\n" || !strings.Contains(log, `msg="exiting: planned stop"`) || !strings.Contains(log, "exit_code=0") {
+		if out, log := says("out"), says("log"); out != "ready\ngot TERM\n" ||
+			!strings.Contains(log, `msg="exiting: planned stop"`) ||
+			!strings.Contains(log, "exit_code=0") {
 			t.Errorf("the job says %q, the daemon\n%s", out, log)
 		}
 		tr.nothingLeft()
@@ -179,14 +187,14 @@ func TestTerminal_HangUp(t *testing.T) {
 func TestTerminal_IgnoredStaysIgnored(t *testing.T) {
 	for _, row := range []struct {
 		name    string
-		start   func(*trial) func(*harness.CandidateConfig)
+		start   func(*trial) change
 		signals []syscall.Signal
 		mask    uint64
 	}{
-		{"nohup", func(tr *trial) func(*harness.CandidateConfig) {
+		{"nohup", func(tr *trial) change {
 			return func(cfg *harness.CandidateConfig) { tr.wrap(cfg, "nohup") }
 		}, []syscall.Signal{unix.SIGHUP}, 1},
-		{"background of a shell", func(tr *trial) func(*harness.CandidateConfig) {
+		{"background of a shell", func(tr *trial) change {
 			return tr.shell(`trap "" INT QUIT; exec "$@"`) // which it does itself after &
 		}, []syscall.Signal{unix.SIGINT, unix.SIGQUIT}, 6},
 	} {
@@ -208,7 +216,9 @@ func TestTerminal_IgnoredStaysIgnored(t *testing.T) {
 				for i, pid := range processes {
 					mask := ignored(t, pid)
 					if i == 0 {
-						mask &= 1<<31 - 1 // of those that C libraries keep for themselves the daemon resets only the job's
+						// C libraries keep some for themselves: the daemon resets those
+						// only for the job.
+						mask &= 1<<31 - 1
 					}
 					if mask != row.mask {
 						t.Errorf("process %d ignores %#x, want %#x", pid, mask, row.mask)
@@ -235,8 +245,10 @@ func TestTerminal_IgnoredStaysIgnored(t *testing.T) {
 // The signal that is to stop the job is not one that it ignores.
 func TestTerminal_StopSignalIsNotIgnored(t *testing.T) {
 	tr := ordinary(t)
-	c := tr.start("a", "", command("sh", "-c", `trap "echo got INT; exit 0" INT; echo ready; while :; do sleep 0.01; done`),
-		variables("LEASEHOLD_STOP_SIGNAL=INT", "LEASEHOLD_STOP_GRACE=1m"), tr.shell(`trap "" INT QUIT; exec "$@"`))
+	const job = `trap "echo got INT; exit 0" INT; echo ready; while :; do sleep 0.01; done`
+	c := tr.start("a", "", command("sh", "-c", job),
+		variables("LEASEHOLD_STOP_SIGNAL=INT", "LEASEHOLD_STOP_GRACE=1m"),
+		tr.shell(`trap "" INT QUIT; exec "$@"`))
 	tr.waitOutput(c, "ready\n")
 	tr.must(c.Signal(syscall.SIGINT)) // the daemon ignores it all the same
 	tr.waitRenewals(c, 1)
@@ -259,15 +271,17 @@ func TestTerminal_Stdin(t *testing.T) {
 		tr.waitOutput(c, "terminal\ntyped\n")
 		tr.finish()
 	})
+	const echo = `while read line; do echo "shell: $line"; done`
 	// The shell's job control gives the daemon a process group of its own.
 	for name, script := range map[string]string{
-		"background":      `set -m; exec 3<&0; "$@" <&3 3<&- & while read line; do echo "shell: $line"; done`,
-		"another session": `exec 3<&0; setsid "$@" <&3 3<&- & while read line; do echo "shell: $line"; done`,
+		"background":      `set -m; exec 3<&0; "$@" <&3 3<&- & ` + echo,
+		"another session": `exec 3<&0; setsid "$@" <&3 3<&- & ` + echo,
 	} {
 		t.Run(name, func(t *testing.T) {
 			tr := ordinary(t)
 			master, slave := newTerminal(t)
-			c := tr.start("a", "", command("sh", "-c", cat+"; echo end; sleep 1000"), tr.shell(script), onTerminal(slave))
+			c := tr.start("a", "", command("sh", "-c", cat+"; echo end; sleep 1000"),
+				tr.shell(script), onTerminal(slave))
 			daemon, _ := tr.daemonOf(c)
 			tr.waitOutput(c, "/dev/null\nend\n")
 			typed := "/dev/null\nend\n"

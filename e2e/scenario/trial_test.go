@@ -89,8 +89,14 @@ func newTrial(t *testing.T, u user, etcd harness.ClusterConfig) *trial {
 	return tr
 }
 
+// authentications is the metric of etcd that counts the passwords it has checked.
+const authentications = `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`
+
+// A change alters the configuration of a candidate before it starts.
+type change = func(*harness.CandidateConfig)
+
 // start starts a candidate whose job has the given behaviours.
-func (tr *trial) start(identity, behaviour string, change ...func(*harness.CandidateConfig)) *candidate {
+func (tr *trial) start(identity, behaviour string, changes ...change) *candidate {
 	tr.Helper()
 	on := harness.MachineConfig{Name: identity, Proxied: true}
 	if tr.user.root {
@@ -109,7 +115,7 @@ func (tr *trial) start(identity, behaviour string, change ...func(*harness.Candi
 		cfg.UID = tr.user.uid
 		// Instead of what it would get by itself: some tests say otherwise.
 		cfg.Env = []string{"LEASEHOLD_STOP_GRACE=500ms"}
-		for _, f := range change {
+		for _, f := range changes {
 			f(cfg)
 		}
 		return nil
@@ -147,7 +153,8 @@ func (tr *trial) makeCgroup() *harness.Cgroup {
 func (c *candidate) jobCgroup() (string, error) {
 	found, err := filepath.Glob(filepath.Join(c.Cgroup.Path, "leasehold-*"))
 	if err != nil || len(found) != 1 {
-		return "", fmt.Errorf("cgroups in %s: %q, %w", c.Cgroup.Path, found, errors.Join(err, os.ErrNotExist))
+		return "", fmt.Errorf("cgroups in %s: %q, %w",
+			c.Cgroup.Path, found, errors.Join(err, os.ErrNotExist))
 	}
 	return found[0], nil
 }
@@ -216,7 +223,9 @@ func (tr *trial) waitContext(d time.Duration) context.Context {
 // waitJob waits for the job of a candidate.
 func (tr *trial) waitJob(c *candidate) harness.Life {
 	tr.Helper()
-	life, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool { return l.Candidate == c.Identity })
+	life, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool {
+		return l.Candidate == c.Identity
+	})
 	tr.must(err)
 	return life
 }
@@ -243,7 +252,8 @@ func (tr *trial) waitRoles(l harness.Life, roles ...string) {
 	tr.must(tr.witness.Wait(tr.waitContext(waitTimeout), func(lives []harness.Life) bool {
 		found := map[string]bool{}
 		for _, other := range lives {
-			found[other.Role] = found[other.Role] || other.Token == l.Token && other.Candidate == l.Candidate
+			found[other.Role] = found[other.Role] ||
+				other.Token == l.Token && other.Candidate == l.Candidate
 		}
 		for _, r := range roles {
 			if !found[r] {
@@ -277,9 +287,11 @@ func (tr *trial) waitRenewals(c *candidate, n float64) {
 }
 
 // pair starts a leader, whose job behaves as given, and a standby.
-func (tr *trial) pair(behaviour string, change ...func(*harness.CandidateConfig)) (leader, standby *candidate, job harness.Life) {
+func (tr *trial) pair(
+	behaviour string, changes ...change,
+) (leader, standby *candidate, job harness.Life) {
 	tr.Helper()
-	leader = tr.start("a", behaviour, change...)
+	leader = tr.start("a", behaviour, changes...)
 	job = tr.waitJob(leader)
 	standby = tr.start("b", "")
 	tr.waitStatus(standby, "/standby", http.StatusOK)
@@ -341,7 +353,8 @@ func (tr *trial) summary() string {
 		if !term.Alive() {
 			until = term.End.String()
 		}
-		fmt.Fprintf(&text, "%v, %d processes, from %v to %s; ", term, len(term.Lives), term.Start, until)
+		fmt.Fprintf(&text, "%v, %d processes, from %v to %s; ",
+			term, len(term.Lives), term.Start, until)
 	}
 	return strings.TrimSuffix(text.String(), "; ")
 }

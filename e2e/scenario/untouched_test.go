@@ -59,12 +59,13 @@ func TestUntouched(t *testing.T) {
 		}},
 		{"each member unreachable in turn", plain, false, noChange, eachUnreachable},
 		{"each member unreachable in turn, with auth", plain, true, noChange, eachUnreachable},
-		{"two endpoints, either unreachable", plain, false, func(_ *trial, cfg *harness.CandidateConfig) {
-			cfg.Endpoints = cfg.Endpoints[:2]
-		}, func(tr *trial, c *candidate) {
-			c.Proxies = c.Proxies[:2]
-			eachUnreachable(tr, c)
-		}},
+		{"two endpoints, either unreachable", plain, false,
+			func(_ *trial, cfg *harness.CandidateConfig) {
+				cfg.Endpoints = cfg.Endpoints[:2]
+			}, func(tr *trial, c *candidate) {
+				c.Proxies = c.Proxies[:2]
+				eachUnreachable(tr, c)
+			}},
 		{"etcd unreachable for TTL/5", plain, false, noChange, func(tr *trial, c *candidate) {
 			tr.waitRenewals(c, 1)
 			c.SetReachable(false)
@@ -97,13 +98,12 @@ func TestUntouched(t *testing.T) {
 			cluster.Size = 3
 			tr := newTrial(t, users()[1], cluster)
 			tr.ttl = 5 * time.Second
-			var env []string
+			auth := variables()
 			if row.auth {
-				tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
-				env = []string{"LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret"}
+				auth = tr.enableAuth()
 			}
 			change := func(cfg *harness.CandidateConfig) {
-				cfg.Env = append(cfg.Env, env...)
+				auth(cfg)
 				row.change(tr, cfg)
 			}
 			leader := tr.start("a", "", change)
@@ -135,6 +135,13 @@ func eachUnreachable(tr *trial, c *candidate) {
 	}
 }
 
+// enableAuth has etcd ask for a password, and returns what gives it to a candidate.
+func (tr *trial) enableAuth() change {
+	tr.Helper()
+	tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
+	return variables("LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret")
+}
+
 // expiringTokens gives out tokens that end 2 s later, used or not. (etcd's
 // simple tokens live on while they are used.)
 func expiringTokens(t *testing.T) harness.ClusterConfig {
@@ -151,11 +158,15 @@ func expiringTokens(t *testing.T) harness.ClusterConfig {
 		"private.pem": {Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)},
 		"public.pem":  {Type: "PUBLIC KEY", Bytes: public},
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+		text := pem.EncodeToMemory(block)
+		if err := os.WriteFile(filepath.Join(dir, name), text, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return harness.ClusterConfig{Flags: []string{"--auth-token", fmt.Sprintf("jwt,pub-key=%s/public.pem,priv-key=%s/private.pem,sign-method=RS256,ttl=2s", dir, dir)}}
+	token := "jwt,pub-key=" + dir + "/public.pem,priv-key=" + dir + "/private.pem"
+	return harness.ClusterConfig{
+		Flags: []string{"--auth-token", token + ",sign-method=RS256,ttl=2s"},
+	}
 }
 
 // Renewals must not authenticate one by one: each takes etcd 79 ms of bcrypt.
@@ -166,12 +177,8 @@ func TestAuth_RenewalsDontAuthenticate(t *testing.T) {
 	t.Parallel()
 	tr := newTrial(t, users()[1], harness.ClusterConfig{})
 	tr.ttl = 2 * time.Second
-	tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
-	c := tr.start("a", "", func(cfg *harness.CandidateConfig) {
-		cfg.Env = append(cfg.Env, "LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret")
-	})
+	c := tr.start("a", "", tr.enableAuth())
 	tr.waitJob(c)
-	const authentications = `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`
 	before, err := tr.etcd.Members[0].Metric(tr.ctx, authentications)
 	tr.must(err)
 	tr.waitRenewals(c, 100)
@@ -198,13 +205,17 @@ func TestTLS_NewCertificates(t *testing.T) {
 	}
 	tr := newTrial(t, users()[1], harness.ClusterConfig{TLS: certs})
 	c := tr.start("a", "", func(cfg *harness.CandidateConfig) {
-		cfg.Env = append(cfg.Env, "LEASEHOLD_TLS_CA_FILE="+certs.CAFile, "LEASEHOLD_TLS_CERT_FILE="+certs.ClientCertFile, "LEASEHOLD_TLS_KEY_FILE="+certs.ClientKeyFile)
+		cfg.Env = append(cfg.Env,
+			"LEASEHOLD_TLS_CA_FILE="+certs.CAFile,
+			"LEASEHOLD_TLS_CERT_FILE="+certs.ClientCertFile,
+			"LEASEHOLD_TLS_KEY_FILE="+certs.ClientKeyFile)
 	})
 	job := tr.waitJob(c)
 	tr.must(certs.IssueClient(4))
 	c.Proxies[0].Drop()
 	tr.waitRenewals(c, 6)
-	if lives := tr.witness.Lives(); len(lives) != 1 || lives[0].Pid != job.Pid || !lives[0].Alive() {
+	if lives := tr.witness.Lives(); len(lives) != 1 || lives[0].Pid != job.Pid ||
+		!lives[0].Alive() {
 		t.Errorf("the job was moved: %v", tr.summary())
 	}
 	tr.finish()
@@ -221,7 +232,9 @@ func TestStandby_OnAMemberWhoseDiskHangs(t *testing.T) {
 		t.Skip("skipped: needs strace, to make a disk hang")
 	}
 	t.Parallel()
-	tr := newTrial(t, users()[1], harness.ClusterConfig{Size: 3, Flags: []string{"--unsafe-no-fsync=false"}})
+	tr := newTrial(t, users()[1], harness.ClusterConfig{
+		Size: 3, Flags: []string{"--unsafe-no-fsync=false"},
+	})
 	tr.ttl = 5 * time.Second
 	leader, standby, job := tr.pair("")
 	etcdLeader, err := tr.etcd.Leader(tr.ctx)
@@ -249,8 +262,9 @@ func TestStandby_OnAMemberWhoseDiskHangs(t *testing.T) {
 	tr.finish()
 }
 
-// The guard of a lost elector has its lease revoked with the token that etcd gave the elector: to check the password would cost
-// the next job 80 ms. Only where etcd knows the token no more the password is taken.
+// The guard of a lost elector has its lease revoked with the token that etcd gave the
+// elector: to check the password would cost the next job 80 ms. Only where etcd knows the
+// token no more the password is taken.
 func TestAuth_RevokeTakesTheToken(t *testing.T) {
 	for _, row := range []struct {
 		name string
@@ -260,20 +274,17 @@ func TestAuth_RevokeTakesTheToken(t *testing.T) {
 			t.Parallel()
 			tr := newTrial(t, users()[1], harness.ClusterConfig{})
 			tr.ttl = time.Minute
-			tr.must(tr.etcd.EnableAuth(tr.ctx, "candidate", "candidate-secret", tr.election))
-			withAuth := func(cfg *harness.CandidateConfig) {
-				cfg.Env = append(cfg.Env, "LEASEHOLD_USERNAME=candidate", "LEASEHOLD_PASSWORD=candidate-secret")
-			}
+			withAuth := tr.enableAuth()
 			leader := tr.start("a", "", withAuth)
 			job := tr.waitJob(leader)
 			standby := tr.start("b", "", withAuth)
 			tr.waitStatus(standby, "/standby", http.StatusOK)
-			authentications := func() float64 {
-				n, err := tr.etcd.Members[0].Metric(tr.ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+			checked := func() float64 {
+				n, err := tr.etcd.Members[0].Metric(tr.ctx, authentications)
 				tr.must(err)
 				return n
 			}
-			before := authentications()
+			before := checked()
 			if row.want > 0 {
 				tr.must(leader.SignalElector(syscall.SIGSTOP))
 				tr.must(tr.etcd.Members[0].Restart(tr.ctx))
@@ -285,7 +296,7 @@ func TestAuth_RevokeTakesTheToken(t *testing.T) {
 			tr.Logf("the next job started %v after the elector was killed", next.Started-killed)
 			tr.waitExit(leader, 70)
 			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-				if n := authentications() - before; n != row.want {
+				if n := checked() - before; n != row.want {
 					return fmt.Errorf("%v authentications, want %v", n, row.want)
 				}
 				return nil
