@@ -8,6 +8,7 @@ import (
 )
 
 func main() {
-	fmt.Fprintln(os.Stderr, "leasehold runs on Linux: it kills a job by means that only the Linux kernel has")
+	fmt.Fprintln(os.Stderr,
+		"leasehold runs on Linux: it kills a job by means that only the Linux kernel has")
 	os.Exit(1)
 }

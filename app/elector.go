@@ -35,8 +35,10 @@ type jobCallbacks struct {
 }
 
 func (j *jobCallbacks) Leased(id int64, ttl time.Duration) { j.supervisor.Lease(id, ttl) }
-func (j *jobCallbacks) Extended(d election.Deadlines)      { j.supervisor.Extend(d.StopAt, d.KillBy) }
-func (j *jobCallbacks) grantedMargin() time.Duration       { return time.Duration(j.margin.Load()) }
+
+func (j *jobCallbacks) Extended(d election.Deadlines) { j.supervisor.Extend(d.StopAt, d.KillBy) }
+
+func (j *jobCallbacks) grantedMargin() time.Duration { return time.Duration(j.margin.Load()) }
 
 func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 	j.margin.Store(int64(t.Timing.Margin))
@@ -101,7 +103,10 @@ func runElector(build Build, args []string) int {
 	defer stop(nil)
 	changed := make(chan struct{}, 1)
 	registry := prometheus.NewRegistry()
-	job := &jobCallbacks{cfg: cfg, log: log.Logger, stopping: func() bool { return ctx.Err() != nil }}
+	job := &jobCallbacks{
+		cfg: cfg, log: log.Logger,
+		stopping: func() bool { return ctx.Err() != nil },
+	}
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
 	sc.TTL, sc.Margin = cfg.TTL.Duration, job.grantedMargin

@@ -43,8 +43,8 @@ var (
 )
 
 // exits is the table of the exit codes: when each is used, and for which errors. An error that no
-// entry names is an internal error. Where the job's own code is passed on, it can be any of these as
-// well; the last log line says whose it is.
+// entry names is an internal error. Where the job's own code is passed on, it can be any of these
+// as well; the last log line says whose it is.
 var exits = []struct {
 	code int
 	name string // "": the code's number
@@ -79,7 +79,8 @@ var exits = []struct {
 	},
 	{
 		exitOS, "",
-		"before any campaign: LEASEHOLD_LISTEN can't be bound, elector or spawner can't be started," +
+		"before any campaign: LEASEHOLD_LISTEN can't be bound," +
+			" elector or spawner can't be started," +
 			" or the job of a lost predecessor can't be killed; install: the copy can't be made",
 		either(is(errListen, errSystem, cli.ErrInstall), as[*guard.SetupError]),
 	},
@@ -145,9 +146,10 @@ func exitEntries() []cli.Entry {
 }
 
 // lastWords is what help and docs/reference.md say of the termination message.
-const lastWords = "Unless the code is 0, the daemon also writes the last line of its log, or what is" +
-	" wrong with the configuration, to " + terminationLog + ". Kubernetes shows that in the pod's" +
-	" status. The daemon never creates the file, and leaves alone what the job wrote there."
+const lastWords = "Unless the code is 0, the daemon also writes the last line of its log," +
+	" or what is wrong with the configuration, to " + terminationLog + "." +
+	" Kubernetes shows that in the pod's status." +
+	" The daemon never creates the file, and leaves alone what the job wrote there."
 
 // jobsOwnCode begins the text of an exit code that is the job's. systemd/leasehold@.service looks
 // for it: it restarts some codes, but not where they are the job's.

@@ -65,8 +65,9 @@ func runGuard(build Build, call cli.Call) error {
 		Revoke: func(lease int64, within time.Duration) []string {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
-		Signals: caught.signals, Children: children, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
-		Notify: systemd.notify, Stopping: stopping(cfg), Heartbeat: newWatchdog(),
+		Signals: caught.signals, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
+		Children: children,
+		Notify:   systemd.notify, Stopping: stopping(cfg), Heartbeat: newWatchdog(),
 		Logger: log.Logger,
 	})
 	if err == nil {
@@ -82,7 +83,8 @@ func jobEnvironment(environ []string) []string {
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		name, _, _ := strings.Cut(entry, "=")
 		if setting, ours := strings.CutPrefix(name, config.Prefix+"_"); ours {
-			return setting != "ENDPOINTS" && setting != "LISTEN" && !strings.HasPrefix(setting, "TLS_")
+			return setting != "ENDPOINTS" && setting != "LISTEN" &&
+				!strings.HasPrefix(setting, "TLS_")
 		}
 		return name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_")
 	})

@@ -32,7 +32,8 @@ type caught struct {
 // stoppable.
 func catchSignals(more ...os.Signal) *caught {
 	c := &caught{
-		signals: make(chan os.Signal, 64), hangUps: make(chan os.Signal, 64), terminal: hasTerminal(),
+		signals: make(chan os.Signal, 64), hangUps: make(chan os.Signal, 64),
+		terminal: hasTerminal(),
 	}
 	if ossignal.Ignored(unix.SIGHUP) {
 		c.ignored = append(c.ignored, unix.SIGHUP)
@@ -67,7 +68,8 @@ func (c *caught) relayHangUps(log *slog.Logger) {
 	gone := false
 	for s := range c.hangUps {
 		if gone {
-			continue // kernel and shell may both send one: the second must not count as a second SIGTERM
+			// Kernel and shell may both send one: the second must not count as a second SIGTERM.
+			continue
 		}
 		if gone = c.terminal && losesTerminal(); gone {
 			log.Info("the terminal has hung up: stopping")

@@ -23,16 +23,22 @@ func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 		Job: health.Job{State: string(supervisor.JobNone)},
 	}
 	if c.Leader != nil {
-		s.Leader = &health.Leader{Identity: c.Leader.Identity, Key: c.Leader.Key, Token: c.Leader.Token}
+		s.Leader = &health.Leader{
+			Identity: c.Leader.Identity, Key: c.Leader.Key, Token: c.Leader.Token,
+		}
 	}
 	if c.Blocker != nil {
-		s.Blocker = &health.Blocker{Key: c.Blocker.Key, Why: c.Blocker.Why, Remedy: c.Blocker.Remedy}
+		s.Blocker = &health.Blocker{
+			Key: c.Blocker.Key, Why: c.Blocker.Why, Remedy: c.Blocker.Remedy,
+		}
 	}
 	return s
 }
 
 func healthJob(j supervisor.Job) health.Job {
-	h := health.Job{State: string(j.State), PID: j.PID, StartedAt: j.StartedAt, Restarts: j.Restarts}
+	h := health.Job{
+		State: string(j.State), PID: j.PID, StartedAt: j.StartedAt, Restarts: j.Restarts,
+	}
 	if j.LastExit != nil {
 		h.LastExit = &health.Exit{Code: j.LastExit.Code, At: j.LastExit.At}
 		if j.LastExit.Signal != 0 {

@@ -31,7 +31,7 @@ type parts struct {
 	authenticated func(token string)              // may be nil
 	campaign      func(*election.Candidate) error // nil: the candidate's Run
 	job           func() health.Job               // nil: none is wanted
-	status        func(text string)               // one line at each change of what the candidate does
+	status        func(text string)               // one line at each change of its state
 }
 
 // A daemon is what elector and elect have in common: the candidate, the health server and the

@@ -82,24 +82,26 @@ func (p *Program) Commands() []Command {
 			Name:    "elect",
 			Summary: "campaign and report who leads, without a job (for a sidecar)",
 			Description: "An app that asks /leader must stop within LEASEHOLD_LOSS_GRACE of its" +
-				" last request that got 200 (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <=" +
-				" LEASEHOLD_STOP_GRACE).",
+				" last request that got 200" +
+				" (poll interval + time to stop <= LEASEHOLD_LOSS_GRACE <= LEASEHOLD_STOP_GRACE).",
 			Run: func(c Call) error { return p.Elect(c) },
 		},
 		{
 			Name: "status", Args: "[ELECTION] [--json]", Max: 1, Flags: []string{"--json"},
 			Summary: "show the election as etcd has it: leader, token, lease time left, queue",
 			Description: "ELECTION overrules LEASEHOLD_ELECTION." +
-				" Exit code 0: there is a leader; 1: there is none; 69: etcd does not answer, or refuses.",
+				" Exit code 0: there is a leader; 1: there is none;" +
+				" 69: etcd does not answer, or refuses.",
 			Run: p.status,
 		},
 		{
 			Name: "check", Args: "[" + strings.Join(health.Checks(), "|") + "]", Max: 1,
 			Words: health.Checks(),
-			Summary: "ask the local daemon, at LEASEHOLD_LISTEN, whether it is live (the default), ready," +
-				" leader or standby",
-			Description: "Exit code 0: yes; 1: no, with the reason; 69: nobody answers within two seconds.",
-			Run:         p.check,
+			Summary: "ask the local daemon, at LEASEHOLD_LISTEN," +
+				" whether it is live (the default), ready, leader or standby",
+			Description: "Exit code 0: yes; 1: no, with the reason;" +
+				" 69: nobody answers within two seconds.",
+			Run: p.check,
 		},
 		{
 			Name: "install", Args: "DEST", Min: 1, Max: 1, Files: true,

@@ -31,16 +31,18 @@ func JobVariables() []Entry {
 		{config.Prefix + "_KEY", "this candidate's key in etcd"},
 		{
 			config.Prefix + "_FENCING_TOKEN",
-			"the fencing token of this term: that key's create revision. A later term has a greater one",
+			"the fencing token of this term: that key's create revision." +
+				" A later term has a greater one",
 		},
 		{config.Prefix + "_LEASE_ID", "the lease, in hex"},
 	}
 }
 
 // jobEnvironment says what else a job finds in its environment.
-const jobEnvironment = "The job gets the daemon's environment, without NOTIFY_SOCKET, WATCHDOG_* and" +
-	" LEASEHOLD_*. It keeps LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*, so that leasehold" +
-	" status and leasehold check work in it. It also gets:"
+const jobEnvironment = "The job gets the daemon's environment, without NOTIFY_SOCKET," +
+	" WATCHDOG_* and LEASEHOLD_*." +
+	" It keeps LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*," +
+	" so that leasehold status and leasehold check work in it. It also gets:"
 
 // help runs the command help: it prints all help, or that of one command.
 func (p *Program) help(c Call) error {
@@ -70,10 +72,8 @@ const helpWidth = 110
 // helpText is the text of `leasehold help`.
 func (p *Program) helpText() string {
 	var b strings.Builder
-	b.WriteString(`leasehold keeps a job running on exactly one machine: the leader of an election in etcd.
-
-Usage:
-`)
+	b.WriteString("leasehold keeps a job running on exactly one machine:" +
+		" the leader of an election in etcd.\n\nUsage:\n")
 	writeEntries(&b, p.usage())
 	b.WriteString("\nEvery command takes:\n")
 	writeEntries(&b, GlobalFlags())

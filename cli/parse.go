@@ -123,13 +123,15 @@ func (l *line) arguments(call Call) string {
 	c := call.Command
 	switch {
 	case c.Job && len(call.Args) > 0:
-		return fmt.Sprintf("put -- before the command: leasehold run -- %s ...", quote.Word(call.Args[0]))
+		return fmt.Sprintf("put -- before the command: leasehold run -- %s ...",
+			quote.Word(call.Args[0]))
 	case c.Job && !l.hasJob:
 		return "say what to run: leasehold run -- COMMAND [ARG...]"
 	case c.Job && len(l.job) == 0:
 		return "there is no command after --: leasehold -- COMMAND [ARG...]"
 	case !c.Job && l.hasJob:
-		return fmt.Sprintf("%s runs no job: %s, or leasehold -- COMMAND [ARG...]", c.Name, c.Usage())
+		return fmt.Sprintf("%s runs no job: %s, or leasehold -- COMMAND [ARG...]",
+			c.Name, c.Usage())
 	case slices.Contains(call.Args, ""):
 		return "an argument is empty: " + c.Usage()
 	case len(call.Args) < c.Min:
@@ -178,7 +180,8 @@ func (l *line) unknownFlag(c Command, flag string) string {
 	case c.Name == "" && slices.Contains(named.Flags, flag):
 		return fmt.Sprintf("write %s after %s: %s", flag, named.Name, named.Usage())
 	}
-	if near := suggest.Nearest(name, append([]string{"--help", "--version"}, c.Flags...)); near != "" {
+	near := suggest.Nearest(name, append([]string{"--help", "--version"}, c.Flags...))
+	if near != "" {
 		return fmt.Sprintf("no such flag %s: did you mean %s?", quote.Word(name), near)
 	}
 	return settingHint(flag)
@@ -188,7 +191,8 @@ func (l *line) unknownFlag(c Command, flag string) string {
 // variable does.
 func isSetting(arg string) bool {
 	name, _, assigned := strings.Cut(arg, "=")
-	return strings.HasPrefix(arg, config.Prefix+"_") || assigned && slices.Contains(settings(), name)
+	return strings.HasPrefix(arg, config.Prefix+"_") ||
+		assigned && slices.Contains(settings(), name)
 }
 
 func settings() []string {
@@ -222,7 +226,8 @@ func settingHint(arg string) string {
 		return what + ": leasehold help names all variables"
 	case !assigned:
 		return fmt.Sprintf("%s: set the variable %s_%s", what, config.Prefix, setting)
-	case setting == "PASSWORD", setting == "ENDPOINTS", strings.ContainsFunc(value, quote.IsShellSyntax):
+	case setting == "PASSWORD", setting == "ENDPOINTS",
+		strings.ContainsFunc(value, quote.IsShellSyntax):
 		return fmt.Sprintf("%s: write %s_%s=... before the command", what, config.Prefix, setting)
 	}
 	hint := ""

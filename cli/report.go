@@ -55,7 +55,8 @@ func reportJSON(name, version string, r election.Report) statusReport {
 		leader := statusCandidate(*r.Leader)
 		out.Name, out.Leader = leader.Identity, &leader
 		out.Lease = &statusLease{
-			ID: strconv.FormatInt(r.LeaseID, 16), TTL: r.LeaseTTL.Seconds(), ValidFor: r.LeaseLeft.Seconds(),
+			ID: strconv.FormatInt(r.LeaseID, 16), TTL: r.LeaseTTL.Seconds(),
+			ValidFor: r.LeaseLeft.Seconds(),
 		}
 	}
 	for _, c := range r.Queue {

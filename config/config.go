@@ -161,11 +161,13 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	if c.Restart = strings.ToLower(c.Restart); !slices.Contains(policies, c.Restart) {
 		f.add("RESTART", "%s is unknown: write always, on-failure or never", quote.Value(c.Restart))
 	}
-	if c.NoNewPrivs = strings.ToLower(c.NoNewPrivs); c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
+	c.NoNewPrivs = strings.ToLower(c.NoNewPrivs)
+	if c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
 		f.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
 	}
 	f.add("LISTEN", "%w", listenFault(c.Listen))
-	if c.Log.Format = strings.ToLower(c.Log.Format); c.Log.Format != "text" && c.Log.Format != "json" {
+	c.Log.Format = strings.ToLower(c.Log.Format)
+	if c.Log.Format != "text" && c.Log.Format != "json" {
 		f.add("LOG_FORMAT", "%s is unknown: write text or json", quote.Value(c.Log.Format))
 	}
 	c.TLS.validate(f)
@@ -174,7 +176,8 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 	if f.use == ForElect {
 		for _, name := range []string{"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT"} {
 			if set[name] {
-				f.add(name, "it is about a job, and elect runs none: unset it, or write leasehold -- COMMAND")
+				f.add(name, "it is about a job, and elect runs none:"+
+					" unset it, or write leasehold -- COMMAND")
 			}
 		}
 	}

@@ -39,7 +39,8 @@ func (c *Config) validateAuth(f *faults) {
 	given := c.Password != "" || c.PasswordFile != ""
 	switch {
 	case c.Username != "" && !given:
-		f.add("USERNAME", "set without a password: set LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE too")
+		f.add("USERNAME", "set without a password:"+
+			" set LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE too")
 	case c.Username == "" && given:
 		f.add("USERNAME", "missing beside the password: set both or neither")
 	}

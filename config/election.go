@@ -13,8 +13,8 @@ import (
 func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 	ec := election.Config{
 		Endpoints: c.Endpoints, Election: c.Election, Identity: c.Identity,
-		TTL: c.TTL.Duration, LossGrace: c.LossGrace.Or(-1), Margin: c.Margin.Or(-1), Wait: c.Wait.Or(-1),
-		DialTimeout: c.DialTimeout.Duration,
+		TTL: c.TTL.Duration, LossGrace: c.LossGrace.Or(-1), Margin: c.Margin.Or(-1),
+		Wait: c.Wait.Or(-1), DialTimeout: c.DialTimeout.Duration,
 		TLS: election.TLS{
 			CAFile: c.TLS.CAFile, CertFile: c.TLS.CertFile, KeyFile: c.TLS.KeyFile,
 			ServerName: c.TLS.ServerName,

@@ -88,7 +88,8 @@ func parseAddress(address string, lowestPort uint64) (host, port string, err err
 	if err != nil {
 		if strings.Count(address, ":") > 1 && !strings.Contains(address, "/") {
 			return "", "", fmt.Errorf("%s is not host:port"+
-				" (an IPv6 address needs brackets and a port, as in [::1]:4040)", quote.Value(address))
+				" (an IPv6 address needs brackets and a port, as in [::1]:4040)",
+				quote.Value(address))
 		}
 		return "", "", fmt.Errorf("%s is not host:port", quote.Value(address))
 	}

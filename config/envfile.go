@@ -37,7 +37,8 @@ func LoadFile(path string) error {
 			continue
 		}
 		if err := os.Setenv(name, value); err != nil {
-			return fmt.Errorf("set %s: %w", name, err) // Not a user's fault: name and value were checked.
+			// Not a user's fault: name and value were checked.
+			return fmt.Errorf("set %s: %w", name, err)
 		}
 	}
 	return nil

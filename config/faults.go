@@ -26,7 +26,8 @@ func (f *faults) add(name, format string, args ...any) {
 	}
 	f.names = append(f.names, name)
 	if f.matters(name) {
-		f.found = append(f.found, fmt.Errorf("%s_%s: %w", Prefix, name, fmt.Errorf(format, args...)))
+		what := fmt.Errorf(format, args...)
+		f.found = append(f.found, fmt.Errorf("%s_%s: %w", Prefix, name, what))
 	}
 }
 

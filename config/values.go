@@ -39,7 +39,8 @@ func (d *Duration) Decode(text string) error {
 	case err != nil && MissesUnit(text):
 		err = fmt.Errorf("%s has no unit: write %ss", quote.Value(text), text)
 	case err != nil:
-		err = fmt.Errorf("%s is not a duration: write for example 15s, 500ms or 1m30s", quote.Value(text))
+		err = fmt.Errorf("%s is not a duration: write for example 15s, 500ms or 1m30s",
+			quote.Value(text))
 	case parsed < 0:
 		err = fmt.Errorf("%s is negative: write a duration from 0s up", quote.Value(text))
 	case parsed > maxDuration:
@@ -94,8 +95,8 @@ func (s *Signal) Decode(text string) error {
 		s.err = fmt.Errorf("%s is a number: write %s",
 			quote.Value(text), strings.TrimPrefix(known, "SIG"))
 	case s.Signal == 0:
-		s.err = fmt.Errorf("%s is not the name of a signal: write for example TERM, INT, QUIT or USR1",
-			quote.Value(text))
+		s.err = fmt.Errorf("%s is not the name of a signal:"+
+			" write for example TERM, INT, QUIT or USR1", quote.Value(text))
 	case s.Signal == unix.SIGKILL:
 		s.err = fmt.Errorf("%s leaves the job no time to stop:"+
 			" for that write LEASEHOLD_STOP_GRACE=0s, and here for example TERM", quote.Value(text))

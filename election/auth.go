@@ -27,8 +27,9 @@ type auth struct {
 	username string
 	password func() (string, error)
 	members  *members
-	spread   time.Duration      // the longest wait before a token is replaced: those of a fleet may end together
 	obtained func(token string) // called with each new token; may be nil
+	// spread is the longest wait before a token is replaced: those of a fleet may end together.
+	spread time.Duration
 
 	life context.Context // ends with the members
 	end  context.CancelFunc

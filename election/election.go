@@ -14,8 +14,8 @@
 //
 // What it does not promise: that a leader whose key or lease was removed by somebody else learns of
 // it before the next leader starts. Only the fencing token protects against that. Etcd itself can
-// do so: a member that led, was paused for four fifths of a TTL or longer and wakes can revoke leases
-// that were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
+// do so: a member that led, was paused for four fifths of a TTL or longer and wakes can revoke
+// leases that were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
 //
 // Where to read on: candidate.go has the goroutines and who owns what, state.go the state machine,
 // session.go the life of a lease, standby.go how a candidate comes to lead, lease.go renewals and
@@ -51,8 +51,8 @@ var (
 
 // What Run returns, with the cause, when the candidate was not elected within Config.Wait.
 var (
-	// ErrNotElected: another candidate leads or is ahead, or a key that is no candidate's, or it was
-	// not known in time whether one is.
+	// ErrNotElected: another candidate leads or is ahead, or a key that is no candidate's, or it
+	// was not known in time whether one is.
 	ErrNotElected = errors.New("not elected")
 	// ErrUnreachable: etcd did not answer, or it refused.
 	ErrUnreachable = errors.New("etcd can't be used")
@@ -67,8 +67,8 @@ type NestedError struct {
 }
 
 func (e *NestedError) Error() string {
-	return fmt.Sprintf("the election %s can't be used beside %s, which has live candidates, as the "+
-		"key %s shows: one name is a prefix of the other",
+	return fmt.Sprintf("the election %s can't be used beside %s, which has live candidates, "+
+		"as the key %s shows: one name is a prefix of the other",
 		quote.Value(e.Election), quote.Value(e.Other), quote.Value(e.Key))
 }
 

@@ -66,7 +66,7 @@ func (m *member) conn() (*grpc.ClientConn, error) {
 // renewal is what a member answers to a renewal.
 type renewal struct {
 	ttl  time.Duration
-	term uint64 // the raft term of the member that answered, read before the renewal was carried out
+	term uint64 // the member's raft term, read before the renewal was carried out
 }
 
 // renew renews the lease once. It does not use etcd's KeepAliveOnce, which repeats itself without a

@@ -53,7 +53,9 @@ func newMetrics(
 			Help: "Terms that ended against this candidate's will, by reason.",
 		}, []string{"reason"}),
 	}
-	for _, result := range []string{renewalOK, renewalFailed, renewalAbandoned, renewalUnconfirmed} {
+	for _, result := range []string{
+		renewalOK, renewalFailed, renewalAbandoned, renewalUnconfirmed,
+	} {
 		m.renewals.WithLabelValues(result)
 	}
 	for _, reason := range lossReasons {

@@ -28,7 +28,7 @@ type session struct {
 	timing  Timing // zero until the lease is granted
 	lease   *lease
 	queue   *queue
-	changed chan struct{}  // room for one: a renewal counted, stop-at passed, or the key was not put
+	changed chan struct{}  // room for one: a renewal counted, stop-at passed, the key was not put
 	running sync.WaitGroup // what ends with the session
 	created atomic.Int64   // our key's create revision; 0: it is not known to be put
 

@@ -117,7 +117,8 @@ func (s *session) waitOver(v view, trouble error) error {
 		return v.notElected()
 	case trouble != nil:
 		return fmt.Errorf("%w: join the queue: %s", ErrUnreachable, s.cfg.explain(trouble))
-	case v.own == nil && s.created.Load() != 0: // etcd answers, but who is ahead is still being read
+	case v.own == nil && s.created.Load() != 0:
+		// etcd answers, but who is ahead is still being read.
 		return fmt.Errorf("%w: the queue could not be joined in time", ErrNotElected)
 	}
 	return fmt.Errorf("%w: no answer in time", ErrUnreachable)

@@ -42,10 +42,12 @@ func Check(ctx context.Context, listen, what string, out io.Writer) error {
 
 func ask(ctx context.Context, listen, what string) (yes bool, answer string, err error) {
 	path := map[string]string{
-		"": "/livez", "live": "/livez", "ready": "/readyz", "leader": "/leader", "standby": "/standby",
+		"": "/livez", "live": "/livez", "ready": "/readyz",
+		"leader": "/leader", "standby": "/standby",
 	}[what]
 	if path == "" {
-		return false, "", fmt.Errorf("%q can't be asked for: %s", what, strings.Join(Checks(), ", "))
+		return false, "", fmt.Errorf("%q can't be asked for: %s",
+			what, strings.Join(Checks(), ", "))
 	}
 	if listen == "off" {
 		return false, "", errors.New("LEASEHOLD_LISTEN is off")
@@ -69,8 +71,10 @@ func ask(ctx context.Context, listen, what string) (yes bool, answer string, err
 	// A client of its own: the default one would send this through the environment's HTTP_PROXY and
 	// follow redirects.
 	client := http.Client{
-		Transport:     &http.Transport{DisableKeepAlives: true},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error {
+			return http.ErrUseLastResponse
+		},
 	}
 	resp, err := client.Do(req)
 	if err != nil {

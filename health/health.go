@@ -41,7 +41,7 @@ type Snapshot struct {
 	LeaseID     int64 // 0 without a lease.
 	TTL         time.Duration
 	StopAt, End time.Duration // Zero without a lease.
-	Leading     bool          // A term runs, neither lost nor resigned, whose StopAt may have passed.
+	Leading     bool          // A term runs, neither lost nor resigned; StopAt may have passed.
 
 	JobWanted bool // False where the daemon only campaigns.
 	Job       Job

@@ -9,12 +9,12 @@ import (
 )
 
 const (
-	// maxConns is far more than probes need. No more than a quarter of the files that may be open go
-	// to connections: a daemon without a file to spare cannot reach etcd.
+	// maxConns is far more than probes need. No more than a quarter of the files that may be open
+	// go to connections: a daemon without a file to spare cannot reach etcd.
 	maxConns = 256
-	// restTimeout is how long a connection may be at rest before it is closed in favour of a new one,
-	// when maxConns are open. A probe behind 1,000 slow clients waits three times that long; an honest
-	// client of a busy machine needs less.
+	// restTimeout is how long a connection may be at rest before it is closed in favour of a new
+	// one, when maxConns are open. A probe behind 1,000 slow clients waits three times that long;
+	// an honest client of a busy machine needs less.
 	restTimeout = 100 * time.Millisecond
 )
 

@@ -41,7 +41,8 @@ func Endpoints() []Endpoint {
 	return []Endpoint{
 		{"/livez", "200 while the elector's own loops send heartbeats, whatever etcd does"},
 		{"/readyz", "200 while the candidate is in the election, waiting or leading"},
-		{"/leader", "200 only while leading, before stop-at, with the job running (or none asked for)"},
+		{"/leader",
+			"200 only while leading, before stop-at, with the job running (or none asked for)"},
 		{"/standby", "200 only while waiting in the queue"},
 		{
 			"/status",
@@ -56,8 +57,9 @@ func Endpoints() []Endpoint {
 // New makes a server. It registers leasehold_build_info with the registry.
 func New(cfg Config) *Server {
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name:        "leasehold_build_info",
-		Help:        "Always 1; the labels are the version of leasehold and of the Go it was built with.",
+		Name: "leasehold_build_info",
+		Help: "Always 1; " +
+			"the labels are the version of leasehold and of the Go it was built with.",
 		ConstLabels: prometheus.Labels{"version": cfg.Version, "goversion": runtime.Version()},
 	})
 	build.Set(1)
@@ -65,8 +67,8 @@ func New(cfg Config) *Server {
 
 	s := &Server{cfg: cfg}
 	mux := http.NewServeMux()
-	// A pattern of GET takes HEAD too. HAProxy's checks are OPTIONS requests that look at the status
-	// alone, so that OPTIONS gets the status of GET. All other methods get 405 from the mux.
+	// A pattern of GET takes HEAD too. HAProxy's checks are OPTIONS requests that look at the
+	// status alone, so that OPTIONS gets the status of GET. All other methods get 405 from the mux.
 	handle := func(path string, h http.HandlerFunc) {
 		mux.HandleFunc("GET "+path, h)
 		mux.HandleFunc("OPTIONS "+path, func(w http.ResponseWriter, r *http.Request) {
@@ -102,7 +104,8 @@ func (s *Server) now() (Snapshot, time.Duration) {
 func (s *Server) probe(rule func(Snapshot, time.Duration) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		if err := rule(s.now()); err != nil {
-			write(w, http.StatusServiceUnavailable, "text/plain; charset=utf-8", []byte(err.Error()+"\n"))
+			write(w, http.StatusServiceUnavailable,
+				"text/plain; charset=utf-8", []byte(err.Error()+"\n"))
 			return
 		}
 		write(w, http.StatusOK, "text/plain; charset=utf-8", []byte("ok\n"))
@@ -175,7 +178,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		ErrorLog:          slog.NewLogLogger(s.cfg.Logger.Handler(), slog.LevelDebug),
 		ConnState:         b.noteState,
 		ReadHeaderTimeout: 2 * time.Second,
-		ReadTimeout:       2 * time.Second, // No request that is answered here has a body to wait for.
+		ReadTimeout:       2 * time.Second, // No request that is answered here has a body.
 		WriteTimeout:      5 * time.Second,
 		IdleTimeout:       90 * time.Second, // Prometheus scrapes more often by default.
 		MaxHeaderBytes:    8 << 10,

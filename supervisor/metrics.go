@@ -44,7 +44,8 @@ func newMetrics(r prometheus.Registerer) metrics {
 			Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30, 60},
 		}),
 		timerLatency: f.NewHistogram(prometheus.HistogramOpts{
-			Name: "leasehold_guard_lateness_seconds", Help: "By how much the guard missed a deadline.",
+			Name:    "leasehold_guard_lateness_seconds",
+			Help:    "By how much the guard missed a deadline.",
 			Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .2, .5, 1, 5},
 		}),
 	}

@@ -1,5 +1,5 @@
-// Fencing is a job for leasehold that counts in etcd, as fast as it can. etcd refuses its writes once
-// its term is over:
+// Fencing is a job for leasehold that counts in etcd, as fast as it can. etcd refuses its
+// writes once its term is over:
 //
 //	leasehold -- fencing COUNTER
 //
@@ -20,7 +20,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// errFenced: the term in which this process was started is over. Whatever it still does is too late.
+// errFenced: the term in which this process was started is over.
+// Whatever it still does is too late.
 var errFenced = errors.New("refused: the term is over")
 
 func main() {
@@ -40,7 +41,8 @@ func run(ctx context.Context, args []string) error {
 	if err != nil {
 		return fmt.Errorf("read LEASEHOLD_FENCING_TOKEN: %w", err)
 	}
-	client, err := clientv3.New(clientv3.Config{Endpoints: strings.Split(os.Getenv("ETCDCTL_ENDPOINTS"), ",")})
+	endpoints := strings.Split(os.Getenv("ETCDCTL_ENDPOINTS"), ",")
+	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints})
 	if err != nil {
 		return fmt.Errorf("connect to etcd: %w", err)
 	}
@@ -90,7 +92,8 @@ func (s fencedStore) count(ctx context.Context, counter string) error {
 			return fmt.Errorf("read %s: %w", counter, err)
 		}
 	}
-	// A process can be frozen here for any time. Then what it has read is old, and it does not know.
+	// A process can be frozen here for any time.
+	// Then what it has read is old, and it does not know.
 	err = s.put(ctx, counter, fmt.Sprintf("%d %d", count+1, s.token))
 	if errors.Is(err, errFenced) {
 		return fmt.Errorf("%w: count %d with token %d is not written", err, count+1, s.token)

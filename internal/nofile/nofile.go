@@ -22,7 +22,8 @@ var Original = read()
 
 func read() (l Limit) {
 	const rlimitNofile = 7 // asm-generic/resource.h
-	if _, _, errno := rawSyscall6(sysPrlimit64, 0, rlimitNofile, 0, uintptr(unsafe.Pointer(&l)), 0, 0); errno != 0 {
+	_, _, errno := rawSyscall6(sysPrlimit64, 0, rlimitNofile, 0, uintptr(unsafe.Pointer(&l)), 0, 0)
+	if errno != 0 {
 		return Limit{}
 	}
 	return l

@@ -16,7 +16,8 @@ func Nearest(word string, candidates []string) string {
 		// Of two at the same distance, the one that holds the word; and that one even from afar, as
 		// for GRACE or CA_FILE.
 		rank := 2*distance(word, candidate) + 1
-		if len(word) >= 4 && (strings.Contains(candidate, word) || strings.Contains(word, candidate)) {
+		holds := strings.Contains(candidate, word) || strings.Contains(word, candidate)
+		if len(word) >= 4 && holds {
 			rank = min(rank-1, 2*limit+1)
 		}
 		if rank < least {

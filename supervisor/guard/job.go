@@ -185,8 +185,8 @@ func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
 	}
 }
 
-// serveDeadlines is where the job is stopped and killed on loss of contact: the elector has not moved
-// its deadlines. Nobody is asked.
+// serveDeadlines is where the job is stopped and killed on loss of contact: the elector has not
+// moved its deadlines. Nobody is asked.
 func (j *job) serveDeadlines(now time.Duration) {
 	switch j.state {
 	case jobForking, jobRunning, jobStopping:

@@ -61,8 +61,8 @@ type (
 	}
 	// Extend moves the deadlines of the job.
 	Extend struct{ StopAt, KillBy time.Duration }
-	// Stop asks for the end of the job. Grace 0 kills it at once, for the lease is lost and the next
-	// leader may be starting; UntilKillBy leaves it the time until kill-by.
+	// Stop asks for the end of the job. Grace 0 kills it at once, for the lease is lost and the
+	// next leader may be starting; UntilKillBy leaves it the time until kill-by.
 	Stop struct{ Grace time.Duration }
 	// Ping wants a Pong with its number.
 	Ping struct{ Number int64 }

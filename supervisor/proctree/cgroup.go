@@ -205,7 +205,9 @@ func (c *Cgroup) probe(argv []string) error {
 	defer func() { _ = unix.Close(pipe[0]) }()
 	pid, err := syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
 		Env: []string{}, Files: []uintptr{^uintptr(0), uintptr(pipe[1])},
-		Sys: &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL, UseCgroupFD: true, CgroupFD: leaf},
+		Sys: &syscall.SysProcAttr{
+			Setsid: true, Pdeathsig: syscall.SIGKILL, UseCgroupFD: true, CgroupFD: leaf,
+		},
 	})
 	_ = unix.Close(pipe[1])
 	if err != nil {

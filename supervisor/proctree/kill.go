@@ -63,8 +63,7 @@ func (s *Scanner) KillListed(root int, except ...int) {
 	list := func(parent int) {
 		s.eachChild(parent, func(s *Scanner, child int) {
 			if s.n < mostListed && !contains(except, child) {
-				s.pid[s.n], s.ppid[s.n], s.alive[s.n], s.member[s.n] = int32(child), int32(parent), true, true
-				s.n++
+				s.add(int32(child), int32(parent), true, true)
 			}
 		})
 	}

@@ -241,6 +241,12 @@ func entryNumber(b []byte) (int, bool) {
 	return v, digits > 0 && name[digits] == 0
 }
 
+// add lists one process.
+func (s *Scanner) add(pid, ppid int32, alive, member bool) {
+	s.pid[s.n], s.ppid[s.n], s.alive[s.n], s.member[s.n] = pid, ppid, alive, member
+	s.n++
+}
+
 // scan reads the process table.
 func (s *Scanner) scan() {
 	s.n, s.broken = 0, false
@@ -251,8 +257,7 @@ func (s *Scanner) scan() {
 		case s.n == len(s.pid):
 			s.broken = true
 		default:
-			s.pid[s.n], s.ppid[s.n], s.alive[s.n], s.member[s.n] = int32(pid), int32(p.ppid), p.alive, false
-			s.n++
+			s.add(int32(pid), int32(p.ppid), p.alive, false)
 		}
 	})
 }
