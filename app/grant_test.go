@@ -31,7 +31,8 @@ func (h *grantCallbacks) Lead(ctx context.Context, _ election.Term) error {
 // happen after the lease was asked to be revoked, leaves no lease behind.
 func TestStop_DuringTheGrant(t *testing.T) {
 	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
-	cfg := load(t, config.ForElect, "ELECTION=jobs/grant", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
+	cfg := load(t, config.ForElect, "ELECTION=jobs/grant", "IDENTITY=a",
+		"ENDPOINTS="+etcd.Endpoints()[0], "TTL=300s")
 	const stops = 600
 	for i := range stops {
 		callbacks := &grantCallbacks{asked: make(chan struct{})}

@@ -24,7 +24,8 @@ import (
 	"leasehold/supervisor"
 )
 
-var update = flag.Bool("update", false, "write what is generated from the code anew: docs/reference.md, packaging/")
+var update = flag.Bool("update", false,
+	"write what is generated from the code anew: docs/reference.md, packaging/")
 
 // TestReference: docs/reference.md says what the code does. With -update it is written.
 func TestReference(t *testing.T) {
@@ -34,14 +35,16 @@ func TestReference(t *testing.T) {
 // TestManual: the man page has what `leasehold help` has. With -update it is written.
 func TestManual(t *testing.T) {
 	generated(t, filepath.Join("..", "packaging", "leasehold.1"),
-		`.\" Written from the code by go test -run TestManual ./app -update`+"\n"+newProgram(Build{}).Manual())
+		`.\" Written from the code by go test -run TestManual ./app -update`+"\n"+
+			newProgram(Build{}).Manual())
 }
 
 // TestCompletion: the shell completes the words that the command line takes. With -update it is
 // written.
 func TestCompletion(t *testing.T) {
 	generated(t, filepath.Join("..", "packaging", "leasehold.bash"),
-		"# bash completion for leasehold. Written from the code by: go test -run TestCompletion ./app -update\n\n"+
+		"# bash completion for leasehold. Written from the code by: "+
+			"go test -run TestCompletion ./app -update\n\n"+
 			newProgram(Build{}).Completion())
 }
 
@@ -61,7 +64,8 @@ func generated(t *testing.T, path, want string) {
 		t.Fatal(err)
 	}
 	if string(got) != want {
-		t.Errorf("%s is not what the code says; write it with: go test -run %s ./app -update", path, t.Name())
+		t.Errorf("%s is not what the code says; write it with: go test -run %s ./app -update",
+			path, t.Name())
 	}
 }
 
@@ -205,18 +209,25 @@ func metrics(t *testing.T) []metric {
 	t.Helper()
 	registry := prometheus.NewRegistry()
 	now := func() time.Duration { return 0 }
-	health.New(health.Config{Logger: slog.New(slog.DiscardHandler), Registry: registry, Snapshot: func() health.Snapshot { return health.Snapshot{} }, Now: now, Version: "VERSION"})
+	logger := slog.New(slog.DiscardHandler)
+	health.New(health.Config{
+		Logger: logger, Registry: registry, Now: now, Version: "VERSION",
+		Snapshot: func() health.Snapshot { return health.Snapshot{} },
+	})
 	if _, err := election.New(election.Config{
-		Endpoints: []string{"http://127.0.0.1:1"}, Election: "e", Identity: "i", TTL: 15 * time.Second, LossGrace: -1, Margin: -1, Wait: -1,
-		DialTimeout: time.Second, Now: now, Logger: slog.New(slog.DiscardHandler), Registerer: registry,
+		Endpoints: []string{"http://127.0.0.1:1"}, Election: "e", Identity: "i",
+		TTL: 15 * time.Second, LossGrace: -1, Margin: -1, Wait: -1,
+		DialTimeout: time.Second, Now: now, Logger: logger, Registerer: registry,
 	}); err != nil {
 		t.Fatal(err)
 	}
 	// The supervisor registers its metrics before it looks for a guard, which this process is not.
-	if _, err := supervisor.Connect(supervisor.Config{Guard: os.Getpid(), Registerer: registry}); !errors.Is(err, supervisor.ErrGuardLost) {
+	_, err := supervisor.Connect(supervisor.Config{Guard: os.Getpid(), Registerer: registry})
+	if !errors.Is(err, supervisor.ErrGuardLost) {
 		t.Fatal(err)
 	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 1, 0, 0, 0); err != nil { // Which Connect takes from us.
+	// Connect takes that from us.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 1, 0, 0, 0); err != nil {
 		t.Fatal(err)
 	}
 
@@ -226,7 +237,10 @@ func metrics(t *testing.T) []metric {
 	}
 	var list []metric
 	for _, family := range families {
-		m := metric{name: family.GetName(), kind: strings.ToLower(family.GetType().String()), help: family.GetHelp()}
+		m := metric{
+			name: family.GetName(), kind: strings.ToLower(family.GetType().String()),
+			help: family.GetHelp(),
+		}
 		values := map[string][]string{}
 		for _, child := range family.GetMetric() {
 			for _, label := range child.GetLabel() {
@@ -259,8 +273,9 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	for _, name := range []string{
-		"leader", "lease_valid_seconds", "lease_renewals_total", "lease_renewal_duration_seconds", "terms_total", "losses_total", "job_up",
-		"job_starts_total", "job_exits_total", "job_kills_total", "job_stop_duration_seconds", "guard_lateness_seconds", "build_info",
+		"leader", "lease_valid_seconds", "lease_renewals_total", "lease_renewal_duration_seconds",
+		"terms_total", "losses_total", "job_up", "job_starts_total", "job_exits_total",
+		"job_kills_total", "job_stop_duration_seconds", "guard_lateness_seconds", "build_info",
 	} {
 		if !got["leasehold_"+name] {
 			t.Errorf("leasehold_%s is not registered", name)

@@ -34,10 +34,14 @@ func TestLeaveMessage(t *testing.T) {
 			t.Errorf("%q over %q: %q, %v, want %q", c.text, c.before, got, err, c.want)
 		}
 	}
-	for _, text := range []string{strings.Repeat("x", maxTerminationMessage-1), strings.Repeat("x", maxTerminationMessage), strings.Repeat("ü", maxTerminationMessage)} {
+	for _, text := range []string{
+		strings.Repeat("x", maxTerminationMessage-1), strings.Repeat("x", maxTerminationMessage),
+		strings.Repeat("ü", maxTerminationMessage),
+	} {
 		leaveMessage(path, text, false)
 		got, err := os.ReadFile(path)
-		if err != nil || len(got) > maxTerminationMessage || len(got) < maxTerminationMessage-3 || !utf8.Valid(got) {
+		if err != nil || len(got) > maxTerminationMessage || len(got) < maxTerminationMessage-3 ||
+			!utf8.Valid(got) {
 			t.Errorf("%d bytes became %d, %v", len(text), len(got), err)
 		}
 	}

@@ -27,7 +27,8 @@ type usage struct {
 }
 
 func (u usage) String() string {
-	return fmt.Sprintf("%d goroutines, %d descriptors, %d KiB of heap", u.goroutines, u.descriptors, u.heap>>10)
+	return fmt.Sprintf("%d goroutines, %d descriptors, %d KiB of heap",
+		u.goroutines, u.descriptors, u.heap>>10)
 }
 
 func newUsage(t *testing.T) usage {
@@ -53,13 +54,14 @@ func TestElect_HundredTerms(t *testing.T) {
 	etcd := harness.NewTestCluster(t, harness.ClusterConfig{})
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	cfg := load(t, config.ForElect, "ELECTION=jobs/terms", "IDENTITY=a", "ENDPOINTS="+etcd.Endpoints()[0],
-		"TTL=60s", "STOP_GRACE=0s", "LISTEN=127.0.0.1:0")
+	cfg := load(t, config.ForElect, "ELECTION=jobs/terms", "IDENTITY=a",
+		"ENDPOINTS="+etcd.Endpoints()[0], "TTL=60s", "STOP_GRACE=0s", "LISTEN=127.0.0.1:0")
 	running, stop := context.WithCancelCause(context.Background())
 	told := make(chan struct{}, 1)
 	d, err := wire(running, stop, parts{
-		cfg: cfg, log: slog.New(slog.DiscardHandler), version: "VERSION", registry: prometheus.NewRegistry(),
-		changed: make(chan struct{}, 1), callbacks: &leaseCallbacks{force: make(chan struct{})},
+		cfg: cfg, log: slog.New(slog.DiscardHandler), version: "VERSION",
+		registry: prometheus.NewRegistry(),
+		changed:  make(chan struct{}, 1), callbacks: &leaseCallbacks{force: make(chan struct{})},
 		status: func(string) { signalChange(told) },
 	})
 	if err != nil {
@@ -75,7 +77,9 @@ func TestElect_HundredTerms(t *testing.T) {
 		}
 	}()
 
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+	client := http.Client{
+		Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second,
+	}
 	term := func(before int64) int64 {
 		t.Helper()
 		for {
@@ -94,7 +98,10 @@ func TestElect_HundredTerms(t *testing.T) {
 		t.Helper()
 		var u usage
 		err := harness.Until(ctx, func() error {
-			if u = newUsage(t); worst != (usage{}) && (u.goroutines > worst.goroutines || u.descriptors > worst.descriptors || u.heap > worst.heap) {
+			u = newUsage(t)
+			more := u.goroutines > worst.goroutines || u.descriptors > worst.descriptors ||
+				u.heap > worst.heap
+			if worst != (usage{}) && more {
 				return errors.New("more than before")
 			}
 			return nil
@@ -119,7 +126,8 @@ func TestElect_HundredTerms(t *testing.T) {
 		}
 		if 5 <= n && n <= 10 { // one goroutine more or less is by chance
 			u := after(n, usage{})
-			tenth.goroutines, tenth.descriptors = max(tenth.goroutines, u.goroutines), max(tenth.descriptors, u.descriptors)
+			tenth.goroutines = max(tenth.goroutines, u.goroutines)
+			tenth.descriptors = max(tenth.descriptors, u.descriptors)
 			tenth.heap = u.heap
 		}
 		if n == 100 {

@@ -35,34 +35,42 @@ func TestCommands_NamesAreListed(t *testing.T) {
 }
 
 func TestParse(t *testing.T) {
+	command := func(name string) Command { return Command{Name: name} }
+	run, elect, status := command("run"), command("elect"), command("status")
+	check, install := command("check"), command("install")
+	version, help := command("version"), command("help")
 	for args, want := range map[string]Call{
-		"-- x -f y --help":            {Command: Command{Name: "run"}, Job: []string{"x", "-f", "y", "--help"}},
-		"run -- x -- y":               {Command: Command{Name: "run"}, Job: []string{"x", "--", "y"}},
-		"-f FILE -- x":                {Command: Command{Name: "run"}, EnvFile: "FILE", Job: []string{"x"}},
-		"run -f FILE -- x":            {Command: Command{Name: "run"}, EnvFile: "FILE", Job: []string{"x"}},
-		"elect":                       {Command: Command{Name: "elect"}},
-		"elect -f FILE":               {Command: Command{Name: "elect"}, EnvFile: "FILE"},
-		"-f FILE status":              {Command: Command{Name: "status"}, EnvFile: "FILE"},
-		"status --json jobs/a":        {Command: Command{Name: "status"}, Flags: []string{"--json"}, Args: []string{"jobs/a"}},
-		"status jobs/a=b -f X --json": {Command: Command{Name: "status"}, EnvFile: "X", Flags: []string{"--json"}, Args: []string{"jobs/a=b"}},
-		"check":                       {Command: Command{Name: "check"}},
-		"check leader":                {Command: Command{Name: "check"}, Args: []string{"leader"}},
-		"install /dest":               {Command: Command{Name: "install"}, Args: []string{"/dest"}},
-		"version":                     {Command: Command{Name: "version"}},
-		"--version":                   {Command: Command{Name: "version"}},
-		"status --version":            {Command: Command{Name: "version"}},
-		"help":                        {Command: Command{Name: "help"}},
-		"-h":                          {Command: Command{Name: "help"}},
-		"--help":                      {Command: Command{Name: "help"}},
-		"--help status":               {Command: Command{Name: "help"}, Args: []string{"status"}},
-		"status --help":               {Command: Command{Name: "help"}, Args: []string{"status"}},
-		"run -h -- x":                 {Command: Command{Name: "help"}, Args: []string{"run"}},
-		"install -h":                  {Command: Command{Name: "help"}, Args: []string{"install"}},
-		"help check":                  {Command: Command{Name: "help"}, Args: []string{"check"}},
+		"-- x -f y --help": {Command: run, Job: []string{"x", "-f", "y", "--help"}},
+		"run -- x -- y":    {Command: run, Job: []string{"x", "--", "y"}},
+		"-f FILE -- x":     {Command: run, EnvFile: "FILE", Job: []string{"x"}},
+		"run -f FILE -- x": {Command: run, EnvFile: "FILE", Job: []string{"x"}},
+		"elect":            {Command: elect},
+		"elect -f FILE":    {Command: elect, EnvFile: "FILE"},
+		"-f FILE status":   {Command: status, EnvFile: "FILE"},
+		"status --json jobs/a": {Command: status, Flags: []string{"--json"},
+			Args: []string{"jobs/a"}},
+		"status jobs/a=b -f X --json": {
+			Command: status, EnvFile: "X", Flags: []string{"--json"}, Args: []string{"jobs/a=b"},
+		},
+		"check":            {Command: check},
+		"check leader":     {Command: check, Args: []string{"leader"}},
+		"install /dest":    {Command: install, Args: []string{"/dest"}},
+		"version":          {Command: version},
+		"--version":        {Command: version},
+		"status --version": {Command: version},
+		"help":             {Command: help},
+		"-h":               {Command: help},
+		"--help":           {Command: help},
+		"--help status":    {Command: help, Args: []string{"status"}},
+		"status --help":    {Command: help, Args: []string{"status"}},
+		"run -h -- x":      {Command: help, Args: []string{"run"}},
+		"install -h":       {Command: help, Args: []string{"install"}},
+		"help check":       {Command: help, Args: []string{"check"}},
 	} {
 		got, err := newTestProgram(nil).Parse(strings.Fields(args))
 		if err != nil || got.Command.Name != want.Command.Name || got.EnvFile != want.EnvFile ||
-			!slices.Equal(got.Args, want.Args) || !slices.Equal(got.Flags, want.Flags) || !slices.Equal(got.Job, want.Job) {
+			!slices.Equal(got.Args, want.Args) || !slices.Equal(got.Flags, want.Flags) ||
+			!slices.Equal(got.Job, want.Job) {
 			t.Errorf("leasehold %s: %+v, %v", args, got, err)
 		}
 	}
@@ -85,9 +93,11 @@ func TestParse_Hints(t *testing.T) {
 		{"backup.sh --ttl 5s", "To run a job of that name: leasehold -- backup.sh ..."},
 		{"backup.sh -- x", "leasehold -- backup.sh ..."},
 		{"--ttl 5s -- backup.sh", "LEASEHOLD_TTL"},
-		{"-ttl=5 -- backup.sh", "write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)"},
+		{"-ttl=5 -- backup.sh",
+			"write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)"},
 		{"run --ttl=5s -- backup.sh", "write LEASEHOLD_TTL=5s before the command"},
-		{"TTL=15 -- backup.sh", "write LEASEHOLD_TTL=15s before the command (15 has no unit: write 15s)"},
+		{"TTL=15 -- backup.sh",
+			"write LEASEHOLD_TTL=15s before the command (15 has no unit: write 15s)"},
 		{"LEASEHOLD_TTL=15 -- backup.sh", "write 15s"},
 		{"elect TTL=15", "write 15s"},
 		{"--tls-ca-file=/ca -- x", "write LEASEHOLD_TLS_CA_FILE=/ca before"},
@@ -100,8 +110,10 @@ func TestParse_Hints(t *testing.T) {
 		{"--token=hunter2 -- x", "leasehold help names all variables"},
 		{"FOO=hunter2 -- x", "leasehold help names all variables"},
 		{"--token=hunter2 -- x", "no such flag --token, and settings"},
-		{"--to x -- y", "no such flag --to, and settings are environment variables: leasehold help"},
-		{"--watch -- y", "no such flag --watch, and settings are environment variables: leasehold help"},
+		{"--to x -- y",
+			"no such flag --to, and settings are environment variables: leasehold help"},
+		{"--watch -- y",
+			"no such flag --watch, and settings are environment variables: leasehold help"},
 		{"-f=x -- y", "-f FILE reads an env file"},
 		{"--file x -- y", "-f FILE reads an env file"},
 		{"--env-file=x -- y", "-f FILE reads an env file"},
@@ -110,7 +122,8 @@ func TestParse_Hints(t *testing.T) {
 		{"status --json=x", "--json takes no value"},
 		{"status LEASEHOLD_X=hunter2", "settings are environment variables, not arguments"},
 		{"status LEASEHOLD_TTL", "set the variable LEASEHOLD_TTL"},
-		{"statsu", `no such command "statsu": did you mean status? To run a job of that name: leasehold -- statsu`},
+		{"statsu", `no such command "statsu": did you mean status?` +
+			" To run a job of that name: leasehold -- statsu"},
 		{"resign", `no such command "resign"`},
 		{"status --jsn", "no such flag --jsn: did you mean --json?"},
 		{"--vesion", "no such flag --vesion: did you mean --version?"},
@@ -135,7 +148,8 @@ func TestParse_Hints(t *testing.T) {
 			continue
 		}
 		got := usage.Error()
-		if !strings.Contains(got, c.want) || strings.Contains(got, "hunter2") || strings.Contains(got, "\n") {
+		if !strings.Contains(got, c.want) || strings.Contains(got, "hunter2") ||
+			strings.Contains(got, "\n") {
 			t.Errorf("leasehold %s: %q, want %q", c.args, got, c.want)
 		}
 	}
@@ -184,11 +198,13 @@ func TestHelp_NamesEverything(t *testing.T) {
 	}
 	text := out.String()
 	for _, v := range new(config.Config).Variables() {
-		if !strings.Contains(text, "LEASEHOLD_"+v.Name+" (") && !strings.Contains(text, "LEASEHOLD_"+v.Name+"\n") {
+		if !strings.Contains(text, "LEASEHOLD_"+v.Name+" (") &&
+			!strings.Contains(text, "LEASEHOLD_"+v.Name+"\n") {
 			t.Errorf("LEASEHOLD_%s is missing", v.Name)
 		}
 		if v.Desc == "" || v.Default != "" && v.Shown != v.Default {
-			t.Errorf("%s: description %q, default %q shown as %q", v.Name, v.Desc, v.Default, v.Shown)
+			t.Errorf("%s: description %q, default %q shown as %q",
+				v.Name, v.Desc, v.Default, v.Shown)
 		}
 	}
 	for _, e := range slices.Concat(p.usage(), GlobalFlags(), p.ExitCodes, JobVariables()) {
@@ -213,7 +229,8 @@ func TestHelp_OfEachCommand(t *testing.T) {
 		if err := call.Command.Run(call); err != nil {
 			t.Fatal(err)
 		}
-		if text := out.String(); !strings.HasPrefix(text, "Usage: leasehold ") || !strings.Contains(text, name) {
+		if text := out.String(); !strings.HasPrefix(text, "Usage: leasehold ") ||
+			!strings.Contains(text, name) {
 			t.Errorf("help of %s: %s", name, text)
 		}
 	}
@@ -261,7 +278,8 @@ func TestCompletion_Bash(t *testing.T) {
 		got, all := strings.Fields(string(out)), strings.Fields(want)
 		slices.Sort(got)
 		slices.Sort(all)
-		if got = slices.Compact(got); !slices.Equal(got, all) { // A command can be in two folders of PATH.
+		got = slices.Compact(got) // A command can be in two folders of PATH.
+		if !slices.Equal(got, all) {
 			t.Errorf("leasehold %s<TAB>: %q, want %q", line, got, all)
 		}
 	}

@@ -16,7 +16,9 @@ func TestInstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	for _, dest := range []string{dir, dir + "/", filepath.Join(dir, "leasehold"), filepath.Join(dir, "other")} {
+	for _, dest := range []string{
+		dir, dir + "/", filepath.Join(dir, "leasehold"), filepath.Join(dir, "other"),
+	} {
 		if err := installTo(dest); err != nil {
 			t.Errorf("%s: %v", dest, err)
 		}
@@ -27,8 +29,10 @@ func TestInstall(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, err := os.ReadFile(path); err != nil || info.Mode() != 0o755 || !bytes.Equal(got, binary) {
-			t.Errorf("%s: %v, mode %v, %d bytes, want %d", name, err, info.Mode(), len(got), len(binary))
+		if got, err := os.ReadFile(path); err != nil || info.Mode() != 0o755 ||
+			!bytes.Equal(got, binary) {
+			t.Errorf("%s: %v, mode %v, %d bytes, want %d",
+				name, err, info.Mode(), len(got), len(binary))
 		}
 	}
 	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o755); err != nil {
@@ -38,15 +42,17 @@ func TestInstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	for dest, want := range map[string]string{
-		filepath.Join(dir, "none") + "/":       "no such file or directory",
-		filepath.Join(dir, "none", "x"):        "write to " + filepath.Join(dir, "none") + ": no such file or directory",
+		filepath.Join(dir, "none") + "/": "no such file or directory",
+		filepath.Join(dir, "none", "x"): "write to " + dir +
+			"/none: no such file or directory",
 		filepath.Join(dir, "other", "x"):       "not a directory",
 		filepath.Join(dir, "other") + "/":      "not a directory",
-		filepath.Join(dir, "sub"):              filepath.Join(dir, "sub", "leasehold") + " is a directory",
+		filepath.Join(dir, "sub"):              dir + "/sub/leasehold is a directory",
 		filepath.Join(dir, "sub", "leasehold"): "",
 	} {
 		err := installTo(dest)
-		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+		if want == "" && err != nil ||
+			want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: %v, want %q", dest, err, want)
 		}
 	}

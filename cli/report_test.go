@@ -44,12 +44,14 @@ func TestReport_JSON(t *testing.T) {
 		report election.Report
 		want   string
 	}{
-		{election.Report{}, `{"name":"","election":"e","leader":null,"lease":null,"queue":[],"blocker":null,` +
-			`"blockers":[],"version":"v1"}`},
+		{election.Report{},
+			`{"name":"","election":"e","leader":null,"lease":null,"queue":[],"blocker":null,` +
+				`"blockers":[],"version":"v1"}`},
 		{
 			election.Report{
-				Leader: &leader, LeaseID: 0x1f, LeaseTTL: 15 * time.Second, LeaseLeft: 12 * time.Second,
-				Queue: []election.Entry{leader}, Blockers: []election.Blocker{blocker},
+				Leader: &leader, LeaseID: 0x1f, LeaseTTL: 15 * time.Second,
+				LeaseLeft: 12 * time.Second,
+				Queue:     []election.Entry{leader}, Blockers: []election.Blocker{blocker},
 			},
 			`{"name":"a","election":"e","leader":{"identity":"a","key":"e/1f","token":7},` +
 				`"lease":{"id":"1f","ttl_seconds":15,"valid_for_seconds":12},` +
@@ -63,7 +65,8 @@ func TestReport_JSON(t *testing.T) {
 			t.Errorf("%s, %v, want %s", got, err, c.want)
 		}
 	}
-	if text := reportText("e", election.Report{Blockers: []election.Blocker{blocker}}); !strings.HasSuffix(text, "remedy\n") {
+	text := reportText("e", election.Report{Blockers: []election.Blocker{blocker}})
+	if !strings.HasSuffix(text, "remedy\n") {
 		t.Errorf("%q", text)
 	}
 }

@@ -44,7 +44,8 @@ func load(t *testing.T, use Use, settings ...string) (Config, error) {
 
 func TestConfig_Defaults(t *testing.T) {
 	// A variable that is set to nothing counts as unset.
-	cfg, err := load(t, ForRun, "ELECTION=jobs/a", "TTL=", "ENDPOINTS=", "LISTEN=", "RESTART=", "WAIT=", "MARGIN=", "PASSWORD=", "LOG_LEVEL=", "NO_SUCH=")
+	cfg, err := load(t, ForRun, "ELECTION=jobs/a", "TTL=", "ENDPOINTS=", "LISTEN=", "RESTART=",
+		"WAIT=", "MARGIN=", "PASSWORD=", "LOG_LEVEL=", "NO_SUCH=")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,12 +81,15 @@ func TestConfig_Defaults(t *testing.T) {
 
 func TestConfig_AllValuesAreRead(t *testing.T) {
 	dir := t.TempDir()
-	ca, key, password := testPair(t, dir, "pair")[0], filepath.Join(dir, "pair.key"), filepath.Join(dir, "password")
+	ca, key := testPair(t, dir, "pair")[0], filepath.Join(dir, "pair.key")
+	password := filepath.Join(dir, "password")
 	writeFile(t, password, "hunter2\r\n")
-	cfg, err := load(t, ForRun, "ENDPOINTS=https://a:2379,b:2379/,[::1]:2379", "ELECTION=/jobs/a", "IDENTITY=b", "TTL=30s", "STOP_SIGNAL=sigusr1",
-		"STOP_GRACE=0s", "LOSS_GRACE=0s", "MARGIN=500ms", "RESTART=Always", "RESTART_LIMIT=0", "WAIT=0", "LISTEN=off", "LOG_LEVEL=WARN",
-		"LOG_FORMAT=json", "TLS_CA_FILE="+ca, "TLS_CERT_FILE="+ca, "TLS_KEY_FILE="+key, "TLS_SERVER_NAME=etcd", "USERNAME=u", "PASSWORD_FILE="+password,
-		"DIAL_TIMEOUT=250ms")
+	cfg, err := load(t, ForRun,
+		"ENDPOINTS=https://a:2379,b:2379/,[::1]:2379", "ELECTION=/jobs/a", "IDENTITY=b", "TTL=30s",
+		"STOP_SIGNAL=sigusr1", "STOP_GRACE=0s", "LOSS_GRACE=0s", "MARGIN=500ms",
+		"RESTART=Always", "RESTART_LIMIT=0", "WAIT=0", "LISTEN=off", "LOG_LEVEL=WARN",
+		"LOG_FORMAT=json", "TLS_CA_FILE="+ca, "TLS_CERT_FILE="+ca, "TLS_KEY_FILE="+key,
+		"TLS_SERVER_NAME=etcd", "USERNAME=u", "PASSWORD_FILE="+password, "DIAL_TIMEOUT=250ms")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +97,8 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 		name      string
 		got, want any
 	}{
-		{"ENDPOINTS", strings.Join(cfg.Endpoints, " "), "https://a:2379 https://b:2379 https://[::1]:2379"},
+		{"ENDPOINTS", strings.Join(cfg.Endpoints, " "),
+			"https://a:2379 https://b:2379 https://[::1]:2379"},
 		{"ELECTION", cfg.Election, "/jobs/a"},
 		{"IDENTITY", cfg.Identity, "b"},
 		{"TTL", cfg.TTL.Duration, 30 * time.Second},
@@ -146,7 +151,10 @@ func TestConfig_BareNamesAreIgnored(t *testing.T) {
 // TestConfig_NamesAreThoseOfTheLibrary: help, the reference and the search for unknown variables
 // name the variables themselves.
 func TestConfig_NamesAreThoseOfTheLibrary(t *testing.T) {
-	values := map[string]string{"ENDPOINTS": "x", "TTL": "77s", "STOP_SIGNAL": "HUP", "RESTART_LIMIT": "77", "LOG_LEVEL": "error"}
+	values := map[string]string{
+		"ENDPOINTS": "x", "TTL": "77s", "STOP_SIGNAL": "HUP", "RESTART_LIMIT": "77",
+		"LOG_LEVEL": "error",
+	}
 	for _, v := range new(Config).Variables() {
 		value := values[v.Name]
 		if value == "" {
@@ -155,7 +163,8 @@ func TestConfig_NamesAreThoseOfTheLibrary(t *testing.T) {
 		before, _ := load(t, ForRun)
 		after, _ := load(t, ForRun, v.Name+"="+value)
 		for i, field := range after.Variables() {
-			changed := fmt.Sprint(field.Field.Interface()) != fmt.Sprint(before.Variables()[i].Field.Interface())
+			was := before.Variables()[i].Field.Interface()
+			changed := fmt.Sprint(field.Field.Interface()) != fmt.Sprint(was)
 			if changed != (field.Name == v.Name) {
 				t.Errorf("%s=%s: field of %s changed: %v", v.Name, value, field.Name, changed)
 			}
@@ -175,104 +184,160 @@ func TestConfig_Refusals(t *testing.T) {
 		want     []string
 	}{
 		{"election missing", "ELECTION=", []string{"ELECTION: missing: write the name"}},
-		{"election too long", "ELECTION=" + strings.Repeat("x", 1025), []string{"ELECTION: 1025 bytes long: write 1024 at most"}},
-		{"election with newline", "ELECTION=a\n", []string{`ELECTION: "a\n" has a control character`}},
+		{"election too long", "ELECTION=" + strings.Repeat("x", 1025),
+			[]string{"ELECTION: 1025 bytes long: write 1024 at most"}},
+		{"election with newline", "ELECTION=a\n",
+			[]string{`ELECTION: "a\n" has a control character`}},
 		{"election with space", "ELECTION=a·b", []string{`ELECTION: "a b" has white space`}},
-		{"election with a strange space", "ELECTION=a\u00a0b", []string{"ELECTION: \"a\\u00a0b\" has white space"}},
+		{"election with a strange space", "ELECTION=a\u00a0b",
+			[]string{"ELECTION: \"a\\u00a0b\" has white space"}},
 		{"election begins with space", "ELECTION=·a", []string{`ELECTION: " a" has white space`}},
-		{"election ends with a slash", "ELECTION=jobs/", []string{`ELECTION: "jobs/" ends with a slash`}},
+		{"election ends with a slash", "ELECTION=jobs/",
+			[]string{`ELECTION: "jobs/" ends with a slash`}},
 		{"election is a slash", "ELECTION=/", []string{`ELECTION: "/" ends with a slash`}},
-		{"election with two slashes", "ELECTION=jobs//a", []string{`ELECTION: "jobs//a" has two slashes`}},
+		{"election with two slashes", "ELECTION=jobs//a",
+			[]string{`ELECTION: "jobs//a" has two slashes`}},
 		{"election not UTF-8", "ELECTION=a\xff", []string{"ELECTION: not UTF-8"}},
-		{"identity too long", "IDENTITY=" + strings.Repeat("x", 1025), []string{"IDENTITY: 1025 bytes long"}},
-		{"identity with escape", "IDENTITY=\x1b[2J", []string{`IDENTITY: "\x1b[2J" has a control character`}},
+		{"identity too long", "IDENTITY=" + strings.Repeat("x", 1025),
+			[]string{"IDENTITY: 1025 bytes long"}},
+		{"identity with escape", "IDENTITY=\x1b[2J",
+			[]string{`IDENTITY: "\x1b[2J" has a control character`}},
 
 		{"no unit", "TTL=15", []string{`TTL: "15" has no unit: write 15s`}},
 		{"no duration", "TTL=1d", []string{`TTL: "1d" is not a duration: write for example 15s`}},
 		{"TTL too short", "TTL=1s", []string{"TTL: 1s is too short: write 2s or more"}},
 		{"TTL zero", "TTL=0s", []string{"TTL: 0s is too short"}},
 		{"TTL negative", "TTL=-5s", []string{`TTL: "-5s" is negative`}},
-		{"TTL not in seconds", "TTL=2500ms", []string{"TTL: 2.5s is not in whole seconds, and etcd knows no others: write 2s"}},
-		{"TTL far too long", "TTL=9000000000s", []string{`TTL: "9000000000s" is too long: write 8760h`}},
+		{"TTL not in seconds", "TTL=2500ms",
+			[]string{"TTL: 2.5s is not in whole seconds, and etcd knows no others: write 2s"}},
+		{"TTL far too long", "TTL=9000000000s",
+			[]string{`TTL: "9000000000s" is too long: write 8760h`}},
 		{"TTL too long", "TTL=301s", []string{"TTL: 5m1s is too long: write 5m (300s) or less"}},
-		{"TTL beyond all bounds", "TTL=99999999999999999999s", []string{`TTL: "99999999999999999999s" is not a duration`}},
+		{"TTL beyond all bounds", "TTL=99999999999999999999s",
+			[]string{`TTL: "99999999999999999999s" is not a duration`}},
 		{"arithmetic", "TTL=5s LOSS_GRACE=2s", []string{
-			"TTL: loss grace 2s + margin 500ms + 3 × renewal interval 1s = 5.5s is more than the TTL 5s: raise it, or lower LEASEHOLD_LOSS_GRACE",
+			"TTL: loss grace 2s + margin 500ms + 3 × renewal interval 1s = 5.5s" +
+				" is more than the TTL 5s: raise it, or lower LEASEHOLD_LOSS_GRACE",
 		}},
-		{"arithmetic of the margin", "TTL=10s MARGIN=3s", []string{"TTL: loss grace 2s + margin 3s + 3 × renewal interval 2s = 11s is more than"}},
+		{"arithmetic of the margin", "TTL=10s MARGIN=3s", []string{
+			"TTL: loss grace 2s + margin 3s + 3 × renewal interval 2s = 11s is more than",
+		}},
 		{"stop grace", "STOP_GRACE=-1s", []string{`STOP_GRACE: "-1s" is negative`}},
 		{"loss grace", "LOSS_GRACE=-1s", []string{`LOSS_GRACE: "-1s" is negative`}},
 		{"margin", "MARGIN=0s", []string{"MARGIN: 0s is too short"}},
 		{"wait", "WAIT=soon", []string{`WAIT: "soon" is not a duration`}},
 		{"dial timeout", "DIAL_TIMEOUT=0", []string{"DIAL_TIMEOUT: 0s is too short"}},
-		{"fraction without unit", "STOP_GRACE=0.5", []string{`STOP_GRACE: "0.5" has no unit: write 0.5s`}},
+		{"fraction without unit", "STOP_GRACE=0.5",
+			[]string{`STOP_GRACE: "0.5" has no unit: write 0.5s`}},
 
 		{"signal number", "STOP_SIGNAL=15", []string{`STOP_SIGNAL: "15" is a number: write TERM`}},
-		{"signal unknown", "STOP_SIGNAL=STOPP", []string{`STOP_SIGNAL: "STOPP" is not the name of a signal`}},
+		{"signal unknown", "STOP_SIGNAL=STOPP",
+			[]string{`STOP_SIGNAL: "STOPP" is not the name of a signal`}},
 		{"signal SIGSIGTERM", "STOP_SIGNAL=SIGSIGTERM", []string{"STOP_SIGNAL: "}},
-		{"signal KILL", "STOP_SIGNAL=SIGKILL", []string{`STOP_SIGNAL: "SIGKILL" leaves the job no time to stop: for that write LEASEHOLD_STOP_GRACE=0s`}},
+		{"signal KILL", "STOP_SIGNAL=SIGKILL", []string{
+			`STOP_SIGNAL: "SIGKILL" leaves the job no time to stop:` +
+				" for that write LEASEHOLD_STOP_GRACE=0s",
+		}},
 		{"signal STOP", "STOP_SIGNAL=STOP", []string{`STOP_SIGNAL: "STOP" freezes a job`}},
 
-		{"restart", "RESTART=OnFailure", []string{`RESTART: "onfailure" is unknown: write always, on-failure or never`}},
-		{"restart limit", "RESTART_LIMIT=-1", []string{`RESTART_LIMIT: "-1" is not a whole number`}},
+		{"restart", "RESTART=OnFailure",
+			[]string{`RESTART: "onfailure" is unknown: write always, on-failure or never`}},
+		{"restart limit", "RESTART_LIMIT=-1",
+			[]string{`RESTART_LIMIT: "-1" is not a whole number`}},
 		{"restart limit huge", "RESTART_LIMIT=99999999999", []string{"RESTART_LIMIT: "}},
-		{"log level", "LOG_LEVEL=verbose", []string{`LOG_LEVEL: "verbose" is unknown: write debug, info, warn or error`}},
-		{"log format", "LOG_FORMAT=xml", []string{`LOG_FORMAT: "xml" is unknown: write text or json`}},
+		{"log level", "LOG_LEVEL=verbose",
+			[]string{`LOG_LEVEL: "verbose" is unknown: write debug, info, warn or error`}},
+		{"log format", "LOG_FORMAT=xml",
+			[]string{`LOG_FORMAT: "xml" is unknown: write text or json`}},
 
-		{"listen port alone", "LISTEN=4040", []string{`LISTEN: "4040" is not host:port: write host:port`}},
-		{"listen URL", "LISTEN=http://127.0.0.1:4040", []string{`LISTEN: "http://127.0.0.1:4040" is not host:port`}},
-		{"listen bare IPv6", "LISTEN=::1:4040", []string{`LISTEN: "::1:4040" is not host:port (an IPv6 address needs brackets`}},
-		{"listen port name", "LISTEN=:http", []string{`LISTEN: ":http" has no port number from 0 to 65535`}},
+		{"listen port alone", "LISTEN=4040",
+			[]string{`LISTEN: "4040" is not host:port: write host:port`}},
+		{"listen URL", "LISTEN=http://127.0.0.1:4040",
+			[]string{`LISTEN: "http://127.0.0.1:4040" is not host:port`}},
+		{"listen bare IPv6", "LISTEN=::1:4040",
+			[]string{`LISTEN: "::1:4040" is not host:port (an IPv6 address needs brackets`}},
+		{"listen port name", "LISTEN=:http",
+			[]string{`LISTEN: ":http" has no port number from 0 to 65535`}},
 		{"listen port high", "LISTEN=:65536", []string{`LISTEN: ":65536" has no port number`}},
 		{"listen Off", "LISTEN=OFF", []string{`LISTEN: "OFF" is not host:port`}},
 
 		{"endpoint blank", "ENDPOINTS=·", []string{"ENDPOINTS: blank"}},
 		{"endpoint empty", "ENDPOINTS=a:1,,b:1", []string{"ENDPOINTS: entry 2 is empty"}},
 		{"endpoint space", "ENDPOINTS=a:1,·b:1", []string{"ENDPOINTS: entry 2 has a space"}},
-		{"endpoint without port", "ENDPOINTS=etcd", []string{`ENDPOINTS: entry 1 "etcd" is not host:port`}},
-		{"endpoint URL without port", "ENDPOINTS=http://etcd", []string{`ENDPOINTS: entry 1 "etcd" is not host:port`}},
-		{"endpoint without host", "ENDPOINTS=:2379", []string{`ENDPOINTS: entry 1 ":2379" has no host`}},
-		{"endpoint port 0", "ENDPOINTS=a:0", []string{`ENDPOINTS: entry 1 "a:0" has no port number from 1`}},
-		{"endpoint path", "ENDPOINTS=http://a:1/v3", []string{`ENDPOINTS: entry 1 "http://a:1/v3" has more than host and port`}},
+		{"endpoint without port", "ENDPOINTS=etcd",
+			[]string{`ENDPOINTS: entry 1 "etcd" is not host:port`}},
+		{"endpoint URL without port", "ENDPOINTS=http://etcd",
+			[]string{`ENDPOINTS: entry 1 "etcd" is not host:port`}},
+		{"endpoint without host", "ENDPOINTS=:2379",
+			[]string{`ENDPOINTS: entry 1 ":2379" has no host`}},
+		{"endpoint port 0", "ENDPOINTS=a:0",
+			[]string{`ENDPOINTS: entry 1 "a:0" has no port number from 1`}},
+		{"endpoint path", "ENDPOINTS=http://a:1/v3",
+			[]string{`ENDPOINTS: entry 1 "http://a:1/v3" has more than host and port`}},
 		{"endpoint query", "ENDPOINTS=http://a:1?x", []string{`has more than host and port`}},
-		{"endpoint scheme", "ENDPOINTS=unix://a:1", []string{`ENDPOINTS: entry 1 "unix://a:1" has an unknown scheme`}},
-		{"endpoint bare IPv6", "ENDPOINTS=::1", []string{`ENDPOINTS: entry 1 "::1" is not host:port (an IPv6`}},
-		{"endpoint escape", "ENDPOINTS=a%zz:1", []string{`ENDPOINTS: entry 1 "a%zz:1" is no address`}},
-		{"endpoint user", "ENDPOINTS=http://root:hunter2@a:1", []string{"ENDPOINTS: entry 1 has a user name in it: set LEASEHOLD_USERNAME"}},
-		{"endpoint twice", "ENDPOINTS=a:1,http://a:1", []string{"ENDPOINTS: entry 2 names a:1 again"}},
-		{"endpoints mixed", "ENDPOINTS=http://a:1,https://b:1", []string{"ENDPOINTS: http and https are mixed"}},
-		{"endpoints mixed by bare ones", "ENDPOINTS=a:1,https://b:1", []string{"ENDPOINTS: http and https are mixed"}},
-		{"http with TLS", "ENDPOINTS=http://a:1 TLS_SERVER_NAME=x", []string{"ENDPOINTS: http goes without TLS, but LEASEHOLD_TLS_* is set"}},
+		{"endpoint scheme", "ENDPOINTS=unix://a:1",
+			[]string{`ENDPOINTS: entry 1 "unix://a:1" has an unknown scheme`}},
+		{"endpoint bare IPv6", "ENDPOINTS=::1",
+			[]string{`ENDPOINTS: entry 1 "::1" is not host:port (an IPv6`}},
+		{"endpoint escape", "ENDPOINTS=a%zz:1",
+			[]string{`ENDPOINTS: entry 1 "a%zz:1" is no address`}},
+		{"endpoint user", "ENDPOINTS=http://root:hunter2@a:1",
+			[]string{"ENDPOINTS: entry 1 has a user name in it: set LEASEHOLD_USERNAME"}},
+		{"endpoint twice", "ENDPOINTS=a:1,http://a:1",
+			[]string{"ENDPOINTS: entry 2 names a:1 again"}},
+		{"endpoints mixed", "ENDPOINTS=http://a:1,https://b:1",
+			[]string{"ENDPOINTS: http and https are mixed"}},
+		{"endpoints mixed by bare ones", "ENDPOINTS=a:1,https://b:1",
+			[]string{"ENDPOINTS: http and https are mixed"}},
+		{"http with TLS", "ENDPOINTS=http://a:1 TLS_SERVER_NAME=x",
+			[]string{"ENDPOINTS: http goes without TLS, but LEASEHOLD_TLS_* is set"}},
 		{"default with TLS", "TLS_SERVER_NAME=x", []string{"ENDPOINTS: http goes without TLS"}},
 
-		{"CA missing", "ENDPOINTS=a:1 TLS_CA_FILE=" + missing, []string{"TLS_CA_FILE: open " + missing}},
-		{"CA empty", "ENDPOINTS=a:1 TLS_CA_FILE=" + empty, []string{"TLS_CA_FILE: " + empty + " holds no certificate"}},
-		{"certificate alone", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0], []string{"TLS_KEY_FILE: missing beside LEASEHOLD_TLS_CERT_FILE"}},
-		{"key alone", "ENDPOINTS=a:1 TLS_KEY_FILE=" + pair[1], []string{"TLS_CERT_FILE: missing beside LEASEHOLD_TLS_KEY_FILE"}},
-		{"key missing", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + missing, []string{"TLS_KEY_FILE: open " + missing}},
-		{"key of another", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + other[1], []string{"TLS_CERT_FILE: tls: private key does not match"}},
+		{"CA missing", "ENDPOINTS=a:1 TLS_CA_FILE=" + missing,
+			[]string{"TLS_CA_FILE: open " + missing}},
+		{"CA empty", "ENDPOINTS=a:1 TLS_CA_FILE=" + empty,
+			[]string{"TLS_CA_FILE: " + empty + " holds no certificate"}},
+		{"certificate alone", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0],
+			[]string{"TLS_KEY_FILE: missing beside LEASEHOLD_TLS_CERT_FILE"}},
+		{"key alone", "ENDPOINTS=a:1 TLS_KEY_FILE=" + pair[1],
+			[]string{"TLS_CERT_FILE: missing beside LEASEHOLD_TLS_KEY_FILE"}},
+		{"key missing", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + missing,
+			[]string{"TLS_KEY_FILE: open " + missing}},
+		{"key of another", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + other[1],
+			[]string{"TLS_CERT_FILE: tls: private key does not match"}},
 
 		{"user alone", "USERNAME=u", []string{"USERNAME: set without a password"}},
 		{"password alone", "PASSWORD=hunter2", []string{"USERNAME: missing beside the password"}},
-		{"two passwords", "USERNAME=u PASSWORD=hunter2 PASSWORD_FILE=" + pair[0], []string{"PASSWORD_FILE: set together with LEASEHOLD_PASSWORD"}},
-		{"password file missing", "USERNAME=u PASSWORD_FILE=" + missing, []string{"PASSWORD_FILE: open " + missing}},
-		{"password file empty", "USERNAME=u PASSWORD_FILE=" + empty, []string{"PASSWORD_FILE: " + empty + " holds no password"}},
+		{"two passwords", "USERNAME=u PASSWORD=hunter2 PASSWORD_FILE=" + pair[0],
+			[]string{"PASSWORD_FILE: set together with LEASEHOLD_PASSWORD"}},
+		{"password file missing", "USERNAME=u PASSWORD_FILE=" + missing,
+			[]string{"PASSWORD_FILE: open " + missing}},
+		{"password file empty", "USERNAME=u PASSWORD_FILE=" + empty,
+			[]string{"PASSWORD_FILE: " + empty + " holds no password"}},
 
-		{"unknown", "ELECTIO=a", []string{"ELECTIO: unknown variable: did you mean LEASEHOLD_ELECTION?"}},
-		{"unknown, part of a name", "CA_FILE=a", []string{"CA_FILE: unknown variable: did you mean LEASEHOLD_TLS_CA_FILE?"}},
-		{"unknown, like none", "QWERTYUIOP=hunter2", []string{"QWERTYUIOP: unknown variable: unset it"}},
+		{"unknown", "ELECTIO=a",
+			[]string{"ELECTIO: unknown variable: did you mean LEASEHOLD_ELECTION?"}},
+		{"unknown, part of a name", "CA_FILE=a",
+			[]string{"CA_FILE: unknown variable: did you mean LEASEHOLD_TLS_CA_FILE?"}},
+		{"unknown, like none", "QWERTYUIOP=hunter2",
+			[]string{"QWERTYUIOP: unknown variable: unset it"}},
 		{"unknown, near a service link", "PORTS=1", []string{"PORTS: unknown variable"}},
 		{"unknown, near a port link", "WEB_PORT_80=1", []string{"WEB_PORT_80: unknown variable"}},
 
-		{"all at once", "ELECTION= TTL=15 ENDPOINTS=a STOP_SIGNAL=9 RESTART=x RESTART_LIMIT=x NO_NEW_PRIVS=x WAIT=x LISTEN=x LOG_LEVEL=x LOG_FORMAT=x TLS_CA_FILE=/x" +
-			" TLS_KEY_FILE=/x USERNAME=u DIAL_TIMEOUT=x MARGIN=x LOSS_GRACE=x STOP_GRACE=x IDENTITY=\x01 XYZXYZXYZ=1", []string{
-			"TTL: ", "STOP_SIGNAL: ", "STOP_GRACE: ", "LOSS_GRACE: ", "MARGIN: ", "RESTART_LIMIT: ", "WAIT: ", "LOG_LEVEL: ", "DIAL_TIMEOUT: ",
-			"ENDPOINTS: ", "ELECTION: ", "IDENTITY: ", "RESTART: ", "NO_NEW_PRIVS: ", "LISTEN: ", "LOG_FORMAT: ", "TLS_CA_FILE: ", "TLS_CERT_FILE: ", "USERNAME: ", "XYZXYZXYZ: ",
+		{"all at once", "ELECTION= TTL=15 ENDPOINTS=a STOP_SIGNAL=9 RESTART=x RESTART_LIMIT=x" +
+			" NO_NEW_PRIVS=x WAIT=x LISTEN=x LOG_LEVEL=x LOG_FORMAT=x TLS_CA_FILE=/x" +
+			" TLS_KEY_FILE=/x USERNAME=u DIAL_TIMEOUT=x MARGIN=x LOSS_GRACE=x STOP_GRACE=x" +
+			" IDENTITY=\x01 XYZXYZXYZ=1", []string{
+			"TTL: ", "STOP_SIGNAL: ", "STOP_GRACE: ", "LOSS_GRACE: ", "MARGIN: ",
+			"RESTART_LIMIT: ", "WAIT: ", "LOG_LEVEL: ", "DIAL_TIMEOUT: ", "ENDPOINTS: ",
+			"ELECTION: ", "IDENTITY: ", "RESTART: ", "NO_NEW_PRIVS: ", "LISTEN: ",
+			"LOG_FORMAT: ", "TLS_CA_FILE: ", "TLS_CERT_FILE: ", "USERNAME: ", "XYZXYZXYZ: ",
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			settings := strings.Split(c.settings, " ")
-			if !slices.ContainsFunc(settings, func(s string) bool { return strings.HasPrefix(s, "ELECTION=") }) {
+			election := func(s string) bool { return strings.HasPrefix(s, "ELECTION=") }
+			if !slices.ContainsFunc(settings, election) {
 				settings = append(settings, "ELECTION=e")
 			}
 			for i := range settings {
@@ -304,7 +369,10 @@ func TestConfig_Refusals(t *testing.T) {
 func TestConfig_ServiceLinksAndJobVariablesAreNoFaults(t *testing.T) {
 	settings := []string{"ELECTION=e", "KEY=e/1", "FENCING_TOKEN=7", "LEASE_ID=1f"}
 	for _, service := range []string{"", "WEB_", "MY_WEB_"} {
-		for _, link := range []string{"SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_4040_TCP", "PORT_53_UDP_PROTO", "PORT_9_SCTP_ADDR"} {
+		for _, link := range []string{
+			"SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_4040_TCP",
+			"PORT_53_UDP_PROTO", "PORT_9_SCTP_ADDR",
+		} {
 			settings = append(settings, service+link+"=tcp://10.0.0.1:4040")
 		}
 	}
@@ -329,11 +397,13 @@ func TestConfig_OnlyWhatTheUseNeedsIsChecked(t *testing.T) {
 		{"check", "LISTEN=x", "LISTEN: "},
 		{"status", "ELECTION=e RESTART=x LISTEN=x TTL=x", ""},
 		{"status", "", "ELECTION: missing"},
-		{"status", "ELECTION=e ENDPOINT=a:1", "ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?"},
+		{"status", "ELECTION=e ENDPOINT=a:1",
+			"ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?"},
 		{"status", "ELECTION=e TLS_CA_FILE=/missing ENDPOINTS=a:1", "TLS_CA_FILE: "},
 	} {
 		_, err := load(t, c.use, strings.Fields(c.settings)...)
-		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+		if c.want == "" && err != nil ||
+			c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%s with %s: %v, want %q", c.use, c.settings, err, c.want)
 		}
 	}
@@ -350,8 +420,10 @@ func TestConfig_SecretIsNeverPrinted(t *testing.T) {
 		fmt.Fprintf(&out, verb, &cfg)
 		fmt.Fprintf(&out, verb, cfg.Password)
 	}
-	for _, logger := range []*slog.Logger{slog.New(slog.NewTextHandler(&out, nil)), slog.New(slog.NewJSONHandler(&out, nil))} {
-		logger.Info("x", "config", cfg, "pointer", &cfg, "password", cfg.Password)
+	for _, handler := range []slog.Handler{
+		slog.NewTextHandler(&out, nil), slog.NewJSONHandler(&out, nil),
+	} {
+		slog.New(handler).Info("x", "config", cfg, "pointer", &cfg, "password", cfg.Password)
 	}
 	if err := json.NewEncoder(&out).Encode(cfg.Password); err != nil {
 		t.Error(err)
@@ -383,7 +455,9 @@ func testPair(t *testing.T, dir, name string) [2]string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true,
+	}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -394,7 +468,8 @@ func testPair(t *testing.T, dir, name string) [2]string {
 	}
 	paths := [2]string{filepath.Join(dir, name+".crt"), filepath.Join(dir, name+".key")}
 	writeFile(t, paths[0], string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})))
-	writeFile(t, paths[1], string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyBytes})))
+	block := &pem.Block{Type: "PRIVATE KEY", Bytes: keyBytes}
+	writeFile(t, paths[1], string(pem.EncodeToMemory(block)))
 	return paths
 }
 

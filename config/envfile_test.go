@@ -46,9 +46,11 @@ func TestEnvFile(t *testing.T) {
 func TestEnvFile_Faults(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "backup.env")
 	for text, want := range map[string][]string{
-		"A=1\nB\nC=3\nhunter2\n":    {":2: there is no =", ":4: there is no ="},
-		"export A=1":                {":1: there is an export"},
-		"hunter2+/==\n9=1\n=x":      {":1: what is before the =", ":2: what is before the =", ":3: there is no name"},
+		"A=1\nB\nC=3\nhunter2\n": {":2: there is no =", ":4: there is no ="},
+		"export A=1":             {":1: there is an export"},
+		"hunter2+/==\n9=1\n=x": {
+			":1: what is before the =", ":2: what is before the =", ":3: there is no name",
+		},
 		"A='1\nB=2\nC=hunter2":      {":1: the quote that begins in line 1 has no end"},
 		"\nB=1 \\\n x\nA=\"hunter2": {":4: the quote that begins in line 4 has no end"},
 		"A=\xff":                    {":1: the value is not UTF-8"},
@@ -76,13 +78,15 @@ func TestEnvFile_Faults(t *testing.T) {
 			}
 		}
 	}
-	if err := LoadFile(path + "-missing"); err == nil || !strings.Contains(err.Error(), path+"-missing: no such file") {
+	if err := LoadFile(path + "-missing"); err == nil ||
+		!strings.Contains(err.Error(), path+"-missing: no such file") {
 		t.Errorf("a file that is missing: %v", err)
 	}
 }
 
 func TestLoadFile_TakesNoEndlessFile(t *testing.T) {
-	if err := LoadFile("/dev/zero"); err == nil || !strings.Contains(err.Error(), "longer than 1 MiB") {
+	if err := LoadFile("/dev/zero"); err == nil ||
+		!strings.Contains(err.Error(), "longer than 1 MiB") {
 		t.Errorf("/dev/zero: %v", err)
 	}
 	if err := LoadFile(""); err != nil {
@@ -95,7 +99,8 @@ func TestLoadFile_EnvironmentOverrules(t *testing.T) {
 		t.Fatal("no fault without an election")
 	}
 	path := filepath.Join(t.TempDir(), "backup.env")
-	writeFile(t, path, "LEASEHOLD_ELECTION=jobs/backup\nLEASEHOLD_TTL=20s\nLEASEHOLD_WAIT=5s\nOTHER_OF_THE_FILE=kept\n")
+	writeFile(t, path, "LEASEHOLD_ELECTION=jobs/backup\nLEASEHOLD_TTL=20s\n"+
+		"LEASEHOLD_WAIT=5s\nOTHER_OF_THE_FILE=kept\n")
 	for _, name := range []string{"LEASEHOLD_ELECTION", "OTHER_OF_THE_FILE"} {
 		t.Setenv(name, "") // restored at the end of the test
 		if err := os.Unsetenv(name); err != nil {
@@ -109,7 +114,8 @@ func TestLoadFile_EnvironmentOverrules(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.Election != "jobs/backup" || cfg.TTL.String() != "30s" || cfg.Wait.Or(-1) != -1 || os.Getenv("OTHER_OF_THE_FILE") != "kept" {
+	if cfg.Election != "jobs/backup" || cfg.TTL.String() != "30s" || cfg.Wait.Or(-1) != -1 ||
+		os.Getenv("OTHER_OF_THE_FILE") != "kept" {
 		t.Errorf("election %q, TTL %v, wait %v", cfg.Election, cfg.TTL, cfg.Wait)
 	}
 }
@@ -123,7 +129,8 @@ func TestEnvFile_Example(t *testing.T) {
 	}
 	f := envFile{path: path, text: string(text), line: 1, values: map[string]string{}}
 	f.parse()
-	if len(f.faults) > 0 || f.values["JOB"] != "/usr/local/bin/backup --verbose" || len(f.values) != 3 {
+	if len(f.faults) > 0 || f.values["JOB"] != "/usr/local/bin/backup --verbose" ||
+		len(f.values) != 3 {
 		t.Errorf("%q, faults %v", f.values, f.faults)
 	}
 }

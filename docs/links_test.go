@@ -82,7 +82,8 @@ func TestWhereToLook(t *testing.T) {
 // TestContributing_Examples: the Go code that CONTRIBUTING.md shows is in the code.
 func TestContributing_Examples(t *testing.T) {
 	source := sources(t, "../e2e/fault") + sources(t, "../e2e/cmd/faults")
-	shown := regexp.MustCompile("(?ms)^```go\n(.*?)^```$").FindAllStringSubmatch(read(t, "../CONTRIBUTING.md"), -1)
+	code := regexp.MustCompile("(?ms)^```go\n(.*?)^```$")
+	shown := code.FindAllStringSubmatch(read(t, "../CONTRIBUTING.md"), -1)
 	if len(shown) < 2 {
 		t.Errorf("CONTRIBUTING.md shows %d pieces of code, want 2", len(shown))
 	}

@@ -58,7 +58,9 @@ var retiredWords = []retired{
 // same strings as the pages docs/reference.md and packaging/leasehold.1.
 func TestRetiredWords(t *testing.T) {
 	texts := pages(t)
-	for _, dir := range []string{"app", "cli", "config", "election", "health", "supervisor", "internal"} {
+	for _, dir := range []string{
+		"app", "cli", "config", "election", "health", "supervisor", "internal",
+	} {
 		for at, text := range messages(t, filepath.Join("..", dir)) {
 			texts[at] = text
 		}
@@ -70,7 +72,8 @@ func TestRetiredWords(t *testing.T) {
 				text = regexp.MustCompile(`(?i)`+r.allowed).ReplaceAllString(text, "")
 			}
 			if found := word.FindString(text); found != "" {
-				t.Errorf("%s: %q is retired, write %s: %s", at, found, r.instead, strings.TrimSpace(text))
+				t.Errorf("%s: %q is retired, write %s: %s",
+					at, found, r.instead, strings.TrimSpace(text))
 			}
 		}
 	}
@@ -105,7 +108,8 @@ func messages(t *testing.T, dir string) map[string]string {
 	texts := map[string]string{}
 	files := token.NewFileSet()
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") ||
+			strings.HasSuffix(path, "_test.go") {
 			return err
 		}
 		file, err := parser.ParseFile(files, path, nil, parser.SkipObjectResolution)
@@ -142,7 +146,8 @@ func written(n ast.Node) []ast.Expr {
 			return nil
 		}
 		switch f.Sel.Name {
-		case "Debug", "Info", "Warn", "Error", "Log", "LogAttrs", "Errorf", "Fprintf", "Fprintln", "Fprint":
+		case "Debug", "Info", "Warn", "Error", "Log", "LogAttrs",
+			"Errorf", "Fprintf", "Fprintln", "Fprint":
 			return n.Args
 		case "New":
 			if pkg, ok := f.X.(*ast.Ident); ok && pkg.Name == "errors" {

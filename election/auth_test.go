@@ -63,10 +63,9 @@ func TestCandidate_Auth(t *testing.T) {
 	if s.State != Connecting || strings.Contains(s.Reason, "guess") {
 		t.Errorf("snapshot: %+v", s)
 	}
-	if _, err := Query(
-		ctx,
-		func() Config { cfg := testConfig(t, cluster.Endpoints(), ""); withAuth(&cfg, nil); return cfg }(),
-	); err != nil {
+	cfg := testConfig(t, cluster.Endpoints(), "")
+	withAuth(&cfg, nil)
+	if _, err := Query(ctx, cfg); err != nil {
 		t.Errorf("query: %v", err)
 	}
 }
@@ -215,7 +214,8 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 				func(cfg *Config, _ *testCallbacks) {
 					cfg.Election += fmt.Sprintf("/%d", i)
 					cfg.TTL = 15 * time.Second
-					cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+					cfg.Username = "candidate"
+					cfg.Password = func() (string, error) { return "secret", nil }
 					cfg.Logger = slog.New(slog.DiscardHandler)
 				},
 			),
@@ -240,7 +240,8 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 		ctx, `grpc_server_started_total{grpc_method="Authenticate"`,
 	)
 	t.Logf(
-		"etcd was down for %v; all were back %v after its start; %d terms were lost; %v authentications were begun",
+		"etcd was down for %v; all were back %v after its start; "+
+			"%d terms were lost; %v authentications were begun",
 		up-stopped, back-up, lost, authenticated,
 	)
 	if err := errors.Join(err, errMetric); err != nil {

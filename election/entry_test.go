@@ -85,7 +85,8 @@ func TestCandidate_LeadersKeyOverwritten(t *testing.T) {
 		{"seen", func(*testing.T, *harness.Cluster) []string { return nil }, true},
 		{"not seen", func(*testing.T, *harness.Cluster) []string { return nil }, false},
 		{"with another lease", func(t *testing.T, cluster *harness.Cluster) []string {
-			return []string{"--lease=" + strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]}
+			lease := strings.Fields(etcdctl(t, cluster, "lease", "grant", "600"))[1]
+			return []string{"--lease=" + lease}
 		}, true},
 	} {
 		t.Run(row.name, func(t *testing.T) {

@@ -54,16 +54,19 @@ func TestCandidate_BlackHole(t *testing.T) {
 	a.waitForState(Standby)
 	waitForLeases(t, cluster, a.Snapshot().LeaseID, b.Snapshot().LeaseID)
 	for sample, want := range map[string]float64{
-		"leasehold_losses_total contact_lost": 1, "leasehold_losses_total key_deleted": 0, "leasehold_losses_total lease_lost": 0,
-		"leasehold_terms_total": 1, "leasehold_leader": 0,
+		"leasehold_losses_total contact_lost": 1,
+		"leasehold_losses_total key_deleted":  0,
+		"leasehold_losses_total lease_lost":   0,
+		"leasehold_terms_total":               1,
+		"leasehold_leader":                    0,
 	} {
 		if got := gather(t, registry)[sample]; got != want {
 			t.Errorf("%s is %v, want %v", sample, got, want)
 		}
 	}
 	m := gather(t, registry)
-	if m["leasehold_lease_renewals_total ok"] < 2 ||
-		m["leasehold_lease_renewals_total abandoned"]+m["leasehold_lease_renewals_total failed"] < 1 ||
+	const renewals = "leasehold_lease_renewals_total "
+	if m[renewals+"ok"] < 2 || m[renewals+"abandoned"]+m[renewals+"failed"] < 1 ||
 		m["leasehold_lease_valid_seconds"] <= 0 {
 		t.Errorf("metrics: %v", m)
 	}
@@ -199,7 +202,8 @@ func TestCandidate_Compaction(t *testing.T) {
 	if err != nil || len(r.Queue) != 1 {
 		t.Fatalf("query: %+v, %v", r, err)
 	}
-	revision := strings.Split(strings.Split(etcdctl(t, cluster, "get", "other", "-w", "json"), `"revision":`)[1], ",")[0]
+	_, rest, _ := strings.Cut(etcdctl(t, cluster, "get", "other", "-w", "json"), `"revision":`)
+	revision, _, _ := strings.Cut(rest, ",")
 	etcdctl(t, cluster, "compact", revision)
 	proxies[0].Drop()
 	proxies[0].Recover()

@@ -13,19 +13,25 @@ func TestHedge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const hedgeDelay = 100 * time.Millisecond
 		refused := errors.New("refused")
+		type answers []func(context.Context) error
 		for _, test := range []struct {
 			name    string
-			answers []func(context.Context) error
+			answers answers
 			took    time.Duration
 			from    int32
 			err     error
 		}{
-			{"at once", []func(context.Context) error{answerIn(10, nil), answerIn(0, nil)}, 10 * ms, 0, nil},
-			{"unanswered", []func(context.Context) error{answerIn(1e6, nil), answerIn(10, nil)}, 110 * ms, 1, nil},
-			{"failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, nil)}, 20 * ms, 1, nil},
-			{"two unanswered", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil), answerIn(5, nil)}, 205 * ms, 2, nil},
-			{"all failed", []func(context.Context) error{answerIn(10, refused), answerIn(10, refused)}, 20 * ms, 0, refused},
-			{"none", []func(context.Context) error{answerIn(1e6, nil), answerIn(1e6, nil)}, time.Second, 1, context.DeadlineExceeded},
+			{"at once", answers{answerIn(10, nil), answerIn(0, nil)}, 10 * ms, 0, nil},
+			{"unanswered", answers{answerIn(1e6, nil), answerIn(10, nil)}, 110 * ms, 1, nil},
+			{"failed", answers{answerIn(10, refused), answerIn(10, nil)}, 20 * ms, 1, nil},
+			{"two unanswered", answers{
+				answerIn(1e6, nil), answerIn(1e6, nil), answerIn(5, nil),
+			}, 205 * ms, 2, nil},
+			{"all failed", answers{answerIn(10, refused), answerIn(10, refused)},
+				20 * ms, 0, refused},
+			{"none", answers{
+				answerIn(1e6, nil), answerIn(1e6, nil),
+			}, time.Second, 1, context.DeadlineExceeded},
 		} {
 			members := &members{}
 			for i := range test.answers {

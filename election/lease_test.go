@@ -131,7 +131,8 @@ func (e testEvents) suspect(endpoint int, dead, late bool, _ error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.testLease.suspect = append(
-		e.testLease.suspect, fmt.Sprintf("%v endpoint %d dead %v late %v", e.now(), endpoint, dead, late),
+		e.testLease.suspect,
+		fmt.Sprintf("%v endpoint %d dead %v late %v", e.now(), endpoint, dead, late),
 	)
 }
 
@@ -256,7 +257,8 @@ func TestLease_NextEndpointJoinsTheUnansweredOne(t *testing.T) {
 		expectAsked(t, l.endpoints[0], 2*time.Second)
 		expectAsked(t, l.endpoints[1], 2500*ms, 4500*ms)
 		expectAsked(t, l.endpoints[2])
-		if want := []string{"4s endpoint 0 dead true late true"}; !slices.Equal(l.suspects(), want) {
+		want := []string{"4s endpoint 0 dead true late true"}
+		if !slices.Equal(l.suspects(), want) {
 			t.Errorf("suspects: %q, want %q", l.suspects(), want)
 		}
 	})
@@ -297,7 +299,8 @@ func TestLease_OneEndpointIsAskedAgain(t *testing.T) {
 		l := newTestLease(t, 7, hang)
 		l.pass(4500 * ms)
 		expectAsked(t, l.endpoints[0], 2*time.Second, 4*time.Second) // abandoned after an interval
-		if want := []string{"4s endpoint 0 dead true late false"}; !slices.Equal(l.suspects(), want) {
+		want := []string{"4s endpoint 0 dead true late false"}
+		if !slices.Equal(l.suspects(), want) {
 			t.Errorf("suspects: %q, want %q", l.suspects(), want)
 		}
 		l.endpoints[0].set(refuse)
@@ -401,7 +404,9 @@ func TestLease_ConfirmationShowsAnotherKey(t *testing.T) {
 func TestLease_ConfirmationShowsAnotherLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newTestLease(t, 7, refuse)
-		l.endpoints[0].show = func(context.Context) (reading, error) { return reading{created: 7, term: 1}, nil }
+		l.endpoints[0].show = func(context.Context) (reading, error) {
+			return reading{created: 7, term: 1}, nil
+		}
 		l.pass(2100 * ms)
 		l.endpoints[0].set(good(1))
 		l.pass(5 * time.Second)

@@ -126,7 +126,8 @@ func TestCandidate_NestedElections_Late(t *testing.T) {
 	withAuth := func(election string) func(*Config, *testCallbacks) {
 		return func(cfg *Config, _ *testCallbacks) {
 			cfg.Election, cfg.TTL = election, 15*time.Second
-			cfg.Username, cfg.Password = "candidate", func() (string, error) { return "secret", nil }
+			cfg.Username = "candidate"
+			cfg.Password = func() (string, error) { return "secret", nil }
 		}
 	}
 	a := newTestCandidate(t, cluster.Endpoints(), "a", withAuth(t.Name()+"/in/most"))

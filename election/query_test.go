@@ -29,7 +29,8 @@ func TestQuery(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r.Leader == nil || *r.Leader != (Entry{"a", term.Key, term.Token}) || r.LeaseID != term.LeaseID || r.LeaseLeft <= 0 || r.LeaseLeft > testTTL ||
+		if r.Leader == nil || *r.Leader != (Entry{"a", term.Key, term.Token}) ||
+			r.LeaseID != term.LeaseID || r.LeaseLeft <= 0 || r.LeaseLeft > testTTL ||
 			len(r.Queue) != 2 ||
 			r.Queue[1].Identity != "b" {
 			t.Errorf("query: %+v", r)

@@ -38,19 +38,26 @@ func TestQueue_OwnKey(t *testing.T) {
 		q.put(6)
 		q.setAhead(append(own, kv("e/9", 3, 9)), 9)
 	}
+	read, deleted := kv("e/a", 6, 10), del("e/a", 10)
 	for name, test := range map[string]struct {
 		act  func(*queue)
 		lost bool
 	}{
-		"not there yet":                {func(q *queue) { q.apply(del("e/9", 6)) }, false},
-		"put":                          {func(q *queue) { ranked(q, kv("e/a", 6, 10)) }, false},
-		"put and deleted before read":  {func(q *queue) { ranked(q) }, true},
-		"put, deleted and made anew":   {func(q *queue) { ranked(q, kv("e/a", 8, 10)) }, true},
-		"deleted":                      {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.apply(del("e/a", 10)) }, true},
+		"not there yet":               {func(q *queue) { q.apply(del("e/9", 6)) }, false},
+		"put":                         {func(q *queue) { ranked(q, read) }, false},
+		"put and deleted before read": {func(q *queue) { ranked(q) }, true},
+		"put, deleted and made anew":  {func(q *queue) { ranked(q, kv("e/a", 8, 10)) }, true},
+		"deleted": {func(q *queue) { ranked(q, read); q.apply(deleted) },
+			true},
 		"deleted before it was ranked": {func(q *queue) { q.put(6); q.apply(del("e/a", 7)) }, true},
-		"read again":                   {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q, kv("e/a", 6, 10)) }, false},
-		"gone, seen late":              {func(q *queue) { ranked(q, kv("e/a", 6, 10)); ranked(q) }, true},
-		"others deleted":               {func(q *queue) { ranked(q, kv("e/a", 6, 10)); q.apply(del("e/9", 10)); q.apply(del("e/b", 11)) }, false},
+		"read again": {func(q *queue) { ranked(q, read); ranked(q, read) },
+			false},
+		"gone, seen late": {func(q *queue) { ranked(q, read); ranked(q) }, true},
+		"others deleted": {func(q *queue) {
+			ranked(q, read)
+			q.apply(del("e/9", 10))
+			q.apply(del("e/b", 11))
+		}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			lost := false
@@ -106,7 +113,9 @@ func TestQueue_View(t *testing.T) {
 
 // Why it could not be read who is ahead is shown until it is.
 func TestQueue_NotRead(t *testing.T) {
-	ms, err := newMembers(Config{Endpoints: []string{"http://127.0.0.1:1"}, DialTimeout: time.Second})
+	ms, err := newMembers(Config{
+		Endpoints: []string{"http://127.0.0.1:1"}, DialTimeout: time.Second,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -86,7 +86,13 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 	for _, test := range []struct {
 		keys      int
 		ttl, want time.Duration
-	}{{1, 15 * time.Second, 10 * ms}, {2, 15 * time.Second, 20 * ms}, {50, 15 * time.Second, 500 * ms}, {1000, 15 * time.Second, 3 * time.Second}, {1000, 5 * time.Minute, HeartbeatInterval / 2}} {
+	}{
+		{1, 15 * time.Second, 10 * ms},
+		{2, 15 * time.Second, 20 * ms},
+		{50, 15 * time.Second, 500 * ms},
+		{1000, 15 * time.Second, 3 * time.Second},
+		{1000, 5 * time.Minute, HeartbeatInterval / 2},
+	} {
 		q := newTestQueue(func(error) {})
 		q.cfg.timing.TTL = test.ttl
 		q.entries = map[string]queueEntry{}
@@ -113,7 +119,7 @@ func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
 	q.put(own)
 	// served waits until there is a watch, and that one is another than the last.
 	served := func(last *watchConn) *watchConn {
-		for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(ms) {
+		for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(ms) {
 			q.mu.Lock()
 			current := q.conn
 			q.mu.Unlock()

@@ -12,11 +12,15 @@ import (
 // the lease's end when the clock shows 100 s.
 func leading(change ...func(*Snapshot)) Snapshot {
 	s := Snapshot{
-		Election: "jobs/a", Identity: "b", State: Leading, Since: time.Date(2026, 1, 2, 3, 4, 5, 6e6, time.FixedZone("", 3600)),
+		Election: "jobs/a", Identity: "b", State: Leading,
+		Since:   time.Date(2026, 1, 2, 3, 4, 5, 6e6, time.FixedZone("", 3600)),
 		Leader:  &Leader{Identity: "b", Key: "jobs/a/1f", Token: 17},
-		LeaseID: 0x1f, TTL: 20 * time.Second, StopAt: 110 * time.Second, End: 115 * time.Second, Leading: true,
+		LeaseID: 0x1f, TTL: 20 * time.Second,
+		StopAt: 110 * time.Second, End: 115 * time.Second, Leading: true,
 		JobWanted: true,
-		Job:       Job{State: JobRunning, PID: 4711, StartedAt: time.Date(2026, 1, 2, 3, 4, 6, 0, time.UTC)},
+		Job: Job{
+			State: JobRunning, PID: 4711, StartedAt: time.Date(2026, 1, 2, 3, 4, 6, 0, time.UTC),
+		},
 	}
 	for _, c := range change {
 		c(&s)
@@ -25,7 +29,8 @@ func leading(change ...func(*Snapshot)) Snapshot {
 }
 
 func standby(s *Snapshot) {
-	s.State, s.Leading, s.Leader, s.Job = Standby, false, &Leader{Identity: "a", Key: "jobs/a/1e", Token: 16}, Job{State: "none"}
+	s.State, s.Leading, s.Job = Standby, false, Job{State: "none"}
+	s.Leader = &Leader{Identity: "a", Key: "jobs/a/1e", Token: 16}
 }
 
 func TestTruth(t *testing.T) {
@@ -39,25 +44,38 @@ func TestTruth(t *testing.T) {
 	}{
 		{"leading", at, leading(), "", "", "", "leading"},
 		{"just before stop-at", 110*time.Second - 1, leading(), "", "", "", "leading"},
-		{"at stop-at", 110 * time.Second, leading(), "", "stop-at has passed", "stop-at has passed", "stopping"},
-		{"past the lease's end", 200 * time.Second, leading(), "", "stopping", "stopping", "stopping"},
-		{"leading without a lease", at, leading(func(s *Snapshot) { s.StopAt, s.End = 0, 0 }), "", "", "stop-at has passed", "leading"},
-		{"term lost", at, leading(func(s *Snapshot) { s.Leading = false }), "", "", "the term has ended", "leading"},
-		{"stopping", at, leading(func(s *Snapshot) { s.State = Stopping }), "", "stopping", "stopping", "stopping"},
-		{"job starting", at, leading(func(s *Snapshot) { s.Job.State = "starting" }), "", "", "the job is not running: starting", "leading"},
-		{"job in backoff", at, leading(func(s *Snapshot) { s.Job.State = "backoff" }), "", "", "the job is not running: backoff", "leading"},
-		{"job stopping", at, leading(func(s *Snapshot) { s.Job.State = "stopping" }), "", "", "the job is not running: stopping", "leading"},
-		{"no job state", at, leading(func(s *Snapshot) { s.Job = Job{} }), "", "", "the job is not running: none", "leading"},
-		{"no job wanted", at, leading(func(s *Snapshot) { s.JobWanted, s.Job = false, Job{} }), "", "", "", "leading"},
+		{"at stop-at", 110 * time.Second, leading(), "", "stop-at has passed",
+			"stop-at has passed", "stopping"},
+		{"past the lease's end", 200 * time.Second, leading(), "", "stopping",
+			"stopping", "stopping"},
+		{"leading without a lease", at, leading(func(s *Snapshot) { s.StopAt, s.End = 0, 0 }), "",
+			"", "stop-at has passed", "leading"},
+		{"term lost", at, leading(func(s *Snapshot) { s.Leading = false }), "", "",
+			"the term has ended", "leading"},
+		{"stopping", at, leading(func(s *Snapshot) { s.State = Stopping }), "", "stopping",
+			"stopping", "stopping"},
+		{"job starting", at, leading(func(s *Snapshot) { s.Job.State = "starting" }), "", "",
+			"the job is not running: starting", "leading"},
+		{"job in backoff", at, leading(func(s *Snapshot) { s.Job.State = "backoff" }), "", "",
+			"the job is not running: backoff", "leading"},
+		{"job stopping", at, leading(func(s *Snapshot) { s.Job.State = "stopping" }), "", "",
+			"the job is not running: stopping", "leading"},
+		{"no job state", at, leading(func(s *Snapshot) { s.Job = Job{} }), "", "",
+			"the job is not running: none", "leading"},
+		{"no job wanted", at, leading(func(s *Snapshot) { s.JobWanted, s.Job = false, Job{} }), "",
+			"", "", "leading"},
 		{"standby", at, leading(standby), "", "", "standby: a leads", ""},
 		{"standby past stop-at", 112 * time.Second, leading(standby), "", "", "standby", ""},
-		{"standby past its lease's end", 115 * time.Second, leading(standby), "", "the lease has expired", "the lease has expired", "the lease has expired"},
+		{"standby past its lease's end", 115 * time.Second, leading(standby), "",
+			"the lease has expired", "the lease has expired", "the lease has expired"},
 		{
 			"connecting", at,
 			Snapshot{State: Connecting, Reason: "etcd does not answer"},
-			"", "connecting: etcd does not answer", "connecting: etcd does not answer", "connecting: etcd does not answer",
+			"", "connecting: etcd does not answer", "connecting: etcd does not answer",
+			"connecting: etcd does not answer",
 		},
-		{"hung", at, leading(func(s *Snapshot) { s.Live = errors.New("no heartbeat for 5s") }), "no heartbeat for 5s", "", "", "leading"},
+		{"hung", at, leading(func(s *Snapshot) { s.Live = errors.New("no heartbeat for 5s") }),
+			"no heartbeat for 5s", "", "", "leading"},
 		{"nothing yet", at, Snapshot{}, "", "no state yet", "no state yet", "no state yet"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -67,9 +85,13 @@ func TestTruth(t *testing.T) {
 				got  error
 				want string
 			}{
-				{"live", s.live(), c.live}, {"ready", s.ready(), c.ready}, {"leader", s.leader(c.now), c.leader}, {"standby", s.standby(), c.standby},
+				{"live", s.live(), c.live},
+				{"ready", s.ready(), c.ready},
+				{"leader", s.leader(c.now), c.leader},
+				{"standby", s.standby(), c.standby},
 			} {
-				if rule.want == "" && rule.got != nil || rule.want != "" && (rule.got == nil || !strings.Contains(rule.got.Error(), rule.want)) {
+				if rule.want == "" && rule.got != nil || rule.want != "" &&
+					(rule.got == nil || !strings.Contains(rule.got.Error(), rule.want)) {
 					t.Errorf("%s: %v, want %q", rule.name, rule.got, cmp.Or(rule.want, "yes"))
 				}
 			}
@@ -81,20 +103,28 @@ func TestTruth(t *testing.T) {
 // a future stop-at.
 func TestTruth_NeverTwo(t *testing.T) {
 	for _, state := range []string{"", Connecting, Standby, Leading, Stopping, "nonsense"} {
-		for _, job := range []string{"", "none", "starting", JobRunning, "stopping", "backoff", "exited"} {
+		for _, job := range []string{
+			"", "none", "starting", JobRunning, "stopping", "backoff", "exited",
+		} {
 			for _, isLeading := range []bool{true, false} {
-				for _, now := range []time.Duration{0, 109 * time.Second, 110 * time.Second, 115 * time.Second} {
-					s := leading(func(s *Snapshot) { s.State, s.Job.State, s.Leading = state, job, isLeading }).update(now, time.Now())
-					isLeader, isStandby, isReady := s.leader(now) == nil, s.standby() == nil, s.ready() == nil
-					if want := state == Leading && job == JobRunning && isLeading && now < 110*time.Second; isLeader != want {
-						t.Errorf("state %q, job %q, leading %v at %v: leader %v", state, job, isLeading, now, isLeader)
-					}
-					if isLeader && isStandby || (isLeader || isStandby) && !isReady {
-						t.Errorf("state %q, job %q, leading %v at %v: leader %v, standby %v, ready %v", state, job, isLeading, now, isLeader, isStandby, isReady)
-					}
+				for _, second := range []time.Duration{0, 109, 110, 115} {
+					neverTwo(t, state, job, isLeading, second*time.Second)
 				}
 			}
 		}
+	}
+}
+
+func neverTwo(t *testing.T, state, job string, isLeading bool, now time.Duration) {
+	t.Helper()
+	s := leading(func(s *Snapshot) {
+		s.State, s.Job.State, s.Leading = state, job, isLeading
+	}).update(now, time.Now())
+	isLeader, isStandby, isReady := s.leader(now) == nil, s.standby() == nil, s.ready() == nil
+	want := state == Leading && job == JobRunning && isLeading && now < 110*time.Second
+	if isLeader != want || isLeader && isStandby || (isLeader || isStandby) && !isReady {
+		t.Errorf("state %q, job %q, leading %v at %v: leader %v, standby %v, ready %v",
+			state, job, isLeading, now, isLeader, isStandby, isReady)
 	}
 }
 
@@ -106,7 +136,9 @@ func TestStatus_JSON(t *testing.T) {
 		snapshot Snapshot
 		want     string
 	}{
-		{"nothing", 0, Snapshot{Election: "e", Identity: "i", State: Connecting, Reason: `etcd says "no" <&>`}, `{
+		{"nothing", 0,
+			Snapshot{Election: "e", Identity: "i", State: Connecting, Reason: `etcd says "no" <&>`},
+			`{
   "name": "",
   "election": "e",
   "identity": "i",
@@ -128,7 +160,9 @@ func TestStatus_JSON(t *testing.T) {
 `},
 		{"everything", 100*time.Second + 1, leading(func(s *Snapshot) {
 			s.Job.Restarts, s.Job.LastExit = 3, exit
-			s.Blocker = &Blocker{Key: "jobs/a/x", Why: "it has no lease", Remedy: "etcdctl del jobs/a/x"}
+			s.Blocker = &Blocker{
+				Key: "jobs/a/x", Why: "it has no lease", Remedy: "etcdctl del jobs/a/x",
+			}
 		}), `{
   "name": "b",
   "election": "jobs/a",
@@ -165,7 +199,8 @@ func TestStatus_JSON(t *testing.T) {
   "version": "v1"
 }
 `},
-		{"cut off", 120 * time.Second, leading(func(s *Snapshot) { s.Job.LastExit = &Exit{Code: -1, Signal: "SIGKILL"} }), `{
+		{"cut off", 120 * time.Second,
+			leading(func(s *Snapshot) { s.Job.LastExit = &Exit{Code: -1, Signal: "SIGKILL"} }), `{
   "name": "",
   "election": "jobs/a",
   "identity": "b",
@@ -210,8 +245,10 @@ func TestStatusFields(t *testing.T) {
 		seen[f.Path] = f
 	}
 	for path, kind := range map[string]string{
-		"name": "string", "leader": "object or null", "leader.token": "number", "lease.valid_for_seconds": "number",
-		"job": "object", "job.pid": "number or null", "job.last_exit.signal": "string or null", "since": "string or null",
+		"name": "string", "leader": "object or null", "leader.token": "number",
+		"lease.valid_for_seconds": "number",
+		"job":                     "object", "job.pid": "number or null",
+		"job.last_exit.signal": "string or null", "since": "string or null",
 	} {
 		if seen[path].Type != kind {
 			t.Errorf("%s is %q, want %q", path, seen[path].Type, kind)

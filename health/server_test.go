@@ -43,7 +43,7 @@ func newTestServer(t *testing.T, s Snapshot) *testServer {
 	}
 	ts.addr = l.Addr().String()
 	server := New(Config{
-		Logger:   slog.New(slog.NewTextHandler(&ts.log, &slog.HandlerOptions{Level: slog.LevelInfo})),
+		Logger:   slog.New(slog.NewTextHandler(&ts.log, nil)),
 		Registry: prometheus.NewRegistry(),
 		Snapshot: func() Snapshot { return *ts.snapshot.Load() },
 		Now:      func() time.Duration { return time.Duration(ts.now.Load()) },
@@ -74,9 +74,11 @@ func (ts *testServer) do(t *testing.T, method, path string) answer {
 		t.Fatal(err)
 	}
 	client := http.Client{
-		Transport:     &http.Transport{DisableKeepAlives: true},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		Timeout:       5 * time.Second,
+		Transport: &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error {
+			return http.ErrUseLastResponse
+		},
+		Timeout: 5 * time.Second,
 	}
 	resp, err := client.Do(req)
 	if err != nil {
@@ -121,7 +123,8 @@ func TestServer_Methods(t *testing.T) {
 			if empty := got.body == ""; c.code != 404 && empty != (method != "GET") {
 				t.Errorf("%s %s: body %q", method, c.path, got.body)
 			}
-			if method == "OPTIONS" && c.code != 404 && got.header.Get("Allow") != "GET, HEAD, OPTIONS" {
+			if method == "OPTIONS" && c.code != 404 &&
+				got.header.Get("Allow") != "GET, HEAD, OPTIONS" {
 				t.Errorf("%s %s: Allow %q", method, c.path, got.header.Get("Allow"))
 			}
 		}
@@ -152,7 +155,8 @@ func TestServer_Answers(t *testing.T) {
 		t.Errorf("/leader: %q", got.body)
 	}
 	ts.now.Store(int64(110 * time.Second))
-	if got := ts.do(t, "GET", "/leader"); got.code != 503 || got.body != "stopping: contact with etcd lost: stop-at has passed\n" {
+	if got := ts.do(t, "GET", "/leader"); got.code != 503 ||
+		got.body != "stopping: contact with etcd lost: stop-at has passed\n" {
 		t.Errorf("/leader at stop-at: %d %q", got.code, got.body)
 	}
 	for _, path := range []string{"/", "/status"} {
@@ -161,12 +165,14 @@ func TestServer_Answers(t *testing.T) {
 		if err := json.Unmarshal([]byte(got.body), &said); err != nil {
 			t.Error(err)
 		}
-		if said.Name != "b" || said.State != Stopping || got.header.Get("Content-Type") != "application/json" {
+		if said.Name != "b" || said.State != Stopping ||
+			got.header.Get("Content-Type") != "application/json" {
 			t.Errorf("%s: %v %s", path, got.header, got.body)
 		}
 	}
 	body := ts.do(t, "GET", "/metrics").body
-	if want := fmt.Sprintf("leasehold_build_info{goversion=%q,version=\"v1\"} 1", runtime.Version()); !strings.Contains(body, want) {
+	want := fmt.Sprintf("leasehold_build_info{goversion=%q,version=\"v1\"} 1", runtime.Version())
+	if !strings.Contains(body, want) {
 		t.Errorf("/metrics has no %s: %s", want, body)
 	}
 }
@@ -225,7 +231,8 @@ func TestServer_Host(t *testing.T) {
 					t.Errorf("%s %s %q: %d, want %d", method, path, host, code, want)
 				}
 				if code == 421 && method == "GET" && !strings.Contains(body, "LEASEHOLD_LISTEN") {
-					t.Errorf("%s %s %q: the answer does not say what to do: %q", method, path, host, body)
+					t.Errorf("%s %s %q: the answer does not say what to do: %q",
+						method, path, host, body)
 				}
 			}
 		}
@@ -235,11 +242,15 @@ func TestServer_Host(t *testing.T) {
 func TestServer_MalformedHTTP(t *testing.T) {
 	ts := newTestServer(t, leading())
 	for _, text := range []string{
-		"\r\n\r\n", "\x00\x01\x02\x03\r\n\r\n", "GET\r\n\r\n", "GET / HTTP/9.9\r\n\r\n", "GET /leader HTTP/1.1\r\n\r\n" /* no host */, "GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n",
+		"\r\n\r\n", "\x00\x01\x02\x03\r\n\r\n", "GET\r\n\r\n", "GET / HTTP/9.9\r\n\r\n",
+		"GET /leader HTTP/1.1\r\n\r\n", // No host.
+		"GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n",
 		"GET / HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n",
 		"GET " + strings.Repeat("/x", 1<<19) + " HTTP/1.1\r\nHost: x\r\n\r\n",
-		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+		"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+		"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+		"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
 		"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", // The beginning of a TLS handshake.
 	} {
 		conn, err := net.Dial("tcp", ts.addr)
@@ -260,7 +271,8 @@ func TestServer_MalformedHTTP(t *testing.T) {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 	_, _ = io.WriteString(conn, "OPTIONS /leader HTTP/1.0\r\n\r\n")
-	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, " 200 ") {
+	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil ||
+		!strings.Contains(line, " 200 ") {
 		t.Errorf("HAProxy's check: %q, %v", line, err)
 	}
 	if text := ts.log.String(); text != "" {
@@ -423,7 +435,8 @@ func TestCheck(t *testing.T) {
 			text += err.Error()
 		}
 		if !errors.Is(err, c.want) || !strings.Contains(text, c.says) {
-			t.Errorf("check %s at %s: %v, %q, want %v, %q", c.what, c.listen, err, text, c.want, c.says)
+			t.Errorf("check %s at %s: %v, %q, want %v, %q",
+				c.what, c.listen, err, text, c.want, c.says)
 		}
 		if took := time.Since(began); took > 4*time.Second {
 			t.Errorf("check %s at %s took %v", c.what, c.listen, took)

@@ -137,7 +137,8 @@ func TestSupervisor_KillWaits(t *testing.T) {
 	if err := unix.Mkfifo(kill, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "cgroup.events"), []byte("populated 1\n"), 0o600); err != nil {
+	events := filepath.Join(dir, "cgroup.events")
+	if err := os.WriteFile(events, []byte("populated 1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	fifo, err := unix.Open(kill, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -177,7 +178,8 @@ func TestSupervisor_KillWaits(t *testing.T) {
 		t.Fatal("the kill did not wait")
 	default:
 	}
-	for _, err = unix.Read(fifo, make([]byte, 4096)); err == nil; _, err = unix.Read(fifo, make([]byte, 4096)) {
+	for err == nil {
+		_, err = unix.Read(fifo, make([]byte, 4096))
 	}
 	<-killed
 }

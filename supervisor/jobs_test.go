@@ -47,7 +47,8 @@ func jobMain(behaviour string) {
 		os.Exit(5)
 	case "leave-behind":
 		again("stubborn", true)
-		time.Sleep(200 * time.Millisecond) // its child has said hello by then, or is killed earlier: both are fine
+		// Its child has said hello by then, or is killed earlier: both are fine.
+		time.Sleep(200 * time.Millisecond)
 		os.Exit(0)
 	case "storm":
 		// Some hundred processes at any time, all of them short-lived and replaced at once. It says

@@ -8,7 +8,8 @@ import (
 
 func TestPrintable(t *testing.T) {
 	for text, want := range map[string]string{
-		"": "", "jobs/ü b": "jobs/ü b", "a\nREADY=1": "a�READY=1", "\x1b[2J": "�[2J", "\xff\xfe": "��", "�": "�",
+		"": "", "jobs/ü b": "jobs/ü b", "a\nREADY=1": "a�READY=1", "\x1b[2J": "�[2J",
+		"\xff\xfe": "��", "�": "�",
 	} {
 		if got := Printable(text); got != want {
 			t.Errorf("Printable(%q) = %q, want %q", text, got, want)

@@ -269,7 +269,8 @@ func TestJob_States(t *testing.T) {
 			"second signal",
 			[]func(g){
 				g.start, g.started,
-				func(g g) { g.signal(unix.SIGTERM); g.signal(unix.SIGTERM) }, g.exited, g.nothingLeft,
+				func(g g) { g.signal(unix.SIGTERM); g.signal(unix.SIGTERM) }, g.exited,
+				g.nothingLeft,
 			},
 			jobIdle,
 			ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},
