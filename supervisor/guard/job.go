@@ -39,7 +39,7 @@ const (
 	jobIdle     jobState = "idle"     // nothing of a job is left
 	jobForking  jobState = "forking"  // the spawner was asked to start it
 	jobRunning  jobState = "running"  // its first process runs
-	jobStopping jobState = "stopping" // it was told to stop, or will be once it has started
+	jobStopping jobState = "stopping" // it has its stop signal, or gets it once it has started
 	jobKilling  jobState = "killing"  // SIGKILL goes out until nothing of it is left
 )
 
@@ -59,7 +59,7 @@ type job struct {
 
 	stopAt, killBy time.Duration // the elector moves them until stop-at
 	graceEnd       time.Duration // of a stop that was asked for
-	endAt          time.Duration // when it was told to stop, or the kill began; 0: neither
+	endAt          time.Duration // when the stop signal went out or the kill began; 0: neither
 	ordered        bool          // the guard ends it: it does not exit by itself
 	lost           bool          // the next leader may be starting
 
@@ -232,7 +232,7 @@ func (j *job) exitUntold() {
 	j.kill(ipc.KilledLeftover)
 }
 
-// Why the job is told to stop.
+// Why the job gets its stop signal.
 const (
 	noRenewal    = "no renewal by stop-at"
 	electorAsked = "its term ends"
@@ -367,8 +367,8 @@ func (j *job) reportGone(now time.Duration) {
 	level, text := slog.LevelInfo, "job exited"
 	switch {
 	case reason == ipc.NotKilled:
-	case reason == ipc.KilledLeftover && j.ordered: // a shell that is told to stop leaves its child
-		text += " when told to: killed " + reason.String()
+	case reason == ipc.KilledLeftover && j.ordered: // a shell that stops leaves its child behind
+		text += " after the stop signal: killed " + reason.String()
 	case reason == ipc.KilledLeftover:
 		level, text = slog.LevelWarn, text+": killed "+reason.String()
 	default:
