@@ -47,8 +47,9 @@ func TestParse(t *testing.T) {
 		"elect":            {Command: elect},
 		"elect -f FILE":    {Command: elect, EnvFile: "FILE"},
 		"-f FILE status":   {Command: status, EnvFile: "FILE"},
-		"status --json jobs/a": {Command: status, Flags: []string{"--json"},
-			Args: []string{"jobs/a"}},
+		"status --json jobs/a": {
+			Command: status, Flags: []string{"--json"}, Args: []string{"jobs/a"},
+		},
 		"status jobs/a=b -f X --json": {
 			Command: status, EnvFile: "X", Flags: []string{"--json"}, Args: []string{"jobs/a=b"},
 		},

@@ -42,13 +42,12 @@ func TestInstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	for dest, want := range map[string]string{
-		filepath.Join(dir, "none") + "/": "no such file or directory",
-		filepath.Join(dir, "none", "x"): "write to " + dir +
-			"/none: no such file or directory",
-		filepath.Join(dir, "other", "x"):       "not a directory",
-		filepath.Join(dir, "other") + "/":      "not a directory",
-		filepath.Join(dir, "sub"):              dir + "/sub/leasehold is a directory",
-		filepath.Join(dir, "sub", "leasehold"): "",
+		dir + "/none/":         "no such file or directory",
+		dir + "/none/x":        "write to " + dir + "/none: no such file or directory",
+		dir + "/other/x":       "not a directory",
+		dir + "/other/":        "not a directory",
+		dir + "/sub":           dir + "/sub/leasehold is a directory",
+		dir + "/sub/leasehold": "",
 	} {
 		err := installTo(dest)
 		if want == "" && err != nil ||

@@ -34,30 +34,25 @@ func newTestQueue(lost func(error)) *queue {
 }
 
 func TestQueue_OwnKey(t *testing.T) {
-	ranked := func(q *queue, own ...*mvccpb.KeyValue) {
+	ranked := func(q *queue, keys ...*mvccpb.KeyValue) {
 		q.put(6)
-		q.setAhead(append(own, kv("e/9", 3, 9)), 9)
+		q.setAhead(append(keys, kv("e/9", 3, 9)), 9)
 	}
-	read, deleted := kv("e/a", 6, 10), del("e/a", 10)
+	own, gone := kv("e/a", 6, 10), del("e/a", 10)
+	others := append(del("e/9", 10), del("e/b", 11)...)
 	for name, test := range map[string]struct {
 		act  func(*queue)
 		lost bool
 	}{
 		"not there yet":               {func(q *queue) { q.apply(del("e/9", 6)) }, false},
-		"put":                         {func(q *queue) { ranked(q, read) }, false},
+		"put":                         {func(q *queue) { ranked(q, own) }, false},
 		"put and deleted before read": {func(q *queue) { ranked(q) }, true},
 		"put, deleted and made anew":  {func(q *queue) { ranked(q, kv("e/a", 8, 10)) }, true},
-		"deleted": {func(q *queue) { ranked(q, read); q.apply(deleted) },
-			true},
-		"deleted before it was ranked": {func(q *queue) { q.put(6); q.apply(del("e/a", 7)) }, true},
-		"read again": {func(q *queue) { ranked(q, read); ranked(q, read) },
-			false},
-		"gone, seen late": {func(q *queue) { ranked(q, read); ranked(q) }, true},
-		"others deleted": {func(q *queue) {
-			ranked(q, read)
-			q.apply(del("e/9", 10))
-			q.apply(del("e/b", 11))
-		}, false},
+		"deleted":                     {func(q *queue) { ranked(q, own); q.apply(gone) }, true},
+		"deleted before ranked":       {func(q *queue) { q.put(6); q.apply(del("e/a", 7)) }, true},
+		"read again":                  {func(q *queue) { ranked(q, own); ranked(q, own) }, false},
+		"gone, seen late":             {func(q *queue) { ranked(q, own); ranked(q) }, true},
+		"others deleted":              {func(q *queue) { ranked(q, own); q.apply(others) }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			lost := false
