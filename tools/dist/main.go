@@ -1,8 +1,9 @@
-// Dist packs the binaries of a release: for each architecture a tar.gz, a deb, an rpm and a list of what the binary is made of
-// (SBOM, CycloneDX); and the checksums of it all. It runs in the root of leasehold's module.
+// Dist packs the binaries of a release: for each architecture a tar.gz, a deb, an rpm and a
+// list of what the binary is made of (SBOM, CycloneDX); and the checksums of it all. It runs in
+// the root of leasehold's module.
 //
-// The same commit, built with the same Go, gives the same bytes: every date is the commit's, owners and modes are set here, and
-// every list has an order.
+// The same commit, built with the same Go, gives the same bytes: every date is the commit's, owners
+// and modes are set here, and every list has an order.
 package main
 
 import (
@@ -33,8 +34,10 @@ func main() {
 	var r release
 	flag.StringVar(&r.version, "version", "", "the version, as git describe has it")
 	flag.StringVar(&r.commit, "commit", "", "the commit")
-	flag.StringVar(&r.maintainer, "maintainer", "", "name and address of who answers for the packages")
-	flag.StringVar(&r.out, "out", "dist", "where the binaries are, as leasehold-linux-ARCH, and all else is put")
+	flag.StringVar(&r.maintainer, "maintainer", "",
+		"name and address of who answers for the packages")
+	flag.StringVar(&r.out, "out", "dist",
+		"where the binaries are, as leasehold-linux-ARCH, and all else is put")
 	date := flag.Int64("date", 0, "the commit's date, in seconds since 1970")
 	flag.Parse()
 	r.date = time.Unix(*date, 0).UTC()
@@ -57,7 +60,8 @@ type file struct {
 }
 
 func (r *release) pack(arches []string) error {
-	if r.version == "" || r.commit == "" || r.maintainer == "" || r.date.Unix() == 0 || len(arches) == 0 {
+	if r.version == "" || r.commit == "" || r.maintainer == "" || r.date.Unix() == 0 ||
+		len(arches) == 0 {
 		return errors.New("version, commit, date, maintainer and an architecture are needed")
 	}
 	for _, arch := range arches {
@@ -101,7 +105,11 @@ func (r *release) packArch(arch string) error {
 	if err != nil {
 		return err
 	}
-	const unit, example, completion = "systemd/leasehold@.service", "systemd/example.env", "packaging/leasehold.bash"
+	const (
+		unit       = "systemd/leasehold@.service"
+		example    = "systemd/example.env"
+		completion = "packaging/leasehold.bash"
+	)
 	for _, source := range append(docs, "LICENSE", unit, example, completion) {
 		content, err := os.ReadFile(source)
 		if err != nil {
@@ -114,9 +122,11 @@ func (r *release) packArch(arch string) error {
 	}
 
 	from := func(name string) []byte {
-		return archive[slices.IndexFunc(archive, func(f file) bool { return f.path == name })].content
+		i := slices.IndexFunc(archive, func(f file) bool { return f.path == name })
+		return archive[i].content
 	}
 	const doc = "/usr/share/doc/leasehold/"
+	const license = "leasehold is under the Apache License, version 2.0:\n\n"
 	return r.packages(arch, []file{
 		{"/usr/bin/leasehold", 0o755, binary},
 		{"/usr/lib/systemd/system/leasehold@.service", 0o644, from(unit)},
@@ -125,7 +135,10 @@ func (r *release) packArch(arch string) error {
 		{doc + "example.env", 0o644, from(example)},
 		{doc + "leasehold.cdx.json", 0o644, sbom},
 		{doc + "changelog.gz", 0o644, zipped(r.changelog())},
-		{doc + "copyright", 0o644, slices.Concat([]byte("leasehold is under the Apache License, version 2.0:\n\n"), from("LICENSE"), []byte("\n"), copyright)},
+		{
+			doc + "copyright", 0o644,
+			slices.Concat([]byte(license), from("LICENSE"), []byte("\n"), copyright),
+		},
 	})
 }
 
@@ -139,21 +152,27 @@ func (r *release) man() ([]byte, error) {
 	if !bytes.Contains(page, []byte(undated)) {
 		return nil, errors.New("the man page has no line " + undated)
 	}
-	dated := fmt.Sprintf(`.TH LEASEHOLD 1 "%s" "leasehold %s"`, r.date.Format(time.DateOnly), r.version)
+	dated := fmt.Sprintf(`.TH LEASEHOLD 1 "%s" "leasehold %s"`,
+		r.date.Format(time.DateOnly), r.version)
 	return bytes.Replace(page, []byte(undated), []byte(dated), 1), nil
 }
 
 // changelog is what Debian wants each package to have. What changed is in the commits.
 func (r *release) changelog() []byte {
-	return fmt.Appendf(nil, "leasehold (%s) unstable; urgency=medium\n\n  * Built from commit %s.\n\n -- %s  %s\n",
+	return fmt.Appendf(nil, "leasehold (%s) unstable; urgency=medium\n\n"+
+		"  * Built from commit %s.\n\n -- %s  %s\n",
 		r.packageVersion(), r.commit, r.maintainer, r.date.Format(time.RFC1123Z))
 }
 
-// packageVersion is the version by the rules that deb and rpm share: it starts with a digit, ~ sorts before the end and + after it.
+// packageVersion is the version by the rules that deb and rpm share: it starts with a digit, ~
+// sorts before the end and + after it.
 func (r *release) packageVersion() string {
-	parts := regexp.MustCompile(`^v?(\d+\.\d+\.\d+)(?:-([0-9A-Za-z.]+?))??(?:-(\d+)-g([0-9a-f]+))?(-dirty)?$`).FindStringSubmatch(r.version)
+	described := regexp.MustCompile(
+		`^v?(\d+\.\d+\.\d+)(?:-([0-9A-Za-z.]+?))??(?:-(\d+)-g([0-9a-f]+))?(-dirty)?$`)
+	parts := described.FindStringSubmatch(r.version)
 	if parts == nil { // There is no tag yet, and all that is known is the commit.
-		return "0~git" + r.date.Format("20060102150405") + "." + strings.ReplaceAll(r.version, "-", "+")
+		commit := strings.ReplaceAll(r.version, "-", "+")
+		return "0~git" + r.date.Format("20060102150405") + "." + commit
 	}
 	version := parts[1]
 	if parts[2] != "" {
@@ -171,7 +190,8 @@ func (r *release) tarball(base string, content []file) error {
 	w := tar.NewWriter(&b)
 	for _, f := range content {
 		if err := w.WriteHeader(&tar.Header{
-			Typeflag: tar.TypeReg, Name: base + "/" + f.path, Mode: int64(f.mode), Size: int64(len(f.content)), ModTime: r.date,
+			Typeflag: tar.TypeReg, Name: base + "/" + f.path, Mode: int64(f.mode),
+			Size: int64(len(f.content)), ModTime: r.date,
 			Uname: "root", Gname: "root", Format: tar.FormatUSTAR,
 		}); err != nil {
 			return err
@@ -206,8 +226,12 @@ func (r *release) packages(arch string, content []file) error {
 	}
 	defer func() { _ = os.RemoveAll(stage) }()
 	var contents files.Contents
-	for _, own := range []string{"/etc/leasehold", "/usr/share/doc/leasehold"} { // Else rpm would leave them behind.
-		contents = append(contents, &files.Content{Destination: own, Type: files.TypeDir, FileInfo: &files.ContentFileInfo{Mode: 0o755, MTime: r.date}})
+	// Else rpm would leave them behind.
+	for _, own := range []string{"/etc/leasehold", "/usr/share/doc/leasehold"} {
+		contents = append(contents, &files.Content{
+			Destination: own, Type: files.TypeDir,
+			FileInfo: &files.ContentFileInfo{Mode: 0o755, MTime: r.date},
+		})
 	}
 	for i, f := range content {
 		source := filepath.Join(stage, strconv.Itoa(i))
@@ -215,20 +239,27 @@ func (r *release) packages(arch string, content []file) error {
 			return err
 		}
 		contents = append(contents, &files.Content{
-			Source: source, Destination: f.path, FileInfo: &files.ContentFileInfo{Mode: f.mode, MTime: r.date},
+			Source: source, Destination: f.path,
+			FileInfo: &files.ContentFileInfo{Mode: f.mode, MTime: r.date},
 		})
 	}
-	for format, packager := range map[string]nfpm.Packager{"deb": deb.Default, "rpm": rpm.DefaultRPM} {
+	for format, packager := range map[string]nfpm.Packager{
+		"deb": deb.Default, "rpm": rpm.DefaultRPM,
+	} {
 		info := nfpm.WithDefaults(&nfpm.Info{
-			Name: "leasehold", Arch: arch, Platform: "linux", Version: r.packageVersion(), VersionSchema: "none",
-			Section: "admin", Priority: "optional", Maintainer: r.maintainer, License: "Apache-2.0", MTime: r.date, DisableGlobbing: true,
+			Name: "leasehold", Arch: arch, Platform: "linux",
+			Version: r.packageVersion(), VersionSchema: "none",
+			Section: "admin", Priority: "optional", Maintainer: r.maintainer,
+			License: "Apache-2.0", MTime: r.date, DisableGlobbing: true,
 			Description: "keep a job running on exactly one machine\n" +
 				"Each machine runs the daemon. The leader of an election in etcd runs the\n" +
 				"job, and kills all of it before its lease can pass to another machine.",
 			Overridables: nfpm.Overridables{
 				Contents: contents,
 				Scripts: nfpm.Scripts{
-					PostInstall: "packaging/postinstall.sh", PreRemove: "packaging/preremove.sh", PostRemove: "packaging/postremove.sh",
+					PostInstall: "packaging/postinstall.sh",
+					PreRemove:   "packaging/preremove.sh",
+					PostRemove:  "packaging/postremove.sh",
 				},
 				RPM: nfpm.RPM{BuildHost: "localhost"}, // Else it is this machine's name.
 			},
@@ -243,7 +274,8 @@ func (r *release) packages(arch string, content []file) error {
 		if err := packager.Package(info, &b); err != nil {
 			return fmt.Errorf("%s: %w", format, err)
 		}
-		if err := os.WriteFile(filepath.Join(r.out, packager.ConventionalFileName(info)), b.Bytes(), 0o644); err != nil {
+		name := filepath.Join(r.out, packager.ConventionalFileName(info))
+		if err := os.WriteFile(name, b.Bytes(), 0o644); err != nil {
 			return err
 		}
 	}
@@ -256,7 +288,8 @@ func copyright(binary, arch string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	list := exec.CommandContext(context.Background(), "go", "list", "-deps", "-tags", "grpcnotrace", "-f", "{{with .Module}}{{.Path}} {{.Dir}}{{end}}", ".")
+	list := exec.CommandContext(context.Background(), "go", "list", "-deps",
+		"-tags", "grpcnotrace", "-f", "{{with .Module}}{{.Path}} {{.Dir}}{{end}}", ".")
 	list.Env = append(os.Environ(), "GOOS=linux", "GOARCH="+arch, "CGO_ENABLED=0")
 	list.Stderr = os.Stderr
 	out, err := list.Output()

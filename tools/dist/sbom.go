@@ -63,7 +63,8 @@ func linked(binary string) ([]debug.Module, error) {
 	modules := []debug.Module{{Path: "std", Version: strings.TrimPrefix(info.GoVersion, "go")}}
 	for _, m := range info.Deps {
 		if m.Replace != nil {
-			return nil, fmt.Errorf("%s is replaced: this program does not know whose license that has", m.Path)
+			return nil, fmt.Errorf("%s is replaced: "+
+				"this program does not know whose license that has", m.Path)
 		}
 		modules = append(modules, *m)
 	}

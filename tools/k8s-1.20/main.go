@@ -36,7 +36,8 @@ func decode(in io.Reader) error {
 	if err != nil {
 		return err
 	}
-	decoder := json.NewSerializerWithOptions(json.DefaultMetaFactory, scheme.Scheme, scheme.Scheme, json.SerializerOptions{Yaml: true, Strict: true})
+	decoder := json.NewSerializerWithOptions(json.DefaultMetaFactory, scheme.Scheme, scheme.Scheme,
+		json.SerializerOptions{Yaml: true, Strict: true})
 	var faults []error
 	objects := 0
 	for document := range bytes.SplitSeq(text, []byte("\n---\n")) {

@@ -33,13 +33,18 @@ func leader(t *testing.T, daemons []*process) (*process, []*process) {
 		}
 		return errors.New("nobody leads")
 	})
-	return found, slices.DeleteFunc(slices.Clone(daemons), func(d *process) bool { return d == found })
+	return found, slices.DeleteFunc(slices.Clone(daemons), func(d *process) bool {
+		return d == found
+	})
 }
 
-// startPods starts pods of a Deployment: its init containers, then the others; leasehold's are returned, and the others.
-func (w *world) startPods(objects []object, name string, count int, changes ...func(*corev1.PodSpec)) (daemons, others []*process) {
+// startPods starts pods of a Deployment: its init containers, then the others; leasehold's are
+// returned, and the others.
+func (w *world) startPods(
+	objects []object, name string, count int, changes ...func(*corev1.PodSpec),
+) (daemons, others []*process) {
 	w.t.Helper()
-	spec := find[appsv1.Deployment](w.t, objects, "Deployment", name).Spec.Template.Spec
+	spec := find[appsv1.Deployment](w.t, objects, name).Spec.Template.Spec
 	for _, change := range changes {
 		change(&spec)
 	}
@@ -62,18 +67,23 @@ func (w *world) startPods(objects []object, name string, count int, changes ...f
 		}
 	}
 	for _, d := range daemons {
-		until(w.t, d.pod.name+" to be ready", func() error { return errors.Join(d.probe(d.spec.LivenessProbe), d.probe(d.spec.ReadinessProbe)) })
+		until(w.t, d.pod.name+" to be ready", func() error {
+			return errors.Join(d.probe(d.spec.LivenessProbe), d.probe(d.spec.ReadinessProbe))
+		})
 	}
 	return daemons, others
 }
 
-// The etcd of the manifests, as processes: the certificates let in who has one, and the probes say what they should.
+// The etcd of the manifests, as processes: the certificates let in who has one, and the
+// probes say what they should.
 func TestLive_Etcd(t *testing.T) {
 	w := newWorld(t, shared.rendered["etcd"])
 	pods := w.etcdPods()
 	first := pods[0].start(pods[0].spec.Containers[0])
 	probes := first.spec
-	until(t, "the first member to be live", func() error { return first.probe(probes.StartupProbe) })
+	until(t, "the first member to be live", func() error {
+		return first.probe(probes.StartupProbe)
+	})
 	if err := first.probe(probes.ReadinessProbe); err == nil {
 		t.Error("a member without a majority is ready")
 	}
@@ -85,7 +95,9 @@ func TestLive_Etcd(t *testing.T) {
 		until(t, m.pod.name+" to be ready", func() error { return m.probe(probes.ReadinessProbe) })
 	}
 
-	secret := func(name string) map[string][]byte { return find[corev1.Secret](t, w.configs, "Secret", name).Data }
+	secret := func(name string) map[string][]byte {
+		return find[corev1.Secret](t, w.configs, name).Data
+	}
 	ask := func(port int, authority []byte, pair map[string][]byte) error {
 		config := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "etcd-0.etcd"}
 		config.RootCAs.AppendCertsFromPEM(authority)
@@ -96,7 +108,10 @@ func TestLive_Etcd(t *testing.T) {
 			}
 			config.Certificates = []tls.Certificate{cert}
 		}
-		client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}}
+		client := http.Client{
+			Timeout:   10 * time.Second,
+			Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true},
+		}
 		resp, err := client.Get(fmt.Sprintf("https://%s:%d/version", first.pod.node.Addr, port))
 		if err != nil {
 			return err
@@ -119,7 +134,8 @@ func TestLive_Etcd(t *testing.T) {
 		{"a client", 2379, authority, secret("etcd-client-tls"), true},
 		{"a client without a certificate", 2379, authority, nil, false},
 		{"a client with a stranger's", 2379, authority, strange, false},
-		{"a client that trusts a stranger", 2379, strange["ca.crt"], secret("etcd-client-tls"), false},
+		{"a client that trusts a stranger", 2379,
+			strange["ca.crt"], secret("etcd-client-tls"), false},
 		{"a peer without a certificate", 2380, authority, nil, false},
 		{"a peer with a stranger's", 2380, authority, strange, false},
 		// Its address is this test's, not a member's.
@@ -146,23 +162,31 @@ func TestLive_Etcd(t *testing.T) {
 	}
 	members[1] = pods[1].start(pods[1].spec.Containers[0])
 	until(t, "two members to be ready", func() error {
-		return errors.Join(first.probe(probes.ReadinessProbe), members[1].probe(probes.ReadinessProbe))
+		return errors.Join(first.probe(probes.ReadinessProbe),
+			members[1].probe(probes.ReadinessProbe))
 	})
 }
 
 func readPair(t *testing.T, dir, name string) map[string][]byte {
 	t.Helper()
-	return map[string][]byte{"ca.crt": read(t, dir, "ca.crt"), "tls.crt": read(t, dir, name+".crt"), "tls.key": read(t, dir, name+".key")}
+	return map[string][]byte{
+		"ca.crt":  read(t, dir, "ca.crt"),
+		"tls.crt": read(t, dir, name+".crt"),
+		"tls.key": read(t, dir, name+".key"),
+	}
 }
 
-// The wrapper against that etcd: a leader's pod is stopped as Kubernetes does it, a member is lost, the certificates are renewed.
+// The wrapper against that etcd: a leader's pod is stopped as Kubernetes does it, a member is lost,
+// the certificates are renewed.
 func TestLive_Wrapper(t *testing.T) {
 	busybox(t)
 	w := newWorld(t, shared.rendered["etcd"])
 	members := w.startEtcd()
 	daemons, _ := w.startPods(shared.rendered["wrapper"], "wrapper", 3)
 	first, others := leader(t, daemons)
-	until(t, "the job", func() error { return says(first, "running in "+first.pod.name+", token ") })
+	until(t, "the job", func() error {
+		return says(first, "running in "+first.pod.name+", token ")
+	})
 
 	// One member lost is no reason to move the job.
 	members[0].stop(t)
@@ -174,7 +198,8 @@ func TestLive_Wrapper(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, file := range []string{"ca.crt", "ca.key"} {
-		if err := os.WriteFile(filepath.Join(renewed, "certs", file), read(t, filepath.Join(shared.tree, "certs"), file), 0o600); err != nil {
+		data := read(t, filepath.Join(shared.tree, "certs"), file)
+		if err := os.WriteFile(filepath.Join(renewed, "certs", file), data, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -193,7 +218,9 @@ func TestLive_Wrapper(t *testing.T) {
 		}
 	}
 	again := members[0].pod.start(members[0].spec)
-	until(t, "the member to be back", func() error { return again.probe(again.spec.ReadinessProbe) })
+	until(t, "the member to be back", func() error {
+		return again.probe(again.spec.ReadinessProbe)
+	})
 	if code, err := first.get(4040, "/leader"); err != nil || code != http.StatusOK {
 		t.Errorf("the leader's /leader: %d (%v)", code, err)
 	}
@@ -201,21 +228,25 @@ func TestLive_Wrapper(t *testing.T) {
 	begin := time.Now()
 	first.stop(t)
 	second, _ := leader(t, others)
-	// Milliseconds, and a busy machine's; a lease that is not given back costs more than ten seconds.
+	// Milliseconds, and a busy machine's. A lease that is not given back costs more than ten
+	// seconds.
 	if took := time.Since(begin); took > 5*time.Second {
 		t.Errorf("a new leader only %v after the old one's SIGTERM", took.Round(time.Millisecond))
 	}
 	if code := first.end(t, time.Minute); code != 0 {
 		t.Errorf("the stopped pod ended with %d", code)
 	}
-	until(t, "the next job", func() error { return says(second, "running in "+second.pod.name+", token ") })
+	until(t, "the next job", func() error {
+		return says(second, "running in "+second.pod.name+", token ")
+	})
 	resp, err := http.Get(fmt.Sprintf("http://%s:4040/", second.pod.node.Addr))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
 	var status struct{ Name, Election string }
-	if err := json.NewDecoder(resp.Body).Decode(&status); err != nil || status.Name != second.pod.name || status.Election != "jobs/wrapper" {
+	err = json.NewDecoder(resp.Body).Decode(&status)
+	if err != nil || status.Name != second.pod.name || status.Election != "jobs/wrapper" {
 		t.Errorf("status %+v (%v), want the leader's name %s", status, err, second.pod.name)
 	}
 }
@@ -239,7 +270,8 @@ func says(p *process, text string) error {
 	return nil
 }
 
-// Both forms of the sidecar, with the app that asks it, stopped in the order in which Kubernetes stops them. One member of etcd.
+// Both forms of the sidecar, with the app that asks it, stopped in the order in which Kubernetes
+// stops them. One member of etcd.
 func TestLive_Sidecar(t *testing.T) {
 	busybox(t)
 	w := newWorld(t, shared.rendered["etcd/one-member"])
@@ -248,14 +280,18 @@ func TestLive_Sidecar(t *testing.T) {
 		t.Run(form, func(t *testing.T) {
 			daemons, apps := w.startPods(shared.rendered[form], "sidecar", 2)
 			app := func(of *process) *process {
-				return apps[slices.IndexFunc(apps, func(a *process) bool { return a.pod == of.pod })]
+				i := slices.IndexFunc(apps, func(a *process) bool { return a.pod == of.pod })
+				return apps[i]
 			}
 			first, others := leader(t, daemons)
-			until(t, "the app to hear of it", func() error { return says(app(first), first.pod.name+" leads") })
+			until(t, "the app to hear of it", func() error {
+				return says(app(first), first.pod.name+" leads")
+			})
 			if says(app(others[0]), "leads") == nil {
 				t.Error("the app of a standby was told that it leads")
 			}
-			held, err := time.ParseDuration(environment(t, first.spec, "", w.configs)["LEASEHOLD_STOP_GRACE"])
+			env := environment(t, first.spec, "", w.configs)
+			held, err := time.ParseDuration(env["LEASEHOLD_STOP_GRACE"])
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -270,16 +306,20 @@ func TestLive_Sidecar(t *testing.T) {
 			second, _ := leader(t, others)
 			took := time.Since(begin)
 			if took < held {
-				t.Errorf("the lease was given back after %v, for %v it was to be held for the app", took, held)
+				t.Errorf("the lease was given back after %v, for %v it was to be held for the app",
+					took, held)
 			}
 			if took > held+5*time.Second {
-				t.Errorf("a new leader only %v after the sidecar's SIGTERM, and the lease was to be held for %v", took.Round(time.Millisecond), held)
+				t.Errorf("a new leader only %v after the sidecar's SIGTERM, "+
+					"and the lease was to be held for %v", took.Round(time.Millisecond), held)
 			}
 			t.Logf("a new leader %v after the sidecar's SIGTERM", took.Round(time.Millisecond))
 			if code := first.end(t, time.Minute); code != 0 {
 				t.Errorf("the sidecar ended with %d", code)
 			}
-			until(t, "the next app to hear of it", func() error { return says(app(second), second.pod.name+" leads") })
+			until(t, "the next app to hear of it", func() error {
+				return says(app(second), second.pod.name+" leads")
+			})
 			second.hurry(t)
 		})
 	}
@@ -289,7 +329,8 @@ func TestLive_Sidecar(t *testing.T) {
 func (p *process) turns(t *testing.T) {
 	t.Helper()
 	until(t, "/leader to turn 503", func() error {
-		if code, err := p.get(4040, "/leader"); err != nil || code != http.StatusServiceUnavailable {
+		if code, err := p.get(4040, "/leader"); err != nil ||
+			code != http.StatusServiceUnavailable {
 			return fmt.Errorf("%d (%w)", code, err)
 		}
 		return nil
@@ -305,8 +346,9 @@ func (p *process) hurry(t *testing.T) {
 	p.end(t, time.Minute)
 }
 
-// The sidecar is stopped while the app works, as it may for so long after it has asked: two apps never work at once. The kubelet
-// does that to a pod that is deleted by force or evicted, and where the sidecar alone is restarted.
+// The sidecar is stopped while the app works, as it may for so long after it has asked: two apps
+// never work at once. The kubelet does that to a pod that is deleted by force or evicted, and where
+// the sidecar alone is restarted.
 func TestLive_SidecarStopsFirst(t *testing.T) {
 	busybox(t)
 	w := newWorld(t, shared.rendered["etcd/one-member"])
@@ -324,7 +366,8 @@ func TestLive_SidecarStopsFirst(t *testing.T) {
 		{name: "can fail, forced", form: "sidecar", forced: true, grace: "0s", overlaps: true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			// It ignores TERM, asks, and works for all but a second of the time that it has. The second is for a busy machine.
+			// It ignores TERM, asks, and works for all but a second of the time that it has. The
+			// second is for a busy machine.
 			tm := timingOf(t, shared.rendered[c.form], "sidecar")
 			script := fmt.Sprintf(`trap '' TERM
 				while :; do
@@ -338,16 +381,19 @@ func TestLive_SidecarStopsFirst(t *testing.T) {
 						sleep 0.05
 					fi
 				done`, (tm.lossGrace - time.Second).Seconds())
-			daemons, apps := w.startPods(shared.rendered[c.form], "sidecar", 2, func(spec *corev1.PodSpec) {
-				app := slices.IndexFunc(spec.Containers, func(c corev1.Container) bool { return c.Name == "app" })
-				spec.Containers[app].Args = []string{script}
+			change := func(spec *corev1.PodSpec) {
+				isApp := func(c corev1.Container) bool { return c.Name == "app" }
+				spec.Containers[slices.IndexFunc(spec.Containers, isApp)].Args = []string{script}
 				if c.grace != "" {
+					grace := corev1.EnvVar{Name: "LEASEHOLD_STOP_GRACE", Value: c.grace}
 					sidecar := leaseholdIn(*spec)
-					sidecar.Env = append(sidecar.Env, corev1.EnvVar{Name: "LEASEHOLD_STOP_GRACE", Value: c.grace})
+					sidecar.Env = append(sidecar.Env, grace)
 				}
-			})
+			}
+			daemons, apps := w.startPods(shared.rendered[c.form], "sidecar", 2, change)
 			app := func(of *process) *process {
-				return apps[slices.IndexFunc(apps, func(a *process) bool { return a.pod == of.pod })]
+				i := slices.IndexFunc(apps, func(a *process) bool { return a.pod == of.pod })
+				return apps[i]
 			}
 			first, others := leader(t, daemons)
 			steps := func(p *process) int { return strings.Count(app(p).out.String(), "from ") }
@@ -375,7 +421,8 @@ func TestLive_SidecarStopsFirst(t *testing.T) {
 				}
 			}
 			if overlap != c.overlaps {
-				t.Errorf("two apps worked at once: %v, want %v: %v and %v", overlap, c.overlaps, app(first).worked(t), app(others[0]).worked(t))
+				t.Errorf("two apps worked at once: %v, want %v: %v and %v",
+					overlap, c.overlaps, app(first).worked(t), app(others[0]).worked(t))
 			}
 			first.end(t, time.Minute)
 			others[0].hurry(t)
@@ -399,12 +446,12 @@ func (p *process) worked(t *testing.T) (steps []interval) {
 	return steps
 }
 
-// What is wrong with a manifest's settings is the termination message of its pod, every fault of it.
+// What is wrong with a manifest's settings is the termination message of its pod: every fault.
 func TestLive_TerminationMessage(t *testing.T) {
 	busybox(t)
 	w := newWorld(t, shared.rendered["etcd"])
 	for app, form := range map[string]string{"wrapper": "wrapper", "sidecar": "sidecar"} {
-		spec := find[appsv1.Deployment](t, shared.rendered[form], "Deployment", app).Spec.Template.Spec
+		spec := find[appsv1.Deployment](t, shared.rendered[form], app).Spec.Template.Spec
 		p := w.pod(app, spec, nil)
 		for _, c := range spec.InitContainers {
 			if c.RestartPolicy == nil {
@@ -415,12 +462,15 @@ func TestLive_TerminationMessage(t *testing.T) {
 		if c.TerminationMessagePolicy != corev1.TerminationMessageFallbackToLogsOnError {
 			t.Errorf("k8s/%s: other endings leave no message: %s", form, c.TerminationMessagePolicy)
 		}
-		c.Env = append(c.Env, corev1.EnvVar{Name: "LEASEHOLD_TLL", Value: "5s"}, corev1.EnvVar{Name: "LEASEHOLD_TTL", Value: "15"})
+		c.Env = append(c.Env,
+			corev1.EnvVar{Name: "LEASEHOLD_TLL", Value: "5s"},
+			corev1.EnvVar{Name: "LEASEHOLD_TTL", Value: "15"})
 		if code := p.start(c).end(t, time.Minute); code != 78 {
 			t.Errorf("k8s/%s: exit code %d, want 78", form, code)
 		}
 		message := string(read(t, filepath.Join(w.dir, app), c.Name+".termination-log"))
-		if !strings.Contains(message, "LEASEHOLD_TLL: unknown variable") || !strings.Contains(message, "LEASEHOLD_TTL: ") {
+		if !strings.Contains(message, "LEASEHOLD_TLL: unknown variable") ||
+			!strings.Contains(message, "LEASEHOLD_TTL: ") {
 			t.Errorf("k8s/%s: termination message %q", form, message)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -21,7 +22,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// What the tests share: a copy of the tree with certificates, what each kustomization renders to, and the programs.
+// What the tests share: a copy of the tree with certificates, what each kustomization renders to,
+// and the programs.
 var shared struct {
 	root      string // of the repository
 	tree      string // a copy of k8s/
@@ -33,7 +35,8 @@ var shared struct {
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
-// What is shared is made before the tests go where there is no road to anywhere: into a network of their own.
+// What is shared is made before the tests go where there is no road to anywhere:
+// into a network of their own.
 const dirVariable = "LEASEHOLD_K8S_TEST"
 
 func run(m *testing.M) int {
@@ -76,8 +79,11 @@ func prepare(dir string) error {
 	if err != nil {
 		return err
 	}
-	for program, source := range map[string]string{"leasehold": ".", "certs": "tools/k8s/certs", "k8s-1.20": "tools/k8s-1.20"} {
-		build := exec.Command("go", "build", "-tags", "grpcnotrace", "-o", filepath.Join(dir, program), ".")
+	for program, source := range map[string]string{
+		"leasehold": ".", "certs": "tools/k8s/certs", "k8s-1.20": "tools/k8s-1.20",
+	} {
+		binary := filepath.Join(dir, program)
+		build := exec.Command("go", "build", "-tags", "grpcnotrace", "-o", binary, ".")
 		build.Dir = filepath.Join(root, source)
 		build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
 		if out, err := build.CombinedOutput(); err != nil {
@@ -133,7 +139,8 @@ func copyTree(from, to string) error {
 func makeCerts(dir, namespace string) error { return runCerts(shared.certs, dir, namespace) }
 
 func runCerts(program, dir, namespace string) error {
-	if out, err := exec.Command(program, "-dir", dir, "-namespace", namespace).CombinedOutput(); err != nil {
+	out, err := exec.Command(program, "-dir", dir, "-namespace", namespace).CombinedOutput()
+	if err != nil {
 		return fmt.Errorf("make certificates: %w\n%s", err, out)
 	}
 	return nil
@@ -150,7 +157,8 @@ func (o object) String() string { return o.kind + " " + o.name }
 
 // render is `kubectl kustomize` of a kubectl of today.
 func render(dir string) ([]object, error) {
-	result, err := krusty.MakeKustomizer(krusty.MakeDefaultOptions()).Run(filesys.MakeFsOnDisk(), dir)
+	kustomize := krusty.MakeKustomizer(krusty.MakeDefaultOptions())
+	result, err := kustomize.Run(filesys.MakeFsOnDisk(), dir)
 	if err != nil {
 		return nil, err
 	}
@@ -174,7 +182,8 @@ func split(text []byte) ([]object, error) {
 			return nil, err
 		}
 		if head.Kind == "Secret" {
-			// kustomize of today breaks base64 into lines. Kubernetes reads that; kubectl-validate does not.
+			// kustomize of today breaks base64 into lines. Kubernetes reads that;
+			// kubectl-validate does not.
 			var secret map[string]any
 			if err := yaml.Unmarshal(document, &secret); err != nil {
 				return nil, err
@@ -198,9 +207,10 @@ func split(text []byte) ([]object, error) {
 	return objects, nil
 }
 
-// find decodes the one object of that kind and name, which must be there.
-func find[T any](t testing.TB, objects []object, kind, name string) *T {
+// find decodes the one object of the type's kind and that name, which must be there.
+func find[T any](t testing.TB, objects []object, name string) *T {
 	t.Helper()
+	kind := reflect.TypeFor[T]().Name()
 	i := slices.IndexFunc(objects, func(o object) bool { return o.kind == kind && o.name == name })
 	if i < 0 {
 		t.Fatalf("there is no %s %s among %v", kind, name, objects)
@@ -212,11 +222,14 @@ func find[T any](t testing.TB, objects []object, kind, name string) *T {
 	return into
 }
 
-// leaseholdIn returns the container that runs the daemon; the init container that copies it does not.
+// leaseholdIn returns the container that runs the daemon. The init container that copies it does
+// not.
 func leaseholdIn(spec corev1.PodSpec) *corev1.Container {
 	for _, list := range [][]corev1.Container{spec.InitContainers, spec.Containers} {
 		for i, c := range list {
-			if slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return strings.HasPrefix(v.Name, "LEASEHOLD_") }) {
+			if slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool {
+				return strings.HasPrefix(v.Name, "LEASEHOLD_")
+			}) {
 				return &list[i]
 			}
 		}
@@ -224,7 +237,8 @@ func leaseholdIn(spec corev1.PodSpec) *corev1.Container {
 	return nil
 }
 
-// environment is what the kubelet makes of a container's env in a pod of that name: what k8s/etcd is asked for is there.
+// environment is what the kubelet makes of a container's env in a pod of that name.
+// What k8s/etcd is asked for is there.
 func environment(t testing.TB, c corev1.Container, pod string, etcd []object) map[string]string {
 	t.Helper()
 	env := map[string]string{}
@@ -235,7 +249,8 @@ func environment(t testing.TB, c corev1.Container, pod string, etcd []object) ma
 		case from.FieldRef != nil && from.FieldRef.FieldPath == "metadata.name":
 			env[v.Name] = pod
 		case from.ConfigMapKeyRef != nil:
-			value, found := find[corev1.ConfigMap](t, etcd, "ConfigMap", from.ConfigMapKeyRef.Name).Data[from.ConfigMapKeyRef.Key]
+			ref := from.ConfigMapKeyRef
+			value, found := find[corev1.ConfigMap](t, etcd, ref.Name).Data[ref.Key]
 			if !found {
 				t.Fatalf("%s of container %s: k8s/etcd has no such key", v.Name, c.Name)
 			}

@@ -34,7 +34,7 @@ import (
 
 // An overlay is something to apply, and what it is for.
 type overlay struct {
-	schemas []string // of which Kubernetes, of those that kubectl-validate has; nothing else is older
+	schemas []string // of these versions of Kubernetes; kubectl-validate has none that is older
 	old     bool     // Kubernetes 1.20 knows all of it
 	bare    bool     // has no PodDisruptionBudget
 }
@@ -53,7 +53,9 @@ var overlays = map[string]overlay{
 }
 
 // Folders that are of no use alone.
-var parts = []string{"certs", "etcd/base", "etcd/pdb", "wrapper/base", "wrapper/pdb", "sidecar/base", "sidecar/pdb"}
+var parts = []string{
+	"certs", "etcd/base", "etcd/pdb", "wrapper/base", "wrapper/pdb", "sidecar/base", "sidecar/pdb",
+}
 
 func eachOverlay(t *testing.T, f func(t *testing.T, o overlay, objects []object)) {
 	for name, o := range overlays {
@@ -80,7 +82,8 @@ func TestManifests_AllAreTested(t *testing.T) {
 // values are what the objects say, in the order of their names.
 func values(t *testing.T, objects []object) (all []any) {
 	t.Helper()
-	for _, o := range slices.SortedFunc(slices.Values(objects), func(a, b object) int { return strings.Compare(a.String(), b.String()) }) {
+	byName := func(a, b object) int { return strings.Compare(a.String(), b.String()) }
+	for _, o := range slices.SortedFunc(slices.Values(objects), byName) {
 		var value any
 		if err := yaml.Unmarshal(o.yaml, &value); err != nil {
 			t.Fatal(err)
@@ -102,8 +105,10 @@ func TestManifests_OldAndNewKustomizeAgree(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if old, today := values(t, objects), values(t, shared.rendered[name]); !reflect.DeepEqual(old, today) {
-			t.Errorf("k8s/%s differs: kustomize 2.0.3 renders\n%v\nthat of today\n%v", name, old, today)
+		old, today := values(t, objects), values(t, shared.rendered[name])
+		if !reflect.DeepEqual(old, today) {
+			t.Errorf("k8s/%s differs: kustomize 2.0.3 renders\n%v\nthat of today\n%v",
+				name, old, today)
 		}
 	}
 }
@@ -118,7 +123,8 @@ func TestManifests_KubectlKustomize(t *testing.T) {
 			continue
 		}
 		if objects, err := split(text); err != nil || len(objects) != len(shared.rendered[name]) {
-			t.Errorf("kubectl kustomize k8s/%s: %d objects (%v), want %d", name, len(objects), err, len(shared.rendered[name]))
+			t.Errorf("kubectl kustomize k8s/%s: %d objects (%v), want %d",
+				name, len(objects), err, len(shared.rendered[name]))
 		}
 	}
 }
@@ -143,7 +149,8 @@ func stderr(err error) string {
 	return err.Error()
 }
 
-var strict = json.NewSerializerWithOptions(json.DefaultMetaFactory, scheme.Scheme, scheme.Scheme, json.SerializerOptions{Yaml: true, Strict: true})
+var strict = json.NewSerializerWithOptions(json.DefaultMetaFactory, scheme.Scheme, scheme.Scheme,
+	json.SerializerOptions{Yaml: true, Strict: true})
 
 func decode(text []byte) (runtime.Object, error) {
 	o, _, err := strict.Decode(text, nil, nil)
@@ -162,7 +169,9 @@ func TestManifests_StrictDecoding(t *testing.T) {
 		}
 	})
 	t.Run("can fail", func(t *testing.T) {
-		for old, bad := range map[string]string{"enableServiceLinks": "enableServiceLink", "replicas: 3": "replicas: three"} {
+		for old, bad := range map[string]string{
+			"enableServiceLinks": "enableServiceLink", "replicas: 3": "replicas: three",
+		} {
 			broken := substitute(t, shared.rendered["wrapper"], "Deployment", old, bad)
 			if _, err := decode(broken); err == nil {
 				t.Errorf("%q in the place of %q was taken", bad, old)
@@ -171,7 +180,8 @@ func TestManifests_StrictDecoding(t *testing.T) {
 	})
 }
 
-// substitute returns the object of that kind with one text in the place of another, which must be there.
+// substitute returns the object of that kind with one text in the place of another, which must be
+// there.
 func substitute(t *testing.T, objects []object, kind, old, replacement string) []byte {
 	t.Helper()
 	i := slices.IndexFunc(objects, func(o object) bool { return o.kind == kind })
@@ -198,25 +208,33 @@ func TestManifests_Kubernetes120(t *testing.T) {
 		}
 	})
 	t.Run("can fail", func(t *testing.T) {
-		for overlay, kind := range map[string]string{"wrapper": "PodDisruptionBudget", "sidecar": "Deployment"} {
-			if err := known(substitute(t, shared.rendered[overlay], kind, "apiVersion", "apiVersion")); err == nil {
-				t.Errorf("the %s of k8s/%s passes for one that Kubernetes 1.20 knows", kind, overlay)
+		for overlay, kind := range map[string]string{
+			"wrapper": "PodDisruptionBudget", "sidecar": "Deployment",
+		} {
+			text := substitute(t, shared.rendered[overlay], kind, "apiVersion", "apiVersion")
+			if err := known(text); err == nil {
+				t.Errorf("the %s of k8s/%s passes for one that Kubernetes 1.20 knows",
+					kind, overlay)
 			}
 		}
 	})
 }
 
-// The pages have this for those who don't want a drain to wait for pods that are not ready. It can't be there by default: the
-// manifests are for 1.21 and newer.
+// The pages have this for those who don't want a drain to wait for pods that are not ready. It
+// can't be there by default: the manifests are for 1.21 and newer.
 func TestManifests_EvictionPolicy(t *testing.T) {
 	for _, app := range []string{"wrapper", "sidecar"} {
-		text := substitute(t, shared.rendered[app], "PodDisruptionBudget", "maxUnavailable: 1\n", "maxUnavailable: 1\n  unhealthyPodEvictionPolicy: AlwaysAllow\n")
+		text := substitute(t, shared.rendered[app], "PodDisruptionBudget",
+			"maxUnavailable: 1\n",
+			"maxUnavailable: 1\n  unhealthyPodEvictionPolicy: AlwaysAllow\n")
 		_, err := decode(text)
 		if err = errors.Join(err, schemaFault("1.27", text)); err != nil {
-			t.Errorf("k8s/%s: Kubernetes 1.27 does not take unhealthyPodEvictionPolicy, and the page says so: %v", app, err)
+			t.Errorf("k8s/%s: Kubernetes 1.27 does not take unhealthyPodEvictionPolicy,"+
+				" and the page says so: %v", app, err)
 		}
 		if schemaFault("1.23", text) == nil {
-			t.Errorf("k8s/%s: Kubernetes 1.23 takes unhealthyPodEvictionPolicy, and the page says that it does not", app)
+			t.Errorf("k8s/%s: Kubernetes 1.23 takes unhealthyPodEvictionPolicy,"+
+				" and the page says that it does not", app)
 		}
 	}
 }
@@ -247,10 +265,13 @@ func TestManifests_Schema(t *testing.T) {
 		}
 	})
 	t.Run("can fail", func(t *testing.T) {
-		if err := schemaFault("1.23", substitute(t, shared.rendered["sidecar"], "Deployment", "apiVersion", "apiVersion")); err == nil {
+		sidecar, wrapper := shared.rendered["sidecar"], shared.rendered["wrapper"]
+		text := substitute(t, sidecar, "Deployment", "apiVersion", "apiVersion")
+		if err := schemaFault("1.23", text); err == nil {
 			t.Error("Kubernetes 1.23 takes a native sidecar")
 		}
-		if err := schemaFault("1.30", substitute(t, shared.rendered["wrapper"], "Deployment", "maxSkew: 1", "maxSkew: one")); err == nil {
+		text = substitute(t, wrapper, "Deployment", "maxSkew: 1", "maxSkew: one")
+		if err := schemaFault("1.30", text); err == nil {
 			t.Error("Kubernetes 1.30 takes a word for a number")
 		}
 	})
@@ -263,9 +284,9 @@ func templates(t *testing.T, objects []object) map[string]corev1.PodTemplateSpec
 	for _, o := range objects {
 		switch o.kind {
 		case "Deployment":
-			pods[o.String()] = find[appsv1.Deployment](t, objects, o.kind, o.name).Spec.Template
+			pods[o.String()] = find[appsv1.Deployment](t, objects, o.name).Spec.Template
 		case "StatefulSet":
-			pods[o.String()] = find[appsv1.StatefulSet](t, objects, o.kind, o.name).Spec.Template
+			pods[o.String()] = find[appsv1.StatefulSet](t, objects, o.name).Spec.Template
 		}
 	}
 	if len(pods) == 0 {
@@ -280,8 +301,9 @@ func restrictedFault(t *testing.T, pod corev1.PodTemplateSpec) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	result := policy.AggregateCheckResults(evaluator.EvaluatePod(
-		api.LevelVersion{Level: api.LevelRestricted, Version: api.LatestVersion()}, &pod.ObjectMeta, &pod.Spec))
+	restricted := api.LevelVersion{Level: api.LevelRestricted, Version: api.LatestVersion()}
+	result := policy.AggregateCheckResults(
+		evaluator.EvaluatePod(restricted, &pod.ObjectMeta, &pod.Spec))
 	if result.Allowed {
 		return ""
 	}
@@ -301,12 +323,15 @@ func TestManifests_PodSecurityRestricted(t *testing.T) {
 			func(p *corev1.PodSpec) { p.SecurityContext.SeccompProfile = nil },
 			func(p *corev1.PodSpec) { p.SecurityContext.RunAsNonRoot = nil },
 			func(p *corev1.PodSpec) { p.InitContainers[0].SecurityContext.Capabilities = nil },
-			func(p *corev1.PodSpec) { p.Containers[0].SecurityContext.AllowPrivilegeEscalation = nil },
 			func(p *corev1.PodSpec) {
-				p.Volumes[0].VolumeSource = corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/"}}
+				p.Containers[0].SecurityContext.AllowPrivilegeEscalation = nil
+			},
+			func(p *corev1.PodSpec) {
+				root := &corev1.HostPathVolumeSource{Path: "/"}
+				p.Volumes[0].VolumeSource = corev1.VolumeSource{HostPath: root}
 			},
 		} {
-			pod := find[appsv1.Deployment](t, shared.rendered["wrapper"], "Deployment", "wrapper").Spec.Template
+			pod := find[appsv1.Deployment](t, shared.rendered["wrapper"], "wrapper").Spec.Template
 			spoil(&pod.Spec)
 			if restrictedFault(t, pod) == "" {
 				t.Error("a pod that is not restricted passes")
@@ -317,7 +342,9 @@ func TestManifests_PodSecurityRestricted(t *testing.T) {
 
 // podFaults says what is wrong with a pod by our own rules, which no library has.
 func podFaults(pod corev1.PodTemplateSpec) (faults []string) {
-	add := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
+	add := func(format string, args ...any) {
+		faults = append(faults, fmt.Sprintf(format, args...))
+	}
 	spec := pod.Spec
 	if spec.AutomountServiceAccountToken == nil || *spec.AutomountServiceAccountToken {
 		add("it gets a service account token")
@@ -334,7 +361,8 @@ func podFaults(pod corev1.PodTemplateSpec) (faults []string) {
 		}
 	}
 	for _, c := range slices.Concat(spec.InitContainers, spec.Containers) {
-		if s := c.SecurityContext; s == nil || s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem {
+		s := c.SecurityContext
+		if s == nil || s.ReadOnlyRootFilesystem == nil || !*s.ReadOnlyRootFilesystem {
 			add("container %s can write to its root", c.Name)
 		}
 		for _, v := range c.Env {
@@ -361,14 +389,15 @@ func TestManifests_Pods(t *testing.T) {
 				t.Errorf("%s: %s", name, fault)
 			}
 			app := pod.Labels["app.kubernetes.io/name"]
-			netpol := find[networkingv1.NetworkPolicy](t, objects, "NetworkPolicy", app)
+			netpol := find[networkingv1.NetworkPolicy](t, objects, app)
 			if !selects(&netpol.Spec.PodSelector, pod.Labels) {
 				t.Errorf("%s: the NetworkPolicy is for other pods", name)
 			}
 			if overlay.bare {
 				continue
 			}
-			if pdb := find[policyv1.PodDisruptionBudget](t, objects, "PodDisruptionBudget", app); !selects(pdb.Spec.Selector, pod.Labels) {
+			pdb := find[policyv1.PodDisruptionBudget](t, objects, app)
+			if !selects(pdb.Spec.Selector, pod.Labels) {
 				t.Errorf("%s: the PodDisruptionBudget is for other pods", name)
 			}
 		}
@@ -380,14 +409,16 @@ func TestManifests_Pods(t *testing.T) {
 			func(p *corev1.PodTemplateSpec) { p.Spec.EnableServiceLinks = &yes },
 			func(p *corev1.PodTemplateSpec) { p.Spec.TopologySpreadConstraints = nil },
 			func(p *corev1.PodTemplateSpec) { p.Labels = nil },
-			func(p *corev1.PodTemplateSpec) { p.Spec.Containers[0].SecurityContext.ReadOnlyRootFilesystem = nil },
 			func(p *corev1.PodTemplateSpec) {
-				p.Spec.Containers[0].Env = append(p.Spec.Containers[0].Env, corev1.EnvVar{
-					Name: "LEASEHOLD_PASSWORD", ValueFrom: &corev1.EnvVarSource{SecretKeyRef: &corev1.SecretKeySelector{}},
-				})
+				p.Spec.Containers[0].SecurityContext.ReadOnlyRootFilesystem = nil
+			},
+			func(p *corev1.PodTemplateSpec) {
+				secret := &corev1.EnvVarSource{SecretKeyRef: &corev1.SecretKeySelector{}}
+				c := &p.Spec.Containers[0]
+				c.Env = append(c.Env, corev1.EnvVar{Name: "LEASEHOLD_PASSWORD", ValueFrom: secret})
 			},
 		} {
-			pod := find[appsv1.Deployment](t, shared.rendered["wrapper"], "Deployment", "wrapper").Spec.Template
+			pod := find[appsv1.Deployment](t, shared.rendered["wrapper"], "wrapper").Spec.Template
 			spoil(&pod)
 			if len(podFaults(pod)) == 0 {
 				t.Error("a pod that breaks a rule passes")
@@ -396,35 +427,43 @@ func TestManifests_Pods(t *testing.T) {
 	})
 }
 
-// The rule that the pages give for a port of the reader's own lets everybody in there, and 4040 stays as it was.
+// The rule that the pages give for a port of the reader's own lets everybody in there,
+// and 4040 stays as it was.
 func TestManifests_PortsOfOnesOwn(t *testing.T) {
 	const rule = "- ports: [{protocol: TCP, port: 8080}]"
 	for _, app := range []string{"wrapper", "sidecar"} {
-		if page := read(t, filepath.Join(shared.root, "docs"), "kubernetes-"+app+".md"); !strings.Contains(string(page), "`"+rule+"`") {
+		page := read(t, filepath.Join(shared.root, "docs"), "kubernetes-"+app+".md")
+		if !strings.Contains(string(page), "`"+rule+"`") {
 			t.Errorf("docs/kubernetes-%s.md does not have the rule %s", app, rule)
 		}
 		text := string(read(t, filepath.Join(shared.tree, app, "base"), "network-policy.yaml"))
-		o, err := decode([]byte(strings.Replace(text, "  ingress:\n", "  ingress:\n  "+rule+"\n", 1)))
+		text = strings.Replace(text, "  ingress:\n", "  ingress:\n  "+rule+"\n", 1)
+		o, err := decode([]byte(text))
 		if err != nil {
 			t.Fatal(err)
 		}
-		before := find[networkingv1.NetworkPolicy](t, shared.rendered[app], "NetworkPolicy", app).Spec.Ingress
+		before := find[networkingv1.NetworkPolicy](t, shared.rendered[app], app).Spec.Ingress
 		ingress := o.(*networkingv1.NetworkPolicy).Spec.Ingress
-		if len(ingress) != len(before)+1 || ingress[0].Ports[0].Port.IntValue() != 8080 || len(ingress[0].From) > 0 || !reflect.DeepEqual(ingress[1:], before) {
+		if len(ingress) != len(before)+1 || !reflect.DeepEqual(ingress[1:], before) ||
+			ingress[0].Ports[0].Port.IntValue() != 8080 || len(ingress[0].From) > 0 {
 			t.Errorf("k8s/%s: with that rule the NetworkPolicy lets in %+v", app, ingress)
 		}
 	}
 }
 
-// An etcd of another chart in the same namespace bears the same name, and is not ours to route to, count or shut off.
+// An etcd of another chart in the same namespace bears the same name, and is not ours to
+// route to, count or shut off.
 func TestManifests_EtcdOfOthers(t *testing.T) {
 	etcd := shared.rendered["etcd"]
-	set := find[appsv1.StatefulSet](t, etcd, "StatefulSet", "etcd").Spec
-	netpol := find[networkingv1.NetworkPolicy](t, etcd, "NetworkPolicy", "etcd").Spec
+	set := find[appsv1.StatefulSet](t, etcd, "etcd").Spec
+	netpol := find[networkingv1.NetworkPolicy](t, etcd, "etcd").Spec
+	theirs := map[string]string{
+		"app.kubernetes.io/name": "etcd", "app.kubernetes.io/instance": "theirs",
+	}
 	selectors := map[string]*metav1.LabelSelector{
-		"Service":             {MatchLabels: find[corev1.Service](t, etcd, "Service", "etcd").Spec.Selector},
+		"Service":             {MatchLabels: find[corev1.Service](t, etcd, "etcd").Spec.Selector},
 		"StatefulSet":         set.Selector,
-		"PodDisruptionBudget": find[policyv1.PodDisruptionBudget](t, etcd, "PodDisruptionBudget", "etcd").Spec.Selector,
+		"PodDisruptionBudget": find[policyv1.PodDisruptionBudget](t, etcd, "etcd").Spec.Selector,
 		"NetworkPolicy":       &netpol.PodSelector,
 		"rule for peers in":   netpol.Ingress[1].From[0].PodSelector,
 		"rule for peers out":  netpol.Egress[0].To[0].PodSelector,
@@ -436,15 +475,16 @@ func TestManifests_EtcdOfOthers(t *testing.T) {
 		if !selects(selector, set.Template.Labels) {
 			t.Errorf("%s: it does not select our own members", what)
 		}
-		if selects(selector, map[string]string{"app.kubernetes.io/name": "etcd", "app.kubernetes.io/instance": "theirs"}) {
+		if selects(selector, theirs) {
 			t.Errorf("%s: it selects an etcd that is not ours", what)
 		}
 	}
 }
 
-// A Service's port is not the one that a NetworkPolicy sees: behind 53 the DNS of OpenShift listens on 5353.
+// A Service's port is not the one that a NetworkPolicy sees: behind 53 the DNS of
+// OpenShift listens on 5353.
 func TestManifests_EtcdReachesDNS(t *testing.T) {
-	netpol := find[networkingv1.NetworkPolicy](t, shared.rendered["etcd"], "NetworkPolicy", "etcd")
+	netpol := find[networkingv1.NetworkPolicy](t, shared.rendered["etcd"], "etcd")
 	var open []string
 	for _, rule := range netpol.Spec.Egress {
 		for _, port := range rule.Ports {
@@ -460,31 +500,37 @@ func TestManifests_EtcdReachesDNS(t *testing.T) {
 	}
 }
 
-// Only who bears the label that k8s/etcd's NetworkPolicy asks for, and has the Secret, gets through to etcd.
+// Only who bears the label that k8s/etcd's NetworkPolicy asks for, and has the
+// Secret, gets through to etcd.
 func TestManifests_ClientsReachEtcd(t *testing.T) {
 	etcd := shared.rendered["etcd"]
-	netpol := find[networkingv1.NetworkPolicy](t, etcd, "NetworkPolicy", "etcd")
+	netpol := find[networkingv1.NetworkPolicy](t, etcd, "etcd")
+	elsewhere := map[string]string{"kubernetes.io/metadata.name": "elsewhere"}
 	for name := range overlays {
 		app, _, _ := strings.Cut(name, "/")
 		if app == "etcd" {
 			continue
 		}
-		pod := find[appsv1.Deployment](t, shared.rendered[name], "Deployment", app).Spec.Template
+		pod := find[appsv1.Deployment](t, shared.rendered[name], app).Spec.Template
 		from := netpol.Spec.Ingress[0].From[0]
 		if !selects(from.PodSelector, pod.Labels) {
 			t.Errorf("k8s/%s: the NetworkPolicy of k8s/etcd shuts its pods out", name)
 		}
 		// No selector at all means its own namespace alone.
-		if from.NamespaceSelector == nil || !selects(from.NamespaceSelector, map[string]string{"kubernetes.io/metadata.name": "elsewhere"}) {
-			t.Errorf("k8s/%s: the NetworkPolicy of k8s/etcd shuts out its pods in other namespaces", name)
+		if from.NamespaceSelector == nil || !selects(from.NamespaceSelector, elsewhere) {
+			t.Errorf("k8s/%s: the NetworkPolicy of k8s/etcd shuts out its pods in other namespaces",
+				name)
 		}
 		c := leaseholdIn(pod.Spec)
-		i := slices.IndexFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Secret != nil })
-		secret := find[corev1.Secret](t, etcd, "Secret", pod.Spec.Volumes[i].Secret.SecretName)
-		for variable, file := range map[string]string{"CA": "ca.crt", "CERT": "tls.crt", "KEY": "tls.key"} {
+		volumes := pod.Spec.Volumes
+		i := slices.IndexFunc(volumes, func(v corev1.Volume) bool { return v.Secret != nil })
+		secret := find[corev1.Secret](t, etcd, volumes[i].Secret.SecretName)
+		for variable, file := range map[string]string{
+			"CA": "ca.crt", "CERT": "tls.crt", "KEY": "tls.key",
+		} {
 			path := environment(t, *c, "pod", etcd)["LEASEHOLD_TLS_"+variable+"_FILE"]
 			mounted := slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool {
-				return m.Name == pod.Spec.Volumes[i].Name && filepath.Join(m.MountPath, file) == path
+				return m.Name == volumes[i].Name && filepath.Join(m.MountPath, file) == path
 			})
 			if !mounted || len(secret.Data[file]) == 0 {
 				t.Errorf("k8s/%s: %s is no file of the Secret", name, path)
@@ -504,7 +550,7 @@ type timing struct {
 
 func timingOf(t *testing.T, objects []object, app string) timing {
 	t.Helper()
-	deployment := find[appsv1.Deployment](t, objects, "Deployment", app)
+	deployment := find[appsv1.Deployment](t, objects, app)
 	spec := deployment.Spec.Template.Spec
 	c := leaseholdIn(spec)
 	env := environment(t, *c, "pod", shared.rendered["etcd"])
@@ -519,28 +565,37 @@ func timingOf(t *testing.T, objects []object, app string) timing {
 		return d
 	}
 	tm := timing{
-		ttl: seconds("LEASEHOLD_TTL", 15*time.Second), stopGrace: seconds("LEASEHOLD_STOP_GRACE", 10*time.Second),
-		podGrace: time.Duration(*spec.TerminationGracePeriodSeconds) * time.Second,
-		liveness: c.LivenessProbe, readiness: c.ReadinessProbe, strategy: deployment.Spec.Strategy,
-		pdb:    slices.ContainsFunc(objects, func(o object) bool { return o.kind == "PodDisruptionBudget" }),
+		ttl:       seconds("LEASEHOLD_TTL", 15*time.Second),
+		stopGrace: seconds("LEASEHOLD_STOP_GRACE", 10*time.Second),
+		podGrace:  time.Duration(*spec.TerminationGracePeriodSeconds) * time.Second,
+		liveness:  c.LivenessProbe, readiness: c.ReadinessProbe, strategy: deployment.Spec.Strategy,
+		pdb: slices.ContainsFunc(objects, func(o object) bool {
+			return o.kind == "PodDisruptionBudget"
+		}),
 		native: c.RestartPolicy != nil, elect: slices.Equal(c.Args, []string{"elect"}),
 	}
 	tm.lossGrace = seconds("LEASEHOLD_LOSS_GRACE", tm.ttl/5)
+	sleep := regexp.MustCompile(`(?m)^\s*sleep ([0-9.]+) &`)
 	for _, other := range spec.Containers {
-		if pause := regexp.MustCompile(`(?m)^\s*sleep ([0-9.]+) &`).FindStringSubmatch(strings.Join(other.Args, "\n")); pause != nil {
+		pause := sleep.FindStringSubmatch(strings.Join(other.Args, "\n"))
+		if pause != nil {
 			tm.poll, _ = time.ParseDuration(pause[1] + "s")
 		}
 	}
 	if env["LEASEHOLD_LISTEN"] != ":4040" || env["LEASEHOLD_IDENTITY"] != "pod" {
-		t.Errorf("it listens on %q as %q, want :4040 and the pod's name", env["LEASEHOLD_LISTEN"], env["LEASEHOLD_IDENTITY"])
+		t.Errorf("it listens on %q as %q, want :4040 and the pod's name",
+			env["LEASEHOLD_LISTEN"], env["LEASEHOLD_IDENTITY"])
 	}
 	return tm
 }
 
 func (tm timing) faults() (faults []string) {
-	add := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
+	add := func(format string, args ...any) {
+		faults = append(faults, fmt.Sprintf(format, args...))
+	}
 	budget := func(what, path string, p *corev1.Probe) time.Duration {
-		if p == nil || p.HTTPGet == nil || p.HTTPGet.Path != path || p.HTTPGet.Port.String() != "leasehold" {
+		if p == nil || p.HTTPGet == nil || p.HTTPGet.Path != path ||
+			p.HTTPGet.Port.String() != "leasehold" {
 			add("no %s probe asks %s", what, path)
 			return 0
 		}
@@ -550,13 +605,18 @@ func (tm timing) faults() (faults []string) {
 		return time.Duration(p.PeriodSeconds*p.FailureThreshold) * time.Second
 	}
 	if b := budget("liveness", "/livez", tm.liveness); b <= tm.ttl {
-		add("liveness is given up after %v, before the daemon's own deadlines within %v have ended what hangs", b, tm.ttl)
+		add("liveness is given up after %v, "+
+			"before the daemon's own deadlines within %v have ended what hangs", b, tm.ttl)
 	}
 	path := "/readyz"
-	if tm.readiness != nil && tm.readiness.HTTPGet != nil && tm.readiness.HTTPGet.Path == "/leader" {
+	if tm.readiness != nil && tm.readiness.HTTPGet != nil &&
+		tm.readiness.HTTPGet.Path == "/leader" {
 		path = "/leader"
-		// A Deployment replaces so many pods at once as may be unavailable; all but the leader always are.
-		if r := tm.strategy.RollingUpdate; tm.strategy.Type != appsv1.RecreateDeploymentStrategyType && (r == nil || r.MaxUnavailable.String() != "100%") {
+		// A Deployment replaces so many pods at once as may be unavailable; all but
+		// the leader always are.
+		recreate := tm.strategy.Type == appsv1.RecreateDeploymentStrategyType
+		r := tm.strategy.RollingUpdate
+		if !recreate && (r == nil || r.MaxUnavailable.String() != "100%") {
 			add("only the leader is ready, and a rolling update waits for others to be")
 		}
 		if tm.pdb {
@@ -566,7 +626,8 @@ func (tm timing) faults() (faults []string) {
 	if b := budget("readiness", path, tm.readiness); b > tm.ttl {
 		add("readiness is given up after %v, later than a TTL (%v)", b, tm.ttl)
 	}
-	// A planned stop ends with the job's death, and the revoke, which is bounded by a fifth of the TTL. The rest is for a slow node.
+	// A planned stop ends with the job's death, and the revoke, which is bounded by a fifth of the
+	// TTL. The rest is for a slow node.
 	need := max(tm.stopGrace, tm.lossGrace) + tm.ttl/5 + 5*time.Second
 	if tm.native { // It is stopped after the app, which may finish its step.
 		need += tm.lossGrace
@@ -579,7 +640,8 @@ func (tm timing) faults() (faults []string) {
 		add("the app asks every %v, and has to be done within %v of asking", tm.poll, tm.lossGrace)
 	}
 	if tm.elect && tm.stopGrace < tm.lossGrace {
-		add("the app may work for %v after it has asked, and the lease is given back %v after the stop", tm.lossGrace, tm.stopGrace)
+		add("the app may work for %v after it has asked, "+
+			"and the lease is given back %v after the stop", tm.lossGrace, tm.stopGrace)
 	}
 	return faults
 }
@@ -605,10 +667,12 @@ func TestManifests_Timing(t *testing.T) {
 		"the liveness probe times out": func(tm *timing) { tm.liveness.TimeoutSeconds = 60 },
 		"a rolling update waits":       func(tm *timing) { tm.readiness.HTTPGet.Path = "/leader" },
 		"lets no node be drained":      func(tm *timing) { tm.readiness.HTTPGet.Path = "/leader" },
-		"needs 21s":                    func(tm *timing) { tm.native, tm.podGrace = true, 20*time.Second },
-		"the app asks every 0s":        func(tm *timing) { tm.elect = true },
-		"the app asks every 4s":        func(tm *timing) { tm.elect, tm.poll = true, 4*time.Second },
-		"given back 2s after":          func(tm *timing) { tm.elect, tm.stopGrace = true, 2*time.Second },
+		"needs 21s": func(tm *timing) {
+			tm.native, tm.podGrace = true, 20*time.Second
+		},
+		"the app asks every 0s": func(tm *timing) { tm.elect = true },
+		"the app asks every 4s": func(tm *timing) { tm.elect, tm.poll = true, 4*time.Second },
+		"given back 2s after":   func(tm *timing) { tm.elect, tm.stopGrace = true, 2*time.Second },
 	} {
 		tm := timingOf(t, shared.rendered["wrapper"], "wrapper")
 		spoil(&tm)

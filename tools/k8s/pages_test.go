@@ -22,8 +22,9 @@ import (
 
 var block = regexp.MustCompile("(?ms)^```sh\n(.*?)^```$")
 
-// Each command of the pages is run here, in their order and in a copy of the tree, as far as it needs no cluster: what would be
-// applied is rendered by the real kubectl and has to pass the checks. `make e2e-k8s` runs the same commands in a cluster.
+// Each command of the pages is run here, in their order and in a copy of the tree, as far as it
+// needs no cluster: what would be applied is rendered by the real kubectl and has to pass the
+// checks. `make e2e-k8s` runs the same commands in a cluster.
 func TestPages_Commands(t *testing.T) {
 	kubectl := needs(t, "kubectl")
 	for _, page := range []string{"kubernetes-wrapper.md", "kubernetes-sidecar.md"} {
@@ -38,13 +39,18 @@ func TestPages_Commands(t *testing.T) {
 			}
 			tree, dir := t.TempDir(), t.TempDir()
 			asked, old := filepath.Join(dir, "asked"), filepath.Join(dir, "old")
-			if err := copyTree(filepath.Join(shared.root, "k8s"), filepath.Join(tree, "k8s")); err != nil {
+			err = copyTree(filepath.Join(shared.root, "k8s"), filepath.Join(tree, "k8s"))
+			if err != nil {
 				t.Fatal(err)
 			}
 			// What make k8s-certs needs of the tree.
-			for _, file := range []string{"Makefile", "go.mod", "go.sum", "tools/k8s/go.mod", "tools/k8s/go.sum", "tools/k8s/certs/main.go"} {
+			for _, file := range []string{
+				"Makefile", "go.mod", "go.sum", "tools/k8s/go.mod", "tools/k8s/go.sum",
+				"tools/k8s/certs/main.go",
+			} {
 				to := filepath.Join(tree, file)
-				err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, read(t, shared.root, file), 0o644))
+				err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755),
+					os.WriteFile(to, read(t, shared.root, file), 0o644))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -74,12 +80,15 @@ kubectl() {
 			}
 
 			// As the page says for clients of other namespaces.
-			if out, err := exec.Command("make", "-C", tree, "k8s-certs", "NAMESPACE=mine").CombinedOutput(); err != nil {
+			remake := exec.Command("make", "-C", tree, "k8s-certs", "NAMESPACE=mine")
+			if out, err := remake.CombinedOutput(); err != nil {
 				t.Fatalf("make k8s-certs NAMESPACE=mine: %v\n%s", err, out)
 			}
 			block, _ := pem.Decode(read(t, filepath.Join(tree, "k8s/certs"), "server.crt"))
-			if server, err := x509.ParseCertificate(block.Bytes); err != nil || server.VerifyHostname("etcd-0.etcd.mine") != nil {
-				t.Errorf("make k8s-certs NAMESPACE=mine: the server's certificate is not for etcd-0.etcd.mine (%v)", err)
+			server, err := x509.ParseCertificate(block.Bytes)
+			if err != nil || server.VerifyHostname("etcd-0.etcd.mine") != nil {
+				t.Errorf("make k8s-certs NAMESPACE=mine: "+
+					"the server's certificate is not for etcd-0.etcd.mine (%v)", err)
 			}
 
 			applied, err := filepath.Glob(asked + ".*")
@@ -98,12 +107,14 @@ kubectl() {
 					t.Fatal(err)
 				}
 				// kubectl 1.20 makes the same of what the page has the reader write.
-				before, err := split(read(t, dir, strings.Replace(filepath.Base(file), "asked", "old", 1)))
+				old := strings.Replace(filepath.Base(file), "asked", "old", 1)
+				before, err := split(read(t, dir, old))
 				if err != nil {
 					t.Fatal(err)
 				}
-				if old, today := values(t, before), values(t, objects); !reflect.DeepEqual(old, today) {
-					t.Errorf("kustomize 2.0.3 renders\n%v\nthat of today\n%v", old, today)
+				was, is := values(t, before), values(t, objects)
+				if !reflect.DeepEqual(was, is) {
+					t.Errorf("kustomize 2.0.3 renders\n%v\nthat of today\n%v", was, is)
 				}
 				for _, o := range objects {
 					if _, err := decode(o.yaml); err != nil {
@@ -116,23 +127,30 @@ kubectl() {
 					}
 				}
 				all = append(all, objects...)
-				// Rolled into another election, old and new pods would each have a leader; and what is the reader's own stays.
+				// Rolled into another election, old and new pods would each have a leader; and what
+				// is the reader's own stays.
 				for name, pod := range templates(t, objects) {
 					c := leaseholdIn(pod.Spec)
 					if c == nil {
 						continue
 					}
-					election := environment(t, *c, "pod", shared.rendered["etcd"])["LEASEHOLD_ELECTION"]
+					env := environment(t, *c, "pod", shared.rendered["etcd"])
+					election := env["LEASEHOLD_ELECTION"]
 					if before, found := elections[name]; found && before != election {
-						t.Errorf("%s is rolled from the election %s into %s: two jobs at once", name, before, election)
+						t.Errorf("%s is rolled from the election %s into %s: two jobs at once",
+							name, before, election)
 					}
-					if before := last[name]; before != nil && strings.Contains(before.Image, "debian") && (c.Image != before.Image || !slices.Equal(c.Args, before.Args)) {
-						t.Errorf("%s: the reader's job %s %q is rolled back to %s %q", name, before.Image, before.Args, c.Image, c.Args)
+					before := last[name]
+					if before != nil && strings.Contains(before.Image, "debian") &&
+						(c.Image != before.Image || !slices.Equal(c.Args, before.Args)) {
+						t.Errorf("%s: the reader's job %s %q is rolled back to %s %q",
+							name, before.Image, before.Args, c.Image, c.Args)
 					}
 					elections[name], last[name] = election, c
 				}
 			}
-			// What is asked of a Deployment is asked of one that was applied, and of a container that it has.
+			// What is asked of a Deployment is asked of one that was applied, and
+			// of a container that it has.
 			lines, err := os.ReadFile(asked)
 			if err != nil {
 				t.Fatal(err)
@@ -141,9 +159,10 @@ kubectl() {
 				words := strings.Fields(line)
 				for i, word := range words {
 					if name, found := strings.CutPrefix(word, "deployment/"); found {
-						spec := find[appsv1.Deployment](t, all, "Deployment", name).Spec.Template.Spec
+						spec := find[appsv1.Deployment](t, all, name).Spec.Template.Spec
 						if words[0] == "exec" && leaseholdIn(spec).Name != words[i+2] {
-							t.Errorf("%q: leasehold is in container %s", line, leaseholdIn(spec).Name)
+							t.Errorf("%q: leasehold is in container %s",
+								line, leaseholdIn(spec).Name)
 						}
 					}
 				}

@@ -24,9 +24,10 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// A world stands in for a Kubernetes cluster: each pod is a node of a network, with an address of its own, and each of its
-// containers a process that has the manifest's command, environment, files, user and privileges. What a container sees as its
-// root is that of this machine, to read, with the image's few programs in it.
+// A world stands in for a Kubernetes cluster: each pod is a node of a network, with an address of
+// its own, and each of its containers a process that has the manifest's command, environment,
+// files, user and privileges. What a container sees as its root is that of this machine, to read,
+// with the image's few programs in it.
 type world struct {
 	t       *testing.T
 	network *harness.Network
@@ -52,7 +53,10 @@ func newWorld(t *testing.T, etcd []object) *world {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	return &world{t: t, network: network, dir: dir, etcd: tools, hosts: map[string]string{}, configs: etcd}
+	return &world{
+		t: t, network: network, dir: dir, etcd: tools,
+		hosts: map[string]string{}, configs: etcd,
+	}
 }
 
 // A pod is one of a Deployment or StatefulSet.
@@ -76,7 +80,9 @@ func (w *world) pod(name string, spec corev1.PodSpec, claims []corev1.Persistent
 	p := &pod{world: w, name: name, node: node, spec: spec, volumes: map[string]string{}}
 	folder := func(volume string) string {
 		path := filepath.Join(w.dir, name, volume)
-		if err := errors.Join(os.MkdirAll(path, 0o755), os.Chown(path, 0, uid), os.Chmod(path, 0o2775)); err != nil {
+		err := errors.Join(
+			os.MkdirAll(path, 0o755), os.Chown(path, 0, uid), os.Chmod(path, 0o2775))
+		if err != nil {
 			w.t.Fatal(err)
 		}
 		p.volumes[volume] = path
@@ -97,12 +103,16 @@ func (w *world) pod(name string, spec corev1.PodSpec, claims []corev1.Persistent
 	return p
 }
 
-// mountSecret writes a Secret's files, as the kubelet does with an fsGroup; it replaces them where they are.
+// mountSecret writes a Secret's files, as the kubelet does with an fsGroup; it
+// replaces them where they are.
 func (w *world) mountSecret(path string, source *corev1.SecretVolumeSource) {
 	w.t.Helper()
-	for file, data := range find[corev1.Secret](w.t, w.configs, "Secret", source.SecretName).Data {
+	for file, data := range find[corev1.Secret](w.t, w.configs, source.SecretName).Data {
 		file = filepath.Join(path, file)
-		err := errors.Join(os.WriteFile(file+".new", data, os.FileMode(*source.DefaultMode)), os.Chown(file+".new", 0, uid), os.Rename(file+".new", file))
+		err := errors.Join(
+			os.WriteFile(file+".new", data, os.FileMode(*source.DefaultMode)),
+			os.Chown(file+".new", 0, uid),
+			os.Rename(file+".new", file))
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -155,13 +165,18 @@ func (p *pod) start(c corev1.Container) *process {
 	}
 	script := w.container(p, c)
 	setpriv := []string{
-		"chroot", "/mnt/root", "/usr/bin/setpriv", fmt.Sprint("--reuid=", *p.spec.SecurityContext.RunAsUser),
-		fmt.Sprint("--regid=", *p.spec.SecurityContext.RunAsGroup), fmt.Sprint("--groups=", *p.spec.SecurityContext.FSGroup),
+		"chroot", "/mnt/root", "/usr/bin/setpriv",
+		fmt.Sprint("--reuid=", *p.spec.SecurityContext.RunAsUser),
+		fmt.Sprint("--regid=", *p.spec.SecurityContext.RunAsGroup),
+		fmt.Sprint("--groups=", *p.spec.SecurityContext.FSGroup),
 		"--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "/usr/bin/env", "-i",
 	}
-	args := append([]string{"--mount", "--propagation=private", "sh", "-ec", script, "sh"}, setpriv...)
-	args = append(append(args, list(env)...), command...)
-	proc := &process{Cmd: exec.Command("unshare", args...), pod: p, spec: c, out: &output{}, ended: make(chan struct{})}
+	unshare := []string{"--mount", "--propagation=private", "sh", "-ec", script, "sh"}
+	args := slices.Concat(unshare, setpriv, list(env), command)
+	proc := &process{
+		Cmd: exec.Command("unshare", args...), pod: p, spec: c,
+		out: &output{}, ended: make(chan struct{}),
+	}
 	proc.Stdout, proc.Stderr = proc.out, proc.out
 	proc.WaitDelay = 100 * time.Millisecond
 	proc.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
@@ -185,7 +200,8 @@ func (p *pod) start(c corev1.Container) *process {
 	return proc
 }
 
-// container makes a container's root out of this machine's own, in a mount namespace that ends with it.
+// container makes a container's root out of this machine's own, in a mount
+// namespace that ends with it.
 func (w *world) container(p *pod, c corev1.Container) string {
 	var hosts strings.Builder
 	hosts.WriteString("127.0.0.1 localhost\n")
@@ -199,7 +215,8 @@ func (w *world) container(p *pod, c corev1.Container) string {
 	line("cd /mnt/root")
 	line("for d in proc sys; do mount --rbind /$d $d; done")
 	line("mount -t tmpfs -o mode=755 tmpfs dev")
-	line("for d in null zero full random urandom; do touch dev/$d; mount --bind /dev/$d dev/$d; done")
+	line("for d in null zero full random urandom; " +
+		"do touch dev/$d; mount --bind /dev/$d dev/$d; done")
 	line("touch dev/termination-log; mount --bind %s dev/termination-log", p.lastWords(c))
 	line("printf %%s '%s' >etc/hosts; echo 'hosts: files' >etc/nsswitch.conf", hosts.String())
 	install := func(program, at string) {
@@ -215,7 +232,7 @@ func (w *world) container(p *pod, c corev1.Container) string {
 	default:
 		w.t.Fatalf("image %s is not one that this test has", c.Image)
 	}
-	if c.SecurityContext.ReadOnlyRootFilesystem == nil || !*c.SecurityContext.ReadOnlyRootFilesystem {
+	if readOnly := c.SecurityContext.ReadOnlyRootFilesystem; readOnly == nil || !*readOnly {
 		w.t.Fatal("a root to write to is not what this test makes")
 	}
 	for _, m := range c.VolumeMounts {
@@ -287,7 +304,9 @@ func (p *process) probe(probe *corev1.Probe) error {
 }
 
 func (p *process) get(port int, path string) (int, error) {
-	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := http.Client{
+		Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true},
+	}
 	resp, err := client.Get(fmt.Sprintf("http://%s:%d%s", p.pod.node.Addr, port, path))
 	if err != nil {
 		return 0, err
@@ -314,17 +333,20 @@ func (w *world) startEtcd() []*process {
 		started = append(started, m.start(m.spec.Containers[0]))
 	}
 	for _, m := range started {
-		until(w.t, m.pod.name+" to be ready", func() error { return m.probe(m.spec.ReadinessProbe) })
+		until(w.t, m.pod.name+" to be ready", func() error {
+			return m.probe(m.spec.ReadinessProbe)
+		})
 	}
 	return started
 }
 
 func (w *world) etcdPods() []*pod {
 	w.t.Helper()
-	set := find[appsv1.StatefulSet](w.t, w.configs, "StatefulSet", "etcd")
+	set := find[appsv1.StatefulSet](w.t, w.configs, "etcd")
 	var pods []*pod
 	for i := range *set.Spec.Replicas {
-		p := w.pod(fmt.Sprintf("%s-%d", set.Name, i), set.Spec.Template.Spec, set.Spec.VolumeClaimTemplates)
+		name := fmt.Sprintf("%s-%d", set.Name, i)
+		p := w.pod(name, set.Spec.Template.Spec, set.Spec.VolumeClaimTemplates)
 		w.hosts[p.name+"."+set.Spec.ServiceName] = p.node.Addr
 		pods = append(pods, p)
 	}

@@ -22,22 +22,26 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// judge has the daemon read the settings of a manifest and returns its exit code and what it said. It is given a command that
-// does not exist, or no time to be elected: what it does with good settings ends at once.
+// judge has the daemon read the settings of a manifest and returns its exit code and what it
+// said. It is given a command that does not exist, or no time to be elected: what it does with
+// good settings ends at once.
 func judge(t *testing.T, overlay string, changes map[string]string) (code int, said string) {
 	t.Helper()
 	app, _, _ := strings.Cut(overlay, "/")
 	etcd := shared.rendered["etcd"]
-	pod := find[appsv1.Deployment](t, shared.rendered[overlay], "Deployment", app).Spec.Template.Spec
+	pod := find[appsv1.Deployment](t, shared.rendered[overlay], app).Spec.Template.Spec
 	c := leaseholdIn(pod)
 	env := environment(t, *c, app+"-7d4b9c6f5-x2x7k", etcd)
 	for _, m := range c.VolumeMounts {
-		i := slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool { return v.Name == m.Name && v.Secret != nil })
+		i := slices.IndexFunc(pod.Volumes, func(v corev1.Volume) bool {
+			return v.Name == m.Name && v.Secret != nil
+		})
 		if i < 0 {
 			continue
 		}
 		dir := t.TempDir()
-		for file, data := range find[corev1.Secret](t, etcd, "Secret", pod.Volumes[i].Secret.SecretName).Data {
+		secret := find[corev1.Secret](t, etcd, pod.Volumes[i].Secret.SecretName)
+		for file, data := range secret.Data {
 			if err := os.WriteFile(filepath.Join(dir, file), data, 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -66,7 +70,8 @@ func judge(t *testing.T, overlay string, changes map[string]string) (code int, s
 func TestSettings_TheDaemonTakesThem(t *testing.T) {
 	for overlay := range overlays {
 		app, _, _ := strings.Cut(overlay, "/")
-		want, daemon := map[string]int{"wrapper": 127, "sidecar": 69}[app] // no such command; etcd does not answer
+		// No such command; etcd does not answer.
+		want, daemon := map[string]int{"wrapper": 127, "sidecar": 69}[app]
 		if !daemon {
 			continue
 		}
@@ -79,7 +84,8 @@ func TestSettings_TheDaemonTakesThem(t *testing.T) {
 	}
 }
 
-// What a manifest gets wrong is told at once and by name; what Kubernetes itself puts there is no fault.
+// What a manifest gets wrong is told at once and by name; what Kubernetes itself
+// puts there is no fault.
 func TestSettings_EveryFaultIsNamed(t *testing.T) {
 	for _, overlay := range []string{"wrapper", "sidecar", "sidecar/plain"} {
 		code, said := judge(t, overlay, map[string]string{
@@ -97,8 +103,12 @@ func TestSettings_EveryFaultIsNamed(t *testing.T) {
 			t.Errorf("k8s/%s: exit code %d, want 78", overlay, code)
 		}
 		lines := strings.Split(strings.TrimSpace(said), "\n")
-		for _, want := range []string{"LEASEHOLD_TLL: unknown variable: did you mean LEASEHOLD_TTL?", "LEASEHOLD_TTL: ", "LEASEHOLD_STOP_GRACE: ", "LEASEHOLD_TLS_CA_FILE: "} {
-			if !slices.ContainsFunc(lines, func(line string) bool { return strings.HasPrefix(line, want) }) {
+		for _, want := range []string{
+			"LEASEHOLD_TLL: unknown variable: did you mean LEASEHOLD_TTL?",
+			"LEASEHOLD_TTL: ", "LEASEHOLD_STOP_GRACE: ", "LEASEHOLD_TLS_CA_FILE: ",
+		} {
+			begins := func(line string) bool { return strings.HasPrefix(line, want) }
+			if !slices.ContainsFunc(lines, begins) {
 				t.Errorf("k8s/%s: no line says %q: %q", overlay, want, lines)
 			}
 		}
@@ -118,19 +128,22 @@ func TestEtcd_VersionIsTheOneTested(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	image := find[appsv1.StatefulSet](t, shared.rendered["etcd"], "StatefulSet", "etcd").Spec.Template.Spec.Containers[0].Image
+	set := find[appsv1.StatefulSet](t, shared.rendered["etcd"], "etcd")
+	image := set.Spec.Template.Spec.Containers[0].Image
 	_, tag, _ := strings.Cut(image, ":v")
 	if !strings.HasPrefix(string(version), "etcd Version: "+tag+"\n") {
 		t.Errorf("image %s, but the tests run %s", image, version)
 	}
 }
 
-// cert-manager makes what `make k8s-certs` makes: Secrets of the same names, for the same hosts and uses.
+// cert-manager makes what `make k8s-certs` makes: Secrets of the same names, for
+// the same hosts and uses.
 func TestCerts_CertManagerMakesTheSame(t *testing.T) {
 	secrets := map[string]*x509.Certificate{}
 	for _, o := range shared.rendered["etcd"] {
 		if o.kind == "Secret" {
-			block, _ := pem.Decode(find[corev1.Secret](t, shared.rendered["etcd"], o.kind, o.name).Data["tls.crt"])
+			secret := find[corev1.Secret](t, shared.rendered["etcd"], o.name)
+			block, _ := pem.Decode(secret.Data["tls.crt"])
 			cert, err := x509.ParseCertificate(block.Bytes)
 			if err != nil {
 				t.Fatal(err)
@@ -138,7 +151,9 @@ func TestCerts_CertManagerMakesTheSame(t *testing.T) {
 			secrets[o.name] = cert
 		}
 	}
-	uses := map[string]x509.ExtKeyUsage{"server auth": x509.ExtKeyUsageServerAuth, "client auth": x509.ExtKeyUsageClientAuth}
+	uses := map[string]x509.ExtKeyUsage{
+		"server auth": x509.ExtKeyUsageServerAuth, "client auth": x509.ExtKeyUsageClientAuth,
+	}
 	for _, o := range shared.rendered["etcd/cert-manager"] {
 		var c struct {
 			Spec struct {
@@ -169,12 +184,16 @@ func TestCerts_CertManagerMakesTheSame(t *testing.T) {
 			}
 		}
 		// Those with the namespace in them are for others who know it.
-		names := slices.DeleteFunc(slices.Clone(cert.DNSNames), func(name string) bool { return strings.Contains(name, ".default") })
+		names := slices.DeleteFunc(slices.Clone(cert.DNSNames), func(name string) bool {
+			return strings.Contains(name, ".default")
+		})
 		slices.Sort(names)
 		slices.Sort(c.Spec.DNSNames)
-		if cert.Subject.CommonName != c.Spec.CommonName || !slices.Equal(cert.ExtKeyUsage, usages) || !slices.Equal(names, c.Spec.DNSNames) ||
+		if cert.Subject.CommonName != c.Spec.CommonName ||
+			!slices.Equal(cert.ExtKeyUsage, usages) || !slices.Equal(names, c.Spec.DNSNames) ||
 			len(cert.IPAddresses) != len(c.Spec.IPAddresses) {
-			t.Errorf("%v: %+v, but make k8s-certs makes %s, %v, %v, %v", o, c.Spec, cert.Subject.CommonName, cert.ExtKeyUsage, names, cert.IPAddresses)
+			t.Errorf("%v: %+v, but make k8s-certs makes %s, %v, %v, %v", o, c.Spec,
+				cert.Subject.CommonName, cert.ExtKeyUsage, names, cert.IPAddresses)
 		}
 	}
 	if len(secrets) > 0 {
@@ -182,7 +201,8 @@ func TestCerts_CertManagerMakesTheSame(t *testing.T) {
 	}
 }
 
-// Run again, make k8s-certs renews the certificates under the same authority; it never loses half of one.
+// Run again, make k8s-certs renews the certificates under the same authority; it
+// never loses half of one.
 func TestCerts_Renewal(t *testing.T) {
 	dir := t.TempDir()
 	read := func() map[string]string {
@@ -230,15 +250,19 @@ func TestCerts_Renewal(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"etcd-2.etcd", "etcd-2.etcd.jobs", "etcd-2.etcd.jobs.svc.cluster.local", "etcd.jobs.svc"} {
-		if _, err := server.Verify(x509.VerifyOptions{DNSName: name, Roots: authority}); err != nil {
+	for _, name := range []string{
+		"etcd-2.etcd", "etcd-2.etcd.jobs", "etcd-2.etcd.jobs.svc.cluster.local", "etcd.jobs.svc",
+	} {
+		options := x509.VerifyOptions{DNSName: name, Roots: authority}
+		if _, err := server.Verify(options); err != nil {
 			t.Errorf("the server's certificate is not for %s: %v", name, err)
 		}
 	}
 	if err := os.Remove(filepath.Join(dir, "ca.key")); err != nil {
 		t.Fatal(err)
 	}
-	if err := makeCerts(dir, "jobs"); err == nil || !strings.Contains(err.Error(), "without its other half") {
+	if err := makeCerts(dir, "jobs"); err == nil ||
+		!strings.Contains(err.Error(), "without its other half") {
 		t.Errorf("an authority without its key: %v", err)
 	}
 }

@@ -1,6 +1,6 @@
-// Certs writes the certificates of the etcd in k8s/etcd: an authority, and from it one certificate for etcd as a server, one for
-// its members among themselves, and one for clients. Run again, it renews these three and keeps the authority, so that nothing
-// that runs has to be stopped for it.
+// Certs writes the certificates of the etcd in k8s/etcd: an authority, and from it one certificate
+// for etcd as a server, one for its members among themselves, and one for clients. Run again, it
+// renews these three and keeps the authority, so that nothing that runs has to be stopped for it.
 package main
 
 import (
@@ -30,7 +30,8 @@ const (
 
 func main() {
 	dir := flag.String("dir", "", "where to write")
-	namespace := flag.String("namespace", "default", "the Kubernetes namespace that etcd will be in, for clients in other ones")
+	namespace := flag.String("namespace", "default",
+		"the Kubernetes namespace that etcd will be in, for clients in other ones")
 	flag.Parse()
 	if *dir == "" || flag.NArg() > 0 {
 		flag.Usage()
@@ -53,7 +54,8 @@ func write(dir, namespace string) error {
 		members = append(members, fmt.Sprintf("etcd-%d.etcd", i))
 	}
 	for _, name := range append([]string{"etcd"}, members...) {
-		all = append(all, name, name+"."+namespace, name+"."+namespace+".svc", name+"."+namespace+".svc.cluster.local")
+		full := name + "." + namespace
+		all = append(all, name, full, full+".svc", full+".svc.cluster.local")
 	}
 	both := []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 	for _, leaf := range []struct {
@@ -66,15 +68,20 @@ func write(dir, namespace string) error {
 			DNSNames: append(all, "localhost"), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		}},
 		// A member looks these up to see if a peer that connects may have them.
-		{"peer", x509.Certificate{Subject: pkix.Name{CommonName: "etcd-peer"}, ExtKeyUsage: both, DNSNames: members}},
-		{"client", x509.Certificate{Subject: pkix.Name{CommonName: "leasehold"}, ExtKeyUsage: both[1:]}},
+		{"peer", x509.Certificate{
+			Subject: pkix.Name{CommonName: "etcd-peer"}, ExtKeyUsage: both, DNSNames: members,
+		}},
+		{"client", x509.Certificate{
+			Subject: pkix.Name{CommonName: "leasehold"}, ExtKeyUsage: both[1:],
+		}},
 	} {
 		leafKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
 			return err
 		}
 		leaf.cert.KeyUsage = x509.KeyUsageDigitalSignature
-		if err := sign(filepath.Join(dir, leaf.file), &leaf.cert, leafLife, ca, leafKey, key); err != nil {
+		path := filepath.Join(dir, leaf.file)
+		if err := sign(path, &leaf.cert, leafLife, ca, leafKey, key); err != nil {
 			return err
 		}
 	}
@@ -88,8 +95,10 @@ func authority(dir string) (*x509.Certificate, crypto.Signer, error) {
 	switch {
 	case err == nil:
 		if time.Until(pair.cert.NotAfter) < leafLife {
-			return nil, nil, fmt.Errorf("%s.crt ends within a year, and a new authority is not trusted by what runs: remove ca.crt and ca.key "+
-				"to make one, and restart etcd and all clients with it", path)
+			return nil, nil, fmt.Errorf("%s.crt ends within a year, "+
+				"and a new authority is not trusted by what runs: "+
+				"remove ca.crt and ca.key to make one, and restart etcd and all clients with it",
+				path)
 		}
 		return pair.cert, pair.key, nil
 	case !errors.Is(err, fs.ErrNotExist):
@@ -97,7 +106,8 @@ func authority(dir string) (*x509.Certificate, crypto.Signer, error) {
 	}
 	for _, file := range []string{path + ".crt", path + ".key"} {
 		if _, err := os.Stat(file); err == nil {
-			return nil, nil, fmt.Errorf("%s is there without its other half: bring that, or remove this", file)
+			return nil, nil, fmt.Errorf("%s is there without its other half: "+
+				"bring that, or remove this", file)
 		}
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -105,7 +115,8 @@ func authority(dir string) (*x509.Certificate, crypto.Signer, error) {
 		return nil, nil, err
 	}
 	cert := &x509.Certificate{
-		Subject: pkix.Name{CommonName: "etcd-ca"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		Subject: pkix.Name{CommonName: "etcd-ca"}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign,
 	}
 	if err := sign(path, cert, authorityLife, cert, key, key); err != nil {
 		return nil, nil, err
@@ -140,7 +151,10 @@ func read(path string) (pair, error) {
 }
 
 // sign writes a certificate and its key. The key is for nobody else to read.
-func sign(path string, cert *x509.Certificate, life time.Duration, parent *x509.Certificate, key, parentKey crypto.Signer) error {
+func sign(
+	path string, cert *x509.Certificate, life time.Duration,
+	parent *x509.Certificate, key, parentKey crypto.Signer,
+) error {
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
 	if err != nil {
 		return err
