@@ -77,7 +77,7 @@ func report(command string, err error) int {
 		return end.code
 	}
 	text := err.Error()
-	if faults := (*config.Error)(nil); !errors.As(err, &faults) {
+	if wrong := (*config.Error)(nil); !errors.As(err, &wrong) {
 		text = "leasehold: " + text
 	}
 	text = strings.TrimRight(text, "\n") + "\n"

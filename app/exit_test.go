@@ -37,7 +37,7 @@ func TestEnding(t *testing.T) {
 		{fmt.Errorf("%w: x", cli.ErrInstall), 71, slog.LevelError},
 		{fmt.Errorf("%w: x", election.ErrNotElected), 75, slog.LevelInfo},
 		{errLost, 76, slog.LevelError},
-		{&config.Error{Faults: []error{errors.New("x")}}, 78, slog.LevelError},
+		{&config.Error{Problems: []error{errors.New("x")}}, 78, slog.LevelError},
 		{&election.NestedError{}, 78, slog.LevelError},
 		{fmt.Errorf("%w: x", errSetUp), 78, slog.LevelError},
 		{fmt.Errorf("the command %w", errNotExecutable), 126, slog.LevelError},

@@ -1,8 +1,8 @@
 //go:build linux
 
-// Package config is the daemon's configuration: what the variables are, what they may hold, and
-// every fault of a user's in one report. Help, the man page and docs/reference.md come from the
-// tags of Config.
+// Package config reads the daemon's configuration from the environment. It says which variables
+// there are and which values they may have, and reports all problems at once. Help, the man page
+// and docs/reference.md come from the tags of Config.
 package config
 
 import (
@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	// Prefix begins the name of each variable, before an underscore.
+	// Prefix and an underscore begin the name of each variable.
 	Prefix = "LEASEHOLD"
 
 	// maxNameBytes bounds the election and the identity. etcd takes more, but every candidate keeps
@@ -31,20 +31,20 @@ const (
 	// maxDuration keeps each sum of settings and clock readings far from the end of int64.
 	maxDuration = 365 * 24 * time.Hour
 
-	// maxTTL is the longest TTL of which etcd makes no checkpoints (feature LeaseCheckpoint, off by
-	// default). Of a longer one it may record, after a renewal, how much was left before that. It
-	// then keeps the lease only for so long, from the next election of its own leader on or even
-	// from that renewal on. It has acknowledged more than it keeps, and two jobs could run at once.
+	// maxTTL is the longest TTL for which etcd makes no checkpoints (feature LeaseCheckpoint, off
+	// by default). A checkpoint of a longer lease may record, after a renewal, how much time was
+	// left before that renewal. etcd then keeps the lease only for that time, from the next
+	// election of its own leader on, or even from that renewal on. So it keeps the lease for less
+	// than it has acknowledged, and two jobs could run at once.
 	maxTTL = 5 * time.Minute
 )
 
-// Config is the daemon's whole configuration. It is read from the environment, from variables that
-// start with LEASEHOLD_; no other variable counts. A variable that is set to nothing counts as
-// unset.
+// Config is the daemon's whole configuration. Only variables that start with LEASEHOLD_ count. A
+// variable that is set to nothing counts as unset.
 //
-// The fields have no `envconfig` tag on purpose: with one the library falls back to the bare
-// USERNAME, TTL, … of the environment. The `desc` tag is the text in help and docs/reference.md;
-// `shown` is the default there, where the true one is computed.
+// The fields have no `envconfig` tag on purpose. With such a tag the library also reads the
+// variables without the prefix: USERNAME, TTL, …. The `desc` tag is the text in help and
+// docs/reference.md; `shown` is the default there, where the true one is computed.
 //
 //nolint:lll // One variable a line.
 type Config struct {
@@ -83,9 +83,9 @@ type TLS struct {
 	ServerName string `split_words:"true" shown:"the endpoint's host" desc:"the host name that etcd's certificate must have"`
 }
 
-// A Use is what the configuration is read for. It decides which faults count: ForCheck looks at
-// LISTEN alone, and ForStatus only at what reaching etcd takes, so that both work wherever they are
-// called from.
+// A Use is what the configuration is read for. It decides which problems count: ForCheck looks at
+// LISTEN alone, and ForStatus only at what it needs to reach etcd. So both work wherever somebody
+// calls them.
 type Use string
 
 // The uses of a configuration.
@@ -96,21 +96,21 @@ const (
 	ForCheck  Use = "check"
 )
 
-// An Error is a configuration at fault. It holds no secret.
-type Error struct{ Faults []error }
+// An Error is a configuration with problems. It holds no secret.
+type Error struct{ Problems []error }
 
-// Error has a line for each fault.
-func (e *Error) Error() string { return errors.Join(e.Faults...).Error() }
+// Error has a line for each problem.
+func (e *Error) Error() string { return errors.Join(e.Problems...).Error() }
 
-// Unwrap returns the faults.
-func (e *Error) Unwrap() []error { return e.Faults }
+// Unwrap returns the problems.
+func (e *Error) Unwrap() []error { return e.Problems }
 
 // Load reads the configuration from the environment of the process and checks it. The error is an
-// *Error with every fault that matters to the use, each led by its variable's name.
+// *Error with every problem that matters to the use. Each begins with the name of its variable.
 func Load(use Use) (Config, error) {
 	var cfg Config
 	if err := envconfig.Process(Prefix, &cfg); err != nil {
-		return Config{}, err // Not a user's fault: every field below can take any text.
+		return Config{}, err // Not the user's mistake: every field below can take any text.
 	}
 	set := map[string]bool{}
 	for _, entry := range os.Environ() {
@@ -125,58 +125,58 @@ func Load(use Use) (Config, error) {
 		}
 	}
 
-	f := faults{use: use}
-	cfg.validate(&f, set)
-	f.unknown(set, cfg.Variables())
-	if len(f.found) > 0 {
-		return cfg, &Error{Faults: f.found}
+	p := problems{use: use}
+	cfg.validate(&p, set)
+	p.unknown(set, cfg.Variables())
+	if len(p.found) > 0 {
+		return cfg, &Error{Problems: p.found}
 	}
 	return cfg, nil
 }
 
 // validate checks every setting, and completes the ones that depend on others.
-func (c *Config) validate(f *faults, set map[string]bool) {
+func (c *Config) validate(p *problems, set map[string]bool) {
 	for _, v := range c.Variables() {
-		if kept, ok := v.Field.Addr().Interface().(interface{ fault() error }); ok {
-			f.add(v.Name, "%w", kept.fault())
+		if kept, ok := v.Field.Addr().Interface().(interface{ problem() error }); ok {
+			p.add(v.Name, "%w", kept.problem())
 		}
 	}
 
-	c.validateEndpoints(f)
+	c.validateEndpoints(p)
 	if c.Election == "" {
-		f.add("ELECTION", "missing: write the name of the election, the same on every machine,"+
+		p.add("ELECTION", "missing: write the name of the election, the same on every machine,"+
 			" for example jobs/backup")
 	}
-	f.add("ELECTION", "%w", electionFault(c.Election))
+	p.add("ELECTION", "%w", electionProblem(c.Election))
 	if c.Identity == "" {
 		name, err := os.Hostname()
 		if err != nil || name == "" {
-			f.add("IDENTITY", "not set, and this machine has no host name (%v): set it", err)
+			p.add("IDENTITY", "not set, and this machine has no host name (%v): set it", err)
 		}
 		c.Identity = name
 	}
-	f.add("IDENTITY", "%w", nameFault(c.Identity))
-	c.validateTiming(f)
+	p.add("IDENTITY", "%w", nameProblem(c.Identity))
+	c.validateTiming(p)
 	policies := []string{"always", "on-failure", "never"}
 	if c.Restart = strings.ToLower(c.Restart); !slices.Contains(policies, c.Restart) {
-		f.add("RESTART", "%s is unknown: write always, on-failure or never", quote.Value(c.Restart))
+		p.add("RESTART", "%s is unknown: write always, on-failure or never", quote.Value(c.Restart))
 	}
 	c.NoNewPrivs = strings.ToLower(c.NoNewPrivs)
 	if c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
-		f.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
+		p.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
 	}
-	f.add("LISTEN", "%w", listenFault(c.Listen))
+	p.add("LISTEN", "%w", listenProblem(c.Listen))
 	c.Log.Format = strings.ToLower(c.Log.Format)
 	if c.Log.Format != "text" && c.Log.Format != "json" {
-		f.add("LOG_FORMAT", "%s is unknown: write text or json", quote.Value(c.Log.Format))
+		p.add("LOG_FORMAT", "%s is unknown: write text or json", quote.Value(c.Log.Format))
 	}
-	c.TLS.validate(f)
-	c.validateAuth(f)
+	c.TLS.validate(p)
+	c.validateAuth(p)
 
-	if f.use == ForElect {
+	if p.use == ForElect {
 		for _, name := range []string{"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT"} {
 			if set[name] {
-				f.add(name, "it is about a job, and elect runs none:"+
+				p.add(name, "it is about a job, and elect runs none:"+
 					" unset it, or write leasehold -- COMMAND")
 			}
 		}
@@ -184,34 +184,34 @@ func (c *Config) validate(f *faults, set map[string]bool) {
 }
 
 // validateTiming checks the durations one by one, and that they fit into the lease's life together.
-func (c *Config) validateTiming(f *faults) {
+func (c *Config) validateTiming(p *problems) {
 	ttl := c.TTL.Duration
 	switch {
 	case c.TTL.err != nil:
 	case ttl < 2*time.Second:
-		f.add("TTL", "%s is too short: write 2s or more", ttl)
+		p.add("TTL", "%s is too short: write 2s or more", ttl)
 	case ttl > maxTTL:
-		f.add("TTL", "%s is too long: write 5m (300s) or less;"+
+		p.add("TTL", "%s is too long: write 5m (300s) or less;"+
 			" etcd can shorten a longer lease after it was renewed", ttl)
 	case ttl%time.Second != 0:
-		f.add("TTL", "%s is not in whole seconds, and etcd knows no others: write %s",
+		p.add("TTL", "%s is not in whole seconds, and etcd knows no others: write %s",
 			ttl, ttl.Truncate(time.Second))
 	}
 	if c.Margin.given && c.Margin.err == nil && c.Margin.Duration == 0 {
-		f.add("MARGIN", "0s is too short: write for example 200ms, or unset it")
+		p.add("MARGIN", "0s is too short: write for example 200ms, or unset it")
 	}
 	if c.DialTimeout.err == nil && c.DialTimeout.Duration == 0 {
-		f.add("DIAL_TIMEOUT", "0s is too short: write for example 1s")
+		p.add("DIAL_TIMEOUT", "0s is too short: write for example 1s")
 	}
-	if f.has("TTL") || f.has("LOSS_GRACE") || f.has("MARGIN") {
+	if p.has("TTL") || p.has("LOSS_GRACE") || p.has("MARGIN") {
 		return
 	}
 	if err := c.Timing().Validate(); err != nil {
-		f.add("TTL", "%w: raise it, or lower %[2]s_LOSS_GRACE or %[2]s_MARGIN", err, Prefix)
+		p.add("TTL", "%w: raise it, or lower %[2]s_LOSS_GRACE or %[2]s_MARGIN", err, Prefix)
 	}
 }
 
-func listenFault(listen string) error {
+func listenProblem(listen string) error {
 	if listen == "off" {
 		return nil
 	}
@@ -221,10 +221,10 @@ func listenFault(listen string) error {
 	return nil
 }
 
-// nameFault returns what is wrong with an election or an identity, or nil. Both go into etcd as
-// given, so that nothing is trimmed; a newline at the end, as files bring it, would make another
-// election of it that looks the same.
-func nameFault(name string) error {
+// nameProblem returns what is wrong with an election or an identity, or nil. Both go into etcd as
+// given, and nothing is trimmed. A newline at the end, as a file may have it, would make another
+// election that looks the same.
+func nameProblem(name string) error {
 	switch {
 	case len(name) > maxNameBytes:
 		return fmt.Errorf("%d bytes long: write %d at most", len(name), maxNameBytes)
@@ -237,11 +237,11 @@ func nameFault(name string) error {
 	return nil
 }
 
-// electionFault returns what is wrong with an election, or nil. A candidate's key is the name, a
-// slash and the lease, and the slashes divide elections from those within them: a name that ends
-// with a slash, or has two in a row, makes an election that looks like another.
-func electionFault(name string) error {
-	if err := nameFault(name); err != nil {
+// electionProblem returns what is wrong with an election, or nil. A candidate's key is the name, a
+// slash and the lease, and slashes separate an election from those within it. A name that ends with
+// a slash, or has two in a row, makes an election that looks like another.
+func electionProblem(name string) error {
+	if err := nameProblem(name); err != nil {
 		return err
 	}
 	switch {

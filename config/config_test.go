@@ -349,7 +349,7 @@ func TestConfig_Refusals(t *testing.T) {
 			}
 			lines := strings.Split(err.Error(), "\n")
 			if len(lines) != len(c.want) {
-				t.Fatalf("%d faults, want %d:\n%v", len(lines), len(c.want), err)
+				t.Fatalf("%d problems, want %d:\n%v", len(lines), len(c.want), err)
 			}
 			if strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("a secret is told: %v", err)
@@ -366,7 +366,7 @@ func TestConfig_Refusals(t *testing.T) {
 	}
 }
 
-func TestConfig_ServiceLinksAndJobVariablesAreNoFaults(t *testing.T) {
+func TestConfig_ServiceLinksAndJobVariablesAreNoProblems(t *testing.T) {
 	settings := []string{"ELECTION=e", "KEY=e/1", "FENCING_TOKEN=7", "LEASE_ID=1f"}
 	for _, service := range []string{"", "WEB_", "MY_WEB_"} {
 		for _, link := range []string{
@@ -385,7 +385,7 @@ func TestConfig_OnlyWhatTheUseNeedsIsChecked(t *testing.T) {
 	for _, c := range []struct {
 		use      Use
 		settings string
-		want     string // "" for no fault
+		want     string // "" for no problem
 	}{
 		{"elect", "ELECTION=e", ""},
 		{"elect", "ELECTION=e STOP_GRACE=1s RESTART=", ""},

@@ -10,46 +10,46 @@ import (
 	"strings"
 )
 
-func (t TLS) validate(f *faults) {
+func (t TLS) validate(p *problems) {
 	if t.CAFile != "" {
 		pem, err := os.ReadFile(t.CAFile)
 		if err == nil && !x509.NewCertPool().AppendCertsFromPEM(pem) {
 			err = fmt.Errorf("%s holds no certificate: it must be PEM", t.CAFile)
 		}
-		f.add("TLS_CA_FILE", "%w", err)
+		p.add("TLS_CA_FILE", "%w", err)
 	}
 	switch {
 	case t.CertFile != "" && t.KeyFile == "":
-		f.add("TLS_KEY_FILE", "missing beside LEASEHOLD_TLS_CERT_FILE: set both or neither")
+		p.add("TLS_KEY_FILE", "missing beside LEASEHOLD_TLS_CERT_FILE: set both or neither")
 	case t.CertFile == "" && t.KeyFile != "":
-		f.add("TLS_CERT_FILE", "missing beside LEASEHOLD_TLS_KEY_FILE: set both or neither")
+		p.add("TLS_CERT_FILE", "missing beside LEASEHOLD_TLS_KEY_FILE: set both or neither")
 	case t.CertFile != "":
 		_, certErr := os.ReadFile(t.CertFile)
-		f.add("TLS_CERT_FILE", "%w", certErr)
+		p.add("TLS_CERT_FILE", "%w", certErr)
 		_, keyErr := os.ReadFile(t.KeyFile)
-		f.add("TLS_KEY_FILE", "%w", keyErr)
+		p.add("TLS_KEY_FILE", "%w", keyErr)
 		if certErr == nil && keyErr == nil {
 			_, err := tls.LoadX509KeyPair(t.CertFile, t.KeyFile)
-			f.add("TLS_CERT_FILE", "%w", err)
+			p.add("TLS_CERT_FILE", "%w", err)
 		}
 	}
 }
 
-func (c *Config) validateAuth(f *faults) {
+func (c *Config) validateAuth(p *problems) {
 	given := c.Password != "" || c.PasswordFile != ""
 	switch {
 	case c.Username != "" && !given:
-		f.add("USERNAME", "set without a password:"+
+		p.add("USERNAME", "set without a password:"+
 			" set LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE too")
 	case c.Username == "" && given:
-		f.add("USERNAME", "missing beside the password: set both or neither")
+		p.add("USERNAME", "missing beside the password: set both or neither")
 	}
 	if c.Password != "" && c.PasswordFile != "" {
-		f.add("PASSWORD_FILE", "set together with LEASEHOLD_PASSWORD: unset one of them")
+		p.add("PASSWORD_FILE", "set together with LEASEHOLD_PASSWORD: unset one of them")
 	}
 	if c.PasswordFile != "" {
 		_, err := c.ReadPassword()
-		f.add("PASSWORD_FILE", "%w", err)
+		p.add("PASSWORD_FILE", "%w", err)
 	}
 }
 

@@ -28,7 +28,7 @@ func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 	return ec
 }
 
-// Timing is how the life of a lease is divided that is granted for as long as it is asked for.
+// Timing is how a lease is divided if etcd grants the TTL that it is asked for.
 func (c *Config) Timing() election.Timing {
 	return election.NewTiming(c.TTL.Duration, c.LossGrace.Or(-1), c.Margin.Or(-1))
 }

@@ -15,21 +15,21 @@ import (
 )
 
 // validateEndpoints checks the endpoints and makes full URLs of them.
-func (c *Config) validateEndpoints(f *faults) {
+func (c *Config) validateEndpoints(p *problems) {
 	withTLS := c.TLS != TLS{}
 	var urls, schemes []string
 	sound := true
 	for i, entry := range c.Endpoints {
 		scheme, address, err := parseEndpoint(entry, withTLS)
 		if err != nil {
-			// The entry may hold a password. So the message has its place and not its text, unless
-			// the error found that harmless.
-			f.add("ENDPOINTS", "entry %d %w", i+1, err)
+			// The entry may hold a password. So the message has its number, and its text only where
+			// parseEndpoint has found that harmless.
+			p.add("ENDPOINTS", "entry %d %w", i+1, err)
 			sound = false
 			continue
 		}
 		if slices.Contains(urls, scheme+"://"+address) {
-			f.add("ENDPOINTS", "entry %d names %s again: name each endpoint once", i+1, address)
+			p.add("ENDPOINTS", "entry %d names %s again: name each endpoint once", i+1, address)
 		}
 		urls = append(urls, scheme+"://"+address)
 		schemes = append(schemes, scheme)
@@ -37,11 +37,11 @@ func (c *Config) validateEndpoints(f *faults) {
 	slices.Sort(schemes)
 	switch schemes = slices.Compact(schemes); {
 	case len(c.Endpoints) == 0:
-		f.add("ENDPOINTS", "blank: write for example http://127.0.0.1:2379")
+		p.add("ENDPOINTS", "blank: write for example http://127.0.0.1:2379")
 	case len(schemes) == 2:
-		f.add("ENDPOINTS", "http and https are mixed: write one of them for all")
+		p.add("ENDPOINTS", "http and https are mixed: write one of them for all")
 	case sound && withTLS && schemes[0] == "http":
-		f.add("ENDPOINTS", "http goes without TLS, but LEASEHOLD_TLS_* is set:"+
+		p.add("ENDPOINTS", "http goes without TLS, but LEASEHOLD_TLS_* is set:"+
 			" write https, or unset LEASEHOLD_TLS_*")
 	}
 	c.Endpoints = urls

@@ -11,33 +11,33 @@ import (
 	"unicode/utf8"
 )
 
-// LoadFile reads an env file and adds its variables to the environment of the process, all of them,
-// as systemd's EnvironmentFile= would. A variable that the environment has already stays as it is,
-// also when it is set to nothing. The error is an *Error with every fault of the file, each led by
-// its name and line. An empty path names no file.
+// LoadFile reads an env file and adds all of its variables to the environment of the process, as
+// systemd's EnvironmentFile= does. A variable that the environment has already stays as it is, also
+// when it is set to nothing. The error is an *Error with every problem of the file. Each begins
+// with the file's name and the line. An empty path names no file.
 //
-// The format is that of systemd.exec(5). What systemd passes over in silence or with a warning is
-// a fault here: a line without an =, a name that is none, a quote without an end. So is what its
-// versions disagree on: a comment that ends with a backslash.
+// The format is that of systemd.exec(5). What systemd ignores, with or without a warning, is a
+// problem here: a line without an =, an invalid name, a quote without an end. So is a comment that
+// ends with a backslash, because versions of systemd read it differently.
 func LoadFile(path string) error {
 	if path == "" {
 		return nil
 	}
 	text, err := readEnvFile(path)
 	if err != nil {
-		return &Error{Faults: []error{err}}
+		return &Error{Problems: []error{err}}
 	}
 	f := envFile{path: path, text: string(text), line: 1, values: map[string]string{}}
 	f.parse()
-	if len(f.faults) > 0 {
-		return &Error{Faults: f.faults}
+	if len(f.problems) > 0 {
+		return &Error{Problems: f.problems}
 	}
 	for name, value := range f.values {
 		if _, set := os.LookupEnv(name); set {
 			continue
 		}
 		if err := os.Setenv(name, value); err != nil {
-			// Not a user's fault: name and value were checked.
+			// Not the user's mistake: name and value were checked.
 			return fmt.Errorf("set %s: %w", name, err)
 		}
 	}
@@ -66,15 +66,16 @@ func readEnvFile(path string) (text []byte, err error) {
 
 // An envFile is a file that is being read.
 type envFile struct {
-	path   string
-	text   string // what is still to be read
-	line   int
-	values map[string]string // by name: the last one counts
-	faults []error
+	path     string
+	text     string // what is still to be read
+	line     int
+	values   map[string]string // by name: the last one counts
+	problems []error
 }
 
-func (f *envFile) fault(line int, format string, args ...any) {
-	f.faults = append(f.faults, fmt.Errorf("%s:%d: %w", f.path, line, fmt.Errorf(format, args...)))
+func (f *envFile) problem(line int, format string, args ...any) {
+	problem := fmt.Errorf(format, args...)
+	f.problems = append(f.problems, fmt.Errorf("%s:%d: %w", f.path, line, problem))
 }
 
 // next takes a byte from the text, which must not be empty.
@@ -106,34 +107,34 @@ func (f *envFile) parse() {
 		case rest[0] == '#', rest[0] == ';':
 			f.text = f.text[len(rest):]
 			if strings.HasSuffix(rest, "\\") {
-				f.fault(line, "a comment ends with a backslash:"+
+				f.problem(line, "a comment ends with a backslash:"+
 					" systemd before 254 takes the next line for part of it")
 			}
 			continue
 		case !assigned:
 			f.text = f.text[len(rest):]
-			f.fault(line, "there is no =: write NAME=value, or # before a comment")
+			f.problem(line, "there is no =: write NAME=value, or # before a comment")
 			continue
 		}
 		f.text = f.text[len(name)+1:]
 		name = strings.TrimRight(name, envSpace)
 		value, err := f.value()
 		if err != nil {
-			f.fault(line, "%w", err)
+			f.problem(line, "%w", err)
 		}
-		if err := envNameFault(name); err != nil {
-			f.fault(line, "%w", err)
+		if err := envNameProblem(name); err != nil {
+			f.problem(line, "%w", err)
 		}
 		if len(name)+len("=")+len(value)+len("\x00") > maxEntry {
-			f.fault(line, "the value is too long: with its name it must be shorter than 128 KiB")
+			f.problem(line, "the value is too long: with its name it must be shorter than 128 KiB")
 		}
 		f.values[name] = value
 	}
 }
 
-// envNameFault returns what is wrong with the name of a variable, or nil. It does not show the
-// name, which may be the rest of a secret that takes several lines.
-func envNameFault(name string) error {
+// envNameProblem returns what is wrong with the name of a variable, or nil. It does not show the
+// name, which may be part of a secret that has several lines.
+func envNameProblem(name string) error {
 	if strings.HasPrefix(name, "export ") {
 		return errors.New("there is an export before the name: write NAME=value")
 	}
@@ -150,8 +151,8 @@ func envNameFault(name string) error {
 	return nil
 }
 
-// value takes a value, up to the end of its line. Quotes count only before the first character that
-// stands outside of any; white space around the value is dropped, unless it is quoted or escaped.
+// value takes a value, up to the end of its line. Quotes count only up to the first character
+// outside of quotes. White space around the value is dropped, unless it is quoted or escaped.
 func (f *envFile) value() (string, error) {
 	var b strings.Builder
 	begin, keep := true, 0 // keep: how much of b stays, whatever white space follows it

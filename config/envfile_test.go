@@ -37,13 +37,13 @@ func TestEnvFile(t *testing.T) {
 	} {
 		f := envFile{path: "file", text: text, line: 1, values: map[string]string{}}
 		f.parse()
-		if got, ok := f.values["A"]; got != want || !ok || len(f.faults) > 0 {
-			t.Errorf("%q: A is %q (%v), want %q; faults %v", text, got, ok, want, f.faults)
+		if got, ok := f.values["A"]; got != want || !ok || len(f.problems) > 0 {
+			t.Errorf("%q: A is %q (%v), want %q; problems %v", text, got, ok, want, f.problems)
 		}
 	}
 }
 
-func TestEnvFile_Faults(t *testing.T) {
+func TestEnvFile_Problems(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "backup.env")
 	for text, want := range map[string][]string{
 		"A=1\nB\nC=3\nhunter2\n": {":2: there is no =", ":4: there is no ="},
@@ -96,7 +96,7 @@ func TestLoadFile_TakesNoEndlessFile(t *testing.T) {
 
 func TestLoadFile_EnvironmentOverrules(t *testing.T) {
 	if _, err := load(t, ForRun, "TTL=30s", "WAIT="); err == nil {
-		t.Fatal("no fault without an election")
+		t.Fatal("no problem without an election")
 	}
 	path := filepath.Join(t.TempDir(), "backup.env")
 	writeFile(t, path, "LEASEHOLD_ELECTION=jobs/backup\nLEASEHOLD_TTL=20s\n"+
@@ -129,8 +129,8 @@ func TestEnvFile_Example(t *testing.T) {
 	}
 	f := envFile{path: path, text: string(text), line: 1, values: map[string]string{}}
 	f.parse()
-	if len(f.faults) > 0 || f.values["JOB"] != "/usr/local/bin/backup --verbose" ||
+	if len(f.problems) > 0 || f.values["JOB"] != "/usr/local/bin/backup --verbose" ||
 		len(f.values) != 3 {
-		t.Errorf("%q, faults %v", f.values, f.faults)
+		t.Errorf("%q, problems %v", f.values, f.problems)
 	}
 }

@@ -7,8 +7,8 @@ import (
 	"log/slog"
 )
 
-// Handler makes a handler of what is at least as severe as level. It writes a line at a time to w,
-// in the format that the configuration names, with durations as people write them.
+// Handler makes a handler for lines that are at least as severe as level. It writes a line at a
+// time to w, in the configured format, with durations as people write them.
 func (l Log) Handler(w io.Writer, level slog.Leveler) slog.Handler {
 	readable := func(_ []string, a slog.Attr) slog.Attr {
 		if a.Value.Kind() == slog.KindDuration { // JSON would show nanoseconds.

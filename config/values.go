@@ -50,7 +50,7 @@ func (d *Duration) Decode(text string) error {
 	return nil
 }
 
-func (d *Duration) fault() error { return d.err }
+func (d *Duration) problem() error { return d.err }
 
 // MissesUnit reports whether text, where a Duration is wanted, is a number alone, such as 15 or
 // 0.5.
@@ -76,7 +76,7 @@ func (c *Count) Decode(text string) error {
 	return nil
 }
 
-func (c *Count) fault() error { return c.err }
+func (c *Count) problem() error { return c.err }
 
 // Signal is a signal by its name, with or without SIG.
 type Signal struct {
@@ -108,9 +108,9 @@ func (s *Signal) Decode(text string) error {
 	return nil
 }
 
-func (s *Signal) fault() error { return s.err }
+func (s *Signal) problem() error { return s.err }
 
-// Level is the least severe kind of line that is logged.
+// Level is the level from which on lines are logged.
 type Level struct {
 	slog.Level
 	err error
@@ -134,9 +134,9 @@ func (l *Level) Decode(text string) error {
 	return nil
 }
 
-func (l *Level) fault() error { return l.err }
+func (l *Level) problem() error { return l.err }
 
-// Secret is a text that prints as something else, whichever verb or logger prints it.
+// Secret is a text that no verb of fmt and no logger prints.
 type Secret string
 
 // Format implements fmt.Formatter.
