@@ -1,13 +1,15 @@
 //go:build linux
 
-// Leasehold keeps a job running on exactly one machine. Each machine runs the daemon; the daemons
-// campaign on one election key in etcd under a session lease; the winner runs the job as its child
-// and kills it before its lease can pass to another.
+// Leasehold keeps a job running on exactly one machine. Each machine runs the daemon. The daemons
+// campaign in one election in etcd. The winner runs the job as its child, and kills it before its
+// lease can pass to another machine.
 //
-// Promised: at most one job alive over all machines, as long as the kernel schedules the guard and
-// carries out its kills within the margin, and clock rates differ by less than the margin allows.
-// Not promised: that nothing overlaps outside of that; there the fencing token protects whatever
-// storage checks it. Work that the job hands to another daemon is not covered.
+// Promised: at most one job is alive over all machines, as long as the kernel schedules the guard
+// and carries out its kills within the margin, and clock rates differ by less than the margin
+// allows.
+//
+// Not promised: anything outside of these two conditions. There the fencing token protects the
+// storage that checks it. Work that the job hands to another service is not covered either.
 package main
 
 import (

@@ -1,7 +1,7 @@
 //go:build linux
 
-// Package app is the daemon: it wires what the other packages are into the processes guard and
-// elector, and into `leasehold elect`. Signals, the log, systemd and the exit codes are here.
+// Package app is the daemon. It connects the other packages to make the processes guard and
+// elector, and `leasehold elect`. Signals, the log, systemd and the exit codes are here.
 package app
 
 import (
@@ -18,10 +18,10 @@ import (
 	"leasehold/config"
 )
 
-// Build says what was built.
+// Build identifies the binary.
 type Build struct{ Version, Commit, Date string }
 
-// Roles that leasehold gives to its own processes. Users have no use for them.
+// Roles of the processes that leasehold starts itself. They are not for users.
 const (
 	roleElector = "elector"
 	roleRevoke  = "revoke"
@@ -45,7 +45,7 @@ func Main(args []string, build Build) int {
 	}
 	call, err := newProgram(build).Parse(args)
 	if name := call.Command.Name; err == nil && name != "run" && name != "elect" {
-		err = config.LoadFile(call.EnvFile) // the daemons first catch signals
+		err = config.LoadFile(call.EnvFile) // run and elect do it after they have caught signals
 	}
 	if err == nil {
 		err = call.Command.Run(call)
@@ -64,9 +64,9 @@ func newProgram(build Build) *cli.Program {
 	}
 }
 
-// report says on standard error why the command ended, and where Kubernetes shows it, and returns
-// the exit code. The commands that a probe runs have no say in the latter: the container's last
-// words are those of the process that it was started for.
+// report writes why the command ended to standard error and to the file that Kubernetes shows, and
+// returns the exit code. The commands that a probe runs do not write to that file: it is for the
+// process that the container was started for.
 func report(command string, err error) int {
 	var logged *loggedError
 	if errors.As(err, &logged) {
@@ -88,8 +88,8 @@ func report(command string, err error) int {
 	return end.code
 }
 
-// closeOnExec sees to it that no descriptor but the standard streams is ever inherited, also those
-// that came to us by accident.
+// closeOnExec keeps every descriptor except the standard streams from our children, also those that
+// we inherited by accident.
 func closeOnExec() {
 	if unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC) == nil {
 		return

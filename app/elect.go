@@ -67,8 +67,8 @@ func runElect(build Build, call cli.Call) error {
 	return log.exit(d.group.Run())
 }
 
-// addSignals stops the daemon at the first TERM or INT, and at the second has the lease given back
-// at once. Beside that it feeds systemd's watchdog while the candidate lives.
+// addSignals adds an actor. It stops the daemon at the first TERM or INT, and has the lease given
+// back at once at the second. It also notifies systemd's watchdog while the candidate's loops run.
 func addSignals(d *daemon, caught *caught, lease *leaseCallbacks, stop func()) {
 	ended, alive := make(chan struct{}), newWatchdog()
 	d.group.Add(func() error {
@@ -96,8 +96,8 @@ func addSignals(d *daemon, caught *caught, lease *leaseCallbacks, stop func()) {
 	}, func(error) { close(ended) })
 }
 
-// leaseCallbacks holds the lease for those who ask this daemon whether it leads, and gives them the
-// time to stop that a job would have.
+// leaseCallbacks holds the lease for the app that asks this daemon whether it leads. It gives the
+// app the time to stop that a job would have.
 type leaseCallbacks struct {
 	grace time.Duration
 	force chan struct{} // closed at a second signal
@@ -115,8 +115,7 @@ func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {
 	case errors.Is(cause, errPlannedStop):
 		hold = l.grace
 	case errors.Is(cause, election.ErrContactLost), errors.Is(cause, election.ErrKeyOverwritten):
-		// Nobody else can lead yet: not before the lease ends, or not before the key is removed,
-		// which is for us to do.
+		// Nobody else can lead before the lease ends, or before the key is removed, which we do.
 		hold = time.Duration(l.end.Load()) - boottime.Now()
 	}
 	timer := time.NewTimer(hold)

@@ -29,8 +29,8 @@ type jobCallbacks struct {
 	cfg        config.Config
 	log        *slog.Logger
 	margin     atomic.Int64
-	// stopping reports whether the daemon was asked to stop: the job may have ended for that before
-	// the term has.
+	// stopping reports whether the daemon was asked to stop: the job may have ended because of that
+	// before the term has ended.
 	stopping func() bool
 }
 
@@ -79,11 +79,10 @@ func (j *jobCallbacks) grace(cause error) time.Duration {
 //	               ├────────────────────┴──→ health server
 //	               └──→ status ──→ supervisor ──→ guard ──→ systemd
 //
-// The candidate and the supervisor are one actor, since their order at the end matters: the
-// candidate revokes its lease when nothing of the job is left, and the supervisor listens until
-// then.
+// The candidate and the supervisor are one actor, because their order at the end matters. The
+// candidate revokes its lease when nothing of the job is left. The supervisor listens until then.
 func runElector(build Build, args []string) int {
-	// The guard alone hears what the user says; what reaches us directly is dropped.
+	// Only the guard acts on the user's signals. Those that reach us directly are dropped.
 	ossignal.Notify(make(chan os.Signal, 1),
 		unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGQUIT)
 	cfg, err := config.Load(config.ForRun)
@@ -95,7 +94,7 @@ func runElector(build Build, args []string) int {
 	defer log.flush()
 	sc, err := supervisorConfig(args)
 	if err != nil {
-		log.Error("read what the guard says", "err", err)
+		log.Error("read the guard's arguments", "err", err)
 		return exitUsage
 	}
 
@@ -136,7 +135,7 @@ func runElector(build Build, args []string) int {
 		err = d.group.Run()
 	}
 	end := endingOf(err)
-	if errors.Is(err, supervisor.ErrGuardLost) { // the last line is ours, then
+	if errors.Is(err, supervisor.ErrGuardLost) { // without a guard we log the last line
 		log.Error("exiting: "+end.text, "exit_code", end.code)
 	}
 	super.Status(quote.Printable("exiting: " + end.text)) // see jobsOwnCode
@@ -160,8 +159,8 @@ func supervisorConfig(args []string) (supervisor.Config, error) {
 }
 
 // addGuardWatch ends the elector once the guard is gone and nothing of the job is left. The health
-// endpoint is given up then, before the lease is, which may take long: whoever is started in our
-// place wants to listen.
+// endpoint closes before the lease is revoked, which may take long: the daemon that is started next
+// needs the address.
 func addGuardWatch(d *daemon, guardGone <-chan struct{}) {
 	stop := make(chan struct{})
 	d.group.Add(func() error {
@@ -174,8 +173,8 @@ func addGuardWatch(d *daemon, guardGone <-chan struct{}) {
 	}, func(error) { close(stop) })
 }
 
-// campaignWithJob runs the candidate, and beside it the supervisor until the candidate is done. It
-// closes guardGone if the guard is lost, once nothing of the job is left.
+// campaignWithJob runs the candidate, and the supervisor beside it until the candidate is done. If
+// the guard is lost, it closes guardGone when nothing of the job is left.
 func campaignWithJob(ctx context.Context, cancel context.CancelCauseFunc,
 	candidate *election.Candidate, super *supervisor.Supervisor, guardGone chan<- struct{},
 ) error {

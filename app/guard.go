@@ -21,16 +21,18 @@ import (
 	"leasehold/supervisor/guard"
 )
 
-// runGuard is the process that the user starts. It makes the elector, and runs and kills the job.
+// runGuard is the process that the user starts. It starts the elector and the spawner, which starts
+// the job, and it kills the job.
 //
 //	user, systemd ── signals ──→ guard ──→ elector (runElector)
-//	      ↑                       │  └───→ job
+//	      ↑                       │  └───→ spawner ──→ job
 //	      └──── notifier, log ────┘
 func runGuard(build Build, call cli.Call) error {
 	caught := catchSignals(unix.SIGALRM) // what is neither handled nor passed on is dropped
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
-	// A crash ends us by a signal: the runtime's exit code for it, 2, would be taken for the job's.
+	// A crash ends us by a signal: the runtime's exit code for a crash, 2, would look like the
+	// job's.
 	debug.SetTraceback("crash")
 
 	if err := config.LoadFile(call.EnvFile); err != nil {
@@ -41,8 +43,8 @@ func runGuard(build Build, call cli.Call) error {
 		return err
 	}
 	log := newLog(cfg)
-	// What would stop us. Not before the configuration is read, whose faults are written from here:
-	// see newLogWriter.
+	// The terminal stops a process by these signals. They are caught only now, because this thread
+	// writes the problems of the configuration: see newLogWriter.
 	ossignal.Notify(caught.signals, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
 	go caught.relayHangUps(log.Logger)
 	systemd := newNotifier()
@@ -76,9 +78,9 @@ func runGuard(build Build, call cli.Call) error {
 	return log.exit(err)
 }
 
-// jobEnvironment drops from an environment what is the daemon's alone: its settings, secrets among
-// them, and its line to systemd. The job keeps what `leasehold status` and `leasehold check` need
-// beside the variables of its term.
+// jobEnvironment drops what is only for the daemon from an environment: its settings, secrets
+// included, and its socket to systemd. The job keeps what `leasehold status` and `leasehold check`
+// need.
 func jobEnvironment(environ []string) []string {
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		name, _, _ := strings.Cut(entry, "=")

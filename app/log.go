@@ -17,8 +17,9 @@ import (
 	"leasehold/config"
 )
 
-// logWriter writes log lines to standard error without ever holding up who logs: when standard
-// error blocks, lines are dropped and counted, and the count is logged once it takes lines again.
+// logWriter writes log lines to standard error, and never makes its callers wait. While standard
+// error blocks, it drops lines and counts them. It logs the count when standard error takes lines
+// again.
 type logWriter struct {
 	lines   chan []byte
 	flush   chan chan struct{}
@@ -43,14 +44,14 @@ func (l *lastLine) String() string {
 	return ""
 }
 
-// newLogWriter starts a writer. Its goroutine lives as long as the process, for a blocked write
+// newLogWriter starts a writer. Its goroutine lives as long as the process, because a blocked write
 // cannot be cancelled.
 func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
 	w := &logWriter{lines: make(chan []byte, 256), flush: make(chan chan struct{}), notice: notice}
 	go func() {
-		// A terminal with tostop asks who writes from the background to stop, unless the thread
-		// blocks that signal. The guard catches it, which would have the kernel try the write again
-		// for ever.
+		// A terminal with tostop sends SIGTTOU to a process that writes from the background, unless
+		// the thread blocks that signal. The guard catches it, and then the kernel would repeat the
+		// write for ever.
 		runtime.LockOSThread()
 		ttou := unix.Sigset_t{}
 		ttou.Val[0] = 1 << (unix.SIGTTOU - 1)
@@ -97,7 +98,7 @@ func (w *logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// Flush waits for what was logged to be written, for as long as d.
+// Flush waits until what was logged is written, for d at most.
 func (w *logWriter) Flush(d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -118,7 +119,7 @@ func (w *logWriter) Flush(d time.Duration) {
 type daemonLog struct {
 	*slog.Logger
 	lines *logWriter
-	last  *lastLine    // of those that are errors, or why the daemon exits
+	last  *lastLine    // the last error, or why the daemon exits
 	final *slog.Logger // keeps its line in last, whatever the level
 }
 
@@ -149,8 +150,8 @@ func (l *daemonLog) start(build Build, cfg config.Config) {
 		"ttl", timing.TTL, "stop_at", killBy-timing.LossGrace, "kill_by", killBy)
 }
 
-// exit logs why the daemon ends, unless that was logged, and leaves the last words where Kubernetes
-// shows them, unless the exit code is 0. It returns the error that says so.
+// exit logs why the daemon ends, unless that was logged. Unless the exit code is 0, it also writes
+// the termination message for Kubernetes. It returns the error that carries the exit code.
 func (l *daemonLog) exit(err error) *loggedError {
 	var logged *loggedError
 	if !errors.As(err, &logged) {
@@ -165,7 +166,7 @@ func (l *daemonLog) exit(err error) *loggedError {
 	return logged
 }
 
-// flushTime is for how long a daemon that ends waits for those who take its last words.
+// flushTime bounds how long a daemon that ends waits for its log and its messages to be written.
 const flushTime = 200 * time.Millisecond
 
 func (l *daemonLog) flush() { l.lines.Flush(flushTime) }

@@ -15,17 +15,17 @@ import (
 	"leasehold/election"
 )
 
-// revoke gives a dead elector's lease back. Its arguments are the lease in hex and for how long to
-// try. On its standard input it reads the token that etcd gave the elector, if any.
+// revoke revokes the lease of a lost elector. Its arguments are the lease in hex and how long to
+// try. It reads the token that etcd gave the elector, if any, from standard input.
 func revoke(args []string) int {
-	_ = hideMemory() // without, the lease must be revoked all the same
+	_ = hideMemory() // if that fails, the lease must still be revoked
 	lease, err := strconv.ParseInt(args[0], 16, 64)
 	within, err2 := time.ParseDuration(args[1])
 	if err := errors.Join(err, err2); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return exitUsage
 	}
-	// What does not concern etcd must not stand in the way.
+	// Settings that do not concern etcd must not keep us from revoking.
 	cfg, err := config.Load(config.ForStatus)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -15,8 +15,8 @@ import (
 	"leasehold/internal/boottime"
 )
 
-// caught is how a process that the user starts receives signals: not those that were ignored when
-// it was started.
+// caught has the signals of a process that the user starts, except those that were ignored when it
+// was started.
 type caught struct {
 	signals  chan os.Signal // SIGHUP only from relayHangUps
 	hangUps  chan os.Signal
@@ -24,12 +24,12 @@ type caught struct {
 	terminal bool // it was started with a controlling terminal
 }
 
-// catchSignals is called before anything that takes time, so that no signal ends the process in
-// disorder. It catches more besides the usual signals.
+// catchSignals is called before anything that takes time, so that no signal ends the process before
+// it can stop in order. It catches more besides the usual signals.
 //
-// A shell has its commands ignore what they shall not end by: nohup SIGHUP, a background shell
-// SIGINT and SIGQUIT. That stays so. SIGTERM is caught whatever the shell says: a daemon must be
-// stoppable.
+// A shell makes a command ignore signals that must not end it: nohup SIGHUP, a background shell
+// SIGINT and SIGQUIT. They stay ignored. SIGTERM is caught even if it was ignored: a user must be
+// able to stop a daemon.
 func catchSignals(more ...os.Signal) *caught {
 	c := &caught{
 		signals: make(chan os.Signal, 64), hangUps: make(chan os.Signal, 64),
@@ -52,18 +52,18 @@ func catchSignals(more ...os.Signal) *caught {
 	return c
 }
 
-// ignoredByJob returns the signals that the job ignores from its start: ours, but for the one that
-// is to stop it.
+// ignoredByJob returns the signals that the job ignores from its start: those that we ignore,
+// except its stop signal.
 func (c *caught) ignoredByJob(stop unix.Signal) []unix.Signal {
 	if slices.Contains(c.ignored, stop) {
-		// And dropped: exec resets what is caught, and only that.
+		// Catch it and drop it: exec resets caught signals, but not ignored ones.
 		ossignal.Notify(make(chan os.Signal, 1), stop)
 	}
 	return slices.DeleteFunc(slices.Clone(c.ignored), func(s unix.Signal) bool { return s == stop })
 }
 
-// relayHangUps hands each SIGHUP on, and SIGTERM in its place when it comes from a terminal that
-// hangs up. It never returns.
+// relayHangUps passes each SIGHUP on. If a SIGHUP comes from a terminal that hangs up, it passes on
+// SIGTERM instead. It never returns.
 func (c *caught) relayHangUps(log *slog.Logger) {
 	gone := false
 	for s := range c.hangUps {
@@ -79,8 +79,8 @@ func (c *caught) relayHangUps(log *slog.Logger) {
 	}
 }
 
-// losesTerminal reports whether the controlling terminal is gone, or goes within a second: shells
-// and terminal emulators send SIGHUP, and exit a moment later.
+// losesTerminal reports whether the controlling terminal is gone, or disappears within a second:
+// shells and terminal emulators send SIGHUP, and exit a moment later.
 func losesTerminal() bool {
 	for end := boottime.Now() + time.Second; hasTerminal(); time.Sleep(20 * time.Millisecond) {
 		if boottime.Now() > end {
@@ -90,8 +90,8 @@ func losesTerminal() bool {
 	return true
 }
 
-// hasTerminal reports whether this process has a controlling terminal. A terminal that hangs up, or
-// whose session's leader exits, is nobody's any more.
+// hasTerminal reports whether this process has a controlling terminal. It loses the terminal when
+// that hangs up, or when the leader of its Unix session exits.
 func hasTerminal() bool {
 	fd, err := unix.Open("/dev/tty", unix.O_RDONLY|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err == nil {
@@ -105,14 +105,14 @@ func isTerminal(fd int) bool {
 	return err == nil
 }
 
-// leaveStdin puts /dev/null in the place of a standard input that is a terminal in whose foreground
-// we are not. The shell's job control keeps its background from reading the terminal, but the job,
-// in a session of its own, would take the shell's keystrokes.
+// leaveStdin replaces standard input by /dev/null if it is a terminal and we run in its background.
+// The shell's job control keeps background processes from reading the terminal. But the job calls
+// setsid, and would take the shell's keystrokes.
 func leaveStdin() error {
 	if !isTerminal(0) {
 		return nil
 	}
-	// An error: it is another session's.
+	// An error means that it is the terminal of another Unix session.
 	foreground, err := unix.IoctlGetInt(0, unix.TIOCGPGRP)
 	if err == nil && foreground == unix.Getpgrp() {
 		return nil

@@ -13,7 +13,7 @@ import (
 	"leasehold/supervisor"
 )
 
-// healthSnapshot puts what the endpoint needs to know into the endpoint's words.
+// healthSnapshot converts what the candidate knows to what the endpoint needs.
 func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 	s := health.Snapshot{
 		Election: cfg.Election, Identity: cfg.Identity,

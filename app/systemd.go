@@ -14,8 +14,8 @@ import (
 	"leasehold/internal/boottime"
 )
 
-// A notifier sends systemd what the daemon does. A slow systemd loses notifications, and holds up
-// nobody. Without a systemd that listens it does nothing.
+// A notifier tells systemd what the daemon does. It never waits: if systemd is slow, notifications
+// are lost. Without a systemd that listens it does nothing.
 type notifier struct {
 	states chan string   // nil: nobody listens
 	done   chan struct{} // closed when all has been sent
@@ -35,7 +35,7 @@ func newNotifier() *notifier {
 	return n
 }
 
-// notify sends a state soon. It never blocks.
+// notify has a state sent soon. It never blocks.
 func (n *notifier) notify(state string) {
 	select {
 	case n.states <- state:
@@ -55,17 +55,17 @@ func (n *notifier) flush() {
 	}
 }
 
-// stopping is the message that the daemon stops, and how long that may take: where it is longer
-// than the unit's TimeoutStopSec=, systemd waits. Beside the grace that is the time for a kill, and
-// for giving the lease back.
+// stopping is the message that the daemon stops, and how long that may take. If it may take longer
+// than the unit's TimeoutStopSec=, systemd waits for it. The time covers the grace, a kill, and
+// giving the lease back.
 func stopping(cfg config.Config) string {
 	within := cfg.StopGrace.Duration + 30*time.Second
 	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", within.Microseconds())
 }
 
-// newWatchdog makes the function that feeds systemd's watchdog while the daemon lives, at most once
-// in a third of what it allows. It has a socket of its own and allocates nothing: the guard calls
-// it again and again, and collects no garbage.
+// newWatchdog makes the function that notifies systemd's watchdog, at most once in a third of the
+// time that systemd allows. It has a socket of its own and allocates nothing: the guard calls it
+// again and again, and collects no garbage.
 func newWatchdog() func() {
 	allowed, err := sdnotify.SdWatchdogEnabled(false)
 	if err != nil || allowed == 0 {

@@ -10,19 +10,19 @@ import (
 )
 
 const (
-	// terminationLog is the file that Kubernetes makes in each container for its last words, and
-	// shows where it shows the exit code. It is there already, or nobody reads it.
+	// terminationLog is the file that Kubernetes makes in each container for a termination message.
+	// Kubernetes shows the message beside the exit code. If the file does not exist, nobody reads
+	// it.
 	terminationLog = "/dev/termination-log"
 
 	// maxTerminationMessage is how much of it Kubernetes reads.
 	maxTerminationMessage = 4096
 )
 
-// leaveMessage writes a termination message if the file for it exists. It returns no error: the
-// same was said on standard error.
+// leaveMessage writes a termination message if the file for it exists. It returns no error, because
+// standard error has the same text.
 //
-// With yield it leaves alone what the file holds already: a job's own account of why it failed is
-// better than ours.
+// With yield it does not replace what the file has already: the job knows better why it failed.
 func leaveMessage(path, text string, yield bool) {
 	// It opens no link, and waits for no reader of a pipe.
 	fd, err := unix.Open(path, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)

@@ -19,7 +19,7 @@ import (
 	"leasehold/internal/quote"
 )
 
-// parts are what elector and elect put different things into.
+// parts are what differs between the elector and elect.
 type parts struct {
 	cfg      config.Config
 	log      *slog.Logger
@@ -34,8 +34,8 @@ type parts struct {
 	status        func(text string)               // one line at each change of its state
 }
 
-// A daemon is what elector and elect have in common: the candidate, the health server and the
-// status, as actors of one group, to which either adds its own.
+// A daemon is what the elector and elect have in common: the candidate, the health server and the
+// status, as actors of one group. Each of the two adds actors of its own.
 type daemon struct {
 	candidate *election.Candidate
 	group     run.Group
@@ -99,8 +99,8 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 	return nil
 }
 
-// addStatus passes on at each change what the candidate does. It is one line, for a leader may have
-// any name, and systemd takes each line for an order.
+// addStatus passes on what the candidate does, at each change. The text is one line: a leader may
+// have any name, and systemd takes each line as a command.
 func (d *daemon) addStatus(p parts) {
 	stop := make(chan struct{})
 	d.group.Add(func() error {
@@ -133,9 +133,9 @@ func statusText(s election.Snapshot) string {
 	return string(s.State)
 }
 
-// live returns why the candidate's loops must be taken for hung, or nil.
+// live returns an error if the candidate's loops seem to hang.
 func live(s election.Snapshot) error {
-	// Zero: they have yet to begin.
+	// Zero: they have not begun yet.
 	silent := boottime.Now() - s.LastHeartbeat
 	if s.LastHeartbeat != 0 && silent > 2*election.HeartbeatInterval {
 		return fmt.Errorf("no heartbeat of the election's loops for %s", silent.Round(time.Second))

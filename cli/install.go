@@ -17,8 +17,8 @@ import (
 // ErrInstall ends install: the copy can't be made.
 var ErrInstall = errors.New("install")
 
-// install copies the running binary to dest, a directory or a file: a scratch image has no cp for
-// an init container to use. Whoever looks at dest sees the old file or the whole new one, also
+// install copies the running binary to dest, a directory or a file: an image built from scratch has
+// no cp for an init container. At every moment dest is the old file or the whole new one, also
 // while the old one runs.
 func install(dest string) error {
 	if err := installTo(dest); err != nil {
@@ -28,7 +28,7 @@ func install(dest string) error {
 }
 
 func installTo(dest string) (err error) {
-	// Not the name that it was started by, which another file may have by now.
+	// Not the path that it was started by: another file may have that path by now.
 	from, err := os.Open("/proc/self/exe")
 	if err != nil {
 		return fmt.Errorf("open the running binary: %w", err)
@@ -55,7 +55,7 @@ func installTo(dest string) (err error) {
 		}
 	}()
 	_, err = io.Copy(to, from)
-	// Whatever the umask: the user of the container that runs it is another one.
+	// Whatever the umask is: another container's user runs the copy.
 	err = errors.Join(err, to.Chmod(0o755), to.Sync(), to.Close())
 	if err != nil {
 		return fmt.Errorf("write to %s: %w", filepath.Dir(dest), cause(err))

@@ -31,8 +31,8 @@ func (p *Program) Parse(args []string) (Call, error) {
 	return call, &UsageError{Hint: hint}
 }
 
-// A line is a command line under way. Nothing of job is ever shown, nor the value of a setting that
-// may be a secret: standard error often ends up in a log.
+// A line is a command line that is being parsed. Hints never show the job, or the value of a
+// setting that may be a secret: standard error often ends up in a log.
 type line struct {
 	commands []Command
 	own, job []string // before and after the first --
@@ -47,7 +47,7 @@ func (l *line) find(name string) (Command, bool) {
 	return l.commands[i], true
 }
 
-// named is the command that the line names, also where a wrong flag or a setting stands before it.
+// named is the command that the line names, also if a wrong flag or a setting stands before it.
 func (l *line) named() Command {
 	for i := 0; i < len(l.own); i++ {
 		arg := l.own[i]
@@ -165,7 +165,7 @@ func (l *line) unknownCommand(word string) string {
 	return hint + " To run a job of that name: leasehold -- " + quote.Word(word) + " ..."
 }
 
-// unknownFlag is the hint for a flag that c, or the whole line where c is none, does not take.
+// unknownFlag is the hint for a flag that c does not take, or that no command takes if c is none.
 func (l *line) unknownFlag(c Command, flag string) string {
 	name, _, assigned := strings.Cut(flag, "=")
 	valueless := append([]string{"-h", "--help", "--version"}, c.Flags...)
