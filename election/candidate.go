@@ -18,8 +18,8 @@ import (
 //	          ├─ campaign                 while standby: puts the key, waits, verifies
 //	          └─ Callbacks.Lead           while leading
 //
-// What each of them owns: Candidate the configuration, the state machine and the metrics; run what
-// outlasts a session; session one lease and the key bound to it; term what Lead is told of.
+// What each type owns: Candidate the configuration, the state machine and the metrics; run what
+// outlasts a session; session one lease and the key bound to it; term what Lead needs to know.
 type Candidate struct {
 	cfg        Config
 	log        *slog.Logger
@@ -61,7 +61,7 @@ type run struct {
 	outage    *outage
 	started   time.Duration
 	elected   bool // at least once
-	// nestedChecked: it is known that there was no election within or around ours.
+	// nestedChecked: we have looked, and there was no election within or around ours.
 	nestedChecked bool
 }
 
@@ -100,7 +100,7 @@ func (c *Candidate) Run(ctx context.Context) error {
 	}
 }
 
-// heartbeat is that of the loop of Run.
+// heartbeat marks a heartbeat of Run's loop.
 func (c *Candidate) heartbeat() { c.heartbeats.run.mark(c.cfg.Now()) }
 
 // sleep waits, and marks heartbeats meanwhile.
@@ -126,13 +126,13 @@ func (cfg *Config) requestTimeout() time.Duration {
 	return min(max(cfg.TTL/5, 2*cfg.DialTimeout), HeartbeatInterval/2)
 }
 
-// hedgeDelay is that of requests before it is known which TTL etcd grants.
+// hedgeDelay is for requests that are made before we know which TTL etcd grants.
 func (cfg *Config) hedgeDelay() time.Duration { return Timing{TTL: cfg.TTL}.hedgeDelay() }
 
 // heartbeats are those of the candidate's loops.
 type heartbeats struct{ run, lease, queue heartbeat }
 
-// heartbeat is when a loop last came round, in time since boot; 0: it does not run.
+// heartbeat is when a loop last began a round, in time since boot; 0: it does not run.
 type heartbeat struct{ last atomic.Int64 }
 
 func (h *heartbeat) mark(now time.Duration) { h.last.Store(int64(now)) }

@@ -3,8 +3,8 @@
 //
 // A candidate takes a lease from etcd, puts a key bound to it under the election's prefix and waits
 // until no key under that prefix was created before its own. From then on it leads, for one term.
-// The layout of the keys is that of etcd's own concurrency.Election, so etcdctl elect, and whatever
-// else is built on that, takes part in the same election.
+// The layout of the keys is that of etcd's own concurrency.Election. So etcdctl elect, and every
+// program that uses that package, can take part in the same election.
 //
 // What a term promises, on a clock that runs at the same rate as etcd's: until Deadlines.End no
 // other candidate leads, unless somebody deletes the key or the lease. A renewal sent at s and
@@ -12,10 +12,11 @@
 // is counted from the moment of sending. Renewals move the deadlines; once Deadlines.StopAt has
 // passed the term is over, and nothing revives it.
 //
-// What it does not promise: that a leader whose key or lease was removed by somebody else learns of
-// it before the next leader starts. Only the fencing token protects against that. Etcd itself can
-// do so: a member that led, was paused for four fifths of a TTL or longer and wakes can revoke
-// leases that were renewed with its successor (https://github.com/etcd-io/etcd/issues/15247).
+// What it does not promise: if somebody else removes the leader's key or lease, the leader may
+// learn of it only after the next leader has started. Only the fencing token protects against that.
+// etcd itself can remove a lease: if etcd's leader was paused for four fifths of a TTL or longer,
+// it may revoke leases when it goes on, although its successor has renewed them
+// (https://github.com/etcd-io/etcd/issues/15247).
 //
 // Where to read on: candidate.go has the goroutines and who owns what, state.go the state machine,
 // session.go the life of a lease, standby.go how a candidate comes to lead, lease.go renewals and
@@ -43,24 +44,24 @@ var (
 	// ErrKeyDeleted: the key was deleted, or deleted and made anew. The next leader may be
 	// starting.
 	ErrKeyDeleted = errors.New("the leader's key is gone from etcd")
-	// ErrKeyOverwritten: somebody wrote to the key, which took our lease from it. No other can lead
-	// before the key is removed. The session removes it when Lead has returned.
+	// ErrKeyOverwritten: somebody wrote to the key, and it is no longer bound to our lease. Nobody
+	// else can lead before the key is removed. The session removes it when Lead has returned.
 	ErrKeyOverwritten = errors.New(
 		"the candidate's key was overwritten in etcd, and with that lost its lease")
 )
 
 // What Run returns, with the cause, when the candidate was not elected within Config.Wait.
 var (
-	// ErrNotElected: another candidate leads or is ahead, or a key that is no candidate's, or it
-	// was not known in time whether one is.
+	// ErrNotElected: another candidate, or a key that is no candidate's, is ahead of us. Or we
+	// could not learn in time whether one is.
 	ErrNotElected = errors.New("not elected")
 	// ErrUnreachable: etcd did not answer, or it refused.
 	ErrUnreachable = errors.New("etcd can't be used")
 )
 
-// NestedError is what Run returns at the first contact with etcd where the election lies within
-// another one that has live candidates, or around it: the candidates of the outer one would wait
-// for those of the inner one.
+// NestedError is what Run returns if the election lies within another one that has live candidates,
+// or around it: the candidates of the outer one would wait for those of the inner one. Run looks at
+// the first contact with etcd.
 type NestedError struct {
 	Election, Other string
 	Key             string // of one of Other's candidates
@@ -78,20 +79,21 @@ type Backoff struct{ For time.Duration }
 
 func (b *Backoff) Error() string { return fmt.Sprintf("resigned for %v", b.For) }
 
-// Callbacks are told of the lease, and run what leadership is for.
+// Callbacks learn of the lease, and do the leader's work.
 type Callbacks interface {
-	// Leased is called with the id of a lease before etcd is asked for it, so that somebody else
-	// can revoke it should this process exit. It is called with zeros once the lease is revoked or
-	// known to be gone, unless it was called with another one by then.
+	// Leased is called with the id of a lease before we ask etcd for it, so that somebody else can
+	// revoke it if this process exits. It is called with zeros once the lease is revoked or known
+	// to be gone, unless it was called with another lease by then.
 	Leased(id int64, ttl time.Duration)
 	// Extended is called with the new deadlines after each renewal while a term runs and stop-at
 	// has not passed. It must not block. A call may come just before Lead's own; the latest
 	// deadlines are those that count.
 	Extended(Deadlines)
-	// Lead is called when a term begins, and returns when nothing of what leadership is for is
-	// alive. Its context ends when the term does: with the cause with which Run's context ended (a
-	// planned stop), ErrContactLost, ErrLeaseLost, ErrKeyDeleted or ErrKeyOverwritten. The lease is
-	// renewed until Lead returns and revoked after that, never before.
+	// Lead is called when a term begins. It does the leader's work, and returns when nothing of
+	// that runs any more. Its context ends when the term does: with the cause with which Run's
+	// context ended (a planned stop), ErrContactLost, ErrLeaseLost, ErrKeyDeleted or
+	// ErrKeyOverwritten. The lease is renewed until Lead returns and revoked after that, never
+	// before.
 	//
 	// The result nil, or the term's own end, means: campaign again. A *Backoff means: campaign
 	// again after that time. Any other error ends Run, which returns it.
@@ -110,9 +112,9 @@ type Term struct {
 	// Deadlines are those at the beginning of the term.
 	Deadlines Deadlines
 	Timing    Timing
-	// Lost is closed when the lease or the key is gone, also when Lead's context had already ended
-	// for a milder cause: whatever still runs must be killed at once, for the next leader may be
-	// starting. An overwritten key is not gone.
+	// Lost is closed when the lease or the key is gone, even if Lead's context has already ended
+	// for another cause. Then Lead must kill at once what still runs, because the next leader may
+	// be starting. An overwritten key is not gone.
 	Lost <-chan struct{}
 }
 
@@ -134,13 +136,13 @@ type Entry struct {
 	Token    int64 // the key's create revision
 }
 
-// Blocker is a key ahead of the candidate's own that is no candidate's of this election, so that
-// the wait may never end.
+// Blocker is a key ahead of the candidate's own that no candidate of this election has made. The
+// wait for it may never end.
 type Blocker struct {
 	Key string // printable
 	Why string
-	// Remedy is a shell command that ends the wait. It is empty where the key's lease is alive:
-	// whoever keeps that relies on the key.
+	// Remedy is a shell command that ends the wait. It is empty if the key's lease is alive:
+	// whoever keeps the lease alive needs the key.
 	Remedy string
 }
 
@@ -149,18 +151,18 @@ type Snapshot struct {
 	State  State
 	Reason string    // why not in the election, while connecting
 	Since  time.Time // when State was entered
-	// Leader is the leader as etcd last told, nil when none is known.
+	// Leader is the leader as etcd last reported it, or nil if none is known.
 	Leader *Entry
 	// LeaseID, TTL (as granted) and Deadlines are zero without a lease.
 	LeaseID   int64
 	TTL       time.Duration
 	Deadlines Deadlines
-	// Leading is true while a term runs that is neither lost nor given up. The reader compares
-	// Deadlines.StopAt with the present moment himself.
+	// Leading is true while a term runs that is neither lost nor given up. The reader has to
+	// compare Deadlines.StopAt with the present time.
 	Leading bool
 	Blocker *Blocker // nil: there is none
-	// LastHeartbeat is the oldest of the last heartbeats of the candidate's loops, in time since
-	// boot. Each has one at least in every HeartbeatInterval. 0: none runs.
+	// LastHeartbeat is the last heartbeat of the loop that was silent longest, in time since boot.
+	// Each loop has a heartbeat at least every HeartbeatInterval. 0: no loop runs.
 	LastHeartbeat time.Duration
 }
 
@@ -176,8 +178,8 @@ type TLS struct {
 
 // Config configures a candidate.
 type Config struct {
-	// Endpoints are the URLs of etcd's members. Where the host is a name, each of its addresses is
-	// one.
+	// Endpoints are the URLs of etcd's members. If the host is a name, each of its addresses counts
+	// as a member.
 	Endpoints []string
 	// Election is the key prefix, without the slash that follows it.
 	Election string
@@ -187,16 +189,16 @@ type Config struct {
 	TTL time.Duration
 	// LossGrace and Margin are negative for the default that NewTiming documents.
 	LossGrace, Margin time.Duration
-	// Wait is for how long, from the start of Run, to wait for being elected: negative means for
-	// ever, and 0 to join, look and leave if there is a leader.
+	// Wait bounds the time from the start of Run until the candidate is elected. Negative means for
+	// ever. 0 means to join, look, and leave if there is a leader.
 	Wait time.Duration
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
 	// lookup finds the addresses of a host. nil: the system's resolver.
 	lookup func(ctx context.Context, host string) ([]string, error)
 	TLS    TLS
-	// Username and Password are for etcd's own authentication. Password is called anew for each;
-	// nil means none.
+	// Username and Password are for etcd's own authentication. Password is called for each
+	// authentication; nil means none.
 	Username string
 	Password func() (string, error)
 	// AuthToken is a token that etcd gave this user earlier, and Authenticated is called with each

@@ -48,12 +48,12 @@ func (e *memberError) Error() string {
 
 func (e *memberError) Unwrap() error { return e.err }
 
-// authError says why there is no token. It says nothing of the member that one is needed for.
+// authError says why there is no token. It says nothing about the member that needs the token.
 type authError struct{ error }
 
 func (e authError) Unwrap() error { return e.error }
 
-// unavailable reports whether the member can't be reached, or says itself that it can't serve now.
+// unavailable reports whether the member can't be reached, or reports that it can't serve now.
 func unavailable(err error) bool {
 	if errors.As(err, &authError{}) {
 		return false
@@ -65,10 +65,10 @@ func unavailable(err error) bool {
 	return status.Code(err) == codes.Unavailable
 }
 
-// explain returns the error in one line, with what would help where that is known.
+// explain returns the error in one line, with a remedy if we know one.
 func (cfg *Config) explain(err error) string { return cfg.explainFor("readwrite", err) }
 
-// explainFor does so for what needs that permission.
+// explainFor does the same for a request that needs this permission.
 func (cfg *Config) explainFor(permission string, err error) string {
 	text := oneLine(err)
 	switch {
@@ -87,8 +87,8 @@ func (cfg *Config) explainFor(permission string, err error) string {
 	return text
 }
 
-// oneLine makes an error of many lines fit into a sentence. Where all requests wait for one token
-// they fail alike.
+// oneLine joins the lines of an error. Requests that wait for the same token fail with equal lines,
+// of which it keeps one.
 func oneLine(err error) string {
 	return strings.Join(slices.Compact(strings.Split(err.Error(), "\n")), "; ")
 }

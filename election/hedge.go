@@ -6,12 +6,14 @@ import (
 	"time"
 )
 
-// hedge asks the current member, and when that has not answered after hedgeDelay the next one as
-// well, and so on; a failure brings the next at once. The delay is shorter where ctx would end
-// before all have been asked, with as much time left for the last one. The first good answer
-// counts, and whoever gave it is current from then on. The other requests are cancelled and not
-// waited for. When no answer has come in time the next member is current, so that the same one is
-// not asked first again. What is asked must be harmless when done twice.
+// hedge asks the current member. If that has not answered after hedgeDelay, hedge asks the next one
+// as well, and so on. After a failure it asks the next one at once. The delay is shorter if ctx
+// would otherwise end before all members have been asked, and leaves the last one as much time.
+//
+// The first good answer counts, and its member is the current one from then on. hedge cancels the
+// other requests and does not wait for them. If no answer comes in time, the next member becomes
+// the current one, so that the same member is not asked first again. Because several members may
+// carry out the request, it must be harmless if it is done twice.
 func hedge[T any](
 	ctx context.Context, ms *members, hedgeDelay time.Duration,
 	ask func(context.Context, *member) (T, error),

@@ -13,23 +13,22 @@ import (
 	"google.golang.org/grpc"
 )
 
-// host is an endpoint with the name of a host in it. Each address of the name is a member of its
-// own: to gRPC all of them are one connection, and where its member hangs there would be no other
-// to ask. The name is looked up at each attempt to connect, and when no member has answered a
-// request. An address that the name has lost is never connected to again, for it may belong to
-// another etcd by then.
+// host is an endpoint whose host is a name. Each address of the name counts as a member. gRPC would
+// make one connection for all addresses, and if that member hangs, there would be no other to ask.
+// The name is looked up at each attempt to connect, and when no member has answered a request. We
+// never connect again to an address that the name has lost: it may belong to another etcd by then.
 type host struct {
 	name, port string
 	lookup     func(ctx context.Context, name string) ([]string, error)
 	add        func(number int) // makes one more member
-	again      atomic.Bool      // the name is being looked up beside any attempt to connect
+	again      atomic.Bool      // lookAgain is under way
 
 	mu sync.Mutex
 	// addresses are those of the members, by number. A blank one waits for a new address.
 	addresses []string
 }
 
-// newHost returns nil for an endpoint that is not of a name.
+// newHost returns nil for an endpoint whose host is an address.
 func newHost(endpoint string, lookup func(context.Context, string) ([]string, error)) *host {
 	u, err := url.Parse(endpoint)
 	if err != nil || u.Port() == "" || net.ParseIP(u.Hostname()) != nil {
@@ -41,7 +40,7 @@ func newHost(endpoint string, lookup func(context.Context, string) ([]string, er
 	return &host{name: u.Hostname(), port: u.Port(), lookup: lookup, addresses: []string{""}}
 }
 
-// resolve looks the name up and sees that each of its addresses has a member.
+// resolve looks the name up and makes a member for each new address.
 func (h *host) resolve(ctx context.Context) error {
 	found, err := h.lookup(ctx, h.name)
 	if err != nil {
@@ -75,8 +74,8 @@ func (h *host) address(number int) string {
 	return h.addresses[number]
 }
 
-// dialer has the member of that number connect to its address. All else, such as the name that TLS
-// asks a certificate for, is as if gRPC had looked the name up.
+// dialer makes the member of that number connect to its address. Everything else, such as the name
+// that TLS checks, is as if gRPC had looked the name up.
 func (h *host) dialer(number int) grpc.DialOption {
 	return grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 		if err := h.resolve(ctx); err != nil {

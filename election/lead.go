@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// lead begins a term, has it led, and returns when that has ended. The lease is renewed meanwhile.
+// lead begins a term, calls Lead, and returns when the term has ended. Meanwhile the lease is
+// renewed.
 func (s *session) lead(ctx context.Context, created int64) error {
 	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
@@ -19,7 +20,7 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	}
 	s.run.elected = true
 	s.run.outage.over(queueFails)
-	if s.isLost() { // before there was a term to be ended
+	if s.isLost() { // before the term began
 		s.state.termEnded(s.lostCause)
 	}
 	led := make(chan error, 1)
@@ -50,7 +51,7 @@ func (s *session) lead(ctx context.Context, created int64) error {
 			cause := context.Cause(lctx)
 			s.state.leadReturned(cause)
 			if cause != nil && errors.Is(err, cause) {
-				return nil // the term's own end is not a fault of Lead
+				return nil // Lead failed only because the term ended
 			}
 			return err
 		}

@@ -11,45 +11,44 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// endpoint is what the renewal of a lease needs of a member of etcd. Both calls may take for ever,
-// but not once their context has ended.
+// endpoint is what the renewal of a lease needs of a member of etcd. Both calls may block until
+// their context ends.
 type endpoint interface {
 	renew(ctx context.Context, id int64) (renewal, error)
 	read(ctx context.Context, key string) (reading, error)
 }
 
-// leaseEvents is what comes of renewing a lease. All are called by the goroutine of lease.run and
-// must not block it.
+// leaseEvents are the events in the life of a lease. The goroutine of lease.run calls these
+// methods. They must not block.
 type leaseEvents interface {
 	// renewed is called after each renewal that counts.
 	renewed(Deadlines)
-	// contactLost is called once when stop-at passes, before any renewal that comes later is
-	// counted.
+	// contactLost is called once when stop-at passes, before any later renewal is counted.
 	contactLost()
 	// lost is called when the lease (ErrLeaseLost) or the key (ErrKeyDeleted, ErrKeyOverwritten) is
 	// gone.
 	lost(cause error)
 	// suspect is called when a renewal at that endpoint failed or, with abandoned set, was not
-	// answered. It is late where a renewal that was sent after it, or with it, counts already.
+	// answered. late is set if a renewal that was sent after it, or with it, counts already.
 	suspect(endpoint int, abandoned, late bool, err error)
 }
 
-// lease keeps one lease alive. One goroutine, that of run, decides everything; each attempt to
-// renew has another one, which reports to it and which it never waits for.
+// lease keeps one lease alive. One goroutine, that of run, decides everything. Each attempt to
+// renew has a goroutine of its own, which reports to run. run never waits for it.
 type lease struct {
 	cfg leaseConfig
 
 	mu sync.Mutex
 	// created is the create revision of our key from confirmFrom on, else 0.
 	created int64
-	// raftTerm is that of the renewal that counted last; 0 where it needs no confirmation, for a
-	// majority of etcd granted the lease.
+	// raftTerm is the raft term of the renewal that counted last. 0: it needs no confirmation,
+	// because a majority of etcd granted the lease.
 	raftTerm atomic.Uint64
 	// demands asks for a renewal that is sent after the demand.
 	demands chan demand
 
 	// What follows belongs to run.
-	timing      Timing // its TTL is that which was granted last
+	timing      Timing // with the TTL that was granted last
 	endpoints   []endpoint
 	sent        time.Duration // when the renewal that counts was sent
 	deadlines   Deadlines
@@ -66,13 +65,13 @@ type leaseConfig struct {
 	key     string
 	timing  Timing
 	granted granted
-	// endpoints returns those of etcd. There may be more of them later.
+	// endpoints returns etcd's endpoints. There may be more of them later.
 	endpoints func() []endpoint
 	// current is the endpoint to ask first.
 	current *atomic.Int32
 	now     func() time.Duration
-	// early returns by how much to renew before the interval is over: those who joined or came back
-	// in a crowd must not renew in step.
+	// early returns by how much to renew before the interval is over: many candidates that joined
+	// at the same moment must not renew at the same moment.
 	early     func() time.Duration
 	events    leaseEvents
 	metrics   *metrics
@@ -81,10 +80,11 @@ type leaseConfig struct {
 
 // attempt is the renewal outstanding at one endpoint.
 type attempt struct {
-	// serial is 0 where none is outstanding. Answers to earlier attempts are recognised by it.
+	// serial distinguishes the answer to this attempt from those to earlier ones. 0: none is
+	// outstanding.
 	serial int
 	sent   time.Duration
-	// since is when the first of the attempts was sent that have hung here, one after the other.
+	// since is when the first attempt was sent of those that have hung at this endpoint in a row.
 	since   time.Duration
 	abandon time.Duration // when to give it up
 	cancel  context.CancelFunc
@@ -116,7 +116,7 @@ func (d demand) isGivenUp() bool {
 	}
 }
 
-// newLease makes the keeper of a lease that was granted.
+// newLease makes a lease of what etcd has granted.
 func newLease(cfg leaseConfig) *lease {
 	sent := cfg.granted.sent
 	l := &lease{
@@ -139,16 +139,15 @@ func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 	return done
 }
 
-// confirmFrom says that we lead or verify whether we do, and with which create revision of our key.
-// When it returns every renewal that counts without having been confirmed counts already; the
-// others need a read that shows the key.
+// confirmFrom says that we lead, or verify whether we do, with this create revision of our key.
+// From its return on, a renewal counts only after a read that shows the key.
 func (l *lease) confirmFrom(created int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.created = created
 }
 
-// countAlone counts a renewal that no read has to confirm. Of any other it returns the create
+// countAlone counts a renewal that no read has to confirm. For any other it returns the create
 // revision that the read must show.
 func (l *lease) countAlone(now time.Duration, a answer) (created int64) {
 	l.mu.Lock()
@@ -206,7 +205,8 @@ func (l *lease) run(ctx context.Context) {
 	}
 }
 
-// checkStopAt ends the term, if there is one, before anything that arrives now could revive it.
+// checkStopAt ends the term, if there is one, once stop-at has passed. It is called before each
+// answer is looked at, so that no answer can revive the term.
 func (l *lease) checkStopAt(now time.Duration) {
 	if !l.contactLost && now >= l.deadlines.StopAt {
 		l.contactLost = true
@@ -225,8 +225,8 @@ func (l *lease) abandonHung(now time.Duration) {
 	}
 }
 
-// sleep is for how long there is nothing to do. It is never long: the timer's clock stands still
-// while the machine is suspended, and the deadlines' clock does not.
+// sleep returns for how long there is nothing to do. That is never long: the timer's clock stops
+// while the machine is suspended, and the clock of the deadlines does not.
 func (l *lease) sleep(now time.Duration) time.Duration {
 	until := min(now+l.timing.hedgeDelay(), now+HeartbeatInterval/2, l.next)
 	if !l.contactLost {
@@ -256,17 +256,17 @@ func (l *lease) idle() int {
 	return -1
 }
 
-// replace gives up the oldest attempt, if all endpoints have one that hangs, and returns its
-// endpoint, else -1. While etcd has no leader a member passes renewals on to the old one and does
-// not come back to them: an attempt that is made after the election is answered at once, and must
-// not wait for those before it to be abandoned.
+// replace gives up the oldest attempt if all endpoints have one that hangs. It returns the endpoint
+// of that attempt, or -1. While etcd has no leader, a member passes renewals on to its old leader
+// and never answers them. A renewal that is sent after etcd's election is answered at once. It must
+// not wait until those before it are abandoned.
 func (l *lease) replace(now time.Duration) int {
 	if len(l.attempts) == 1 {
 		return -1
 	}
 	oldest := -1
 	for i := range l.attempts {
-		// Where the renewal was answered, and the confirming read is outstanding, nothing hangs.
+		// If the renewal was answered and the confirming read is outstanding, nothing hangs.
 		if l.attempts[i].created == 0 &&
 			(oldest < 0 || l.attempts[i].abandon < l.attempts[oldest].abandon) {
 			oldest = i
@@ -307,17 +307,17 @@ func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 	}()
 }
 
-// confirm reads our key from the endpoint that has answered a renewal. Etcd's leader acknowledges
-// renewals without asking anybody, and one that was paused or cut off and deposed meanwhile may do
-// so as well, for as long as it does not know (etcd #15247 tells of its like). The read is answered
-// by the leader that a majority of etcd follows; when that is in another raft term than the
-// renewal, the renewal is worth nothing.
+// confirm reads our key from the endpoint that has answered a renewal. etcd's leader acknowledges
+// renewals without asking anybody. A leader of etcd that was paused or cut off, and deposed
+// meanwhile, does so too until it learns of that (compare etcd #15247). But the leader that a
+// majority of etcd follows answers the read. If the read has another raft term than the renewal,
+// the renewal is worth nothing.
 func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	ctx, cancel := context.WithCancel(ctx)
 	a := &l.attempts[i]
 	a.cancel()
-	// A majority of etcd with slow disks takes its time for a read, and for no renewal. That the
-	// renewal was answered says that the member is there, and what counts is when it was sent: so
+	// If etcd's disks are slow, a majority takes long for a read, but not for a renewal. The answer
+	// to the renewal shows that the member is there, and the send time of the renewal counts. So
 	// the read may take longer.
 	a.cancel, a.abandon = cancel, now+2*l.timing.RenewInterval()
 	serial, at := a.serial, l.endpoints[i]
@@ -327,7 +327,7 @@ func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	}()
 }
 
-// report hands the answer to run, unless that does not want it any more.
+// report passes the answer to run, unless run does not want it any more.
 func (l *lease) report(ctx context.Context, a answer) {
 	select {
 	case l.answers <- a:
@@ -354,7 +354,7 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 	case a.confirming && a.reading.lease != l.cfg.id:
 		l.cfg.events.lost(ErrKeyOverwritten)
 		return true
-	case a.confirming && a.reading.term != this.renewal.term:
+	case a.confirming && a.reading.raftTerm != this.renewal.raftTerm:
 		l.finish(a.endpoint)
 		l.cfg.metrics.renewals.WithLabelValues(renewalUnconfirmed).Inc()
 		l.next, l.prefer = now, a.endpoint
@@ -369,8 +369,8 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 	return false
 }
 
-// count takes the good renewal into account. What counts is when it was sent: a late reply to an
-// early attempt changes nothing.
+// count takes the good renewal into account. Its send time counts: a delayed reply to an earlier
+// attempt changes nothing.
 func (l *lease) count(now time.Duration, i int, sent time.Duration, r renewal) {
 	l.finish(i)
 	l.cfg.metrics.renewals.WithLabelValues(renewalOK).Inc()
@@ -379,7 +379,7 @@ func (l *lease) count(now time.Duration, i int, sent time.Duration, r renewal) {
 		return
 	}
 	l.sent = sent
-	l.raftTerm.Store(r.term)
+	l.raftTerm.Store(r.raftTerm)
 	l.timing.TTL = r.ttl
 	l.deadlines = l.timing.From(sent)
 	l.contactLost = now >= l.deadlines.StopAt
@@ -404,8 +404,8 @@ func (l *lease) finish(i int) {
 	l.attempts[i].serial, l.attempts[i].since = 0, 0
 }
 
-// failed gives up the attempt and arranges for the next one, at another endpoint if there is one.
-// When a later attempt has already been good, the next one can wait until it is due.
+// failed gives up the attempt and schedules the next one, at another endpoint if there is one. If a
+// later attempt has succeeded already, the next one can wait until it is due.
 func (l *lease) failed(now time.Duration, i int) {
 	l.finish(i)
 	if l.isLate(i) {
@@ -415,7 +415,8 @@ func (l *lease) failed(now time.Duration, i int) {
 	l.prefer = (i + 1) % len(l.endpoints)
 }
 
-// isLate reports whether a renewal counts that was not sent before the endpoint's last attempt.
+// isLate reports whether a renewal counts already that was sent no earlier than the endpoint's last
+// attempt.
 func (l *lease) isLate(i int) bool { return l.attempts[i].sent <= l.sent }
 
 func (l *lease) suspect(i int, abandoned bool, err error) {

@@ -85,9 +85,9 @@ func refuse(context.Context) (renewal, error) { return renewal{}, errors.New("re
 
 const testLeaseID = 1
 
-func shows(created int64, term uint64) func(context.Context) (reading, error) {
+func shows(created int64, raftTerm uint64) func(context.Context) (reading, error) {
 	return func(context.Context) (reading, error) {
-		return reading{created: created, lease: testLeaseID, term: term}, nil
+		return reading{created: created, lease: testLeaseID, raftTerm: raftTerm}, nil
 	}
 }
 
@@ -405,7 +405,7 @@ func TestLease_ConfirmationShowsAnotherLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newTestLease(t, 7, refuse)
 		l.endpoints[0].show = func(context.Context) (reading, error) {
-			return reading{created: 7, term: 1}, nil
+			return reading{created: 7, raftTerm: 1}, nil
 		}
 		l.pass(2100 * ms)
 		l.endpoints[0].set(good(1))

@@ -14,9 +14,9 @@ type leaving struct {
 	created int64  // the key's create revision; 0: whichever it has
 }
 
-// revoke gives up the key and the lease. The job has exited. The key is deleted by itself, and
-// first: a key that was overwritten does not go with the lease, and would keep all others waiting
-// for ever. The next leader waits for no more than the key.
+// revoke gives up the key and the lease. The job has exited. It deletes the key first, by a request
+// of its own: a key that was overwritten does not go with the lease, and would keep all others
+// waiting for ever. The next leader waits only for the key.
 func (l leaving) revoke(
 	ctx context.Context, ms *members, timeout, hedgeDelay time.Duration,
 ) error {
@@ -39,8 +39,8 @@ func (l leaving) revoke(
 }
 
 // leftovers revokes the leases that could not be revoked when their sessions ended. The key of such
-// a lease keeps all others waiting, and that it expires in a TTL is not certain: a renewal that was
-// sent into a network partition can arrive long after.
+// a lease keeps all others waiting. It may last longer than a TTL: a renewal that was sent into a
+// network partition can arrive long after.
 type leftovers struct {
 	members             *members
 	timeout, hedgeDelay time.Duration
@@ -75,9 +75,9 @@ func (l *leftovers) add(left leaving) {
 	})
 }
 
-// wait waits for the last one, for as long as one request over all members may take. Behind a key
-// of our own we would only stand in our own way; and until the callbacks are told of another lease
-// it is this one that whoever is told can revoke.
+// wait waits until the last one is revoked, for at most the time that one request over all members
+// may take. Otherwise our next key would wait for our own old one. Also, the callbacks know only
+// one lease at a time, and until they learn of the next they can still revoke this one.
 func (l *leftovers) wait(ctx context.Context) {
 	if l.last == nil {
 		return

@@ -25,11 +25,11 @@ type member struct {
 
 	mu     sync.Mutex
 	client *clientv3.Client
-	next   *clientv3.Client // which is to replace it, while that is not up; else nil
+	next   *clientv3.Client // it replaces client once it is connected; else nil
 	closed bool
 }
 
-// name is the endpoint, and which of its addresses.
+// name is the endpoint, with the address if its host is a name.
 func (m *member) name() string {
 	if m.host == nil || m.host.address(m.number) == "" {
 		return m.endpoint
@@ -37,8 +37,8 @@ func (m *member) name() string {
 	return m.endpoint + " (" + m.host.address(m.number) + ")"
 }
 
-// open returns the client of the connection, which it makes if there is none. It does not wait for
-// the connection to be up: a request does, until the first attempt to connect has failed.
+// open returns the client of the connection. It makes one if there is none. It does not wait until
+// the connection is up. A request does, until the first attempt to connect has failed.
 func (m *member) open() (*clientv3.Client, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -65,8 +65,8 @@ func (m *member) conn() (*grpc.ClientConn, error) {
 
 // renewal is what a member answers to a renewal.
 type renewal struct {
-	ttl  time.Duration
-	term uint64 // the member's raft term, read before the renewal was carried out
+	ttl      time.Duration
+	raftTerm uint64 // the member's, read before it carried out the renewal
 }
 
 // renew renews the lease once. It does not use etcd's KeepAliveOnce, which repeats itself without a
@@ -84,7 +84,7 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 		if err != nil {
 			return err
 		}
-		// When Send says io.EOF the stream has ended, and Recv says why.
+		// If Send returns io.EOF, the stream has ended, and Recv returns the reason.
 		err = stream.Send(&pb.LeaseKeepAliveRequest{ID: id})
 		if err != nil && !errors.Is(err, io.EOF) {
 			return err
@@ -98,8 +98,8 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 			return rpctypes.ErrLeaseNotFound
 		}
 		r = renewal{
-			ttl:  time.Duration(resp.TTL) * time.Second,
-			term: resp.GetHeader().GetRaftTerm(),
+			ttl:      time.Duration(resp.TTL) * time.Second,
+			raftTerm: resp.GetHeader().GetRaftTerm(),
 		}
 		return nil
 	})
@@ -108,13 +108,13 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 
 // reading is what a linearizable read of one key shows.
 type reading struct {
-	created int64 // the key's create revision, 0 when there is no such key
-	lease   int64 // that it is bound to
-	term    uint64
+	created  int64 // the key's create revision, 0 when there is no such key
+	lease    int64 // that it is bound to
+	raftTerm uint64
 }
 
-// read reads the key, linearizably. Not with KeysOnly: from 3.7 on etcd does not show the lease
-// then.
+// read reads the key, linearizably. It does not use KeysOnly, because from 3.7 on etcd does not
+// show the lease then.
 func (m *member) read(ctx context.Context, key string) (reading, error) {
 	conn, err := m.conn()
 	if err != nil {
@@ -124,14 +124,14 @@ func (m *member) read(ctx context.Context, key string) (reading, error) {
 	if err != nil {
 		return reading{}, rpctypes.Error(err)
 	}
-	r := reading{term: resp.GetHeader().GetRaftTerm()}
+	r := reading{raftTerm: resp.GetHeader().GetRaftTerm()}
 	if len(resp.Kvs) > 0 {
 		r.created, r.lease = resp.Kvs[0].CreateRevision, resp.Kvs[0].Lease
 	}
 	return r, nil
 }
 
-// readAll makes all these reads in one linearizable transaction.
+// readAll makes several reads in one linearizable transaction.
 func (m *member) readAll(
 	ctx context.Context, ranges ...*pb.RangeRequest,
 ) (*pb.ResponseHeader, [][]*mvccpb.KeyValue, error) {
@@ -176,7 +176,7 @@ func (m *member) remove(ctx context.Context, key string, created int64) error {
 	return rpctypes.Error(err)
 }
 
-// revoke revokes the lease. It is as good if etcd does not know the lease.
+// revoke revokes the lease. It also succeeds if etcd does not know the lease.
 func (m *member) revoke(ctx context.Context, id int64) error {
 	conn, err := m.conn()
 	if err != nil {

@@ -33,7 +33,7 @@ type session struct {
 	created atomic.Int64   // our key's create revision; 0: it is not known to be put
 
 	mu          sync.Mutex
-	closing     bool          // from here on our key goes because we want it to
+	closing     bool          // from now on we remove our key ourselves
 	gone        chan struct{} // closed when the key or the lease is lost
 	lostCause   error         // set before that
 	trouble     error         // why the last renewal did not count
@@ -49,12 +49,12 @@ func newSession(c *Candidate, r *run) *session {
 	return s
 }
 
-// newLeaseID chooses the id of a lease: positive, as etcd's own are, and not one that anybody else
-// will choose.
+// newLeaseID chooses the id of a lease: positive, as etcd's own ids are, and random, so that nobody
+// else chooses the same.
 func newLeaseID() int64 { return 1 + rand.Int64N(1<<63-1) }
 
-// start takes part in the election with one lease, until that is lost or the term it led to is
-// over. It returns nil for the next session to follow.
+// start takes part in the election with one lease, until that is lost or its term is over. It
+// returns nil if another session has to follow.
 func (s *session) start(ctx context.Context) error {
 	s.candidate.heartbeat()
 	s.state.campaigningAgain()
@@ -66,10 +66,10 @@ func (s *session) start(ctx context.Context) error {
 	defer s.running.Wait()
 	defer cancel()
 
-	// The queue is watched from while the lease is being granted, and before our key is put: the
-	// watch then sees all that happens to the key, and at once, whereas etcd serves a watch of the
-	// past only every 100 ms. It ends before the lease is revoked, so that those who leave in a
-	// crowd are not told of each other.
+	// The watch of the queue is opened while the lease is being granted, before our key is put. So
+	// it sees all that happens to the key, and at once: a watch that begins in the past is served
+	// only every 100 ms. It ends before the lease is revoked, so that many candidates that leave at
+	// the same moment get no events for each other.
 	qctx, stopQueue := context.WithCancel(sctx)
 	defer stopQueue()
 	s.startQueue(qctx)
@@ -96,7 +96,7 @@ func (s *session) start(ctx context.Context) error {
 	return s.lead(ctx, created)
 }
 
-// unlessStopped returns err, and nil where the context of Run has ended: that is a planned stop.
+// unlessStopped returns err, or nil if the context of Run has ended: that is a planned stop.
 func unlessStopped(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		err = nil
@@ -111,12 +111,12 @@ func (s *session) waitContext(ctx context.Context) (context.Context, context.Can
 	case s.run.elected || wait < 0:
 		return context.WithCancel(ctx)
 	case wait == 0:
-		wait = s.cfg.TTL // to join and look takes that long only when something is wrong
+		wait = s.cfg.TTL // to join and look takes that long only if something is wrong
 	}
 	return context.WithTimeout(ctx, max(0, s.run.started+wait-s.cfg.Now()))
 }
 
-// triesOnce reports whether the candidate gives up at the first thing that keeps it from leading.
+// triesOnce reports whether the candidate gives up if it cannot lead at once.
 func (s *session) triesOnce() bool { return s.cfg.Wait == 0 && !s.run.elected }
 
 func (s *session) startQueue(ctx context.Context) {
@@ -164,7 +164,7 @@ func (s *session) join(ctx context.Context) (g granted, err error) {
 	return g, err
 }
 
-// keepTrying makes a request until it is answered. It returns ErrUnreachable where ctx ends first.
+// keepTrying makes a request until it succeeds. It returns ErrUnreachable if ctx ends first.
 func (s *session) keepTrying(
 	ctx context.Context, fails failing, what string, request func() error,
 ) error {
@@ -192,13 +192,14 @@ func (s *session) keepTrying(
 // granted is a lease as etcd granted it.
 type granted struct {
 	ttl, sent time.Duration
-	raftTerm  uint64 // of a renewal that stands in for the grant; else 0
+	raftTerm  uint64 // of the renewal, if one was made in place of the grant; else 0
 }
 
-// grant asks for the lease with our own id, so that it can be revoked even if no reply ever comes.
+// grant asks for a lease with an id that we have chosen. So we can revoke it even if no reply
+// comes.
 func (s *session) grant(ctx context.Context) (granted, error) {
-	// Not called off by a stop: a revocation would overtake the grant, find no lease, and leave
-	// one.
+	// A stop does not cancel it: the revocation would overtake the grant, find no lease, and then
+	// the grant would leave one.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.requestTimeout())
 	defer cancel()
 	seconds := int64((s.cfg.TTL + time.Second - 1) / time.Second)
@@ -212,11 +213,11 @@ func (s *session) grant(ctx context.Context) (granted, error) {
 			&pb.LeaseGrantRequest{TTL: seconds, ID: s.id})
 		switch err = rpctypes.Error(err); {
 		case errors.Is(err, rpctypes.ErrLeaseExist):
-			// The same request was sent before, and its answer is late or lost. What came of it a
-			// renewal tells.
+			// The same request was sent before, and its answer is delayed or lost. A renewal shows
+			// what was granted.
 			sent = s.cfg.Now()
 			renewed, err := m.renew(ctx, s.id)
-			return granted{renewed.ttl, sent, renewed.term}, err
+			return granted{renewed.ttl, sent, renewed.raftTerm}, err
 		case err != nil:
 			return granted{}, err
 		case resp.Error != "":
@@ -227,8 +228,8 @@ func (s *session) grant(ctx context.Context) (granted, error) {
 	return hedge(ctx, s.members, s.cfg.hedgeDelay(), ask)
 }
 
-// release revokes the lease and removes the key, whether or not we know it to exist, as the last
-// thing that the session does in etcd.
+// release removes the key and revokes the lease, whether or not we know that they exist. It is the
+// last thing that the session does in etcd.
 func (s *session) release(ctx context.Context, stopQueue func()) {
 	s.mu.Lock()
 	s.closing = true
@@ -263,7 +264,7 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 // put learns from the campaign that our key is in etcd.
 func (s *session) put(created int64) {
 	if before := s.created.Swap(created); before != 0 && before != created {
-		s.lost(ErrKeyDeleted) // and put again by a campaign that did not know
+		s.lost(ErrKeyDeleted) // the campaign has put it again
 		return
 	}
 	s.mu.Lock()
@@ -322,12 +323,12 @@ func (s *session) suspect(endpoint int, abandoned, late bool, err error) {
 		s.notRenewed(&memberError{m.name(), err})
 	}
 	if abandoned && s.members.auth != nil && s.members.auth.busy() {
-		return // it waits for a token, maybe
+		return // perhaps it waits for a token
 	}
 	if abandoned {
 		s.members.reset(m)
 	}
-	// A refusal, of too many requests or of a token, says nothing of the watch.
+	// If a member refuses too many requests, or a token, its watch may still work.
 	if abandoned || unavailable(err) {
 		s.queue.suspect(m)
 	}

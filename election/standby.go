@@ -14,8 +14,8 @@ import (
 	"leasehold/internal/quote"
 )
 
-// standby campaigns and waits. It returns the create revision of our key when that has won, or 0
-// when the session is over. ctx ends with Run's, or when it is too late to be elected; sctx ends
+// standby campaigns and waits. It returns the create revision of our key when we have won, or 0
+// when the session is over. ctx ends with Run's context, or when Config.Wait is over. sctx ends
 // with the session.
 func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 	cctx, cancel := context.WithCancel(sctx)
@@ -69,7 +69,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 	}
 }
 
-// look returns what the queue shows, and what keeps us from being in it.
+// look returns what the queue shows, and why we are not in it yet.
 func (s *session) look() (view, error) {
 	v, err := s.queue.view()
 	s.mu.Lock()
@@ -77,10 +77,10 @@ func (s *session) look() (view, error) {
 	return v, errors.Join(err, s.campaignErr)
 }
 
-// show publishes what a candidate that waits knows.
+// show publishes what the waiting candidate knows.
 func (s *session) show(v view, trouble error) {
 	outage := s.run.outage
-	// First, so that whoever sees a standby sees its leader too.
+	// This comes first, so that a snapshot of a standby always has the leader too.
 	s.state.queueChanged(v.leader(), v.blocker)
 	switch {
 	case s.cfg.Now() >= s.state.get().Deadlines.StopAt:
@@ -188,13 +188,13 @@ type verification struct {
 	raftTerm uint64 // of the member that answered
 }
 
-// verifyFirst verifies that we lead: Election.Campaign returns nil even when its own key is gone
-// (https://github.com/etcd-io/etcd/issues/19597). That our key is the oldest which exists in a
-// linearizable read proves by itself that we lead, for a key made later can never be older; and
-// that it exists proves that the lease did when it was read. So where the last renewal that was due
-// counts, and the read confirms it, its deadlines are as good as those of a leader in the middle of
-// its term. The next renewal follows the read, for etcd would serve it first and the job is
-// waiting. Otherwise there must be another renewal, which is confirmed as those of a leader are.
+// verifyFirst verifies that we lead, because Election.Campaign returns nil even if its own key is
+// gone (https://github.com/etcd-io/etcd/issues/19597). If our key is the oldest one in a
+// linearizable read, we lead: a key made later can never be older. That the key exists also proves
+// that the lease existed at the time of the read. So if the last renewal is recent and the read
+// confirms it, its deadlines are as good as those of any leader. The next renewal is then sent
+// after the read: etcd would serve it first, and the job is waiting. Otherwise we need another
+// renewal, and confirm it as a leader does.
 func (s *session) verifyFirst(ctx context.Context, renewNext func()) (verification, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()

@@ -27,20 +27,20 @@ type watchConn struct {
 	events   clientv3.WatchChan
 	interval time.Duration // of the tick; both halves of the liveness check take one
 
-	seen       int64 // the latest revision that the member has told of
+	seen       int64 // the latest revision that the member has reported
 	unanswered int   // ticks since its last answer
 	behind     bool  // our key has been put, and who is ahead of it could not be read
 
-	looked  time.Duration   // at the head, once in a TTL
-	look    chan queueEntry // the result of the look under way; nil: none is
+	looked  time.Duration   // when the first key was last read, once in a TTL
+	look    chan queueEntry // the result of such a read, while one is under way; else nil
 	looking sync.WaitGroup
 }
 
 // follow watches the queue, until the watch ends or the member is suspect.
 func (q *queue) follow(ctx context.Context) error {
 	w := &watchConn{queue: q, interval: min(q.cfg.timing.RenewInterval(), HeartbeatInterval/2)}
-	// Whoever answers first serves the watch. Any key will do, but who may not read them all must
-	// not join.
+	// The member that answers first serves the watch. Any key will do. But the request asks for the
+	// whole prefix, because a candidate that may not read all keys must not join.
 	anyKey := wholePrefix(q.cfg.prefix)
 	anyKey.Limit, anyKey.KeysOnly = 1, true
 	from, answer, err := q.ask(ctx, w.interval, anyKey)
@@ -56,8 +56,8 @@ func (q *queue) follow(ctx context.Context) error {
 	defer w.looking.Wait()
 	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
-	// Watch returns when the member has answered. What is read after that is not older than what
-	// the watch begins with.
+	// Watch returns when the member has answered. So what we read after that is at least as new as
+	// the beginning of the watch.
 	answered := time.AfterFunc(w.interval, cancel)
 	w.events = w.watcher.Watch(wctx, q.cfg.prefix,
 		clientv3.WithPrefix(), clientv3.WithFilterPut(), clientv3.WithFragment())
@@ -88,7 +88,7 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case m := <-q.suspects:
-			// Also where there is no other: an etcd that stops waits for its watches to end.
+			// Also if there is no other member: an etcd that stops waits for its watches to end.
 			if m == w.member {
 				return errSuspect
 			}
@@ -113,14 +113,14 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 	}
 }
 
-// load reads who is ahead of us. Meanwhile nothing of the watch is taken in, so that the liveness
-// check begins anew.
+// load reads who is ahead of us. Meanwhile no event is received, so the liveness check begins
+// again.
 func (w *watchConn) load(ctx context.Context) {
 	w.behind = w.queue.loadAhead(ctx) != nil
 	w.unanswered = 0
 }
 
-// tick looks at the head now and then, and asks whether the watch is still served.
+// tick reads the first key now and then, and asks whether the watch is still served.
 func (w *watchConn) tick(ctx, wctx context.Context) error {
 	q := w.queue
 	select {
@@ -136,16 +136,15 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 	case w.behind:
 		w.load(ctx)
 	case w.look == nil && q.cfg.now()-w.looked > q.cfg.timing.TTL:
-		// Beside the watch, which must not wait for it.
+		// In a goroutine of its own: the watch must not wait for it.
 		found := make(chan queueEntry, 1)
 		w.look = found
 		w.looking.Go(func() { found <- q.lookAtHead(wctx, w.interval) })
 	}
 	q.heartbeat()
 	if w.unanswered++; w.unanswered > 1 {
-		// Etcd answers no request for progress before anything was written since the watch began:
-		// from the revision after the read, and so does the client after a broken connection. Then
-		// there is nothing to be missed either.
+		// etcd does not answer a request for progress while nothing was written since the watch
+		// began. Then the watch can't have missed anything either.
 		if w.isUpToDate(wctx) {
 			w.unanswered = 0
 			return nil
@@ -155,11 +154,11 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 	}
 	pctx, cancel := context.WithTimeout(wctx, w.interval)
 	defer cancel()
-	_ = w.watcher.RequestProgress(pctx) // an error shows in that no answer comes
+	_ = w.watcher.RequestProgress(pctx) // after an error no answer comes, and that is noticed
 	return nil
 }
 
-// isUpToDate reports whether the member answers and knows of nothing later than the watch has told.
+// isUpToDate reports whether the member answers and has nothing newer than the watch has shown.
 func (w *watchConn) isUpToDate(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, w.interval)
 	defer cancel()
@@ -172,12 +171,13 @@ func (w *watchConn) isUpToDate(ctx context.Context) bool {
 	return err == nil && resp.Header.Revision <= w.seen
 }
 
-// lookAtHead reads the key that is first, and our own, over all members. The candidate may have
-// given it another value, and anybody may have taken the lease from either by writing to it: then
-// it never goes by itself. None of this is a deletion, so the watch does not tell. If the key is
-// gone it returns its entry: the watch will have told of that by the next tick, unless its member
-// does not keep up with the others, and answers all the same. An answer that does not come is no
-// harm, for there is another look.
+// lookAtHead reads the first key and our own, over all members. The leader may have given its key
+// another value. And anybody may have written to either key without its lease: such a key never
+// goes by itself. The watch shows neither, because it shows only deletions.
+//
+// If the first key is gone, lookAtHead returns its entry. The watch should show the deletion by the
+// next tick. If it does not, its member lags behind the others although it answers. A read that
+// fails does no harm, because another one follows.
 func (q *queue) lookAtHead(ctx context.Context, timeout time.Duration) (gone queueEntry) {
 	v, _ := q.view()
 	if !v.isBehind() {
@@ -221,7 +221,7 @@ func (q *queue) lookAtHead(ctx context.Context, timeout time.Duration) (gone que
 	return queueEntry{}
 }
 
-// isAhead reports whether the entry is one of those that are ahead of us, for all that we know.
+// isAhead reports whether the entry is still ahead of us, as far as we know.
 func (q *queue) isAhead(e queueEntry) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
