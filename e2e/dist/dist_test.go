@@ -85,7 +85,8 @@ func versionLine(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fmt.Sprintf("leasehold %s (commit %s, %s)", version(t), git("rev-parse", "HEAD"), date.UTC().Format(time.RFC3339))
+	return fmt.Sprintf("leasehold %s (commit %s, %s)",
+		version(t), git("rev-parse", "HEAD"), date.UTC().Format(time.RFC3339))
 }
 
 // version is the release's, as the names of its files have it.
@@ -117,7 +118,8 @@ func read(t *testing.T, path string) []byte {
 // commitDate is the date that everything in a release bears.
 func commitDate(t *testing.T) time.Time {
 	t.Helper()
-	seconds, err := strconv.ParseInt(strings.TrimSpace(run(t, "git", "show", "-s", "--format=%ct", "HEAD")), 10, 64)
+	shown := strings.TrimSpace(run(t, "git", "show", "-s", "--format=%ct", "HEAD"))
+	seconds, err := strconv.ParseInt(shown, 10, 64)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,7 +137,10 @@ func TestRelease(t *testing.T) {
 	}
 	var want []string
 	for arch, rpmArch := range map[string]string{"amd64": "x86_64", "arm64": "aarch64"} {
-		for _, pattern := range []string{"leasehold-linux-%s", "leasehold_*_linux_%s.tar.gz", "leasehold_*_linux_%s.cdx.json", "leasehold_*_%s.deb"} {
+		for _, pattern := range []string{
+			"leasehold-linux-%s", "leasehold_*_linux_%s.tar.gz", "leasehold_*_linux_%s.cdx.json",
+			"leasehold_*_%s.deb",
+		} {
 			want = append(want, filepath.Base(artifact(t, fmt.Sprintf(pattern, arch))))
 		}
 		want = append(want, filepath.Base(artifact(t, "leasehold-*."+rpmArch+".rpm")))
@@ -178,7 +183,8 @@ func TestBinary(t *testing.T) {
 				command = append([]string{"qemu-aarch64-static"}, command...)
 			}
 			leasehold := func(env []string, args ...string) (string, int) {
-				cmd := exec.CommandContext(t.Context(), command[0], append(slices.Clone(command[1:]), args...)...)
+				args = slices.Concat(command[1:], args)
+				cmd := exec.CommandContext(t.Context(), command[0], args...)
 				cmd.Env = env
 				out, err := cmd.CombinedOutput()
 				var exit *exec.ExitError
@@ -190,10 +196,13 @@ func TestBinary(t *testing.T) {
 			if out, code := leasehold(nil, "version"); out != versionLine(t)+"\n" || code != 0 {
 				t.Errorf("version: %d, %q", code, out)
 			}
-			if out, code := leasehold(nil, "help"); !strings.Contains(out, "LEASEHOLD_ELECTION") || code != 0 {
+			out, code := leasehold(nil, "help")
+			if !strings.Contains(out, "LEASEHOLD_ELECTION") || code != 0 {
 				t.Errorf("help: %d, %q", code, out)
 			}
-			if out, code := leasehold([]string{"LEASEHOLD_TTL=15"}, "--", "true"); !strings.Contains(out, "LEASEHOLD_TTL: ") || !strings.Contains(out, "LEASEHOLD_ELECTION: ") || code != 78 {
+			out, code = leasehold([]string{"LEASEHOLD_TTL=15"}, "--", "true")
+			if !strings.Contains(out, "LEASEHOLD_TTL: ") ||
+				!strings.Contains(out, "LEASEHOLD_ELECTION: ") || code != 78 {
 				t.Errorf("with two wrong settings: %d, %q", code, out)
 			}
 			if out, code := leasehold(nil, "--ttl", "5s"); code != 64 {
@@ -221,7 +230,8 @@ func TestBinary_ARM64Leads(t *testing.T) {
 	c, err := harness.StartCandidate(harness.CandidateConfig{
 		Node:   node,
 		Binary: "qemu-aarch64-static", Args: []string{binary(t, "arm64"), "elect"},
-		Election: "jobs/emulated", Identity: "arm64", Endpoints: etcd.Endpoints(), TTL: 10 * time.Second,
+		Election: "jobs/emulated", Identity: "arm64", Endpoints: etcd.Endpoints(),
+		TTL: 10 * time.Second,
 		Env: []string{"LEASEHOLD_STOP_GRACE=0s"},
 	})
 	if err != nil {
@@ -264,15 +274,22 @@ func TestTarball(t *testing.T) {
 			if file == "leasehold" {
 				mode = 0o755
 			}
-			if folder+".tar.gz" != filepath.Base(name) || header.Mode != mode || header.Uname != "root" || header.Uid != 0 || !header.ModTime.Equal(date) {
-				t.Errorf("%s: %s has mode %o, owner %s, date %s", arch, header.Name, header.Mode, header.Uname, header.ModTime)
+			if folder+".tar.gz" != filepath.Base(name) || header.Mode != mode ||
+				header.Uname != "root" || header.Uid != 0 || !header.ModTime.Equal(date) {
+				t.Errorf("%s: %s has mode %o, owner %s, date %s",
+					arch, header.Name, header.Mode, header.Uname, header.ModTime)
 			}
 		}
 		for file, source := range map[string]string{
-			"leasehold": binary(t, arch), "leasehold.cdx.json": artifact(t, "leasehold_*_linux_"+arch+".cdx.json"),
-			"LICENSE": "LICENSE", "leasehold.bash": "packaging/leasehold.bash",
-			"systemd/leasehold@.service": "systemd/leasehold@.service", "systemd/example.env": "systemd/example.env",
-			"docs/reference.md": "docs/reference.md", "docs/process.md": "docs/process.md", "docs/systemd.md": "docs/systemd.md",
+			"leasehold":                  binary(t, arch),
+			"leasehold.cdx.json":         artifact(t, "leasehold_*_linux_"+arch+".cdx.json"),
+			"LICENSE":                    "LICENSE",
+			"leasehold.bash":             "packaging/leasehold.bash",
+			"systemd/leasehold@.service": "systemd/leasehold@.service",
+			"systemd/example.env":        "systemd/example.env",
+			"docs/reference.md":          "docs/reference.md",
+			"docs/process.md":            "docs/process.md",
+			"docs/systemd.md":            "docs/systemd.md",
 		} {
 			if !filepath.IsAbs(source) {
 				source = filepath.Join(moduleRoot(t), source)
@@ -281,7 +298,10 @@ func TestTarball(t *testing.T) {
 				t.Errorf("%s: %s is missing, or is not %s", arch, file, source)
 			}
 		}
-		for _, module := range []string{"std 1.", "go.etcd.io/etcd/client/v3 v", "Redistribution and use in source and binary forms"} {
+		for _, module := range []string{
+			"std 1.", "go.etcd.io/etcd/client/v3 v",
+			"Redistribution and use in source and binary forms",
+		} {
 			if !strings.Contains(string(found["THIRD-PARTY-LICENSES"]), module) {
 				t.Errorf("%s: THIRD-PARTY-LICENSES does not hold %q", arch, module)
 			}
@@ -293,12 +313,17 @@ func TestTarball(t *testing.T) {
 func TestManual(t *testing.T) {
 	needs(t, "groff")
 	page := filepath.Join(t.TempDir(), "leasehold.1")
-	run(t, "tar", "-xzf", artifact(t, "leasehold_*_linux_amd64.tar.gz"), "-C", filepath.Dir(page), "--strip-components=1", "--wildcards", "*/leasehold.1")
+	run(t, "tar", "-xzf", artifact(t, "leasehold_*_linux_amd64.tar.gz"), "-C", filepath.Dir(page),
+		"--strip-components=1", "--wildcards", "*/leasehold.1")
 	if complaint := run(t, "groff", "-man", "-Tutf8", "-ww", "-z", page); complaint != "" {
 		t.Error(complaint)
 	}
 	shown := run(t, "groff", "-man", "-Tutf8", "-P-cbou", page)
-	for _, want := range []string{"leasehold " + version(t), commitDate(t).UTC().Format(time.DateOnly), "leasehold status [ELECTION] [--json]", "LEASEHOLD_TTL (15s)", "check [live|ready|leader|standby]"} {
+	for _, want := range []string{
+		"leasehold " + version(t), commitDate(t).UTC().Format(time.DateOnly),
+		"leasehold status [ELECTION] [--json]", "LEASEHOLD_TTL (15s)",
+		"check [live|ready|leader|standby]",
+	} {
 		if !strings.Contains(shown, want) {
 			t.Errorf("it does not show %q:\n%s", want, shown)
 		}
@@ -321,15 +346,19 @@ func TestSBOM(t *testing.T) {
 			}
 			Components []struct{ Type, Name, Version, PURL string }
 		}
-		if err := json.Unmarshal(read(t, artifact(t, "leasehold_*_linux_"+arch+".cdx.json")), &bom); err != nil {
+		err := json.Unmarshal(read(t, artifact(t, "leasehold_*_linux_"+arch+".cdx.json")), &bom)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if bom.BOMFormat != "CycloneDX" || bom.SpecVersion != "1.5" || !regexp.MustCompile(`^urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`).MatchString(bom.SerialNumber) {
+		serial := regexp.MustCompile(`^urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+		if bom.BOMFormat != "CycloneDX" || bom.SpecVersion != "1.5" ||
+			!serial.MatchString(bom.SerialNumber) {
 			t.Errorf("%s: it is %s %s %s", arch, bom.BOMFormat, bom.SpecVersion, bom.SerialNumber)
 		}
 		of := bom.Metadata.Component
 		sum := fmt.Sprintf("%x", sha256.Sum256(read(t, binary(t, arch))))
-		if of.Name != "leasehold" || of.Version != version(t) || len(of.Hashes) != 1 || of.Hashes[0].Alg != "SHA-256" || of.Hashes[0].Content != sum {
+		if of.Name != "leasehold" || of.Version != version(t) || len(of.Hashes) != 1 ||
+			of.Hashes[0].Alg != "SHA-256" || of.Hashes[0].Content != sum {
 			t.Errorf("%s: it is about %+v, want the binary with the checksum %s", arch, of, sum)
 		}
 		if !bom.Metadata.Timestamp.Equal(commitDate(t)) {
@@ -337,8 +366,10 @@ func TestSBOM(t *testing.T) {
 		}
 		var want, got []string
 		said := run(t, "go", "version", "-m", binary(t, arch))
-		want = append(want, "library pkg:golang/std@"+regexp.MustCompile(`: go(\S+)`).FindStringSubmatch(said)[1])
-		for _, m := range regexp.MustCompile(`(?m)^\tdep\t(\S+)\t(\S+)`).FindAllStringSubmatch(said, -1) {
+		std := regexp.MustCompile(`: go(\S+)`).FindStringSubmatch(said)[1]
+		want = append(want, "library pkg:golang/std@"+std)
+		dep := regexp.MustCompile(`(?m)^\tdep\t(\S+)\t(\S+)`)
+		for _, m := range dep.FindAllStringSubmatch(said, -1) {
 			want = append(want, "library pkg:golang/"+m[1]+"@"+m[2])
 		}
 		for _, c := range bom.Components {
@@ -349,8 +380,10 @@ func TestSBOM(t *testing.T) {
 		if len(want) < 10 || !slices.Equal(got, want) {
 			t.Errorf("%s: it lists %q, and the binary %q", arch, got, want)
 		}
-		for _, m := range regexp.MustCompile(`(?m)^\tbuild\t([^=]+)=(.*)$`).FindAllStringSubmatch(said, -1) {
-			if !slices.Contains(of.Properties, struct{ Name, Value string }{"go:build:" + m[1], m[2]}) {
+		setting := regexp.MustCompile(`(?m)^\tbuild\t([^=]+)=(.*)$`)
+		for _, m := range setting.FindAllStringSubmatch(said, -1) {
+			property := struct{ Name, Value string }{"go:build:" + m[1], m[2]}
+			if !slices.Contains(of.Properties, property) {
 				t.Errorf("%s: the build's setting %s=%s is missing", arch, m[1], m[2])
 			}
 		}
@@ -378,8 +411,10 @@ func TestReproducible(t *testing.T) {
 	}
 	modules := strings.TrimSpace(run(t, "go", "env", "GOMODCACHE"))
 	one := makeDist(filepath.Join(dir, "one"), "022")
-	other := makeDist(filepath.Join(dir, "another", "name of a folder"), "077", "GOCACHE="+filepath.Join(dir, "cache"), "GOMODCACHE="+modules,
-		"HOME="+dir, "TZ=Asia/Kolkata", "LC_ALL=C", "GOFLAGS=-tags=other", "GOAMD64=v3", "SOURCE_DATE_EPOCH=1", "VERSION=9.9.9", "COMMIT=none", "DATE=never", "GOFIPS140=latest")
+	other := makeDist(filepath.Join(dir, "another", "name of a folder"), "077",
+		"GOCACHE="+filepath.Join(dir, "cache"), "GOMODCACHE="+modules, "HOME="+dir,
+		"TZ=Asia/Kolkata", "LC_ALL=C", "GOFLAGS=-tags=other", "GOAMD64=v3", "GOFIPS140=latest",
+		"SOURCE_DATE_EPOCH=1", "VERSION=9.9.9", "COMMIT=none", "DATE=never")
 	if differ := differing(one, other); len(differ) > 0 || len(one) != 11 {
 		t.Errorf("of %d files, these differ between two clones: %q", len(one), differ)
 	}
@@ -424,8 +459,10 @@ func differing(a, b map[string]string) (names []string) {
 // packaged are the files of both kinds of package.
 var packaged = []string{
 	"/etc/leasehold", "/usr/bin/leasehold", "/usr/lib/systemd/system/leasehold@.service",
-	"/usr/share/bash-completion/completions/leasehold", "/usr/share/doc/leasehold", "/usr/share/doc/leasehold/changelog.gz", "/usr/share/doc/leasehold/copyright",
-	"/usr/share/doc/leasehold/example.env", "/usr/share/doc/leasehold/leasehold.cdx.json", "/usr/share/man/man1/leasehold.1.gz",
+	"/usr/share/bash-completion/completions/leasehold", "/usr/share/doc/leasehold",
+	"/usr/share/doc/leasehold/changelog.gz", "/usr/share/doc/leasehold/copyright",
+	"/usr/share/doc/leasehold/example.env", "/usr/share/doc/leasehold/leasehold.cdx.json",
+	"/usr/share/man/man1/leasehold.1.gz",
 }
 
 // TestDeb_Content looks at both packages from outside.
@@ -433,7 +470,9 @@ func TestDeb_Content(t *testing.T) {
 	needs(t, "dpkg-deb", "lintian")
 	for arch := range machines {
 		deb := artifact(t, "leasehold_*_"+arch+".deb")
-		for field, want := range map[string]string{"Package": "leasehold", "Architecture": arch, "Depends": ""} {
+		for field, want := range map[string]string{
+			"Package": "leasehold", "Architecture": arch, "Depends": "",
+		} {
 			if got := strings.TrimSpace(run(t, "dpkg-deb", "-f", deb, field)); got != want {
 				t.Errorf("%s: %s is %q, want %q", arch, field, got, want)
 			}
@@ -441,10 +480,13 @@ func TestDeb_Content(t *testing.T) {
 		var got []string
 		for line := range strings.Lines(run(t, "dpkg-deb", "-c", deb)) {
 			fields := strings.Fields(line)
-			if name := path.Clean("/" + fields[5]); fields[0][0] == '-' || strings.HasSuffix(name, "/leasehold") {
+			mode, owner, file := fields[0], fields[1], fields[5]
+			name := path.Clean("/" + file)
+			if mode[0] == '-' || strings.HasSuffix(name, "/leasehold") {
 				got = append(got, name)
 			}
-			if want := map[byte]string{'d': "drwxr-xr-x", '-': "-rw-r--r--"}[fields[0][0]]; fields[0] != want && fields[5] != "./usr/bin/leasehold" || fields[1] != "root/root" {
+			want := map[byte]string{'d': "drwxr-xr-x", '-': "-rw-r--r--"}[mode[0]]
+			if mode != want && file != "./usr/bin/leasehold" || owner != "root/root" {
 				t.Errorf("%s: %s", arch, line)
 			}
 		}
@@ -454,11 +496,16 @@ func TestDeb_Content(t *testing.T) {
 		if arch != "amd64" {
 			continue // It is slow, and would say the same.
 		}
-		// Suppressed: Go's binaries are static; the licenses of all that is linked are the ones that an rpm needs too; and prerm
-		// stops the instances of a unit, which Debian's own helper does not know by name.
-		// It leaves files where it takes room.
-		run(t, "env", "TMPDIR="+t.TempDir(), "lintian", "--allow-root", "--fail-on", "error,warning", "--suppress-tags", "statically-linked-binary,"+
-			"copyright-file-contains-full-apache-2-license,copyright-not-using-common-license-for-apache2,maintainer-script-calls-systemctl", deb)
+		// Suppressed: Go's binaries are static; the licenses of all that is linked are the ones
+		// that an rpm needs too; and prerm stops the instances of a unit, which Debian's own helper
+		// does not know by name. It leaves files where it takes room.
+		run(t, "env", "TMPDIR="+t.TempDir(), "lintian", "--allow-root",
+			"--fail-on", "error,warning", "--suppress-tags", strings.Join([]string{
+				"statically-linked-binary",
+				"copyright-file-contains-full-apache-2-license",
+				"copyright-not-using-common-license-for-apache2",
+				"maintainer-script-calls-systemctl",
+			}, ","), deb)
 	}
 }
 
@@ -473,9 +520,12 @@ func inDebian(t *testing.T, files, script string) string {
 	mounts := `set -e
 		mount -t tmpfs tmpfs "$1" && mkdir "$1/upper" "$1/work" "$1/root"
 		mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" "$1/root"
-		mount --bind "$3" "$1/root/srv" && mount -t proc proc "$1/root/proc" && mount --rbind /dev "$1/root/dev"
-		exec chroot "$1/root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin /bin/bash -euc "$4"`
-	return run(t, "unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "sh", "-c", mounts, "sh", t.TempDir(), root, files, script)
+		mount --bind "$3" "$1/root/srv" && mount -t proc proc "$1/root/proc"
+		mount --rbind /dev "$1/root/dev"
+		exec chroot "$1/root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+			/bin/bash -euc "$4"`
+	return run(t, "unshare", "--mount", "--pid", "--net", "--fork", "--kill-child",
+		"sh", "-c", mounts, "sh", t.TempDir(), root, files, script)
 }
 
 // section returns what a script said after a line "== name".
@@ -491,13 +541,17 @@ func TestDeb_Install(t *testing.T) {
 	needs(t, "unshare", "chroot")
 	deb := artifact(t, "leasehold_*_amd64.deb")
 	out := inDebian(t, filepath.Dir(deb), `
-		all() { find / -xdev -not -path '/var/lib/dpkg/*' -not -path '/var/log/*' -not -path '/var/cache/*' | sort; }
+		all() {
+			find / -xdev -not -path '/var/lib/dpkg/*' -not -path '/var/log/*' \
+				-not -path '/var/cache/*' | sort
+		}
 		all >/run/before
 		dpkg -i /srv/`+filepath.Base(deb)+`
 		echo "== verify"; dpkg -V leasehold
 		echo "== version"; leasehold version
 		echo "== enabled"; find /etc/systemd -name 'leasehold*'
-		echo "== same"; cmp /usr/bin/leasehold /srv/`+filepath.Base(binary(t, "amd64"))+` && echo same
+		echo "== same"
+		cmp /usr/bin/leasehold /srv/`+filepath.Base(binary(t, "amd64"))+` && echo same
 		echo "== removal"
 		echo JOB=true >/etc/leasehold/mine.env
 		dpkg -r leasehold
@@ -512,15 +566,18 @@ func TestDeb_Install(t *testing.T) {
 	for name, want := range map[string]string{
 		"verify": "", "version": versionLine(t), "enabled": "", "same": "same", "purged": "",
 	} {
-		if got := strings.TrimSpace(section(out, name)); name == "purged" && strings.Contains(got, ">") || name != "purged" && got != want {
+		got := strings.TrimSpace(section(out, name))
+		if name == "purged" && strings.Contains(got, ">") || name != "purged" && got != want {
 			t.Errorf("%s: %q, want %q", name, got, want)
 		}
 	}
 	var left []string
-	for _, m := range regexp.MustCompile(`(?m)^([<>] .*)$`).FindAllStringSubmatch(section(out, "left"), -1) {
+	differs := regexp.MustCompile(`(?m)^([<>] .*)$`)
+	for _, m := range differs.FindAllStringSubmatch(section(out, "left"), -1) {
 		left = append(left, m[1])
 	}
-	if want := []string{"> /etc/leasehold", "> /etc/leasehold/mine.env", "> /run/after"}; !slices.Equal(left, want) {
+	want := []string{"> /etc/leasehold", "> /etc/leasehold/mine.env", "> /run/after"}
+	if !slices.Equal(left, want) {
 		t.Errorf("after removal: %q, want %q\n%s", left, want, out)
 	}
 }
@@ -533,21 +590,27 @@ func TestRPM_Content(t *testing.T) {
 		if got := strings.Fields(run(t, "rpm", "-qlp", rpm)); !slices.Equal(got, packaged) {
 			t.Errorf("%s: it holds %q", arch, got)
 		}
-		if got := run(t, "rpm", "-qp", "--queryformat", "%{NAME} %{ARCH} %{LICENSE} %{BUILDTIME} %{BUILDHOST}", rpm); got != fmt.Sprintf("leasehold %s Apache-2.0 %d localhost", rpmArch, commitDate(t).Unix()) {
-			t.Errorf("%s: it says %q", arch, got)
+		const format = "%{NAME} %{ARCH} %{LICENSE} %{BUILDTIME} %{BUILDHOST}"
+		said := run(t, "rpm", "-qp", "--queryformat", format, rpm)
+		date := commitDate(t).Unix()
+		if said != fmt.Sprintf("leasehold %s Apache-2.0 %d localhost", rpmArch, date) {
+			t.Errorf("%s: it says %q", arch, said)
 		}
 		if got := run(t, "rpm", "-K", "--nosignature", rpm); !strings.Contains(got, "digests OK") {
 			t.Errorf("%s: %s", arch, got)
 		}
 		dir := t.TempDir()
-		// The names in an rpm made by nfpm are absolute (https://github.com/goreleaser/nfpm/issues/1122). That is all the same to
-		// rpm; but a bare cpio would unpack into this machine.
-		run(t, "sh", "-c", `cd "$1" && rpm2cpio "$2" | cpio -id --quiet --no-absolute-filenames`, "sh", dir, rpm)
-		if !bytes.Equal(read(t, filepath.Join(dir, "usr/bin/leasehold")), read(t, binary(t, arch))) {
+		// The names in an rpm made by nfpm are absolute
+		// (https://github.com/goreleaser/nfpm/issues/1122). That is all the same to rpm; but a bare
+		// cpio would unpack into this machine.
+		run(t, "sh", "-c",
+			`cd "$1" && rpm2cpio "$2" | cpio -id --quiet --no-absolute-filenames`, "sh", dir, rpm)
+		unpacked := filepath.Join(dir, "usr/bin/leasehold")
+		if !bytes.Equal(read(t, unpacked), read(t, binary(t, arch))) {
 			t.Errorf("%s: it holds another binary", arch)
 		}
 		if arch == "amd64" {
-			if got := run(t, filepath.Join(dir, "usr/bin/leasehold"), "version"); got != versionLine(t)+"\n" {
+			if got := run(t, unpacked, "version"); got != versionLine(t)+"\n" {
 				t.Errorf("%s: version says %q", arch, got)
 			}
 		}
@@ -568,9 +631,13 @@ func TestRPM_Install(t *testing.T) {
 		echo "== version"; chroot "$1/root" leasehold version
 		echo JOB=true >"$1/root/etc/leasehold/mine.env"
 		$rpm -e leasehold
-		echo "== left"; find "$1/root" -xdev -path '*leasehold*' -not -path '*/var/lib/*' -printf '/%P\n' | sort
+		echo "== left"
+		find "$1/root" -xdev -path '*leasehold*' -not -path '*/var/lib/*' -printf '/%P\n' | sort
 		echo "== end"`, "sh", t.TempDir(), root, rpm)
-	for name, want := range map[string]string{"verify": "", "version": versionLine(t), "left": "/etc/leasehold\n/etc/leasehold/mine.env"} {
+	for name, want := range map[string]string{
+		"verify": "", "version": versionLine(t),
+		"left": "/etc/leasehold\n/etc/leasehold/mine.env",
+	} {
 		if got := strings.TrimSpace(section(out, name)); got != want {
 			t.Errorf("%s: %q, want %q\n%s", name, got, want, out)
 		}

@@ -55,14 +55,18 @@ func TestProcessPage(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	// With its first process everything ends that was started: it is process 1 of a namespace.
-	cmd := exec.CommandContext(ctx, "unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script.String())
+	cmd := exec.CommandContext(ctx, "unshare", "--net", "--pid", "--fork", "--kill-child",
+		"--mount-proc", "bash", "-c", script.String())
 	cmd.Dir = filepath.Join(moduleRoot(t), "dist")
 	home := t.TempDir()
 	// The archive is unpacked where the reader is.
 	work := filepath.Join(home, "release")
 	run(t, "cp", "-r", cmd.Dir, work)
 	cmd.Dir = work
-	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + t.TempDir(), "PATH=" + filepath.Dir(server) + ":" + os.Getenv("PATH")}
+	cmd.Env = []string{
+		"HOME=" + home, "TMPDIR=" + t.TempDir(),
+		"PATH=" + filepath.Dir(server) + ":" + os.Getenv("PATH"),
+	}
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.HasSuffix(string(out), "== end\n") {
 		t.Fatalf("%v\n%s", err, out)
@@ -74,7 +78,8 @@ func TestProcessPage(t *testing.T) {
 			t.Fatalf("block %d did not run", i)
 		}
 		for line := range strings.Lines(lines) {
-			pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSuffix(line, "\n")), "…", ".*")
+			pattern := regexp.QuoteMeta(strings.TrimSuffix(line, "\n"))
+			pattern = strings.ReplaceAll(pattern, "…", ".*")
 			at := regexp.MustCompile("(?m)^" + pattern + "$").FindStringIndex(rest)
 			if at == nil {
 				t.Errorf("after block %d there is no line %q in:\n%s", i, line, rest)

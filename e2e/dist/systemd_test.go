@@ -41,7 +41,8 @@ func TestDeb_OnSystemd(t *testing.T) {
 	t.Cleanup(network.Close)
 	etcd := harness.NewTestCluster(t, harness.ClusterConfig{Network: network})
 	m, err := systemd.Boot(ctx, systemd.MachineConfig{
-		Name: "a", Network: network, Files: map[string]string{"/root/leasehold.deb": artifact(t, "leasehold_*_amd64.deb")},
+		Name: "a", Network: network,
+		Files: map[string]string{"/root/leasehold.deb": artifact(t, "leasehold_*_amd64.deb")},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -77,10 +78,13 @@ func TestDeb_OnSystemd(t *testing.T) {
 	}
 
 	on("dpkg", "-i", "/root/leasehold.deb")
-	if out := on("systemctl", "list-units", "--all", "--plain", "--no-legend", "leasehold@*"); out != "" {
+	out := on("systemctl", "list-units", "--all", "--plain", "--no-legend", "leasehold@*")
+	if out != "" {
 		t.Errorf("the package has started something: %s", out)
 	}
-	if err := m.Write("/etc/leasehold/job.env", "JOB=sleep 3600\nLEASEHOLD_ELECTION=jobs/job\nLEASEHOLD_ENDPOINTS="+strings.Join(etcd.Endpoints(), ",")+"\n"); err != nil {
+	settings := "JOB=sleep 3600\nLEASEHOLD_ELECTION=jobs/job\n" +
+		"LEASEHOLD_ENDPOINTS=" + strings.Join(etcd.Endpoints(), ",") + "\n"
+	if err := m.Write("/etc/leasehold/job.env", settings); err != nil {
 		t.Fatal(err)
 	}
 	on("systemctl", "enable", "--now", "leasehold@job")
@@ -89,42 +93,53 @@ func TestDeb_OnSystemd(t *testing.T) {
 		_, err := os.Lstat(m.Path(link))
 		return err == nil
 	}
-	before := waitFor(map[string]string{"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no"})
-	if want := "/usr/lib/systemd/system/leasehold@.service"; before["FragmentPath"] != want && "/usr"+before["FragmentPath"] != want {
+	leading := map[string]string{
+		"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no",
+	}
+	before := waitFor(leading)
+	const file = "/usr/lib/systemd/system/leasehold@.service"
+	if before["FragmentPath"] != file && "/usr"+before["FragmentPath"] != file {
 		t.Errorf("the unit is %s", before["FragmentPath"])
 	}
 
 	on("dpkg", "-i", "/root/leasehold.deb")
-	after := waitFor(map[string]string{"ActiveState": "active", "StatusText": "leading, token ", "NeedDaemonReload": "no"})
+	after := waitFor(leading)
 	if after["MainPID"] != before["MainPID"] || after["StatusText"] != before["StatusText"] {
-		t.Errorf("after another installation it is %s, %s; before it was %s, %s", after["MainPID"], after["StatusText"], before["MainPID"], before["StatusText"])
+		t.Errorf("after another installation it is %s, %s; before it was %s, %s",
+			after["MainPID"], after["StatusText"], before["MainPID"], before["StatusText"])
 	}
 	if !enabled() {
 		t.Error("another installation has disabled the instance")
 	}
 
 	// Whatever the reason for which systemd can't stop it.
-	if err := m.Write("/root/no/systemctl", "#!/bin/sh\n[ \"$1\" != stop ] || exit 1\nexec /usr/bin/systemctl \"$@\"\n"); err != nil {
+	const noStop = "#!/bin/sh\n[ \"$1\" != stop ] || exit 1\nexec /usr/bin/systemctl \"$@\"\n"
+	if err := m.Write("/root/no/systemctl", noStop); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chmod(m.Path("/root/no/systemctl"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := m.Run(ctx, "env", "PATH=/root/no:/usr/sbin:/usr/bin:/sbin:/bin", "dpkg", "-r", "leasehold"); err == nil {
+	const path = "PATH=/root/no:/usr/sbin:/usr/bin:/sbin:/bin"
+	if out, err := m.Run(ctx, "env", path, "dpkg", "-r", "leasehold"); err == nil {
 		t.Errorf("the package is removed though its job is not stopped:\n%s", out)
 	}
-	if still := waitFor(map[string]string{"ActiveState": "active"}); still["MainPID"] != before["MainPID"] || !enabled() {
-		t.Errorf("after a removal that failed it is %s (enabled: %v); before it was %s", still["MainPID"], enabled(), before["MainPID"])
+	still := waitFor(map[string]string{"ActiveState": "active"})
+	if still["MainPID"] != before["MainPID"] || !enabled() {
+		t.Errorf("after a removal that failed it is %s (enabled: %v); before it was %s",
+			still["MainPID"], enabled(), before["MainPID"])
 	}
 	if _, err := os.Stat(m.Path("/usr/bin/leasehold")); err != nil {
 		t.Errorf("after a removal that failed: %v", err)
 	}
 
 	on("dpkg", "-r", "leasehold")
-	if gone := waitFor(map[string]string{"ActiveState": "inactive"}); gone["LoadState"] != "not-found" {
+	gone := waitFor(map[string]string{"ActiveState": "inactive"})
+	if gone["LoadState"] != "not-found" {
 		t.Errorf("after removal the unit is %s: systemd was not told", gone["LoadState"])
 	}
-	if keys, err := etcd.Etcdctl(ctx, "get", "--prefix", "--keys-only", "jobs/job"); err != nil || strings.TrimSpace(keys) != "" {
+	keys, err := etcd.Etcdctl(ctx, "get", "--prefix", "--keys-only", "jobs/job")
+	if err != nil || strings.TrimSpace(keys) != "" {
 		t.Errorf("after removal the election has %q (%v)", keys, err)
 	}
 	if _, err := os.Stat(m.Path("/etc/leasehold/job.env")); err != nil {

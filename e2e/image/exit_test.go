@@ -37,8 +37,8 @@ func read(t *testing.T, file string) string {
 	return string(data)
 }
 
-// TestExitCodes: each exit code comes out of the container, and with each but 0 the termination message that `kubectl describe pod`
-// shows says why.
+// TestExitCodes: each exit code comes out of the container, and with each but 0 the termination
+// message that `kubectl describe pod` shows says why.
 func TestExitCodes(t *testing.T) {
 	s := newTestbed(t)
 	never := []string{"LEASEHOLD_RESTART=never"}
@@ -56,42 +56,107 @@ func TestExitCodes(t *testing.T) {
 		code     int
 		messages []string // what the termination message says; nothing: there is none
 	}{
-		{what: "the job ends with 0", args: []string{"--", "/testjob", "exit=0"}, alone: true, code: 0},
-		{what: "the job's code", args: []string{"--", "/testjob", "exit=7"}, env: never, alone: true, code: 7, messages: []string{"with the job's own code", "exit_code=7"}},
 		{
-			what: "the job dies by a signal", image: imageJob, args: []string{"sh", "-c", "kill -KILL $$"}, env: never, alone: true, code: 137,
+			what: "the job ends with 0", alone: true, code: 0,
+			args: []string{"--", "/testjob", "exit=0"},
+		},
+		{
+			what: "the job's code", alone: true, code: 7,
+			args: []string{"--", "/testjob", "exit=7"}, env: never,
+			messages: []string{"with the job's own code", "exit_code=7"},
+		},
+		{
+			what: "the job dies by a signal", alone: true, code: 137, image: imageJob,
+			args: []string{"sh", "-c", "kill -KILL $$"}, env: never,
 			messages: []string{"with the job's own code", "exit_code=137"},
 		},
-		{what: "planned stop", args: []string{"--", "/testjob", "stop-code=9"}, alone: true, during: func(s *testbed, b *box) { s.waitJob(b); b.kill(s, "TERM") }, code: 0},
-		{what: "nothing to run", code: 64, messages: []string{"leasehold: say what to run: leasehold -- COMMAND [ARG...]"}},
-		{what: "a flag", args: []string{"--ttl=5", "--", "/testjob"}, code: 64, messages: []string{"write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)"}},
-		{what: "install without a place", args: []string{"install"}, code: 64, messages: []string{"leasehold install DEST"}},
-		{what: "install to where nobody may", args: []string{"install", "/"}, code: 71, messages: []string{"leasehold: install /: write to /: read-only file system"}},
 		{
-			what: "three faults", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_TTL=15", "LEASEHOLD_ENDPOINT=http://etcd:2379", "LEASEHOLD_RESTART=sometimes"}, code: 78,
-			messages: []string{`LEASEHOLD_TTL: "15" has no unit: write 15s`, "LEASEHOLD_ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?", `LEASEHOLD_RESTART: "sometimes" is unknown`},
+			what: "planned stop", alone: true, code: 0,
+			args:   []string{"--", "/testjob", "stop-code=9"},
+			during: func(s *testbed, b *box) { s.waitJob(b); b.kill(s, "TERM") },
 		},
 		{
-			what: "two faults of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_STOP_SIGNAL=INT", "LEASEHOLD_LISTEN=4040"}, code: 78,
-			messages: []string{"LEASEHOLD_STOP_SIGNAL: it is about a job", `LEASEHOLD_LISTEN: "4040" is not host:port`},
+			what: "nothing to run", code: 64,
+			messages: []string{"leasehold: say what to run: leasehold -- COMMAND [ARG...]"},
 		},
-		{what: "a file that is no program", args: []string{"--", "/etc/ssl/certs/ca-certificates.crt"}, code: 126, messages: []string{"is not executable", "exit_code=126"}},
-		{what: "no such program", args: []string{"--", "backup.sh"}, code: 127, messages: []string{`the command \"backup.sh\" is not found`, "exit_code=127"}},
-		{what: "somebody else leads", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_WAIT=0s"}, code: 75, messages: []string{"LEASEHOLD_WAIT is over: not elected", "exit_code=75"}},
 		{
-			what: "somebody else leads, of a sidecar", args: []string{"elect"}, env: []string{"LEASEHOLD_WAIT=0s", "LEASEHOLD_LOG_FORMAT=json"}, code: 75,
-			messages: []string{`"msg":"exiting: LEASEHOLD_WAIT is over: not elected`, `"exit_code":75`},
+			what: "a flag", code: 64, args: []string{"--ttl=5", "--", "/testjob"},
+			messages: []string{
+				"write LEASEHOLD_TTL=5s before the command (5 has no unit: write 5s)",
+			},
 		},
-		{what: "the port is taken", args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_LISTEN=" + etcd}, code: 71, messages: []string{"LEASEHOLD_LISTEN", "address already in use", "exit_code=71"}},
-		{what: "leadership lost", args: []string{"--", "/testjob"}, env: never, alone: true, during: func(s *testbed, b *box) {
-			s.waitJob(b)
-			_, err := s.etcd.Etcdctl(s.ctx, "del", "--prefix", s.election+"-own/")
-			s.must(err)
-		}, code: 76, messages: []string{"leadership lost", "exit_code=76"}},
-		{what: "elector lost", args: []string{"--", "/testjob"}, alone: true, during: func(s *testbed, b *box) {
-			s.waitJob(b)
-			s.must(syscall.Kill(b.elector(s), syscall.SIGKILL))
-		}, code: 70, messages: []string{"the elector is lost", "exit_code=70"}},
+		{
+			what: "install without a place", code: 64, args: []string{"install"},
+			messages: []string{"leasehold install DEST"},
+		},
+		{
+			what: "install to where nobody may", code: 71, args: []string{"install", "/"},
+			messages: []string{"leasehold: install /: write to /: read-only file system"},
+		},
+		{
+			what: "three faults", code: 78, args: []string{"--", "/testjob"},
+			env: []string{
+				"LEASEHOLD_TTL=15", "LEASEHOLD_ENDPOINT=http://etcd:2379",
+				"LEASEHOLD_RESTART=sometimes",
+			},
+			messages: []string{
+				`LEASEHOLD_TTL: "15" has no unit: write 15s`,
+				"LEASEHOLD_ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?",
+				`LEASEHOLD_RESTART: "sometimes" is unknown`,
+			},
+		},
+		{
+			what: "two faults of a sidecar", code: 78, args: []string{"elect"},
+			env: []string{"LEASEHOLD_STOP_SIGNAL=INT", "LEASEHOLD_LISTEN=4040"},
+			messages: []string{
+				"LEASEHOLD_STOP_SIGNAL: it is about a job",
+				`LEASEHOLD_LISTEN: "4040" is not host:port`,
+			},
+		},
+		{
+			what: "a file that is no program", code: 126,
+			args:     []string{"--", "/etc/ssl/certs/ca-certificates.crt"},
+			messages: []string{"is not executable", "exit_code=126"},
+		},
+		{
+			what: "no such program", code: 127, args: []string{"--", "backup.sh"},
+			messages: []string{`the command \"backup.sh\" is not found`, "exit_code=127"},
+		},
+		{
+			what: "somebody else leads", code: 75,
+			args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_WAIT=0s"},
+			messages: []string{"LEASEHOLD_WAIT is over: not elected", "exit_code=75"},
+		},
+		{
+			what: "somebody else leads, of a sidecar", code: 75, args: []string{"elect"},
+			env: []string{"LEASEHOLD_WAIT=0s", "LEASEHOLD_LOG_FORMAT=json"},
+			messages: []string{
+				`"msg":"exiting: LEASEHOLD_WAIT is over: not elected`, `"exit_code":75`,
+			},
+		},
+		{
+			what: "the port is taken", code: 71,
+			args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_LISTEN=" + etcd},
+			messages: []string{"LEASEHOLD_LISTEN", "address already in use", "exit_code=71"},
+		},
+		{
+			what: "leadership lost", alone: true, code: 76,
+			args: []string{"--", "/testjob"}, env: never,
+			during: func(s *testbed, b *box) {
+				s.waitJob(b)
+				_, err := s.etcd.Etcdctl(s.ctx, "del", "--prefix", s.election+"-own/")
+				s.must(err)
+			},
+			messages: []string{"leadership lost", "exit_code=76"},
+		},
+		{
+			what: "elector lost", alone: true, code: 70, args: []string{"--", "/testjob"},
+			during: func(s *testbed, b *box) {
+				s.waitJob(b)
+				s.must(syscall.Kill(b.elector(s), syscall.SIGKILL))
+			},
+			messages: []string{"the elector is lost", "exit_code=70"},
+		},
 	} {
 		s.run(c.what, func(s *testbed) {
 			file, flags := terminationLog(s.T)
@@ -102,7 +167,8 @@ func TestExitCodes(t *testing.T) {
 			if c.alone {
 				c.env = append([]string{"LEASEHOLD_ELECTION=" + s.election + "-own"}, c.env...)
 			}
-			b := s.start(strings.ReplaceAll(c.what, " ", "-"), plan{image: image, args: c.args, env: c.env, flags: flags})
+			name := strings.ReplaceAll(c.what, " ", "-")
+			b := s.start(name, plan{image: image, args: c.args, env: c.env, flags: flags})
 			if c.during != nil {
 				c.during(s, b)
 			}
@@ -131,7 +197,9 @@ func TestExitCodes(t *testing.T) {
 // TestTerminationMessage: what else may be at its place.
 func TestTerminationMessage(t *testing.T) {
 	s := newTestbed(t)
-	bad := plan{image: imageLeasehold, args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_TTL=15"}}
+	bad := plan{
+		image: imageLeasehold, args: []string{"--", "/testjob"}, env: []string{"LEASEHOLD_TTL=15"},
+	}
 	s.run("more than Kubernetes reads", func(s *testbed) {
 		file, flags := terminationLog(s.T)
 		p := plan{image: imageLeasehold, args: []string{"--", "/testjob"}, flags: flags}
@@ -139,7 +207,8 @@ func TestTerminationMessage(t *testing.T) {
 			p.env = append(p.env, fmt.Sprintf("LEASEHOLD_ÜBERFLÜSSIG_%d=1", i))
 		}
 		s.waitExit(s.start("a", p), 78)
-		if m := read(s.T, file); len(m) > 4096 || len(m) < 4000 || !utf8.ValidString(m) || !strings.HasPrefix(m, "LEASEHOLD_") || !strings.HasSuffix(m, "…\n") {
+		if m := read(s.T, file); len(m) > 4096 || len(m) < 4000 || !utf8.ValidString(m) ||
+			!strings.HasPrefix(m, "LEASEHOLD_") || !strings.HasSuffix(m, "…\n") {
 			s.Errorf("%d bytes: %q", len(m), m)
 		}
 	})
@@ -157,8 +226,10 @@ func TestTerminationMessage(t *testing.T) {
 	s.run("the job's own", func(s *testbed) {
 		file, flags := terminationLog(s.T)
 		s.waitExit(s.start("a", plan{
-			image: imageJob, args: []string{"sh", "-c", "echo disk full >/dev/termination-log; exit 3"}, flags: flags,
-			env: []string{"LEASEHOLD_RESTART=never"},
+			image: imageJob,
+			args:  []string{"sh", "-c", "echo disk full >/dev/termination-log; exit 3"},
+			flags: flags,
+			env:   []string{"LEASEHOLD_RESTART=never"},
 		}), 3)
 		if m := read(s.T, file); m != "disk full\n" {
 			s.Errorf("%q, want the job's own", m)
@@ -166,12 +237,17 @@ func TestTerminationMessage(t *testing.T) {
 	})
 	s.run("a probe has no say", func(s *testbed) {
 		file, flags := terminationLog(s.T)
-		b := s.start("a", plan{image: imageLeasehold, args: []string{"--", "/testjob"}, flags: flags})
+		b := s.start("a", plan{
+			image: imageLeasehold, args: []string{"--", "/testjob"}, flags: flags,
+		})
 		s.waitStatus(b, "/leader", http.StatusOK)
-		if out, err := command(built.root, "podman", "exec", b.name, "/leasehold", "check", "lead"); err == nil {
+		out, err := command(built.root, "podman", "exec", b.name, "/leasehold", "check", "lead")
+		if err == nil {
 			s.Errorf("check lead: %s", out)
 		}
-		if out, err := command(built.root, "podman", "exec", "--env", "LEASEHOLD_LISTEN=x", b.name, "/leasehold", "check"); err == nil {
+		out, err = command(built.root,
+			"podman", "exec", "--env", "LEASEHOLD_LISTEN=x", b.name, "/leasehold", "check")
+		if err == nil {
 			s.Errorf("check of an ill-formed LISTEN: %s", out)
 		}
 		b.kill(s, "TERM")

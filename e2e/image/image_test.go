@@ -61,7 +61,9 @@ func images(t *testing.T, dir string, list []descriptor) []descriptor {
 func TestImage(t *testing.T) {
 	needImages(t)
 	dir := t.TempDir()
-	if _, err := command(built.root, "buildah", "manifest", "push", "-q", "--all", imageBoth, "oci:"+dir); err != nil {
+	_, err := command(built.root,
+		"buildah", "manifest", "push", "-q", "--all", imageBoth, "oci:"+dir)
+	if err != nil {
 		t.Fatal(err)
 	}
 	data, err := os.ReadFile(filepath.Join(dir, "index.json"))
@@ -91,18 +93,22 @@ func TestImage(t *testing.T) {
 		layout(t, dir, manifest.Config.Digest, &config)
 		machine, known := machines[config.Architecture]
 		if !known || config.OS != "linux" {
-			t.Errorf("an image for %s/%s, which was not asked for or is there twice", config.OS, config.Architecture)
+			t.Errorf("an image for %s/%s, which was not asked for or is there twice",
+				config.OS, config.Architecture)
 			continue
 		}
 		delete(machines, config.Architecture)
 
-		if c := config.Config; c.User != "65532:65532" || !slices.Equal(c.Entrypoint, []string{"/leasehold"}) || len(c.Cmd) > 0 || len(c.Volumes) > 0 {
+		if c := config.Config; c.User != "65532:65532" ||
+			!slices.Equal(c.Entrypoint, []string{"/leasehold"}) || len(c.Cmd) > 0 ||
+			len(c.Volumes) > 0 {
 			t.Errorf("%s: %+v", config.Architecture, c)
 		}
 		labels := config.Config.Labels
 		for name, want := range map[string]string{
 			"title": "leasehold", "description": "exactly one machine", "licenses": "Apache-2.0",
-			"version": git(t, "describe", "--tags", "--always", "--dirty"), "revision": git(t, "rev-parse", "HEAD"),
+			"version":  git(t, "describe", "--tags", "--always", "--dirty"),
+			"revision": git(t, "rev-parse", "HEAD"),
 		} {
 			if got := labels["org.opencontainers.image."+name]; !strings.Contains(got, want) {
 				t.Errorf("%s: label %s is %q, want %q", config.Architecture, name, got, want)
@@ -124,13 +130,15 @@ func TestImage(t *testing.T) {
 			})
 		}
 		const bundle = "/etc/ssl/certs/ca-certificates.crt"
-		if names := slices.Sorted(maps.Keys(files)); !slices.Equal(names, []string{bundle, "/leasehold"}) {
+		names := slices.Sorted(maps.Keys(files))
+		if !slices.Equal(names, []string{bundle, "/leasehold"}) {
 			t.Errorf("%s: files %q", config.Architecture, names)
 		}
 		if size > maxImage {
 			t.Errorf("%s: %d bytes, want %d at most", config.Architecture, size, maxImage)
 		}
-		t.Logf("%s: %.1f MB, %.1f MB of it the binary", config.Architecture, float64(size)/1e6, float64(len(files["/leasehold"]))/1e6)
+		t.Logf("%s: %.1f MB, %.1f MB of it the binary",
+			config.Architecture, float64(size)/1e6, float64(len(files["/leasehold"]))/1e6)
 		checkStatic(t, files["/leasehold"], machine)
 		checkBundle(t, files[bundle])
 	}
@@ -211,7 +219,8 @@ func TestImage_Version(t *testing.T) {
 	s := newTestbed(t)
 	b := s.start("a", plan{image: imageLeasehold, args: []string{"version"}})
 	s.waitExit(b, 0)
-	want := regexp.MustCompile(`^leasehold ` + regexp.QuoteMeta(git(t, "describe", "--tags", "--always", "--dirty")) +
+	want := regexp.MustCompile(`^leasehold ` +
+		regexp.QuoteMeta(git(t, "describe", "--tags", "--always", "--dirty")) +
 		` \(commit ` + git(t, "rev-parse", "HEAD") + `, \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\)\n$`)
 	if !want.MatchString(b.Output()) {
 		t.Errorf("%q, want %s", b.Output(), want)

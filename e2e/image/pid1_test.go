@@ -18,7 +18,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// TestRestrictions: the tests here run leasehold under what they claim to, in the daemon as in its job.
+// TestRestrictions: the tests here run leasehold under what they claim to, in the
+// daemon as in its job.
 func TestRestrictions(t *testing.T) {
 	s := newTestbed(t)
 	b := s.job("a", "")
@@ -26,19 +27,24 @@ func TestRestrictions(t *testing.T) {
 	for _, pid := range []int{b.pid(t), b.elector(t)} {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		s.must(err)
-		for _, want := range []string{"CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Uid:\t65532\t65532\t65532\t65532"} {
+		for _, want := range []string{
+			"CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1",
+			"Uid:\t65532\t65532\t65532\t65532",
+		} {
 			if !strings.Contains(string(status), want) {
 				t.Errorf("process %d has no %q:\n%s", pid, want, status)
 			}
 		}
 	}
-	if job.Status["CapEff"] != "0000000000000000" || job.Status["NoNewPrivs"] != "1" || job.Status["NSpid"] == "1" || !strings.HasPrefix(job.Status["Uid"], "65532") {
+	if job.Status["CapEff"] != "0000000000000000" || job.Status["NoNewPrivs"] != "1" ||
+		job.Status["NSpid"] == "1" || !strings.HasPrefix(job.Status["Uid"], "65532") {
 		t.Errorf("the job: %v", job.Status)
 	}
 	// The first line of NSpid is how the container counts.
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", b.pid(t)))
 	s.must(err)
-	if _, after, _ := strings.Cut(string(status), "NSpid:"); !strings.HasSuffix(strings.SplitN(after, "\n", 2)[0], "\t1") {
+	_, after, _ := strings.Cut(string(status), "NSpid:")
+	if pids, _, _ := strings.Cut(after, "\n"); !strings.HasSuffix(pids, "\t1") {
 		t.Errorf("leasehold is not process 1:\n%s", status)
 	}
 	mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mounts", b.pid(t)))
@@ -49,11 +55,14 @@ func TestRestrictions(t *testing.T) {
 		info, err := os.Stat(root + f[1])
 		s.must(err)
 		readOnly := slices.Contains(strings.Split(f[3], ","), "ro")
-		if anybody := info.IsDir() && info.Mode()&0o002 != 0 && f[2] != "mqueue"; !readOnly && (anybody || f[1] == "/") {
+		anybody := info.IsDir() && info.Mode()&0o002 != 0 && f[2] != "mqueue"
+		if !readOnly && (anybody || f[1] == "/") {
 			t.Errorf("can be written to: %s, %v", line, info.Mode())
 		}
 	}
-	for _, want := range []string{"the job gets no cgroup of its own", "the job runs with no_new_privs"} {
+	for _, want := range []string{
+		"the job gets no cgroup of its own", "the job runs with no_new_privs",
+	} {
 		if !strings.Contains(b.Log(), want) {
 			t.Errorf("the log does not say %q", want)
 		}
@@ -66,8 +75,8 @@ func TestRestrictions(t *testing.T) {
 	s.waitExit(b, 0)
 }
 
-// TestWholeTree: the job's tree dies to the last process without a cgroup, while the container lives on: the next term's job is in
-// the same container.
+// TestWholeTree: the job's tree dies to the last process without a cgroup, while the container
+// lives on: the next term's job is in the same container.
 func TestWholeTree(t *testing.T) {
 	s := newTestbed(t)
 	s.run("as podman has it", func(s *testbed) { wholeTree(s, "") })
@@ -83,11 +92,15 @@ func TestWholeTree(t *testing.T) {
 func wholeTree(s *testbed, reason string, flags ...string) {
 	roles := []string{"job", "setsid", "child", "grandchild", "daemon"}
 	b := s.start(s.Name(), plan{
-		image: imageLeasehold, args: []string{"--", "/testjob", "ignore-term", "setsid", "hold-pipes", "daemonize", "wipe-env"}, flags: flags,
+		image: imageLeasehold, flags: flags,
+		args: []string{
+			"--", "/testjob", "ignore-term", "setsid", "hold-pipes", "daemonize", "wipe-env",
+		},
 	})
 	job := s.waitJob(b)
 	s.waitRoles(job, roles...)
-	if !strings.Contains(b.Log(), "the job gets no cgroup of its own") || !strings.Contains(b.Log(), reason) {
+	if !strings.Contains(b.Log(), "the job gets no cgroup of its own") ||
+		!strings.Contains(b.Log(), reason) {
 		s.Errorf("the log does not say that there is no cgroup for the job, for %q", reason)
 	}
 	pid := b.pid(s)
@@ -99,7 +112,8 @@ func wholeTree(s *testbed, reason string, flags ...string) {
 	if now := b.pid(s); now != pid {
 		s.Errorf("the container's process 1 was %d and is %d", pid, now)
 	}
-	if n := len(harness.Descendants(pid)); n != 2+len(roles) { // the elector, the spawner and the job
+	// The elector, the spawner and the job.
+	if n := len(harness.Descendants(pid)); n != 2+len(roles) {
 		s.Errorf("%d processes in the container, want %d", n, 2+len(roles))
 	}
 	// A planned stop of a job that will not stop: killed after the grace.
@@ -115,7 +129,8 @@ func TestZombies(t *testing.T) {
 	s := newTestbed(t)
 	b := s.start("a", plan{image: imageJob, args: []string{
 		"sh", "-c",
-		fmt.Sprintf("i=0; while [ $i -lt %d ]; do (sh -c 'sleep 0.2; echo orphan' & ); i=$((i+1)); done; exec sleep infinity", orphans),
+		fmt.Sprintf("i=0; while [ $i -lt %d ]; do "+
+			"(sh -c 'sleep 0.2; echo orphan' & ); i=$((i+1)); done; exec sleep infinity", orphans),
 	}})
 	s.waitOutput(b, "orphan\n", orphans)
 	pid := b.pid(t)
@@ -157,7 +172,10 @@ func TestSignals(t *testing.T) {
 		s.waitOutput(b, "got TERM\n", 1)
 	})
 	s.run("twice", func(s *testbed) {
-		b := s.start("b", plan{image: imageLeasehold, args: []string{"--", "/testjob", "ignore-term"}, env: []string{"LEASEHOLD_STOP_GRACE=1h"}})
+		b := s.start("b", plan{
+			image: imageLeasehold, args: []string{"--", "/testjob", "ignore-term"},
+			env: []string{"LEASEHOLD_STOP_GRACE=1h"},
+		})
 		job := s.waitJob(b)
 		b.kill(s, "INT")
 		s.must(harness.Until(s.wait(waitTimeout), func() error {
@@ -177,7 +195,10 @@ func TestSignals(t *testing.T) {
 func TestPID1_CantBeKilledFromInside(t *testing.T) {
 	s := newTestbed(t)
 	s.ttl = 5 * time.Second
-	b := s.start("a", plan{image: imageJob, args: []string{"sh", "-c", "kill -KILL 1; kill -STOP 1; echo tried; exec sleep infinity"}})
+	b := s.start("a", plan{
+		image: imageJob,
+		args:  []string{"sh", "-c", "kill -KILL 1; kill -STOP 1; echo tried; exec sleep infinity"},
+	})
 	s.waitOutput(b, "tried\n", 1)
 	s.waitStatus(b, "/leader", http.StatusOK)
 	podman(t, "exec", b.name, "sh", "-c", "kill -KILL 1; kill -STOP 1")
@@ -188,8 +209,8 @@ func TestPID1_CantBeKilledFromInside(t *testing.T) {
 	s.waitExit(b, 0)
 }
 
-// TestStranger: what root has put into the container falls to process 1, which may not kill it. It is not the job's, and keeps
-// neither the next job nor the container's end waiting.
+// TestStranger: what root has put into the container falls to process 1, which may not kill it. It
+// is not the job's, and keeps neither the next job nor the container's end waiting.
 func TestStranger(t *testing.T) {
 	s := newTestbed(t)
 	b := s.start("a", plan{image: imageJob, args: []string{"sleep", "infinity"}})
@@ -197,7 +218,8 @@ func TestStranger(t *testing.T) {
 	podman(t, "exec", "-u", "0", b.name, "sh", "-c", "sleep infinity >/dev/null 2>&1 &")
 	s.must(harness.Until(s.wait(waitTimeout), func() error {
 		for _, pid := range harness.Children(b.pid(t)) {
-			if status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n") {
+			if status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil &&
+				strings.Contains(string(status), "\nUid:\t0\t0\t0\t0\n") {
 				return nil
 			}
 		}
@@ -232,14 +254,16 @@ func TestElectorKilled(t *testing.T) {
 	s.must(syscall.Kill(leader.elector(t), syscall.SIGKILL))
 	next := s.waitJob(standby)
 	s.waitExit(leader, 70)
-	t.Logf("the next job started %v after the elector was killed", (next.Started - killed).Round(100*time.Microsecond))
+	t.Logf("the next job started %v after the elector was killed",
+		(next.Started - killed).Round(100*time.Microsecond))
 	s.overlaps()
 	s.lease() // one, the new leader's
 	standby.kill(t, "TERM")
 	s.waitExit(standby, 0)
 }
 
-// TestContainerKilled: the kernel kills all of it at once. Nobody is left to revoke, so that the next leader waits for the lease's end.
+// TestContainerKilled: the kernel kills all of it at once. Nobody is left to revoke, so that the
+// next leader waits for the lease's end.
 func TestContainerKilled(t *testing.T) {
 	s := newTestbed(t)
 	s.ttl = 5 * time.Second
@@ -253,10 +277,13 @@ func TestContainerKilled(t *testing.T) {
 	s.waitExit(leader, 137)
 	next := s.waitJob(standby)
 	took := next.Started - died
-	t.Logf("the next job started %v after the container was killed, TTL %v", took.Round(time.Millisecond), s.ttl)
-	// The TTL was granted anew a fifth of it earlier at most. Etcd looks for expired leases twice a second.
+	t.Logf("the next job started %v after the container was killed, TTL %v",
+		took.Round(time.Millisecond), s.ttl)
+	// The TTL was granted anew a fifth of it earlier at most. Etcd looks for
+	// expired leases twice a second.
 	if least, most := s.ttl*3/5, s.ttl+3*time.Second; took < least || took > most {
-		t.Errorf("the next job started %v after the container was killed, want %v to %v", took, least, most)
+		t.Errorf("the next job started %v after the container was killed, want %v to %v",
+			took, least, most)
 	}
 	s.overlaps()
 	standby.kill(t, "TERM")
@@ -266,7 +293,9 @@ func TestContainerKilled(t *testing.T) {
 // TestSidecar: elect, in an image that holds nothing else.
 func TestSidecar(t *testing.T) {
 	s := newTestbed(t)
-	b := s.start("a", plan{image: imageLeasehold, args: []string{"elect"}, env: []string{"LEASEHOLD_STOP_GRACE=0s"}})
+	b := s.start("a", plan{
+		image: imageLeasehold, args: []string{"elect"}, env: []string{"LEASEHOLD_STOP_GRACE=0s"},
+	})
 	s.waitStatus(b, "/leader", http.StatusOK)
 	podman(t, "exec", b.name, "/leasehold", "check", "leader")
 	b.kill(t, "TERM")
@@ -286,13 +315,16 @@ func TestCopyFrom(t *testing.T) {
 	s.waitExit(b, 0)
 }
 
-// TestInstall: an init container puts leasehold into a volume, and a container of an image that knows nothing of it runs it there.
-// Both have a read-only root; the second can't write to the volume either.
+// TestInstall: an init container puts leasehold into a volume, and a container of an image
+// that knows nothing of it runs it there. Both have a read-only root; the second can't
+// write to the volume either.
 func TestInstall(t *testing.T) {
 	s := newTestbed(t)
 	volume := sharedDir(t)
 	install := func(dest string, flags ...string) *box {
-		return s.start("init", plan{image: imageLeasehold, args: []string{"install", dest}, flags: flags})
+		return s.start("init", plan{
+			image: imageLeasehold, args: []string{"install", dest}, flags: flags,
+		})
 	}
 	shared := []string{"-v", volume + ":/shared"}
 	s.waitExit(install("/shared", shared...), 0)
@@ -315,13 +347,17 @@ func TestInstall(t *testing.T) {
 
 	run := plan{
 		image: imageDebian, args: []string{"/testjob"},
-		flags: []string{"-v", volume + ":/shared:ro", "--user", "1000:1000", "--entrypoint", `["/shared/leasehold","--"]`},
+		flags: []string{
+			"-v", volume + ":/shared:ro", "--user", "1000:1000",
+			"--entrypoint", `["/shared/leasehold","--"]`,
+		},
 	}
 	b := s.start("a", run)
 	job := s.waitJob(b)
 	// An upgrade while it runs, as when another pod on the node shares the volume.
 	s.waitExit(install("/shared", shared...), 0)
-	s.must(syscall.Kill(b.elector(t), syscall.SIGKILL)) // the guard now runs the revocation from the file that was replaced
+	// The guard now runs the revocation from the file that was replaced.
+	s.must(syscall.Kill(b.elector(t), syscall.SIGKILL))
 	s.waitDead(job)
 	s.waitExit(b, 70)
 	if leases, err := s.etcd.Leases(s.ctx); err != nil || len(leases) > 0 {
@@ -334,16 +370,21 @@ func TestInstall(t *testing.T) {
 		want       string
 	}{
 		{"a read-only root", "/", nil, "read-only file system"},
-		{"a read-only volume", "/shared", []string{"-v", volume + ":/shared:ro"}, "read-only file system"},
+		{"a read-only volume", "/shared", []string{"-v", volume + ":/shared:ro"},
+			"read-only file system"},
 		{"no such directory", "/nowhere/", shared, "no such file or directory"},
 		{"no such parent", "/shared/no/leasehold", shared, "no such file or directory"},
-		{"a volume of another user", "/owned", []string{"--tmpfs", "/owned:mode=0755"}, "permission denied"},
-		{"a full volume", "/small", []string{"--tmpfs", "/small:size=1m,mode=1777"}, "no space left on device"},
+		{"a volume of another user", "/owned", []string{"--tmpfs", "/owned:mode=0755"},
+			"permission denied"},
+		{"a full volume", "/small", []string{"--tmpfs", "/small:size=1m,mode=1777"},
+			"no space left on device"},
 		{"below a file", "/shared/leasehold/x", shared, "not a directory"},
 	} {
 		b := install(c.dest, c.flags...)
 		s.waitExit(b, 71)
-		if log := b.Log(); !strings.HasPrefix(log, "leasehold: install "+c.dest+": ") || !strings.Contains(log, c.want) || strings.Count(log, "\n") != 1 {
+		log := b.Log()
+		if !strings.HasPrefix(log, "leasehold: install "+c.dest+": ") ||
+			!strings.Contains(log, c.want) || strings.Count(log, "\n") != 1 {
 			t.Errorf("%s: %q, want %q", c.what, log, c.want)
 		}
 	}

@@ -1,8 +1,8 @@
 //go:build linux
 
-// Package image_test runs the container image as its users do: read-only, with no capability, no privilege to gain and nowhere to
-// write, as process 1, by podman and runc, beside an etcd on loopback. e2e/image/prepare.sh installs and makes what it needs;
-// `make test-image` does both.
+// Package image_test runs the container image as its users do: read-only, with no capability, no
+// privilege to gain and nowhere to write, as process 1, by podman and runc, beside an etcd on
+// loopback. e2e/image/prepare.sh installs and makes what it needs; `make test-image` does both.
 package image_test
 
 import (
@@ -26,7 +26,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// waitTimeout bounds every wait for an event that must come. Nothing here takes a tenth of it on a quiet machine.
+// waitTimeout bounds every wait for an event that must come. Nothing here takes a tenth
+// of it on a quiet machine.
 const waitTimeout = 60 * time.Second
 
 // The images under test. Their storage is ours alone.
@@ -79,19 +80,30 @@ func needImages(t *testing.T) {
 	}
 	built.Do(func() {
 		built.root = root
-		for name, file := range map[string]string{"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf"} {
+		for name, file := range map[string]string{
+			"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf",
+		} {
+			path := filepath.Join(root, "bin", ".image", file)
 			//nolint:usetesting // It holds for the tests after this one too.
-			built.err = errors.Join(built.err, os.Setenv(name, filepath.Join(root, "bin", ".image", file)))
+			built.err = errors.Join(built.err, os.Setenv(name, path))
 		}
 		began := time.Now()
 		if built.err == nil {
-			built.programs, built.err = harness.Build(context.Background(), ".", "./e2e/cmd/testjob")
+			built.programs, built.err = harness.Build(context.Background(), ".",
+				"./e2e/cmd/testjob")
 		}
 		for _, args := range [][]string{
-			// The engine is chosen as it is for anybody, but that docker knows nothing of our base images.
-			append([]string{"make", "image", "IMAGE=" + imageLeasehold, "ENGINE=podman"}, buildFlags()),
-			append([]string{"make", "image", "IMAGE=" + imageBoth, "ENGINE=buildah", "PLATFORM=linux/amd64,linux/arm64"}, buildFlags()),
-			{"podman", "build", "-q", "--isolation", "chroot", "--pull-never", "--layers=false", "-t", imageJob, "examples/image"},
+			// The engine is chosen as it is for anybody, but that docker knows
+			// nothing of our base images.
+			{"make", "image", "IMAGE=" + imageLeasehold, "ENGINE=podman", buildFlags()},
+			{
+				"make", "image", "IMAGE=" + imageBoth, "ENGINE=buildah",
+				"PLATFORM=linux/amd64,linux/arm64", buildFlags(),
+			},
+			{
+				"podman", "build", "-q", "--isolation", "chroot", "--pull-never",
+				"--layers=false", "-t", imageJob, "examples/image",
+			},
 		} {
 			if built.err == nil {
 				_, built.err = command(root, args...)
@@ -104,7 +116,8 @@ func needImages(t *testing.T) {
 	}
 }
 
-// buildFlags has the build take this machine's caches of modules and of compiled packages, and leave no layers behind.
+// buildFlags has the build take this machine's caches of modules and of compiled packages, and
+// leave no layers behind.
 func buildFlags() string {
 	env := func(name string) string {
 		out, err := exec.Command("go", "env", name).Output()
@@ -113,7 +126,8 @@ func buildFlags() string {
 		}
 		return strings.TrimSpace(string(out))
 	}
-	return fmt.Sprintf("IMAGE_FLAGS=--isolation chroot --pull-never --layers=false -v %s:/go/pkg/mod -v %s:/root/.cache/go-build",
+	return fmt.Sprintf("IMAGE_FLAGS=--isolation chroot --pull-never --layers=false"+
+		" -v %s:/go/pkg/mod -v %s:/root/.cache/go-build",
 		env("GOMODCACHE"), env("GOCACHE"))
 }
 
@@ -125,7 +139,8 @@ func command(root string, args ...string) (string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("%s: %w\n%s%s", strings.Join(args, " "), err, stdout.String(), stderr.String())
+		return stdout.String(), fmt.Errorf("%s: %w\n%s%s",
+			strings.Join(args, " "), err, stdout.String(), stderr.String())
 	}
 	return stdout.String(), nil
 }
@@ -145,7 +160,9 @@ var cgroupParent = fmt.Sprintf("/leasehold-image-%d", os.Getpid())
 // removeCgroups removes what is left of it, in each hierarchy.
 func removeCgroups() error {
 	var dirs []string
-	for _, pattern := range []string{"/sys/fs/cgroup" + cgroupParent, "/sys/fs/cgroup/*" + cgroupParent} {
+	for _, pattern := range []string{
+		"/sys/fs/cgroup" + cgroupParent, "/sys/fs/cgroup/*" + cgroupParent,
+	} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			return err
@@ -185,8 +202,10 @@ func TestMain(m *testing.M) {
 				code = max(code, 1)
 			}
 		}
-		if run, err := command(built.root, "podman", "info", "--format", "{{.Store.RunRoot}}"); err == nil && strings.HasPrefix(run, "/run/leasehold-image-") {
-			_ = os.RemoveAll(strings.TrimSpace(run)) // no container is left that it could be of use to
+		run, err := command(built.root, "podman", "info", "--format", "{{.Store.RunRoot}}")
+		if err == nil && strings.HasPrefix(run, "/run/leasehold-image-") {
+			// No container is left that it could be of use to.
+			_ = os.RemoveAll(strings.TrimSpace(run))
 		}
 	}
 	os.Exit(code)
@@ -210,7 +229,9 @@ func newTestbed(t *testing.T) *testbed {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*waitTimeout)
 	t.Cleanup(cancel)
 	return &testbed{
-		T: t, ctx: ctx, etcd: harness.NewTestCluster(t, harness.ClusterConfig{}), witness: harness.NewTestWitness(t),
+		T: t, ctx: ctx,
+		etcd:     harness.NewTestCluster(t, harness.ClusterConfig{}),
+		witness:  harness.NewTestWitness(t),
 		election: fmt.Sprintf("jobs/image-%d", numbers.Add(1)), ttl: 5 * time.Minute,
 	}
 }
@@ -243,17 +264,21 @@ func (s *testbed) start(identity string, p plan) *box {
 	s.Helper()
 	b := &box{name: fmt.Sprintf("leasehold-%d-%d", os.Getpid(), numbers.Add(1))}
 	args := append([]string{
-		"podman", "run", "--name", b.name, "--pull", "never", "--network", "host", "--log-driver", "none",
-		"--cgroup-parent", cgroupParent,
-		"--ipc", "none", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "all", "--security-opt", "no-new-privileges",
+		"podman", "run", "--name", b.name, "--pull", "never", "--network", "host",
+		"--log-driver", "none", "--cgroup-parent", cgroupParent,
+		"--ipc", "none", "--read-only", "--read-only-tmpfs=false",
+		"--cap-drop", "all", "--security-opt", "no-new-privileges",
 		"--timeout", "600", // should this program not live to remove it
-		"--env", "LEASEHOLD_*", "--env", harness.WitnessVariable, "-v", built.programs.Testjob + ":/testjob:ro",
+		"--env", "LEASEHOLD_*", "--env", harness.WitnessVariable,
+		"-v", built.programs.Testjob + ":/testjob:ro",
 	}, p.flags...)
 	c, err := harness.StartCandidate(harness.CandidateConfig{
-		Binary: "podman", Election: s.election, Identity: identity, Endpoints: s.etcd.Endpoints(), TTL: s.ttl, Witness: s.witness,
+		Binary: "podman", Election: s.election, Identity: identity,
+		Endpoints: s.etcd.Endpoints(), TTL: s.ttl, Witness: s.witness,
 		Env: append([]string{
 			"HOME=" + os.Getenv("HOME"), "LEASEHOLD_STOP_GRACE=500ms",
-			"CONTAINERS_CONF=" + os.Getenv("CONTAINERS_CONF"), "CONTAINERS_STORAGE_CONF=" + os.Getenv("CONTAINERS_STORAGE_CONF"),
+			"CONTAINERS_CONF=" + os.Getenv("CONTAINERS_CONF"),
+			"CONTAINERS_STORAGE_CONF=" + os.Getenv("CONTAINERS_STORAGE_CONF"),
 		}, p.env...),
 		Prepare: func(cmd *exec.Cmd) { cmd.Args = append(append(args, p.image), p.args...) },
 	})
@@ -274,7 +299,10 @@ func (s *testbed) start(identity string, p plan) *box {
 // job starts a container whose job is the test job.
 func (s *testbed) job(identity, behaviour string) *box {
 	s.Helper()
-	return s.start(identity, plan{image: imageLeasehold, args: append([]string{"--", "/testjob"}, strings.Fields(behaviour)...)})
+	return s.start(identity, plan{
+		image: imageLeasehold,
+		args:  append([]string{"--", "/testjob"}, strings.Fields(behaviour)...),
+	})
 }
 
 func (s *testbed) must(err error) {
@@ -305,7 +333,8 @@ func (s *testbed) waitRoles(l harness.Life, roles ...string) {
 	s.must(s.witness.Wait(s.wait(waitTimeout), func(lives []harness.Life) bool {
 		found := map[string]bool{}
 		for _, other := range lives {
-			found[other.Role] = found[other.Role] || other.Token == l.Token && other.Candidate == l.Candidate
+			found[other.Role] = found[other.Role] ||
+				other.Token == l.Token && other.Candidate == l.Candidate
 		}
 		return !slices.ContainsFunc(roles, func(r string) bool { return !found[r] })
 	}))
@@ -343,7 +372,8 @@ func (s *testbed) waitOutput(b *box, text string, times int) {
 	s.Helper()
 	s.must(harness.Until(s.wait(waitTimeout), func() error {
 		if n := strings.Count(b.Output(), text); n < times {
-			return fmt.Errorf("%s said %q %d times, want %d; it said %q", b.Identity, text, n, times, b.Output())
+			return fmt.Errorf("%s said %q %d times, want %d; it said %q",
+				b.Identity, text, n, times, b.Output())
 		}
 		return nil
 	}))
@@ -384,7 +414,8 @@ func (b *box) pid(t testing.TB) int {
 func (b *box) elector(t testing.TB) int {
 	for _, pid := range harness.Children(b.pid(t)) {
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == "elector" {
+		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 &&
+			words[1] == "elector" {
 			return pid
 		}
 	}

@@ -71,7 +71,8 @@ func newCluster(t *testing.T) *cluster {
 	if err := copyTree(filepath.Join(c.root, "k8s"), c.tree); err != nil {
 		t.Fatal(err)
 	}
-	config, err := exec.Command("kubectl", "config", "view", "--raw", "--minify", "--flatten").Output()
+	view := exec.Command("kubectl", "config", "view", "--raw", "--minify", "--flatten")
+	config, err := view.Output()
 	if err == nil {
 		err = os.WriteFile(c.config, config, 0o600)
 	}
@@ -105,7 +106,8 @@ func newCluster(t *testing.T) *cluster {
 
 const prefix = "leasehold-e2e-"
 
-// leftovers returns those of a list of namespaces that a run has left which was killed. A run that goes on is not that old.
+// leftovers returns those of a list of namespaces that a run has left which was killed. A run that
+// goes on is not that old.
 func leftovers(list string, now time.Time) (names []string, err error) {
 	var namespaces struct {
 		Items []struct {
@@ -119,14 +121,16 @@ func leftovers(list string, now time.Time) (names []string, err error) {
 		return nil, err
 	}
 	for _, namespace := range namespaces.Items {
-		if m := namespace.Metadata; strings.HasPrefix(m.Name, prefix) && now.Sub(m.CreationTimestamp) > 6*time.Hour {
+		if m := namespace.Metadata; strings.HasPrefix(m.Name, prefix) &&
+			now.Sub(m.CreationTimestamp) > 6*time.Hour {
 			names = append(names, m.Name)
 		}
 	}
 	return names, nil
 }
 
-// usableNodes counts those of a list that pods of ours may go to. Control planes are mostly tainted.
+// usableNodes counts those of a list that pods of ours may go to. Control planes
+// are mostly tainted.
 func usableNodes(list string) (count int, err error) {
 	var nodes struct {
 		Items []struct {
@@ -151,7 +155,8 @@ func usableNodes(list string) (count int, err error) {
 	return count, nil
 }
 
-// copyTree copies what git knows of a folder: nobody's certificates, least of all the authority's key, leave their place.
+// copyTree copies what git knows of a folder: nobody's certificates, least of all the authority's
+// key, leave their place.
 func copyTree(from, to string) error {
 	return filepath.WalkDir(from, func(path string, entry os.DirEntry, err error) error {
 		if err != nil {
@@ -177,7 +182,9 @@ func copyTree(from, to string) error {
 
 // tell says what there is, for whoever has to find out why a test has failed.
 func (c *cluster) tell() {
-	for _, args := range [][]string{{"get", "all", "-o", "wide"}, {"get", "events"}, {"describe", "pods"}} {
+	for _, args := range [][]string{
+		{"get", "all", "-o", "wide"}, {"get", "events"}, {"describe", "pods"},
+	} {
 		out, _ := c.command(context.Background(), args...).CombinedOutput()
 		c.t.Logf("kubectl %s:\n%s", strings.Join(args, " "), out)
 	}
@@ -228,9 +235,12 @@ images:
 		}
 		text += fmt.Sprintf("- patch%d.yaml\n", i)
 	}
-	err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644))
+	err := errors.Join(
+		os.MkdirAll(dir, 0o755),
+		os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644))
 	for i, patch := range patches {
-		err = errors.Join(err, os.WriteFile(filepath.Join(dir, fmt.Sprintf("patch%d.yaml", i)), []byte(patch), 0o644))
+		file := filepath.Join(dir, fmt.Sprintf("patch%d.yaml", i))
+		err = errors.Join(err, os.WriteFile(file, []byte(patch), 0o644))
 	}
 	if err != nil {
 		c.t.Fatal(err)
@@ -266,11 +276,14 @@ func (c *cluster) images() (job string) {
 	run(c.root, "make", "image", "IMAGE="+c.image)
 	job = repository(c.image) + "-e2e-job"
 	dir := filepath.Dir(buildJob(c.t))
-	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte("FROM scratch\nCOPY job /job\n"), 0o644); err != nil {
+	dockerfile := []byte("FROM scratch\nCOPY job /job\n")
+	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), dockerfile, 0o644); err != nil {
 		c.t.Fatal(err)
 	}
 	engines := []string{"docker", "podman", "buildah"}
-	i := slices.IndexFunc(engines, func(e string) bool { return exec.Command(e, "info").Run() == nil })
+	i := slices.IndexFunc(engines, func(e string) bool {
+		return exec.Command(e, "info").Run() == nil
+	})
 	if i < 0 {
 		c.t.Fatal("none of docker, podman and buildah is here and works")
 	}
@@ -336,13 +349,15 @@ spec:
     rollingUpdate: {maxUnavailable: 1, maxSurge: 0}
 `
 
-// The whole life of a Deployment in a cluster: the leader's pod is deleted, its node drained, the Deployment rolled; what readiness
-// on /leader does to that; a setting that is wrong. In all of it a witness sees to it that no two jobs live at once.
+// The whole life of a Deployment in a cluster: the leader's pod is deleted, its node drained, the
+// Deployment rolled; what readiness on /leader does to that; a setting that is wrong. In all of it
+// a witness sees to it that no two jobs live at once.
 func TestCluster(t *testing.T) {
 	c := newCluster(t)
 	job := c.images()
 
-	certs := exec.Command("go", "run", "./certs", "-dir", filepath.Join(c.tree, "certs"), "-namespace", c.namespace)
+	certs := exec.Command("go", "run", "./certs", "-dir", filepath.Join(c.tree, "certs"),
+		"-namespace", c.namespace)
 	certs.Dir = filepath.Join(c.root, "tools", "k8s")
 	if out, err := certs.CombinedOutput(); err != nil {
 		t.Fatalf("make certificates: %v\n%s", err, out)
@@ -405,11 +420,14 @@ func TestCluster(t *testing.T) {
 	c.overlay("mine", wrapper, job, jobPatch(""))
 	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
 	current, pod := next("the first one", "", time.Minute)
-	if out := c.kubectl("exec", "deployment/wrapper", "-c", "job", "--", "/opt/leasehold/leasehold", "status"); !strings.Contains(out, pod) {
+	out := c.kubectl("exec", "deployment/wrapper", "-c", "job", "--",
+		"/opt/leasehold/leasehold", "status")
+	if !strings.Contains(out, pod) {
 		t.Errorf("status does not name %s as the leader:\n%s", pod, out)
 	}
 
-	// A planned stop takes the job's own time, which is nothing, and milliseconds. A lease that is not given back takes the TTL, 15 s.
+	// A planned stop takes the job's own time, which is nothing, and milliseconds. A lease that is
+	// not given back takes the TTL, 15 s.
 	const planned = 10 * time.Second
 	c.kubectl("delete", "pod", pod, "--wait=false")
 	current, pod = next("the leader's pod is deleted", current, planned)
@@ -420,10 +438,12 @@ func TestCluster(t *testing.T) {
 	node := strings.TrimSpace(c.kubectl("get", "pod", pod, "-o", "jsonpath={.spec.nodeName}"))
 	uncordon := func() { c.kubectl("uncordon", node) }
 	t.Cleanup(uncordon)
-	if c.nodes == 1 { // The PodDisruptionBudget would rightly stop the drain: there is no room for another pod.
+	// The PodDisruptionBudget would rightly stop the drain: there is no room for another pod.
+	if c.nodes == 1 {
 		c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
 	}
-	c.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--pod-selector=app.kubernetes.io/name=wrapper", "--timeout=5m")
+	c.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data",
+		"--pod-selector=app.kubernetes.io/name=wrapper", "--timeout=5m")
 	if c.nodes == 1 {
 		uncordon() // There is nowhere else to go.
 	}
@@ -497,14 +517,16 @@ func nameImage(tree, page, image string) error {
 	if err != nil {
 		return err
 	}
-	entry := fmt.Sprintf("- name: localhost/leasehold\n  newName: %s\n  newTag: %q\n", repository(image), tag(image))
+	entry := fmt.Sprintf("- name: localhost/leasehold\n  newName: %s\n  newTag: %q\n",
+		repository(image), tag(image))
 	for _, match := range named.FindAllSubmatch(text, -1) {
 		file := filepath.Join(tree, string(match[1]))
 		text, err := os.ReadFile(file)
 		if err != nil {
 			return err
 		}
-		text = bytes.ReplaceAll(text, []byte("- name: localhost/leasehold\n  newTag: latest\n"), []byte(entry))
+		const latest = "- name: localhost/leasehold\n  newTag: latest\n"
+		text = bytes.ReplaceAll(text, []byte(latest), []byte(entry))
 		if err := os.WriteFile(file, text, 0o644); err != nil {
 			return err
 		}
@@ -512,7 +534,8 @@ func nameImage(tree, page, image string) error {
 	return nil
 }
 
-// pageScript is what a page tells to type, with these folders of k8s/ in the place of etcd, wrapper and sidecar.
+// pageScript is what a page tells to type, with these folders of k8s/ in the place of
+// etcd, wrapper and sidecar.
 func pageScript(page, etcd, wrapper, sidecar string) (string, error) {
 	text, err := os.ReadFile(page)
 	if err != nil {
@@ -529,15 +552,16 @@ func pageScript(page, etcd, wrapper, sidecar string) (string, error) {
 	}), nil
 }
 
-// routeToLeader shows what readiness on /leader does to a rolling update: with one pod at a time it stalls, and with all at once it
-// does not.
+// routeToLeader shows what readiness on /leader does to a rolling update: with one pod at a time it
+// stalls, and with all at once it does not.
 func (c *cluster) routeToLeader(job string, next func(what string)) {
 	t := c.t
 	t.Helper()
 	c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
 	updated := func() string {
 		return c.kubectl("get", "deployment", "wrapper", "-o",
-			"jsonpath={.status.observedGeneration} {.metadata.generation} {.status.updatedReplicas} {.status.replicas} {.status.readyReplicas}")
+			"jsonpath={.status.observedGeneration} {.metadata.generation} "+
+				"{.status.updatedReplicas} {.status.replicas} {.status.readyReplicas}")
 	}
 	done := func() error {
 		f := strings.Fields(updated())
@@ -558,7 +582,8 @@ func (c *cluster) routeToLeader(job string, next func(what string)) {
 	if err := wait("only the leader is ready", 3*time.Minute); err != nil {
 		t.Fatal(err)
 	}
-	endpoints := c.kubectl("get", "endpoints", "leader", "-o", "jsonpath={.subsets[*].addresses[*].targetRef.name}")
+	endpoints := c.kubectl("get", "endpoints", "leader", "-o",
+		"jsonpath={.subsets[*].addresses[*].targetRef.name}")
 	if len(strings.Fields(endpoints)) != 1 {
 		t.Errorf("the Service routes to %q, want the leader alone", endpoints)
 	}
@@ -567,7 +592,8 @@ func (c *cluster) routeToLeader(job string, next func(what string)) {
         - {name: ROLLED, value: one at a time}
 `), oneAtATime)
 	if err := wait("", 90*time.Second); err == nil {
-		t.Error("a rolling update that waits for readiness went through, and the page says that it stalls")
+		t.Error("a rolling update that waits for readiness went through," +
+			" and the page says that it stalls")
 	}
 	t.Logf("one at a time it stalls: generations, updated, all and ready pods: %s", updated())
 	c.overlay("mine", "wrapper/route-to-leader", job, jobPatch(`        env:
@@ -592,7 +618,8 @@ func (c *cluster) badSettings(job string) {
 	err := harness.Until(ctx, func() error {
 		message := c.kubectl("get", "pods", "-l", "app.kubernetes.io/name=wrapper", "-o",
 			"jsonpath={.items[*].status.containerStatuses[*].lastState.terminated.message}")
-		if !strings.Contains(message, "LEASEHOLD_TLL: unknown variable") || !strings.Contains(message, "LEASEHOLD_TTL: ") {
+		if !strings.Contains(message, "LEASEHOLD_TLL: unknown variable") ||
+			!strings.Contains(message, "LEASEHOLD_TTL: ") {
 			return fmt.Errorf("termination message %q", message)
 		}
 		return nil
@@ -603,15 +630,19 @@ func (c *cluster) badSettings(job string) {
 	c.kubectl("delete", "deployment", "wrapper")
 }
 
-// sidecar runs the form that fits this cluster with the example's own image, and deletes the leader's pod.
+// sidecar runs the form that fits this cluster with the example's own image, and
+// deletes the leader's pod.
 func (c *cluster) sidecar(form string) {
 	t := c.t
 	t.Helper()
 	c.overlay("theirs", form, "docker.io/library/busybox:1.37")
 	c.kubectl("rollout", "status", "deployment/sidecar", "--timeout=10m")
 	leading := func() (string, error) {
-		for _, pod := range strings.Fields(c.kubectl("get", "pods", "-l", "app.kubernetes.io/name=sidecar", "-o", "jsonpath={.items[*].metadata.name}")) {
-			if _, err := c.try("exec", pod, "-c", "leasehold", "--", "/leasehold", "check", "leader"); err == nil {
+		pods := c.kubectl("get", "pods", "-l", "app.kubernetes.io/name=sidecar", "-o",
+			"jsonpath={.items[*].metadata.name}")
+		for _, pod := range strings.Fields(pods) {
+			_, err := c.try("exec", pod, "-c", "leasehold", "--", "/leasehold", "check", "leader")
+			if err == nil {
 				return pod, nil
 			}
 		}

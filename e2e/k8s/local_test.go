@@ -18,7 +18,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// What the cluster's test rests on, without a cluster: the witness sees jobs begin and end, and sees it when two live at once.
+// What the cluster's test rests on, without a cluster: the witness sees jobs begin and end, and
+// sees it when two live at once.
 func TestWitness_SeesOverlap(t *testing.T) {
 	if os.Getenv("LEASEHOLD_SHIP") != "1" {
 		t.Skip("skipped: LEASEHOLD_SHIP=1 is not set (make e2e-k8s sets it)")
@@ -57,7 +58,9 @@ func TestWitness_SeesOverlap(t *testing.T) {
 	}
 
 	run := func(name, token string) *exec.Cmd {
-		return start(io.Discard, []string{"LEASEHOLD_IDENTITY=" + name, "LEASEHOLD_FENCING_TOKEN=" + token}, "run", address)
+		return start(io.Discard, []string{
+			"LEASEHOLD_IDENTITY=" + name, "LEASEHOLD_FENCING_TOKEN=" + token,
+		}, "run", address)
 	}
 	wait := func(after, want string) string {
 		t.Helper()
@@ -90,7 +93,8 @@ func TestWitness_SeesOverlap(t *testing.T) {
 	began := time.Now()
 	second := run("b", "2")
 	job = wait(job, "b 2")
-	// It can't be less than nothing, nor more than the time since the first one was seen to be dead and a little.
+	// It can't be less than nothing, nor more than the time since the first one was
+	// seen to be dead and a little.
 	if gap, most := told.longestGap(), time.Since(began)+5*time.Second; gap <= 0 || gap > most {
 		t.Errorf("for %v there was no job, want more than nothing and less than %v", gap, most)
 	}
@@ -136,12 +140,17 @@ current-context: dead
 	}
 }
 
-// Only nodes that take pods count: with two of them and a control plane, an etcd of three would wait for ever.
+// Only nodes that take pods count: with two of them and a control plane, an etcd of
+// three would wait for ever.
 func TestCluster_UsableNodes(t *testing.T) {
 	count, err := usableNodes(`{"items": [
-		{"spec": {"taints": [{"effect": "NoSchedule", "key": "node-role.kubernetes.io/control-plane"}]}},
+		{"spec": {"taints": [
+			{"effect": "NoSchedule", "key": "node-role.kubernetes.io/control-plane"}
+		]}},
 		{"spec": {"taints": [{"effect": "NoExecute", "key": "node.kubernetes.io/unreachable"}]}},
-		{"spec": {"unschedulable": true, "taints": [{"effect": "NoSchedule", "key": "node.kubernetes.io/unschedulable"}]}},
+		{"spec": {"unschedulable": true, "taints": [
+			{"effect": "NoSchedule", "key": "node.kubernetes.io/unschedulable"}
+		]}},
 		{"spec": {"taints": [{"effect": "PreferNoSchedule", "key": "spot"}]}},
 		{"spec": {"podCIDR": "10.244.0.0/24"}}
 	]}`)
@@ -150,7 +159,8 @@ func TestCluster_UsableNodes(t *testing.T) {
 	}
 }
 
-// A run that was killed leaves its namespace; nobody else's is touched, nor that of a run that goes on.
+// A run that was killed leaves its namespace; nobody else's is touched, nor that of
+// a run that goes on.
 func TestCluster_Leftovers(t *testing.T) {
 	names, err := leftovers(`{"items": [
 		{"metadata": {"name": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}},
@@ -166,9 +176,14 @@ func TestCluster_Leftovers(t *testing.T) {
 // The user's own certificates stay where they are.
 func TestCluster_CopiesNoCertificates(t *testing.T) {
 	from, to := t.TempDir(), filepath.Join(t.TempDir(), "k8s")
-	for _, file := range []string{"kustomization.yaml", "certs/kustomization.yaml", "certs/ca.crt", "certs/ca.key", "certs/ca.key.new"} {
+	for _, file := range []string{
+		"kustomization.yaml", "certs/kustomization.yaml", "certs/ca.crt", "certs/ca.key",
+		"certs/ca.key.new",
+	} {
 		path := filepath.Join(from, file)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(file), 0o600)); err != nil {
+		err := errors.Join(
+			os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(file), 0o600))
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -183,7 +198,10 @@ func TestCluster_CopiesNoCertificates(t *testing.T) {
 		}
 		copied = append(copied, found...)
 	}
-	if want := []string{filepath.Join(to, "kustomization.yaml"), filepath.Join(to, "certs/kustomization.yaml")}; !slices.Equal(copied, want) {
+	want := []string{
+		filepath.Join(to, "kustomization.yaml"), filepath.Join(to, "certs/kustomization.yaml"),
+	}
+	if !slices.Equal(copied, want) {
 		t.Errorf("copied %v, want %v", copied, want)
 	}
 }
@@ -198,20 +216,28 @@ func TestCluster_OverlaysRender(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cluster{t: t, tree: filepath.Join(t.TempDir(), "k8s"), image: "example.com:5000/leasehold:v1"}
+	c := &cluster{
+		t: t, tree: filepath.Join(t.TempDir(), "k8s"), image: "example.com:5000/leasehold:v1",
+	}
 	if err := copyTree(filepath.Join(root, "k8s"), c.tree); err != nil {
 		t.Fatal(err)
 	}
 	for base, patches := range map[string][]string{
 		"wrapper":                 {jobPatch("")},
 		"wrapper/kubernetes-1.20": {jobPatch("")},
-		"wrapper/route-to-leader": {jobPatch("        env:\n        - {name: LEASEHOLD_TLL, value: 5s}\n"), oneAtATime},
+		"wrapper/route-to-leader": {
+			jobPatch("        env:\n        - {name: LEASEHOLD_TLL, value: 5s}\n"), oneAtATime,
+		},
 	} {
-		text, err := exec.Command(kubectl, "kustomize", c.write("mine", base, "job-image", patches...)).CombinedOutput()
+		dir := c.write("mine", base, "job-image", patches...)
+		text, err := exec.Command(kubectl, "kustomize", dir).CombinedOutput()
 		if err != nil {
 			t.Errorf("%s: %v\n%s", base, err, text)
 		}
-		wanted := []string{"image: example.com:5000/leasehold:v1", "image: job-image:latest", "- /job", "witness:4041", "LEASEHOLD_ELECTION"}
+		wanted := []string{
+			"image: example.com:5000/leasehold:v1", "image: job-image:latest", "- /job",
+			"witness:4041", "LEASEHOLD_ELECTION",
+		}
 		if len(patches) > 1 {
 			wanted = append(wanted, "LEASEHOLD_TLL", "maxUnavailable: 1\n", "path: /leader")
 		}
@@ -223,7 +249,8 @@ func TestCluster_OverlaysRender(t *testing.T) {
 	}
 }
 
-// The files in which the pages have leasehold's image named are those that name it in everything that is applied.
+// The files in which the pages have leasehold's image named are those that name it in
+// everything that is applied.
 func TestCluster_PagesNameTheImage(t *testing.T) {
 	kubectl, err := exec.LookPath("kubectl")
 	if err != nil {
@@ -241,13 +268,17 @@ func TestCluster_PagesNameTheImage(t *testing.T) {
 		if err := copyTree(filepath.Join(root, "k8s"), tree); err != nil {
 			t.Fatal(err)
 		}
-		if err := nameImage(tree, filepath.Join(root, "docs", page), "example.com:5000/leasehold:v1"); err != nil {
+		const image = "example.com:5000/leasehold:v1"
+		if err := nameImage(tree, filepath.Join(root, "docs", page), image); err != nil {
 			t.Fatal(err)
 		}
 		for _, overlay := range overlays {
-			text, err := exec.Command(kubectl, "kustomize", filepath.Join(tree, overlay)).CombinedOutput()
-			if err != nil || !strings.Contains(string(text), "image: example.com:5000/leasehold:v1\n") || strings.Contains(string(text), "localhost/leasehold") {
-				t.Errorf("docs/%s: k8s/%s does not have the image that was named: %v\n%s", page, overlay, err, text)
+			dir := filepath.Join(tree, overlay)
+			text, err := exec.Command(kubectl, "kustomize", dir).CombinedOutput()
+			if err != nil || !strings.Contains(string(text), "image: "+image+"\n") ||
+				strings.Contains(string(text), "localhost/leasehold") {
+				t.Errorf("docs/%s: k8s/%s does not have the image that was named: %v\n%s",
+					page, overlay, err, text)
 			}
 		}
 	}
@@ -260,10 +291,15 @@ func TestCluster_PagesFitTheCluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	for page, wanted := range map[string][]string{
-		"kubernetes-wrapper.md": {"-k k8s/etcd/one-member\n", "-k k8s/wrapper/kubernetes-1.20\n", "bases: [../wrapper/kubernetes-1.20]\n", "bases: [../wrapper/route-to-leader]|' ", "-k k8s/mine\n"},
+		"kubernetes-wrapper.md": {
+			"-k k8s/etcd/one-member\n", "-k k8s/wrapper/kubernetes-1.20\n",
+			"bases: [../wrapper/kubernetes-1.20]\n", "bases: [../wrapper/route-to-leader]|' ",
+			"-k k8s/mine\n",
+		},
 		"kubernetes-sidecar.md": {"-k k8s/etcd/one-member\n", "-k k8s/sidecar/kubernetes-1.20\n"},
 	} {
-		script, err := pageScript(filepath.Join(root, "docs", page), "etcd/one-member", "wrapper/kubernetes-1.20", "sidecar/kubernetes-1.20")
+		script, err := pageScript(filepath.Join(root, "docs", page), "etcd/one-member",
+			"wrapper/kubernetes-1.20", "sidecar/kubernetes-1.20")
 		if err != nil {
 			t.Fatal(err)
 		}

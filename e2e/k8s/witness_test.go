@@ -36,7 +36,8 @@ func (r *record) follow(lines io.Reader) error {
 		switch what {
 		case "start":
 			if len(r.alive) > 0 {
-				r.overlaps = append(r.overlaps, fmt.Sprintf("%s began while %s lived", name, strings.Join(r.alive, ", ")))
+				r.overlaps = append(r.overlaps,
+					fmt.Sprintf("%s began while %s lived", name, strings.Join(r.alive, ", ")))
 			}
 			if !r.idle.IsZero() {
 				r.gap, r.idle = max(r.gap, time.Since(r.idle)), time.Time{}

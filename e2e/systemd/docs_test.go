@@ -36,28 +36,35 @@ func TestDocs(t *testing.T) {
 	}
 	packaged := os.Getenv("LEASEHOLD_DEB") != ""
 	if !packaged { // it says how to install
+		unitFile := filepath.Join(root, "systemd", "leasehold@.service")
 		w.files = map[string]string{
 			"/root/leasehold/leasehold":                  built.programs.Leasehold,
-			"/root/leasehold/systemd/leasehold@.service": filepath.Join(root, "systemd", "leasehold@.service"),
+			"/root/leasehold/systemd/leasehold@.service": unitFile,
 		}
 	}
 	m := w.boot("a")
 	const service = "leasehold@backup.service"
 	leads := func() string {
 		t.Helper()
-		w.waitFor(m, service, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+		w.waitFor(m, service, waitTimeout, state{
+			"ActiveState": "active", "StatusText": "leading, token …",
+		})
 		guard, elector, err := m.Processes(w.ctx, service)
 		w.must(err)
 		var status []byte
 		w.until(waitTimeout, func() error { // the job may be between fork and exec
 			for _, pid := range harness.Descendants(guard) {
-				if status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid)); err == nil && pid != elector && strings.HasPrefix(string(status), "Name:\tsleep\n") {
-					// Whatever the drop-in, the job keeps its cgroup.
-					if cgroup, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid)); err != nil || !strings.Contains(string(cgroup), service+"/leasehold-") {
-						t.Errorf("the job's cgroup: %s, %v", cgroup, err)
-					}
-					return nil
+				status, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+				if err != nil || pid == elector ||
+					!strings.HasPrefix(string(status), "Name:\tsleep\n") {
+					continue
 				}
+				// Whatever the drop-in, the job keeps its cgroup.
+				cgroup, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+				if err != nil || !strings.Contains(string(cgroup), service+"/leasehold-") {
+					t.Errorf("the job's cgroup: %s, %v", cgroup, err)
+				}
+				return nil
 			}
 			return errors.New("there is no job")
 		})
@@ -87,7 +94,9 @@ func TestDocs(t *testing.T) {
 					t.Errorf("%s: %s", lines, out)
 				}
 				w.run(m, "systemctl", "restart", service)
-				if status := leads(); strings.Contains(lines, "CAP_NET_BIND_SERVICE") != strings.Contains(status, "\nCapEff:\t0000000000000400\n") {
+				status := leads()
+				may := strings.Contains(status, "\nCapEff:\t0000000000000400\n")
+				if strings.Contains(lines, "CAP_NET_BIND_SERVICE") != may {
 					t.Errorf("%s gives:\n%s", lines, status)
 				}
 				properties, err := m.Show(w.ctx, service)
@@ -95,7 +104,8 @@ func TestDocs(t *testing.T) {
 				for _, s := range settings {
 					// A user that exists only meanwhile would take back RestrictSUIDSGID=no.
 					name, value, _ := strings.Cut(s[1], "=")
-					if value = strings.ToLower(value); !strings.Contains(strings.ToLower(properties[name]), value) {
+					shown := strings.ToLower(properties[name])
+					if !strings.Contains(shown, strings.ToLower(value)) {
 						t.Errorf("%s gives %s=%s", lines, name, properties[name])
 					}
 				}
@@ -108,7 +118,8 @@ func TestDocs(t *testing.T) {
 		case has("secret"):
 			w.must(w.etcd.EnableAuth(w.ctx, "candidate", "secret", "jobs/backup"))
 		}
-		out, err := m.Run(w.ctx, "sh", "-euc", "mkdir -p /root/leasehold; cd /root/leasehold\n"+commands)
+		commands = "mkdir -p /root/leasehold; cd /root/leasehold\n" + commands
+		out, err := m.Run(w.ctx, "sh", "-euc", commands)
 		if err != nil {
 			t.Fatalf("%v\n%s\n%s\n%s", errors.Unwrap(err), commands, out, m.Journal(w.ctx, service))
 		}
@@ -123,21 +134,27 @@ func TestDocs(t *testing.T) {
 			}
 		case has("User=backup"):
 			uid := strings.TrimSpace(w.run(m, "id", "-u", "backup"))
-			if status := leads(); !strings.Contains(status, fmt.Sprintf("\nUid:\t%s\t%[1]s\t%[1]s\t%[1]s\n", uid)) {
+			ofUser := fmt.Sprintf("\nUid:\t%s\t%[1]s\t%[1]s\t%[1]s\n", uid)
+			if status := leads(); !strings.Contains(status, ofUser) {
 				t.Errorf("the job is not of the user %s:\n%s", uid, status)
 			}
 		case has("User=root"):
 			status := leads()
-			for _, want := range []string{"\nUid:\t0\t0\t0\t0\n", "\nCapBnd:\t" + capabilities(w, m) + "\n", "\nNoNewPrivs:\t0\n", "\nSeccomp:\t0\n"} {
+			for _, want := range []string{
+				"\nUid:\t0\t0\t0\t0\n", "\nCapBnd:\t" + capabilities(w, m) + "\n",
+				"\nNoNewPrivs:\t0\n", "\nSeccomp:\t0\n",
+			} {
 				if !strings.Contains(status, want) {
 					t.Errorf("no %q in:\n%s", want, status)
 				}
 			}
 			// The table's last row: set-user-id programs.
-			w.run(m, "sed", "-i", "s/^User=root$/User=backup\\nAmbientCapabilities=CAP_KILL/", "/etc/systemd/system/"+service+".d/job.conf")
+			w.run(m, "sed", "-i", "s/^User=root$/User=backup\\nAmbientCapabilities=CAP_KILL/",
+				"/etc/systemd/system/"+service+".d/job.conf")
 			w.run(m, "systemctl", "daemon-reload")
 			w.run(m, "systemctl", "restart", service)
-			if status := leads(); !strings.Contains(status, "\nNoNewPrivs:\t0\n") || strings.Contains(status, "\nUid:\t0\t") {
+			if status := leads(); !strings.Contains(status, "\nNoNewPrivs:\t0\n") ||
+				strings.Contains(status, "\nUid:\t0\t") {
 				t.Errorf("with User=backup:\n%s", status)
 			}
 		case has("systemctl restart"):
@@ -155,13 +172,15 @@ func TestDocs(t *testing.T) {
 	w.must(m.Write("/usr/local/bin/backup", "#!/bin/sh\nexec sleep 3600\n"))
 	w.must(os.Chmod(m.Path("/usr/local/bin/backup"), 0o755))
 	w.must(m.Write("/etc/leasehold/example.env", settings))
-	w.run(m, "systemctl", "start", "leasehold@example") // ready with valid settings, though it may reach no etcd
+	// Ready with valid settings, though it may reach no etcd.
+	w.run(m, "systemctl", "start", "leasehold@example")
 }
 
 // capabilities are those that root may have on the machine.
 func capabilities(w *world, m *Machine) string {
 	w.t.Helper()
-	found := regexp.MustCompile(`(?m)^CapBnd:\s+(\S+)$`).FindStringSubmatch(w.run(m, "cat", "/proc/1/status"))
+	bounding := regexp.MustCompile(`(?m)^CapBnd:\s+(\S+)$`)
+	found := bounding.FindStringSubmatch(w.run(m, "cat", "/proc/1/status"))
 	if found == nil {
 		w.t.Fatal("process 1 has no capabilities")
 	}

@@ -46,16 +46,19 @@ func TestHandOver(t *testing.T) { // not beside others: it measures
 			took = append(took, harness.Milliseconds(next.Started-at))
 			dead = append(dead, harness.Milliseconds(w.waitDead(life, waitTimeout)-at))
 			if fault == "systemctl stop" {
-				w.waitFor(leader, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
+				w.waitFor(leader, unit, waitTimeout, state{"ActiveState": "inactive"})
 				w.run(leader, "systemctl", "start", unit)
 			}
 			life, leader, standby = next, standby, leader
 		}
-		t.Logf("%s, %d trials: job dead after %s, next job on the other machine after %s (medians; longest %s)",
-			fault, trials, harness.Span(harness.Median(dead)), harness.Span(harness.Median(took)), harness.Span(harness.Percentile(took, 100)))
+		t.Logf("%s, %d trials: job dead after %s, "+
+			"next job on the other machine after %s (medians; longest %s)", fault, trials,
+			harness.Span(harness.Median(dead)), harness.Span(harness.Median(took)),
+			harness.Span(harness.Percentile(took, 100)))
 		// Ten times what was seen. Whatever waits for the lease to expire takes 15 s.
 		if median := harness.Median(took); median > 1000 {
-			t.Errorf("%s: %s to the next job, want 1 s at most: %.0f", fault, harness.Span(median), took)
+			t.Errorf("%s: %s to the next job, want 1 s at most: %.0f",
+				fault, harness.Span(median), took)
 		}
 	}
 	w.waitStandby(standby, leader)
@@ -84,23 +87,29 @@ func TestKilled_GuardWhileElectorHangs(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize", c.more...)
+			leader, standby, life := w.pair(stubborn, c.more...)
 			if c.moved {
-				w.clearUpWith(leader, "mkdir -p /run/unified && mount --move /sys/fs/cgroup /run/unified")
+				w.clearUpWith(leader,
+					"mkdir -p /run/unified && mount --move /sys/fs/cgroup /run/unified")
 			}
 			guard, elector := w.processes(leader)
 			w.must(unix.Kill(elector, unix.SIGSTOP))
 			at := harness.Now()
 			w.must(unix.Kill(guard, unix.SIGKILL))
-			if took := w.waitDead(life, waitTimeout) - at; took > 8*time.Second { // the lease has 12 s more at least
+			// The lease has 12 s more at least.
+			if took := w.waitDead(life, waitTimeout) - at; took > 8*time.Second {
 				t.Errorf("the job was dead after %v", took)
 			}
-			w.waitFor(leader, unit, waitTimeout, map[string]string{"ActiveState": "active", "NRestarts": "1", "Result": "success"})
+			w.waitFor(leader, unit, waitTimeout, state{
+				"ActiveState": "active", "NRestarts": "1", "Result": "success",
+			})
 			if next := w.waitNext(life, waitTimeout); next.Candidate != standby.Name {
 				t.Errorf("the next job is of %s", next.Candidate)
 			}
 			journal := leader.Journal(w.ctx, unit)
-			for _, bad := range []string{"left-over", "Control process exited", "see to its own cgroup"} {
+			for _, bad := range []string{
+				"left-over", "Control process exited", "see to its own cgroup",
+			} {
 				if strings.Contains(journal, bad) {
 					t.Errorf("something is left, or the unit could not clear up:\n%s", journal)
 					break
@@ -121,8 +130,9 @@ func TestKilled_NoCgroup(t *testing.T) {
 	w.waitJob(m)
 	w.clearUpWith(m, "umount -l /sys/fs/cgroup")
 	w.run(m, "systemctl", "stop", unit)
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
-	if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, "the unit can not see to its own cgroup") {
+	w.waitFor(m, unit, waitTimeout, state{"ActiveState": "inactive", "Result": "success"})
+	journal := m.Journal(w.ctx, unit)
+	if !strings.Contains(journal, "the unit can not see to its own cgroup") {
 		t.Errorf("the journal does not say that the unit can't clear up:\n%s", journal)
 	}
 }
@@ -139,7 +149,9 @@ func (w *world) clearUpWith(m *Machine, commands string) {
 	}
 	w.must(m.Write("/usr/bin/before", "#!/bin/sh\n"+commands+" && exec /bin/sh \"$@\"\n"))
 	w.must(os.Chmod(m.Path("/usr/bin/before"), 0o755))
-	w.dropIn(m, "[Service]\nExecStopPost=\nExecStopPost=+/usr/bin/unshare --mount --propagation private -- /usr/bin/before "+command+"\n")
+	w.dropIn(m, "[Service]\nExecStopPost=\n"+
+		"ExecStopPost=+/usr/bin/unshare --mount --propagation private -- "+
+		"/usr/bin/before "+command+"\n")
 }
 
 // Where all of it is killed at once nobody revokes the lease, and the next job
@@ -175,12 +187,15 @@ func TestHung(t *testing.T) {
 		{name: "elector of the standby", ttl: "5s", elector: true, standby: true},
 		{name: "guard of the standby", ttl: "5s", standby: true, watchdog: true},
 		// systemd is faster than the guard here. Nothing of the job may outlive the lease.
-		{name: "elector of the leader, long TTL", ttl: "40s", elector: true, watchdog: true, within: 2 * time.Minute},
+		{
+			name: "elector of the leader, long TTL", ttl: "40s",
+			elector: true, watchdog: true, within: 2 * time.Minute,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			leader, standby, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize", "LEASEHOLD_TTL="+c.ttl)
+			leader, standby, life := w.pair(stubborn, "LEASEHOLD_TTL="+c.ttl)
 			struck := leader
 			if c.standby {
 				struck = standby
@@ -192,7 +207,9 @@ func TestHung(t *testing.T) {
 			}
 			w.must(unix.Kill(pid, unix.SIGSTOP))
 			if c.standby {
-				w.waitFor(struck, unit, 2*time.Minute, map[string]string{"ActiveState": "active", "NRestarts": "1", "StatusText": "standby, leader is a"})
+				w.waitFor(struck, unit, 2*time.Minute, state{
+					"ActiveState": "active", "NRestarts": "1", "StatusText": "standby, leader is a",
+				})
 				if !w.waitJob(leader).Alive() || len(check.NewHistory(w.witness.Lives())) != 1 {
 					t.Errorf("the job was moved: %v", w.witness.Lives())
 				}
@@ -201,9 +218,12 @@ func TestHung(t *testing.T) {
 				if next.Candidate != standby.Name {
 					t.Errorf("the next job is of %s", next.Candidate)
 				}
-				w.waitFor(struck, unit, time.Minute, map[string]string{"ActiveState": "active", "NRestarts": "1", "StatusText": "standby, leader is b"})
+				w.waitFor(struck, unit, time.Minute, state{
+					"ActiveState": "active", "NRestarts": "1", "StatusText": "standby, leader is b",
+				})
 			}
-			if said := strings.Contains(struck.Journal(w.ctx, unit), "Watchdog timeout"); said != c.watchdog {
+			said := strings.Contains(struck.Journal(w.ctx, unit), "Watchdog timeout")
+			if said != c.watchdog {
 				t.Errorf("the watchdog has acted: %v, want %v", said, c.watchdog)
 			}
 			w.noOverlaps()

@@ -58,7 +58,8 @@ type MachineConfig struct {
 func Install(ctx context.Context, dir, binary string) (map[string]string, error) {
 	files := map[string]string{}
 	if deb := os.Getenv("LEASEHOLD_DEB"); deb != "" {
-		if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", deb, dir).CombinedOutput(); err != nil {
+		unpack := exec.CommandContext(ctx, "dpkg-deb", "-x", deb, dir)
+		if out, err := unpack.CombinedOutput(); err != nil {
 			return nil, fmt.Errorf("unpack %s: %w: %s", deb, err, out)
 		}
 		files["/"] = dir
@@ -69,7 +70,8 @@ func Install(ctx context.Context, dir, binary string) (map[string]string, error)
 		return nil, err
 	}
 	files["/usr/bin/leasehold"] = binary
-	files["/etc/systemd/system/leasehold@.service"] = filepath.Join(root, "systemd", "leasehold@.service")
+	unit := filepath.Join(root, "systemd", "leasehold@.service")
+	files["/etc/systemd/system/leasehold@.service"] = unit
 	return files, nil
 }
 
@@ -99,7 +101,8 @@ func Boot(ctx context.Context, cfg MachineConfig) (m *Machine, err error) {
 			return m, err
 		}
 		// -T: a directory's contents go into the one that is there.
-		if out, err := exec.CommandContext(ctx, "cp", "-rT", from, to).CombinedOutput(); err != nil {
+		out, err := exec.CommandContext(ctx, "cp", "-rT", from, to).CombinedOutput()
+		if err != nil {
 			return m, fmt.Errorf("%w: %s", err, out)
 		}
 	}
@@ -107,7 +110,11 @@ func Boot(ctx context.Context, cfg MachineConfig) (m *Machine, err error) {
 	for name, addr := range cfg.Hosts {
 		hosts += addr + " " + name + "\n"
 	}
-	if err := errors.Join(os.MkdirAll(filepath.Join(files, "etc"), 0o755), os.WriteFile(filepath.Join(files, "etc/hosts"), []byte(hosts), 0o644)); err != nil {
+	etc := filepath.Join(files, "etc")
+	if err := errors.Join(
+		os.MkdirAll(etc, 0o755),
+		os.WriteFile(filepath.Join(etc, "hosts"), []byte(hosts), 0o644),
+	); err != nil {
 		return m, err
 	}
 	if m.node, err = cfg.Network.Node(cfg.Name); err != nil {
@@ -200,8 +207,14 @@ func removeCgroup(dir string) error {
 
 // Command is a command on the machine, as root there.
 func (m *Machine) Command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"-t", strconv.Itoa(m.pid), "-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w", "--"}, args...)...)
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=/root"}
+	args = append([]string{
+		"-t", strconv.Itoa(m.pid), "-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w", "--",
+	}, args...)
+	cmd := exec.CommandContext(ctx, "nsenter", args...)
+	cmd.Env = []string{
+		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"LANG=C.UTF-8", "HOME=/root",
+	}
 	return cmd
 }
 
@@ -220,7 +233,8 @@ func (m *Machine) Path(path string) string { return fmt.Sprintf("/proc/%d/root%s
 // Write writes a file on the machine, and its directory.
 func (m *Machine) Write(path, text string) error {
 	path = m.Path(path)
-	return errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644))
+	return errors.Join(os.MkdirAll(filepath.Dir(path), 0o755),
+		os.WriteFile(path, []byte(text), 0o644))
 }
 
 // Show reads properties of a unit.
@@ -270,7 +284,8 @@ func (m *Machine) Processes(ctx context.Context, unit string) (guard, elector in
 	}
 	for _, pid := range harness.Children(guard) {
 		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if words := bytes.Split(cmdline, []byte{0}); err == nil && len(words) > 1 && string(words[1]) == "elector" {
+		words := bytes.Split(cmdline, []byte{0})
+		if err == nil && len(words) > 1 && string(words[1]) == "elector" {
 			elector = pid
 		}
 	}

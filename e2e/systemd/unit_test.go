@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -28,7 +29,8 @@ func TestUnit_Verify(t *testing.T) {
 	}
 	path, err := m.Show(w.ctx, unit)
 	w.must(err)
-	out := w.run(m, "systemd-analyze", "security", "--offline=yes", "--no-pager", path["FragmentPath"])
+	out := w.run(m, "systemd-analyze", "security", "--offline=yes", "--no-pager",
+		path["FragmentPath"])
 	level := regexp.MustCompile(`Overall exposure level for \S+: ([0-9.]+)`).FindStringSubmatch(out)
 	if level == nil {
 		t.Fatalf("no exposure level in:\n%s", out)
@@ -45,12 +47,17 @@ func TestUnit_StartAndStop(t *testing.T) {
 	w := newWorld(t)
 	a, b, life := w.pair("/usr/bin/testjob slow-stop=2s", "LEASEHOLD_STOP_GRACE=20s")
 
-	for m, want := range map[*Machine]string{a: fmt.Sprintf(`Status: "leading, token %d"`, life.Token), b: `Status: "standby, leader is a"`} {
-		if out := w.run(m, "systemctl", "status", "--no-pager", unit); !strings.Contains(out, want) {
+	for m, want := range map[*Machine]string{
+		a: fmt.Sprintf(`Status: "leading, token %d"`, life.Token),
+		b: `Status: "standby, leader is a"`,
+	} {
+		out := w.run(m, "systemctl", "status", "--no-pager", unit)
+		if !strings.Contains(out, want) {
 			t.Errorf("systemctl status on %s does not say %s:\n%s", m.Name, want, out)
 		}
 	}
-	if out := w.run(a, "systemctl", "status", "--no-pager", unit); !strings.Contains(out, `msg="job started"`) {
+	out := w.run(a, "systemctl", "status", "--no-pager", unit)
+	if !strings.Contains(out, `msg="job started"`) {
 		t.Errorf("systemctl status does not show the log:\n%s", out)
 	}
 
@@ -73,13 +80,15 @@ func TestUnit_StartAndStop(t *testing.T) {
 	if procs, err := os.ReadFile(leaves[0]); err != nil || len(strings.Fields(string(procs))) != 1 {
 		t.Errorf("in the job's cgroup: %q, %v", procs, err)
 	}
-	// The guard's thread has SCHED_FIFO (policy 1, field 41 of its stat), where this machine lets systemd raise limits.
+	// The guard's thread has SCHED_FIFO (policy 1, field 41 of its stat), where this machine
+	// lets systemd raise limits.
 	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", guard))
 	w.must(err)
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", guard, guard))
 	w.must(err)
 	policy := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+2:]))[38]
-	if raised := regexp.MustCompile(`(?m)^Max realtime priority +1 `).Match(limits); raised && policy != "1" {
+	raised := regexp.MustCompile(`(?m)^Max realtime priority +1 `).Match(limits)
+	if raised && policy != "1" {
 		t.Errorf("the guard's scheduling policy is %s, want 1", policy)
 	} else if !raised {
 		t.Log("LimitRTPRIO= can't be raised here: the guard has no real-time priority")
@@ -93,8 +102,10 @@ func TestUnit_StartAndStop(t *testing.T) {
 	if uid := strings.Fields(status["Uid"]); len(uid) == 0 || uid[0] == "0" {
 		t.Errorf("the job's user is %s", status["Uid"])
 	}
-	if status["CapEff"] != "0000000000000000" || status["NoNewPrivs"] != "1" || status["Seccomp"] != "2" {
-		t.Errorf("the job's capabilities %s, NoNewPrivs %s, Seccomp %s", status["CapEff"], status["NoNewPrivs"], status["Seccomp"])
+	if status["CapEff"] != "0000000000000000" || status["NoNewPrivs"] != "1" ||
+		status["Seccomp"] != "2" {
+		t.Errorf("the job's capabilities %s, NoNewPrivs %s, Seccomp %s",
+			status["CapEff"], status["NoNewPrivs"], status["Seccomp"])
 	}
 
 	// A job that takes its time gets it.
@@ -107,10 +118,13 @@ func TestUnit_StartAndStop(t *testing.T) {
 	if next.Candidate != "b" {
 		t.Errorf("the next job is of %s", next.Candidate)
 	}
-	w.waitFor(a, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	w.waitFor(a, unit, waitTimeout, state{"ActiveState": "inactive", "Result": "success"})
 	w.waitLeading(b)
 	journal := a.Journal(w.ctx, unit)
-	for _, want := range []string{`level=INFO msg="job exited"`, `elapsed=2.0`, `level=INFO msg="exiting: planned stop"`, `exit_code=0`} {
+	for _, want := range []string{
+		`level=INFO msg="job exited"`, `elapsed=2.0`, `level=INFO msg="exiting: planned stop"`,
+		`exit_code=0`,
+	} {
 		if !strings.Contains(journal, want) {
 			t.Errorf("the journal does not say %s:\n%s", want, journal)
 		}
@@ -129,13 +143,13 @@ func TestUnit_StartAndStop(t *testing.T) {
 func TestUnit_StopStubborn(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	a, b, life := w.pair("/usr/bin/testjob ignore-term setsid daemonize", "LEASEHOLD_STOP_GRACE=3s")
+	a, b, life := w.pair(stubborn, "LEASEHOLD_STOP_GRACE=3s")
 	began := harness.Now()
 	w.run(a, "systemctl", "stop", unit)
 	if took := harness.Now() - began; took < 3*time.Second {
 		t.Errorf("the stop took %v, and the grace is 3s", took)
 	}
-	w.waitFor(a, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	w.waitFor(a, unit, waitTimeout, state{"ActiveState": "inactive", "Result": "success"})
 	w.waitNext(life, waitTimeout)
 	w.waitLeading(b)
 	w.noOverlaps()
@@ -155,7 +169,7 @@ func TestUnit_GraceAboveTimeoutStop(t *testing.T) {
 	if took := w.waitDead(life, waitTimeout) - began; took < 5*time.Second {
 		t.Errorf("the job was dead after %v, and wants 5s", took)
 	}
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive", "Result": "success"})
+	w.waitFor(m, unit, waitTimeout, state{"ActiveState": "inactive", "Result": "success"})
 }
 
 // A stop in the middle of a start is as quick as any other.
@@ -171,7 +185,7 @@ func TestUnit_StopWhileStarting(t *testing.T) {
 		if took := harness.Now() - began; took > 20*time.Second {
 			t.Errorf("the stop took %v", took)
 		}
-		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
+		w.waitFor(m, unit, waitTimeout, state{"ActiveState": "inactive"})
 	}
 }
 
@@ -184,8 +198,9 @@ func TestUnit_RestartReadsSettings(t *testing.T) {
 	w.configure(m, `/usr/bin/testjob "two words" 'and "three" more' back\\ slash $HOME ; *`)
 	w.run(m, "systemctl", "start", unit)
 	life := w.waitJob(m)
-	if got, want := fmt.Sprintf("%q", life.Args[1:]), fmt.Sprintf("%q", []string{"two words", `and "three" more`, "back slash", "$HOME", ";", "*"}); got != want {
-		t.Errorf("the job's arguments are %s, want %s", got, want)
+	want := []string{"two words", `and "three" more`, "back slash", "$HOME", ";", "*"}
+	if !slices.Equal(life.Args[1:], want) {
+		t.Errorf("the job's arguments are %q, want %q", life.Args[1:], want)
 	}
 	w.configure(m, `'"/usr/bin/testjob" "two words" more'`)
 	w.run(m, "systemctl", "restart", unit)
@@ -197,8 +212,9 @@ func TestUnit_RestartReadsSettings(t *testing.T) {
 	if out, err := m.Run(w.ctx, "systemctl", "restart", unit); err == nil {
 		t.Errorf("a command that begins with quotes is no longer joined: %s", out)
 	}
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed", "ExecMainStatus": "127"})
-	if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, `the command \"/usr/bin/testjobchanged\" is not found`) {
+	w.waitFor(m, unit, waitTimeout, state{"ActiveState": "failed", "ExecMainStatus": "127"})
+	journal := m.Journal(w.ctx, unit)
+	if !strings.Contains(journal, `the command \"/usr/bin/testjobchanged\" is not found`) {
 		t.Errorf("the journal does not name the command as it came:\n%s", journal)
 	}
 	w.configure(m, "/usr/bin/testjob changed", "LEASEHOLD_IDENTITY=somebody")
@@ -216,14 +232,20 @@ func TestUnit_TwoInstances(t *testing.T) {
 	w := newWorld(t)
 	m := w.boot("a")
 	for _, name := range []string{"x", "y"} {
-		w.must(m.Write("/etc/leasehold/"+name+".env", w.settings("/usr/bin/testjob "+name, "LEASEHOLD_ELECTION=jobs/"+name, "LEASEHOLD_IDENTITY="+name)))
+		settings := w.settings("/usr/bin/testjob "+name,
+			"LEASEHOLD_ELECTION=jobs/"+name, "LEASEHOLD_IDENTITY="+name)
+		w.must(m.Write("/etc/leasehold/"+name+".env", settings))
 		w.run(m, "systemctl", "start", "leasehold@"+name)
 	}
 	for _, name := range []string{"x", "y"} {
-		w.waitFor(m, "leasehold@"+name, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+		w.waitFor(m, "leasehold@"+name, waitTimeout, state{
+			"ActiveState": "active", "StatusText": "leading, token …",
+		})
 	}
 	w.run(m, "systemctl", "stop", "leasehold@x")
-	w.waitFor(m, "leasehold@y", waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+	w.waitFor(m, "leasehold@y", waitTimeout, state{
+		"ActiveState": "active", "StatusText": "leading, token …",
+	})
 }
 
 // What is wrong with the settings is told in full, and tried once.
@@ -237,24 +259,35 @@ func TestUnit_BadSettings(t *testing.T) {
 		want       []string
 	}{
 		{
-			"every fault", w.settings("/usr/bin/testjob", "LEASEHOLD_TTL=15", "LEASEHOLD_RESTRAT=never", "LEASEHOLD_LISTEN=nowhere", "LEASEHOLD_STOP_SIGNAL=9",
-				"LEASEHOLD_RESTART_LIMIT=some"), "78",
+			"every fault",
+			w.settings("/usr/bin/testjob", "LEASEHOLD_TTL=15", "LEASEHOLD_RESTRAT=never",
+				"LEASEHOLD_LISTEN=nowhere", "LEASEHOLD_STOP_SIGNAL=9",
+				"LEASEHOLD_RESTART_LIMIT=some"),
+			"78",
 			[]string{
-				`LEASEHOLD_TTL: "15" has no unit: write 15s`, "LEASEHOLD_RESTRAT: unknown variable: did you mean LEASEHOLD_RESTART?",
+				`LEASEHOLD_TTL: "15" has no unit: write 15s`,
+				"LEASEHOLD_RESTRAT: unknown variable: did you mean LEASEHOLD_RESTART?",
 				"LEASEHOLD_LISTEN: ", "LEASEHOLD_STOP_SIGNAL: ", "LEASEHOLD_RESTART_LIMIT: ",
 			},
 		},
-		{"no JOB", "LEASEHOLD_ELECTION=jobs/job\n", "64", []string{"there is no command after --", "JOB"}},
-		{"no such command", w.settings("/no/such/command"), "127", []string{`the command \"/no/such/command\" is not found`}},
-		{"not executable", w.settings("/etc/hosts"), "126", []string{`the command \"/etc/hosts\" is not executable`}},
+		{"no JOB", "LEASEHOLD_ELECTION=jobs/job\n", "64",
+			[]string{"there is no command after --", "JOB"}},
+		{"no such command", w.settings("/no/such/command"), "127",
+			[]string{`the command \"/no/such/command\" is not found`}},
+		{"not executable", w.settings("/etc/hosts"), "126",
+			[]string{`the command \"/etc/hosts\" is not executable`}},
 	} {
 		w.must(m.Write("/etc/leasehold/job.env", c.text))
 		if out, err := m.Run(w.ctx, "systemctl", "start", unit); err == nil {
 			t.Errorf("%s: the start succeeds: %s", c.name, out)
 		}
 		// While it is to be restarted the state is activating.
-		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed", "SubState": "failed", "NRestarts": "0", "ExecMainStatus": c.code, "Result": "exit-code"})
-		out, _ := m.Run(w.ctx, "systemctl", "status", "--no-pager", "--full", unit) // 3: it does not run
+		w.waitFor(m, unit, waitTimeout, state{
+			"ActiveState": "failed", "SubState": "failed", "NRestarts": "0",
+			"ExecMainStatus": c.code, "Result": "exit-code",
+		})
+		// Exit code 3: it does not run.
+		out, _ := m.Run(w.ctx, "systemctl", "status", "--no-pager", "--full", unit)
 		for _, want := range c.want {
 			if !strings.Contains(out, want) {
 				t.Errorf("%s: systemctl status does not say %s:\n%s", c.name, want, out)
@@ -263,14 +296,15 @@ func TestUnit_BadSettings(t *testing.T) {
 	}
 
 	w.must(os.Remove(m.Path("/etc/leasehold/job.env")))
-	if out, err := m.Run(w.ctx, "systemctl", "start", unit); err == nil || !strings.Contains(out, "Assertion failed") {
+	if out, err := m.Run(w.ctx, "systemctl", "start", unit); err == nil ||
+		!strings.Contains(out, "Assertion failed") {
 		t.Errorf("without a file: %v, %s", err, out)
 	}
 	out, _ := m.Run(w.ctx, "systemctl", "status", "--no-pager", "--full", unit)
 	if !strings.Contains(out, "AssertPathExists=/etc/leasehold/job.env was not met") {
 		t.Errorf("systemctl status does not say that the file is missing:\n%s", out)
 	}
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed…", "NRestarts": "0"})
+	w.waitFor(m, unit, waitTimeout, state{"ActiveState": "failed…", "NRestarts": "0"})
 }
 
 // A job that has ended for good is left alone; what a restart can help is
@@ -283,26 +317,32 @@ func TestUnit_ExitCodes(t *testing.T) {
 		t.Helper()
 		w.run(m, "systemctl", "reset-failed")
 		w.configure(m, job, more...)
-		_, _ = m.Run(w.ctx, "systemctl", "start", unit) // it may have ended before systemd has looked
+		_, _ = m.Run(w.ctx, "systemctl", "start", unit) // it may end before systemd has looked
 	}
 	stop := func() {
 		t.Helper()
 		w.run(m, "systemctl", "stop", unit)
 		w.run(m, "systemctl", "reset-failed") // its last exit may have been one that is restarted
-		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
+		w.waitFor(m, unit, waitTimeout, state{"ActiveState": "inactive"})
 	}
 
 	start("/usr/bin/testjob exit=0")
 	w.until(waitTimeout, func() error { // systemd forgets a unit that is inactive
-		if journal := m.Journal(w.ctx, unit); !strings.Contains(journal, `exiting: with the job's own code: the job exited with code 0"`) || !strings.Contains(journal, "Deactivated successfully") {
+		const exiting = `exiting: with the job's own code: the job exited with code 0"`
+		journal := m.Journal(w.ctx, unit)
+		if !strings.Contains(journal, exiting) ||
+			!strings.Contains(journal, "Deactivated successfully") {
 			return errors.New(journal)
 		}
 		return nil
 	})
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "inactive"})
-	for _, code := range []string{"1", "2", "3", "69", "70", "71", "75", "76", "143"} { // the daemon's own among them
+	w.waitFor(m, unit, waitTimeout, state{"ActiveState": "inactive"})
+	// The daemon's own are among them.
+	for _, code := range []string{"1", "2", "3", "69", "70", "71", "75", "76", "143"} {
 		start("/usr/bin/testjob exit="+code, "LEASEHOLD_RESTART=never")
-		w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "failed", "ExecMainStatus": code, "NRestarts": "0"})
+		w.waitFor(m, unit, waitTimeout, state{
+			"ActiveState": "failed", "ExecMainStatus": code, "NRestarts": "0",
+		})
 	}
 
 	// Lost under RESTART=never: 76.
@@ -312,7 +352,7 @@ func TestUnit_ExitCodes(t *testing.T) {
 		t.Fatal(err)
 	}
 	next := w.waitNext(life, waitTimeout)
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "NRestarts": "1"})
+	w.waitFor(m, unit, waitTimeout, state{"ActiveState": "active", "NRestarts": "1"})
 	stop()
 
 	// Not elected in time: 75.
@@ -326,11 +366,14 @@ func TestUnit_ExitCodes(t *testing.T) {
 
 	// The address is none of the machine's, and so it may be later: 71.
 	start("/usr/bin/testjob", "LEASEHOLD_LISTEN=192.0.2.1:4040")
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "activating", "SubState": "auto-restart", "ExecMainStatus": "71"})
+	w.waitFor(m, unit, waitTimeout, state{
+		"ActiveState": "activating", "SubState": "auto-restart", "ExecMainStatus": "71",
+	})
 	stop()
 
 	// The address is taken: 71.
-	w.must(m.Write("/etc/leasehold/x.env", w.settings("/bin/sleep 3600", "LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=127.0.0.1:4040")))
+	w.must(m.Write("/etc/leasehold/x.env", w.settings("/bin/sleep 3600",
+		"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=127.0.0.1:4040")))
 	w.run(m, "systemctl", "start", "leasehold@x")
 	start("/usr/bin/testjob", "LEASEHOLD_LISTEN=127.0.0.1:4040")
 	w.waitFor(m, unit, waitTimeout, map[string]string{"ExecMainStatus": "71", "NRestarts": "1"})
@@ -340,6 +383,8 @@ func TestUnit_ExitCodes(t *testing.T) {
 	// A crash: a signal that Go's runtime takes for one of its own.
 	guard, _ := w.processes(m)
 	w.must(unix.Kill(guard, unix.SIGSEGV))
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "standby, leader is b", "NRestarts": "2"})
+	w.waitFor(m, unit, waitTimeout, state{
+		"ActiveState": "active", "StatusText": "standby, leader is b", "NRestarts": "2",
+	})
 	w.noOverlaps()
 }

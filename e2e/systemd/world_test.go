@@ -23,8 +23,12 @@ const waitTimeout = 30 * time.Second
 
 const unit = "leasehold@job.service"
 
+// stubborn is a job that only SIGKILL ends.
+const stubborn = "/usr/bin/testjob ignore-term setsid daemonize"
+
 func TestMain(m *testing.M) {
-	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 && os.Getenv(harness.NetworkVariable) == "" {
+	if os.Getenv("LEASEHOLD_SHIP") == "1" && os.Geteuid() == 0 &&
+		os.Getenv(harness.NetworkVariable) == "" {
 		os.Exit(inNetwork())
 	}
 	code := m.Run()
@@ -71,12 +75,15 @@ func needs(t *testing.T) {
 		t.Skip("skipped: boots systemd, which make test-systemd does (LEASEHOLD_SHIP=1)")
 	}
 	harness.NeedsRoot(t)
-	for _, program := range []string{"/lib/systemd/systemd", "nsenter", "unshare", "ip", "nft", "dbus-daemon"} {
+	for _, program := range []string{
+		"/lib/systemd/systemd", "nsenter", "unshare", "ip", "nft", "dbus-daemon",
+	} {
 		if _, err := exec.LookPath(program); err != nil {
 			if os.Getenv("E2E_NO_SKIP") == "1" {
 				t.Fatalf("needs %s, and E2E_NO_SKIP=1 forbids to skip", program)
 			}
-			t.Skipf("skipped: needs %s (Debian's systemd, dbus, util-linux, iproute2, nftables)", program)
+			t.Skipf("skipped: needs %s "+
+				"(Debian's systemd, dbus, util-linux, iproute2, nftables)", program)
 		}
 	}
 }
@@ -96,7 +103,9 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	needs(t)
-	built.Do(func() { built.programs, built.err = harness.Build(context.Background(), ".", "./e2e/cmd/testjob") })
+	built.Do(func() {
+		built.programs, built.err = harness.Build(context.Background(), ".", "./e2e/cmd/testjob")
+	})
 	if built.err != nil {
 		t.Fatal(built.err)
 	}
@@ -139,7 +148,8 @@ func (w *world) boot(name string) *Machine {
 	w.machines = append(w.machines, m)
 	w.t.Cleanup(func() {
 		if w.t.Failed() {
-			out, _ := m.Run(context.Background(), "journalctl", "--no-pager", "-n", "200", "-o", "short-monotonic")
+			out, _ := m.Run(context.Background(),
+				"journalctl", "--no-pager", "-n", "200", "-o", "short-monotonic")
 			w.t.Logf("journal of machine %s:\n%s", name, out)
 		}
 		m.Close()
@@ -188,9 +198,12 @@ func (w *world) until(d time.Duration, f func() error) {
 	w.must(harness.Until(ctx, f))
 }
 
+// A state holds properties of a unit, as systemctl shows them.
+type state = map[string]string
+
 // waitFor waits until properties of a unit have the values, or begin so where
 // the value ends with "…".
-func (w *world) waitFor(m *Machine, unit string, d time.Duration, want map[string]string) map[string]string {
+func (w *world) waitFor(m *Machine, unit string, d time.Duration, want state) state {
 	w.t.Helper()
 	var properties map[string]string
 	w.until(d, func() (err error) {
@@ -210,12 +223,16 @@ func (w *world) waitFor(m *Machine, unit string, d time.Duration, want map[strin
 
 func (w *world) waitLeading(m *Machine) {
 	w.t.Helper()
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "leading, token …"})
+	w.waitFor(m, unit, waitTimeout, state{
+		"ActiveState": "active", "StatusText": "leading, token …",
+	})
 }
 
 func (w *world) waitStandby(m, leader *Machine) {
 	w.t.Helper()
-	w.waitFor(m, unit, waitTimeout, map[string]string{"ActiveState": "active", "StatusText": "standby, leader is " + leader.Name})
+	w.waitFor(m, unit, waitTimeout, state{
+		"ActiveState": "active", "StatusText": "standby, leader is " + leader.Name,
+	})
 }
 
 // waitJob waits for the job of a machine.
@@ -223,7 +240,9 @@ func (w *world) waitJob(m *Machine) harness.Life {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.ctx, waitTimeout)
 	defer cancel()
-	life, err := w.witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == m.Name })
+	life, err := w.witness.WaitForJob(ctx, func(l harness.Life) bool {
+		return l.Candidate == m.Name
+	})
 	w.must(err)
 	return life
 }

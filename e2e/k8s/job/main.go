@@ -1,9 +1,11 @@
 //go:build linux
 
-// Job is what the test of Kubernetes runs in a cluster, and the witness that it runs there beside it.
+// Job is what the test of Kubernetes runs in a cluster, and the witness that it runs beside it.
 //
-//	job witness ADDRESS         prints "start NAME TOKEN" and "end NAME TOKEN" for each job that begins and ends to hold a connection
-//	job run ADDRESS             is a job: it works only while it holds a connection to the witness at that address
+//	job witness ADDRESS   prints "start NAME TOKEN" and "end NAME TOKEN" for each job that begins
+//	                      and ends to hold a connection
+//	job run ADDRESS       is a job: it works only while it holds a connection to the witness at
+//	                      that address
 package main
 
 import (
@@ -80,7 +82,8 @@ func job(address string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintln(conn, os.Getenv("LEASEHOLD_IDENTITY"), os.Getenv("LEASEHOLD_FENCING_TOKEN")); err != nil {
+	name, token := os.Getenv("LEASEHOLD_IDENTITY"), os.Getenv("LEASEHOLD_FENCING_TOKEN")
+	if _, err := fmt.Fprintln(conn, name, token); err != nil {
 		return err
 	}
 	gone := make(chan error, 1)
