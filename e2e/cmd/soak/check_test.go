@@ -64,13 +64,14 @@ func TestAction_EndsToExcuse(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			k := quietChecker()
 			did := now - c.after
-			n := k.did(action{
+			a := &action{
 				at: did, until: did + operatorWaits + etcdWorks + k.ttl, token: 5,
 				cause: "key-deleted", unreached: "its links were cut",
-			})
+			}
+			k.did(a)
 			if c.worked {
-				k.worked(n)
-				k.excuses.actions[n].until += did - now // as if at once
+				k.worked(a)
+				a.until += did - now // as if at once
 			}
 			k.saw(now, []harness.Life{
 				lived("a", 5, did-time.Second, now+50*time.Millisecond),
@@ -87,7 +88,8 @@ func TestAction_EndsToExcuse(t *testing.T) {
 // only where that has heard of it, and one out of reach only where its lease had time left.
 func TestAction_OfEtcdExcusesWhomItHit(t *testing.T) {
 	now := harness.Now()
-	const loss = `level=WARN msg="leadership lost" from=leading to=stopping reason="the lease is gone from etcd"`
+	const loss = `level=WARN msg="leadership lost" from=leading to=stopping ` +
+		`reason="the lease is gone from etcd"`
 	for _, c := range []struct {
 		name, unreached, log string
 		written              time.Duration // before now
@@ -110,7 +112,7 @@ func TestAction_OfEtcdExcusesWhomItHit(t *testing.T) {
 				return fmt.Sprintf("time=%s %s\n", at, c.log)
 			}
 			k.leases.claim("2a", now+c.left)
-			k.did(action{
+			k.did(&action{
 				at: now - time.Second, until: now + time.Second, unreached: c.unreached,
 				cause: "a leader of etcd went on after a pause of 3s",
 			})
@@ -140,7 +142,7 @@ func TestStatus_Backoff(t *testing.T) {
 	} {
 		body := fmt.Sprintf(`{"state":%q,"job":{"state":%q},"leader":{"identity":"a","token":5}}`,
 			a.state, a.job)
-		k.answeredStatus(a.candidate, at+time.Duration(i)*time.Second, 5, []byte(body))
+		k.answeredStatus(a.candidate, at+time.Duration(i)*time.Second, []byte(body))
 	}
 	got := k.backedOff(check.Interval{From: at, To: at + 4500*time.Millisecond})
 	if want := 1500 * time.Millisecond; got != want {

@@ -49,13 +49,12 @@ type checker struct {
 	began  time.Duration
 	log    func(candidate string) string // what the last daemons of a candidate wrote
 	first  atomic.Pointer[violation]
-	broken chan struct{} // closed with the first
+	broken func(error) // is told of the first
 
 	mu       sync.Mutex
 	events   []event
 	counts   counts
-	terms    check.History         // not long over
-	past     check.Intervals       // when jobs lived whose terms have been forgotten
+	terms    check.History
 	overlaps map[[2]int64]*overlap // by tokens
 	excuses  excuses
 	health   health
@@ -79,9 +78,15 @@ type counts struct {
 func newChecker(set settings) *checker {
 	now := harness.Now()
 	return &checker{
-		settings: set, began: now, broken: make(chan struct{}),
-		overlaps: map[[2]int64]*overlap{},
-		excuses:  newExcuses(), health: newHealth(), leases: newLeases(now),
+		settings: set, began: now, broken: func(error) {}, overlaps: map[[2]int64]*overlap{},
+		excuses: excuses{
+			frozen: map[string]check.Intervals{}, last: map[[2]string]time.Duration{},
+		},
+		health: health{
+			backsOff: map[string]time.Duration{},
+			late:     map[string][]float64{}, excused: map[class][]float64{},
+		},
+		leases: leases{looked: now, claims: map[string]claim{}},
 	}
 }
 
@@ -112,8 +117,13 @@ func (k *checker) violate(candidates []string, format string, args ...any) {
 func (k *checker) violateAt(at time.Duration, candidates []string, format string, args ...any) {
 	v := &violation{at: at, what: fmt.Sprintf(format, args...), candidates: candidates}
 	if k.first.CompareAndSwap(nil, v) {
-		close(k.broken)
+		k.broken(v)
 	}
+}
+
+// clock is a moment as the time line shows it.
+func (k *checker) clock(at time.Duration) string {
+	return fmt.Sprintf("%+9.3fs", (at - k.began).Seconds())
 }
 
 // wall is what the wall clock shows at a moment, for the daemons' logs.
@@ -167,8 +177,9 @@ func (k *checker) start(t *check.Term, l harness.Life) {
 			// After an action of etcd's own the candidate may not have said so yet.
 			c, why := k.classify(earlier, at)
 			if c == unexcused && k.excuses.actionOn(earlier.Token, at) == nil {
-				k.violate([]string{t.Candidate, other.Candidate}, "the fencing tokens do not rise: "+
-					"the %v, started though the %v, had started before%s", earlier, later, why)
+				k.violate([]string{t.Candidate, other.Candidate},
+					"the fencing tokens do not rise: the %v, started though the %v, had started before%s",
+					earlier, later, why)
 			}
 		}
 	}
@@ -177,7 +188,7 @@ func (k *checker) start(t *check.Term, l harness.Life) {
 // endsByItself reports whether the job of a term is one that does.
 func endsByItself(t *check.Term) bool {
 	return slices.ContainsFunc(t.Lives, func(l harness.Life) bool {
-		return slices.ContainsFunc(l.Args, func(w string) bool { return strings.HasPrefix(w, "exit=") })
+		return strings.Contains(strings.Join(l.Args, " "), " exit=")
 	})
 }
 
@@ -188,33 +199,27 @@ func (k *checker) awake(now time.Duration) func(*check.Term) check.Intervals {
 	}
 }
 
+// since are the terms whose jobs lived after a moment.
+func (k *checker) since(at time.Duration) check.History {
+	return slices.DeleteFunc(slices.Clone(k.terms), func(t *check.Term) bool {
+		return !t.Alive() && t.End <= at
+	})
+}
+
 // remembered is how long a term that is over is compared with others.
 const remembered = 20 * time.Second
 
 // judge looks for two jobs alive at once. At last, when no job lives and every daemon has said what
 // it had to, nothing waits for a later look.
 func (k *checker) judge(now time.Duration, last bool) {
-	for i, later := range k.terms {
-		for _, earlier := range k.terms[:i] {
-			k.compare(earlier, later, now, last)
-		}
+	for _, both := range k.since(now - remembered).Overlaps(k.awake(now)) {
+		k.judgeOverlap(both, now, last)
 	}
 	k.explain(now, last)
 	k.excuse(now, last)
-	k.terms = slices.DeleteFunc(k.terms, func(t *check.Term) bool {
-		over := !t.Alive() && t.End <= now-remembered
-		if over {
-			k.past = check.Merge(append(k.past, k.awake(now)(t)...)...)
-		}
-		return over
-	})
 }
 
-func (k *checker) compare(a, b *check.Term, now time.Duration, last bool) {
-	both := check.NewOverlap(a, b, k.awake(now))
-	if len(both.During) == 0 {
-		return
-	}
+func (k *checker) judgeOverlap(both check.Overlap, now time.Duration, last bool) {
 	earlier, later := both.Earlier, both.Later
 	key := [2]int64{earlier.Token, later.Token}
 	o := k.overlaps[key]
@@ -238,7 +243,7 @@ func (k *checker) compare(a, b *check.Term, now time.Duration, last bool) {
 		k.excuses.stalled(o.from, o.from+o.lasted()) > 0.5 {
 		o.class = guardLate
 	}
-	if bound := bounds[o.class](k.settings); o.lasted() > bound {
+	if o.lasted() > k.bound(o.class) {
 		k.violate([]string{earlier.Candidate, later.Candidate},
 			"two jobs were alive for %v (%s%s): the %v, and the %v",
 			o.lasted(), o.class, why, earlier, later)
@@ -262,18 +267,15 @@ func (k *checker) leading() string {
 func (k *checker) aliveSince(at time.Duration) (time.Duration, bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	lived := k.lived(check.Interval{From: at, To: harness.Now()})
+	since := check.Interval{From: at, To: harness.Now()}
+	lived := check.Intervals{since}.Without(k.downtime(since))
 	if len(lived) == 0 {
-		return 0, false
+		return since.To, false
 	}
 	return lived[0].From, true
 }
 
-// lived is when a job could run, of all that the witness has seen.
-func (k *checker) lived(within check.Interval) check.Intervals {
-	all := slices.Clone(k.past)
-	for _, t := range k.terms {
-		all = append(all, k.awake(harness.Now())(t)...)
-	}
-	return check.Merge(all...).And(check.Intervals{within})
+// downtime is when no job could run.
+func (k *checker) downtime(within check.Interval) check.Intervals {
+	return k.since(within.From).Downtime(within, k.awake(within.To))
 }

@@ -5,7 +5,6 @@ package main
 import (
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -26,17 +25,16 @@ const (
 	unexcused   class = "outside of every exception"
 )
 
-// bounds are for how long an overlap may last. See judged for how long afterAction may.
-var bounds = map[class]func(settings) time.Duration{
-	afterAction: settings.wholeTTL,
-	unreached:   settings.wholeTTL,
-	starved:     settings.wholeTTL,
-	afterThaw:   settings.margin,
-	guardLate:   settings.wholeTTL,
-	unexcused:   func(settings) time.Duration { return 0 },
+// bound is for how long an overlap may last. See verdict for how long afterAction may.
+func (s settings) bound(c class) time.Duration {
+	switch c {
+	case unexcused:
+		return 0
+	case afterThaw:
+		return s.margin()
+	}
+	return s.ttl
 }
-
-func (s settings) wholeTTL() time.Duration { return s.ttl }
 
 // margin is leasehold's own default.
 func (s settings) margin() time.Duration { return max(s.ttl/10, 200*time.Millisecond) }
@@ -50,87 +48,55 @@ type action struct {
 	until time.Duration // when two jobs can last begin to live at once by it
 	// unreached is what may have kept the old leader from learning of it, or "".
 	unreached string
-	// stalled is for how much of the time around it some process waited for a processor; -1: not
-	// known yet.
-	stalled float64
-}
-
-// class is what overlaps after it are counted as. On a starved machine they say little of
-// leasehold: a job that has got its SIGKILL is seen dead only when it has a processor to end on.
-func (a *action) class() class {
-	switch {
-	case a.unreached != "":
-		return unreached
-	case a.stalled > 0.5:
-		return starved
-	}
-	return afterAction
-}
-
-func (a *action) why() string {
-	switch a.class() {
-	case unreached:
-		return fmt.Sprintf(" (%s; %s)", a.cause, a.unreached)
-	case starved:
-		return fmt.Sprintf(" (%s; processes waited for a processor %.0f %% of the time)",
-			a.cause, 100*a.stalled)
-	}
-	return fmt.Sprintf(" (%s)", a.cause)
 }
 
 // excuses are what the checker is told of faults.
 type excuses struct {
-	frozen  map[string]check.Intervals // by candidate
-	killed  map[string]time.Duration   // when a candidate's guard last got SIGKILL
-	stopped map[string]time.Duration   // and SIGSTOP
-	idle    map[int]bool               // faults, by their place, that came to nothing
+	frozen  map[string]check.Intervals  // by candidate
+	last    map[[2]string]time.Duration // when a kind of fault last hit a candidate
 	actions []*action
 	samples []sample // of the kernel's account of CPU pressure
 }
 
-func newExcuses() excuses {
-	return excuses{
-		frozen: map[string]check.Intervals{},
-		killed: map[string]time.Duration{}, stopped: map[string]time.Duration{},
-		idle: map[int]bool{},
-	}
-}
-
-// tell tells the checker of a fault: of a freeze when it is done, of all else just before.
-func (k *checker) tell(f func(*excuses)) {
+// begins notes a fault, just before it is injected.
+func (k *checker) begins(i *injection) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	f(&k.excuses)
+	now := harness.Now()
+	k.noteAt(now, "#%d: %v", i.number, i.drawn)
+	k.excuses.last[[2]string{i.name, i.whom}] = now
 }
 
-func (e *excuses) freezes(candidate string) {
+func (k *checker) freezes(candidate string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	frozen := check.Interval{From: harness.Now(), To: check.Forever}
-	e.frozen[candidate] = append(e.frozen[candidate], frozen)
+	k.excuses.frozen[candidate] = append(k.excuses.frozen[candidate], frozen)
 }
 
-func (e *excuses) thaws(candidate string) {
-	frozen := e.frozen[candidate]
+func (k *checker) thaws(candidate string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	frozen := k.excuses.frozen[candidate]
 	frozen[len(frozen)-1].To = harness.Now()
 }
 
-// did is told before an action is done, and returns its number.
-func (k *checker) did(a action) int {
+// did is told before an action is done.
+func (k *checker) did(a *action) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, t := range k.terms {
 		a.hit = a.hit || t.Token == a.token && t.Alive()
 	}
-	a.stalled = -1
-	k.excuses.actions = append(k.excuses.actions, &a)
-	return len(k.excuses.actions) - 1
+	k.excuses.actions = append(k.excuses.actions, a)
 }
 
 // worked is told when etcd has said that the action is done. By then the old leader, wherever it
 // is, has renewed its lease for the last time.
-func (k *checker) worked(number int) {
+func (k *checker) worked(a *action) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.excuses.actions[number].until = harness.Now() + k.ttl
+	a.until = harness.Now() + k.ttl
 }
 
 // actionOn finds the action that may have taken a term by a moment: the one on that term if there
@@ -149,20 +115,37 @@ func (e *excuses) actionOn(token int64, at time.Duration) *action {
 	return window
 }
 
+// after is what overlaps after an action are counted as, and why. On a starved machine they say
+// little of leasehold: a job that has got its SIGKILL is seen dead only when it has a processor to
+// end on.
+func (e *excuses) after(a *action) (c class, why string) {
+	stalled := e.stalled(a.at, a.at)
+	switch {
+	case a.unreached != "":
+		return unreached, fmt.Sprintf(" (%s; %s)", a.cause, a.unreached)
+	case stalled > 0.5:
+		return starved, fmt.Sprintf(" (%s; processes waited for a processor %.0f %% of the time)",
+			a.cause, 100*stalled)
+	}
+	return afterAction, fmt.Sprintf(" (%s)", a.cause)
+}
+
 // classify finds the exception under which the earlier term's job may have been alive at a moment
 // together with a later one.
-func (k *checker) classify(earlier *check.Term, at time.Duration) (class, string) {
+func (k *checker) classify(earlier *check.Term, at time.Duration) (c class, why string) {
 	a := k.excuses.actionOn(earlier.Token, at)
 	if a != nil && (a.token != 0 || k.taken(a, earlier, at)) {
-		return a.class(), a.why()
+		return k.excuses.after(a)
 	}
 	for _, f := range k.excuses.frozen[earlier.Candidate] {
-		if f.Length() >= k.margin() && f.From >= earlier.Start && f.To <= at && at <= f.To+k.margin() {
+		long := f.Length() >= k.margin() && f.From >= earlier.Start
+		if long && f.To <= at && at <= f.To+k.margin() {
 			return afterThaw, fmt.Sprintf(" (frozen for %v until %v before)", f.Length(), at-f.To)
 		}
 	}
 	// A guard that was stopped is no excuse: its elector stands in for it.
-	if stopped, ever := k.excuses.stopped[earlier.Candidate]; ever && stopped >= earlier.Start {
+	hung := k.excuses.last[[2]string{guardHung, earlier.Candidate}]
+	if hung != 0 && hung >= earlier.Start {
 		return unexcused, " (its guard had been stopped)"
 	}
 	if late := check.Latency(k.wrote(check.TimerLatencies, earlier, at)); late > k.margin() {
@@ -199,13 +182,11 @@ type sample struct {
 
 const (
 	sampleEvery = 50 * time.Millisecond
-	samplesKept = 30 * time.Second
 	// around is by how much a time is widened before it is asked whether the machine was starved.
 	around = 100 * time.Millisecond
 )
 
-// sample takes a sample, and gives the actions of just before their share. Without the kernel's
-// account there are no samples.
+// sample takes a sample. Without the kernel's account there are none.
 func (e *excuses) sample(now time.Duration) {
 	if n := len(e.samples); n > 0 && now <= e.samples[n-1].at+sampleEvery {
 		return
@@ -213,15 +194,8 @@ func (e *excuses) sample(now time.Duration) {
 	data, _ := os.ReadFile("/proc/pressure/cpu")
 	some, _, _ := strings.Cut(string(data), "\n")
 	_, total, _ := strings.Cut(some, "total=")
-	us, err := strconv.ParseInt(total, 10, 64)
-	if err == nil {
+	if us, err := strconv.ParseInt(total, 10, 64); err == nil {
 		e.samples = append(e.samples, sample{now, time.Duration(us) * time.Microsecond})
-		e.samples = slices.DeleteFunc(e.samples, func(s sample) bool { return s.at < now-samplesKept })
-	}
-	for _, a := range e.actions {
-		if a.stalled < 0 && now > a.at+around {
-			a.stalled = e.stalled(a.at, a.at)
-		}
 	}
 }
 

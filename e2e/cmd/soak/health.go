@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"leasehold/e2e/check"
@@ -31,43 +32,25 @@ func (k *checker) ask(ctx context.Context, candidate, addr string) {
 	defer client.CloseIdleConnections()
 	var asking sync.WaitGroup
 	defer asking.Wait()
-	free := make(chan struct{}, askAtOnce)
-	tick := time.NewTicker(askEvery)
-	defer tick.Stop()
-	for n := 0; ; n++ {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+	var waiting atomic.Int64
+	for n := 0; harness.Wait(ctx, askEvery) == nil; n++ {
 		// While questions hang, few more are sent.
-		if hanging := len(free); hanging > 2 && n%16 != 0 {
+		if w := waiting.Load(); w == askAtOnce || w > 2 && n%16 != 0 {
 			continue
 		}
-		select {
-		case free <- struct{}{}:
-		default:
-			continue
-		}
+		waiting.Add(1)
 		asking.Go(func() {
-			defer func() { <-free }()
-			k.askOnce(ctx, client, candidate, addr)
+			defer waiting.Add(-1)
+			sent := harness.Now()
+			if code, _, err := get(ctx, client, "http://"+addr+"/leader"); err == nil {
+				k.answeredLeader(candidate, sent, code)
+			}
+			sent = harness.Now()
+			code, body, err := get(ctx, client, "http://"+addr+"/status")
+			if err == nil && code == http.StatusOK {
+				k.answeredStatus(candidate, sent, body)
+			}
 		})
-	}
-}
-
-func (k *checker) askOnce(ctx context.Context, client *http.Client, candidate, addr string) {
-	sent := harness.Now()
-	if code, _, err := get(ctx, client, "http://"+addr+"/leader"); err == nil {
-		k.answeredLeader(yes{candidate: candidate, sent: sent, received: harness.Now()}, code)
-	}
-	k.mu.Lock()
-	highest := k.health.highest()
-	k.mu.Unlock()
-	sent = harness.Now()
-	if code, body, err := get(ctx, client, "http://"+addr+"/status"); err == nil &&
-		code == http.StatusOK {
-		k.answeredStatus(candidate, sent, highest, body)
 	}
 }
 
@@ -88,7 +71,7 @@ func get(ctx context.Context, client *http.Client, url string) (int, []byte, err
 // health is what candidates said of themselves.
 type health struct {
 	rises []rise // of the highest token received by anyone
-	yes   []yes  // answers of /leader to be explained
+	yes   []*yes // answers of /leader to be explained
 	stale []stale
 	// backoffs are when a leader said that its job had ended by itself and was to be started again;
 	// backsOff has who said so last, and when.
@@ -98,13 +81,6 @@ type health struct {
 	late map[string][]float64
 	// excused are /status's "leading" after an action, in ms after a higher token was received.
 	excused map[class][]float64
-}
-
-func newHealth() health {
-	return health{
-		backsOff: map[string]time.Duration{},
-		late:     map[string][]float64{}, excused: map[class][]float64{},
-	}
 }
 
 // rise is when a token was received that is higher than all before it.
@@ -128,35 +104,17 @@ type stale struct {
 	sent, higher time.Duration
 }
 
-func (h *health) highest() int64 {
-	if len(h.rises) == 0 {
-		return 0
-	}
-	return h.rises[len(h.rises)-1].token
-}
-
 func (h *health) receives(token int64) {
-	if token > h.highest() {
+	if n := len(h.rises); n == 0 || token > h.rises[n-1].token {
 		h.rises = append(h.rises, rise{token, harness.Now()})
 	}
-}
-
-// received is when a token higher than the given one was received first.
-func (h *health) received(above int64) time.Duration {
-	i, _ := slices.BinarySearchFunc(h.rises, above+1, func(r rise, token int64) int {
-		return cmp.Compare(r.token, token)
-	})
-	return h.rises[i].at
 }
 
 // status is what the checker reads of /status.
 type status struct {
 	State  string
-	Leader *struct {
-		Identity string
-		Token    int64
-	}
-	Lease *struct {
+	Leader *struct{ Token int64 }
+	Lease  *struct {
 		ID       string
 		ValidFor float64 `json:"valid_for_seconds"`
 	}
@@ -165,7 +123,7 @@ type status struct {
 
 // answeredStatus checks that nobody says to lead with a token lower than one that had been received
 // before the question was sent.
-func (k *checker) answeredStatus(candidate string, sent time.Duration, highest int64, body []byte) {
+func (k *checker) answeredStatus(candidate string, sent time.Duration, body []byte) {
 	var s status
 	if err := json.Unmarshal(body, &s); err != nil {
 		k.violate([]string{candidate}, "/status of %s is no JSON: %v: %s", candidate, err, body)
@@ -194,15 +152,17 @@ func (k *checker) answeredStatus(candidate string, sent time.Duration, highest i
 		return
 	}
 	k.counts.Leading++
-	if token >= highest {
+	higher := slices.IndexFunc(k.health.rises, func(r rise) bool { return r.token > token })
+	if higher < 0 || k.health.rises[higher].at >= sent {
 		return
 	}
+	r := k.health.rises[higher]
 	if a := k.excuses.actionOn(token, sent); a != nil && sent < a.at+k.ttl {
-		k.health.stale = append(k.health.stale, stale{candidate, token, sent, k.health.received(token)})
+		k.health.stale = append(k.health.stale, stale{candidate, token, sent, r.at})
 		return
 	}
 	k.violate([]string{candidate}, "/status of %s, asked at %v, says leading with token %d, "+
-		"after token %d had been received: %s", candidate, sent-k.began, token, highest, body)
+		"after token %d had been received: %s", candidate, sent-k.began, token, r.token, body)
 }
 
 // backedOff is for how much of a time a leader waited to start a job again that had ended by
@@ -222,26 +182,29 @@ func (k *checker) excuse(now time.Duration, over bool) {
 			return false
 		}
 		a := k.excuses.actionOn(s.token, s.sent)
-		c, after := a.class(), s.sent-s.higher
+		c, _ := k.excuses.after(a)
+		after := s.sent - s.higher
 		if c == afterAction && k.excuses.stalled(s.higher, s.sent) > 0.5 {
 			c = starved
 		}
 		k.health.excused[c] = append(k.health.excused[c], harness.Milliseconds(after))
 		if c == afterAction && a.token != 0 && after > k.ttl/5+noticedIn {
-			k.violate([]string{s.candidate}, "/status of %s, asked at %v, says leading with token %d, "+
-				"%v after a higher one had been received (%s, and etcd was within reach)",
+			k.violate([]string{s.candidate}, "/status of %s, asked at %v, says leading with "+
+				"token %d, %v after a higher one had been received (%s, and etcd was within reach)",
 				s.candidate, s.sent-k.began, s.token, after, a.cause)
 		}
 		return true
 	})
 }
 
-func (k *checker) answeredLeader(y yes, code int) {
+func (k *checker) answeredLeader(candidate string, sent time.Duration, code int) {
+	received := harness.Now()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.counts.Leader++
 	if code == http.StatusOK {
 		k.counts.Yes++
+		y := &yes{candidate: candidate, sent: sent, received: received}
 		k.health.yes = append(k.health.yes, y)
 	}
 }
@@ -253,29 +216,27 @@ const (
 	explainAfter = 2 * time.Second
 	explainLooks = 30
 	// noticedIn is from the witness's hearing of a process's end until the kernel tells it to
-	// whoever asks: a process at its end must have a processor for that, which a starved machine may
-	// not give it soon.
+	// whoever asks: a process at its end must have a processor for that, which a starved machine
+	// may not give it soon.
 	noticedIn = 250 * time.Millisecond
 )
 
 // explain checks that /leader said 200 only while the candidate's job lived.
 func (k *checker) explain(now time.Duration, over bool) {
-	waiting := k.health.yes[:0]
-	for _, y := range k.health.yes {
+	k.health.yes = slices.DeleteFunc(k.health.yes, func(y *yes) bool {
 		lives, last, of := k.jobBefore(y, now)
 		if lives {
-			continue
+			return true
 		}
 		y.looked++
-		early := now < y.received+explainAfter || y.looked < explainLooks
-		frozen := k.excuses.frozen[y.candidate]
-		if n := len(frozen); n > 0 && frozen[n-1].To > y.received {
-			// The job may not have come to speak.
-			early = early || now < frozen[n-1].To || now < frozen[n-1].To+explainAfter
+		waits := y.received
+		for _, f := range k.excuses.frozen[y.candidate] {
+			waits = max(waits, f.To) // the job may not have come to speak
 		}
+		early := now-explainAfter < waits || y.looked < explainLooks
 		switch {
 		case early && !over:
-			waiting = append(waiting, y)
+			return false
 		case k.untold(y):
 			k.counts.Untold++
 		case of == nil:
@@ -284,13 +245,13 @@ func (k *checker) explain(now time.Duration, over bool) {
 		default:
 			k.lateYes(y, last, of)
 		}
-	}
-	k.health.yes = waiting
+		return true
+	})
 }
 
 // jobBefore reports whether a job of the candidate lived at the time of an answer. Otherwise it
 // returns when the last one before that ended, and of which term that was.
-func (k *checker) jobBefore(y yes, now time.Duration,
+func (k *checker) jobBefore(y *yes, now time.Duration,
 ) (lives bool, last time.Duration, of *check.Term) {
 	for _, t := range k.terms {
 		if t.Candidate != y.candidate {
@@ -311,9 +272,9 @@ func (k *checker) jobBefore(y yes, now time.Duration,
 }
 
 // lateYes takes a 200 that was sent after the job's end.
-func (k *checker) lateYes(y yes, end time.Duration, of *check.Term) {
+func (k *checker) lateYes(y *yes, end time.Duration, of *check.Term) {
 	excuse, bound := "", time.Duration(0)
-	killed := k.excuses.killed[y.candidate]
+	killed := k.excuses.last[[2]string{guardKilled, y.candidate}]
 	switch {
 	case endsByItself(of):
 		excuse, bound = "the job's own end", noticedIn
@@ -332,17 +293,14 @@ func (k *checker) lateYes(y yes, end time.Duration, of *check.Term) {
 // untold reports whether an answer was of a job that by its daemon's log ran then, and was killed
 // before it could tell the witness of itself: on a starved machine the start of a program may take
 // longer than a term.
-func (k *checker) untold(y yes) bool {
+func (k *checker) untold(y *yes) bool {
 	sent, received := k.wall(y.sent), k.wall(y.received)
-	var runs time.Time
-	for _, e := range check.JobStates(k.log(y.candidate)) {
-		switch {
-		case e.Match == "started":
-			runs = e.At
-		case !runs.IsZero() && !runs.After(received) && !e.At.Before(sent):
-			return !k.told(y.candidate, runs, e.At)
-		default:
-			runs = time.Time{}
+	states := check.JobStates(k.log(y.candidate))
+	for i := 1; i < len(states); i++ {
+		from, to := states[i-1], states[i]
+		ran := from.Match == "started" && to.Match != "started"
+		if ran && !from.At.After(received) && !to.At.Before(sent) {
+			return !k.told(y.candidate, from.At.Add(-time.Second), to.At.Add(time.Second))
 		}
 	}
 	return false
@@ -353,7 +311,7 @@ func (k *checker) told(candidate string, from, to time.Time) bool {
 	return slices.ContainsFunc(k.terms, func(t *check.Term) bool {
 		return t.Candidate == candidate && slices.ContainsFunc(t.Lives, func(l harness.Life) bool {
 			at := k.wall(l.Started)
-			return !at.Before(from.Add(-time.Second)) && !at.After(to.Add(time.Second))
+			return !at.Before(from) && !at.After(to)
 		})
 	})
 }

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -13,171 +12,119 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// kind is a sort of fault, and how often it comes.
+// kind is a sort of fault.
 type kind struct {
-	name   string
-	weight int
-	on     *target
-	// from and to bound how long it lasts, in TTLs or in margins. 0: it is done at once.
-	from, to  float64
-	inMargins bool
-	// fault makes the fault for what was hit, and tells the checker what it excuses.
-	fault   func(x *executor, h *hit) fault.Fault
-	details func(drawn) string // for the schedule; may be nil
+	weight   int // how often it comes
+	name     string
+	target   target
+	from, to float64 // for how many TTLs it lasts. 0: it is done at once
+	fault    injector
+	details  string // for the schedule, see drawn.String
 }
 
+// injector makes a fault for what was chosen.
+type injector func(*run, *injection) fault.Fault
+
+// target is what a fault is for.
+type target int
+
+const (
+	aDaemon    target = iota // or one of its processes; one fault of these at a time
+	aLink                    // of a candidate's machine to members of etcd
+	aMember                  // of etcd; one fault of these at a time
+	allMembers               // that are under no fault yet
+	theCluster               // an operator does it
+	anElection               // an operator takes the term from whoever leads
+	theMachine               // on which everything runs
+)
+
+// The checker looks for these by name.
+const guardKilled, guardHung = "guard-killed", "guard-hung"
+
+// Each has its weight, name, target, how long it lasts at least and at most, and what it does.
 var kinds = []kind{
-	{name: "guard-killed", weight: 6, on: &aDaemon, fault: killed(harness.Guard)},
-	{name: "elector-killed", weight: 6, on: &aDaemon, fault: killed(harness.Elector)},
-	{name: "guard-hung", weight: 4, on: &aDaemon, from: 0.02, to: 1.2, fault: hung(harness.Guard)},
-	{
-		name: "elector-hung", weight: 4, on: &aDaemon, from: 0.02, to: 1.4,
-		fault: hung(harness.Elector),
-	},
-	{name: "spawner-killed", weight: 4, on: &aDaemon, fault: killed(harness.Spawner)},
-	{
-		name: "spawner-hung", weight: 3, on: &aDaemon, from: 0.02, to: 1.4,
-		fault: hung(harness.Spawner),
-	},
-	{
-		name: "suspend-briefly", weight: 3, on: &aDaemon, from: 0.1, to: 0.8, inMargins: true,
-		fault: suspended,
-	},
-	{name: "suspend", weight: 2, on: &aDaemon, from: 1, to: 1.5, fault: suspended},
-	{name: "stop", weight: 5, on: &aDaemon, fault: just(fault.Stop)},
-	{name: "stop-twice", weight: 2, on: &aDaemon, fault: just(fault.StopTwice)},
-	{
-		name: "link-unreachable", weight: 5, on: &aLink, from: 0.1, to: 1.6,
-		fault: ofLinks(fault.Unreachable),
-	},
-	{
-		name: "link-one-way-out", weight: 2, on: &aLink, from: 0.1, to: 1.6,
-		fault: ofLinks(fault.OutboundLost),
-	},
-	{
-		name: "link-one-way-in", weight: 2, on: &aLink, from: 0.1, to: 1.6,
-		fault: ofLinks(fault.InboundLost),
-	},
-	{
-		name: "link-lossy", weight: 3, on: &aLink, from: 0.3, to: 2,
-		fault: func(x *executor, h *hit) fault.Fault {
-			return fault.Lossy(h.loss, x.reached(h.drawn)...)
-		},
-		details: func(f drawn) string { return fmt.Sprintf(", %d %%", f.loss) },
-	},
-	{
-		name: "link-flapping", weight: 3, on: &aLink, from: 0.5, to: 2,
-		fault: func(x *executor, h *hit) fault.Fault {
-			return fault.Flapping(h.period, x.reached(h.drawn)...)
-		},
-		details: func(f drawn) string { return fmt.Sprintf(", every %v", f.period) },
-	},
-	{
-		name: "member-killed", weight: 4, on: &aMember, from: 0.1, to: 1.2,
-		fault: ofMember(fault.MemberKilled),
-	},
-	{name: "member-paused", weight: 4, on: &aMember, from: 0.1, to: 1.5, fault: memberPaused},
-	{
-		name: "member-isolated", weight: 3, on: &aMember, from: 0.1, to: 1.2,
-		fault: ofMember(fault.MemberIsolated),
-	},
-	{
-		name: "members-killed", weight: 1, on: &allMembers, from: 0.05, to: 0.3,
-		fault: func(_ *executor, h *hit) fault.Fault { return fault.MembersKilled(h.taken...) },
-	},
-	{
-		name: "etcd-leader-moved", weight: 3, on: &etcdByOperator, fault: just(fault.LeaderMoved),
-		details: func(f drawn) string { return " to " + memberName(f.index) },
-	},
-	{
-		name: "compacted", weight: 3, on: &etcdByOperator,
-		fault: func(_ *executor, h *hit) fault.Fault {
-			if !h.defrag {
-				h.on.Member = nil
-			}
-			return fault.Compacted()
-		},
-		details: func(f drawn) string {
-			if !f.defrag {
-				return ""
-			}
-			return ", and " + memberName(f.index) + " defragmented"
-		},
-	},
-	{name: "key-deleted", weight: 4, on: &anElection, fault: just(fault.KeyDeleted)},
-	{name: "lease-revoked", weight: 4, on: &anElection, fault: just(fault.LeaseRevoked)},
-	{
-		name: "cpu-starved", weight: 3, on: &theMachine, from: 0.3, to: 0.8, fault: cpuStarved,
-		details: func(f drawn) string { return fmt.Sprintf(" by %d busy loops", f.loops) },
-	},
+	{6, guardKilled, aDaemon, 0, 0, with(fault.Killed, harness.Guard), ""},
+	{6, "elector-killed", aDaemon, 0, 0, with(fault.Killed, harness.Elector), ""},
+	{4, guardHung, aDaemon, 0.02, 1.2, with(fault.Hung, harness.Guard), ""},
+	{4, "elector-hung", aDaemon, 0.02, 1.4, with(fault.Hung, harness.Elector), ""},
+	{4, "spawner-killed", aDaemon, 0, 0, with(fault.Killed, harness.Spawner), ""},
+	{3, "spawner-hung", aDaemon, 0.02, 1.4, with(fault.Hung, harness.Spawner), ""},
+	{3, "suspend-briefly", aDaemon, 0.01, 0.08, suspended, ""}, // for less than the margin
+	{2, "suspend", aDaemon, 1, 1.5, suspended, ""},
+	{5, "stop", aDaemon, 0, 0, just(fault.Stop), ""},
+	{2, "stop-twice", aDaemon, 0, 0, just(fault.StopTwice), ""},
+	{5, "link-unreachable", aLink, 0.1, 1.6, ofMembers(fault.Unreachable), ""},
+	{2, "link-one-way-out", aLink, 0.1, 1.6, ofMembers(fault.OutboundLost), ""},
+	{2, "link-one-way-in", aLink, 0.1, 1.6, ofMembers(fault.InboundLost), ""},
+	{3, "link-lossy", aLink, 0.3, 2, lossy, ", LOSS %"},
+	{3, "link-flapping", aLink, 0.5, 2, flapping, ", every PERIOD"},
+	{4, "member-killed", aMember, 0.1, 1.2, with(fault.MemberKilled, fault.Given), ""},
+	{4, "member-paused", aMember, 0.1, 1.5, memberPaused, ""},
+	{3, "member-isolated", aMember, 0.1, 1.2, with(fault.MemberIsolated, fault.Given), ""},
+	{1, "members-killed", allMembers, 0.05, 0.3, ofMembers(fault.MembersKilled), ""},
+	{3, "etcd-leader-moved", theCluster, 0, 0, just(fault.LeaderMoved), " to MEMBER"},
+	{3, "compacted", theCluster, 0, 0, compacted, "DEFRAG"},
+	{4, "key-deleted", anElection, 0, 0, just(fault.KeyDeleted), ""},
+	{4, "lease-revoked", anElection, 0, 0, just(fault.LeaseRevoked), ""},
+	{3, "cpu-starved", theMachine, 0.3, 0.8, cpuStarved, " by LOOPS busy loops"},
 }
 
-// just is a fault of which the checker need not know.
-func just(f func() fault.Fault) func(*executor, *hit) fault.Fault {
-	return func(*executor, *hit) fault.Fault { return f() }
+func just(f func() fault.Fault) injector {
+	return func(*run, *injection) fault.Fault { return f() }
 }
 
-func killed(p harness.Process) func(*executor, *hit) fault.Fault {
-	return func(x *executor, h *hit) fault.Fault {
-		if p == harness.Guard {
-			x.check.tell(func(e *excuses) { e.killed[h.candidate.name] = harness.Now() })
-		}
-		return fault.Killed(p)
+func with[T any](f func(T) fault.Fault, what T) injector {
+	return func(*run, *injection) fault.Fault { return f(what) }
+}
+
+func ofMembers(f func(...*harness.Member) fault.Fault) injector {
+	return func(_ *run, i *injection) fault.Fault { return f(i.members...) }
+}
+
+func lossy(_ *run, i *injection) fault.Fault { return fault.Lossy(i.loss, i.members...) }
+
+func flapping(_ *run, i *injection) fault.Fault { return fault.Flapping(i.period, i.members...) }
+
+func compacted(_ *run, i *injection) fault.Fault {
+	if !i.defrag {
+		i.on.Member = nil
 	}
-}
-
-func hung(p harness.Process) func(*executor, *hit) fault.Fault {
-	return func(x *executor, h *hit) fault.Fault {
-		if p == harness.Guard {
-			x.check.tell(func(e *excuses) { e.stopped[h.candidate.name] = harness.Now() })
-		}
-		return fault.Hung(p)
-	}
+	return fault.Compacted()
 }
 
 // suspended has nothing start on the machine meanwhile: a fork in there would wait for the thaw.
-func suspended(x *executor, h *hit) fault.Fault {
-	f, c := fault.Suspended(), h.candidate
+func suspended(r *run, i *injection) fault.Fault {
+	f, c := fault.Suspended(), i.candidate
 	freeze, thaw := f.Inject, f.Recover
 	f.Inject = func(ctx context.Context, on *fault.Target) error {
 		c.starting.Lock()
-		defer x.check.tell(func(e *excuses) { e.freezes(c.name) })
+		defer r.check.freezes(c.name)
 		return freeze(ctx, on)
 	}
 	f.Recover = func(ctx context.Context, on *fault.Target) error {
 		defer c.starting.Unlock()
-		x.check.tell(func(e *excuses) { e.thaws(c.name) })
+		r.check.thaws(c.name)
 		return thaw(ctx, on)
 	}
 	return f
 }
 
-func ofLinks(f func(...*harness.Member) fault.Fault) func(*executor, *hit) fault.Fault {
-	return func(x *executor, h *hit) fault.Fault { return f(x.reached(h.drawn)...) }
-}
-
-func ofMember(f func(fault.Which) fault.Fault) func(*executor, *hit) fault.Fault {
-	return func(*executor, *hit) fault.Fault { return f(fault.Given) }
-}
-
 // memberPaused tells of leases that etcd's old leader may expire when it goes on, though they were
 // renewed elsewhere (https://github.com/etcd-io/etcd/issues/15247). That is as if an operator had
 // revoked them.
-func memberPaused(x *executor, h *hit) fault.Fault {
+func memberPaused(r *run, i *injection) fault.Fault {
 	f := fault.MemberPaused(fault.Given)
 	resume := f.Recover
 	f.Recover = func(ctx context.Context, on *fault.Target) error {
-		if h.led && h.lasts > x.ttl*7/10 {
+		if i.led && i.lasts > r.ttl*7/10 {
 			unreached := ""
-			for _, m := range x.members {
-				if m != h.member && m.away() {
-					unreached = "etcd's other members were not all there"
-				}
+			if r.away(r.Etcd.Except(on.Member)) {
+				unreached = "etcd's other members were not all there"
 			}
 			now := harness.Now()
-			x.check.did(action{
+			r.check.did(&action{
 				at: now, until: now + 3*time.Second, unreached: unreached,
-				cause: fmt.Sprintf("a leader of etcd went on after a pause of %v", h.lasts),
+				cause: fmt.Sprintf("a leader of etcd went on after a pause of %v", i.lasts),
 			})
 		}
 		return resume(ctx, on)
@@ -185,11 +132,11 @@ func memberPaused(x *executor, h *hit) fault.Fault {
 	return f
 }
 
-func cpuStarved(_ *executor, h *hit) fault.Fault {
-	path := filepath.Join(os.Getenv(cgroupVariable), fmt.Sprintf("starved-%d", h.number))
+func cpuStarved(r *run, i *injection) fault.Fault {
+	path := filepath.Join(r.cgroup.Path, fmt.Sprintf("starved-%d", i.number))
 	cgroup, err := harness.CgroupAt(path)
 	if err != nil {
 		return fault.Fault{Inject: func(context.Context, *fault.Target) error { return err }}
 	}
-	return fault.CPUStarved(cgroup, h.loops)
+	return fault.CPUStarved(cgroup, i.loops)
 }

@@ -27,72 +27,48 @@ func (r *run) watchLeases(ctx context.Context) {
 		defer func() { _ = client.Close() }()
 		clients = append(clients, client)
 	}
-	tick := time.NewTicker(500 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		var ids []int64
-		var term uint64
+	for harness.Wait(ctx, 500*time.Millisecond) == nil {
+		var got *clientv3.LeaseLeasesResponse
 		err := errors.New("no member was asked")
 		for _, c := range clients {
-			if ids, term, err = leasesAt(ctx, c); err == nil {
+			if got, err = leasesAt(ctx, c); err == nil {
 				break
 			}
 		}
 		if ctx.Err() == nil {
-			r.check.sawLeases(ids, term, err)
+			r.check.sawLeases(got, err)
 		}
 	}
 }
 
 // leasesAt lists the leases that one member knows after a linearizable read has shown that it is up
 // to date.
-func leasesAt(ctx context.Context, client *clientv3.Client) ([]int64, uint64, error) {
+func leasesAt(ctx context.Context, client *clientv3.Client) (*clientv3.LeaseLeasesResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
 	defer cancel()
 	if _, err := client.Get(ctx, election); err != nil {
-		return nil, 0, err
+		return nil, err
 	}
-	got, err := client.Leases(ctx)
-	if err != nil {
-		return nil, 0, err
-	}
-	var ids []int64
-	for _, l := range got.Leases {
-		ids = append(ids, int64(l.ID))
-	}
-	return ids, got.RaftTerm, nil
+	return client.Leases(ctx)
 }
 
-// leases are those in etcd, and what candidates said of theirs.
+// leases are those in etcd, and what candidates said of theirs, by their ids in hex.
 type leases struct {
-	looked   time.Duration
-	silent   check.Intervals         // when no member of etcd answered a read
-	reset    time.Duration           // when etcd last gave all leases a new life
-	term     uint64                  // of etcd
-	nobodys  map[int64]time.Duration // since when a lease was seen, by id
-	claimed  map[int64]time.Duration // when /status last named it
-	deadline map[int64]time.Duration // until when /status said that it was valid
-	most     int
+	looked time.Duration
+	silent check.Intervals          // when no member of etcd answered a read
+	reset  time.Duration            // when etcd last gave all leases a new life
+	term   uint64                   // of etcd
+	seen   map[string]time.Duration // since when a lease is listed
+	claims map[string]claim
+	most   int
 }
 
-func newLeases(now time.Duration) leases {
-	return leases{
-		looked: now, nobodys: map[int64]time.Duration{},
-		claimed: map[int64]time.Duration{}, deadline: map[int64]time.Duration{},
-	}
-}
+// claim is what /status last said of a lease.
+type claim struct{ at, until time.Duration }
 
-// claim is told that /status named a lease, by its id in hex, as valid until a moment.
-func (s *leases) claim(hex string, until time.Duration) {
-	if id, err := strconv.ParseInt(hex, 16, 64); err == nil {
-		s.claimed[id] = harness.Now()
-		s.deadline[id] = max(s.deadline[id], until)
-	}
+// claim is told that /status named a lease as valid until a moment.
+func (s *leases) claim(id string, until time.Duration) {
+	s.claims[id] = claim{harness.Now(), max(s.claims[id].until, until)}
 }
 
 // deadlineOf is until when the lease of a term was valid by its candidate's own account, as far as
@@ -100,10 +76,9 @@ func (s *leases) claim(hex string, until time.Duration) {
 func (s *leases) deadlineOf(t *check.Term) (deadline time.Duration, known bool) {
 	for _, l := range t.Lives {
 		for _, kv := range l.Env {
-			hex, found := strings.CutPrefix(kv, "LEASEHOLD_LEASE_ID=")
-			if id, err := strconv.ParseInt(hex, 16, 64); found && err == nil {
-				deadline, known = s.deadline[id]
-				return deadline, known
+			if id, found := strings.CutPrefix(kv, "LEASEHOLD_LEASE_ID="); found {
+				c, known := s.claims[id]
+				return c.until, known
 			}
 		}
 	}
@@ -111,33 +86,35 @@ func (s *leases) deadlineOf(t *check.Term) (deadline time.Duration, known bool) 
 }
 
 // sawLeases takes the leases that etcd listed, or the error that it did not.
-func (k *checker) sawLeases(ids []int64, term uint64, err error) {
+func (k *checker) sawLeases(got *clientv3.LeaseLeasesResponse, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	s, now := &k.leases, harness.Now()
-	// A new leader of etcd gives each lease its whole TTL again, and without one nothing expires.
-	if err != nil || term != s.term {
-		s.reset, s.term = now, term
-	}
-	if err != nil {
-		s.silent = append(s.silent, check.Interval{From: s.looked, To: now})
-	}
+	before := s.looked
 	s.looked = now
-	if err != nil {
+	if err != nil { // without a leader of etcd nothing expires
+		s.silent = append(s.silent, check.Interval{From: before, To: now})
+		s.reset, s.term = now, 0
 		return
 	}
+	// A new leader of etcd gives each lease its whole TTL again.
+	if got.RaftTerm != s.term {
+		s.reset, s.term = now, got.RaftTerm
+	}
 	k.counts.Leases++
-	s.most = max(s.most, len(ids))
-	listed := map[int64]time.Duration{}
-	for _, id := range ids {
-		listed[id] = now
-		if since, known := s.nobodys[id]; known {
-			listed[id] = since
+	s.most = max(s.most, len(got.Leases))
+	seen := map[string]time.Duration{}
+	for _, l := range got.Leases {
+		id := strconv.FormatInt(int64(l.ID), 16)
+		since, known := s.seen[id]
+		if !known {
+			since = now
 		}
-		alone := now - max(listed[id], s.reset, s.claimed[id])
+		seen[id] = since
+		alone := now - max(since, s.reset, s.claims[id].at)
 		if alone > k.ttl+3*time.Second {
-			k.violate(nil, "lease %x has belonged to nobody for %v", id, alone)
+			k.violate(nil, "lease %s has belonged to nobody for %v", id, alone)
 		}
 	}
-	s.nobodys = listed
+	s.seen = seen
 }

@@ -16,15 +16,11 @@
 package main
 
 import (
-	"bufio"
-	"context"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -38,12 +34,8 @@ type settings struct {
 	seed           uint64
 	faults         int
 	ttl            time.Duration
+	contender      string
 	implementation harness.Implementation
-}
-
-// implementations are those of -contender.
-var implementations = map[string]harness.Implementation{
-	"leasehold": harness.Leasehold, "stockloop": harness.StockLoop,
 }
 
 func command(args []string) int {
@@ -53,7 +45,7 @@ func command(args []string) int {
 		"what the schedule is drawn from; 0: chosen at random, and printed")
 	flags.IntVar(&set.faults, "faults", 60, "how many faults")
 	flags.DurationVar(&set.ttl, "ttl", 3*time.Second, "the candidates' TTL")
-	name := flags.String("contender", "leasehold",
+	flags.StringVar(&set.contender, "contender", "leasehold",
 		"leasehold, or stockloop, which is to be found guilty")
 	schedule := flags.Bool("schedule", false, "print the schedule, and do nothing")
 	out := flags.String("json", "bin/soak.json", "where to write the figures")
@@ -64,137 +56,100 @@ func command(args []string) int {
 		return 64
 	}
 	var known bool
-	set.implementation, known = implementations[*name]
-	switch {
-	case flags.NArg() > 0 || set.faults < 1 || !known:
+	set.implementation, known = map[string]harness.Implementation{
+		"leasehold": harness.Leasehold, "stockloop": harness.StockLoop,
+	}[set.contender]
+	if flags.NArg() > 0 || set.faults < 1 || !known {
 		flags.Usage()
 		return 64
-	case *from != "":
+	}
+	if *from != "" {
 		return complain(reportFrom(*from, *summary))
-	case os.Getenv(harness.NetworkVariable) != "":
-		return complain(inside(set, *name, *out, *log))
 	}
 	if set.seed == 0 {
 		set.seed = 1 + rand.Uint64N(1_000_000)
-		args = append(args, fmt.Sprint("-seed=", set.seed))
 	}
 	if *schedule {
 		for _, f := range draw(set) {
-			fmt.Println(f)
+			fmt.Println(f.entry())
 		}
 		return 0
 	}
-	return outside(args)
+	if os.Geteuid() != 0 || harness.Cgroup2() == "" {
+		return complain(errors.New("this needs root and cgroup v2"))
+	}
+	inside, code := harness.EnterNetwork()
+	if !inside {
+		return code
+	}
+	return complain(soak(set, *out, *log))
 }
 
 func complain(err error) int { return harness.ExitCode("soak", err) }
 
-// The program runs twice: outside it makes what has a name, a directory and a cgroup, and removes
-// it however the one inside its own network has ended.
-const cgroupVariable = "SOAK_CGROUP"
-
-func outside(args []string) int {
-	ctx := context.Background()
-	if os.Geteuid() != 0 || harness.Cgroup2() == "" {
-		return complain(errors.New("this needs root and cgroup v2"))
-	}
-	_ = complain(sweep(ctx))
-	dir, err := harness.TempDir(fmt.Sprintf("leasehold-soak-%d-", os.Getpid()))
-	if err != nil {
-		return complain(err)
-	}
-	defer func() { _ = os.RemoveAll(dir) }() // in the temporary directory; nothing depends on it
-	cgroup, err := harness.NewCgroup("soak")
-	if err != nil {
-		return complain(err)
-	}
-	defer func() { _ = complain(cgroup.Remove(ctx)) }()
-	err = errors.Join(os.Setenv("TMPDIR", dir), os.Setenv(cgroupVariable, cgroup.Path))
-	if err != nil {
-		return complain(err)
-	}
-	os.Args = append(os.Args[:1], args...)
-	_, code := harness.EnterNetwork()
-	return code
-}
-
-// sweep removes what soaks have left that were killed themselves.
-func sweep(ctx context.Context) error {
-	err := harness.RemoveLeftovers(ctx, "soak")
-	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), "leasehold-soak-*-*")) // a good pattern
-	for _, path := range dirs {
-		pid := strings.Split(filepath.Base(path), "-")[2]
-		if _, gone := os.Stat("/proc/" + pid); errors.Is(gone, os.ErrNotExist) {
-			_ = os.RemoveAll(path) // in the temporary directory; nothing depends on it
-		}
-	}
-	return err
-}
-
-func inside(set settings, name, out, log string) error {
+func soak(set settings, out, log string) error {
 	ctx, stop := harness.Interruptible()
 	defer stop()
-	fmt.Printf("soak: seed %d, %d faults, TTL %v, %s\n", set.seed, set.faults, set.ttl, name)
-	r, err := newRun(ctx, set)
-	if err != nil {
+	_ = complain(harness.RemoveLeftovers(ctx, "soak"))
+	fmt.Printf("soak: seed %d, %d faults, TTL %v, %s\n",
+		set.seed, set.faults, set.ttl, set.contender)
+	r := &run{settings: set, schedule: draw(set)}
+	defer r.close()
+	if err := r.open(ctx); err != nil {
 		return err
 	}
-	defer r.close()
-	err = r.soak(ctx)
-	res := r.results(name)
+	err := r.soak(ctx)
+	res := r.results()
 	var broken *violation
 	if errors.As(err, &broken) {
 		res.Violation = broken.what
-		fmt.Printf("\nVIOLATION at %s: %s\n", r.clock(broken.at), broken.what)
+		fmt.Printf("\nVIOLATION at %s: %s\n", r.check.clock(broken.at), broken.what)
 		fmt.Printf("again: bin/soak -seed %d -faults %d -ttl %v -contender %s\n",
-			r.seed, r.faults, r.ttl, name)
-		r.tell(os.Stdout, broken.at+time.Second, 10, 40, broken.involves)
+			r.seed, r.faults, r.ttl, r.contender)
+		fmt.Print(r.tell(broken.at+time.Second, 10, 40, broken.involves))
 		err = errors.New("a promise was broken; see above, and all of it in " + log)
 	}
-	return errors.Join(err, r.tellAll(log), harness.WriteJSON(out, res), writeReport(os.Stdout, res))
+	fmt.Print(res.report())
+	return errors.Join(err, harness.WriteJSON(out, res),
+		os.WriteFile(log, []byte(r.tellAll()), 0o644))
 }
 
-// tell writes the schedule, the last events before a moment, and the ends of the logs of those
+// tell is the schedule, the last events before a moment, and the ends of the logs of those
 // involved.
-func (r *run) tell(
-	w io.Writer, until time.Duration, events, lines int, involved func(string) bool,
-) {
-	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) } // see tellAll
-	p("\nschedule:\n")
+func (r *run) tell(until time.Duration, events, lines int, involved func(string) bool) string {
+	var text strings.Builder
+	text.WriteString("\nschedule:\n")
 	for _, f := range r.schedule {
-		p("  %s\n", f)
+		fmt.Fprintf(&text, "  %s\n", f.entry())
 	}
 	all := r.check.eventsUntil(until)
-	p("\nthe last of %d events (+0 is %s):\n", len(all), r.wall.Format("15:04:05.000"))
+	fmt.Fprintf(&text, "\nthe last of %d events (+0 is %s):\n", len(all),
+		r.check.wall(r.check.began).Format("15:04:05.000"))
 	for _, e := range all[max(0, len(all)-events):] {
-		p("  %s  %s\n", r.clock(e.at), e.text)
+		fmt.Fprintf(&text, "  %s  %s\n", r.check.clock(e.at), e.text)
 	}
 	for _, c := range r.candidates {
 		if !involved(c.name) {
 			continue
 		}
-		for _, d := range c.lastRuns() {
+		for _, d := range c.runs {
+			fmt.Fprintf(&text, "\nlog of %s, started at %s with a job that does %q:\n",
+				c.name, r.check.clock(d.began), strings.Join(d.words, " "))
 			log := strings.Split(strings.TrimRight(d.Log(), "\n"), "\n")
-			p("\nlog of %s, started at %s with a job that does %q:\n",
-				c.name, r.clock(d.began), strings.Join(d.words, " "))
 			for _, l := range log[max(0, len(log)-lines):] {
-				p("  %s\n", l)
+				fmt.Fprintf(&text, "  %s\n", l)
 			}
 		}
 	}
+	return text.String()
 }
 
-// tellAll writes down everything there is to know of a run. Flush reports what went wrong.
-func (r *run) tellAll(path string) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
+// tellAll is everything there is to know of a run.
+func (r *run) tellAll() string {
 	const all = 1 << 30
-	w := bufio.NewWriter(f)
-	r.tell(w, harness.Now(), all, all, func(string) bool { return true })
-	for _, m := range r.members {
-		_, _ = fmt.Fprintf(w, "\nlog of etcd member %s:\n%s", m.Name, m.Log())
+	text := r.tell(harness.Now(), all, all, func(string) bool { return true })
+	for _, m := range r.Etcd.Members {
+		text += fmt.Sprintf("\nlog of etcd member %s:\n%s", m.Name, m.Log())
 	}
-	return errors.Join(w.Flush(), f.Close())
+	return text
 }

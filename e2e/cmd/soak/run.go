@@ -6,10 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -31,45 +28,35 @@ type run struct {
 	about      harness.About
 	schedule   []drawn
 	programs   *harness.Programs
+	cgroup     *harness.Cgroup // in which those of all candidates are
 	witness    *harness.Witness
 	check      *checker
-	members    []*member
 	candidates []*candidate
-	wall       time.Time // when it began
-	began      time.Duration
 
-	done      []done
+	injected  []*injection   // by execute's goroutine alone
+	busy      sync.WaitGroup // with what an operator does
 	faulted   check.Interval // from the first fault to the end of the last
 	recovered time.Duration  // from then until a job ran
 	stopped   time.Duration  // from the stop of all until they had ended
 	cleared   time.Duration  // and until etcd was empty
 }
 
-// member is one of etcd's.
-type member struct {
-	*harness.Member
-	victim
-}
-
 // candidate is one of the election, on a machine of its own with a supervisor.
 type candidate struct {
-	victim        // of faults of its processes
-	links  victim // of faults of its links
-	name   string
-	root   bool
-	run    *run
+	name string
+	root bool
+	run  *run
 	// machine is where it runs. Each life of its daemon has a copy.
-	machine    *harness.Machine
-	behaviours *behaviours
+	machine *harness.Machine
+	next    func() (words []string, pause time.Duration) // see behaviours
 
 	// starting is held while a daemon starts, and while the machine is frozen: nothing can start in
 	// there.
 	starting sync.Mutex
 
-	mu     sync.Mutex
-	runs   []*daemon
-	exits  map[int]int // how often its daemon ended with which code
-	starts int
+	mu    sync.Mutex
+	runs  []*daemon
+	exits map[int]int // how often its daemon ended with which code
 }
 
 // daemon is one life of a candidate's daemon.
@@ -77,15 +64,6 @@ type daemon struct {
 	*harness.Machine
 	words []string
 	began time.Duration
-}
-
-func newRun(ctx context.Context, set settings) (*run, error) {
-	r := &run{settings: set, schedule: draw(set)}
-	if err := r.open(ctx); err != nil {
-		r.close()
-		return nil, err
-	}
-	return r, nil
 }
 
 func (r *run) open(ctx context.Context) error {
@@ -106,24 +84,22 @@ func (r *run) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, m := range r.Etcd.Members {
-		r.members = append(r.members, &member{Member: m})
-	}
 	if r.witness, err = harness.NewWitness(); err != nil {
 		return err
 	}
+	if r.cgroup, err = harness.NewCgroup("soak"); err != nil {
+		return err
+	}
 	r.check = newChecker(r.settings)
-	r.check.log = r.logOf
-	r.began, r.wall = r.check.began, time.Now()
+	r.check.log = func(name string) string { return r.candidates[name[0]-'a'].log() }
 	for i := range candidateCount {
 		root := i < 3
 		c := &candidate{
 			name: candidateName(i), root: root, run: r, exits: map[int]int{},
-			behaviours: newBehaviours(r.settings, i, root),
+			next: behaviours(r.seed, i, root),
 		}
-		r.candidates = append(r.candidates, c)
 		// An ordinary user can make no cgroup in there, so that the job has none.
-		cgroup, err := harness.CgroupAt(filepath.Join(os.Getenv(cgroupVariable), c.name))
+		cgroup, err := harness.CgroupAt(filepath.Join(r.cgroup.Path, c.name))
 		if err != nil {
 			return err
 		}
@@ -131,6 +107,7 @@ func (r *run) open(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		r.candidates = append(r.candidates, c)
 	}
 	return nil
 }
@@ -142,7 +119,7 @@ func copyPrograms() (*harness.Programs, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := harness.TempDir("programs-")
+	dir, err := harness.TempDir("leasehold-soak-")
 	if err != nil {
 		return nil, err
 	}
@@ -152,12 +129,13 @@ func copyPrograms() (*harness.Programs, error) {
 	return harness.ProgramsIn(dir), err
 }
 
-// close ends whatever still runs; the cgroup is killed from outside.
+// close ends whatever still runs.
 func (r *run) close() {
+	if r.cgroup != nil {
+		_ = complain(r.cgroup.Remove(context.Background()))
+	}
 	for _, c := range r.candidates {
-		if c.machine != nil && c.machine.Node != nil {
-			c.machine.Node.Close()
-		}
+		c.machine.Node.Close()
 	}
 	if r.witness != nil {
 		r.witness.Close()
@@ -165,19 +143,9 @@ func (r *run) close() {
 	if r.Testbed != nil {
 		r.Close()
 	}
-}
-
-// kill ends everything that the candidates have started. No more is started.
-func (r *run) kill() {
-	for _, c := range r.candidates {
-		c.started()
-		_ = c.machine.Cgroup.Kill() // it is there
+	if r.programs != nil {
+		r.programs.Remove()
 	}
-}
-
-// clock is a moment as the time line shows it.
-func (r *run) clock(at time.Duration) string {
-	return fmt.Sprintf("%+9.3fs", (at - r.began).Seconds())
 }
 
 // start starts the candidate's daemon, with a job of these behaviours.
@@ -192,10 +160,8 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 	err := machine.Start(r.implementation, harness.Candidacy{
 		Programs: r.programs, Election: election, TTL: r.ttl, Job: words, Witness: r.witness,
 	}, func(cfg *harness.CandidateConfig) error {
-		if r.implementation.Ours() {
-			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String(),
-				"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug")
-		}
+		cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String(),
+			"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug")
 		if !c.root {
 			cfg.UID = nobody
 		}
@@ -207,7 +173,6 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 	d := &daemon{Machine: &machine, words: words, began: began}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.starts++
 	c.runs = append(c.runs, d)
 	c.runs = c.runs[max(0, len(c.runs)-keptRuns):]
 	return d, nil
@@ -216,7 +181,7 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 // supervise starts the daemon again whenever it has ended, until ctx ends.
 func (c *candidate) supervise(ctx context.Context) error {
 	for {
-		words, pause := c.behaviours.next()
+		words, pause := c.next()
 		d, err := c.start(ctx, words)
 		if d == nil || err != nil {
 			return err
@@ -251,29 +216,21 @@ func (c *candidate) started() *daemon {
 	return c.running()
 }
 
-// lastRuns are the daemon's last lives.
-func (c *candidate) lastRuns() []*daemon {
+// log is what its last daemons wrote.
+func (c *candidate) log() (text string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return slices.Clone(c.runs)
-}
-
-func (r *run) logOf(name string) string {
-	var text strings.Builder
-	for _, c := range r.candidates {
-		if c.name == name {
-			for _, d := range c.lastRuns() {
-				text.WriteString(d.Log())
-			}
-		}
+	for _, d := range c.runs {
+		text += d.Log()
 	}
-	return text.String()
+	return text
 }
 
 // soak runs the schedule and returns a *violation where a promise is broken.
 func (r *run) soak(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	r.check.broken = cancel
 	var running sync.WaitGroup
 	defer running.Wait()
 	// Whoever watches goes on until everything has ended.
@@ -286,13 +243,6 @@ func (r *run) soak(ctx context.Context) error {
 		}
 		running.Go(func() { r.watchLeases(watching) })
 	}
-	running.Go(func() {
-		select {
-		case <-r.check.broken:
-			cancel(r.check.first.Load())
-		case <-watching.Done():
-		}
-	})
 
 	supervising, stopSupervising := context.WithCancel(ctx)
 	defer stopSupervising()
@@ -305,10 +255,13 @@ func (r *run) soak(ctx context.Context) error {
 	}
 	defer func() {
 		stopSupervising()
-		r.kill()
+		for _, c := range r.candidates {
+			c.started() // and no more is
+		}
+		_ = r.cgroup.Kill() // it is there
 	}()
 
-	if _, err := r.jobWithin(ctx, r.began, harness.WaitTimeout); err != nil {
+	if _, err := r.jobWithin(ctx, r.check.began, harness.WaitTimeout); err != nil {
 		return err
 	}
 	err := r.execute(ctx)
@@ -327,50 +280,45 @@ func (s settings) recoveryBound() time.Duration { return s.ttl + 6*time.Second +
 
 // jobWithin waits for a living job, and returns how long after a moment it came. Where a leader
 // waits to start a job again that crashes all the time, that is the job's doing: it does not count.
-func (r *run) jobWithin(ctx context.Context, from, bound time.Duration,
-) (took time.Duration, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	err = harness.Until(ctx, func() error {
+func (r *run) jobWithin(ctx context.Context, from, bound time.Duration) (time.Duration, error) {
+	for {
 		at, found := r.check.aliveSince(from)
-		if !found {
-			at = harness.Now()
-		}
-		took = max(0, at-from-r.check.backedOff(check.Interval{From: from, To: at}))
+		took := max(0, at-from-r.check.backedOff(check.Interval{From: from, To: at}))
 		if took > bound {
-			what := fmt.Sprintf("no job runs %v after the end of the last fault", bound)
-			cancel(&violation{at: harness.Now(), what: what})
+			r.check.violate(nil, "no job runs %v after the end of the last fault", bound)
+		} else if found {
+			return took, nil
 		}
-		if !found || took > bound {
-			return errors.New("there is no job")
+		if err := harness.Wait(ctx, 5*time.Millisecond); err != nil {
+			return took, err
 		}
-		return nil
-	})
-	return took, err
+	}
 }
 
 // finish stops all candidates, and checks that they leave nothing.
 func (r *run) finish(ctx context.Context) error {
 	began := harness.Now()
 	r.check.note("all candidates are asked to end")
-	asked := map[*candidate]*daemon{}
+	var asked []*daemon
 	for _, c := range r.candidates {
 		if d := c.started(); d != nil {
-			asked[c] = d
+			asked = append(asked, d)
 			_ = d.Signal(syscall.SIGTERM) // it may be ending
 		}
 	}
 	left := fmt.Sprintf("%v after the last stop something is left", harness.WaitTimeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, harness.WaitTimeout, &violation{what: left})
+	ctx, cancel := context.WithTimeoutCause(ctx, harness.WaitTimeout, &violation{
+		at: began + harness.WaitTimeout, what: left,
+	})
 	defer cancel()
-	for c, d := range asked {
+	for _, d := range asked {
 		code, err := d.Wait(ctx)
 		if err != nil {
 			return err
 		}
 		if code != 0 {
-			r.check.violate([]string{c.name},
-				"candidate %s ended with code %d when it was asked to end", c.name, code)
+			r.check.violate([]string{d.Name},
+				"candidate %s ended with code %d when it was asked to end", d.Name, code)
 		}
 	}
 	r.stopped = harness.Now() - began
@@ -378,17 +326,13 @@ func (r *run) finish(ctx context.Context) error {
 		if err := c.machine.Cgroup.WaitEmpty(ctx); err != nil {
 			return fmt.Errorf("candidate %s: %w", c.name, err)
 		}
-		err := harness.Until(ctx, func() error {
+	}
+	err := harness.Until(ctx, func() error {
+		for _, c := range r.candidates {
 			if below := c.machine.Cgroup.Children(); len(below) > 0 {
 				return fmt.Errorf("candidate %s has left cgroups: %q", c.name, below)
 			}
-			return nil
-		})
-		if err != nil {
-			return err
 		}
-	}
-	err := harness.Until(ctx, func() error {
 		if name := r.check.leading(); name != "" {
 			return fmt.Errorf("the job of candidate %s is alive", name)
 		}
@@ -401,8 +345,7 @@ func (r *run) finish(ctx context.Context) error {
 	err = r.WaitEmpty(ctx)
 	r.cleared = harness.Now() - began
 	if limit := r.ttl + 4*time.Second; err == nil && r.cleared > limit {
-		what := fmt.Sprintf("it took %v, more than %v, until etcd was empty", r.cleared, limit)
-		return &violation{at: harness.Now(), what: what}
+		r.check.violate(nil, "it took %v, more than %v, until etcd was empty", r.cleared, limit)
 	}
 	return errors.Join(err, r.check.verdict())
 }

@@ -24,6 +24,7 @@ type drawn struct {
 	number int
 	at     time.Duration // from the beginning of the run
 	lasts  time.Duration
+	whom   string // for people
 	// leader: it is for who leads at that moment; else, and where nobody does, for the one of this
 	// index, or the next that can be hit.
 	leader bool
@@ -52,20 +53,24 @@ func draw(set settings) []drawn {
 			pick -= kinds[i].weight
 		}
 		k := &kinds[i]
-		unit := set.ttl
-		if k.inMargins {
-			unit = set.margin()
-		}
-		lasts := time.Duration(between(k.from, k.to) * float64(unit)).Round(time.Millisecond)
+		lasts := time.Duration(between(k.from, k.to) * float64(set.ttl)).Round(time.Millisecond)
 		f := drawn{
 			kind: k, number: n + 1, at: at, lasts: lasts,
 			leader: rng.Float64() < 0.5,
 			loss:   20 + rng.IntN(50), period: time.Duration(50+rng.IntN(400)) * time.Millisecond,
 			defrag: rng.IntN(2) == 0, loops: 3 + rng.IntN(4),
 		}
-		f.index = rng.IntN(candidateCount)
-		if k.on.members {
+		switch f.index = rng.IntN(candidateCount); k.target {
+		case aDaemon, aLink:
+			f.whom = candidateName(f.index)
+		case aMember, allMembers, theCluster:
 			f.index = rng.IntN(memberCount)
+		}
+		if k.target == aMember {
+			f.whom = memberName(f.index)
+		}
+		if f.leader && f.whom != "" {
+			f.whom = "leader, else " + f.whom
 		}
 		f.reach = rng.Perm(memberCount)
 		if whole := rng.Float64() < 0.6; !whole {
@@ -74,7 +79,7 @@ func draw(set settings) []drawn {
 		slices.Sort(f.reach)
 		// Amid other faults the old leader may hear late of what an operator does to it. So that
 		// there are enough cases in which it must not, some wait for calm.
-		if calm := rng.IntN(3) == 0; calm && k.on.takesTerm {
+		if calm := rng.IntN(3) == 0; calm && k.target == anElection {
 			for _, before := range schedule {
 				f.at = max(f.at, before.at+before.lasts+recovers+100*time.Millisecond)
 			}
@@ -86,33 +91,28 @@ func draw(set settings) []drawn {
 	return schedule
 }
 
-// String is an entry as the schedule shows it.
-func (f drawn) String() string {
-	return fmt.Sprintf("%4d %9.3fs  %s", f.number, f.at.Seconds(), f.describe(""))
-}
+// entry is a line of the schedule.
+func (f drawn) entry() string { return fmt.Sprintf("%4d %9.3fs  %v", f.number, f.at.Seconds(), f) }
 
-// describe says what the fault does, and to whom where that is known by now.
-func (f drawn) describe(whom string) string {
-	if whom == "" && f.on.name != nil {
-		whom = f.on.name(f.index)
-		if f.leader {
-			whom = "leader, else " + whom
-		}
-	}
+// String says what the fault does, and to whom as far as that is known by now.
+func (f drawn) String() string {
 	text := f.name
-	if whom != "" {
-		text += ": " + whom
+	if f.whom != "" {
+		text += ": " + f.whom
 	}
-	if f.on.links && len(f.reach) < memberCount {
+	if f.target == aLink && len(f.reach) < memberCount {
 		var to []string
 		for _, m := range f.reach {
 			to = append(to, memberName(m))
 		}
 		text += " (" + strings.Join(to, ", ") + ")"
 	}
-	if f.details != nil {
-		text += f.details(f)
+	member, defragmented := memberName(f.index), ""
+	if f.defrag {
+		defragmented = ", and " + member + " defragmented"
 	}
+	text += strings.NewReplacer("LOSS", fmt.Sprint(f.loss), "PERIOD", fmt.Sprint(f.period),
+		"LOOPS", fmt.Sprint(f.loops), "MEMBER", member, "DEFRAG", defragmented).Replace(f.details)
 	if f.lasts > 0 {
 		text += fmt.Sprintf(", for %v", f.lasts)
 	}
@@ -124,43 +124,36 @@ func memberName(i int) string    { return fmt.Sprintf("m%d", i+1) }
 
 // behaviours draws how the job of a candidate's next daemon behaves and how long its supervisor
 // waits before it starts that daemon. Each candidate has its own.
-type behaviours struct {
-	rng  *rand.Rand
-	root bool
-}
-
-func newBehaviours(set settings, candidate int, root bool) *behaviours {
-	return &behaviours{rng: rand.New(rand.NewPCG(set.seed, 100+uint64(candidate))), root: root}
-}
-
-func (b *behaviours) next() (words []string, pause time.Duration) {
-	r := b.rng
-	pause = time.Duration(50+r.IntN(900)) * time.Millisecond
+func behaviours(seed uint64, candidate int, root bool) func() ([]string, time.Duration) {
+	r := rand.New(rand.NewPCG(seed, 100+uint64(candidate)))
 	all := []string{
 		"ignore-term", "daemonize", "setsid", "hold-pipes", "fork-bomb=2", "slow-stop", "main-gone",
 	}
-	escapes := false
-	for range r.IntN(3) {
-		i := r.IntN(len(all))
-		word := all[i]
-		if word == "slow-stop" {
-			word = fmt.Sprintf("slow-stop=%dms", 50+r.IntN(900))
+	return func() (words []string, pause time.Duration) {
+		pause = time.Duration(50+r.IntN(900)) * time.Millisecond
+		escapes := false
+		for range r.IntN(3) {
+			i := r.IntN(len(all))
+			word := all[i]
+			if word == "slow-stop" {
+				word = fmt.Sprintf("slow-stop=%dms", 50+r.IntN(900))
+			}
+			words, escapes = append(words, word), escapes || 1 <= i && i <= 3
 		}
-		words, escapes = append(words, word), escapes || 1 <= i && i <= 3
+		// Without a cgroup a wiped environment is what the README says can be missed.
+		if wipe := r.IntN(3) == 0; wipe && escapes && root {
+			words = append(words, "wipe-env")
+		}
+		after := fmt.Sprintf("after=%dms", 200+r.IntN(6000))
+		switch r.IntN(10) {
+		case 0: // it crashes, again and again
+			words = append(words, "exit=3")
+		case 1:
+			words = append(words, "exit=3", after)
+		case 2: // it has done its work
+			words = append(words, "exit=0", after)
+		}
+		slices.Sort(words)
+		return slices.Compact(words), pause
 	}
-	// Without a cgroup a wiped environment is what the README says can be missed.
-	if wipe := r.IntN(3) == 0; wipe && escapes && b.root {
-		words = append(words, "wipe-env")
-	}
-	after := fmt.Sprintf("after=%dms", 200+r.IntN(6000))
-	switch r.IntN(10) {
-	case 0: // it crashes, again and again
-		words = append(words, "exit=3")
-	case 1:
-		words = append(words, "exit=3", after)
-	case 2: // it has done its work
-		words = append(words, "exit=0", after)
-	}
-	slices.Sort(words)
-	return slices.Compact(words), pause
 }
