@@ -16,19 +16,20 @@ import (
 	"google.golang.org/grpc/keepalive"
 )
 
-// auth holds the token that etcd gave for a user name and password. With both in its Config etcd's
-// client would authenticate before every stream, at 80 ms of bcrypt each; here it is done once, and
-// again only when etcd says that the token is no good.
+// auth holds the token that etcd gave for a user name and password. etcd's client, with both in its
+// Config, would authenticate before every stream, and each time etcd needs 80 ms for bcrypt. We do
+// it once, and again only when etcd says that the token is invalid.
 //
-// A candidate has one authentication in flight, whichever requests need it. It outlives them: etcd
-// checks a password to the end, although nobody waits any more. If a whole fleet threw away what it
-// has begun and began it again, as after a restart of etcd, etcd would have time for nothing else.
+// A candidate has one authentication in flight, however many requests need it. It outlives these
+// requests, because etcd checks a password to the end even if nobody waits for the result. If
+// hundreds of candidates gave up and began again, as after a restart of etcd, etcd would do nothing
+// else.
 type auth struct {
 	username string
 	password func() (string, error)
 	members  *members
 	obtained func(token string) // called with each new token; may be nil
-	// spread is the longest wait before a token is replaced: those of a fleet may end together.
+	// spread is the longest wait before a token is replaced: many tokens may expire at once.
 	spread time.Duration
 
 	life context.Context // ends with the members
@@ -36,9 +37,9 @@ type auth struct {
 
 	mu       sync.Mutex
 	token    string
-	known    bool            // etcd has given a token, or said that it wants none
+	known    bool            // etcd has given a token, or said that it needs none
 	inFlight *authentication // nil: none
-	// failure is why the last one failed. It is taken for an answer until retryAt.
+	// failure is why the last one failed. Until retryAt, requests get this error at once.
 	failure error
 	retryAt time.Time
 }
@@ -50,15 +51,15 @@ type authentication struct {
 }
 
 const (
-	// authTimeout is for how long an authentication is kept, while etcd answers a ping every 10 s
-	// within 20 s: it may have thousands of passwords to check beside ours, and is done with all of
-	// them at about the same time.
+	// authTimeout bounds an authentication while etcd answers our pings, one every 10 s, within 20
+	// s. etcd may have thousands of passwords to check, and finishes all of them at about the same
+	// time.
 	authTimeout = 5 * time.Minute
 	pingEvery   = 10 * time.Second
 	pingTimeout = 20 * time.Second
-	// mostHold bounds the pause after an authentication that failed, but for chance.
+	// mostHold bounds the pause after an authentication that failed, before it is varied at random.
 	mostHold = 5 * time.Second
-	// refusalHolds is the pause after a refused password, which costs etcd as much as a good one.
+	// refusalHolds is the pause after a wrong password, which costs etcd as much as a right one.
 	refusalHolds = time.Second
 )
 
@@ -95,15 +96,15 @@ func (a *auth) current() (token string, known bool) {
 	return a.token, a.known
 }
 
-// busy reports whether requests may be waiting for a token: that they get no answer says nothing of
-// a member, then.
+// busy reports whether requests may be waiting for a token. If they get no answer, that is not the
+// member's doing.
 func (a *auth) busy() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.inFlight != nil
 }
 
-// close calls off what is in flight.
+// close cancels what is in flight.
 func (a *auth) close() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -117,8 +118,8 @@ func unauthenticated(err error) bool {
 		errors.Is(err, rpctypes.ErrAuthOldRevision)
 }
 
-// intercept gives all unary requests a token. Streams get theirs from GetRequestMetadata; those
-// that fail for it are opened again by whoever opened them, after a unary request or through
+// intercept gives all unary requests a token. Streams get theirs from GetRequestMetadata. If a
+// stream fails because of its token, its owner opens it again, after a unary request or by
 // authenticated.
 func (m *member) intercept(
 	ctx context.Context, method string, req, reply any, conn *grpc.ClientConn,
@@ -131,8 +132,8 @@ func (m *member) intercept(
 	return m.authenticated(ctx, call)
 }
 
-// authenticated carries out the call with a token, and once more with a new one if etcd refuses the
-// one we have.
+// authenticated makes the call with a token, and once more with a new one if etcd refuses the
+// first.
 func (m *member) authenticated(ctx context.Context, call func() error) error {
 	if m.auth == nil {
 		return call()
@@ -154,8 +155,8 @@ func (m *member) authenticated(ctx context.Context, call func() error) error {
 	return call()
 }
 
-// replace waits for a token in place of the refused one. The member that it was needed for is asked
-// for it first.
+// replace waits for a new token in place of the refused one. It asks first the member that the
+// token is for.
 func (a *auth) replace(ctx context.Context, refused string, first *member) error {
 	a.mu.Lock()
 	switch {
@@ -206,7 +207,7 @@ func (a *auth) run(this *authentication, pause time.Duration, first *member) {
 		a.token, a.known = token, true
 		return
 	}
-	// Whatever took etcd long is not repeated soon, and not by all at once.
+	// If it took etcd long, we do not repeat it soon, and not all candidates repeat it at once.
 	hold := min(max(time.Since(began), 50*time.Millisecond), mostHold)
 	if errors.Is(err, rpctypes.ErrAuthFailed) {
 		hold = refusalHolds
@@ -214,14 +215,14 @@ func (a *auth) run(this *authentication, pause time.Duration, first *member) {
 	a.failure, a.retryAt = err, time.Now().Add(hold/2+rand.N(hold))
 }
 
-// ask asks one member after the other, and never two at a time, until one knows the password as
-// good or bad.
+// ask asks one member after the other, and never two at a time, until one says whether the password
+// is right.
 func (a *auth) ask(first *member) (token string, err error) {
 	password, err := a.password()
 	if err != nil {
 		return "", fmt.Errorf("read the password: %w", err)
 	}
-	// A member that knows of no leader says so at once, then.
+	// With this, a member that knows no leader of etcd says so at once.
 	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(a.life), authTimeout)
 	defer cancel()
 	list := a.members.all()
@@ -239,8 +240,8 @@ func (a *auth) ask(first *member) (token string, err error) {
 	return "", err
 }
 
-// authenticate gets a token from this member, over a connection of its own: those for requests are
-// replaced when requests wait for too long, and one to a member that hangs does not come up.
+// authenticate gets a token from this member, over a connection of its own. The connection for
+// requests would be replaced when a request waits for too long.
 func (m *member) authenticate(ctx context.Context, username, password string) (string, error) {
 	client, err := m.dial(grpc.WithKeepaliveParams(
 		keepalive.ClientParameters{Time: pingEvery, Timeout: pingTimeout}))

@@ -12,14 +12,13 @@ import (
 	"google.golang.org/grpc"
 )
 
-// This file is all of the package that knows etcd's concurrency package. Its Election decides what
-// is in etcd: the key's name and value, and the transaction that puts it. So etcdctl elect, and
-// whatever else is built on that package, takes part in the same election.
+// Only this file uses etcd's concurrency package. The Election of that package decides what is in
+// etcd: the key's name and value, and the transaction that puts it. So etcdctl elect, and every
+// program that uses that package, can take part in the same election.
 //
-// Its Session is not safe enough to renew the lease, and its Campaign returns nil even when its own
-// key is gone (https://github.com/etcd-io/etcd/issues/19597). So the lease is renewed by type
-// lease, and a won campaign is verified. The Election runs on a client of which only two parts
-// exist:
+// The package's Session is not safe enough to renew the lease, and its Campaign returns nil even if
+// its own key is gone (https://github.com/etcd-io/etcd/issues/19597). So type lease renews the
+// lease, and standby verifies a won campaign. The Election gets a client that has only two parts:
 //
 //	Election.Campaign
 //	   ├─ Txn: put the key         campaignKV asks all members, as every request does
@@ -27,7 +26,7 @@ import (
 //
 // The campaign therefore has no watch and no read of its own: the queue's watch wakes it.
 
-// newElection makes an election on the lease. What it holds is freed when ctx ends.
+// newElection makes an election on the lease. Its resources are freed when ctx ends.
 func newElection(
 	ctx context.Context, name string, lease int64, kv *campaignKV,
 ) (*concurrency.Election, error) {
@@ -53,8 +52,8 @@ type campaignKV struct {
 	waitUntilFirst func(context.Context) error
 }
 
-// Txn puts the key, or finds that an earlier attempt has put it. Members are asked side by side:
-// the second one to do it finds the work of the first.
+// Txn puts the key, or finds that an earlier attempt has put it. Several members may be asked: the
+// second one that carries it out finds what the first one has put.
 func (kv *campaignKV) Txn(
 	ctx context.Context, in *pb.TxnRequest, opts ...grpc.CallOption,
 ) (*pb.TxnResponse, error) {
@@ -72,7 +71,7 @@ func (kv *campaignKV) Txn(
 	if err != nil {
 		return nil, err
 	}
-	// Only the transaction that puts the key asks whether that has no create revision yet.
+	// Only the transaction that puts the key compares its create revision with 0.
 	if len(in.Compare) == 1 && in.Compare[0].Target == pb.Compare_CREATE &&
 		in.Compare[0].GetCreateRevision() == 0 {
 		if resp.Succeeded {
@@ -84,8 +83,8 @@ func (kv *campaignKV) Txn(
 	return resp, nil
 }
 
-// Range is the campaign's question of who is next ahead. The answer, that nobody is, comes once it
-// is true, so that the campaign has nobody to watch.
+// Range is the campaign's question who is next ahead. It answers only when nobody is, so that the
+// campaign has nobody to watch.
 func (kv *campaignKV) Range(
 	ctx context.Context, _ *pb.RangeRequest, _ ...grpc.CallOption,
 ) (*pb.RangeResponse, error) {
@@ -95,7 +94,7 @@ func (kv *campaignKV) Range(
 	return &pb.RangeResponse{Header: &pb.ResponseHeader{}}, nil
 }
 
-// keptLease is the lease as concurrency.NewSession sees it. That calls no other methods.
+// keptLease is the lease as concurrency.NewSession sees it. NewSession calls no other method.
 type keptLease struct{ clientv3.Lease }
 
 // KeepAlive implements clientv3.Lease. The channel is closed when ctx ends.

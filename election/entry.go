@@ -12,7 +12,7 @@ import (
 	"leasehold/internal/quote"
 )
 
-// maxIdentity is how much of a key's value is kept: anybody can write a megabyte there.
+// maxIdentity is how many bytes of a key's value we keep: anybody can write a megabyte there.
 const maxIdentity = 256
 
 // queueEntry is one key under the election's prefix.
@@ -21,8 +21,8 @@ type queueEntry struct {
 	created  int64 // create revision: the order of the queue
 	lease    int64
 	identity string
-	// candidate: the key is one that a campaign in this election makes, the prefix and its own
-	// lease in hex.
+	// candidate: a campaign in this election makes such a key: the prefix and the key's own lease
+	// in hex.
 	candidate bool
 }
 
@@ -52,8 +52,8 @@ func (e queueEntry) election() string {
 	return e.key[:slash]
 }
 
-// blocker returns why nothing that takes part in the election will remove the key. Only a key that
-// will never expire may be deleted: whoever keeps a lease alive relies on its keys.
+// blocker returns why no candidate of this election will remove the key. It advises to delete only
+// a key that will never expire: whoever keeps a lease alive needs its keys.
 func (e queueEntry) blocker() *Blocker {
 	b := &Blocker{Key: quote.Printable(e.key)}
 	nested := e.election()
@@ -80,7 +80,7 @@ func (b *Blocker) warn(log *slog.Logger) {
 		"key", b.Key, "reason", b.Why, "remedy", b.Remedy)
 }
 
-// prefix is that of the election's keys: its name and a slash.
+// prefix is the prefix of the election's keys: its name and a slash.
 func (cfg *Config) prefix() string { return cfg.Election + "/" }
 
 // wholePrefix is a request for all keys with the prefix.

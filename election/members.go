@@ -19,18 +19,18 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// members are the endpoints of etcd, each with a connection of its own, so that which member is
-// asked is decided here and not by a balancer: etcd's client asks one after the other, and a
-// connection on which nothing arrives any more stays among them.
+// members are the endpoints of etcd, each with a connection of its own. So we decide which member
+// is asked, and not a balancer. The balancer of etcd's client takes one member after the other, and
+// keeps using a connection on which nothing arrives any more.
 type members struct {
 	hosts []*host // those of the endpoints that name one
 	mu    sync.Mutex
-	known []*member // more may be added, when a name has more addresses
+	known []*member // more are added when a name has more addresses
 	// current is the index of the member that gave the last good answer. Requests go there first.
 	current atomic.Int32
 	auth    *auth // nil: none
-	// closing counts the connections and watchers that are being closed, which can take a while
-	// when nobody answers.
+	// closing counts the connections and watchers that are being closed. That can take a while if
+	// nobody answers.
 	closing sync.WaitGroup
 }
 
@@ -61,13 +61,13 @@ func newMembers(cfg Config) (*members, error) {
 		}
 		ms.add(endpoint, h, 0, transport, cfg.DialTimeout)
 	}
-	// Many candidates have the same list: they should not all begin with the same member.
+	// Many candidates have the same list, and should not all begin with the same member.
 	ms.current.Store(rand.Int32N(int32(len(cfg.Endpoints))))
 	return ms, nil
 }
 
-// add makes one more member: the one of that number among those of the host, if the endpoint has
-// one.
+// add makes one more member. number is its number among the members of the host, if the endpoint
+// has a host name.
 func (ms *members) add(
 	endpoint string, h *host, number int,
 	transport credentials.TransportCredentials, dialTimeout time.Duration,
@@ -109,17 +109,17 @@ func (ms *members) add(
 	ms.known = append(ms.known, m)
 }
 
-// all returns the members there are by now. None is ever removed.
+// all returns the members known so far. None is ever removed.
 func (ms *members) all() []*member {
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
 	return ms.known
 }
 
-// reset replaces the connection of m, on which nothing arrives any more: when the network is back,
-// a new one is made at once, whereas the kernel would wait for its next retransmission, which can
-// be two minutes away. Until the new one is up the old one stays in use, for where packets are only
-// lost now and then it may be the first to be good again.
+// reset replaces the connection of m, on which nothing arrives any more. When the network is back,
+// a new connection is made at once. On the old one the kernel would wait for its next
+// retransmission, for up to two minutes. The old one stays in use until the new one is up: if only
+// some packets are lost, it may be the first to work again.
 func (ms *members) reset(m *member) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -134,8 +134,8 @@ func (ms *members) reset(m *member) {
 	ms.closing.Go(func() { ms.replace(m, next) })
 }
 
-// replace waits until the new connection is up, or closed, and then closes the old one, and with it
-// whatever waits there.
+// replace waits until the new connection is up or closed. Then it closes the old one, which ends
+// the requests that wait on it.
 func (ms *members) replace(m *member, next *clientv3.Client) {
 	conn := next.ActiveConnection()
 	for state := conn.GetState(); state != connectivity.Ready; state = conn.GetState() {
@@ -156,14 +156,15 @@ func (ms *members) replace(m *member, next *clientv3.Client) {
 	ms.closeClient(old)
 }
 
-// closeClient closes in the background, for gRPC waits seconds for its last word to be written.
+// closeClient closes in the background, because gRPC waits seconds for its last message to be
+// written.
 func (ms *members) closeClient(client *clientv3.Client) {
 	if client != nil {
 		ms.closing.Go(func() { _ = client.Close() })
 	}
 }
 
-// close ends all connections. It waits for them only briefly: those that nobody answers on end by
+// close ends all connections. It waits for them only briefly: those on which nobody answers end by
 // themselves.
 func (ms *members) close() {
 	if ms.auth != nil {

@@ -12,7 +12,7 @@ const (
 	renewalOK          = "ok"
 	renewalFailed      = "failed"      // answered with an error
 	renewalAbandoned   = "abandoned"   // not answered within a renewal interval
-	renewalUnconfirmed = "unconfirmed" // answered by a member that no longer leads etcd
+	renewalUnconfirmed = "unconfirmed" // answered by a member that is no longer etcd's leader
 )
 
 type metrics struct {

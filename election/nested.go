@@ -9,15 +9,15 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// Where one election's name is a prefix of another's, as jobs and jobs/backup, the candidates of
-// the one wait for those of the other, for ever. So a candidate looks for such elections once,
-// before its first key is put, with one request. What that reads is bounded, so it may overlook an
-// election; a key that then keeps us waiting shows as a Blocker.
+// If one election's name is a prefix of another's, such as jobs and jobs/backup, the candidates of
+// the first wait for those of the second, for ever. So a candidate looks for such elections once,
+// with one request, before it puts its first key. The request reads a bounded number of keys, so it
+// may overlook an election. A key that then keeps us waiting is shown as a Blocker.
 
 const (
 	// nestedLimit is how many keys are read of each range.
 	nestedLimit = 50
-	// nestedParents is of how many names around ours elections are looked for.
+	// nestedParents is how many of the names around ours are looked at.
 	nestedParents = 16
 )
 
@@ -34,11 +34,11 @@ func parents(election string) (names []string) {
 	return names
 }
 
-// The ranges in which the keys of other elections are looked for. A candidate's key ends with its
-// lease in hex, and nearly all leases begin with a digit.
+// The functions that follow make the ranges in which we look for keys of other elections. A
+// candidate's key ends with its lease in hex, and nearly all leases begin with a digit.
 
-// aroundRanges are ranges of the candidates of elections with these names. Elections beside ours
-// have their keys there as well; most of their names begin with another letter.
+// aroundRanges are the ranges with the candidates of elections with these names. They also have the
+// keys of elections beside ours, but few: most names begin with another letter.
 func aroundRanges(names []string) (ranges []*pb.RangeRequest) {
 	for _, name := range names {
 		ranges = append(ranges,
@@ -47,8 +47,8 @@ func aroundRanges(names []string) (ranges []*pb.RangeRequest) {
 	return ranges
 }
 
-// withinRanges are ranges of the keys below the election's prefix. Those of its own candidates, of
-// which there may be thousands, are nearly all in the second one.
+// withinRanges are the ranges with the keys below the election's prefix. The second range has
+// nearly all keys of the election's own candidates, which may be thousands.
 func withinRanges(election string) []*pb.RangeRequest {
 	return []*pb.RangeRequest{
 		nestedRange(election+"/", election+"/0"),
@@ -61,8 +61,8 @@ func nestedRange(from, to string) *pb.RangeRequest {
 	return &pb.RangeRequest{Key: []byte(from), RangeEnd: []byte(to), Limit: nestedLimit}
 }
 
-// findNested returns the key of a live candidate of an election within or around ours; of none: the
-// zero value.
+// findNested returns the key of a live candidate of an election within or around ours, or the zero
+// value.
 func (s *session) findNested(
 	ctx context.Context, ranges []*pb.RangeRequest,
 ) (queueEntry, error) {
@@ -76,7 +76,7 @@ func (s *session) findNested(
 			}
 			for _, kvs := range all {
 				for _, kv := range kvs {
-					// That the key is there says that its lease is alive.
+					// The key exists, so its lease is alive.
 					found := newQueueEntry("", kv)
 					other := found.election()
 					if other != "" && isNested(s.cfg.Election, other) {
@@ -93,8 +93,8 @@ func isNested(a, b string) bool {
 	return a != b && (strings.HasPrefix(a+"/", b+"/") || strings.HasPrefix(b+"/", a+"/"))
 }
 
-// refuseNested returns a NestedError where such an election is found, and otherwise once it is
-// known that none was. It does not look again in the same run.
+// refuseNested returns a NestedError if it finds such an election. It tries until etcd has
+// answered, and looks only once in a run.
 func (s *session) refuseNested(ctx context.Context) error {
 	if s.run.nestedChecked {
 		return nil

@@ -25,7 +25,7 @@ type Report struct {
 	Blockers []Blocker
 }
 
-// queryMembers opens the members for one question, and returns how long that may take.
+// queryMembers opens the members for one request, and returns the timeout of the request.
 func queryMembers(cfg Config) (*members, time.Duration, error) {
 	ms, err := newMembers(cfg)
 	if err != nil {
@@ -34,7 +34,7 @@ func queryMembers(cfg Config) (*members, time.Duration, error) {
 	return ms, 2 * cfg.DialTimeout, nil
 }
 
-// queryDelay is the hedge delay of such a question.
+// queryDelay is the hedge delay of such a request.
 func queryDelay(timeout time.Duration) time.Duration {
 	return min(timeout/8, 250*time.Millisecond)
 }
@@ -95,8 +95,9 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	return r, nil
 }
 
-// Revoke removes a candidate's key, which stays without its lease where somebody has overwritten
-// it, and revokes the lease. It asks all members, again and again, until both are gone or ctx ends.
+// Revoke removes a candidate's key and revokes its lease. (If somebody has overwritten the key, it
+// would stay without the lease.) It asks all members, again and again, until both are gone or ctx
+// ends.
 func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 	ms, timeout, err := queryMembers(cfg)
 	if err != nil {

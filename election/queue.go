@@ -16,9 +16,9 @@ import (
 
 // view is what the queue shows a candidate.
 type view struct {
-	watched bool        // our key can be put: all that happens to it will be seen
+	watched bool        // the watch is open: our key can be put
 	head    *queueEntry // whoever is first, leader or blocker
-	own     *queueEntry // nil until it is known who is ahead of us
+	own     *queueEntry // nil until we know who is ahead of us
 	blocker *Blocker    // the first one ahead of our own key
 }
 
@@ -30,32 +30,32 @@ func (v view) leader() *Entry {
 	return v.head.entry()
 }
 
-// queue keeps in memory who is ahead of us, by one read when our key has been put, and one watch
-// that was opened before. Whoever comes later is behind us and never matters to us, so the watch is
-// of deletions only: that a candidate joins costs the others nothing, and a change of leader costs
-// an event each. etcd's Election.Observe would cost a read and a watch per candidate at each
-// change, and it never says that there is no leader.
+// queue keeps in memory who is ahead of us. It reads that once, after our key has been put, and has
+// a watch that was opened before. Candidates that come later are behind us and never matter to us,
+// so the watch is only for deletions. So a candidate that joins costs the others nothing, and a
+// change of leader costs each an event. etcd's Election.Observe would cost each candidate a read
+// and a watch at each change, and it never reports that there is no leader.
 //
-// That one read is the only one of a join for which etcd reads the whole queue, as it does for
-// whatever it sorts or filters.
+// Only for this one read of a join does etcd read the whole queue, as for every request that sorts
+// or filters.
 type queue struct {
 	cfg queueConfig
-	// changed has room for one: somebody has to look at the view again.
+	// changed has room for one: the view has changed.
 	changed chan struct{}
 	// suspects has room for one: a member that does not renew our lease.
 	suspects chan *member
 	// puts has room for one: our key has been put.
 	puts chan struct{}
-	// first is closed once no key is ahead of ours. None will be again: keys made later are behind.
+	// first is closed once no key is ahead of ours. That is final: keys made later are behind us.
 	first chan struct{}
 
 	mu       sync.Mutex
 	watched  bool                  // it has been, at least once
 	created  int64                 // our key's create revision; 0: not put yet
-	entries  map[string]queueEntry // all that are ahead of our key, and that; nil: not read yet
+	entries  map[string]queueEntry // our key and all keys ahead of it; nil: not read yet
 	revision int64                 // at which entries were read
 	err      error                 // why it is not being watched, or not read
-	conn     *watchConn            // that serves the watch now, or served the last one
+	conn     *watchConn            // the watch that is open, or the last one
 }
 
 type queueConfig struct {
@@ -77,8 +77,8 @@ func newQueue(cfg queueConfig) *queue {
 	}
 }
 
-// run follows the queue until ctx ends. A watch that ends is no loss: it is opened again, on
-// another member if need be, and meanwhile the lease's deadlines decide.
+// run follows the queue until ctx ends. If the watch ends, the term does not: the watch is opened
+// again, on another member if necessary, and meanwhile the lease's deadlines decide.
 func (q *queue) run(ctx context.Context) {
 	wait := retry{}
 	for ctx.Err() == nil {
@@ -87,8 +87,8 @@ func (q *queue) run(ctx context.Context) {
 		q.mu.Lock()
 		q.err = err
 		q.mu.Unlock()
-		// A member that did not answer all the time may have too much to do: it would not help if
-		// all of us came back at once.
+		// A member that did not answer may have too much to do. It would not help if all candidates
+		// came back at once.
 		age := q.cfg.now() - started
 		if age > q.cfg.timing.TTL ||
 			age > q.cfg.timing.RenewInterval() && !errors.Is(err, errUnanswered) {
@@ -102,9 +102,9 @@ func (q *queue) run(ctx context.Context) {
 
 func (q *queue) heartbeat() { q.cfg.heartbeat.mark(q.cfg.now()) }
 
-// spread returns for how long to wait, by chance, before the queue is read again after its watch
-// has ended: those of all others may have ended too, and each of them reads as many keys as are
-// ahead of it. The first ones wait for next to nothing.
+// spread returns a random time to wait before the queue is read again after its watch has ended.
+// The watches of all others may have ended too, and each candidate reads as many keys as are ahead
+// of it. The first ones in the queue hardly wait.
 func (q *queue) spread() time.Duration {
 	q.mu.Lock()
 	keys := len(q.entries)
@@ -140,7 +140,7 @@ func (q *queue) ask(
 	return got.from, got.resp, nil
 }
 
-// loadAhead reads who is ahead of us, if our key has been put. An error is to be seen meanwhile.
+// loadAhead reads who is ahead of us, if our key has been put. An error is also kept for view.
 func (q *queue) loadAhead(ctx context.Context) error {
 	q.mu.Lock()
 	created := q.created
@@ -162,7 +162,7 @@ func (q *queue) loadAhead(ctx context.Context) error {
 	return nil
 }
 
-// put says that our key is in etcd, with this create revision.
+// put notes that our key is in etcd, with this create revision.
 func (q *queue) put(created int64) {
 	q.mu.Lock()
 	q.created = created
@@ -170,7 +170,7 @@ func (q *queue) put(created int64) {
 	poke(q.puts)
 }
 
-// isLoaded reports whether it was read who is ahead of our key.
+// isLoaded reports whether we have read who is ahead of our key.
 func (q *queue) isLoaded() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -200,7 +200,7 @@ func (q *queue) signalFirst() {
 	}
 }
 
-// setAhead takes over what loadAhead has read at that revision.
+// setAhead keeps what loadAhead has read at that revision.
 func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -216,10 +216,11 @@ func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 		q.cfg.lost(ErrKeyOverwritten)
 	}
 	poke(q.changed)
-	q.signalFirst() // last: on one CPU whoever is woken last runs first, and the job is waiting
+	// Last: on one CPU the goroutine that is woken last runs first, and the job is waiting.
+	q.signalFirst()
 }
 
-// apply takes over what a watch shows: deletions.
+// apply removes the keys whose deletion the watch shows.
 func (q *queue) apply(events []*clientv3.Event) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -228,7 +229,7 @@ func (q *queue) apply(events []*clientv3.Event) {
 		if key == q.cfg.own {
 			q.cfg.lost(ErrKeyDeleted)
 		}
-		// The key may have been made anew before it was read.
+		// The key may have been deleted and made again before it was read.
 		if _, ahead := q.entries[key]; ahead && event.Kv.ModRevision > q.revision {
 			delete(q.entries, key)
 			poke(q.changed)
@@ -237,7 +238,7 @@ func (q *queue) apply(events []*clientv3.Event) {
 	q.signalFirst()
 }
 
-// suspect has the queue followed on another member, if it is followed on that one.
+// suspect moves the watch to another member, if that member serves it.
 func (q *queue) suspect(m *member) {
 	select {
 	case q.suspects <- m:

@@ -11,7 +11,7 @@ import (
 	"leasehold/internal/quote"
 )
 
-// machine is the candidate's state machine, and all that Snapshot tells. Each event is a method;
+// machine is the candidate's state machine, and all that Snapshot shows. Each event is a method.
 // transition is the only way into a state.
 //
 //	    ┌────────────────── campaigningAgain, connecting ──────────────────────┐
@@ -38,7 +38,7 @@ type machine struct {
 	unpublished bool
 }
 
-// term is a term of which Lead is told.
+// term is a term in which Lead is called.
 type term struct {
 	end         context.CancelCauseFunc
 	over        bool // end was called
@@ -63,8 +63,8 @@ type change struct {
 	attrs  []any
 }
 
-// transition enters a state. Nothing else logs, counts or publishes that. The caller, an event,
-// holds m.mu and has looked at the state before.
+// transition enters a state. Nothing else logs, counts or publishes that. Its caller, an event,
+// holds m.mu and has checked the state.
 func (m *machine) transition(c change) {
 	from, before := m.snapshot.State, m.snapshot.Reason
 	isNew := from != c.to
@@ -114,13 +114,13 @@ func (m *machine) flush() {
 	}
 }
 
-// impossible reports an event that the state does not allow, which is a fault of this package. The
-// elector dies of it, and the guard kills the job.
+// impossible panics because of an event that the state does not allow, which is an internal error.
+// The elector exits, and the guard kills the job.
 func (m *machine) impossible(event string) {
 	panic(fmt.Sprintf("election: %s in state %q", event, m.snapshot.State))
 }
 
-// unlock ends an event, logs what it has to tell, and publishes what it has changed.
+// unlock ends an event. It logs the event's lines and publishes what the event has changed.
 func (m *machine) unlock() {
 	publish, logs := m.unpublished, len(m.lines) > 0
 	m.unpublished = false
@@ -158,7 +158,7 @@ func (m *machine) connecting(reason string) {
 	}
 }
 
-// campaigningAgain: a session begins. A reason of the last one's end stays.
+// campaigningAgain: a session begins. The reason why the last one ended stays.
 func (m *machine) campaigningAgain() {
 	m.mu.Lock()
 	defer m.unlock()
@@ -198,7 +198,7 @@ func (m *machine) entryLost(cause error) {
 	}
 }
 
-// elected: the candidate has won. It returns false, and does nothing, where stop-at has passed.
+// elected: the candidate has won. It returns false, and does nothing, if stop-at has passed.
 func (m *machine) elected(t *term, self Entry) (Deadlines, bool) {
 	m.mu.Lock()
 	defer m.unlock()
@@ -220,8 +220,8 @@ func (m *machine) elected(t *term, self Entry) (Deadlines, bool) {
 	return deadlines, true
 }
 
-// termEnded: the term is over for this cause, if one runs. The first cause counts. That the lease
-// or the key is lost is passed on to Lead also after a milder cause.
+// termEnded: the term is over for this cause, if one runs. The first cause counts. But Lead also
+// learns later that the lease or the key is lost.
 func (m *machine) termEnded(cause error) {
 	m.mu.Lock()
 	defer m.unlock()
@@ -280,7 +280,7 @@ func (m *machine) runEnded() {
 	}
 }
 
-// The methods that follow change what is known, and not the state.
+// The methods that follow change what we know, but not the state.
 
 // leased publishes the lease; all zero: there is none, and nothing is known of the queue.
 func (m *machine) leased(id int64, ttl time.Duration, d Deadlines) {
@@ -293,8 +293,8 @@ func (m *machine) leased(id int64, ttl time.Duration, d Deadlines) {
 	}
 }
 
-// renewed keeps the new deadlines, for the caller to publish. It reports whether a term is
-// extended by them: none that stop-at has ended is.
+// renewed keeps the new deadlines, for the caller to publish. It reports whether they extend a
+// term. They don't if stop-at has ended it.
 func (m *machine) renewed(d Deadlines) (extends bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -307,7 +307,7 @@ func (m *machine) queueChanged(leader *Entry, blocker *Blocker) {
 	m.mu.Lock()
 	defer m.unlock()
 	if m.snapshot.Leading {
-		// Ourselves: that was proven by more than a watch, which may be late.
+		// We lead: that was verified, and the watch may lag behind.
 		leader, blocker = m.snapshot.Leader, nil
 	}
 	newLeader := !same(m.snapshot.Leader, leader)

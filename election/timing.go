@@ -35,13 +35,13 @@ func NewTiming(granted, lossGrace, margin time.Duration) Timing {
 	return Timing{TTL: granted, LossGrace: lossGrace, Margin: margin}
 }
 
-// RenewInterval is the time between the sending of two renewals when all is well. It may be up to a
+// RenewInterval is the time between the sending of two renewals if nothing fails. It may be up to a
 // fifth shorter.
 func (t Timing) RenewInterval() time.Duration { return t.TTL / 5 }
 
-// hedgeDelay is for how long a request goes unanswered before another endpoint is asked as well.
-// However long the TTL is, a candidate that has won must not wait longer for the renewal that
-// proves it.
+// hedgeDelay is for how long a request goes unanswered before another endpoint is asked as well. It
+// is a second at most, however long the TTL is: a candidate that has won waits for the renewal that
+// confirms it.
 func (t Timing) hedgeDelay() time.Duration {
 	return min(max(t.TTL/20, 50*time.Millisecond), time.Second)
 }

@@ -16,7 +16,7 @@ import (
 )
 
 // reloading are transport credentials that read their files at each handshake, so that renewed
-// certificates are used without anybody watching them. Connections that are up stay up.
+// certificates are used. Connections that are up stay up.
 type reloading struct {
 	credentials.TransportCredentials // made of the files as they were at the start: for Info
 	files                            TLS
@@ -81,7 +81,7 @@ func (t TLS) load() (*tls.Config, error) {
 	return cfg, nil
 }
 
-// plain are transport credentials without TLS that tell when the endpoint seems to want it.
+// plain are transport credentials without TLS. They report it if the endpoint seems to expect TLS.
 type plain struct {
 	credentials.TransportCredentials
 }
