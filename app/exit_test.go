@@ -42,8 +42,10 @@ func TestEnding(t *testing.T) {
 		{fmt.Errorf("%w: x", errSetUp), 78, slog.LevelError},
 		{fmt.Errorf("the command %w", errNotExecutable), 126, slog.LevelError},
 		{fmt.Errorf("the command %w", errNotFound), 127, slog.LevelError},
-		{errors.Join(nil, &supervisor.ExitError{Exit: proctree.Exit{Code: 75}}), 75,
-			slog.LevelError},
+		{
+			errors.Join(nil, &supervisor.ExitError{Exit: proctree.Exit{Code: 75}}), 75,
+			slog.LevelError,
+		},
 		{&supervisor.ExitError{}, 0, slog.LevelInfo},
 		{&electorExit{guard.Exit{Why: "planned stop", Forced: true}}, 0, slog.LevelWarn},
 		{&electorExit{

@@ -44,9 +44,11 @@ func TestReport_JSON(t *testing.T) {
 		report election.Report
 		want   string
 	}{
-		{election.Report{},
+		{
+			election.Report{},
 			`{"name":"","election":"e","leader":null,"lease":null,"queue":[],"blocker":null,` +
-				`"blockers":[],"version":"v1"}`},
+				`"blockers":[],"version":"v1"}`,
+		},
 		{
 			election.Report{
 				Leader: &leader, LeaseID: 0x1f, LeaseTTL: 15 * time.Second,

@@ -45,8 +45,6 @@ const (
 // The fields have no `envconfig` tag on purpose. With such a tag the library also reads the
 // variables without the prefix: USERNAME, TTL, …. The `desc` tag is the text in help and
 // docs/reference.md; `shown` is the default there, where the true one is computed.
-//
-//nolint:lll // One variable a line.
 type Config struct {
 	Endpoints    []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, separated by commas; a bare host:port is http, or https if a LEASEHOLD_TLS_* variable is set; each address of a host name counts as an endpoint"`
 	Election     string   `split_words:"true" shown:"required" desc:"election key prefix, used as given: etcdctl elect --listen NAME sees the same election"`

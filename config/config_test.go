@@ -97,8 +97,10 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 		name      string
 		got, want any
 	}{
-		{"ENDPOINTS", strings.Join(cfg.Endpoints, " "),
-			"https://a:2379 https://b:2379 https://[::1]:2379"},
+		{
+			"ENDPOINTS", strings.Join(cfg.Endpoints, " "),
+			"https://a:2379 https://b:2379 https://[::1]:2379",
+		},
 		{"ELECTION", cfg.Election, "/jobs/a"},
 		{"IDENTITY", cfg.Identity, "b"},
 		{"TTL", cfg.TTL.Duration, 30 * time.Second},
@@ -181,158 +183,192 @@ func TestConfig_Refusals(t *testing.T) {
 	for _, c := range []struct {
 		name     string
 		settings string // Separated by blanks; "·" stands for a blank.
-		want     []string
+		want     string // Of each line a part.
 	}{
-		{"election missing", "ELECTION=", []string{"ELECTION: missing: write the name"}},
-		{"election too long", "ELECTION=" + strings.Repeat("x", 1025),
-			[]string{"ELECTION: 1025 bytes long: write 1024 at most"}},
-		{"election with newline", "ELECTION=a\n",
-			[]string{`ELECTION: "a\n" has a control character`}},
-		{"election with space", "ELECTION=a·b", []string{`ELECTION: "a b" has white space`}},
-		{"election with a strange space", "ELECTION=a\u00a0b",
-			[]string{"ELECTION: \"a\\u00a0b\" has white space"}},
-		{"election begins with space", "ELECTION=·a", []string{`ELECTION: " a" has white space`}},
-		{"election ends with a slash", "ELECTION=jobs/",
-			[]string{`ELECTION: "jobs/" ends with a slash`}},
-		{"election is a slash", "ELECTION=/", []string{`ELECTION: "/" ends with a slash`}},
-		{"election with two slashes", "ELECTION=jobs//a",
-			[]string{`ELECTION: "jobs//a" has two slashes`}},
-		{"election not UTF-8", "ELECTION=a\xff", []string{"ELECTION: not UTF-8"}},
-		{"identity too long", "IDENTITY=" + strings.Repeat("x", 1025),
-			[]string{"IDENTITY: 1025 bytes long"}},
-		{"identity with escape", "IDENTITY=\x1b[2J",
-			[]string{`IDENTITY: "\x1b[2J" has a control character`}},
+		{"election missing", "ELECTION=", "ELECTION: missing: write the name"},
+		{
+			"election too long", "ELECTION=" + strings.Repeat("x", 1025),
+			"ELECTION: 1025 bytes long: write 1024 at most",
+		},
+		{"election with newline", "ELECTION=a\n", `ELECTION: "a\n" has a control character`},
+		{"election with space", "ELECTION=a·b", `ELECTION: "a b" has white space`},
+		{
+			"election with a strange space", "ELECTION=a\u00a0b",
+			"ELECTION: \"a\\u00a0b\" has white space",
+		},
+		{"election begins with space", "ELECTION=·a", `ELECTION: " a" has white space`},
+		{"election ends with a slash", "ELECTION=jobs/", `ELECTION: "jobs/" ends with a slash`},
+		{"election is a slash", "ELECTION=/", `ELECTION: "/" ends with a slash`},
+		{"election with two slashes", "ELECTION=jobs//a", `ELECTION: "jobs//a" has two slashes`},
+		{"election not UTF-8", "ELECTION=a\xff", "ELECTION: not UTF-8"},
+		{"identity too long", "IDENTITY=" + strings.Repeat("x", 1025), "IDENTITY: 1025 bytes long"},
+		{"identity with escape", "IDENTITY=\x1b[2J", `IDENTITY: "\x1b[2J" has a control character`},
 
-		{"no unit", "TTL=15", []string{`TTL: "15" has no unit: write 15s`}},
-		{"no duration", "TTL=1d", []string{`TTL: "1d" is not a duration: write for example 15s`}},
-		{"TTL too short", "TTL=1s", []string{"TTL: 1s is too short: write 2s or more"}},
-		{"TTL zero", "TTL=0s", []string{"TTL: 0s is too short"}},
-		{"TTL negative", "TTL=-5s", []string{`TTL: "-5s" is negative`}},
-		{"TTL not in seconds", "TTL=2500ms",
-			[]string{"TTL: 2.5s is not in whole seconds, and etcd knows no others: write 2s"}},
-		{"TTL far too long", "TTL=9000000000s",
-			[]string{`TTL: "9000000000s" is too long: write 8760h`}},
-		{"TTL too long", "TTL=301s", []string{"TTL: 5m1s is too long: write 5m (300s) or less"}},
-		{"TTL beyond all bounds", "TTL=99999999999999999999s",
-			[]string{`TTL: "99999999999999999999s" is not a duration`}},
-		{"arithmetic", "TTL=5s LOSS_GRACE=2s", []string{
+		{"no unit", "TTL=15", `TTL: "15" has no unit: write 15s`},
+		{"no duration", "TTL=1d", `TTL: "1d" is not a duration: write for example 15s`},
+		{"TTL too short", "TTL=1s", "TTL: 1s is too short: write 2s or more"},
+		{"TTL zero", "TTL=0s", "TTL: 0s is too short"},
+		{"TTL negative", "TTL=-5s", `TTL: "-5s" is negative`},
+		{
+			"TTL not in seconds", "TTL=2500ms",
+			"TTL: 2.5s is not in whole seconds, and etcd knows no others: write 2s",
+		},
+		{"TTL far too long", "TTL=9000000000s", `TTL: "9000000000s" is too long: write 8760h`},
+		{"TTL too long", "TTL=301s", "TTL: 5m1s is too long: write 5m (300s) or less"},
+		{
+			"TTL beyond all bounds", "TTL=99999999999999999999s",
+			`TTL: "99999999999999999999s" is not a duration`,
+		},
+		{
+			"arithmetic", "TTL=5s LOSS_GRACE=2s",
 			"TTL: loss grace 2s + margin 500ms + 3 × renewal interval 1s = 5.5s" +
 				" is more than the TTL 5s: raise it, or lower LEASEHOLD_LOSS_GRACE",
-		}},
-		{"arithmetic of the margin", "TTL=10s MARGIN=3s", []string{
+		},
+		{
+			"arithmetic of the margin", "TTL=10s MARGIN=3s",
 			"TTL: loss grace 2s + margin 3s + 3 × renewal interval 2s = 11s is more than",
-		}},
-		{"stop grace", "STOP_GRACE=-1s", []string{`STOP_GRACE: "-1s" is negative`}},
-		{"loss grace", "LOSS_GRACE=-1s", []string{`LOSS_GRACE: "-1s" is negative`}},
-		{"margin", "MARGIN=0s", []string{"MARGIN: 0s is too short"}},
-		{"wait", "WAIT=soon", []string{`WAIT: "soon" is not a duration`}},
-		{"dial timeout", "DIAL_TIMEOUT=0", []string{"DIAL_TIMEOUT: 0s is too short"}},
-		{"fraction without unit", "STOP_GRACE=0.5",
-			[]string{`STOP_GRACE: "0.5" has no unit: write 0.5s`}},
+		},
+		{"stop grace", "STOP_GRACE=-1s", `STOP_GRACE: "-1s" is negative`},
+		{"loss grace", "LOSS_GRACE=-1s", `LOSS_GRACE: "-1s" is negative`},
+		{"margin", "MARGIN=0s", "MARGIN: 0s is too short"},
+		{"wait", "WAIT=soon", `WAIT: "soon" is not a duration`},
+		{"dial timeout", "DIAL_TIMEOUT=0", "DIAL_TIMEOUT: 0s is too short"},
+		{"fraction without unit", "STOP_GRACE=0.5", `STOP_GRACE: "0.5" has no unit: write 0.5s`},
 
-		{"signal number", "STOP_SIGNAL=15", []string{`STOP_SIGNAL: "15" is a number: write TERM`}},
-		{"signal unknown", "STOP_SIGNAL=STOPP",
-			[]string{`STOP_SIGNAL: "STOPP" is not the name of a signal`}},
-		{"signal SIGSIGTERM", "STOP_SIGNAL=SIGSIGTERM", []string{"STOP_SIGNAL: "}},
-		{"signal KILL", "STOP_SIGNAL=SIGKILL", []string{
+		{"signal number", "STOP_SIGNAL=15", `STOP_SIGNAL: "15" is a number: write TERM`},
+		{"signal unknown", "STOP_SIGNAL=STOPP", `STOP_SIGNAL: "STOPP" is not the name of a signal`},
+		{"signal SIGSIGTERM", "STOP_SIGNAL=SIGSIGTERM", "STOP_SIGNAL: "},
+		{
+			"signal KILL", "STOP_SIGNAL=SIGKILL",
 			`STOP_SIGNAL: "SIGKILL" leaves the job no time to stop:` +
 				" for that write LEASEHOLD_STOP_GRACE=0s",
-		}},
-		{"signal STOP", "STOP_SIGNAL=STOP", []string{`STOP_SIGNAL: "STOP" freezes a job`}},
+		},
+		{"signal STOP", "STOP_SIGNAL=STOP", `STOP_SIGNAL: "STOP" freezes a job`},
 
-		{"restart", "RESTART=OnFailure",
-			[]string{`RESTART: "onfailure" is unknown: write always, on-failure or never`}},
-		{"restart limit", "RESTART_LIMIT=-1",
-			[]string{`RESTART_LIMIT: "-1" is not a whole number`}},
-		{"restart limit huge", "RESTART_LIMIT=99999999999", []string{"RESTART_LIMIT: "}},
-		{"log level", "LOG_LEVEL=verbose",
-			[]string{`LOG_LEVEL: "verbose" is unknown: write debug, info, warn or error`}},
-		{"log format", "LOG_FORMAT=xml",
-			[]string{`LOG_FORMAT: "xml" is unknown: write text or json`}},
+		{
+			"restart", "RESTART=OnFailure",
+			`RESTART: "onfailure" is unknown: write always, on-failure or never`,
+		},
+		{"restart limit", "RESTART_LIMIT=-1", `RESTART_LIMIT: "-1" is not a whole number`},
+		{"restart limit huge", "RESTART_LIMIT=99999999999", "RESTART_LIMIT: "},
+		{
+			"log level", "LOG_LEVEL=verbose",
+			`LOG_LEVEL: "verbose" is unknown: write debug, info, warn or error`,
+		},
+		{"log format", "LOG_FORMAT=xml", `LOG_FORMAT: "xml" is unknown: write text or json`},
 
-		{"listen port alone", "LISTEN=4040",
-			[]string{`LISTEN: "4040" is not host:port: write host:port`}},
-		{"listen URL", "LISTEN=http://127.0.0.1:4040",
-			[]string{`LISTEN: "http://127.0.0.1:4040" is not host:port`}},
-		{"listen bare IPv6", "LISTEN=::1:4040",
-			[]string{`LISTEN: "::1:4040" is not host:port (an IPv6 address needs brackets`}},
-		{"listen port name", "LISTEN=:http",
-			[]string{`LISTEN: ":http" has no port number from 0 to 65535`}},
-		{"listen port high", "LISTEN=:65536", []string{`LISTEN: ":65536" has no port number`}},
-		{"listen Off", "LISTEN=OFF", []string{`LISTEN: "OFF" is not host:port`}},
+		{"listen port alone", "LISTEN=4040", `LISTEN: "4040" is not host:port: write host:port`},
+		{
+			"listen URL", "LISTEN=http://127.0.0.1:4040",
+			`LISTEN: "http://127.0.0.1:4040" is not host:port`,
+		},
+		{
+			"listen bare IPv6", "LISTEN=::1:4040",
+			`LISTEN: "::1:4040" is not host:port (an IPv6 address needs brackets`,
+		},
+		{"listen port name", "LISTEN=:http", `LISTEN: ":http" has no port number from 0 to 65535`},
+		{"listen port high", "LISTEN=:65536", `LISTEN: ":65536" has no port number`},
+		{"listen Off", "LISTEN=OFF", `LISTEN: "OFF" is not host:port`},
 
-		{"endpoint blank", "ENDPOINTS=·", []string{"ENDPOINTS: blank"}},
-		{"endpoint empty", "ENDPOINTS=a:1,,b:1", []string{"ENDPOINTS: entry 2 is empty"}},
-		{"endpoint space", "ENDPOINTS=a:1,·b:1", []string{"ENDPOINTS: entry 2 has a space"}},
-		{"endpoint without port", "ENDPOINTS=etcd",
-			[]string{`ENDPOINTS: entry 1 "etcd" is not host:port`}},
-		{"endpoint URL without port", "ENDPOINTS=http://etcd",
-			[]string{`ENDPOINTS: entry 1 "etcd" is not host:port`}},
-		{"endpoint without host", "ENDPOINTS=:2379",
-			[]string{`ENDPOINTS: entry 1 ":2379" has no host`}},
-		{"endpoint port 0", "ENDPOINTS=a:0",
-			[]string{`ENDPOINTS: entry 1 "a:0" has no port number from 1`}},
-		{"endpoint path", "ENDPOINTS=http://a:1/v3",
-			[]string{`ENDPOINTS: entry 1 "http://a:1/v3" has more than host and port`}},
-		{"endpoint query", "ENDPOINTS=http://a:1?x", []string{`has more than host and port`}},
-		{"endpoint scheme", "ENDPOINTS=unix://a:1",
-			[]string{`ENDPOINTS: entry 1 "unix://a:1" has an unknown scheme`}},
-		{"endpoint bare IPv6", "ENDPOINTS=::1",
-			[]string{`ENDPOINTS: entry 1 "::1" is not host:port (an IPv6`}},
-		{"endpoint escape", "ENDPOINTS=a%zz:1",
-			[]string{`ENDPOINTS: entry 1 "a%zz:1" is no address`}},
-		{"endpoint user", "ENDPOINTS=http://root:hunter2@a:1",
-			[]string{"ENDPOINTS: entry 1 has a user name in it: set LEASEHOLD_USERNAME"}},
-		{"endpoint twice", "ENDPOINTS=a:1,http://a:1",
-			[]string{"ENDPOINTS: entry 2 names a:1 again"}},
-		{"endpoints mixed", "ENDPOINTS=http://a:1,https://b:1",
-			[]string{"ENDPOINTS: http and https are mixed"}},
-		{"endpoints mixed by bare ones", "ENDPOINTS=a:1,https://b:1",
-			[]string{"ENDPOINTS: http and https are mixed"}},
-		{"http with TLS", "ENDPOINTS=http://a:1 TLS_SERVER_NAME=x",
-			[]string{"ENDPOINTS: http goes without TLS, but LEASEHOLD_TLS_* is set"}},
-		{"default with TLS", "TLS_SERVER_NAME=x", []string{"ENDPOINTS: http goes without TLS"}},
+		{"endpoint blank", "ENDPOINTS=·", "ENDPOINTS: blank"},
+		{"endpoint empty", "ENDPOINTS=a:1,,b:1", "ENDPOINTS: entry 2 is empty"},
+		{"endpoint space", "ENDPOINTS=a:1,·b:1", "ENDPOINTS: entry 2 has a space"},
+		{"endpoint without port", "ENDPOINTS=etcd", `ENDPOINTS: entry 1 "etcd" is not host:port`},
+		{
+			"endpoint URL without port", "ENDPOINTS=http://etcd",
+			`ENDPOINTS: entry 1 "etcd" is not host:port`,
+		},
+		{"endpoint without host", "ENDPOINTS=:2379", `ENDPOINTS: entry 1 ":2379" has no host`},
+		{"endpoint port 0", "ENDPOINTS=a:0", `ENDPOINTS: entry 1 "a:0" has no port number from 1`},
+		{
+			"endpoint path", "ENDPOINTS=http://a:1/v3",
+			`ENDPOINTS: entry 1 "http://a:1/v3" has more than host and port`,
+		},
+		{"endpoint query", "ENDPOINTS=http://a:1?x", `has more than host and port`},
+		{
+			"endpoint scheme", "ENDPOINTS=unix://a:1",
+			`ENDPOINTS: entry 1 "unix://a:1" has an unknown scheme`,
+		},
+		{
+			"endpoint bare IPv6", "ENDPOINTS=::1",
+			`ENDPOINTS: entry 1 "::1" is not host:port (an IPv6`,
+		},
+		{"endpoint escape", "ENDPOINTS=a%zz:1", `ENDPOINTS: entry 1 "a%zz:1" is no address`},
+		{
+			"endpoint user", "ENDPOINTS=http://root:hunter2@a:1",
+			"ENDPOINTS: entry 1 has a user name in it: set LEASEHOLD_USERNAME",
+		},
+		{"endpoint twice", "ENDPOINTS=a:1,http://a:1", "ENDPOINTS: entry 2 names a:1 again"},
+		{
+			"endpoints mixed", "ENDPOINTS=http://a:1,https://b:1",
+			"ENDPOINTS: http and https are mixed",
+		},
+		{
+			"endpoints mixed by bare ones", "ENDPOINTS=a:1,https://b:1",
+			"ENDPOINTS: http and https are mixed",
+		},
+		{
+			"http with TLS", "ENDPOINTS=http://a:1 TLS_SERVER_NAME=x",
+			"ENDPOINTS: http goes without TLS, but LEASEHOLD_TLS_* is set",
+		},
+		{"default with TLS", "TLS_SERVER_NAME=x", "ENDPOINTS: http goes without TLS"},
 
-		{"CA missing", "ENDPOINTS=a:1 TLS_CA_FILE=" + missing,
-			[]string{"TLS_CA_FILE: open " + missing}},
-		{"CA empty", "ENDPOINTS=a:1 TLS_CA_FILE=" + empty,
-			[]string{"TLS_CA_FILE: " + empty + " holds no certificate"}},
-		{"certificate alone", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0],
-			[]string{"TLS_KEY_FILE: missing beside LEASEHOLD_TLS_CERT_FILE"}},
-		{"key alone", "ENDPOINTS=a:1 TLS_KEY_FILE=" + pair[1],
-			[]string{"TLS_CERT_FILE: missing beside LEASEHOLD_TLS_KEY_FILE"}},
-		{"key missing", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + missing,
-			[]string{"TLS_KEY_FILE: open " + missing}},
-		{"key of another", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + other[1],
-			[]string{"TLS_CERT_FILE: tls: private key does not match"}},
+		{"CA missing", "ENDPOINTS=a:1 TLS_CA_FILE=" + missing, "TLS_CA_FILE: open " + missing},
+		{
+			"CA empty", "ENDPOINTS=a:1 TLS_CA_FILE=" + empty,
+			"TLS_CA_FILE: " + empty + " holds no certificate",
+		},
+		{
+			"certificate alone", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0],
+			"TLS_KEY_FILE: missing beside LEASEHOLD_TLS_CERT_FILE",
+		},
+		{
+			"key alone", "ENDPOINTS=a:1 TLS_KEY_FILE=" + pair[1],
+			"TLS_CERT_FILE: missing beside LEASEHOLD_TLS_KEY_FILE",
+		},
+		{
+			"key missing", "ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + missing,
+			"TLS_KEY_FILE: open " + missing,
+		},
+		{
+			"key of another",
+			"ENDPOINTS=a:1 TLS_CERT_FILE=" + pair[0] + " TLS_KEY_FILE=" + other[1],
+			"TLS_CERT_FILE: tls: private key does not match",
+		},
 
-		{"user alone", "USERNAME=u", []string{"USERNAME: set without a password"}},
-		{"password alone", "PASSWORD=hunter2", []string{"USERNAME: missing beside the password"}},
-		{"two passwords", "USERNAME=u PASSWORD=hunter2 PASSWORD_FILE=" + pair[0],
-			[]string{"PASSWORD_FILE: set together with LEASEHOLD_PASSWORD"}},
-		{"password file missing", "USERNAME=u PASSWORD_FILE=" + missing,
-			[]string{"PASSWORD_FILE: open " + missing}},
-		{"password file empty", "USERNAME=u PASSWORD_FILE=" + empty,
-			[]string{"PASSWORD_FILE: " + empty + " holds no password"}},
+		{"user alone", "USERNAME=u", "USERNAME: set without a password"},
+		{"password alone", "PASSWORD=hunter2", "USERNAME: missing beside the password"},
+		{
+			"two passwords", "USERNAME=u PASSWORD=hunter2 PASSWORD_FILE=" + pair[0],
+			"PASSWORD_FILE: set together with LEASEHOLD_PASSWORD",
+		},
+		{
+			"password file missing", "USERNAME=u PASSWORD_FILE=" + missing,
+			"PASSWORD_FILE: open " + missing,
+		},
+		{
+			"password file empty", "USERNAME=u PASSWORD_FILE=" + empty,
+			"PASSWORD_FILE: " + empty + " holds no password",
+		},
 
-		{"unknown", "ELECTIO=a",
-			[]string{"ELECTIO: unknown variable: did you mean LEASEHOLD_ELECTION?"}},
-		{"unknown, part of a name", "CA_FILE=a",
-			[]string{"CA_FILE: unknown variable: did you mean LEASEHOLD_TLS_CA_FILE?"}},
-		{"unknown, like none", "QWERTYUIOP=hunter2",
-			[]string{"QWERTYUIOP: unknown variable: unset it"}},
-		{"unknown, near a service link", "PORTS=1", []string{"PORTS: unknown variable"}},
-		{"unknown, near a port link", "WEB_PORT_80=1", []string{"WEB_PORT_80: unknown variable"}},
+		{"unknown", "ELECTIO=a", "ELECTIO: unknown variable: did you mean LEASEHOLD_ELECTION?"},
+		{
+			"unknown, part of a name", "CA_FILE=a",
+			"CA_FILE: unknown variable: did you mean LEASEHOLD_TLS_CA_FILE?",
+		},
+		{"unknown, like none", "QWERTYUIOP=hunter2", "QWERTYUIOP: unknown variable: unset it"},
+		{"unknown, near a service link", "PORTS=1", "PORTS: unknown variable"},
+		{"unknown, near a port link", "WEB_PORT_80=1", "WEB_PORT_80: unknown variable"},
 
 		{"all at once", "ELECTION= TTL=15 ENDPOINTS=a STOP_SIGNAL=9 RESTART=x RESTART_LIMIT=x" +
 			" NO_NEW_PRIVS=x WAIT=x LISTEN=x LOG_LEVEL=x LOG_FORMAT=x TLS_CA_FILE=/x" +
 			" TLS_KEY_FILE=/x USERNAME=u DIAL_TIMEOUT=x MARGIN=x LOSS_GRACE=x STOP_GRACE=x" +
-			" IDENTITY=\x01 XYZXYZXYZ=1", []string{
+			" IDENTITY=\x01 XYZXYZXYZ=1", strings.Join([]string{
 			"TTL: ", "STOP_SIGNAL: ", "STOP_GRACE: ", "LOSS_GRACE: ", "MARGIN: ",
 			"RESTART_LIMIT: ", "WAIT: ", "LOG_LEVEL: ", "DIAL_TIMEOUT: ", "ENDPOINTS: ",
 			"ELECTION: ", "IDENTITY: ", "RESTART: ", "NO_NEW_PRIVS: ", "LISTEN: ",
 			"LOG_FORMAT: ", "TLS_CA_FILE: ", "TLS_CERT_FILE: ", "USERNAME: ", "XYZXYZXYZ: ",
-		}},
+		}, "\n")},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			settings := strings.Split(c.settings, " ")
@@ -347,14 +383,14 @@ func TestConfig_Refusals(t *testing.T) {
 			if err == nil {
 				t.Fatal("accepted")
 			}
-			lines := strings.Split(err.Error(), "\n")
-			if len(lines) != len(c.want) {
-				t.Fatalf("%d problems, want %d:\n%v", len(lines), len(c.want), err)
+			lines, wanted := strings.Split(err.Error(), "\n"), strings.Split(c.want, "\n")
+			if len(lines) != len(wanted) {
+				t.Fatalf("%d problems, want %d:\n%v", len(lines), len(wanted), err)
 			}
 			if strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("a secret is told: %v", err)
 			}
-			for _, want := range c.want {
+			for _, want := range wanted {
 				found := slices.ContainsFunc(lines, func(line string) bool {
 					return strings.HasPrefix(line, Prefix+"_") && strings.Contains(line, want)
 				})
@@ -397,8 +433,10 @@ func TestConfig_OnlyWhatTheUseNeedsIsChecked(t *testing.T) {
 		{"check", "LISTEN=x", "LISTEN: "},
 		{"status", "ELECTION=e RESTART=x LISTEN=x TTL=x", ""},
 		{"status", "", "ELECTION: missing"},
-		{"status", "ELECTION=e ENDPOINT=a:1",
-			"ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?"},
+		{
+			"status", "ELECTION=e ENDPOINT=a:1",
+			"ENDPOINT: unknown variable: did you mean LEASEHOLD_ENDPOINTS?",
+		},
 		{"status", "ELECTION=e TLS_CA_FILE=/missing ENDPOINTS=a:1", "TLS_CA_FILE: "},
 	} {
 		_, err := load(t, c.use, strings.Fields(c.settings)...)

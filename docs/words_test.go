@@ -14,8 +14,8 @@ import (
 
 // A retired word is one that we no longer use in what users read: another word has taken its place,
 // usually that of etcd, systemd or Kubernetes. A phrase is allowed where the word has the meaning
-// that a dictionary gives first. Words that are mostly plain English (place, row, turn) are not here,
-// except in the phrases in which they meant something of ours.
+// that a dictionary gives first. Words that are mostly plain English (place, row, turn) are not
+// here, except in the phrases in which they meant something of ours.
 type retired struct {
 	word    string // a regular expression; whole words, in any case
 	instead string
@@ -45,7 +45,10 @@ var retiredWords = []retired{
 	{"patience|patient", "wait timeout", ""},
 	{"beats?", "heartbeat", ""},
 	{"legs?", "watch connection", ""},
-	{"loops? turns?|still turns?|(each|every|its|their) turns?", "heartbeat, runs, queue entry", ""},
+	{
+		"loops? turns?|still turns?|(each|every|its|their) turns?",
+		"heartbeat, runs, queue entry", "",
+	},
 	{"turn(s|ed)? 503", "answer 503", ""},
 	{"untouched", "not moved", ""},
 	{"aveng(e|es|ing)|buried|hurr(y|ies|ied)", "kill in the guard's place; exited; force", ""},

@@ -27,8 +27,11 @@ func TestHedge(t *testing.T) {
 			{"two unanswered", answers{
 				answerIn(1e6, nil), answerIn(1e6, nil), answerIn(5, nil),
 			}, 205 * ms, 2, nil},
-			{"all failed", answers{answerIn(10, refused), answerIn(10, refused)},
-				20 * ms, 0, refused},
+			{
+				"all failed",
+				answers{answerIn(10, refused), answerIn(10, refused)},
+				20 * ms, 0, refused,
+			},
 			{"none", answers{
 				answerIn(1e6, nil), answerIn(1e6, nil),
 			}, time.Second, 1, context.DeadlineExceeded},

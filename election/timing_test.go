@@ -11,10 +11,14 @@ func TestNewTiming(t *testing.T) {
 		granted, lossGrace, margin time.Duration
 		want                       Timing
 	}{
-		{15 * time.Second, -1, -1,
-			Timing{15 * time.Second, 3 * time.Second, 1500 * time.Millisecond}},
-		{2 * time.Second, -1, -1,
-			Timing{2 * time.Second, 400 * time.Millisecond, 200 * time.Millisecond}},
+		{
+			15 * time.Second, -1, -1,
+			Timing{15 * time.Second, 3 * time.Second, 1500 * time.Millisecond},
+		},
+		{
+			2 * time.Second, -1, -1,
+			Timing{2 * time.Second, 400 * time.Millisecond, 200 * time.Millisecond},
+		},
 		{time.Second, -1, -1, Timing{time.Second, 200 * time.Millisecond, 200 * time.Millisecond}},
 		{15 * time.Second, 0, time.Second, Timing{15 * time.Second, 0, time.Second}},
 	} {

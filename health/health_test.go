@@ -44,38 +44,62 @@ func TestTruth(t *testing.T) {
 	}{
 		{"leading", at, leading(), "", "", "", "leading"},
 		{"just before stop-at", 110*time.Second - 1, leading(), "", "", "", "leading"},
-		{"at stop-at", 110 * time.Second, leading(), "", "stop-at has passed",
-			"stop-at has passed", "stopping"},
-		{"past the lease's end", 200 * time.Second, leading(), "", "stopping",
-			"stopping", "stopping"},
-		{"leading without a lease", at, leading(func(s *Snapshot) { s.StopAt, s.End = 0, 0 }), "",
-			"", "stop-at has passed", "leading"},
-		{"term lost", at, leading(func(s *Snapshot) { s.Leading = false }), "", "",
-			"the term has ended", "leading"},
-		{"stopping", at, leading(func(s *Snapshot) { s.State = Stopping }), "", "stopping",
-			"stopping", "stopping"},
-		{"job starting", at, leading(func(s *Snapshot) { s.Job.State = "starting" }), "", "",
-			"the job is not running: starting", "leading"},
-		{"job in backoff", at, leading(func(s *Snapshot) { s.Job.State = "backoff" }), "", "",
-			"the job is not running: backoff", "leading"},
-		{"job stopping", at, leading(func(s *Snapshot) { s.Job.State = "stopping" }), "", "",
-			"the job is not running: stopping", "leading"},
-		{"no job state", at, leading(func(s *Snapshot) { s.Job = Job{} }), "", "",
-			"the job is not running: none", "leading"},
-		{"no job wanted", at, leading(func(s *Snapshot) { s.JobWanted, s.Job = false, Job{} }), "",
-			"", "", "leading"},
+		{
+			"at stop-at", 110 * time.Second, leading(),
+			"", "stop-at has passed", "stop-at has passed", "stopping",
+		},
+		{
+			"past the lease's end", 200 * time.Second, leading(),
+			"", "stopping", "stopping", "stopping",
+		},
+		{
+			"leading without a lease", at, leading(func(s *Snapshot) { s.StopAt, s.End = 0, 0 }),
+			"", "", "stop-at has passed", "leading",
+		},
+		{
+			"term lost", at, leading(func(s *Snapshot) { s.Leading = false }),
+			"", "", "the term has ended", "leading",
+		},
+		{
+			"stopping", at, leading(func(s *Snapshot) { s.State = Stopping }),
+			"", "stopping", "stopping", "stopping",
+		},
+		{
+			"job starting", at, leading(func(s *Snapshot) { s.Job.State = "starting" }),
+			"", "", "the job is not running: starting", "leading",
+		},
+		{
+			"job in backoff", at, leading(func(s *Snapshot) { s.Job.State = "backoff" }),
+			"", "", "the job is not running: backoff", "leading",
+		},
+		{
+			"job stopping", at, leading(func(s *Snapshot) { s.Job.State = "stopping" }),
+			"", "", "the job is not running: stopping", "leading",
+		},
+		{
+			"no job state", at, leading(func(s *Snapshot) { s.Job = Job{} }),
+			"", "", "the job is not running: none", "leading",
+		},
+		{
+			"no job wanted", at, leading(func(s *Snapshot) { s.JobWanted, s.Job = false, Job{} }),
+			"", "", "", "leading",
+		},
 		{"standby", at, leading(standby), "", "", "standby: a leads", ""},
 		{"standby past stop-at", 112 * time.Second, leading(standby), "", "", "standby", ""},
-		{"standby past its lease's end", 115 * time.Second, leading(standby), "",
-			"the lease has expired", "the lease has expired", "the lease has expired"},
+		{
+			"standby past its lease's end", 115 * time.Second, leading(standby),
+			"", "the lease has expired", "the lease has expired", "the lease has expired",
+		},
 		{
 			"connecting", at,
 			Snapshot{State: Connecting, Reason: "etcd does not answer"},
 			"", "connecting: etcd does not answer", "connecting: etcd does not answer",
 			"connecting: etcd does not answer",
 		},
-		{"hung", at, leading(func(s *Snapshot) { s.Live = errors.New("no heartbeat for 5s") }),
-			"no heartbeat for 5s", "", "", "leading"},
+		{
+			"hung", at, leading(func(s *Snapshot) { s.Live = errors.New("no heartbeat for 5s") }),
+			"no heartbeat for 5s", "", "", "leading",
+		},
 		{"nothing yet", at, Snapshot{}, "", "no state yet", "no state yet", "no state yet"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -136,7 +160,8 @@ func TestStatus_JSON(t *testing.T) {
 		snapshot Snapshot
 		want     string
 	}{
-		{"nothing", 0,
+		{
+			"nothing", 0,
 			Snapshot{Election: "e", Identity: "i", State: Connecting, Reason: `etcd says "no" <&>`},
 			`{
   "name": "",
@@ -157,7 +182,8 @@ func TestStatus_JSON(t *testing.T) {
   "since": null,
   "version": "v1"
 }
-`},
+`,
+		},
 		{"everything", 100*time.Second + 1, leading(func(s *Snapshot) {
 			s.Job.Restarts, s.Job.LastExit = 3, exit
 			s.Blocker = &Blocker{
@@ -199,7 +225,8 @@ func TestStatus_JSON(t *testing.T) {
   "version": "v1"
 }
 `},
-		{"cut off", 120 * time.Second,
+		{
+			"cut off", 120 * time.Second,
 			leading(func(s *Snapshot) { s.Job.LastExit = &Exit{Code: -1, Signal: "SIGKILL"} }), `{
   "name": "",
   "election": "jobs/a",
@@ -227,7 +254,8 @@ func TestStatus_JSON(t *testing.T) {
   "since": "2026-02-03T04:04:55Z",
   "version": "v1"
 }
-`},
+`,
+		},
 	} {
 		wall := time.Date(2026, 2, 3, 4, 5, 5, 0, time.UTC)
 		if got := string(c.snapshot.update(c.now, wall).json(c.now, "v1")); got != c.want {

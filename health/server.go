@@ -41,8 +41,10 @@ func Endpoints() []Endpoint {
 	return []Endpoint{
 		{"/livez", "200 while the elector's own loops send heartbeats, whatever etcd does"},
 		{"/readyz", "200 while the candidate is in the election, waiting or leading"},
-		{"/leader",
-			"200 only while leading, before stop-at, with the job running (or none asked for)"},
+		{
+			"/leader",
+			"200 only while leading, before stop-at, with the job running (or none asked for)",
+		},
 		{"/standby", "200 only while waiting in the queue"},
 		{
 			"/status",

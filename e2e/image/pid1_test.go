@@ -370,14 +370,23 @@ func TestInstall(t *testing.T) {
 		want       string
 	}{
 		{"a read-only root", "/", nil, "read-only file system"},
-		{"a read-only volume", "/shared", []string{"-v", volume + ":/shared:ro"},
-			"read-only file system"},
+		{
+			"a read-only volume", "/shared",
+			[]string{"-v", volume + ":/shared:ro"},
+			"read-only file system",
+		},
 		{"no such directory", "/nowhere/", shared, "no such file or directory"},
 		{"no such parent", "/shared/no/leasehold", shared, "no such file or directory"},
-		{"a volume of another user", "/owned", []string{"--tmpfs", "/owned:mode=0755"},
-			"permission denied"},
-		{"a full volume", "/small", []string{"--tmpfs", "/small:size=1m,mode=1777"},
-			"no space left on device"},
+		{
+			"a volume of another user", "/owned",
+			[]string{"--tmpfs", "/owned:mode=0755"},
+			"permission denied",
+		},
+		{
+			"a full volume", "/small",
+			[]string{"--tmpfs", "/small:size=1m,mode=1777"},
+			"no space left on device",
+		},
 		{"below a file", "/shared/leasehold/x", shared, "not a directory"},
 	} {
 		b := install(c.dest, c.flags...)

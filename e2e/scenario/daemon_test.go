@@ -202,7 +202,8 @@ func TestWait_IsATime(t *testing.T) {
 		env  string
 		code int
 	}{
-		{time.Second, "", 75}, {0, "", 75}, // a leads
+		{time.Second, "", 75},
+		{0, "", 75}, // a leads
 		// etcd does not answer
 		{time.Second, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69},
 		{0, "LEASEHOLD_ENDPOINTS=127.0.0.1:1", 69},

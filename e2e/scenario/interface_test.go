@@ -115,73 +115,77 @@ func TestExitCode_BeforeAnyCampaign(t *testing.T) {
 	good := []string{
 		"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=off", "LEASEHOLD_ENDPOINTS=" + nobody,
 	}
+	address := taken.Addr().String()
+	addressTaken := []string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=" + address}
 	for _, row := range []struct {
 		name string
 		env  []string
-		args []string
+		args string // separated by blanks
 		code int
 		says []string
 	}{
-		{"version", nil, []string{"version"}, 0, []string{"leasehold"}},
-		{"help", nil, []string{"help"}, 0, []string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
-		{"--version", nil, []string{"--version"}, 0, []string{"leasehold"}},
-		{"--help", nil, []string{"--help"}, 0,
-			[]string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
-		{"-h of a command", nil, []string{"status", "-h"}, 0,
-			[]string{"Usage: leasehold status [ELECTION] [--json]"}},
-		{"no arguments", good, nil, 64, []string{"leasehold"}},
-		{"no command", good, []string{"--"}, 64, nil},
-		{"a flag", good, []string{"--ttl", "5s"}, 64, []string{"LEASEHOLD_TTL"}},
-		{"unknown command", good, []string{"resign"}, 64,
-			[]string{`no such command "resign"`, "leasehold -- resign"}},
-		{"misspelt command", good, []string{"statsu"}, 64,
-			[]string{`no such command "statsu": did you mean status?`}},
-		{"an env file", nil, []string{"-f", envFile, "status"}, 69, []string{nobody}},
-		{"an env file of the daemon", nil, []string{"-f", envFile, "--", "no-such-command"}, 127,
-			[]string{"no-such-command"}},
-		{"the environment overrules the file", []string{"LEASEHOLD_ELECTION=a//b"},
-			[]string{"status", "-f", envFile}, 78, []string{"LEASEHOLD_ELECTION"}},
-		{"an argument overrules both", good, []string{"status", "a//b", "-f", envFile}, 78,
-			[]string{"LEASEHOLD_ELECTION"}},
-		{"a faulty env file", nil, []string{"elect", "-f", badFile}, 78,
-			[]string{badFile + ":2: there is no ="}},
-		{"no env file", nil, []string{"elect", "-f", envFile + "x"}, 78, []string{envFile + "x"}},
-		{"nothing set", nil, []string{"--", "true"}, 78, []string{"LEASEHOLD_ELECTION"}},
+		{"version", nil, "version", 0, []string{"leasehold"}},
+		{"help", nil, "help", 0, []string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
+		{"--version", nil, "--version", 0, []string{"leasehold"}},
+		{"--help", nil, "--help", 0, []string{"LEASEHOLD_ELECTION", "LEASEHOLD_TTL", "15s"}},
+		{"-h of a command", nil, "status -h", 0, []string{
+			"Usage: leasehold status [ELECTION] [--json]",
+		}},
+		{"no arguments", good, "", 64, []string{"leasehold"}},
+		{"no command", good, "--", 64, nil},
+		{"a flag", good, "--ttl 5s", 64, []string{"LEASEHOLD_TTL"}},
+		{"unknown command", good, "resign", 64, []string{
+			`no such command "resign"`, "leasehold -- resign",
+		}},
+		{"misspelt command", good, "statsu", 64, []string{
+			`no such command "statsu": did you mean status?`,
+		}},
+		{"an env file", nil, "-f " + envFile + " status", 69, []string{nobody}},
+		{"an env file of the daemon", nil, "-f " + envFile + " -- no-such-command", 127, []string{
+			"no-such-command",
+		}},
+		{"the environment overrules the file", []string{
+			"LEASEHOLD_ELECTION=a//b",
+		}, "status -f " + envFile, 78, []string{"LEASEHOLD_ELECTION"}},
+		{"an argument overrules both", good, "status a//b -f " + envFile, 78, []string{
+			"LEASEHOLD_ELECTION",
+		}},
+		{"a faulty env file", nil, "elect -f " + badFile, 78, []string{
+			badFile + ":2: there is no =",
+		}},
+		{"no env file", nil, "elect -f " + envFile + "x", 78, []string{envFile + "x"}},
+		{"nothing set", nil, "-- true", 78, []string{"LEASEHOLD_ELECTION"}},
 		{"all faults at once", []string{
 			"LEASEHOLD_TTL=15", "LEASEHOLD_STOP_SIGNAL=FOO", "LEASEHOLD_MARGIN=x",
 			"LEASEHOLD_RESTART=often", "LEASEHOLD_RESTART_LIMIT=-1", "LEASEHOLD_LISTEN=4040",
 			"LEASEHOLD_LOG_LEVEL=loud", "LEASEHOLD_LOG_FORMAT=xml", "LEASEHOLD_ENDPOINTS=ftp://x",
 			"LEASEHOLD_USERNAME=u", "LEASEHOLD_ELECTOIN=jobs/x", "LEASEHOLD_TLS_CERT_FILE=/nowhere",
 			"LEASEHOLD_DIAL_TIMEOUT=0s",
-		}, []string{"--", "true"}, 78, []string{
+		}, "-- true", 78, []string{
 			"LEASEHOLD_TTL", "LEASEHOLD_STOP_SIGNAL", "LEASEHOLD_MARGIN", "LEASEHOLD_RESTART:",
 			"LEASEHOLD_RESTART_LIMIT", "LEASEHOLD_LISTEN", "LEASEHOLD_LOG_LEVEL",
 			"LEASEHOLD_LOG_FORMAT", "LEASEHOLD_ENDPOINTS", "LEASEHOLD_USERNAME",
 			"LEASEHOLD_ELECTOIN", "LEASEHOLD_ELECTION", "LEASEHOLD_TLS_KEY_FILE",
 			"LEASEHOLD_DIAL_TIMEOUT", "write 15s",
 		}},
-		{"times that don't fit",
-			append(slices.Clone(good), "LEASEHOLD_TTL=5s", "LEASEHOLD_LOSS_GRACE=4s"),
-			[]string{"--", "true"}, 78, []string{"LEASEHOLD_TTL", "4s"}},
-		{"elect with a job's settings", append(slices.Clone(good), "LEASEHOLD_RESTART=never"),
-			[]string{"elect"}, 78, []string{"LEASEHOLD_RESTART"}},
-		{"command not found", good, []string{"--", "no-such-command"}, 127,
-			[]string{"no-such-command"}},
-		{"command not executable", good, []string{"--", script}, 126, []string{script}},
-		{"the endpoint's address is taken",
-			[]string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=" + taken.Addr().String()},
-			[]string{"--", "true"}, 71, []string{taken.Addr().String()}},
-		{"the same, elect",
-			[]string{"LEASEHOLD_ELECTION=jobs/x", "LEASEHOLD_LISTEN=" + taken.Addr().String()},
-			[]string{"elect"}, 71, []string{taken.Addr().String()}},
-		{"status without etcd", good, []string{"status"}, 69, nil},
-		{"check without a daemon", []string{"LEASEHOLD_LISTEN=" + nobody},
-			[]string{"check"}, 69, nil},
+		{"times that don't fit", append(
+			slices.Clone(good), "LEASEHOLD_TTL=5s", "LEASEHOLD_LOSS_GRACE=4s",
+		), "-- true", 78, []string{"LEASEHOLD_TTL", "4s"}},
+		{"elect with a job's settings", append(
+			slices.Clone(good), "LEASEHOLD_RESTART=never",
+		), "elect", 78, []string{"LEASEHOLD_RESTART"}},
+		{"command not found", good, "-- no-such-command", 127, []string{"no-such-command"}},
+		{"command not executable", good, "-- " + script, 126, []string{script}},
+		{"the endpoint's address is taken", addressTaken, "-- true", 71, []string{address}},
+		{"the same, elect", addressTaken, "elect", 71, []string{address}},
+		{"status without etcd", good, "status", 69, nil},
+		{"check without a daemon", []string{"LEASEHOLD_LISTEN=" + nobody}, "check", 69, nil},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			ctx := testContext(t, waitTimeout)
 			env := append([]string{"PATH=" + os.Getenv("PATH")}, row.env...)
-			code, stdout, stderr, err := harness.RunOnce(ctx, env, binary, row.args...)
+			args := strings.Fields(row.args)
+			code, stdout, stderr, err := harness.RunOnce(ctx, env, binary, args...)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -196,10 +196,17 @@ func TestRefused_StartsNothing(t *testing.T) {
 		args []string
 		code int
 	}{
-		{"wrong configuration", []string{"LEASEHOLD_TTL=1s", "LEASEHOLD_RESTART=sometimes"},
-			touch, 78},
-		{"wrong configuration, elect", []string{"LEASEHOLD_TTL=1s", "LEASEHOLD_STOP_SIGNAL=HUP"},
-			[]string{"elect"}, 78},
+		{
+			"wrong configuration",
+			[]string{"LEASEHOLD_TTL=1s", "LEASEHOLD_RESTART=sometimes"},
+			touch, 78,
+		},
+		{
+			"wrong configuration, elect",
+			[]string{"LEASEHOLD_TTL=1s", "LEASEHOLD_STOP_SIGNAL=HUP"},
+			[]string{"elect"},
+			78,
+		},
 		{"wrong usage", nil, []string{"--ttl", "5s"}, 64},
 		{"job without --", nil, touch[1:], 64},
 		{"command not found", nil, []string{"--", dir + "/nothing"}, 127},
@@ -207,8 +214,12 @@ func TestRefused_StartsNothing(t *testing.T) {
 		{"a directory", nil, []string{"--", dir}, 126},
 		{"address taken", []string{"LEASEHOLD_LISTEN=" + taken.Addr()}, touch, 71},
 		{"address of another host", []string{"LEASEHOLD_LISTEN=192.0.2.1:4040"}, touch, 71},
-		{"address taken, elect", []string{"LEASEHOLD_LISTEN=" + taken.Addr()},
-			[]string{"elect"}, 71},
+		{
+			"address taken, elect",
+			[]string{"LEASEHOLD_LISTEN=" + taken.Addr()},
+			[]string{"elect"},
+			71,
+		},
 	} {
 		env := append([]string{
 			"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=" + tr.election,

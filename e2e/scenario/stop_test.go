@@ -239,8 +239,11 @@ func TestSecrets_NotInRefusals(t *testing.T) {
 		args []string
 	}{
 		{78, []string{"PASSWORD=" + secret}, []string{"elect"}},
-		{78, []string{"PASSWORD=" + secret, "PASSWORD_FILE=" + file, "USERNAME=u"},
-			[]string{"--", "true"}},
+		{
+			78,
+			[]string{"PASSWORD=" + secret, "PASSWORD_FILE=" + file, "USERNAME=u"},
+			[]string{"--", "true"},
+		},
 		{78, []string{"PASWORD=" + secret}, []string{"elect"}},
 		{78, []string{"PASSWORD_=" + secret}, []string{"status"}},
 		{78, []string{"ENDPOINTS=http://u:" + secret + "@127.0.0.1:1"}, []string{"elect"}},
@@ -251,8 +254,11 @@ func TestSecrets_NotInRefusals(t *testing.T) {
 		{64, nil, []string{"PASSWORD=" + secret, "elect"}},
 		{64, nil, []string{"elect", "--password=" + secret}},
 		{64, nil, []string{"--endpoints=http://u:" + secret + "@127.0.0.1:1"}},
-		{69, []string{"USERNAME=u", "PASSWORD=" + secret, "ENDPOINTS=127.0.0.1:1"},
-			[]string{"status"}},
+		{
+			69,
+			[]string{"USERNAME=u", "PASSWORD=" + secret, "ENDPOINTS=127.0.0.1:1"},
+			[]string{"status"},
+		},
 	} {
 		env := []string{"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=x", "LEASEHOLD_LISTEN=off"}
 		for _, kv := range row.env {

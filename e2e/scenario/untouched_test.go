@@ -59,13 +59,15 @@ func TestUntouched(t *testing.T) {
 		}},
 		{"each member unreachable in turn", plain, false, noChange, eachUnreachable},
 		{"each member unreachable in turn, with auth", plain, true, noChange, eachUnreachable},
-		{"two endpoints, either unreachable", plain, false,
+		{
+			"two endpoints, either unreachable", plain, false,
 			func(_ *trial, cfg *harness.CandidateConfig) {
 				cfg.Endpoints = cfg.Endpoints[:2]
 			}, func(tr *trial, c *candidate) {
 				c.Proxies = c.Proxies[:2]
 				eachUnreachable(tr, c)
-			}},
+			},
+		},
 		{"etcd unreachable for TTL/5", plain, false, noChange, func(tr *trial, c *candidate) {
 			tr.waitRenewals(c, 1)
 			c.SetReachable(false)

@@ -270,12 +270,18 @@ func TestUnit_BadSettings(t *testing.T) {
 				"LEASEHOLD_LISTEN: ", "LEASEHOLD_STOP_SIGNAL: ", "LEASEHOLD_RESTART_LIMIT: ",
 			},
 		},
-		{"no JOB", "LEASEHOLD_ELECTION=jobs/job\n", "64",
-			[]string{"there is no command after --", "JOB"}},
-		{"no such command", w.settings("/no/such/command"), "127",
-			[]string{`the command \"/no/such/command\" is not found`}},
-		{"not executable", w.settings("/etc/hosts"), "126",
-			[]string{`the command \"/etc/hosts\" is not executable`}},
+		{
+			"no JOB", "LEASEHOLD_ELECTION=jobs/job\n", "64",
+			[]string{"there is no command after --", "JOB"},
+		},
+		{
+			"no such command", w.settings("/no/such/command"), "127",
+			[]string{`the command \"/no/such/command\" is not found`},
+		},
+		{
+			"not executable", w.settings("/etc/hosts"), "126",
+			[]string{`the command \"/etc/hosts\" is not executable`},
+		},
 	} {
 		w.must(m.Write("/etc/leasehold/job.env", c.text))
 		if out, err := m.Run(w.ctx, "systemctl", "start", unit); err == nil {

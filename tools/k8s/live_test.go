@@ -134,8 +134,10 @@ func TestLive_Etcd(t *testing.T) {
 		{"a client", 2379, authority, secret("etcd-client-tls"), true},
 		{"a client without a certificate", 2379, authority, nil, false},
 		{"a client with a stranger's", 2379, authority, strange, false},
-		{"a client that trusts a stranger", 2379,
-			strange["ca.crt"], secret("etcd-client-tls"), false},
+		{
+			"a client that trusts a stranger", 2379,
+			strange["ca.crt"], secret("etcd-client-tls"), false,
+		},
 		{"a peer without a certificate", 2380, authority, nil, false},
 		{"a peer with a stranger's", 2380, authority, strange, false},
 		// Its address is this test's, not a member's.
