@@ -11,11 +11,11 @@ import (
 	"time"
 )
 
-// What Check returns beside nil, which is yes.
+// Check returns nil for yes, or one of these errors.
 var (
-	// ErrNo is a no, whose reason was written.
+	// ErrNo means no. The reason was written to out.
 	ErrNo = errors.New("no")
-	// ErrNoAnswer: nobody answers, or not as leasehold does.
+	// ErrNoAnswer means that nobody answers, or something other than leasehold.
 	ErrNoAnswer = errors.New("nobody answers")
 )
 
@@ -23,9 +23,9 @@ var (
 func Checks() []string { return []string{"live", "ready", "leader", "standby"} }
 
 // Check asks the daemon that listens at listen (its LISTEN setting) and writes its answer to out.
-// Nil is a yes; otherwise the error is ErrNo or, within two seconds, wraps ErrNoAnswer. what is one
-// of Checks, or "" for live: whoever probes without saying for what must not have a healthy daemon
-// restarted because etcd is down.
+// It returns nil for yes. Otherwise the error is ErrNo or, within two seconds, wraps ErrNoAnswer.
+// what is one of Checks, or "" for live. That is the default, so that a probe without an argument
+// does not restart a healthy daemon because etcd is down.
 func Check(ctx context.Context, listen, what string, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -33,7 +33,7 @@ func Check(ctx context.Context, listen, what string, out io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrNoAnswer, err)
 	}
-	_, _ = io.WriteString(out, answer) // The result says it too.
+	_, _ = io.WriteString(out, answer) // The result has it too.
 	if !yes {
 		return ErrNo
 	}
@@ -57,8 +57,8 @@ func ask(ctx context.Context, listen, what string) (yes bool, answer string, err
 		return false, "", err
 	}
 	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
-		// An address to listen at, not one to connect to. 0.0.0.0 is IPv4 alone; :: and "" mostly
-		// take both.
+		// One can listen on this address, but not connect to it. 0.0.0.0 is IPv4 alone. :: and ""
+		// usually accept both.
 		if host = "127.0.0.1"; ip != nil && ip.To4() == nil {
 			host = "::1"
 		}
@@ -68,8 +68,7 @@ func ask(ctx context.Context, listen, what string) (yes bool, answer string, err
 	if err != nil {
 		return false, "", err
 	}
-	// A client of its own: the default one would send this through the environment's HTTP_PROXY and
-	// follow redirects.
+	// The default client would use HTTP_PROXY of the environment and follow redirects.
 	client := http.Client{
 		Transport: &http.Transport{DisableKeepAlives: true},
 		CheckRedirect: func(*http.Request, []*http.Request) error {

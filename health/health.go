@@ -1,11 +1,11 @@
-// Package health tells other programs what is true now, over HTTP: load balancers, kubelets, people
-// and Prometheus.
+// Package health reports over HTTP what is true now: to load balancers, kubelets, people and
+// Prometheus.
 //
 // The server computes each answer from one snapshot and one reading of the clock, both taken when
-// it serves the request, and asks etcd nothing. In particular /leader compares the lease's own
-// deadline with the clock, so that it never says "leader" once stop-at has passed, even when
-// everything else in the daemon hangs. It cannot promise how long an answer stays true: a client
-// that acts on it acts later. The fencing token is for that.
+// it serves the request. It never asks etcd. In particular, /leader compares the lease's own
+// deadline with the clock. So it never answers "leader" once stop-at has passed, even if everything
+// else in the daemon hangs. It cannot promise how long an answer stays true: a client acts on it
+// later. The fencing token is for that.
 package health
 
 import (
@@ -25,7 +25,7 @@ const (
 	Stopping   = "stopping"
 )
 
-// JobRunning is the one state of the job in which its candidate may say that it leads.
+// JobRunning is the only state of the job in which /leader answers 200.
 const JobRunning = "running"
 
 // Snapshot is what the daemon knows at one moment, from memory. Its deadlines are readings of the
@@ -43,7 +43,7 @@ type Snapshot struct {
 	StopAt, End time.Duration // Zero without a lease.
 	Leading     bool          // A term runs, neither lost nor resigned; StopAt may have passed.
 
-	JobWanted bool // False where the daemon only campaigns.
+	JobWanted bool // False if the daemon runs no job.
 	Job       Job
 
 	Live    error // Nil while the elector's loops send heartbeats.
@@ -57,7 +57,7 @@ type Leader struct {
 	Token    int64  `json:"token" desc:"its fencing token: that key's create revision"`
 }
 
-// Job is the supervised command and how it fares.
+// Job is the state of the job.
 type Job struct {
 	State     string    // none, starting, running, stopping, backoff or exited.
 	PID       int       // 0 when no process runs.
@@ -68,7 +68,7 @@ type Job struct {
 
 // Exit is how a job ended.
 type Exit struct {
-	Code   int    // Counts only where Signal is "".
+	Code   int    // Counts only if Signal is "".
 	Signal string // Such as SIGKILL.
 	At     time.Time
 }
@@ -80,9 +80,9 @@ type Blocker struct {
 	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" while its lease lives"`
 }
 
-// update moves the state on where a deadline has passed. The elector's own timers do the same, but
-// a request that is served just before them, or while they hang, must not get the old state. wall
-// is the time of day at the reading now.
+// update changes the state if a deadline has passed. The elector's own timers do the same. But a
+// request that is served just before them, or while they hang, must not get the old state. wall is
+// the time of day at the moment now.
 func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
 	over := func(deadline time.Duration) bool { return deadline != 0 && now >= deadline }
 	switch {
@@ -94,12 +94,12 @@ func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
 		s.Reason = "contact with etcd lost: the lease has expired"
 	}
 	if s.Leading && over(s.End) {
-		s.Leader = nil // It was us; who leads now cannot be known.
+		s.Leader = nil // It was us. We can't know who leads now.
 	}
 	return s
 }
 
-// The rules below alone decide what is true. Each returns nil for yes, or the reason for no. They
+// Only the methods below decide what is true. Each returns nil for yes, or the reason for no. They
 // expect an updated snapshot.
 
 func (s Snapshot) live() error { return s.Live }
@@ -114,7 +114,7 @@ func (s Snapshot) ready() error {
 	}
 }
 
-// leader: a term runs, its stop-at lies ahead, and the job runs, if there is to be one.
+// leader: a term runs, its stop-at has not passed, and the job runs, if the daemon has one.
 func (s Snapshot) leader(now time.Duration) error {
 	switch {
 	case s.State != Leading:

@@ -9,19 +9,19 @@ import (
 )
 
 const (
-	// maxConns is far more than probes need. No more than a quarter of the files that may be open
-	// go to connections: a daemon without a file to spare cannot reach etcd.
+	// maxConns is far more than probes need. Connections use at most a quarter of the files that
+	// may be open: a daemon that can't open another file cannot reach etcd.
 	maxConns = 256
-	// restTimeout is how long a connection may be at rest before it is closed in favour of a new
-	// one, when maxConns are open. A probe behind 1,000 slow clients waits three times that long;
-	// an honest client of a busy machine needs less.
+	// restTimeout is how long a connection may be idle before a new one replaces it, if maxConns
+	// are open. A probe behind 1,000 slow clients waits three times that long. An honest client on
+	// a busy machine needs less.
 	restTimeout = 100 * time.Millisecond
 )
 
-// boundedListener bounds the connections that are open at once. When all slots are taken, it
-// accepts the next one only once a slot is free, and closes the connection that has been at rest
-// longest. So a crowd of slow clients neither eats the daemon's files and memory nor keeps probes
-// waiting for long, while a burst of honest requests is served in turn.
+// boundedListener bounds the connections that are open at once. If all slots are taken, it closes
+// the connection that has been idle longest, and accepts the next one once a slot is free. So many
+// slow clients neither use up the daemon's files and memory nor keep probes waiting for long. A
+// burst of honest requests is served one after the other.
 type boundedListener struct {
 	net.Listener
 	slots  int
@@ -30,7 +30,7 @@ type boundedListener struct {
 	once   sync.Once
 
 	mu    sync.Mutex
-	order *list.List // of *slot, the one that has been at rest longest first.
+	order *list.List // of *slot, the one that has been idle longest first.
 	byRaw map[net.Conn]*list.Element
 }
 
@@ -76,7 +76,7 @@ func (b *boundedListener) Accept() (net.Conn, error) {
 	return conn, nil
 }
 
-// makeRoom frees a slot where none is free, or returns how long to wait before it can.
+// makeRoom frees a slot if none is free, or returns how long to wait before it can.
 func (b *boundedListener) makeRoom() time.Duration {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -92,7 +92,7 @@ func (b *boundedListener) makeRoom() time.Duration {
 	return 0
 }
 
-// noteState notes a change of a connection's state. The server calls it at each.
+// noteState notes a change of a connection's state. The server calls it at each change.
 func (b *boundedListener) noteState(conn net.Conn, state http.ConnState) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -17,14 +17,14 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// Config is what a Server is made of. All fields but Version and Name are required.
+// Config configures a Server. All fields except Version and Name are required.
 type Config struct {
 	Logger   *slog.Logger
 	Registry *prometheus.Registry // Of its own: what /metrics shows.
 	Snapshot func() Snapshot      // Called for each request. Must not block.
 	Now      func() time.Duration // The clock of the snapshot's deadlines.
 	Version  string
-	Name     string // The host of the address that it listens at, where that is a name.
+	Name     string // The host of the address that it listens on, if that is a name.
 }
 
 // Server is the health endpoint.
@@ -69,8 +69,8 @@ func New(cfg Config) *Server {
 
 	s := &Server{cfg: cfg}
 	mux := http.NewServeMux()
-	// A pattern of GET takes HEAD too. HAProxy's checks are OPTIONS requests that look at the
-	// status alone, so that OPTIONS gets the status of GET. All other methods get 405 from the mux.
+	// A pattern of GET matches HEAD too. HAProxy's checks are OPTIONS requests that look only at
+	// the status, so OPTIONS gets the status of GET. All other methods get 405 from the mux.
 	handle := func(path string, h http.HandlerFunc) {
 		mux.HandleFunc("GET "+path, h)
 		mux.HandleFunc("OPTIONS "+path, func(w http.ResponseWriter, r *http.Request) {
@@ -119,9 +119,9 @@ func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	write(w, http.StatusOK, "application/json", snapshot.json(now, s.cfg.Version))
 }
 
-// ours answers 421 where the request is for a host name that is not ours. A web page can give its
-// own name our address (DNS rebinding) and then read what its visitor's browser gets from here.
-// What probes answer is not worth that.
+// ours answers 421 if the request is for a host name that is not ours. A web page can give its own
+// name our address (DNS rebinding), and then read what its visitor's browser gets from us. The
+// probes have no such check, because their answers are no secret.
 func (s *Server) ours(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		host := r.Host
@@ -148,7 +148,7 @@ func write(w http.ResponseWriter, code int, contentType string, body []byte) {
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(code)
-	_, _ = w.Write(body) // The client may have gone; that is its own affair.
+	_, _ = w.Write(body) // The client may have gone.
 }
 
 // withoutBody drops the body of an answer, as for HEAD.
@@ -195,7 +195,7 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
 	if err := srv.Shutdown(stopping); err != nil {
-		_ = srv.Close() // Whoever is still connected had its second.
+		_ = srv.Close() // Clients that are still connected had a second.
 	}
 	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve health endpoint: %w", err)

@@ -60,7 +60,7 @@ func (s Snapshot) status(now time.Duration, version string) status {
 		st.Name = s.Leader.Identity
 	}
 	if s.LeaseID != 0 {
-		// Rounded down: the lease is never said to last longer than it does.
+		// Rounded down, so that the lease lasts at least as long as we report.
 		validFor := math.Floor(s.validFor(now).Seconds()*1000) / 1000
 		id := strconv.FormatUint(uint64(s.LeaseID), 16)
 		st.Lease = &lease{ID: id, TTL: s.TTL.Seconds(), ValidFor: validFor}

@@ -4,9 +4,9 @@
 // package raises the soft limit when it is initialized, and restores it only in the processes that
 // it starts itself.
 //
-// The package imports nothing that has to be initialized. Of the packages that are ready Go
-// initializes the first by import path (https://go.dev/ref/spec#Program_initialization), so this
-// one comes before syscall.
+// This package must be initialized before syscall. It imports nothing that has to be initialized.
+// Among such packages Go goes by the import path (https://go.dev/ref/spec#Program_initialization),
+// and this one comes first.
 package nofile
 
 import "unsafe"

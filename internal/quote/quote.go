@@ -1,5 +1,5 @@
-// Package quote shows text that somebody else wrote, such as a candidate's name or the value of a
-// setting, to people, terminals, shells and systemd, without its doing anything there.
+// Package quote makes text that somebody else wrote, such as a candidate's name or the value of a
+// setting, safe to show: it does nothing in a terminal, a shell or systemd.
 package quote
 
 import (
@@ -23,7 +23,7 @@ func Printable(text string) string {
 	}, text)
 }
 
-// Value quotes text as a Go string, without its tail where it is longer than 64 bytes.
+// Value quotes text as a Go string. It cuts text that is longer than 64 bytes.
 func Value(text string) string {
 	if len(text) > maxShown {
 		return strconv.Quote(text[:maxShown]) + "…"
@@ -49,8 +49,8 @@ func Shell(text string) string {
 	return b.String()
 }
 
-// Word shows an argument of a command line as it would be typed: bare where a shell takes it so,
-// otherwise like Value.
+// Word shows an argument of a command line as it would be typed: without quotes if a shell needs
+// none, otherwise like Value.
 func Word(text string) string {
 	if text == "" || strings.ContainsFunc(text, IsShellSyntax) || len(text) > maxShown {
 		return Value(text)
@@ -58,7 +58,7 @@ func Word(text string) string {
 	return text
 }
 
-// IsShellSyntax reports whether a shell may take r for more than itself, or a terminal may.
+// IsShellSyntax reports whether r may have a special meaning for a shell or a terminal.
 func IsShellSyntax(r rune) bool {
 	return r <= ' ' || r > '~' || strings.ContainsRune("\"'`$&|;<>()*?[]{}!#\\", r)
 }

@@ -13,8 +13,8 @@ func Nearest(word string, candidates []string) string {
 	}
 	best, least := "", 2*limit+2
 	for _, candidate := range candidates {
-		// Of two at the same distance, the one that holds the word; and that one even from afar, as
-		// for GRACE or CA_FILE.
+		// Of two at the same distance, take the one that contains the word. Take that one even if
+		// the distance is large, as for GRACE or CA_FILE.
 		rank := 2*distance(word, candidate) + 1
 		holds := strings.Contains(candidate, word) || strings.Contains(word, candidate)
 		if len(word) >= 4 && holds {
@@ -27,8 +27,8 @@ func Nearest(word string, candidates []string) string {
 	return best
 }
 
-// distance is the number of letters to insert, delete, replace or swap with their neighbour to make
-// a out of b.
+// distance is how many letters one has to insert, delete, replace or swap with their neighbour to
+// turn b into a.
 func distance(a, b string) int {
 	var before []int
 	last := make([]int, len(b)+1)
