@@ -86,7 +86,7 @@ BUILD_SHOW = @test -x bin/leasehold || echo 'building leasehold into bin/; it ta
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/
 
 demo:
-	$(BUILD_SHOW) . ./e2e/cmd/demo
+	$(BUILD_SHOW) . ./e2e/cmd/demo ./e2e/cmd/testjob
 	@bin/demo
 
 # The job as it was given: make must not expand a $$ in it.
@@ -122,9 +122,8 @@ faults-docs:
 
 # The demo's output in the README, as this machine has it.
 readme: faults-docs
-	$(BUILD_SHOW) . ./e2e/cmd/demo ./e2e/cmd/bench
-	bin/demo >bin/demo.txt
-	bin/bench -readme README.md -demo bin/demo.txt
+	$(BUILD_SHOW) . ./e2e/cmd/demo ./e2e/cmd/testjob
+	bin/demo -readme README.md
 
 # Everything is set that could make other bytes of the same commit: git's abbreviation, dates, and what
 # an environment changes in Go.

@@ -67,13 +67,14 @@ func EtcdOnPath(ctx context.Context) string {
 
 // FindEtcdServer is FindEtcd for those who need no etcdctl: $ETCD, an etcd of
 // 3.5 or newer on PATH, bin/etcd, or one built there.
-func FindEtcdServer(ctx context.Context, announce io.Writer) (string, error) {
+func FindEtcdServer(ctx context.Context, announce io.Writer) (etcd Etcd, err error) {
 	if os.Getenv("ETCD") == "" {
-		if path := EtcdOnPath(ctx); path != "" {
-			return path, nil
+		if etcd.Server = EtcdOnPath(ctx); etcd.Server != "" {
+			return etcd, nil
 		}
 	}
-	return findTool(ctx, announce, "ETCD", "etcd", "go.etcd.io/etcd/server/v3")
+	etcd.Server, err = findTool(ctx, announce, "ETCD", "etcd", "go.etcd.io/etcd/server/v3")
+	return etcd, err
 }
 
 func findTool(ctx context.Context, announce io.Writer, variable, name, pkg string) (string, error) {

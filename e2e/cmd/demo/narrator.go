@@ -3,111 +3,83 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
-	"io"
+	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"leasehold/e2e/harness"
 )
 
-// narrator writes the story. The jobs' lines are folded: the counts of one job follow each other on
-// one line until something else is told. A job is heard once it has been introduced; what it said
-// before is not lost.
+// narrator tells the story. The counts of the job that it listens to follow each other on one line
+// until something else is told. What a job has said before is not lost.
 type narrator struct {
-	out io.Writer
-
 	mu     sync.Mutex
-	heard  string              // the job that is listened to
-	early  map[string][]string // the counts of jobs that are not, yet
-	within bool                // a line of counts that has no end yet
+	story  strings.Builder
+	heard  string   // the job that it listens to
+	unsaid []string // lines of jobs that it does not listen to, yet
+	within bool     // a line of counts that has no end yet
 }
 
 const column = 10 // for the time since the fault
 
-// say tells something, with the time that it took.
-func (n *narrator) say(after, format string, args ...any) {
+// say tells something, with the time that it took unless that is 0.
+func (n *narrator) say(took time.Duration, format string, args ...any) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if after != "" {
-		after = "+" + after
+	after := ""
+	if took != 0 {
+		after = "+" + span(took)
 	}
-	n.finish()
+	n.endLine()
 	n.write("%-*s%s\n", column, after, fmt.Sprintf(format, args...))
 }
 
-// listen turns to a job, or with "" to none.
-func (n *narrator) listen(who string) {
+// listen turns to another job. There is none with token 0.
+func (n *narrator) listen(to harness.Life) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.finish()
-	n.heard = who
-	for _, count := range n.early[who] {
-		n.count(count)
-	}
-	n.early = nil
+	n.endLine()
+	n.heard = fmt.Sprintf("job of %s, token %d", to.Candidate, to.Token)
+	n.tellCounts()
 }
 
-// job takes a line of a job: who it is, a colon, a count.
-func (n *narrator) job(line string) {
+// Write takes lines of jobs, whole ones as a pipe has them: who it is, a colon, a count.
+func (n *narrator) Write(lines []byte) (int, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	who, count, _ := strings.Cut(line, ": ")
-	if who == n.heard {
-		n.count(count)
-		return
-	}
-	if n.early == nil {
-		n.early = map[string][]string{}
-	}
-	n.early[who] = append(n.early[who], count)
+	n.unsaid = slices.AppendSeq(n.unsaid, strings.Lines(string(lines)))
+	n.tellCounts()
+	return len(lines), nil
 }
 
-func (n *narrator) count(count string) {
-	if !n.within {
-		n.write("%*s%s:", column, "", n.heard)
+func (n *narrator) tellCounts() {
+	n.unsaid = slices.DeleteFunc(n.unsaid, func(line string) bool {
+		job, count, _ := strings.Cut(strings.TrimSpace(line), ":")
+		if job != n.heard {
+			return false
+		}
+		if !n.within {
+			n.write("%*s%s:", column, "", job)
+		}
 		n.within = true
-	}
-	n.write(" %s", count)
+		n.write("%s", count)
+		return true
+	})
 }
 
-func (n *narrator) finish() {
+func (n *narrator) endLine() {
 	if n.within {
 		n.write("\n")
-		n.within = false
 	}
+	n.within = false
 }
 
-// write drops what can't be written: the story has no other place to go.
 func (n *narrator) write(format string, args ...any) {
-	_, _ = fmt.Fprintf(n.out, format, args...)
+	text := fmt.Sprintf(format, args...)
+	fmt.Print(text)
+	n.story.WriteString(text)
 }
 
-// jobLines is the standard output of a daemon, which is its job's.
-type jobLines struct {
-	to   *narrator
-	rest []byte
-}
-
-func (l *jobLines) Write(p []byte) (int, error) {
-	l.rest = append(l.rest, p...)
-	for {
-		line, rest, whole := bytes.Cut(l.rest, []byte("\n"))
-		if !whole {
-			return len(p), nil
-		}
-		l.to.job(string(line))
-		l.rest = rest
-	}
-}
-
-// ago writes a duration as one would say it.
-func ago(d time.Duration) string {
-	if d < 100*time.Millisecond {
-		return fmt.Sprintf("%.1f ms", d.Seconds()*1000)
-	}
-	if d < time.Second {
-		return fmt.Sprintf("%d ms", d.Milliseconds())
-	}
-	return fmt.Sprintf("%.2f s", d.Seconds())
-}
+func span(d time.Duration) string { return harness.Span(harness.Milliseconds(d)) }

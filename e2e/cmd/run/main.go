@@ -17,9 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"strings"
 	"syscall"
-	"time"
 
 	"leasehold/e2e/harness"
 )
@@ -43,20 +41,21 @@ func try() (int, error) {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	ctx, stop := harness.Interruptible()
 	defer stop()
-	etcd, err := startEtcd(ctx)
-	if ctx.Err() != nil {
-		err = errors.New("stopped while etcd was being started")
-	}
-	if etcd != nil {
-		defer etcd.Close()
-	}
+	bed, err := newTestbed(ctx)
 	if err != nil {
 		return 0, err
 	}
-	level := cmp.Or(os.Getenv("LEASEHOLD_LOG_LEVEL"), "info")
+	defer bed.Close()
+	// The candidate has the user's own environment but for what this program decides.
+	for _, name := range []string{"JOB", "LEASEHOLD_ENDPOINTS"} {
+		if err := os.Unsetenv(name); err != nil {
+			return 0, err
+		}
+	}
+	endpoints := bed.Etcd.Endpoints()
 	c, err := harness.StartCandidate(harness.CandidateConfig{
-		Binary: programs.Leasehold, Election: "run", Identity: "run", Endpoints: etcd.Endpoints(),
-		Env: append(passedOn(os.Environ()), "LEASEHOLD_LOG_LEVEL="+level),
+		Binary: programs.Leasehold, Election: "run", Identity: "run", Endpoints: endpoints,
+		Env: append([]string{"LEASEHOLD_LOG_LEVEL=info"}, os.Environ()...),
 		Job: []string{"/bin/sh", "-c", command},
 		Prepare: func(cmd *exec.Cmd) {
 			cmd.Dir = ""
@@ -68,7 +67,7 @@ func try() (int, error) {
 	}
 	defer c.Close()
 	fmt.Printf("etcd on %s, health on http://%s/status; Ctrl-C ends both\n",
-		etcd.Endpoints()[0], cmp.Or(os.Getenv("LEASEHOLD_LISTEN"), c.Listen))
+		endpoints[0], cmp.Or(os.Getenv("LEASEHOLD_LISTEN"), c.Listen))
 	for {
 		select {
 		case <-c.Ended():
@@ -79,23 +78,14 @@ func try() (int, error) {
 	}
 }
 
-func startEtcd(ctx context.Context) (*harness.Cluster, error) {
-	server, err := harness.FindEtcdServer(ctx, os.Stdout)
-	if err != nil {
-		return nil, err
+func newTestbed(ctx context.Context) (bed *harness.Testbed, err error) {
+	var etcd harness.Etcd
+	if etcd, err = harness.FindEtcdServer(ctx, os.Stdout); err == nil {
+		cluster := harness.ClusterConfig{Etcd: etcd}
+		bed, err = harness.NewTestbed(ctx, harness.TestbedConfig{Cluster: cluster})
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	return harness.StartCluster(ctx, harness.ClusterConfig{Etcd: harness.Etcd{Server: server}})
-}
-
-// passedOn is the user's own environment but for what this program decides.
-func passedOn(environ []string) []string {
-	var env []string
-	for _, kv := range environ {
-		if name, _, _ := strings.Cut(kv, "="); name != "LEASEHOLD_ENDPOINTS" && name != "JOB" {
-			env = append(env, kv)
-		}
+	if err != nil && ctx.Err() != nil {
+		err = errors.New("stopped while etcd was being started")
 	}
-	return env
+	return bed, err
 }

@@ -61,6 +61,7 @@ func behaviours() []behaviour {
 		{"fork-bomb=N", greeted, forking(forkBomb), nil}, // N chains, one process each: fork, then end
 		{"fill=N", greeted, forking(startFill), nil},     // N children, and one more for each that exits
 		{"memory=N", greeted, takeMemory, nil},           // N GiB of memory, all of it touched
+		{"count=DUR", greeted, count, nil},               // a line every DUR, numbered from 1
 		{"leave=N", greeted, leaveMemory, nil},           // all memory but N MiB
 		{"main-gone", greeted, endMainThread, nil},       // no main thread, but others
 	}
@@ -287,6 +288,17 @@ func leaveMemory(_ *process, mib string) error {
 	leave := int64(number(mib)) << 20
 	go hoard(func(_, untouched int64) bool { return available()-untouched > leave },
 		func() bool { return available() < leave/2 }) // others want more than when it came
+	return nil
+}
+
+func count(p *process, _ string) error {
+	every := time.Tick(p.duration("count"))
+	go func() {
+		for n := 1; ; n++ {
+			fmt.Printf("job of %s, token %s: %d\n", candidate(), token(), n)
+			<-every
+		}
+	}()
 	return nil
 }
 
