@@ -47,6 +47,11 @@ func Span(ms float64) string {
 	return fmt.Sprintf("%.2f s", ms/1000)
 }
 
+// Spans are median, p99 and maximum of some milliseconds, as Span writes them.
+func Spans(ms []float64) (median, p99, most string) {
+	return Span(Median(ms)), Span(Percentile(ms, 99)), Span(Percentile(ms, 100))
+}
+
 // Refresh replaces what stands in a file between <!-- name --> and
 // <!-- /name -->, for each name.
 func Refresh(path string, sections map[string]string) error {

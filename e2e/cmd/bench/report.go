@@ -6,14 +6,13 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"slices"
 	"text/tabwriter"
 
 	"leasehold/e2e/harness"
 )
 
-// results are what a run measured. Reports and tables are made from them alone.
+// results are what a run measured. Reports are made from them alone.
 type results struct {
 	About    harness.About    `json:"about"`
 	Exec     []float64        `json:"exec_ms"` // a process's start to its first instruction
@@ -26,15 +25,15 @@ type results struct {
 
 // Sample is one trial. All times are milliseconds from the fault on.
 type Sample struct {
-	Fault     string  `json:"fault"`
-	Contender string  `json:"contender"` // the implementation
-	Road      string  `json:"road"`      // plain, tls or auth
-	TTL       float64 `json:"ttl_seconds"`
-	Dead      float64 `json:"dead_ms"`  // the last process of the old job has exited
-	Died      bool    `json:"died"`     // or else lived when nobody looked any more
-	Freed     float64 `json:"freed_ms"` // an operator's watch heard that the leader's key is deleted
-	Next      float64 `json:"next_ms"`  // first instruction of the next job
-	Late      float64 `json:"guard_late_ms"`
+	Fault          string  `json:"fault"`
+	Implementation string  `json:"contender"`
+	Via            string  `json:"road"` // one of vias
+	TTL            float64 `json:"ttl_seconds"`
+	Dead           float64 `json:"dead_ms"`  // the last process of the old job has exited
+	Died           bool    `json:"died"`     // or else lived when nobody looked any more
+	Freed          float64 `json:"freed_ms"` // an operator's watch saw the leader's key deleted
+	Next           float64 `json:"next_ms"`  // first instruction of the next job
+	Late           float64 `json:"guard_late_ms"`
 }
 
 // overlap is for how long both jobs lived; infinite when the old one did not end.
@@ -47,34 +46,29 @@ func (s Sample) overlap() float64 {
 
 // Memory is the proportional set size of each of a standby's processes.
 type Memory struct {
-	Contender string  `json:"contender"`
-	When      string  `json:"when"`
-	KiB       []int64 `json:"pss_kib"`
+	Implementation string  `json:"contender"`
+	When           string  `json:"when"`
+	KiB            []int64 `json:"pss_kib"`
 }
 
-func (m Memory) mebibytes() float64 {
-	sum := int64(0)
-	for _, kib := range m.KiB {
-		sum += kib
-	}
-	return float64(sum) / 1024
-}
+func (m Memory) mebibytes() float64 { return float64(sum(m.KiB)) / 1024 }
 
 // CPU is what a candidate that does nothing used.
 type CPU struct {
-	Contender string    `json:"contender"`
-	Role      string    `json:"role"`
-	TTL       float64   `json:"ttl_seconds"`
-	Seconds   float64   `json:"seconds"`
-	Used      []float64 `json:"cpu_ms"` // by process, the guard first
+	Implementation string    `json:"contender"`
+	Role           string    `json:"role"`
+	TTL            float64   `json:"ttl_seconds"`
+	Seconds        float64   `json:"seconds"`
+	Used           []float64 `json:"cpu_ms"` // by process, the guard first
 }
 
-func (c CPU) percent() float64 {
-	sum := 0.0
-	for _, ms := range c.Used {
-		sum += ms
+func (c CPU) percent() float64 { return sum(c.Used) / 10 / c.Seconds }
+
+func sum[T int64 | float64](values []T) (all T) {
+	for _, v := range values {
+		all += v
 	}
-	return sum / 10 / c.Seconds
+	return all
 }
 
 // group is the samples of a fault and an implementation that reaches etcd in one way.
@@ -83,30 +77,44 @@ type group []Sample
 // of are the samples of such a group. There may be none.
 func (r *results) of(fault, implementation, via string) group {
 	return slices.DeleteFunc(slices.Clone(group(r.Samples)), func(s Sample) bool {
-		return s.Fault != fault || s.Contender != implementation || s.Road != via
+		return s.Fault != fault || s.Implementation != implementation || s.Via != via
 	})
 }
 
-func (g group) column(f func(Sample) float64) []float64 {
-	var c []float64
-	for _, s := range g {
-		c = append(c, f(s))
+// groups are those that are not empty, in the order of the report.
+func (r *results) groups() (all []group) {
+	for _, via := range vias {
+		for _, row := range rows {
+			if g := r.of(row.name, row.of.Name, via); len(g) > 0 {
+				all = append(all, g)
+			}
+		}
 	}
-	return c
+	return all
 }
 
-func (g group) median(f func(Sample) float64) float64 { return harness.Median(g.column(f)) }
+// title is three cells of a table.
+func (g group) title() string {
+	return fmt.Sprintf("%s\t%s\t%s", g[0].Fault, g[0].Implementation, g[0].Via)
+}
+
+// spans are median, p99 and maximum of what f returns.
+func (g group) spans(f func(Sample) float64) (median, p99, most string) {
+	return harness.Spans(g.column(f))
+}
+
+func (g group) column(f func(Sample) float64) (values []float64) {
+	for _, s := range g {
+		values = append(values, f(s))
+	}
+	return values
+}
 
 func next(s Sample) float64 { return s.Next }
 
 func (g group) overlapping() int {
-	n := 0
-	for _, s := range g {
-		if s.overlap() > 0 {
-			n++
-		}
-	}
-	return n
+	none := func(ms float64) bool { return ms == 0 }
+	return len(slices.DeleteFunc(g.column(Sample.overlap), none))
 }
 
 // report writes into a table with tabs. Flush reports its errors.
@@ -114,52 +122,18 @@ type report struct{ *tabwriter.Writer }
 
 func (w report) p(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
 
-// each calls f with each group that is not empty, in the order of the report.
-func (r *results) each(f func(fault, implementation, via string, g group)) {
-	for _, via := range []string{"plain", "tls", "auth"} {
-		for _, k := range kinds {
-			for _, of := range harness.Implementations {
-				if g := r.of(k.Name, of.Name, via); len(g) > 0 {
-					f(k.Name, of.Name, via, g)
-				}
-			}
-		}
-	}
-}
-
 // writeReport writes all that was measured, and how it compares with what is wanted of leasehold.
 func writeReport(to io.Writer, r *results) error {
-	w, span := report{tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)}, harness.Span
+	w := report{tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)}
 	user, a := "an ordinary user", r.About
 	if a.Root {
 		user = "root"
 	}
-	w.p("\n%s: etcd %s, %s, Linux %s, %d CPUs, as %s\n", a.Date, a.Etcd, a.Go, a.Kernel, a.CPUs, user)
-	w.p("a process' start to its first instruction, which all pay: %s (p99 %s)\n",
-		span(harness.Median(r.Exec)), span(harness.Percentile(r.Exec, 99)))
-
-	w.p("\nfault\timplementation\tvia\tTTL\ttrials\tnext job, median\tp99\tmax\t" +
-		"both alive\tp50\tp99\tguard late, max\n")
-	r.each(func(fault, implementation, via string, g group) {
-		times, overlaps := g.column(next), g.column(Sample.overlap)
-		w.p("%s\t%s\t%s\t%.0fs\t%d\t%s\t%s\t%s\t%d of %d\t%s\t%s\t%s\n",
-			fault, implementation, via, g[0].TTL, len(g),
-			span(harness.Median(times)), span(harness.Percentile(times, 99)), span(slices.Max(times)),
-			g.overlapping(), len(g),
-			span(harness.Percentile(overlaps, 50)), span(harness.Percentile(overlaps, 99)),
-			span(slices.Max(g.column(func(s Sample) float64 { return s.Late }))))
-	})
-	w.p("\nwhere the time goes (medians)\timplementation\tvia\tfault to old job exited\t" +
-		"to its key deleted\tto next job's first instruction\n")
-	r.each(func(fault, implementation, via string, g group) {
-		if g.overlapping() > 0 {
-			return
-		}
-		w.p("%s\t%s\t%s\t%s\t%s\t%s\n", fault, implementation, via,
-			span(g.median(func(s Sample) float64 { return s.Dead })),
-			span(g.median(func(s Sample) float64 { return s.Freed - s.Dead })),
-			span(g.median(func(s Sample) float64 { return s.Next - s.Freed })))
-	})
+	w.p("\n%s: etcd %s, %s, Linux %s, %d CPUs, as %s\n",
+		a.Date, a.Etcd, a.Go, a.Kernel, a.CPUs, user)
+	median, p99, _ := harness.Spans(r.Exec)
+	w.p("a process' start to its first instruction, which all pay: %s (p99 %s)\n", median, p99)
+	w.times(r)
 	for _, f := range r.Failures {
 		w.p("\nFAILED: %s\n", f)
 	}
@@ -168,19 +142,42 @@ func writeReport(to io.Writer, r *results) error {
 	return w.Flush()
 }
 
+func (w report) times(r *results) {
+	w.p("\nfault\timplementation\tvia\tTTL\ttrials\tnext job, median\tp99\tmax\t" +
+		"both alive\tp50\tp99\tguard late, max\n")
+	for _, g := range r.groups() {
+		median, p99, most := g.spans(next)
+		both, both99, _ := g.spans(Sample.overlap)
+		_, _, late := g.spans(func(s Sample) float64 { return s.Late })
+		w.p("%s\t%.0fs\t%d\t%s\t%s\t%s\t%d of %d\t%s\t%s\t%s\n", g.title(), g[0].TTL, len(g),
+			median, p99, most, g.overlapping(), len(g), both, both99, late)
+	}
+	w.p("\nwhere the time goes (medians)\timplementation\tvia\tfault to old job exited\t" +
+		"to its key deleted\tto next job's first instruction\n")
+	for _, g := range r.groups() {
+		if g.overlapping() > 0 {
+			continue
+		}
+		dead, _, _ := g.spans(func(s Sample) float64 { return s.Dead })
+		freed, _, _ := g.spans(func(s Sample) float64 { return s.Freed - s.Dead })
+		next, _, _ := g.spans(func(s Sample) float64 { return s.Next - s.Freed })
+		w.p("%s\t%s\t%s\t%s\n", g.title(), dead, freed, next)
+	}
+}
+
 func (w report) size(r *results) {
 	if len(r.Memory) > 0 {
 		w.p("\nmemory of a standby\timplementation\tPSS\tby process\n")
-		for _, m := range r.Memory {
-			w.p("%s\t%s\t%.1f MiB\t%v KiB\n", m.When, m.Contender, m.mebibytes(), m.KiB)
-		}
+	}
+	for _, m := range r.Memory {
+		w.p("%s\t%s\t%.1f MiB\t%v KiB\n", m.When, m.Implementation, m.mebibytes(), m.KiB)
 	}
 	if len(r.CPU) > 0 {
 		w.p("\nidle CPU\timplementation\tTTL\tof a core\tin\tby process\n")
-		for _, c := range r.CPU {
-			w.p("%s\t%s\t%.0fs\t%.3f %%\t%.0f s\t%v ms\n",
-				c.Role, c.Contender, c.TTL, c.percent(), c.Seconds, c.Used)
-		}
+	}
+	for _, c := range r.CPU {
+		w.p("%s\t%s\t%.0fs\t%.3f %%\t%.0f s\t%v ms\n",
+			c.Role, c.Implementation, c.TTL, c.percent(), c.Seconds, c.Used)
 	}
 	if len(r.Binaries) > 0 {
 		w.p("\nbinary\tbytes\n")
@@ -207,34 +204,27 @@ func (w report) goals(r *results) {
 	in := func(format string) func(float64) string {
 		return func(x float64) string { return fmt.Sprintf(format, x) }
 	}
-	plain := func(fault, implementation string) float64 {
-		return r.of(fault, implementation, "plain").median(next)
+	took := func(fault, implementation string) float64 {
+		return harness.Median(r.of(fault, implementation, "plain").column(next))
 	}
-	goal("planned hand-over, 1.5 × the stock loop's", plain("stop", ours),
-		1.5*plain("stop", harness.StockLoop.Name), harness.Span)
-	goal("guard killed", plain("kill", ours), 25, harness.Span)
-	goal("elector killed", plain("kill-elector", ours), 25, harness.Span)
-	memory := map[string]float64{ours: math.NaN(), harness.EtcdctlLock.Name: math.NaN()}
-	for _, m := range r.Memory {
-		memory[m.Contender] = m.mebibytes() // the last counts
+	goal("planned hand-over, 1.5 × the stock loop's", took("stop", ours),
+		1.5*took("stop", harness.StockLoop.Name), harness.Span)
+	goal("guard killed", took("kill", ours), 25, harness.Span)
+	goal("elector killed", took("kill-elector", ours), 25, harness.Span)
+	if len(r.Memory) > 0 {
+		last := map[string]float64{}
+		for _, m := range r.Memory {
+			last[m.Implementation] = m.mebibytes()
+		}
+		goal("a standby's memory, etcdctl lock's", last[ours], last[harness.EtcdctlLock.Name],
+			in("%.1f MiB"))
 	}
-	goal("a standby's memory, etcdctl lock's", memory[ours], memory[harness.EtcdctlLock.Name],
-		in("%.1f MiB"))
 	for _, c := range r.CPU {
-		if c.Contender == ours {
+		if c.Implementation == ours {
 			goal("idle CPU of a "+c.Role, c.percent(), 0.2, in("%.3f %%"))
 		}
 	}
 	if size := r.Binaries[ours]; size > 0 {
 		goal("binary", float64(size)/1e6, 18, in("%.1f MB"))
 	}
-}
-
-// refresh puts the demo's output between its markers in a file.
-func refresh(readme, demo string) error {
-	output, err := os.ReadFile(demo)
-	if err != nil {
-		return err
-	}
-	return harness.Refresh(readme, map[string]string{"demo": "```\n" + string(output) + "```\n"})
 }

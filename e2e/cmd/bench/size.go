@@ -3,7 +3,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -20,56 +18,28 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// binaries are the programs of the implementations.
-func (b *bench) binaries() map[string]string {
-	return map[string]string{
-		harness.Leasehold.Name:   b.programs.Leasehold,
-		harness.StockLoop.Name:   b.programs.Stockloop,
-		harness.EtcdctlLock.Name: b.etcd.Ctl,
-	}
-}
-
-// measureBinaries takes the sizes of the programs.
-func (b *bench) measureBinaries() error {
-	for name, path := range b.binaries() {
-		info, err := os.Stat(path)
-		if err != nil {
-			return err
-		}
-		b.results.Binaries[name] = info.Size()
-	}
-	return nil
-}
-
 // idler is a candidate that has nothing to do.
 type idler struct {
 	*harness.Machine
 	role   string
 	before map[int]time.Duration // CPU of each process
-	began  time.Duration
 }
 
-// measureIdle measures idlers: their memory at the beginning and at the end, and the CPU in
-// between.
-func (t *testbed) measureIdle(ctx context.Context, during time.Duration) error {
-	const first = 10 * time.Second
-	fmt.Fprintf(os.Stderr, "measuring memory and idle CPU: %v\n", during+first)
+// measureSize measures the programs' binaries, the memory of idlers at the beginning and at the
+// end, and their CPU in between.
+func (t *testbed) measureSize(ctx context.Context) error {
+	const first, during = 10 * time.Second, time.Minute
+	fmt.Fprintf(os.Stderr, "measuring memory and idle CPU: %v\n", first+during)
 	var idlers []*idler
 	defer func() {
 		for _, i := range idlers {
-			t.end(i.Machine)
+			end(i.Machine)
 		}
 	}()
 	for _, of := range harness.Implementations {
-		t.count++
-		election := fmt.Sprintf("bench/%d", t.count)
+		election := t.newElection()
 		for n, role := range []string{"leader", "standby"} {
-			// From a copy of the program: alone on its machine a standby shares no page with a leader.
-			binary := filepath.Join(t.dir, fmt.Sprintf("copy-%d", t.count))
-			if err := harness.CopyProgram(t.binaries()[of.Name], binary); err != nil {
-				return err
-			}
-			m, err := t.start(of, election, longTTL, binary)
+			m, err := t.startCopy(of, election)
 			if err != nil {
 				return err
 			}
@@ -82,19 +52,20 @@ func (t *testbed) measureIdle(ctx context.Context, during time.Duration) error {
 	if err := harness.Wait(ctx, first); err != nil {
 		return err
 	}
-	if err := t.measureMemory(idlers, first); err != nil || during == 0 {
+	if err := t.measureMemory(idlers, first); err != nil {
 		return err
 	}
+	began := harness.Now()
 	for _, i := range idlers {
-		i.before, i.began = cpu(i.Guard()), harness.Now()
+		i.before = cpu(i.Guard())
 	}
 	if err := harness.Wait(ctx, during); err != nil {
 		return err
 	}
 	for _, i := range idlers {
 		used := CPU{
-			Contender: i.Implementation.Name, Role: i.role, TTL: longTTL.Seconds(),
-			Seconds: (harness.Now() - i.began).Seconds(),
+			Implementation: i.Implementation.Name, Role: i.role, TTL: longTTL.Seconds(),
+			Seconds: (harness.Now() - began).Seconds(),
 		}
 		after := cpu(i.Guard())
 		for _, pid := range slices.Sorted(maps.Keys(after)) {
@@ -105,12 +76,28 @@ func (t *testbed) measureIdle(ctx context.Context, during time.Duration) error {
 	return t.measureMemory(idlers, first+during)
 }
 
+// startCopy starts a candidate from a copy of its program: alone on its machine a standby shares no
+// page with a leader.
+func (t *testbed) startCopy(of harness.Implementation, election string) (*harness.Machine, error) {
+	return t.start(of, election, longTTL, func(cfg *harness.CandidateConfig) error {
+		info, err := os.Stat(cfg.Binary)
+		if err != nil {
+			return err
+		}
+		t.results.Binaries[of.Name] = info.Size()
+		original := cfg.Binary
+		cfg.Binary = filepath.Join(t.dir, fmt.Sprintf("copy-%d", t.count))
+		return harness.CopyProgram(original, cfg.Binary)
+	})
+}
+
+// measureMemory measures that of standbys.
 func (t *testbed) measureMemory(idlers []*idler, after time.Duration) error {
 	for _, i := range idlers {
 		if i.role != "standby" {
 			continue
 		}
-		m := Memory{Contender: i.Implementation.Name, When: "after " + after.String()}
+		m := Memory{Implementation: i.Implementation.Name, When: "after " + after.String()}
 		for _, pid := range processes(i.Guard()) {
 			kib, err := pss(pid)
 			if errors.Is(err, os.ErrPermission) {
@@ -131,19 +118,16 @@ func (t *testbed) measureMemory(idlers []*idler, after time.Duration) error {
 func processes(guard int) []int { return append([]int{guard}, harness.Descendants(guard)...) }
 
 // pss is the proportional set size of a process in KiB.
-func pss(pid int) (int64, error) {
-	file, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+func pss(pid int) (kib int64, err error) {
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
 		return 0, err
 	}
-	defer func() { _ = file.Close() }()
-	lines := bufio.NewScanner(file)
-	for lines.Scan() {
-		if rest, found := strings.CutPrefix(lines.Text(), "Pss:"); found {
-			return strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(rest, "kB")), 10, 64)
-		}
+	_, size, _ := strings.Cut(string(rollup), "\nPss:")
+	if _, err := fmt.Sscan(size, &kib); err != nil {
+		return 0, fmt.Errorf("read the Pss of pid %d: %w", pid, err)
 	}
-	return 0, errors.Join(fmt.Errorf("no Pss for pid %d", pid), lines.Err())
+	return kib, nil
 }
 
 // cpu is the time that each of a daemon's processes has run. Its job, among them, only waits.

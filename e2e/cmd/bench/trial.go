@@ -7,10 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"leasehold/e2e/check"
@@ -26,51 +26,86 @@ const (
 	shortTTL = 3 * time.Second
 )
 
-// A kind of trial is a fault of the leader.
-type kind struct {
-	Name string
-	part string // of the benchmark
-	// ttl for leasehold; otherTTL for the others, who wait for it. 0: they have no such process.
-	ttl, otherTTL time.Duration
-	// share of n is the number of trials; the others get few where they wait.
-	share, otherShare float64
-	fault             func() fault.Fault
+// vias are the ways to reach etcd.
+var (
+	vias  = []string{"plain", "tls", "auth"}
+	plain = vias[:1]
+)
+
+// row is the trials of an implementation with a fault of the leader, one of make faults.
+type row struct {
+	name  string
+	fault func() fault.Fault
+	of    harness.Implementation
+	ttl   time.Duration
+	share float64 // of n
+	vias  []string
 }
 
-var kinds = []kind{
-	{"stop", "stop", longTTL, longTTL, 1, 1, fault.Stop},
-	{"kill", "kill", longTTL, shortTTL, 0.4, 1.0 / 16, killed(harness.Guard)},
-	{"kill-elector", "kill", longTTL, 0, 0.4, 0, killed(harness.Elector)},
+// rows are in the order of the report. When the others are killed they wait for the TTL, so theirs
+// is short and they get few trials. Over TLS and with auth only what takes milliseconds is
+// measured; the stock loop knows nothing of them.
+var rows = []row{
+	{"stop", fault.Stop, harness.Leasehold, longTTL, 1, vias},
+	{"stop", fault.Stop, harness.StockLoop, longTTL, 1, plain},
+	{"stop", fault.Stop, harness.EtcdctlLock, longTTL, 1, vias},
+	{"kill", killed(harness.Guard), harness.Leasehold, longTTL, 0.4, vias},
+	{"kill", killed(harness.Guard), harness.StockLoop, shortTTL, 1.0 / 16, plain},
+	{"kill", killed(harness.Guard), harness.EtcdctlLock, shortTTL, 1.0 / 16, plain},
+	{"kill-elector", killed(harness.Elector), harness.Leasehold, longTTL, 0.4, vias},
 }
 
 func killed(p harness.Process) func() fault.Fault {
 	return func() fault.Fault { return fault.Killed(p) }
 }
 
+// trials is how many there are of n, fewer over TLS and with auth.
+func (r row) trials(via string, n int) int {
+	share := r.share
+	if via != "plain" {
+		share = 0.2
+	}
+	return max(1, int(share*float64(n)+0.5))
+}
+
 // A testbed is an etcd of one member, reached in one way.
 type testbed struct {
 	*bench
 	*harness.Testbed
-	via   string // plain, tls, auth
-	count int    // of identities and elections given out
+	via string
 }
 
-func (b *bench) newTestbed(ctx context.Context, via string) (t *testbed, err error) {
+// measureVia measures everything that is measured with etcd reached in one way.
+func (b *bench) measureVia(ctx context.Context, via string) (err error) {
+	t := &testbed{bench: b, via: via}
 	cfg := harness.TestbedConfig{Prefix: "bench/", Auth: via == "auth"}
 	cfg.Cluster.Etcd = b.etcd
 	if via == "tls" {
 		if cfg.Cluster.TLS, err = harness.NewCerts(b.dir); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	t = &testbed{bench: b, via: via}
-	t.Testbed, err = harness.NewTestbed(ctx, cfg)
-	return t, err
+	if t.Testbed, err = harness.NewTestbed(ctx, cfg); err != nil {
+		return err
+	}
+	defer t.Close()
+	for _, name := range []string{"stop", "kill", "kill-elector"} {
+		if !b.only.MatchString(name + ", " + via) {
+			continue
+		}
+		if err := t.inTurns(ctx, name); err != nil {
+			return err
+		}
+	}
+	if via == "plain" && b.only.MatchString("size") {
+		return t.measureSize(ctx)
+	}
+	return nil
 }
 
-// start starts a candidate with the test job. binary, if not empty, is a copy of its program.
+// start starts a candidate with the test job. change may be nil.
 func (t *testbed) start(of harness.Implementation, election string, ttl time.Duration,
-	binary string,
+	change func(*harness.CandidateConfig) error,
 ) (*harness.Machine, error) {
 	t.count++
 	name := fmt.Sprintf("%s-%d", strings.ReplaceAll(of.Name, " ", "-"), t.count)
@@ -79,56 +114,47 @@ func (t *testbed) start(of harness.Implementation, election string, ttl time.Dur
 		return nil, err
 	}
 	c := harness.Candidacy{Programs: t.programs, Election: election, TTL: ttl, Witness: t.witness}
-	return m, m.Start(of, c, func(cfg *harness.CandidateConfig) error {
-		if binary != "" {
-			cfg.Binary = binary
-		}
-		return nil
-	})
+	return m, m.Start(of, c, change)
+}
+
+func (t *testbed) newElection() string {
+	t.count++
+	return fmt.Sprintf("bench/%d", t.count)
 }
 
 // end ends the candidate and whatever it left behind.
-func (t *testbed) end(m *harness.Machine) {
-	_ = m.Close(context.Background()) // what is left shows in the next trial
-	for _, l := range t.witness.Lives() {
-		if l.Candidate == m.Name && l.Alive() {
-			_ = t.witness.Tell(l, "exit 0") // it may be ending
-		}
+func end(m *harness.Machine) {
+	if m != nil {
+		_ = m.Close(context.Background()) // what is left shows in the next trial
 	}
 }
 
-// inTurns makes the trials of a kind, the implementations taking turns, so that what else the
+// inTurns makes the trials with a fault, the implementations taking turns, so that what else the
 // machine does disturbs all alike.
-func (t *testbed) inTurns(ctx context.Context, k kind, n int, with []harness.Implementation) error {
+func (t *testbed) inTurns(ctx context.Context, name string) error {
 	var pairs []*pair
-	for _, of := range with {
-		share, ttl := k.share, k.ttl
-		if !of.Ours() {
-			share, ttl = k.otherShare, k.otherTTL
-		}
-		if ttl == 0 {
+	for _, r := range rows {
+		if r.name != name || !slices.Contains(r.vias, t.via) {
 			continue
 		}
-		p := &pair{testbed: t, of: of, ttl: ttl, left: max(1, int(share*float64(n)+0.5))}
+		p := &pair{testbed: t, row: r}
 		defer p.close()
 		pairs = append(pairs, p)
-		fmt.Fprintf(os.Stderr, "measuring %s, %s: %d trials of %s\n", k.Name, t.via, p.left, of.Name)
+		fmt.Fprintf(os.Stderr, "measuring %s, %s: %d trials of %s\n",
+			name, t.via, r.trials(t.via, t.n), r.of.Name)
 	}
-	for more := true; more; {
-		more = false
+	for i := range t.n {
 		for _, p := range pairs {
-			if p.left == 0 {
+			if i >= p.trials(t.via, t.n) {
 				continue
 			}
-			p.left--
-			more = more || p.left > 0
-			sample, err := p.trial(ctx, k)
+			sample, err := p.trial(ctx)
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
 			if err != nil {
 				// Told in the report, and no reason to lose all the rest.
-				failure := fmt.Sprintf("%s of %s over %s: %v", k.Name, p.of.Name, t.via, err)
+				failure := fmt.Sprintf("%s of %s over %s: %v", name, p.of.Name, t.via, err)
 				t.results.Failures = append(t.results.Failures, failure)
 				p.close()
 				continue
@@ -142,132 +168,86 @@ func (t *testbed) inTurns(ctx context.Context, k kind, n int, with []harness.Imp
 // A pair is a leader and a standby of one implementation.
 type pair struct {
 	*testbed
-	of              harness.Implementation
-	ttl             time.Duration
-	left            int // trials
+	row
 	election        string
 	leader, standby *harness.Machine
+	leading         harness.Life // the leader's job
 }
 
 func (p *pair) close() {
-	for _, m := range []*harness.Machine{p.standby, p.leader} {
-		if m != nil {
-			p.end(m)
-		}
-	}
+	end(p.standby)
+	end(p.leader)
 	p.standby, p.leader = nil, nil
 }
 
 // ready starts who is missing of the pair and waits until all is quiet.
-func (p *pair) ready(ctx context.Context) (leading harness.Leading, err error) {
+func (p *pair) ready(ctx context.Context) (first harness.Leading, err error) {
 	if p.leader == nil {
-		p.count++
-		p.election = fmt.Sprintf("bench/%d", p.count)
-		if p.leader, err = p.start(p.of, p.election, p.ttl, ""); err != nil {
-			return leading, err
+		p.election = p.newElection()
+		if p.leader, err = p.start(p.of, p.election, p.ttl, nil); err != nil {
+			return first, err
 		}
-		if _, err := p.job(ctx, p.leader, harness.WaitTimeout); err != nil {
-			return leading, err
+		if p.leading, err = p.job(ctx, p.leader.Name, harness.WaitTimeout); err != nil {
+			return first, fmt.Errorf("%w; its log:\n%s", err, p.leader.Log())
 		}
 	}
 	if p.standby == nil {
-		if p.standby, err = p.start(p.of, p.election, p.ttl, ""); err != nil {
-			return leading, err
+		if p.standby, err = p.start(p.of, p.election, p.ttl, nil); err != nil {
+			return first, err
 		}
 	}
-	if leading, err = p.WaitQueue(ctx, p.election, 2); err != nil {
-		return leading, fmt.Errorf("%w; log of the standby:\n%s", err, p.standby.Log())
+	if first, err = p.WaitQueue(ctx, p.election, 2); err != nil {
+		return first, fmt.Errorf("%w; log of the standby:\n%s", err, p.standby.Log())
 	}
-	return leading, harness.Wait(ctx, settle)
+	return first, harness.Wait(ctx, settle)
 }
 
 // trial injects the fault and takes the times of what follows. Afterwards the standby leads.
-func (p *pair) trial(ctx context.Context, k kind) (Sample, error) {
-	leading, err := p.ready(ctx)
+func (p *pair) trial(ctx context.Context) (Sample, error) {
+	s := Sample{Fault: p.name, Implementation: p.of.Name, Via: p.via, TTL: p.ttl.Seconds()}
+	first, err := p.ready(ctx)
 	if err != nil {
-		return Sample{}, err
+		return s, err
 	}
-	watching, cancel := context.WithCancel(ctx)
+	watching, cancel := context.WithTimeout(ctx, p.ttl+harness.WaitTimeout)
 	defer cancel()
-	deleted, err := p.watch(watching, leading.Key)
+	watch := p.Client.Watch(watching, first.Key,
+		clientv3.WithCreatedNotify(), clientv3.WithFilterPut())
+	if created := <-watch; created.Err() != nil || !created.Created {
+		return s, errors.Join(errors.New("the operator's watch was not made"), created.Err())
+	}
+	on := &fault.Target{Testbed: p.Testbed, Machine: p.leader, TTL: p.ttl}
+	if err := p.fault().Start(ctx, on); err != nil {
+		return s, err
+	}
+	deleted := <-watch
+	s.Freed = harness.Milliseconds(harness.Now() - on.Began)
+	if len(deleted.Events) == 0 {
+		return s, errors.Join(errors.New("the leader's key was not deleted"), deleted.Err())
+	}
+	next, err := p.job(ctx, p.standby.Name, p.ttl+harness.WaitTimeout)
 	if err != nil {
-		return Sample{}, err
+		return s, fmt.Errorf("%w; its log:\n%s", err, p.standby.Log())
 	}
-	on := &fault.Target{Testbed: p.Testbed, Machine: p.leader, Leading: leading, TTL: p.ttl}
-	if err := k.fault().Start(ctx, on); err != nil {
-		return Sample{}, err
+	s.Next = harness.Milliseconds(next.Started - on.Began)
+	observed, cancel := context.WithTimeout(ctx, observe)
+	defer cancel()
+	if ended, err := p.witness.WaitForDead(observed, p.leading); err == nil {
+		s.Dead, s.Died = harness.Milliseconds(ended-on.Began), true
 	}
-	next, err := p.job(ctx, p.standby, p.ttl+harness.WaitTimeout)
-	if err != nil {
-		return Sample{}, err
-	}
-	sample := Sample{
-		Fault: k.Name, Contender: p.of.Name, Road: p.via, TTL: p.ttl.Seconds(),
-		Next: harness.Milliseconds(next.Started - on.Began),
-	}
-	select {
-	case at := <-deleted:
-		sample.Freed = harness.Milliseconds(at - on.Began)
-	case <-ctx.Done():
-		return Sample{}, context.Cause(ctx)
-	}
-	if exited, ok := p.exited(ctx, p.leader); ok {
-		sample.Dead, sample.Died = harness.Milliseconds(exited-on.Began), true
-	}
-	sample.Late = harness.Milliseconds(check.Latency(check.TimerLatencies(p.leader.Log())))
-	p.end(p.leader)
-	p.leader, p.standby = p.standby, nil
-	return sample, ctx.Err()
+	s.Late = harness.Milliseconds(check.Latency(check.TimerLatencies(p.leader.Log())))
+	end(p.leader)
+	p.leader, p.leading, p.standby = p.standby, next, nil
+	return s, nil
 }
 
-// job waits for the candidate's job.
-func (t *testbed) job(ctx context.Context, of *harness.Machine, within time.Duration,
-) (harness.Life, error) {
-	ctx, cancel := context.WithTimeout(ctx, within)
-	defer cancel()
-	life, err := t.witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == of.Name })
-	if err != nil {
-		err = fmt.Errorf("no job of %s within %v: %w; its log:\n%s", of.Name, within, err, of.Log())
-	}
-	return life, err
-}
-
-// watch returns when etcd says that the key is deleted.
-func (t *testbed) watch(ctx context.Context, key string) (<-chan time.Duration, error) {
-	events := t.Client.Watch(ctx, key, clientv3.WithCreatedNotify(), clientv3.WithFilterPut())
-	if created := <-events; created.Err() != nil || !created.Created {
-		return nil, errors.Join(errors.New("the operator's watch was not made"), created.Err())
-	}
-	deleted := make(chan time.Duration, 1)
-	go func() { // ends with ctx
-		for response := range events {
-			for _, e := range response.Events {
-				if e.Type == mvccpb.DELETE {
-					deleted <- harness.Now()
-					return
-				}
-			}
-		}
-	}()
-	return deleted, nil
-}
-
-// exited waits, for a while, until nothing of the candidate's job lives.
-func (t *testbed) exited(ctx context.Context, of *harness.Machine) (at time.Duration, ok bool) {
-	ctx, cancel := context.WithTimeout(ctx, observe)
-	defer cancel()
-	err := t.witness.Wait(ctx, func(lives []harness.Life) bool {
-		at = 0
-		for _, l := range lives {
-			switch {
-			case l.Candidate != of.Name:
-			case l.Alive():
-				return false
-			default:
-				at = max(at, l.End)
-			}
-		}
-		return true
+// job waits for the job of a candidate.
+func (b *bench) job(ctx context.Context, candidate string, within time.Duration,
+) (job harness.Life, err error) {
+	its := func(l harness.Life) bool { return l.Candidate == candidate }
+	err = harness.Within(ctx, within, "no job of "+candidate, func(ctx context.Context) error {
+		job, err = b.witness.WaitForJob(ctx, its)
+		return err
 	})
-	return at, err == nil
+	return job, err
 }
