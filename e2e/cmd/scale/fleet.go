@@ -6,9 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
-	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,16 +20,15 @@ import (
 // errPlannedStop is what a candidate is stopped with, as by SIGTERM.
 var errPlannedStop = errors.New("asked to stop")
 
-// fleet is all candidates of a trial, by election.
+// fleet is all candidates of a trial.
 type fleet struct {
 	endpoints []string
-	ttl       time.Duration
-	elections [][]*candidate
-	renewals  atomic.Pointer[renewals] // nil while nobody counts
+	all       []*candidate
+	leaders   []atomic.Pointer[leader] // by election
+	terms     atomic.Int64             // begun
 
 	mu       sync.Mutex
-	leaders  []leader // by election
-	terms    int      // begun
+	renewals map[time.Duration]int64 // by tenth of a second
 	lost     map[string]int
 	warnings map[string]int
 }
@@ -51,31 +48,15 @@ type candidate struct {
 	ended               chan error              // what Run returned
 }
 
-func newFleet(endpoints []string, s shape, ttl time.Duration) *fleet {
+func newFleet(endpoints []string, s shape) *fleet {
 	f := &fleet{
-		endpoints: endpoints, ttl: ttl, leaders: make([]leader, s.Elections),
-		lost: map[string]int{}, warnings: map[string]int{},
+		endpoints: endpoints, leaders: make([]atomic.Pointer[leader], s.Elections),
+		renewals: map[time.Duration]int64{}, lost: map[string]int{}, warnings: map[string]int{},
 	}
-	for e := range s.Elections {
-		var all []*candidate
-		for i := range s.Size {
-			all = append(all, &candidate{fleet: f, election: e, number: i})
-		}
-		f.elections = append(f.elections, all)
+	for i := range s.candidates() {
+		f.all = append(f.all, &candidate{fleet: f, election: i / s.Size, number: i % s.Size})
 	}
 	return f
-}
-
-func (f *fleet) all() iter.Seq[*candidate] {
-	return func(yield func(*candidate) bool) {
-		for _, candidates := range f.elections {
-			for _, c := range candidates {
-				if !yield(c) {
-					return
-				}
-			}
-		}
-	}
 }
 
 // start starts a candidate as the daemon does by default.
@@ -84,10 +65,10 @@ func (c *candidate) start() (err error) {
 		Endpoints: c.fleet.endpoints,
 		Election:  fmt.Sprintf("scale/%04d", c.election),
 		Identity:  fmt.Sprintf("machine-%04d.example.com", c.number),
-		TTL:       c.fleet.ttl, LossGrace: -1, Margin: -1, Wait: -1,
+		TTL:       ttl, LossGrace: -1, Margin: -1, Wait: -1,
 		DialTimeout: time.Second,
 		Now:         harness.Now,
-		Logger:      slog.New(counter{c.fleet}),
+		Logger:      slog.New(warningCounter{c.fleet}),
 		Registerer:  prometheus.NewRegistry(),
 		Callbacks:   c,
 		Changed:     c.changed,
@@ -102,31 +83,37 @@ func (c *candidate) start() (err error) {
 	return nil
 }
 
-// stop has the candidate stop. wait waits until it has.
-func (c *candidate) stop() { c.cancel(errPlannedStop) }
-
-func (c *candidate) wait(ctx context.Context) error {
-	select {
-	case err := <-c.ended:
-		c.cancel = nil
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("wait for a candidate to stop: %w", context.Cause(ctx))
+// startAll starts candidates at once, and waits until each candidate is in place.
+func (f *fleet) startAll(ctx context.Context, candidates ...*candidate) error {
+	for _, c := range candidates {
+		if err := c.start(); err != nil {
+			return err
+		}
 	}
+	return until(ctx, f.inPlace)
 }
 
-// close stops every candidate that runs and waits for it.
-func (f *fleet) close() {
-	for c := range f.all() {
+// stopAll stops candidates at once, if they run, and waits until they have stopped.
+func stopAll(ctx context.Context, candidates ...*candidate) error {
+	for _, c := range candidates {
 		if c.cancel != nil {
-			c.stop()
+			c.cancel(errPlannedStop)
 		}
 	}
-	for c := range f.all() {
-		if c.cancel != nil {
-			_ = c.wait(context.Background()) // Run returns in bounded time, whatever etcd does
+	var err error
+	for _, c := range candidates {
+		if c.cancel == nil {
+			continue
+		}
+		select {
+		case errRun := <-c.ended:
+			c.cancel = nil
+			err = errors.Join(err, errRun)
+		case <-ctx.Done():
+			return fmt.Errorf("wait for a candidate to stop: %w", context.Cause(ctx))
 		}
 	}
+	return err
 }
 
 // Leased implements election.Callbacks.
@@ -137,11 +124,9 @@ func (c *candidate) Extended(election.Deadlines) {}
 
 // Lead implements election.Callbacks: it leads without a job.
 func (c *candidate) Lead(ctx context.Context, _ election.Term) error {
-	f, now := c.fleet, harness.Now()
-	f.mu.Lock()
-	f.leaders[c.election] = leader{c, now}
-	f.terms++
-	f.mu.Unlock()
+	f := c.fleet
+	f.leaders[c.election].Store(&leader{c, harness.Now()})
+	f.terms.Add(1)
 	<-ctx.Done()
 	if cause := context.Cause(ctx); !errors.Is(cause, errPlannedStop) {
 		f.mu.Lock()
@@ -151,48 +136,35 @@ func (c *candidate) Lead(ctx context.Context, _ election.Term) error {
 	return nil
 }
 
+const tenth = 100 * time.Millisecond
+
 // changed is called at each renewal, and at little else while nobody comes or goes.
 func (c *candidate) changed() {
-	if r := c.fleet.renewals.Load(); r != nil {
-		r.add(harness.Now())
+	c.fleet.mu.Lock()
+	defer c.fleet.mu.Unlock()
+	c.fleet.renewals[harness.Now()/tenth]++
+}
+
+// peak is the largest number of renewals in a tenth of a second between two moments.
+func (f *fleet) peak(from, to time.Duration) (most int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for t := from/tenth + 1; t < to/tenth; t++ {
+		most = max(most, f.renewals[t])
 	}
-}
-
-func (f *fleet) leader(election int) leader {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.leaders[election]
-}
-
-// begun is the number of terms that have begun.
-func (f *fleet) begun() int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.terms
-}
-
-// troubles returns how many terms were lost, by cause, and what was warned of, by message.
-func (f *fleet) troubles() (lost, warnings map[string]int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return maps.Clone(f.lost), maps.Clone(f.warnings)
+	return most
 }
 
 // inPlace is an error unless each candidate stands by or leads, and each election has one leader.
 func (f *fleet) inPlace() error {
-	leading, others := 0, 0
-	for c := range f.all() {
-		switch c.Snapshot().State {
-		case election.Leading:
-			leading++
-		case election.Standby:
-		default:
-			others++
-		}
+	states := map[election.State]int{}
+	for _, c := range f.all {
+		states[c.Snapshot().State]++
 	}
-	if leading != len(f.elections) || others > 0 {
+	leading, standby := states[election.Leading], states[election.Standby]
+	if leading != len(f.leaders) || leading+standby != len(f.all) {
 		return fmt.Errorf("%d leaders in %d elections, %d candidates not in the queue",
-			leading, len(f.elections), others)
+			leading, len(f.leaders), len(f.all)-leading-standby)
 	}
 	return nil
 }
@@ -200,7 +172,7 @@ func (f *fleet) inPlace() error {
 // renewedSince is an error unless each candidate's lease was renewed by a request sent after that
 // moment.
 func (f *fleet) renewedSince(t time.Duration) error {
-	for c := range f.all() {
+	for _, c := range f.all {
 		if s := c.Snapshot(); s.Deadlines.End-s.TTL <= t {
 			return errors.New("a candidate has not renewed its lease")
 		}
@@ -208,47 +180,24 @@ func (f *fleet) renewedSince(t time.Duration) error {
 	return nil
 }
 
-// renewals counts those of each tenth of a second.
-type renewals struct {
-	start time.Duration
-	count []atomic.Int64
-}
-
-const tenth = 100 * time.Millisecond
-
-func (r *renewals) add(now time.Duration) {
-	if i := int((now - r.start) / tenth); i < len(r.count) {
-		r.count[i].Add(1)
-	}
-}
-
-// peak is the largest count.
-func (r *renewals) peak() int64 {
-	most := int64(0)
-	for i := range r.count {
-		most = max(most, r.count[i].Load())
-	}
-	return most
-}
-
-// counter is a log handler that counts warnings by message.
-type counter struct{ *fleet }
+// warningCounter is a log handler that counts warnings by message.
+type warningCounter struct{ *fleet }
 
 // Enabled implements slog.Handler, at the daemon's own default level.
-func (counter) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelInfo }
+func (warningCounter) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelInfo }
 
 // Handle implements slog.Handler.
-func (c counter) Handle(_ context.Context, r slog.Record) error {
+func (w warningCounter) Handle(_ context.Context, r slog.Record) error {
 	if r.Level >= slog.LevelWarn {
-		c.mu.Lock()
-		c.warnings[r.Message]++
-		c.mu.Unlock()
+		w.mu.Lock()
+		w.warnings[r.Message]++
+		w.mu.Unlock()
 	}
 	return nil
 }
 
 // WithAttrs implements slog.Handler.
-func (c counter) WithAttrs([]slog.Attr) slog.Handler { return c }
+func (w warningCounter) WithAttrs([]slog.Attr) slog.Handler { return w }
 
 // WithGroup implements slog.Handler.
-func (c counter) WithGroup(string) slog.Handler { return c }
+func (w warningCounter) WithGroup(string) slog.Handler { return w }

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"math"
 	"slices"
@@ -72,19 +71,19 @@ func (r *results) others() float64 {
 	return most
 }
 
-// writeReport writes all that was measured, as it stands in the document.
-func writeReport(to io.Writer, r *results) error {
+// report is all that was measured, as it stands in the document.
+func (r *results) report() string {
 	var b bytes.Buffer
 	a, ttl := r.About, time.Duration(r.Trials[0].TTL*1000)*time.Millisecond
-	fmt.Fprintf(&b, "etcd %s, one member on loopback that does not wait for its disk; %s, Linux %s; "+
-		"etcd and all candidates share %d CPUs, of which other programs took up to %.0f %% of one; "+
-		"TTL %s; %s; the run took %s.\n",
+	fmt.Fprintf(&b, "etcd %s, one member on loopback that does not wait for its disk; %s, "+
+		"Linux %s; etcd and all candidates share %d CPUs, of which other programs took up to "+
+		"%.0f %% of one; TTL %s; %s; the run took %s.\n",
 		a.Etcd, a.Go, a.Kernel, a.CPUs, 100*r.others(), ttl, a.Date, harness.Span(r.Seconds*1000))
 	reportSteady(&b, r)
 	reportChanges(&b, r)
 	reportBursts(&b, r)
-	fmt.Fprintf(&b, "\nA candidate's own memory here (without its processes, its guard and its HTTP; "+
-		"those are in `make bench`):\n\n")
+	b.WriteString("\nA candidate's own memory here (without its processes, its guard and its " +
+		"HTTP; those are in `make bench`):\n\n")
 	harness.TableHead(&b, "", "resident", "heap", "stacks", "goroutines")
 	for _, t := range r.Trials {
 		m := t.Memory
@@ -97,19 +96,19 @@ func writeReport(to io.Writer, r *results) error {
 		fmt.Fprintf(&b, "- %s: %s; %s\n",
 			t.Shape, tally(t.Lost, "no term lost"), tally(t.Warnings, "no warning"))
 	}
-	_, err := to.Write(b.Bytes())
-	return err
+	return b.String()
 }
 
 func reportSteady(b *bytes.Buffer, r *results) {
 	fmt.Fprintf(b, "\nWhile nobody comes or goes:\n\n")
 	harness.TableHead(b, "", "requests/s", "renewals", "watch still served?", "reads",
 		"most renewals in 0.1 s (evenly spread)", "etcd's CPU", "etcd's memory per candidate")
-	row := func(name string, t *Trial, s *Steady) {
+	row := func(name string, t *Trial, s *Burst) {
 		c := s.Count
 		renewals := c.rate("LeaseKeepAlive")
-		harness.TableRow(b, name, tenths(c.total()/c.At), tenths(renewals), tenths(c.rate("Progress")),
-			tenths(c.rate("Range")+c.rate("Txn")), fmt.Sprintf("%d (%.1f)", s.Peak, renewals/10),
+		harness.TableRow(b, name, tenths(c.total()/c.At), tenths(renewals),
+			tenths(c.rate("Progress")), tenths(c.rate("Range")+c.rate("Txn")),
+			fmt.Sprintf("%d (%.1f)", s.Peak, renewals/10),
 			fmt.Sprintf("%.1f %% of a core", 100*c.EtcdCPU/c.At), size(t.Memory.EtcdResident))
 	}
 	for _, t := range r.Trials {
@@ -135,13 +134,9 @@ func reportChanges(b *bytes.Buffer, r *results) {
 		if besides/n < 5 { // else the difference says little
 			whole = small((ch.All.caused() - besides) / n)
 		}
-		harness.TableRow(b, t.Shape.String(), percentile(ch.Times, 50), percentile(ch.Times, 99),
-			stop, back, whole, small(ch.Stops.Events/n))
+		p50, p99, _ := harness.Spans(ch.Times)
+		harness.TableRow(b, t.Shape.String(), p50, p99, stop, back, whole, small(ch.Stops.Events/n))
 	}
-}
-
-func percentile(ms []float64, p float64) string {
-	return harness.Span(harness.Percentile(ms, p))
 }
 
 func reportBursts(b *bytes.Buffer, r *results) {
@@ -157,8 +152,8 @@ func reportBursts(b *bytes.Buffer, r *results) {
 		n, e := t.Shape.candidates(), t.Shape.Elections
 		row(t.Shape.String()+" join", t.Join, n, "")
 		if a := t.AllLeaders; a != nil {
-			row(fmt.Sprintf("%d leaders stop", e), a, e, fmt.Sprintf("hand-over p50 %s, p99 %s",
-				percentile(a.Times, 50), percentile(a.Times, 99)))
+			p50, p99, _ := harness.Spans(a.Times)
+			row(fmt.Sprintf("%d leaders stop", e), a, e, "hand-over p50 "+p50+", p99 "+p99)
 		}
 		if a := t.Restart; a != nil {
 			row(fmt.Sprintf("%d come back after a restart of etcd", n), a, n, fmt.Sprintf(
@@ -183,8 +178,8 @@ func tally(m map[string]int, none string) string {
 	return strings.Join(parts, ", ")
 }
 
-// writeCapacity writes what follows from the figures.
-func writeCapacity(to io.Writer, r *results) error {
+// capacity is what follows from the figures.
+func (r *results) capacity() (string, error) {
 	var joins []string
 	var pairs *Trial
 	for _, t := range r.Trials {
@@ -192,39 +187,37 @@ func writeCapacity(to io.Writer, r *results) error {
 			pairs = t
 			continue
 		}
-		joins = append(joins, fmt.Sprintf("%.2f s of CPU for %d", t.Join.Count.EtcdCPU, t.Shape.Size))
+		joins = append(joins,
+			fmt.Sprintf("%.2f s of CPU for %d", t.Join.Count.EtcdCPU, t.Shape.Size))
 	}
 	if len(joins) == 0 || pairs == nil {
-		return errors.New("a run with both kinds of trials is needed")
+		return "", errors.New("a run with both kinds of trials is needed")
 	}
 	n, leaders := float64(pairs.Shape.candidates()), float64(pairs.Shape.Elections)
 	c := pairs.Steady.Count
 	ttl, share, memory := pairs.TTL, c.EtcdCPU/c.At/n, pairs.Memory.EtcdResident
-	_, err := fmt.Fprintf(to, "- **Requests while nothing happens**: by the formula %.0f/s for %v; "+
+	return fmt.Sprintf("- **Requests while nothing happens**: by the formula %.0f/s for %v; "+
 		"measured %.0f/s.\n"+
-		"- **etcd's CPU**: %.0f %% of a core for %.0f candidates in pairs. In proportion, which was not "+
-		"tried, half a core carries %.0f.\n"+
-		"- **etcd's memory**: %s for each candidate: its connection, a watch, a lease. 4 GiB carry "+
-		"%.0f, in the same proportion.\n"+
+		"- **etcd's CPU**: %.0f %% of a core for %.0f candidates in pairs. In proportion, which "+
+		"was not tried, half a core carries %.0f.\n"+
+		"- **etcd's memory**: %s for each candidate: its connection, a watch, a lease. 4 GiB "+
+		"carry %.0f, in the same proportion.\n"+
 		"- **A crowd in one election**: all joining at once costs etcd %s.\n",
 		5.5*n/ttl+max(5*n/ttl, n/2.5)+5.5*leaders/ttl+n/ttl, pairs.Shape, c.total()/c.At,
 		100*share*n, n, math.Floor(0.5/share/100)*100,
 		size(memory), math.Floor(4*(1<<30)/memory/1000)*1000,
-		strings.Join(joins, ", "))
-	return err
+		strings.Join(joins, ", ")), nil
 }
 
 // refresh puts the figures into the document.
-func refresh(doc, from string) error {
-	r, err := harness.ReadJSON[results](from)
+func refresh(doc string) error {
+	r, err := harness.ReadJSON[results](file)
 	if err != nil {
 		return err
 	}
-	var figures, capacity bytes.Buffer
-	if err := errors.Join(writeReport(&figures, r), writeCapacity(&capacity, r)); err != nil {
+	capacity, err := r.capacity()
+	if err != nil {
 		return err
 	}
-	return harness.Refresh(doc, map[string]string{
-		"scale": figures.String(), "capacity": capacity.String(),
-	})
+	return harness.Refresh(doc, map[string]string{"scale": r.report(), "capacity": capacity})
 }
