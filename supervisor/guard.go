@@ -17,15 +17,15 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// pings counts what was asked of the guard and answered.
+// pings counts the pings to the guard and its answers.
 type pings struct {
 	sent, answered int64
 	killBy         time.Duration // when the last ping was sent
 }
 
-// Run listens to the guard until ctx ends (nil) or the guard is lost: then it kills the job itself,
-// proves that nothing of it is left, and returns ErrGuardLost. No Supervise may be under way when
-// ctx ends.
+// Run receives the guard's messages until ctx ends. Then it returns nil. If the guard is lost, Run
+// kills the job itself, proves that nothing of it is left, and returns ErrGuardLost. No Supervise
+// may be under way when ctx ends.
 func (s *Supervisor) Run(ctx context.Context) error {
 	var owned sync.WaitGroup
 	defer owned.Wait()
@@ -59,8 +59,8 @@ func (s *Supervisor) Run(ctx context.Context) error {
 			if s.unreachable.Load() || s.guardHangs(p.sent-p.answered) {
 				return s.guardLost("guard hangs")
 			}
-			// Where the job is overdue the guard is asked even if our own loops hang: there is
-			// nobody else to notice.
+			// If the job should be gone by now, we ping the guard even if our own loops hang:
+			// nobody else would notice.
 			if overdue := s.killOverdue(); overdue || s.cfg.Running() {
 				s.ping(&p)
 			}
@@ -102,7 +102,7 @@ func (s *Supervisor) ping(p *pings) {
 	s.send(ipc.Ping{Number: p.sent})
 }
 
-// pingSoon has the time of the next ping worked out anew.
+// pingSoon makes Run compute the time of the next ping again.
 func (s *Supervisor) pingSoon() {
 	select {
 	case s.pingDue <- struct{}{}:
@@ -110,11 +110,11 @@ func (s *Supervisor) pingSoon() {
 	}
 }
 
-// guardHangs reports whether the guard is taken for hung: it owes us the answers to more than three
-// pings while there is something for it to do. That is the start, what follows the exit of the
-// first process, and from a margin before kill-by on the kill. Until then its silence does no harm,
-// and a machine that stalls must not cost the job. Pings are counted as we send them, so that our
-// own pause, or the host's, is not held against it.
+// guardHangs reports whether the guard is taken for hung: more than three pings are unanswered
+// while the guard has something to do. It has to start the job, to follow the exit of the first
+// process, and, from a margin before kill-by on, to kill. Otherwise its silence does no harm, and a
+// pause of the machine must not cost the job. Pings count only as we send them, so that a pause of
+// our own, or of the host, does not count against the guard.
 func (s *Supervisor) guardHangs(owed int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -132,9 +132,9 @@ func (s *Supervisor) guardHangs(owed int64) bool {
 	return true
 }
 
-// killOverdue kills, where that needs no look around, a job that the guard should have killed by
-// now: the guard may hang, and to be sure of that takes several pings, which on a starved machine
-// are far between. It reports whether there is such a job.
+// killOverdue kills, as far as killNow can, a job that the guard should have killed by now. The
+// guard may hang. To be sure of that takes several pings, and on a starved machine they are slow.
+// It reports whether there is such a job.
 func (s *Supervisor) killOverdue() bool {
 	s.mu.Lock()
 	overdue := s.job.alive() && boottime.Now() >= s.job.overdue(s.cfg.Margin())
@@ -145,11 +145,10 @@ func (s *Supervisor) killOverdue() bool {
 	return overdue
 }
 
-// pingInterval is the time from now to the next ping: while the job lives a third of T/10, which is
-// what the guard may take to answer where that matters. From a quarter of the margin after kill-by
-// on, or after the moment that a stop of ours allows, it is far less, for nothing of the job should
-// be left, and the rest of the margin is all there is for noticing that the guard hangs and for
-// killing in its place.
+// pingInterval is the time from now to the next ping. While the job lives it is a thirtieth of the
+// TTL. From the moment on when the job is overdue, it is far less. Nothing of the job should be
+// left then, and within the rest of the margin we have to notice that the guard hangs and to kill
+// in its place.
 func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,7 +162,7 @@ func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	return max(min(max(margin/16, 25*time.Millisecond), margin/8), time.Millisecond)
 }
 
-// read hands on what the guard says.
+// read passes on the guard's messages.
 func (s *Supervisor) read(messages chan<- ipc.Message, stop <-chan struct{}) {
 	conn, err := s.pipe.SyscallConn()
 	if err != nil {
@@ -177,7 +176,7 @@ func (s *Supervisor) read(messages chan<- ipc.Message, stop <-chan struct{}) {
 			more, fillErr = in.Fill(int(fd))
 			return more || fillErr != nil
 		}); err != nil || fillErr != nil {
-			return // end-of-file decides nothing: the guard's pidfd shows whether it has exited
+			return // end-of-file proves nothing: the guard's pidfd shows whether it has exited
 		}
 		for m, ok := in.Next(); ok; m, ok = in.Next() {
 			select {
@@ -189,8 +188,8 @@ func (s *Supervisor) read(messages chan<- ipc.Message, stop <-chan struct{}) {
 	}
 }
 
-// readSpawner takes what the spawner says, until its end or ours. With each start comes a pidfd of
-// the job's first process, by which its exit is known without the guard's help.
+// readSpawner receives the spawner's messages, until its end or ours. With each start comes a pidfd
+// of the job's first process, which shows us its exit without the guard's help.
 func (s *Supervisor) readSpawner() {
 	conn, err := s.spawner.SyscallConn()
 	if err != nil {
@@ -206,7 +205,7 @@ func (s *Supervisor) readSpawner() {
 				unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
 			return !errors.Is(received, unix.EAGAIN)
 		}); err != nil || received != nil || n != ipc.SpawnerMessageLen {
-			return // end-of-file decides nothing: the spawner's pidfd shows whether it has exited
+			return // end-of-file proves nothing: the spawner's pidfd shows whether it has exited
 		}
 		switch m.Kind {
 		case ipc.SpawnerStarted:
@@ -237,7 +236,7 @@ func receivedFd(control []byte) int {
 	return fds[0]
 }
 
-// askSpawner asks the spawner to kill the job, and to start none any more.
+// askSpawner asks the spawner to kill the job, and to start no other.
 func (s *Supervisor) askSpawner() {
 	m := ipc.SpawnerMessage{Kind: ipc.SpawnerKill}
 	_ = unix.Sendto(s.cfg.SpawnerSock, m.Bytes(), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)

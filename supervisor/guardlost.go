@@ -16,8 +16,8 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// guardLost kills the job in the place of a guard that has exited or hangs, then the guard, and
-// returns ErrGuardLost when both are proven gone.
+// guardLost kills the job in the place of a guard that has exited or hangs. Then it kills the
+// guard. It returns ErrGuardLost when both are proven gone.
 func (s *Supervisor) guardLost(why string) error {
 	k := killInGuardsPlace{s: s, why: why, began: boottime.Now(), spawnerDone: s.spawnerDone}
 	k.begin()
@@ -30,12 +30,12 @@ func (s *Supervisor) guardLost(why string) error {
 
 // killInGuardsPlace kills the job and then the guard, step by step.
 //
-// The spawner, from which all of the job descends, kills, and tells when nothing is left; it starts
-// nothing any more, whatever it may still find from the guard. We kill what we see of its
-// descendants beside it: we see more of them at a time.
+// All of the job descends from the spawner. The spawner kills it, and reports when nothing is left.
+// It starts nothing any more, even if an earlier request of the guard reaches it. We also kill the
+// spawner's descendants ourselves, because we see more of them at a time.
 //
-// A guard that is PID 1 can't be killed from inside its namespace. It is left when nothing of the
-// job is.
+// A guard that is PID 1 can't be killed from inside its namespace. We leave it alone when nothing
+// of the job is left.
 type killInGuardsPlace struct {
 	s   *Supervisor
 	why string
@@ -44,19 +44,18 @@ type killInGuardsPlace struct {
 	complainAt  time.Duration
 	alive       bool              // there was a job
 	procs       *proctree.Scanner // nil: the process table can't be read
-	spawnerDone <-chan struct{}   // until it has told
+	spawnerDone <-chan struct{}   // nil: it has reported
 
-	// A spawner is taken for hung once nothing was seen to descend from it for a while: it would
-	// have told.
+	// A spawner is taken for hung if for a while it has no visible descendants and does not report.
 	seesAll  bool          // /proc hides nothing
-	lastSeen time.Duration // when something was seen, or could have been there unseen
-	clean    int           // looks in a row that saw nothing
+	lastSeen time.Duration // when descendants were last seen, or could have been there unseen
+	clean    int           // scans in a row that saw none
 }
 
-// begin kills what can be named at once.
+// begin kills what takes no scan of the process table.
 func (k *killInGuardsPlace) begin() {
 	s := k.s
-	k.alive = s.guardIsLost(k.why) // nobody may be told that it runs, from before it is killed
+	k.alive = s.guardIsLost(k.why) // first: from now on nobody reports that the job runs
 	s.askSpawner()
 	if k.alive {
 		s.killNow()
@@ -87,8 +86,8 @@ func (k *killInGuardsPlace) step() bool {
 	return proctree.PidfdExited(s.guardFd) || s.cfg.Guard == 1
 }
 
-// killJob kills what is left of the job. It reports whether nothing of it is left, and whether
-// something was seen of it, or could be there unseen.
+// killJob kills what is left of the job. It reports whether nothing of it is left, and whether it
+// saw something of it, or something could be there unseen.
 func (k *killInGuardsPlace) killJob() (gone, left bool) {
 	s := k.s
 	gone, left = true, true
@@ -96,7 +95,8 @@ func (k *killInGuardsPlace) killJob() (gone, left bool) {
 	case <-s.spawnerDone:
 	default:
 		if proctree.PidfdExited(s.cfg.SpawnerPidfd) {
-			// Two processes were lost in one moment. What has left the job's cgroup is not found.
+			// Guard and spawner are both lost. Processes that have left the job's cgroup are not
+			// found.
 			s.mu.Lock()
 			gone = s.job.pidfd < 0 || proctree.PidfdExited(s.job.pidfd)
 			s.mu.Unlock()
@@ -112,12 +112,12 @@ func (k *killInGuardsPlace) killJob() (gone, left bool) {
 	return gone, left
 }
 
-// killBesideSpawner asks the spawner to kill, and kills what is seen to descend from it. It reports
-// whether something was seen, or could be there unseen.
+// killBesideSpawner asks the spawner to kill, and kills the descendants of the spawner that it
+// sees. It reports whether it saw any, or some could be there unseen.
 func (k *killInGuardsPlace) killBesideSpawner() (left bool) {
 	s := k.s
 	s.askSpawner()
-	// To look through the process table takes milliseconds, in which the spawner is mostly done.
+	// A scan of the process table takes milliseconds. Usually the spawner needs less.
 	if k.procs == nil || boottime.Now() <= k.began+5*time.Millisecond {
 		return true
 	}
@@ -126,7 +126,7 @@ func (k *killInGuardsPlace) killBesideSpawner() (left bool) {
 	if left || !k.seesAll || k.clean < 3 || boottime.Now() <= k.lastSeen+waitTimeout {
 		return left
 	}
-	// It hangs. Stopped it starts nothing between the last look and its end.
+	// It hangs. SIGSTOP keeps it from starting anything between the last scan and its end.
 	proctree.SignalPidfd(s.cfg.SpawnerPidfd, unix.SIGSTOP)
 	end := unix.SIGKILL
 	if left = k.procs.KillDescendants(s.cfg.Spawner, unix.Getpid()); left {
@@ -148,7 +148,7 @@ func (k *killInGuardsPlace) pause() {
 	}
 	select {
 	case <-k.spawnerDone:
-		k.spawnerDone = nil // what is waited for now does not tell
+		k.spawnerDone = nil // what we wait for now sends no message
 	case <-time.After(pause):
 	}
 	if boottime.Now() > k.complainAt {
@@ -158,7 +158,7 @@ func (k *killInGuardsPlace) pause() {
 	}
 }
 
-// finish gives up the cgroup and tells that nothing of the job is left.
+// finish removes the cgroup and reports that nothing of the job is left.
 func (k *killInGuardsPlace) finish() {
 	s := k.s
 	text := k.why + ": there was no job"
@@ -176,8 +176,8 @@ func (k *killInGuardsPlace) finish() {
 	close(s.guardGone)
 }
 
-// threadStates is what the kernel tells of the threads of a process: the state of each, and where
-// in the kernel it waits, as far as we may know.
+// threadStates is what the kernel shows of the threads of a process: the state of each, and where
+// in the kernel it waits, as far as we may read that.
 func threadStates(pid int) string {
 	var states []string
 	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*", pid))

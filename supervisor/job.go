@@ -33,7 +33,7 @@ const (
 	JobNone     JobState = "none"     // never started in this process
 	JobStarting JobState = "starting" // asked for
 	JobRunning  JobState = "running"
-	JobStopping JobState = "stopping" // told to stop, or being killed
+	JobStopping JobState = "stopping" // it has its stop signal, or is being killed
 	JobBackoff  JobState = "backoff"  // exited by itself, to be started again
 	JobExited   JobState = "exited"   // nothing of it is left
 )
@@ -56,7 +56,7 @@ type LastExit struct {
 // ExitError means that the job exited by itself and is not started again.
 type ExitError struct {
 	proctree.Exit
-	Refused string // why it could not be started, where that is so
+	Refused string // why it could not be started; "": it was started
 }
 
 func (e *ExitError) Error() string {
@@ -80,19 +80,18 @@ type job struct {
 	ended   chan outcome // of this run; room for one
 
 	askedAt time.Duration // when the start was asked for
-	// due is when the guard was to have the job killed because we asked for its stop; forever: we
-	// have not.
+	// due is when the guard has to kill the job because we asked for a stop; forever: we have not
+	// asked.
 	due time.Duration
-	// known is the last kill-by that the guard is sure to have read: it has answered a ping that
-	// was sent later.
+	// known is the last kill-by that the guard has read for sure: it has answered a later ping.
 	known time.Duration
 
 	pidfd     int // of the first process, from the spawner; -1: none
-	pidfdPid  int // its pid: the guard tells of the start in its own time
+	pidfdPid  int // its pid: the guard's message about the start may come later
 	guardLost bool
 }
 
-// outcome is what came of a run.
+// outcome is how a run ended.
 type outcome struct {
 	exit     ExitError
 	byItself bool
@@ -119,8 +118,8 @@ func (j *job) closePidfd() {
 	}
 }
 
-// Snapshot is the job as it is now. That its first process has exited is seen at once, not when the
-// guard has told of it: our own loops may hang, or have just gone on.
+// Snapshot is the job as it is now. It shows at once that the first process has exited, and does
+// not wait for the guard's message: our own loops may hang.
 func (s *Supervisor) Snapshot() Job {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -133,7 +132,7 @@ func (s *Supervisor) Snapshot() Job {
 	return shown
 }
 
-// startAsked begins a run. What comes of it arrives on the channel.
+// startAsked begins a run. Its outcome is sent to the channel.
 func (s *Supervisor) startAsked(t Term) (<-chan outcome, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,7 +158,7 @@ func (s *Supervisor) stopAsked(why string, due time.Duration) {
 	s.transition(JobStopping, why)
 }
 
-// started: the guard tells of the start.
+// started: the guard has started the job.
 func (s *Supervisor) started(m ipc.Started) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -207,8 +206,8 @@ func (s *Supervisor) firstExited(m ipc.Exited) {
 	}
 }
 
-// gone: nothing of the job is left. The guard also stops the job by its own clock, and at a second
-// signal, without asking us: then it says that it was ordered.
+// gone: nothing of the job is left. The guard also stops the job without us, by its own clock and
+// at a second signal. Then the message has Ordered set.
 func (s *Supervisor) gone(m ipc.Gone) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -242,8 +241,8 @@ func (s *Supervisor) termOver() {
 	s.transition(JobExited, "term over")
 }
 
-// guardIsLost: from now on the deadlines that the guard knows stay as they are, and nobody is told
-// that the job runs. It reports whether something of the job may run.
+// guardIsLost: from now on the guard's deadlines stay as they are, and we do not report that the
+// job runs. It returns whether something of the job may still run.
 func (s *Supervisor) guardIsLost(why string) (alive bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -268,7 +267,7 @@ func (s *Supervisor) goneWithoutGuard() {
 	}
 }
 
-// invalid fails loudly: an event came in a state that can't have it. What may live is killed.
+// invalid fails loudly: an event came in a state that can't have it. It has the job killed.
 func (s *Supervisor) invalid(event string) {
 	s.log.Error("event in a state that can't have it: killing the job",
 		"event", event, "state", string(s.job.shown.State))

@@ -23,8 +23,8 @@ const (
 	maxBackoff   = 30 * time.Second
 )
 
-// restarter decides what follows the end of a job. It outlives terms, so that a candidate that
-// resigns because its job keeps failing does not start over when it is elected again at once.
+// restarter decides what follows the end of a job. It outlives terms: if a candidate resigns
+// because its job keeps failing, and is elected again at once, the backoff goes on.
 type restarter struct {
 	mode  Restart
 	limit int // quick failures in a row before the candidate resigns; 0: never
@@ -38,8 +38,8 @@ func newRestarter(mode Restart, limit int) *restarter {
 	return &restarter{mode: mode, limit: limit, jitter: rand.Float64}
 }
 
-// after says how long to wait before the next start. An *ExitError means that there is none, a
-// *ResignError that it is for another candidate to try.
+// after returns how long to wait before the next start. An *ExitError means that there is none, and
+// a *ResignError that another candidate should try.
 func (r *restarter) after(exit ExitError, ran time.Duration) (time.Duration, error) {
 	if r.mode == RestartNever || r.mode == RestartOnFailure && exit.Code == 0 {
 		return 0, &exit

@@ -3,19 +3,19 @@
 // Package supervisor is the elector's side of the job: it asks the guard to run the job for a term,
 // restarts it, and kills it if the guard is lost.
 //
-// The job is spread over three processes. The guard (package guard) is what the user started: it
-// holds the deadlines and kills. The elector, its child, holds a Supervisor, through which it asks
-// for a start, extends the deadlines and learns of the job's end. The spawner, a child of the guard
-// too, starts the job, and is the parent of all that the job leaves behind. Whichever of the three
-// is lost, the others kill the job.
+// Three processes look after the job. The guard (package guard) is the process that the user
+// started. It holds the deadlines and kills. The elector is its child. It has a Supervisor, with
+// which it asks for a start, extends the deadlines and learns of the job's end. The spawner is a
+// child of the guard too. It starts the job, and becomes the parent of all that the job leaves
+// behind. If one of the three is lost, the others kill the job.
 //
 // Promised: once a deadline has passed, or one of the three is lost, every process of the job is
 // killed. The job is reported gone only when the kernel shows nothing of it: no child of the
 // spawner, nothing in the job's cgroup.
 //
-// Not promised: anything about work that the job gave to another daemon. A job in uninterruptible
-// sleep exits when that ends, and until then it is not reported gone. When guard and spawner are
-// killed in one moment, what has left the job's cgroup is missed.
+// Not promised: anything about work that the job gave to another service. A job in uninterruptible
+// sleep exits when that ends, and is not reported gone until then. If guard and spawner are killed
+// at the same moment, processes that have left the job's cgroup survive.
 //
 // Where to look: job.go is the state of the job, term.go runs it for a term, guard.go watches the
 // guard, guardlost.go kills in the guard's place.
@@ -41,7 +41,7 @@ import (
 // Config is what a Supervisor needs to know.
 type Config struct {
 	In, Out      int // the pipe pair to the guard
-	SpawnerSock  int // what the spawner says
+	SpawnerSock  int // the socket to the spawner
 	SpawnerPidfd int
 	Guard        int    // pid
 	Spawner      int    // pid
@@ -53,7 +53,7 @@ type Config struct {
 
 	// None of these may block or call the Supervisor.
 	Signal  func(s unix.Signal) // called for each stop request that the guard received
-	Running func() bool         // the elector's own loops run; else the guard gets no pings
+	Running func() bool         // whether the elector's own loops run; if not, no pings
 	Changed func()              // called after each change of Snapshot
 
 	Logger     *slog.Logger
@@ -76,8 +76,8 @@ type Supervisor struct {
 	pipe    *os.File // In, for the netpoller
 	spawner *os.File // SpawnerSock, the same
 	guardFd int      // pidfd
-	// killing is held while the cgroup is killed, which may take the kernel a while: not mu, for
-	// the endpoint waits for that.
+	// killing is held while the cgroup is killed, which may take the kernel a while. mu would not
+	// do, because the health endpoint waits for it.
 	killing sync.Mutex
 	cgroup  *proctree.Cgroup
 
@@ -93,7 +93,8 @@ type Supervisor struct {
 	job job
 }
 
-// Connect opens the elector's end. It fails with ErrGuardLost when the guard has exited already.
+// Connect opens the elector's end of the pipes. It fails with ErrGuardLost if the guard has exited
+// already.
 func Connect(cfg Config) (*Supervisor, error) {
 	s := &Supervisor{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer),
@@ -131,14 +132,14 @@ func Connect(cfg Config) (*Supervisor, error) {
 // Ready tells the guard that the elector is up and its endpoint listens.
 func (s *Supervisor) Ready() { s.send(ipc.Ready{}) }
 
-// Status tells systemd, through the guard. At most 512 bytes of the text go there.
+// Status sends a status to systemd, through the guard: at most 512 bytes of the text.
 func (s *Supervisor) Status(text string) { s.send(ipc.Status{Text: text[:min(len(text), 512)]}) }
 
 // Lease tells the guard which lease to revoke if the elector is lost; 0: none.
 func (s *Supervisor) Lease(id int64, ttl time.Duration) { s.send(ipc.Lease{ID: id, TTL: ttl}) }
 
-// Token hands on what etcd takes in place of the password, so that a revocation need not wait for
-// etcd to check that. What does not fit into a message is not handed on.
+// Token passes etcd's authentication token to the guard, so that a revocation need not wait for
+// etcd to check the password. A token that does not fit into a message is not passed on.
 func (s *Supervisor) Token(token string) {
 	if len(token) > ipc.MaxText {
 		token = ""
@@ -146,8 +147,8 @@ func (s *Supervisor) Token(token string) {
 	s.send(ipc.Token{Value: []byte(token)})
 }
 
-// Extend hands later deadlines to the guard. Once stop-at has passed, or the guard is given up,
-// they change nothing.
+// Extend passes later deadlines to the guard. They change nothing once stop-at has passed or the
+// guard is lost.
 func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 	s.mu.Lock()
 	if s.job.guardLost {
@@ -161,11 +162,11 @@ func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 	s.send(ipc.Extend{StopAt: stopAt, KillBy: killBy})
 }
 
-// Exit tells the guard that the elector is about to exit, with which code the daemon shall exit,
-// and why: the last line of the log is the guard's.
+// Exit tells the guard that the elector is about to exit, and with which code the daemon should
+// exit and why. The guard logs the last line.
 func (s *Supervisor) Exit(code int, why string) { s.send(ipc.Exiting{Code: code, Why: why}) }
 
-// send sends a message. A guard that does not take it is given up at the next ping.
+// send sends a message. If the guard does not take it, the guard counts as lost at the next ping.
 func (s *Supervisor) send(message any) {
 	s.sending.Lock()
 	defer s.sending.Unlock()
@@ -174,8 +175,8 @@ func (s *Supervisor) send(message any) {
 	}
 }
 
-// killNow kills what of the job can be named without looking around. No other job begins meanwhile,
-// unless the guard has reported this one gone.
+// killNow kills the job's first process and its cgroup, which takes no scan of the process table.
+// No other job begins meanwhile, unless the guard has reported this one gone.
 func (s *Supervisor) killNow() {
 	s.mu.Lock()
 	if s.job.pidfd >= 0 {

@@ -12,15 +12,15 @@ import (
 	"leasehold/supervisor/ipc"
 )
 
-// Term is what the job is told of the term that it runs in.
+// Term is what the supervisor needs to know of the term in which the job runs.
 type Term struct {
 	Key     string // of the candidate in etcd
 	Token   int64  // the key's create revision
 	LeaseID int64
 	StopAt  time.Duration // readings of CLOCK_BOOTTIME, like KillBy
 	KillBy  time.Duration
-	// Lost is closed when the lease or the key is gone: whatever still runs is killed at once. It
-	// may be nil.
+	// Lost is closed when the lease or the key is gone: then the job is killed at once. It may be
+	// nil.
 	Lost <-chan struct{}
 }
 
@@ -35,10 +35,11 @@ func (e *ResignError) Error() string {
 		e.After.Round(time.Millisecond))
 }
 
-// Supervise runs the job for one term: it starts it, starts it again as the restart policy says,
-// and when ctx ends has it stopped. It returns when nothing of the job is left: ErrGuardLost, an
-// *ExitError or a *ResignError where that ended it, else nil. grace translates the cause of ctx's
-// end: zero kills at once, for the lease is lost; negative leaves the job the time until kill-by.
+// Supervise runs the job for one term. It starts the job, starts it again as the restart policy
+// says, and has it stopped when ctx ends. It returns when nothing of the job is left: ErrGuardLost,
+// an *ExitError or a *ResignError if one of these ended it, else nil. grace returns the job's time
+// to stop for the cause of ctx's end. Zero kills at once, because the lease is lost. Negative means
+// until kill-by.
 func (s *Supervisor) Supervise(
 	ctx context.Context, t Term, grace func(cause error) time.Duration,
 ) error {
@@ -80,8 +81,8 @@ func (s *Supervisor) runOnce(
 		case <-lost:
 			lost = nil
 			s.send(ipc.Stop{})
-			// The next leader starts already. The guard has to wake up first, and then sees to all
-			// of the job; the first SIGKILL is ours.
+			// The next leader may be starting. The guard kills all of the job, but has to wake up
+			// first. So we send the first SIGKILL.
 			s.stopAsked("lease lost", boottime.Now())
 			s.killNow()
 			s.pingSoon()
