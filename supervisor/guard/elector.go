@@ -16,7 +16,7 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// elector is the guard's end of the elector, and of the process that revokes the lease in its
+// elector is what the guard knows of the elector, and of the process that revokes the lease in its
 // place.
 type elector struct {
 	pid   int // 0: reaped
@@ -29,14 +29,14 @@ type elector struct {
 	pipeEnded bool
 
 	heardAt      time.Duration
-	checkAt      time.Duration // when its silence is looked at next
+	checkAt      time.Duration // when its silence is checked next
 	missedChecks int
 
 	announced bool // it is about to exit in good order
 	exit      Exit // as it announced it
 
 	lease    ipc.Lease // ID 0: none
-	token    []byte    // in tokenBuf: what etcd takes for its password
+	token    []byte    // in tokenBuf: etcd's authentication token
 	tokenBuf [ipc.MaxText]byte
 	revoker  int // pid of the revoking process
 	revokeBy time.Duration
@@ -84,8 +84,8 @@ func (g *guard) startElector() error {
 	return nil
 }
 
-// send sends a message to the elector. One that does not read counts as lost. One that has closed
-// its end is about to exit, which its pidfd will show.
+// send sends a message to the elector. If the elector does not read, it counts as lost. If it has
+// closed its end, it is about to exit, and its pidfd will show that.
 func (g *guard) send(message any) {
 	if g.elector.gone || !errors.Is(g.elector.outbox.Send(message), ipc.ErrFull) {
 		return
@@ -94,8 +94,8 @@ func (g *guard) send(message any) {
 	g.loseElector()
 }
 
-// receiveFromElector takes the elector's messages. End-of-file decides nothing: the pidfd shows
-// whether the elector has exited, and its silence whether it is of use.
+// receiveFromElector receives the elector's messages. End-of-file proves nothing: the pidfd shows
+// whether the elector has exited, and its silence shows whether it hangs.
 func (g *guard) receiveFromElector() {
 	e := &g.elector
 	if e.pipeEnded {
@@ -141,8 +141,8 @@ func (g *guard) message(m ipc.Message) {
 	}
 }
 
-// heardFromElector notes that the elector has spoken. While a job lives it may be silent until
-// kill-by, else for a TTL.
+// heardFromElector notes that a message has come. While a job lives, the elector may be silent
+// until kill-by, otherwise for a TTL.
 func (g *guard) heardFromElector(now time.Duration) {
 	e := &g.elector
 	e.heardAt, e.missedChecks = now, 0
@@ -170,8 +170,8 @@ func (g *guard) serveElectorDeadlines(now time.Duration) {
 	if e.pid == 0 || e.gone || now < e.checkAt {
 		return
 	}
-	// Its silence must outlast three checks, so that a pause of the guard, or of the host, is not
-	// held against it.
+	// Its silence must last for three checks, so that a pause of the guard, or of the host, does
+	// not count against it.
 	e.checkAt = now + g.cfg.TTL/10
 	if e.missedChecks++; e.missedChecks < 3 {
 		return
@@ -204,12 +204,12 @@ func (g *guard) loseElector() {
 	g.job.kill(ipc.KilledElector)
 }
 
-// electorExited tells an elector that has announced its exit from one that was lost.
+// electorExited distinguishes an elector that has announced its exit from one that was lost.
 func (g *guard) electorExited(ws unix.WaitStatus) {
 	e := &g.elector
 	e.pid = 0
 	g.listChildren()
-	for !e.pipeEnded { // its last words may still be in the pipe
+	for !e.pipeEnded { // its last messages may still be in the pipe
 		if more, err := e.inbox.Fill(e.in); !more || err != nil {
 			break
 		}
@@ -242,11 +242,11 @@ func (g *guard) startRevoke() {
 	if g.forceBy != 0 {
 		within = 2 * forceTimeout
 	}
-	// The token goes by a pipe, where no other user can read it. It fits into that whole.
+	// The token goes through a pipe, where no other user can read it. All of it fits into the pipe.
 	var token [2]int
 	err := unix.Pipe2(token[:], unix.O_CLOEXEC)
 	if err == nil {
-		_, _ = unix.Write(token[1], e.token) // without it the revoking process takes the password
+		_, _ = unix.Write(token[1], e.token) // without it the revoking process uses the password
 		_ = unix.Close(token[1])
 		e.revoker, err = syscall.ForkExec("/proc/self/exe", g.cfg.Revoke(lease.ID, within),
 			&syscall.ProcAttr{

@@ -3,8 +3,8 @@
 // Package guard is the process that the user starts, and the dead-man's switch of the job.
 //
 // The guard starts the elector and the spawner. It holds the job's deadlines, which only the
-// elector can move, and asks nobody when one passes: it kills the job. It also kills the job when
-// the elector asks for that, and when elector or spawner is lost.
+// elector can move. When kill-by passes, it kills the job and asks nobody. It also kills the job if
+// the elector asks for that, and if the elector or the spawner is lost.
 //
 //	guard -+- elector: renews the lease; asks for start, extend and stop (package ipc)
 //	       +- spawner: forks the job, reaps it, kills all that descends from it
@@ -14,9 +14,9 @@
 //
 // Where to look: loop.go waits in one place and does everything in one order. job.go is the state
 // machine of the job: its serveDeadlines is where a job is killed on loss of contact. kill.go
-// kills, and proves that nothing is left. elector.go is the elector's life, from its start to the
-// revocation in its place. spawner.go is the guard's end of the spawner, spawnloop.go the spawner
-// itself.
+// kills, and proves that nothing is left. elector.go starts the elector, watches it, and revokes
+// the lease if it is lost. spawner.go is the guard's end of the socket to the spawner, and
+// spawnloop.go is the spawner itself.
 package guard
 
 import (
@@ -42,33 +42,33 @@ type Config struct {
 	Election   string
 	Identity   string
 	TTL        time.Duration // as configured; bounds for how long the elector may be silent
-	Margin     time.Duration // of the lease; bounds for how long a late spawner may be silent
+	Margin     time.Duration // of the lease; bounds for how long the spawner may be silent
 	StopSignal unix.Signal
-	NewPrivs   bool // the job may gain privileges, and so get out of reach
+	NewPrivs   bool // the job may gain privileges; then the guard may be unable to kill it
 	// Ignored is what the job ignores from its start; every other signal has its default.
 	Ignored []unix.Signal
 
 	Elector []string // argv of the elector; guard, spawner and cgroup are added
 	Probe   []string // argv of a process that writes a byte and sleeps
-	// Revoke makes the argv of the process that revokes a lease. That reads the elector's token
-	// from its standard input.
+	// Revoke makes the argv of the process that revokes a lease. The process reads the elector's
+	// token from standard input.
 	Revoke func(lease int64, within time.Duration) []string
 
 	Signals  <-chan os.Signal // every signal that the process catches
-	Children <-chan os.Signal // SIGCHLD, apart, so that a flood of them displaces no other
+	Children <-chan os.Signal // SIGCHLD alone, so that many of them displace no other signal
 
 	// None of these may block.
 	Notify    func(state string) // tells systemd
-	Stopping  string             // what systemd is told when a stop is asked for
+	Stopping  string             // the message to systemd when a stop is asked for
 	Heartbeat func()             // called while both the guard's and the elector's loops run
 	Logger    *slog.Logger
 }
 
-// Exit is how the daemon shall exit: as the elector announced it.
+// Exit is how the daemon has to exit, as the elector announced it.
 type Exit struct {
 	Code int
 	Why  string
-	// Forced means that a second signal asked for the end, and the elector was killed for it.
+	// Forced means that the elector was killed, because it had not exited after a second signal.
 	Forced bool
 }
 
@@ -76,7 +76,7 @@ type Exit struct {
 // is revoked or expires. Whoever started the daemon should start it again.
 var ErrLost = errors.New("lost")
 
-// SetupError means that the guard could not be set up. Nothing was started, or it is gone again.
+// SetupError means that the guard could not be set up. Nothing that it has started is left.
 type SetupError struct {
 	Op  string
 	Err error
@@ -91,8 +91,8 @@ const forceTimeout = time.Second
 
 const forever = time.Duration(1<<63 - 1)
 
-// guard is the state of the process. One locked thread runs loop; it alone waits for children and
-// sends signals, and nothing else touches these fields, but for pending and the pipe of wakeups.
+// guard is the state of the process. One locked thread runs loop. Only that thread waits for
+// children and sends signals. Only it uses these fields, except pending and the pipe of wakeups.
 type guard struct {
 	cfg     Config
 	log     *slog.Logger
@@ -109,9 +109,9 @@ type guard struct {
 	watched  [watchedLen]unix.PollFd
 	scratch  [64]byte
 	children []int // those that are not the job's: elector, spawner, revoke
-	unreaped bool  // there may be more children to wait for
+	unreaped bool  // there may be more children to reap
 
-	noNewPrivs bool     // the job runs so
+	noNewPrivs bool     // the job runs with no_new_privs
 	sweep      chan int // cgroups before this one are not needed any more
 	starts     int32    // serial of the last start
 	tidyAt     time.Duration
@@ -119,19 +119,19 @@ type guard struct {
 
 	pending     [65]atomic.Int32 // signals that were caught and wait for the loop, by number
 	stopSignals int              // TERM and INT received
-	forceBy     time.Duration    // after the second: when the elector must have exited; 0: none
-	forced      bool             // it had not
+	forceBy     time.Duration    // when the elector must have exited, after the second one; 0: none
+	forced      bool             // the elector was killed because of forceBy
 }
 
 // Run runs the guard until the elector has exited and nothing of the job is left. The error wraps
 // ErrLost or is a *SetupError. Run must be called once, from the main goroutine.
 func Run(cfg Config) (Exit, error) {
-	// A collection starts threads and makes the loop wait. What is allocated is little, and
-	// collected while no job lives.
+	// A garbage collection starts threads and makes the loop wait. The guard allocates little, and
+	// collects it while no job lives.
 	debug.SetGCPercent(-1)
-	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT, meant for the job, would bring it back
-	// With a processor to spare for each goroutine the loop never waits for one when a system call
-	// returns.
+	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT, meant for the job, would turn it on again
+	// With a spare processor (P) for each goroutine, the loop never waits for one when a system
+	// call returns.
 	runtime.GOMAXPROCS(6)
 	runtime.LockOSThread()
 	g := newGuard(cfg)
@@ -140,7 +140,7 @@ func Run(cfg Config) (Exit, error) {
 		return Exit{}, err
 	}
 	exit, err := g.loop()
-	g.close() // not deferred: a panic must not take the spawner along, from which the job descends
+	g.close() // not deferred: after a panic the spawner must live, because it has to kill the job
 	return exit, err
 }
 

@@ -49,13 +49,13 @@ type job struct {
 	state jobState
 
 	serial     int32 // of the start
-	unanswered bool  // the spawner has not yet told what came of the start
+	unanswered bool  // the spawner has not yet reported the result of the start
 	started    bool
 	pid        int // the first process; 0: not yet started, or exited
 	pidfd      int
 	status     unix.WaitStatus // of the first process
-	exitSeen   time.Duration   // when its pidfd showed its exit, before the spawner told; 0: no
-	childless  bool            // the spawner has told that nothing of the job is left
+	exitSeen   time.Duration   // when its pidfd showed its exit, before the spawner's report; 0: no
+	childless  bool            // the spawner has reported that nothing of the job is left
 
 	stopAt, killBy time.Duration // the elector moves them until stop-at
 	graceEnd       time.Duration // of a stop that was asked for
@@ -98,7 +98,7 @@ func (j *job) startAsked(m ipc.Start) {
 	}
 }
 
-// spawnerStarted: the start has come to its exec.
+// spawnerStarted: the spawner has executed the command.
 func (j *job) spawnerStarted(pid, pidfd int) {
 	if !j.unanswered {
 		if pidfd >= 0 {
@@ -121,7 +121,8 @@ func (j *job) spawnerStarted(pid, pidfd int) {
 	j.g.send(ipc.Started{PID: pid})
 }
 
-// refused: the start came to nothing. Whether something is left is proven as after any other end.
+// refused: the start has failed. Then the guard proves that nothing is left, as after any other
+// end.
 func (j *job) refused(errno int32) {
 	if !j.unanswered {
 		j.invalid("start refused")
@@ -129,7 +130,7 @@ func (j *job) refused(errno int32) {
 	}
 	j.unanswered = false
 	if errno == ipc.SpawnerTooLate {
-		j.ordered = true // we called it off
+		j.ordered = true // we cancelled it
 	} else {
 		err := unix.Errno(errno)
 		j.g.send(ipc.Refused{Code: startCode(err), Why: err.Error()})
@@ -150,8 +151,7 @@ func startCode(err error) int {
 	return 126
 }
 
-// firstExited: the first process has exited. With it ends the job, and what it left behind is
-// killed.
+// firstExited: the first process has exited. The job ends with it. What it left behind is killed.
 func (j *job) firstExited(ws unix.WaitStatus) {
 	if j.state == jobIdle {
 		j.invalid("first process exited")
@@ -162,7 +162,7 @@ func (j *job) firstExited(ws unix.WaitStatus) {
 	j.kill(ipc.KilledLeftover)
 }
 
-// extended: the elector has renewed the lease. Once stop-at has passed nothing moves the deadlines
+// extended: the elector has renewed the lease. Once stop-at has passed, nothing moves the deadlines
 // of this job any more.
 func (j *job) extended(m ipc.Extend, now time.Duration) {
 	if !j.alive() || now >= j.stopAt {
@@ -185,8 +185,8 @@ func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
 	}
 }
 
-// serveDeadlines is where the job is stopped and killed on loss of contact: the elector has not
-// moved its deadlines. Nobody is asked.
+// serveDeadlines stops and kills the job on loss of contact: the elector has not moved the
+// deadlines. It asks nobody.
 func (j *job) serveDeadlines(now time.Duration) {
 	switch j.state {
 	case jobForking, jobRunning, jobStopping:
@@ -202,7 +202,7 @@ func (j *job) serveDeadlines(now time.Duration) {
 		j.stopAtPassed(now)
 	}
 	if j.state != jobKilling && j.exitSeen != 0 && now >= j.exitSeen+exitTimeout {
-		j.exitUntold()
+		j.exitUnreported()
 	}
 }
 
@@ -212,7 +212,7 @@ func (j *job) stopAtPassed(now time.Duration) {
 	j.g.missed(now - j.stopAt)
 }
 
-// killByPassed: no renewal has moved kill-by. From here on the margin runs, after which another may
+// killByPassed: no renewal has moved kill-by. When the margin is over too, another candidate may
 // lead.
 func (j *job) killByPassed(now time.Duration) {
 	j.kill(ipc.KilledKillBy)
@@ -225,8 +225,8 @@ func (j *job) graceOver(now time.Duration) {
 	j.g.missed(now - j.graceEnd)
 }
 
-// exitUntold: the first process has exited, and the spawner does not tell.
-func (j *job) exitUntold() {
+// exitUnreported: the first process has exited, and the spawner does not report it.
+func (j *job) exitUnreported() {
 	j.g.log.Warn("job exited and is not reaped: something traces it, or the spawner hangs",
 		"pid", j.pid)
 	j.kill(ipc.KilledLeftover)
@@ -238,7 +238,7 @@ const (
 	electorAsked = "its term ends"
 )
 
-// exitTimeout is for how long the spawner may take to tell of an exit that the guard sees.
+// exitTimeout is how long the spawner may take to report an exit that the guard sees.
 const exitTimeout = time.Second
 
 // nextDeadline is the earliest moment at which serveDeadlines has something to do.
@@ -258,8 +258,8 @@ func (j *job) nextDeadline() time.Duration {
 	return next
 }
 
-// stop sends the stop signal, once, and has the job killed at the end of its grace, or at kill-by
-// if that is earlier. A start that is under way is told when it has come to its exec.
+// stop sends the stop signal, once. The job is killed at the end of its grace, or at kill-by if
+// that is earlier. If a start is under way, the signal follows when the command has been executed.
 func (j *job) stop(graceEnd time.Duration, why string) {
 	switch j.state {
 	case jobForking, jobRunning:
@@ -276,8 +276,8 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 	}
 }
 
-// kill begins the kill. SIGKILL goes out before anything is logged. What a first process that has
-// exited left behind is killed by the spawner, and from the next round on by us.
+// kill begins the kill. SIGKILL goes out before anything is logged. If the first process has exited
+// by itself, only the spawner kills what it left behind. From the next round on we do too.
 func (j *job) kill(reason ipc.KillReason) {
 	switch j.state {
 	case jobForking, jobRunning, jobStopping:
@@ -301,8 +301,8 @@ func (j *job) kill(reason ipc.KillReason) {
 	j.transition(jobKilling, reason.String())
 }
 
-// invalid fails loudly: an event came in a state in which it can't. A panic would leave a living
-// job to others, so what may live is killed.
+// invalid fails loudly: an event came in a state that can't have it. It kills what may live. A
+// panic would leave that to other processes.
 func (j *job) invalid(event string) {
 	j.g.log.Error("event in a state that can't have it: killing the job",
 		"event", event, "state", string(j.state))
@@ -383,19 +383,20 @@ func (j *job) reportGone(now time.Duration) {
 	j.g.log.Log(context.Background(), level, text, attrs...)
 }
 
-// jobGone does what follows for the rest of the guard when nothing of a job is left.
+// jobGone adapts the rest of the guard when nothing of a job is left.
 func (g *guard) jobGone(now time.Duration) {
 	g.latency = 0
 	g.spawner.awaited = false
 	if g.stopSignals > 1 {
-		g.forceBy = now + forceTimeout // until now the elector was needed, to renew the lease
+		g.forceBy = now + forceTimeout // until now the elector had to renew the lease
 	}
 	// An elector without a job pings once a second.
 	g.elector.missedChecks, g.elector.checkAt = 0, max(g.elector.checkAt, now+3*time.Second)
 	g.tidyAt = now + time.Second
 }
 
-// missed tells by how much a deadline was missed. What it led to is under way already.
+// missed reports by how much a deadline was missed. What follows from the deadline is under way
+// already.
 func (g *guard) missed(by time.Duration) {
 	g.latency = max(g.latency, by)
 	g.send(ipc.TimerLatency{By: by})

@@ -11,9 +11,9 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// killNow kills everything that can be named without reading the process table. The cgroup comes
-// last, for the kernel may keep its killer waiting (cgroup_mutex). The spawner kills by descent
-// meanwhile.
+// killNow kills everything that it finds without reading the process table. The cgroup comes last,
+// because the kernel may make us wait for it (cgroup_mutex). Meanwhile the spawner kills by
+// descent.
 func (j *job) killNow() {
 	g := j.g
 	if j.pid != 0 {
@@ -46,8 +46,8 @@ func (j *job) killRound() {
 		return
 	}
 	j.killNow()
-	// Reading the process table takes milliseconds. Where the first process or the cgroup is all
-	// there is, that is lost time.
+	// Reading the process table takes milliseconds. That is lost time if killNow has reached all of
+	// the job.
 	if j.rounds++; j.rounds > 8 || g.cgroup == nil && j.pid == 0 {
 		g.procs.KillDescendants(g.root(), g.children...)
 	}
@@ -62,10 +62,10 @@ func (j *job) killRound() {
 	}
 }
 
-// roundPause is the time from the beginning of a round to the next one. The first follow each other
-// at once: what was killed is gone after some 100 µs. Thousands of processes take seconds to exit,
-// and need the processor for that: most of it is left to them where the kernel has killed them all
-// at one stroke, and half of it where they may still fork.
+// roundPause is the time from the beginning of a round to the next one. The first rounds follow
+// each other at once, because a killed process is gone after about 100 µs. Thousands of processes
+// take seconds to exit, and need the processor for that. If the kernel has killed them all at once,
+// we leave most of the processor to them. If they may still fork, we leave them half.
 func (j *job) roundPause(took time.Duration) time.Duration {
 	pause, share := 100*time.Microsecond, 1
 	switch {
@@ -94,8 +94,8 @@ func (j *job) endIfGone() bool {
 }
 
 // gone reports whether nothing of the job is left: no start under way, nothing in the cgroup, and
-// no child of the spawner, or of ours where the spawner has exited. A process state would not do: a
-// process whose main thread has exited shows Z while its other threads run.
+// no child of the spawner, or of the guard if the spawner has exited. The state of a process proves
+// nothing: a process whose main thread has exited shows Z while its other threads run.
 func (j *job) gone() bool {
 	g := j.g
 	switch {

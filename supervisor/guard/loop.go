@@ -15,9 +15,8 @@ import (
 	"leasehold/supervisor/ipc"
 )
 
-// loop is the guard. Each round looks at the clock first, kills what is to be killed, and only then
-// receives what there is to receive. It waits in poll alone, and allocates nothing while a job runs
-// or is killed.
+// loop is the guard. Each round looks at the clock first, kills what is due, and only then receives
+// messages. It waits only in poll, and allocates nothing while a job runs or is killed.
 func (g *guard) loop() (Exit, error) {
 	for {
 		now := boottime.Now()
@@ -31,7 +30,7 @@ func (g *guard) loop() (Exit, error) {
 	}
 }
 
-// act does what the clock demands.
+// act does what is due at this time.
 func (g *guard) act(now time.Duration) {
 	g.job.serveDeadlines(now)
 	g.serveSpawnerSilence(now)
@@ -51,8 +50,8 @@ func (g *guard) receive() {
 	g.reap()
 }
 
-// finished reports whether the guard may exit. The order of every end stands here: the elector has
-// exited, nothing of the job is left, and only then is the lease of a lost elector revoked.
+// finished reports whether the guard may exit. It has the order of every end: first the elector has
+// exited, then nothing of the job is left, and only then the lease of a lost elector is revoked.
 func (g *guard) finished() bool {
 	switch e := &g.elector; {
 	case e.pid != 0 || !e.gone:
@@ -73,7 +72,7 @@ func (g *guard) exit() (Exit, error) {
 	switch {
 	case g.elector.announced:
 		return g.elector.exit, nil
-	case g.forced: // nothing of what was asked for is left undone
+	case g.forced: // all that was asked for is done
 		return Exit{Why: "planned stop; the elector was killed", Forced: true}, nil
 	case g.spawner.lost:
 		return Exit{}, fmt.Errorf("the spawner is %w", ErrLost)
@@ -95,8 +94,8 @@ const (
 // poll waits for the next thing to do. While a kill is under way that is soon.
 func (g *guard) poll() {
 	g.armTimer(g.nextDeadline())
-	// An elector that has exited and can't be reaped is a zombie that a tracer holds: the tracer's
-	// end comes as a SIGCHLD. It is not watched in every other round, which sleeps for a while.
+	// If the elector has exited and can't be reaped, a tracer holds it as a zombie. A SIGCHLD comes
+	// when the tracer lets it go. Every other round does not watch it, and sleeps for a while.
 	held := g.elector.pid != 0 && g.watched[watchElector].Revents != 0
 	g.watch(held)
 	var timeout *unix.Timespec
@@ -136,7 +135,7 @@ func (g *guard) armTimer(next time.Duration) {
 	g.armedFor = next
 }
 
-// watch lists what poll waits for. A descriptor of -1 is passed over.
+// watch lists what poll waits for. poll ignores a descriptor of -1.
 func (g *guard) watch(held bool) {
 	watched := func(fd int, on bool) unix.PollFd {
 		if !on {
@@ -150,12 +149,12 @@ func (g *guard) watch(held bool) {
 		watchWake:    watched(g.wakeR, true),
 		watchElector: watched(g.elector.pidfd, g.elector.pid != 0 && !held),
 		watchJob: watched(g.job.pidfd,
-			g.job.pid != 0 && g.job.exitSeen == 0), // else it wakes us again and again
+			g.job.pid != 0 && g.job.exitSeen == 0), // otherwise it would wake us again and again
 		watchSpawner: watched(g.spawner.sock, g.spawner.pid != 0),
 	}
 }
 
-// nextDeadline is the earliest of all that the clock alone brings about.
+// nextDeadline is the earliest moment at which act has something to do.
 func (g *guard) nextDeadline() time.Duration {
 	next := min(g.job.nextDeadline(), g.nextElectorDeadline())
 	if g.spawner.awaited && g.job.state != jobKilling {
@@ -164,11 +163,11 @@ func (g *guard) nextDeadline() time.Duration {
 	return next
 }
 
-// maxReaps bounds for how long a round reaps. The kernel looks through all children that live each
-// time, and a guard that is process 1 has those of others.
+// maxReaps bounds how many children a round reaps. Each time the kernel looks through all living
+// children, and a guard that is process 1 also has the orphans of others.
 const maxReaps = 64
 
-// reap waits for the children that have exited: our own, and the orphans that fall to us.
+// reap reaps the children that have exited: our own, and the orphans that have become ours.
 func (g *guard) reap() {
 	g.unreaped = false
 	for range maxReaps {
@@ -183,7 +182,7 @@ func (g *guard) reap() {
 		case g.elector.pid:
 			g.electorExited(ws)
 		case g.spawner.pid, g.spawner.zombie:
-			if g.receiveFromSpawner(); g.spawner.pid != 0 { // its last words first
+			if g.receiveFromSpawner(); g.spawner.pid != 0 { // its last messages first
 				g.spawnerExited()
 			}
 			g.spawner.zombie = 0
@@ -197,7 +196,7 @@ func (g *guard) reap() {
 	g.unreaped = true
 }
 
-// wait waits for a child that has exited, of any kind, and never blocks.
+// wait reaps a child of any kind that has exited. It never blocks.
 func wait(pid int) (int, unix.WaitStatus, unix.Errno) {
 	var ws unix.WaitStatus
 	got, _, errno := unix.RawSyscall6(unix.SYS_WAIT4, uintptr(pid), uintptr(unsafe.Pointer(&ws)),
@@ -216,8 +215,8 @@ func (g *guard) listChildren() {
 	}
 }
 
-// tidy does, a while after a job is gone, what nobody waits for: it gets ready for the next start,
-// and does what the garbage collector may not do while a job lives.
+// tidy does what can wait until a job has been gone for a while: it prepares the next start, and
+// collects the garbage, which must not happen while a job lives.
 func (g *guard) tidy(now time.Duration) {
 	if g.job.state != jobIdle || g.elector.gone || now < g.tidyAt {
 		return

@@ -15,8 +15,8 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// open makes everything that the loop needs, so that the loop makes nothing. close gives back what
-// a failed open has made.
+// open makes everything that the loop needs, so that the loop need not make anything. After a
+// failed open, close gives back what it has made.
 func (g *guard) open() error {
 	fail := func(op string, err error) error { return &SetupError{Op: op, Err: err} }
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
@@ -92,13 +92,13 @@ func (g *guard) close() {
 	}
 }
 
-// privileges asks for what makes the loop's thread punctual, where it is permitted.
+// privileges makes the loop's thread real-time and locks the memory, if that is permitted.
 func (g *guard) privileges() {
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) == nil {
-		// Below a finite limit the lock would hold until that is reached, and then no memory could
-		// be had. With a limit of 0 it takes a CAP_IPC_LOCK that counts, which one of a user
-		// namespace does not.
+		// With a finite limit we would get no more memory once the limit is reached. With a limit
+		// of 0, mlockall succeeds only with an effective CAP_IPC_LOCK. (That of a user namespace
+		// does not count.)
 		none := unix.Rlimit{Max: limit.Max}
 		if limit.Cur == unix.RLIM_INFINITY || unix.Setrlimit(unix.RLIMIT_MEMLOCK, &none) == nil {
 			_ = unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
@@ -119,8 +119,8 @@ func (g *guard) privileges() {
 	_ = unix.SchedSetAttr(0, &nice, 0)
 }
 
-// warmThreads makes the runtime create n threads and keep them. Where a fork bomb has used up the
-// limit of processes, a thread that can't be created would end this process.
+// warmThreads makes the runtime create n threads and keep them. If a fork bomb has used up the
+// limit of processes and the runtime then needs a new thread, the runtime would end this process.
 func warmThreads(n int) {
 	var ready, done sync.WaitGroup
 	ready.Add(n)
@@ -135,8 +135,8 @@ func warmThreads(n int) {
 	done.Wait()
 }
 
-// wantsNoNewPrivs reports whether the job must not gain privileges: without CAP_KILL a set-user-id
-// process is out of our reach. A cgroup is no help, for such a process can leave it.
+// wantsNoNewPrivs reports whether the job must not gain privileges: without CAP_KILL we can't kill
+// a set-user-id process. A cgroup does not help, because such a process can leave it.
 func (g *guard) wantsNoNewPrivs() bool {
 	if proctree.HasCapability(unix.CAP_KILL) {
 		return false

@@ -13,8 +13,8 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// relaySignals hands what the runtime catches to the loop. The numbers wait in counters, so that
-// none is lost to a full pipe.
+// relaySignals passes the signals that the runtime catches to the loop. They wait in counters, so
+// that none is lost if the pipe is full.
 func (g *guard) relaySignals() {
 	for {
 		var s os.Signal

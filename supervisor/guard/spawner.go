@@ -20,19 +20,19 @@ import (
 // is gone.
 //
 // It is a child subreaper, as the guard is. So after the loss of any one of the daemon's processes
-// the whole job is still found by descent: all of it descends from the spawner while that lives,
-// and falls to the guard when it doesn't. That the spawner has no child left, which wait4(2) tells,
-// proves that nothing of the job is left. The proof needs no /proc. To name its children the
-// spawner reads the kernel's list of them, which hidepid does not shorten.
+// we still find the whole job by descent: all of it descends from the spawner, and from the guard
+// if the spawner is gone. If wait4(2) reports that the spawner has no child, nothing of the job is
+// left. That proof needs no /proc. To find its children the spawner reads the kernel's list of
+// them, which hidepid does not shorten.
 type spawner struct {
 	area    *spawnArea
 	mem     []byte // the area, and after it what the job's execve needs
 	envp    []uintptr
-	terms   int // where in mem the entries of the term go
+	terms   int // where in mem the term's entries of the environment begin
 	sock    int // SOCK_SEQPACKET, non-blocking
-	elector int // the elector's end, until that has it, then -1
+	elector int // the elector's end, until the elector has it, then -1
 	pid     int // 0: it has exited
-	zombie  int // its pid then, until it is reaped
+	zombie  int // its pid from its exit until it is reaped
 	pidfd   int
 	lost    bool
 
@@ -51,14 +51,14 @@ type spawner struct {
 
 // send sends a message. It never blocks.
 func (s *spawner) send(kind, serial int32) {
-	s.await(boottime.Now()) // before it can have answered with a heartbeat
+	s.await(boottime.Now()) // before the send: the spawner may answer with a heartbeat at once
 	s.sent = ipc.SpawnerMessage{Kind: kind, Serial: serial}
 	_, _, _ = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.sock), uintptr(unsafe.Pointer(&s.sent)),
 		uintptr(ipc.SpawnerMessageLen), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
 }
 
-// receive reads the next message into got, with the descriptor that came along, or -1. It returns
-// false if there is none.
+// receive reads the next message into got. It returns the descriptor that came with it, or -1, and
+// false if there is no message.
 func (s *spawner) receive() (fd int, ok bool) {
 	s.control.len, s.control.fd = 0, -1
 	s.header = spawnHeader{
@@ -71,7 +71,7 @@ func (s *spawner) receive() (fd int, ok bool) {
 		return n, errno
 	}
 	n, errno := recvmsg()
-	if errno == unix.ECONNRESET { // it has left a message unread; its own come after that
+	if errno == unix.ECONNRESET { // the spawner has not read a message; its own messages come next
 		n, errno = recvmsg()
 	}
 	if errno != 0 || int(n) != ipc.SpawnerMessageLen {
@@ -83,7 +83,7 @@ func (s *spawner) receive() (fd int, ok bool) {
 	return int(s.control.fd), true
 }
 
-// receiveFromSpawner acts on what the spawner says.
+// receiveFromSpawner acts on the spawner's messages.
 func (g *guard) receiveFromSpawner() {
 	s, j := g.spawner, &g.job
 	for s.pid != 0 {
@@ -91,12 +91,12 @@ func (g *guard) receiveFromSpawner() {
 		if !ok {
 			hungUp := g.watched[watchSpawner].Revents&unix.POLLHUP != 0
 			if (hungUp || j.state == jobKilling) && proctree.PidfdExited(s.pidfd) {
-				g.spawnerExited() // though a tracer may keep it from being reaped
+				g.spawnerExited() // even if a tracer keeps it from being reaped
 			}
 			return
 		}
 		m := s.got
-		if j.state == jobIdle || m.Serial != j.serial { // it answers a kill that came too late
+		if j.state == jobIdle || m.Serial != j.serial { // the answer to a kill of an earlier job
 			if fd >= 0 {
 				proctree.CloseRaw(fd)
 			}
@@ -120,19 +120,19 @@ func (g *guard) receiveFromSpawner() {
 	}
 }
 
-// spawnerExited follows the exit of the spawner. The kernel has killed the job's first process, and
-// what descends from that falls to us.
+// spawnerExited acts on the exit of the spawner. The kernel has killed the job's first process, and
+// the rest of the job becomes our children.
 func (g *guard) spawnerExited() {
 	s, j := g.spawner, &g.job
 	s.pid, s.zombie, s.awaited, s.lost = 0, s.pid, false, true
 	g.listChildren()
 	j.unanswered = false
-	j.kill(ipc.KilledSpawner) // before its end is looked at, which is no end of its own
+	j.kill(ipc.KilledSpawner) // before firstExited: the job does not exit by itself
 	if j.pid != 0 {
 		switch pid, ws, errno := wait(j.pid); {
 		case pid == j.pid:
 			j.firstExited(ws)
-		case errno == unix.ECHILD: // the spawner has reaped it, and could not tell
+		case errno == unix.ECHILD: // the spawner has reaped it, and could not report that
 			j.firstExited(unix.WaitStatus(unix.SIGKILL))
 		}
 	}
@@ -150,7 +150,7 @@ func (s *spawner) await(now time.Duration) {
 	s.heartbeats = atomic.LoadUint32(&s.area.heartbeats)
 }
 
-// heartbeat reports whether the spawner has shown a heartbeat since the last one that was seen.
+// heartbeat reports whether the spawner has shown a new heartbeat.
 func (s *spawner) heartbeat(now time.Duration) bool {
 	beats := atomic.LoadUint32(&s.area.heartbeats)
 	if beats == s.heartbeats {
@@ -160,9 +160,9 @@ func (s *spawner) heartbeat(now time.Duration) bool {
 	return true
 }
 
-// spawnerTimeout is for how long the spawner may do nothing of what it was asked for. Where kill-by
-// has passed, or the next leader may be starting, that is half the margin, for the guard needs the
-// rest to kill all by itself.
+// spawnerTimeout is for how long the spawner may do nothing of what it was asked for. If kill-by
+// has passed or the next leader may be starting, that is half the margin: the guard needs the rest
+// to kill all by itself.
 func (g *guard) spawnerTimeout(now time.Duration) time.Duration {
 	if j := &g.job; j.state == jobKilling && (j.lost || now >= j.killBy) {
 		return max(g.cfg.Margin/2,
@@ -172,13 +172,14 @@ func (g *guard) spawnerTimeout(now time.Duration) time.Duration {
 }
 
 // serveSpawnerSilence kills a spawner that was asked for something and shows no heartbeat. All of
-// the job falls to the guard then. As with the elector, its silence must outlast three checks.
+// the job then becomes the guard's children. As with the elector, the silence must last for three
+// checks.
 func (g *guard) serveSpawnerSilence(now time.Duration) {
 	s := g.spawner
 	switch timeout := g.spawnerTimeout(now); {
 	case !s.awaited:
 	case s.heartbeat(now):
-		// One that kills shows a heartbeat again and again.
+		// While it kills, it shows heartbeats again and again.
 		s.awaited = g.job.state == jobKilling && !g.job.childless
 	case now >= s.checkedAt+timeout/3:
 		s.checkedAt = now
@@ -190,7 +191,7 @@ func (g *guard) serveSpawnerSilence(now time.Duration) {
 	}
 }
 
-// kill kills the spawner. What descends from it falls to the guard.
+// kill kills the spawner. Its descendants become the guard's children.
 func (s *spawner) kill() {
 	if s.pid != 0 {
 		proctree.SignalPidfd(s.pidfd, unix.SIGKILL)
