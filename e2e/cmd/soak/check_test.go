@@ -144,7 +144,7 @@ func TestStatus_Backoff(t *testing.T) {
 			a.state, a.job)
 		k.answeredStatus(a.candidate, at+time.Duration(i)*time.Second, []byte(body))
 	}
-	got := k.backedOff(check.Interval{From: at, To: at + 4500*time.Millisecond})
+	got := within(k.health.backoffs, check.Interval{From: at, To: at + 4500*time.Millisecond})
 	if want := 1500 * time.Millisecond; got != want {
 		t.Errorf("%v, want %v", got, want)
 	}

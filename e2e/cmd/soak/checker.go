@@ -262,20 +262,25 @@ func (k *checker) leading() string {
 	return ""
 }
 
-// aliveSince is the first moment after the given one at which a job could run, if there is one by
-// now.
-func (k *checker) aliveSince(at time.Duration) (time.Duration, bool) {
+// jobAfter is how long after a moment a job could run, or none could by now. Where a leader waits to
+// start a job again that crashes all the time, that is the job's doing: it does not count.
+func (k *checker) jobAfter(at time.Duration) (took time.Duration, found bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	since := check.Interval{From: at, To: harness.Now()}
-	lived := check.Intervals{since}.Without(k.downtime(since))
-	if len(lived) == 0 {
-		return since.To, false
+	until := check.Interval{From: at, To: harness.Now()}
+	lived := check.Intervals{until}.Without(k.downtime(until))
+	if found = len(lived) > 0; found {
+		until.To = lived[0].From
 	}
-	return lived[0].From, true
+	return until.Length() - within(k.health.backoffs, until), found
 }
 
 // downtime is when no job could run.
-func (k *checker) downtime(within check.Interval) check.Intervals {
-	return k.since(within.From).Downtime(within, k.awake(within.To))
+func (k *checker) downtime(of check.Interval) check.Intervals {
+	return k.since(of.From).Downtime(of, k.awake(of.To))
+}
+
+// within is how much of a time some intervals take.
+func within(all check.Intervals, of check.Interval) time.Duration {
+	return check.Merge(all...).And(check.Intervals{of}).Total()
 }

@@ -165,14 +165,6 @@ func (k *checker) answeredStatus(candidate string, sent time.Duration, body []by
 		"after token %d had been received: %s", candidate, sent-k.began, token, r.token, body)
 }
 
-// backedOff is for how much of a time a leader waited to start a job again that had ended by
-// itself.
-func (k *checker) backedOff(of check.Interval) time.Duration {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return check.Merge(k.health.backoffs...).And(check.Intervals{of}).Total()
-}
-
 // excuse puts what is stale under the class of its action. A leader within reach of etcd that an
 // operator's action hit has no excuse for longer than until the next renewal, which tells at the
 // latest.

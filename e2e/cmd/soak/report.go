@@ -212,12 +212,10 @@ func (r *results) addDowntime(of *run) {
 		return cmp.Compare(b.Length(), a.Length())
 	})
 	for _, w := range without[:min(3, len(without))] {
-		shared := func(all check.Intervals) ms {
-			return milliseconds(check.Merge(all...).And(check.Intervals{w}).Total())
-		}
 		d := downtime{
 			At: milliseconds(w.From - k.began), For: milliseconds(w.Length()),
-			Silent: shared(k.leases.silent), Backoff: shared(k.health.backoffs),
+			Silent:  milliseconds(within(k.leases.silent, w)),
+			Backoff: milliseconds(within(k.health.backoffs, w)),
 		}
 		for _, i := range of.injected { // those just before it count too
 			if i.From < w.To && i.To > w.From-time.Second {

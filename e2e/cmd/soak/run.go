@@ -278,12 +278,10 @@ func (r *run) soak(ctx context.Context) error {
 // recoveryBound is how soon after the end of the last fault a job must run.
 func (s settings) recoveryBound() time.Duration { return s.ttl + 6*time.Second + stopGrace }
 
-// jobWithin waits for a living job, and returns how long after a moment it came. Where a leader
-// waits to start a job again that crashes all the time, that is the job's doing: it does not count.
+// jobWithin waits for a living job, and returns how long after a moment it came: see jobAfter.
 func (r *run) jobWithin(ctx context.Context, from, bound time.Duration) (time.Duration, error) {
 	for {
-		at, found := r.check.aliveSince(from)
-		took := max(0, at-from-r.check.backedOff(check.Interval{From: from, To: at}))
+		took, found := r.check.jobAfter(from)
 		if took > bound {
 			r.check.violate(nil, "no job runs %v after the end of the last fault", bound)
 		} else if found {
