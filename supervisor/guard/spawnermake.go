@@ -16,14 +16,14 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// termVariables is how many entries of the environment a term adds, and termBytes bounds their
+// termVariables is how many entries a term adds to the environment, and termBytes bounds their
 // length.
 const (
 	termVariables = 5
 	termBytes     = 8 << 10
 )
 
-// termEnvironment is what the job's environment has of its term.
+// termEnvironment is the part of the job's environment that depends on the term.
 func termEnvironment(cfg Config, t ipc.Start) []string {
 	return []string{
 		"LEASEHOLD_ELECTION=" + cfg.Election,
@@ -87,7 +87,8 @@ func receiveInto(m *ipc.SpawnerMessage) [2]uintptr {
 	return [2]uintptr{uintptr(unsafe.Pointer(m)), uintptr(ipc.SpawnerMessageLen)}
 }
 
-// prepareMessages fills in what the spawner passes to the kernel: it stores no pointer itself.
+// prepareMessages fills in what the spawner passes to the kernel, because the spawner may not store
+// a pointer.
 func (a *spawnArea) prepareMessages() {
 	a.guardPid = int32(unix.Getpid())
 	a.nofile = [2]uint64{nofile.Original.Soft, nofile.Original.Hard}
@@ -109,7 +110,7 @@ func (a *spawnArea) prepareMessages() {
 	copy(a.listPath[:len(a.listPath)-1], "thread-self/children")
 	copy(a.name[:len(a.name)-1], "leasehold-spawn")
 	copy(a.title[:len(a.title)-1], "leasehold\x00spawner")
-	// The kernel lays out a process's arguments one after the other.
+	// The arguments of a process lie one after the other in memory.
 	last := os.Args[len(os.Args)-1]
 	a.titleAt = unsafe.Pointer(unsafe.StringData(os.Args[0]))
 	end := uintptr(unsafe.Pointer(unsafe.StringData(last))) + uintptr(len(last))
@@ -132,8 +133,8 @@ func forkSpawner(a *spawnArea) (pid, pidfd int, errno unix.Errno) {
 	return int(child), int(fd), errno
 }
 
-// layOut maps the shared memory and writes into it what the job's execve needs. Pointers in it hold
-// in both processes.
+// layOut maps the shared memory and writes into it what the job's execve needs. Pointers into it
+// are valid in both processes.
 func (s *spawner) layOut(cfg Config) error {
 	align := func(n int) int { return (n + 15) &^ 15 }
 	text := len(cfg.Path) + 1

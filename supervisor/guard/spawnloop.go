@@ -10,16 +10,15 @@ import (
 	"leasehold/supervisor/ipc"
 )
 
-// This file is what runs in the spawner. The guard forks it without exec, so that it costs some
-// pages of memory and not a whole Go process. No Go runtime runs in it: it has one thread, no
+// The code in this file runs in the spawner. The guard forks it without exec, so that it costs a
+// few pages of memory and not a whole Go process. No Go runtime runs in it: it has one thread, no
 // scheduler, no garbage collection, and its stack can't grow. So every function here is nosplit
-// (the linker checks the sum of their frames), allocates nothing, calls nothing but raw system
-// calls, and stores no pointer. All its data are in the spawnArea. All signals stay blocked in it,
-// for it has no handlers. It is one file, long as it is, because these rules hold for all of it and
-// for nothing else.
+// (the linker checks the sum of their frames), allocates nothing, makes only raw system calls, and
+// stores no pointer. All its data are in the spawnArea. All signals stay blocked in it, because it
+// has no handlers. The file is long because these rules hold for all of it and for nothing else.
 //
-// runtime_BeforeFork makes the child end loudly where that rule is broken. gVisor starts its stub
-// processes in the same way.
+// If a function breaks the rule that the stack can't grow, runtime_BeforeFork makes the child
+// crash. gVisor starts its stub processes in the same way.
 
 //go:linkname runtimeBeforeFork syscall.runtime_BeforeFork
 func runtimeBeforeFork()
@@ -31,7 +30,7 @@ func runtimeAfterFork()
 type spawnArea struct {
 	// The guard writes these at any time.
 	stopAt    int64 // atomic; no start after this time since boot
-	cancelled int32 // atomic; serial of the start that is called off
+	cancelled int32 // atomic; serial of the start that is cancelled
 
 	// The guard writes these before it asks for a start. They point into this area.
 	path, argv, envp uintptr
@@ -147,7 +146,7 @@ func spawnerMain(a *spawnArea) {
 	}
 }
 
-// showTitle writes over the copy of the guard's arguments, which is what ps shows.
+// showTitle overwrites the spawner's copy of the guard's arguments, which ps shows.
 //
 //go:nosplit
 //go:norace
@@ -162,8 +161,8 @@ func (a *spawnArea) showTitle() {
 	}
 }
 
-// resetSignals gives the default to all signals but those that the job shall ignore. They are
-// blocked until the job's exec, before which no handler of Go's may run.
+// resetSignals sets all signals to their default, except those that the job has to ignore. They
+// stay blocked until the job's exec, because none of Go's handlers may run before that.
 //
 //go:nosplit
 //go:norace
@@ -177,8 +176,8 @@ func (a *spawnArea) resetSignals() {
 	}
 }
 
-// keepOwnDescriptors closes all that the guard had open, but for the standard streams, which are
-// the job's, and our own.
+// keepOwnDescriptors closes all that the guard had open, except the standard streams, which are for
+// the job, and the spawner's own descriptors.
 //
 //go:nosplit
 //go:norace
@@ -192,7 +191,7 @@ func (a *spawnArea) keepOwnDescriptors() {
 	if hasCgroup {
 		a.keep(&a.cgroupFd, &next)
 	}
-	// The guard sees our end.
+	// We exit if a descriptor could not be kept. The guard sees that.
 	for a.guardSock < 0 || a.electorSock < 0 || a.procFd < 0 || hasCgroup && a.cgroupFd < 0 {
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
 	}
@@ -292,8 +291,8 @@ func (a *spawnArea) round() {
 			}
 		case ipc.SpawnerKill:
 			a.killAsked = a.message.Serial
-			// The guard kills its cgroup from now on, and since Linux 6.14 nothing can be started
-			// in it then.
+			// From now on the guard kills this cgroup, and since Linux 6.14 nothing can be started
+			// in it after that.
 			a.leafUsed = 1
 			a.kill()
 		}
@@ -319,7 +318,7 @@ func (a *spawnArea) killWhenDue() {
 		began := now
 		a.killRound()
 		now = a.readClock()
-		// What was killed needs the processor to exit, so most of the time is left to that.
+		// Killed processes need the processor to exit. So we leave most of the time to them.
 		a.nextRound = now + max(100_000, 4*(now-began))
 		if a.rounds > 100 {
 			a.nextRound = max(a.nextRound, now+10_000_000)
@@ -357,8 +356,8 @@ func (a *spawnArea) kill() {
 	}
 }
 
-// receive reads a message. At the end of the other side it stops looking there: the pidfd tells who
-// has gone.
+// receive reads a message. If the other side has closed the socket, it reads there no more: a pidfd
+// shows whether that process has exited.
 //
 //go:nosplit
 //go:norace
@@ -383,9 +382,9 @@ func (a *spawnArea) receiveFromElector() {
 	}
 }
 
-// send sends a message, with a descriptor unless that is negative, and reports whether it went. The
-// guard asks for little at a time and takes all answers, so that there is always room for them; a
-// descriptor can be one too many for the kernel (unix(7), ETOOMANYREFS).
+// send sends a message, with a descriptor unless that is negative, and reports whether it was sent.
+// The guard asks for little at a time and receives all answers, so there is always room for them.
+// But the kernel may refuse another descriptor (unix(7), ETOOMANYREFS).
 //
 //go:nosplit
 //go:norace
@@ -413,7 +412,7 @@ func (a *spawnArea) prepare() int32 {
 	if a.leafFd >= 0 {
 		rawCloseSpawn(uintptr(a.leafFd))
 		a.leafFd = -1
-		// One in which the job has made others stays: the guard removes it.
+		// This fails if the job has made cgroups in it. Then the guard removes it.
 		_, _, _ = unix.RawSyscall(unix.SYS_UNLINKAT, uintptr(a.cgroupFd),
 			uintptr(unsafe.Pointer(&a.number)), unix.AT_REMOVEDIR)
 	}
@@ -441,14 +440,14 @@ func (a *spawnArea) prepare() int32 {
 	return 0
 }
 
-// start forks the job and returns 0, or why it doesn't. What follows comes to execDone. It is a
-// fork and not a vfork, for that would keep the spawner from killing while a slow file system holds
-// up the exec.
+// start forks the job and returns 0, or an errno. execDone sees the result of the exec. It is a
+// fork and not a vfork, because a vfork would keep the spawner from killing while a slow file
+// system delays the exec.
 //
 //go:nosplit
 //go:norace
 func (a *spawnArea) start() int32 {
-	// Also by a start that comes to nothing: its cgroup may have been killed meanwhile, see
+	// A start that fails counts too: its cgroup may have been killed meanwhile, see
 	// proctree.Cgroup.
 	a.leafUsed = 1
 	if a.closed != 0 || a.first != 0 {
@@ -459,7 +458,7 @@ func (a *spawnArea) start() int32 {
 		return int32(errno)
 	}
 	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
-	// The last look: whatever took its time has done so by now.
+	// The last check: everything that may take time is done.
 	if a.cancelled == a.serial || a.readClock() >= a.stopAt {
 		rawCloseSpawn(uintptr(a.pipe[0]))
 		rawCloseSpawn(uintptr(a.pipe[1]))
@@ -472,8 +471,8 @@ func (a *spawnArea) start() int32 {
 		pid, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)),
 			unsafe.Sizeof(a.clone), 0)
 	} else {
-		// Where there is no cgroup there may be no clone3 either: seccomp filters can't look into
-		// its arguments.
+		// If there is no cgroup, there may be no clone3 either: some seccomp filters refuse it,
+		// because they can't check its arguments.
 		pid, _, errno = unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_PIDFD|uintptr(unix.SIGCHLD),
 			0, uintptr(unsafe.Pointer(&a.pidfd)), 0, 0, 0)
 	}
@@ -509,7 +508,7 @@ func (a *spawnArea) exec(spawner uintptr) {
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0,
 		0, 0)
 	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != spawner {
-		// Too late for the signal.
+		// The spawner exited before PR_SET_PDEATHSIG, so no signal will come.
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0, 0)
 	}
 	own := uint64(0) // on the stack: the area is shared with the spawner
@@ -524,7 +523,7 @@ func (a *spawnArea) exec(spawner uintptr) {
 	}
 }
 
-// execDone learns what came of the exec: the pipe ends with it, or says why it failed.
+// execDone learns the result of the exec: the exec closes the pipe, or its error comes through it.
 //
 //go:nosplit
 //go:norace
@@ -544,7 +543,7 @@ func (a *spawnArea) execDone() {
 	rawCloseSpawn(uintptr(a.pidfd))
 }
 
-// reap waits for children that have exited, and tells who needs to know.
+// reap reaps children that have exited, and reports that to the guard and the elector.
 //
 //go:nosplit
 //go:norace
@@ -607,15 +606,15 @@ func (a *spawnArea) rearm() {
 	_, _, _ = unix.RawSyscall(unix.SYS_KILL, self, uintptr(unix.SIGCHLD), 0)
 }
 
-// killRound kills the children. They can't be strangers, for nobody else reaps them. What descends
-// from them falls to us as they exit, so that in the end there is nobody but children.
+// killRound kills the children. Their pids can't be those of strangers, because nobody else reaps
+// them. When they exit, their children become ours. So in the end there are only children.
 //
 //go:nosplit
 //go:norace
 func (a *spawnArea) killRound() {
 	a.rounds++
-	// While the guard kills too, with a priority of its own, what is killed needs the other
-	// processors to exit.
+	// Raise the priority only if the guard is lost. Otherwise the guard kills too, at its own
+	// priority, and killed processes need the other processors to exit.
 	if a.closed != 0 && a.raised == 0 {
 		a.raised = 1
 		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_SETATTR, 0, uintptr(unsafe.Pointer(&a.urgent)), 0)

@@ -1,10 +1,10 @@
 //go:build linux
 
-// Package ipc is what guard, elector and spawner say to each other.
+// Package ipc has the messages between guard, elector and spawner.
 //
 // Guard and elector share a pair of non-blocking pipes. A message is small, and the kernel writes
-// it whole or not at all. A full pipe counts as a lost peer, so that no sender ever waits. Neither
-// sending nor receiving allocates: the guard collects no garbage while a job lives.
+// it whole or not at all. A full pipe counts as a lost peer, so no sender ever waits. Neither
+// sending nor receiving allocates, because the guard collects no garbage while a job lives.
 package ipc
 
 import (
@@ -50,8 +50,8 @@ type (
 		ID  int64
 		TTL time.Duration
 	}
-	// Token is what etcd takes for the elector's password, for whoever revokes in its place. Empty:
-	// there is none. A received Value holds until the next Fill.
+	// Token is etcd's authentication token of the elector, for the process that revokes in its
+	// place. Empty: there is none. A received Value is valid until the next Fill.
 	Token struct{ Value []byte }
 	// Start asks for a start of the job.
 	Start struct {
@@ -61,15 +61,14 @@ type (
 	}
 	// Extend moves the deadlines of the job.
 	Extend struct{ StopAt, KillBy time.Duration }
-	// Stop asks for the end of the job. Grace 0 kills it at once, for the lease is lost and the
-	// next leader may be starting; UntilKillBy leaves it the time until kill-by.
+	// Stop asks for the end of the job. Grace 0 kills it at once, because the lease is lost and the
+	// next leader may be starting. UntilKillBy leaves it the time until kill-by.
 	Stop struct{ Grace time.Duration }
 	// Ping wants a Pong with its number.
 	Ping struct{ Number int64 }
 	// Status is what systemd shows.
 	Status struct{ Text string }
-	// Exiting means that the elector is about to exit in good order. The daemon shall exit with
-	// Code.
+	// Exiting means that the elector is about to exit as planned. The daemon has to exit with Code.
 	Exiting struct {
 		Code int
 		Why  string
@@ -88,7 +87,7 @@ type (
 		Code int
 		Why  string
 	}
-	// Exited is how the job's first process exited. Code is as a shell has it, Signal 0 if none
+	// Exited is how the job's first process exited. Code is as in a shell. Signal is 0 if no signal
 	// ended it.
 	Exited struct{ Code, Signal int }
 	// Gone means that nothing of the job is left.

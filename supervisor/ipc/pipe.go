@@ -20,7 +20,7 @@ const (
 	MaxText = maxMessage - headerLen
 )
 
-// Both errors mean that the peer is lost: nobody reads.
+// Both errors mean that the peer is lost, because nobody reads.
 var (
 	ErrClosed = errors.New("the pipe is closed")
 	ErrFull   = errors.New("the pipe is full") // the peer may still run
@@ -48,8 +48,9 @@ func (o *Outbox) Send(message any) error {
 	}
 }
 
-// encode writes the message into the buffer and returns its length. A type switch, and not a method
-// of each type, lets the compiler see that the message does not escape: it is never allocated.
+// encode writes the message into the buffer and returns its length. It is a type switch, and not a
+// method of each type, so that the compiler sees that the message does not escape and never
+// allocates it.
 func (o *Outbox) encode(message any) int {
 	var kind Kind
 	var number [4]int64
@@ -112,7 +113,7 @@ type Inbox struct {
 	end   int
 }
 
-// Fill reads once from fd. It returns false where there was nothing to read, and ErrClosed at
+// Fill reads once from fd. It returns false if there was nothing to read, and ErrClosed at
 // end-of-file.
 func (in *Inbox) Fill(fd int) (bool, error) {
 	if in.start > 0 {

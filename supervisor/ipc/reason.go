@@ -41,10 +41,10 @@ func KillReasons() (all []KillReason) {
 	return all
 }
 
-// Label is the reason as leasehold_job_kills_total{reason} and the logs have it.
+// Label is the reason as leasehold_job_kills_total{reason} and the logs show it.
 func (r KillReason) Label() string { return reasons[r.valid()].label }
 
-// String is the reason as the text of a log line has it.
+// String is the reason for the text of a log line.
 func (r KillReason) String() string { return reasons[r.valid()].text }
 
 func (r KillReason) valid() KillReason {

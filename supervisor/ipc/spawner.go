@@ -22,8 +22,8 @@ const (
 	// To the spawner.
 	SpawnerPrepare = int32(iota + 1) // make the cgroup for the next start
 	SpawnerStart                     // start the job; Serial: of this start
-	// SpawnerKill asks to kill the job with this serial; from the elector: whatever there is, and
-	// to start nothing any more.
+	// SpawnerKill from the guard asks to kill the job with this serial. From the elector it asks to
+	// kill every job, and to start nothing any more.
 	SpawnerKill
 
 	// From the spawner.
@@ -32,11 +32,11 @@ const (
 	// SpawnerExited means that the first process has exited. Value: its wait status, Extra: 1 if no
 	// other process of the job is left.
 	SpawnerExited
-	// SpawnerGone means that nothing of the job is left, after a kill was asked for; to the
-	// elector: and that nothing will be started.
+	// SpawnerGone means that nothing of the job is left after a SpawnerKill. To the elector it also
+	// means that nothing will be started.
 	SpawnerGone
 )
 
-// SpawnerTooLate means that stop-at has passed, the start was called off, or the spawner starts
+// SpawnerTooLate means that stop-at has passed, the start was cancelled, or the spawner starts
 // nothing any more.
 const SpawnerTooLate = int32(-1)

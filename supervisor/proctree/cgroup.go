@@ -22,12 +22,12 @@ import (
 // cgroupPrefix is how the job's cgroup is named: a random part follows.
 const cgroupPrefix = "leasehold-"
 
-// Cgroup is the job's own cgroup (v2). Its maker holds an exclusive lock on its directory as long
-// as it lives. A directory on which another process gets a shared lock is a leftover: its maker has
-// exited. The mode of the directory is 0700, so that no other user can open and lock it. The parent
-// is not locked, because anybody can lock it.
+// Cgroup is the job's own cgroup (v2). The process that makes it holds an exclusive lock on its
+// directory while it lives. If another process gets a shared lock, the maker has exited and the
+// directory is a leftover. The mode of the directory is 0700, so that no other user can open and
+// lock it. The parent would not do, because anybody can lock it.
 //
-// Each start gets a fresh leaf inside it. Since Linux 6.14 the kernel kills at once whatever is
+// Each start gets a new leaf inside it. Since Linux 6.14 the kernel kills at once whatever is
 // cloned into a cgroup that was ever killed by cgroup.kill (seen with 6.18: the fork compares the
 // kill counts of two different cgroups).
 type Cgroup struct {
@@ -40,8 +40,8 @@ type Cgroup struct {
 }
 
 // NewCgroup makes a cgroup below our own. A probe process proves that a process can be started in
-// it and killed with it. What lost predecessors left beside it is killed and removed first; the
-// error wraps ErrLeftover where that fails.
+// it and killed with it. First, NewCgroup kills and removes what lost predecessors have left beside
+// it. The error wraps ErrLeftover if that fails.
 func NewCgroup(probe []string) (*Cgroup, error) {
 	parent, err := OwnCgroup()
 	if err != nil {
@@ -62,7 +62,7 @@ func NewCgroup(probe []string) (*Cgroup, error) {
 }
 
 // makeCgroup makes a cgroup and locks it. Until it is locked it looks like a leftover, and another
-// guard that starts may remove it: then it is made again.
+// guard that starts may remove it. Then makeCgroup makes another one.
 func makeCgroup(parent string) (*Cgroup, error) {
 	for try := 1; ; try++ {
 		dir, err := os.MkdirTemp(parent, cgroupPrefix)
@@ -88,7 +88,7 @@ func makeCgroup(parent string) (*Cgroup, error) {
 	}
 }
 
-// OpenCgroup opens an existing cgroup; the elector uses it for the guard's.
+// OpenCgroup opens an existing cgroup. The elector opens the guard's with it.
 func OpenCgroup(dir string) (*Cgroup, error) {
 	c := &Cgroup{Dir: dir, FD: -1, kill: -1, events: -1}
 	for _, f := range []struct {
@@ -131,11 +131,12 @@ func (c *Cgroup) KillAll() {
 		1)
 }
 
-// KillAllBlocking is KillAll for callers with other goroutines: the kernel may let the caller wait.
+// KillAllBlocking is KillAll for a process with other goroutines: the kernel may make the caller
+// wait.
 func (c *Cgroup) KillAllBlocking() { _, _ = unix.Write(c.kill, []byte{'1'}) }
 
-// Populated reports whether there is a process in the cgroup. What can't be read counts as
-// populated, unless the cgroup is gone, which it can be only when it was empty.
+// Populated reports whether there is a process in the cgroup. If that can't be read, the cgroup
+// counts as populated, unless it is gone: only an empty cgroup can be removed.
 func (c *Cgroup) Populated() bool {
 	n, _, errno := unix.RawSyscall6(unix.SYS_PREAD64, uintptr(c.events),
 		uintptr(unsafe.Pointer(&c.buf[0])), uintptr(len(c.buf)), 0, 0, 0)
@@ -173,8 +174,8 @@ func (c *Cgroup) Sweep(newest int) {
 	}
 }
 
-// leaf makes a fresh cgroup for one start and opens it for CLONE_INTO_CGROUP. The spawner makes
-// those of the job by itself.
+// leaf makes a new cgroup for one start and opens it for CLONE_INTO_CGROUP. The spawner makes the
+// leaves of the job by itself.
 func (c *Cgroup) leaf() (int, error) {
 	c.Leaves++
 	dir := filepath.Join(c.Dir, strconv.Itoa(c.Leaves))
@@ -188,7 +189,8 @@ func (c *Cgroup) leaf() (int, error) {
 	return fd, nil
 }
 
-// probe starts a process in the cgroup, sees it run, kills it by the cgroup and sees it gone.
+// probe starts a process in the cgroup, checks that it runs, kills it by the cgroup and checks that
+// it is gone.
 func (c *Cgroup) probe(argv []string) error {
 	leaf, err := c.leaf()
 	if err != nil {
@@ -245,12 +247,12 @@ func (c *Cgroup) receives(fd int, d time.Duration) bool {
 	return false
 }
 
-// ErrLeftover means that a predecessor's job may be alive: no other may be started beside it.
+// ErrLeftover means that a predecessor's job may be alive, so that no other job may be started.
 var ErrLeftover = errors.New("a job whose guard is gone may be alive")
 
-// removeLeftovers kills and removes the cgroups whose maker is gone: a shared lock can be taken.
-// Guards that start at the same time share it, so that each of them waits until the leftover is
-// empty.
+// removeLeftovers kills and removes the cgroups whose maker is gone: those on which it gets a
+// shared lock. Guards that start at the same time share the lock, so each of them waits until the
+// leftover is empty.
 func removeLeftovers(parent string) error {
 	// As MkdirTemp names them.
 	dirs, _ := filepath.Glob(filepath.Join(parent, cgroupPrefix+"[0-9]*"))

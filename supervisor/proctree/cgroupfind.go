@@ -22,7 +22,7 @@ func OwnCgroup() (string, error) {
 	return findCgroup(string(cgroups), string(mounts))
 }
 
-// findCgroup is OwnCgroup for a process whose /proc says this.
+// findCgroup is OwnCgroup for a process whose /proc has these texts.
 func findCgroup(cgroups, mounts string) (string, error) {
 	path := ""
 	for line := range strings.Lines(cgroups) {

@@ -8,10 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Children counts the children of this process, but for those in except. Zombies count until they
+// Children counts the children of this process, except those in except. Zombies count until they
 // are reaped. ok is false if something could not be read. Without the kernel's lists of children it
-// reads the process table. With noNewPrivs set, a child that may gain privileges does not count: it
-// can't descend from the job. Somebody has put it into the container of which this is process 1.
+// reads the process table. With noNewPrivs set, a child that may gain privileges does not count,
+// because it can't descend from the job: somebody has put it into the container in which this is
+// process 1.
 func (s *Scanner) Children(noNewPrivs bool, except ...int) (count int, ok bool) {
 	s.broken = false
 	counts := func(s *Scanner, child int) {
@@ -46,10 +47,11 @@ func (s *Scanner) mayGainPrivileges(pid int) bool {
 
 var noNewPrivsOff = []byte("\nNoNewPrivs:\t0\n")
 
-// eachChild calls f for every child of pid that the kernel's own lists show (proc_tid_children(5));
-// zombies are among them until they are reaped. A list can leave out a child only when another is
-// reaped while it is read; of our own children none is but by the caller. It returns false if there
-// is a thread without a list: that has ended, and hands its children on, or the kernel has none.
+// eachChild calls f for every child of pid that the kernel's own lists show (proc_tid_children(5)),
+// zombies included. A list can leave out a child only if another child is reaped while the list is
+// read. Only the caller reaps our own children. eachChild returns false if a thread has no list:
+// either the thread has ended, and its children become those of another thread, or the kernel has
+// no such lists.
 func (s *Scanner) eachChild(pid int, f func(s *Scanner, child int)) (listed bool) {
 	dir, errno := s.openat(s.procPath(pid, "/task", 0, ""), unix.O_RDONLY|unix.O_DIRECTORY)
 	if errno != 0 {

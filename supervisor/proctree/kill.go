@@ -4,8 +4,8 @@ package proctree
 
 import "golang.org/x/sys/unix"
 
-// KillDescendants kills every descendant of root but those in except. It stops all before it kills
-// the first, so that none can answer the exit of another by a fork. It reports whether any lived
+// KillDescendants kills every descendant of root except those in except. It stops all of them
+// before it kills the first, so that none can fork when another exits. It reports whether any lived
 // when the table was read, or could not be read.
 func (s *Scanner) KillDescendants(root int, except ...int) (left bool) {
 	s.scan()
@@ -17,9 +17,9 @@ func (s *Scanner) KillDescendants(root int, except ...int) (left bool) {
 	return true
 }
 
-// signalMarked sends sig to each marked process through a pidfd. Its parent is read again after the
-// pidfd was opened: it must be what it was, or root, to whom orphans fall; else the number may be a
-// stranger's by now, and the next scan decides.
+// signalMarked sends sig to each marked process through a pidfd. It reads the parent again after it
+// has opened the pidfd. The parent must be the same, or root, which is the new parent of orphans.
+// Otherwise the pid may be a stranger's by now, and the next scan decides.
 func (s *Scanner) signalMarked(root int, sig unix.Signal) {
 	for i := range s.n {
 		if i%256 == 255 {
@@ -30,8 +30,7 @@ func (s *Scanner) signalMarked(root int, sig unix.Signal) {
 		}
 		pid := int(s.pid[i])
 		if int(s.ppid[i]) == s.Self {
-			// A child of ours. Only we reap it, so that the number is not another's, and /proc may
-			// hide it.
+			// A child of ours. Only we reap it, so the pid is still its own. And /proc may hide it.
 			_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
 			continue
 		}
@@ -42,7 +41,7 @@ func (s *Scanner) signalMarked(root int, sig unix.Signal) {
 		if parent := s.parent(pid); parent != 0 && (parent == int(s.ppid[i]) || parent == root) {
 			if errno == 0 {
 				SignalPidfd(int(pidfd), sig)
-			} else { // no descriptor to be had: a plain kill, after the same check, does instead
+			} else { // there is no free descriptor: use a plain kill after the same check
 				_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(sig), 0)
 			}
 		}
@@ -52,12 +51,12 @@ func (s *Scanner) signalMarked(root int, sig unix.Signal) {
 	}
 }
 
-// mostListed bounds for how long KillListed goes on.
+// mostListed bounds how many processes KillListed kills.
 const mostListed = 256
 
-// KillListed kills what the kernel's lists of children show to descend from root, but for those in
-// except. It is far quicker than to read the process table, and proves nothing: what forks
-// meanwhile, or falls to another parent, is not seen.
+// KillListed kills the descendants of root that the kernel's lists of children show, except those
+// in except. It is far faster than a scan of the process table. It proves nothing, because it does
+// not see what forks meanwhile, or gets another parent.
 func (s *Scanner) KillListed(root int, except ...int) {
 	s.n = 0
 	list := func(parent int) {

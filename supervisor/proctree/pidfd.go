@@ -23,7 +23,7 @@ func SignalPidfd(pidfd int, sig unix.Signal) {
 	_, _, _ = unix.RawSyscall6(unix.SYS_PIDFD_SEND_SIGNAL, uintptr(pidfd), uintptr(sig), 0, 0, 0, 0)
 }
 
-// CloseRaw closes a descriptor without telling the runtime of it, which could make the caller wait.
+// CloseRaw closes a descriptor by a raw system call: Go's runtime could make the caller wait.
 func CloseRaw(fd int) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
 // Exit is how a process exited.

@@ -12,12 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxProcesses bounds the table of a scan. Where a host has more processes, a later scan sees the
-// rest, for what the earlier one saw has exited by then.
+// maxProcesses bounds the table of a scan. If a host has more processes, a later scan sees the
+// rest, because those of the earlier one have exited by then.
 const maxProcesses = 1 << 17
 
-// Scanner reads /proc. Its buffers exist from the start and nothing in it allocates, for it runs on
-// the guard's kill path; the kernel gives the pages only once they are used.
+// Scanner reads /proc. Its buffers exist from the start and nothing in it allocates, because it
+// runs on the guard's kill path. The kernel provides the pages only when they are used.
 type Scanner struct {
 	Proc int // directory descriptor of /proc
 	Self int // pid of this process
@@ -33,18 +33,18 @@ type Scanner struct {
 	status  [4096]byte
 	path    [64]byte
 
-	// What the last scan showed. Each process is read as soon as the directory shows it, in the
-	// order of the numbers, and a child's number is higher than its parent's: whatever lives when
-	// the scan ends has been seen, alive, or descends from one that was. Only where the numbers
-	// start over in that moment does that fail, so that one clean scan alone proves nothing.
+	// What the last scan showed. It reads each process as soon as the directory shows it, in the
+	// order of the pids, and a child's pid is higher than its parent's. So every process that lives
+	// when the scan ends was seen alive, or descends from one that was. That fails only if the pids
+	// start over during the scan. So one clean scan alone proves nothing.
 	pid, ppid []int32
 	alive     []bool // when it was read
 	member    []bool
 	n         int
-	broken    bool // something could not be read: what was not seen may be there all the same
+	broken    bool // something could not be read, so there may be processes that were not seen
 }
 
-// NewScanner fails where /proc does not show this PID namespace.
+// NewScanner fails if /proc does not show this PID namespace.
 func NewScanner() (*Scanner, error) {
 	proc, err := unix.Open("/proc", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -107,14 +107,14 @@ func rawRead(fd int, b []byte) (int, unix.Errno) {
 	}
 }
 
-// gone reports whether the error means that there is no such process any more. Any other leaves it
-// unknown.
+// gone reports whether the error means that there is no such process any more. Any other error
+// leaves that open.
 func gone(errno unix.Errno) bool { return errno == unix.ENOENT || errno == unix.ESRCH }
 
 // process is what /proc/PID/stat says of a process. The zero value: there is none.
 type process struct {
 	ppid    int
-	alive   bool // a thread of it has yet to end
+	alive   bool // at least one thread of it has not ended
 	kernel  bool // it is a thread of the kernel's
 	exiting bool // its main thread is at its end
 	started int  // in clock ticks since boot
@@ -178,9 +178,9 @@ func parseInt(b []byte) (v, n int) {
 	return v, n
 }
 
-// eachProcess calls f for every process, in the order of the numbers. The directory is read one
-// entry at a time, for its next entry is whatever process has the next number at that moment: a
-// child that was forked since is not passed over.
+// eachProcess calls f for every process, in the order of the pids. It reads the directory one entry
+// at a time. The kernel's next entry is the process that has the next pid at that moment. So no
+// child that was forked meanwhile is left out.
 func (s *Scanner) eachProcess(f func(s *Scanner, pid int)) {
 	_, _ = unix.Seek(s.Proc, 0, unix.SEEK_SET)
 	for count := 0; ; {
@@ -195,7 +195,7 @@ func (s *Scanner) eachProcess(f func(s *Scanner, pid int)) {
 				s.Yield()
 			}
 		}
-		if len(b) > first { // there was room for two
+		if len(b) > first { // it has read two entries
 			_, _ = unix.Seek(s.Proc, int64(binary.NativeEndian.Uint64(b[8:])), unix.SEEK_SET)
 		}
 	}
@@ -217,8 +217,8 @@ func (s *Scanner) eachThread(dir int, f func(s *Scanner, tid int) bool) {
 	}
 }
 
-// getdents reads entries of a directory (getdents64(2)). It is not ok at the end, and where it
-// can't be read.
+// getdents reads entries of a directory (getdents64(2)). It returns false at the end, and if the
+// directory can't be read.
 func (s *Scanner) getdents(fd int, buf []byte) ([]byte, bool) {
 	for {
 		n, _, errno := unix.RawSyscall(unix.SYS_GETDENTS64, uintptr(fd),
@@ -278,8 +278,8 @@ func (s *Scanner) index(pid int32) int {
 	return -1
 }
 
-// markDescendants marks every process that descends from root, but for those in except and what
-// descends from them. It returns how many of them lived when they were read.
+// markDescendants marks every process that descends from root, except those in except and their
+// descendants. It returns how many of them lived when they were read.
 func (s *Scanner) markDescendants(root int, except ...int) int {
 	count := 0
 	for changed := true; changed; {
