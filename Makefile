@@ -116,9 +116,7 @@ faults: $(ETCD_TOOLS)
 
 faults-docs:
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/ ./e2e/cmd/faults
-	bin/faults -picture docs/faults.json -svg docs/faults.svg
-	bin/faults -table docs/faults.json >docs/faults.md
-	bin/faults -table docs/faults.json -readme README.md
+	bin/faults -docs docs/faults.json
 
 # The demo's output in the README, as this machine has it.
 readme: faults-docs

@@ -5,15 +5,11 @@
 // jobs' own connections when each job lived.
 //
 //	bin/faults [-n 3] [-peers-n 1] [-rows a,b,…] [-ci] [-parallel 8] [-json FILE]
-//	bin/faults -text FILE                       the report of a run
-//	bin/faults -table FILE                      its table in Markdown
-//	bin/faults -picture FILE -svg docs/faults.svg
-//	bin/faults -table FILE -readme README.md    picture and short table into the README
+//	bin/faults -docs FILE     the pages of a run: docs/faults.*, and its part of README.md
 //
-// It needs root: candidates and members of etcd are in network namespaces of
-// their own, candidates in cgroups of their own. The programs under test are
-// those beside this one in bin/. The exit code is 1 when leasehold broke a
-// promise, or a trial came to no end.
+// It needs root: candidates and members of etcd are in network namespaces of their own, candidates
+// in cgroups of their own. The programs under test are those beside this one in bin/. The exit code
+// is 1 when leasehold broke a promise, or a trial came to no end.
 package main
 
 import (
@@ -44,35 +40,15 @@ func run(args []string) int {
 	out := flags.String("json", "bin/faults.json", "where to write what was seen")
 	into := flags.String("into", "", "put the rows that are run in their place in such a file "+
 		"of an earlier run, of as many trials")
-	text := flags.String("text", "", "print the report of such a file, and run nothing")
-	table := flags.String("table", "", "print the table of such a file in Markdown, and run nothing")
-	picture := flags.String("picture", "", "draw such a file, and run nothing")
-	svg := flags.String("svg", "docs/faults.svg",
-		"where to draw it, and a short one beside it: -short.svg")
-	readme := flags.String("readme", "",
-		"put picture and short table into this file, between their markers")
+	docs := flags.String("docs", "",
+		"write the pages of such a file into the working directory, and run nothing")
 	if err := flags.Parse(args); err != nil {
 		return 64
 	}
-	for _, file := range []struct {
-		path string
-		use  func(*Results) error
-	}{
-		{*text, func(r *Results) error { return r.writeText(os.Stdout) }},
-		{*picture, func(r *Results) error { return r.draw(*svg) }},
-		{*table, func(r *Results) error {
-			if *readme != "" {
-				return r.refresh(*readme)
-			}
-			return r.writeTable(os.Stdout)
-		}},
-	} {
-		if file.path == "" {
-			continue
-		}
-		r, err := harness.ReadJSON[Results](file.path)
+	if *docs != "" {
+		r, err := harness.ReadJSON[Results](*docs)
 		if err == nil {
-			err = file.use(r)
+			err = r.publish(".")
 		}
 		return exit(err)
 	}
@@ -144,7 +120,7 @@ func measure(
 	if err == nil && into != "" {
 		err = r.results.replaceIn(into)
 	}
-	if v := r.results.violations(); len(v) > 0 {
+	if v := r.results.Violations(); len(v) > 0 {
 		err = errors.Join(err, fmt.Errorf("%d violations", len(v)))
 	}
 	return err

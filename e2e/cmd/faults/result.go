@@ -4,8 +4,6 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -44,6 +42,17 @@ type RowInfo struct {
 	Short       bool    `json:"short"` // in the short table too
 }
 
+// Note says what must become of the job, where that is not a failover.
+func (r RowInfo) Note() string {
+	switch {
+	case r.NoFailover:
+		return "must not move the job"
+	case r.MayFailover:
+		return "may move the job or not"
+	}
+	return ""
+}
+
 // Sample is one trial. All times are milliseconds from the fault on; null where
 // it did not come to that.
 type Sample struct {
@@ -68,8 +77,7 @@ type Sample struct {
 	evidence string
 }
 
-// Life is a time in which the processes of one term of one candidate were
-// alive.
+// Life is a time in which the processes of one term of one candidate were alive.
 type Life struct {
 	Candidate string   `json:"candidate"`
 	Token     int64    `json:"token"`
@@ -77,70 +85,124 @@ type Life struct {
 	To        *float64 `json:"to_ms"`
 }
 
-// duration writes milliseconds that there may be none of.
-func duration(ms *float64) string {
-	if ms == nil {
-		return "-"
-	}
-	return harness.Span(*ms)
+func (l Life) sameTerm(o Life) bool { return l.Token == o.Token && l.Candidate == o.Candidate }
+
+// Section is the rows of one group, as the pages show them.
+type Section struct {
+	Title string
+	Rows  []Row
 }
 
-// cell is one row of the table for one candidate.
-type cell struct {
-	row       RowInfo
-	candidate string
-	samples   []Sample // that came to an end
-	failed    []Sample
+// Row is a row with its cells, in the order of the variants.
+type Row struct {
+	RowInfo
+	Cells []Cell
 }
 
-func (c cell) ours() bool { return strings.HasPrefix(c.candidate, harness.Leasehold.Name) }
+// Cell is what was seen of one candidate in one row, in milliseconds.
+type Cell struct {
+	Candidate                        string
+	Dead, Next, Gaps, Overlaps, late []float64
 
-func (c cell) values(f func(Sample) *float64) []float64 {
-	var values []float64
-	for _, s := range c.samples {
-		if v := f(s); v != nil {
-			values = append(values, *v)
+	row     RowInfo
+	samples []Sample // that came to an end
+	figures map[string][]float64
+	livesOn int
+	outside int
+	broken  []string // promises, and trials that came to no end
+}
+
+// Sections are in the order of the table. Of a row without trials there is nothing.
+func (r *Results) Sections() []Section {
+	var sections []Section
+	for _, g := range groups {
+		s := Section{Title: g.Title}
+		for _, row := range r.Rows {
+			var cells []Cell
+			for _, v := range variants {
+				if c := r.cell(row, v.Title); len(c.samples)+len(c.broken) > 0 {
+					cells = append(cells, c)
+				}
+			}
+			if row.Group == g.Name && len(cells) > 0 {
+				s.Rows = append(s.Rows, Row{row, cells})
+			}
+		}
+		if len(s.Rows) > 0 {
+			sections = append(sections, s)
 		}
 	}
-	return values
+	return sections
 }
 
-func (c cell) dead() []float64 { return c.values(func(s Sample) *float64 { return s.Dead }) }
-func (c cell) next() []float64 { return c.values(func(s Sample) *float64 { return s.Next }) }
-func (c cell) overlaps() []float64 {
-	return c.values(func(s Sample) *float64 {
-		if s.Overlap == 0 {
-			return nil
-		}
-		return &s.Overlap
-	})
-}
-
-// gaps are the times without a job, of trials without an overlap.
-func (c cell) gaps() []float64 {
-	return c.values(func(s Sample) *float64 {
-		if s.Dead == nil || s.Next == nil {
-			return nil
-		}
-		return &s.Gap
-	})
-}
-
-func (c cell) count(f func(Sample) bool) int {
-	n := 0
-	for _, s := range c.samples {
-		if f(s) {
-			n++
+func (r *Results) cells() []Cell {
+	var all []Cell
+	for _, s := range r.Sections() {
+		for _, row := range s.Rows {
+			all = append(all, row.Cells...)
 		}
 	}
-	return n
+	return all
 }
 
-func (c cell) livesOn() int { return c.count(func(s Sample) bool { return s.LivesOn }) }
-func (c cell) outside() int { return c.count(func(s Sample) bool { return s.Outside }) }
+func (r *Results) cell(row RowInfo, candidate string) Cell {
+	c := Cell{Candidate: candidate, row: row, figures: map[string][]float64{}}
+	for _, s := range r.Samples {
+		if s.Row == row.Name && s.Candidate == candidate {
+			c.add(s)
+		}
+	}
+	// What is p99 of a few trials is the worst of them, one bad moment of the machine.
+	bound := 10.0
+	if len(c.samples) < 20 {
+		bound *= 10
+	}
+	untouched := make([]float64, len(c.samples)-len(c.Overlaps))
+	p99 := harness.Percentile(append(untouched, c.Overlaps...), 99)
+	if row.Promise == Operator && p99 > bound && strings.HasPrefix(candidate, harness.Leasehold.Name) {
+		c.breaks("both jobs alive for %s at p99, more than %s", harness.Span(p99), harness.Span(bound))
+	}
+	return c
+}
+
+func (c *Cell) breaks(format string, args ...any) {
+	c.broken = append(c.broken, c.row.Name+", "+c.Candidate+": "+fmt.Sprintf(format, args...))
+}
+
+func (c *Cell) add(s Sample) {
+	for _, v := range s.Violations {
+		c.breaks("%s", v)
+	}
+	if s.Failure != "" {
+		c.breaks("no outcome: %s", s.Failure)
+		return
+	}
+	c.samples, c.late = append(c.samples, s), append(c.late, s.Late)
+	if s.Dead != nil {
+		c.Dead = append(c.Dead, *s.Dead)
+	}
+	if s.Next != nil {
+		c.Next = append(c.Next, *s.Next)
+	}
+	if s.Dead != nil && s.Next != nil {
+		c.Gaps = append(c.Gaps, s.Gap)
+	}
+	if s.Overlap != 0 {
+		c.Overlaps = append(c.Overlaps, s.Overlap)
+	}
+	if s.LivesOn {
+		c.livesOn++
+	}
+	if s.Outside {
+		c.outside++
+	}
+	for name, v := range s.Figures {
+		c.figures[name] = append(c.figures[name], v)
+	}
+}
 
 // middle is the trial whose next job came in the middle of all.
-func (c cell) middle() Sample {
+func (c Cell) middle() Sample {
 	next := func(s Sample) float64 {
 		if s.Next == nil {
 			return math.Inf(1)
@@ -153,122 +215,69 @@ func (c cell) middle() Sample {
 	return sorted[(len(sorted)-1)/2]
 }
 
-// cells are in the order of the table.
-func (r *Results) cells() []cell {
-	var cells []cell
-	for _, g := range groups {
-		for _, row := range r.Rows {
-			if row.Group != g.Name {
-				continue
-			}
-			for _, e := range variants {
-				c := cell{row: row, candidate: e.Title}
-				for _, s := range r.Samples {
-					switch {
-					case s.Row != row.Name || s.Candidate != e.Title:
-					case s.Failure != "":
-						c.failed = append(c.failed, s)
-					default:
-						c.samples = append(c.samples, s)
-					}
-				}
-				if len(c.samples)+len(c.failed) > 0 {
-					cells = append(cells, c)
-				}
-			}
-		}
-	}
-	return cells
-}
-
-// violations are all broken promises and all trials that came to no end.
-func (r *Results) violations() []string {
+// Violations are all broken promises and all trials that came to no end.
+func (r *Results) Violations() []string {
 	var all []string
 	for _, c := range r.cells() {
-		for _, s := range append(c.samples, c.failed...) {
-			for _, v := range s.Violations {
-				all = append(all, fmt.Sprintf("%s, %s: %s", s.Row, s.Candidate, v))
-			}
-			if s.Failure != "" {
-				all = append(all, fmt.Sprintf("%s, %s: no outcome: %s", s.Row, s.Candidate, s.Failure))
-			}
-		}
-		// What is p99 of a few trials is the worst of them, one bad moment of the machine.
-		bound := 10.0
-		if len(c.samples) < 20 {
-			bound *= 10
-		}
-		p99 := harness.Percentile(c.values(func(s Sample) *float64 { return &s.Overlap }), 99)
-		if c.ours() && c.row.Promise == Operator && p99 > bound {
-			all = append(all, fmt.Sprintf("%s, %s: both jobs alive for %s at p99, more than %s",
-				c.row.Name, c.candidate, harness.Span(p99), harness.Span(bound)))
-		}
+		all = append(all, c.broken...)
 	}
 	return all
 }
 
-// overlap says how often and for how long at worst both jobs were alive.
-func (c cell) overlap() string {
-	found := c.overlaps()
+// Overlap says how often and for how long at worst both jobs were alive.
+func (c Cell) Overlap() string {
+	text := fmt.Sprintf("%d of %d", len(c.Overlaps), len(c.samples))
 	switch {
-	case len(found) == 0:
-		return fmt.Sprintf("0 of %d", len(c.samples))
-	case c.livesOn() > 0:
-		return fmt.Sprintf("%d of %d, lives on", len(found), len(c.samples))
+	case len(c.Overlaps) == 0:
+		return text
+	case c.livesOn > 0:
+		return text + ", lives on"
 	}
-	text := fmt.Sprintf("%d of %d, %s", len(found), len(c.samples), harness.Span(slices.Max(found)))
-	if n := c.outside(); n > 0 {
-		text += fmt.Sprintf(" (%d outside: guard late)", n)
+	text += ", " + most(c.Overlaps)
+	if c.outside > 0 {
+		text += fmt.Sprintf(" (%d outside: guard late)", c.outside)
 	}
 	return text
 }
 
-// pair is median and maximum.
-func pair(values []float64) (string, string) {
-	if len(values) == 0 {
-		return "-", "-"
-	}
-	return harness.Span(harness.Median(values)), harness.Span(slices.Max(values))
-}
-
-// figures are the medians and maxima of the row's own figures.
-func (c cell) figures() string {
-	names := map[string]bool{}
-	for _, s := range c.samples {
-		for name := range s.Figures {
-			names[name] = true
-		}
-	}
+// Figures are the medians and maxima of the row's own figures.
+func (c Cell) Figures() string {
 	var text []string
-	for _, name := range slices.Sorted(maps.Keys(names)) {
-		middle, most := pair(c.values(func(s Sample) *float64 {
-			if v, ok := s.Figures[name]; ok {
-				return &v
-			}
-			return nil
-		}))
-		text = append(text, fmt.Sprintf("%s %s (max %s)", name, middle, most))
+	for _, name := range slices.Sorted(maps.Keys(c.figures)) {
+		values := c.figures[name]
+		text = append(text, fmt.Sprintf("%s %s (max %s)", name, median(values), most(values)))
 	}
 	return strings.Join(text, "; ")
 }
 
-// starts are the job starts after the fault, at least and at most.
-func (c cell) starts() string {
+// Starts are the job starts after the fault, at least and at most.
+func (c Cell) Starts() string {
 	if len(c.samples) == 0 {
 		return "-"
 	}
-	least, most := math.MaxInt, 0
-	for _, s := range c.samples {
-		least, most = min(least, s.Starts), max(most, s.Starts)
-	}
+	order := func(a, b Sample) int { return a.Starts - b.Starts }
+	least, most := slices.MinFunc(c.samples, order).Starts, slices.MaxFunc(c.samples, order).Starts
 	if least == most {
 		return fmt.Sprint(most)
 	}
 	return fmt.Sprintf("%d-%d", least, most)
 }
 
-// headline says with what the figures were measured.
-func (r *Results) headline() string {
+// median and most write "-" where there are no values.
+func median(values []float64) string { return harness.Span(harness.Median(values)) }
+
+func most(values []float64) string { return harness.Span(harness.Percentile(values, 100)) }
+
+// duration writes milliseconds that there may be none of.
+func duration(ms *float64) string {
+	if ms == nil {
+		return "-"
+	}
+	return harness.Span(*ms)
+}
+
+// Headline says with what the figures were measured.
+func (r *Results) Headline() string {
 	a := r.About
 	return fmt.Sprintf("%s: etcd %s, %s, Linux %s, %d CPUs; "+
 		"trials of each fault: %d with leasehold, %d with each of the others",
@@ -305,119 +314,26 @@ func (r *Results) replaceIn(path string) error {
 func (r *Results) writeText(to io.Writer) error {
 	w := tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)
 	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) } // Flush reports
-	p("\n%s; %.0f minutes\n\n", r.headline(), r.Minutes)
+	p("\n%s; %.0f minutes\n\n", r.Headline(), r.Minutes)
 	p("fault\tcandidate\tTTL\tetcd\told job exited\tmax\tnext job\tmax\tgap\tboth alive\tstarts\t" +
 		"guard late\t\n")
 	for _, c := range r.cells() {
-		dead, deadMax := pair(c.dead())
-		next, nextMax := pair(c.next())
-		gap, _ := pair(c.gaps())
-		late := c.values(func(s Sample) *float64 { return &s.Late })
-		_, lateMax := pair(late)
 		p("%s\t%s\t%.0fs\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n",
-			c.row.Name, c.candidate, c.row.TTL, c.row.Members, dead, deadMax, next, nextMax, gap,
-			c.overlap(), c.starts(), lateMax, c.figures())
+			c.row.Name, c.Candidate, c.row.TTL, c.row.Members, median(c.Dead), most(c.Dead),
+			median(c.Next), most(c.Next), median(c.Gaps), c.Overlap(), c.Starts(), most(c.late),
+			c.Figures())
 	}
-	for _, v := range r.violations() {
+	for _, v := range r.Violations() {
 		p("\nVIOLATED: %s\n", v)
 	}
 	return w.Flush()
 }
 
-// writeTable writes the table in Markdown.
-func (r *Results) writeTable(to io.Writer) error {
-	var b strings.Builder
-	fmt.Fprintf(&b, "# Every fault, every candidate\n\n"+
-		"Made by `make faults` and `make faults-docs`: %s. Figures are medians and maxima, from the "+
-		"fault on, as the jobs' own connections to a witness tell (gigabytes and suspend: as the "+
-		"kernel tells that SIGKILL has reached each thread); [the same as a picture](faults.svg), "+
-		"[each trial](faults.json).\n", r.headline())
-	if len(r.Again) > 0 {
-		fmt.Fprintf(&b, "\nRun again later, after a repair or with another promise: %s.\n",
-			strings.Join(r.Again, ", "))
-	}
-	group := ""
-	for _, c := range r.cells() {
-		if c.row.Group != group {
-			group = c.row.Group
-			fmt.Fprintf(&b, "\n## %s\n\n| fault | candidate | old job exited | next job | gap | "+
-				"both alive | job starts |\n|---|---|---|---|---|---|---|\n", c.title())
-		}
-		about := c.row.About
-		if c.row.NoFailover {
-			about += " (must not move the job)"
-		}
-		if c.row.MayFailover {
-			about += " (may move the job or not)"
-		}
-		gap, _ := pair(c.gaps())
-		overlap := c.overlap()
-		if len(c.overlaps()) > 0 {
-			overlap = "**" + overlap + "**"
-		}
-		if figures := c.figures(); figures != "" {
-			overlap += "; " + figures
-		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s | %s |\n", about, c.candidate,
-			both(c.dead()), both(c.next()), gap, overlap, c.starts())
-	}
-	if broken := r.violations(); len(broken) > 0 {
-		b.WriteString("\n## Promises that leasehold broke in this run\n\n")
-		for _, v := range broken {
-			fmt.Fprintf(&b, "- %s\n", v)
-		}
-	}
-	_, err := io.WriteString(to, b.String())
-	return err
-}
-
-func (c cell) title() string {
-	for _, g := range groups {
-		if g.Name == c.row.Group {
-			return g.Title
-		}
-	}
-	return c.row.Group
-}
-
-func both(values []float64) string {
-	middle, most := pair(values)
-	if len(values) < 2 {
-		return middle
-	}
-	return middle + ", max " + most
-}
-
-// write writes a row and a sample a line, so that files of two runs can be
-// compared.
+// write writes a row and a sample a line, so that files of two runs can be compared.
 func (r *Results) write(path string) error {
-	var b strings.Builder
-	head, err := json.Marshal(r.About)
+	text, err := page("faults.json", r)
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(&b, `{"about": %s, "n": %d, "peers_n": %d, "minutes": %.1f`,
-		head, r.N, r.PeersN, r.Minutes)
-	err = errors.Join(lines(&b, "again", r.Again), lines(&b, "rows", r.Rows),
-		lines(&b, "samples", r.Samples))
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(path, []byte(b.String()+"}\n"), 0o644)
-}
-
-func lines[T any](b *strings.Builder, name string, values []T) error {
-	fmt.Fprintf(b, ",\n%q: [", name)
-	for i, v := range values {
-		text, err := json.Marshal(v)
-		if err != nil {
-			return err
-		}
-		if i > 0 {
-			b.WriteString(",")
-		}
-		fmt.Fprintf(b, "\n%s", text)
-	}
-	b.WriteString("\n]")
-	return nil
+	return os.WriteFile(path, []byte(text), 0o644)
 }
