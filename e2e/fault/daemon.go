@@ -5,9 +5,8 @@ package fault
 import (
 	"context"
 	"fmt"
+	"os"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 
 	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
@@ -36,16 +35,15 @@ func Killed(p harness.Process) Fault {
 		if err != nil {
 			return err
 		}
-		defer held.release()
+		defer func() { _ = held.Release() }()
 		on.Begin() // to find it took milliseconds
-		return held.signal(syscall.SIGKILL)
+		return held.Kill()
 	}}
 }
 
-// Hung stops one of the daemon's processes with SIGSTOP: it lives and does
-// nothing.
+// Hung stops one of the daemon's processes with SIGSTOP: it lives and does nothing.
 func Hung(p harness.Process) Fault {
-	held := process(-1)
+	var held *os.Process
 	return Fault{
 		Name: string(p) + "-hung",
 		Inject: func(_ context.Context, on *Target) (err error) {
@@ -53,26 +51,26 @@ func Hung(p harness.Process) Fault {
 				return err
 			}
 			on.Begin()
-			return held.signal(syscall.SIGSTOP)
+			return held.Signal(syscall.SIGSTOP)
 		},
 		Recover: func(context.Context, *Target) error {
-			_ = held.signal(syscall.SIGCONT) // it may have been killed meanwhile
-			held.release()
-			return nil
+			if held == nil {
+				return nil
+			}
+			_ = held.Signal(syscall.SIGCONT) // it may have been killed meanwhile
+			return held.Release()
 		},
 	}
 }
 
-// HungUnreachable stops a process as Hung does, and cuts the machine off from
-// etcd.
+// HungUnreachable stops a process as Hung does, and cuts the machine off from etcd.
 func HungUnreachable(p harness.Process) Fault {
 	f := Both(string(p)+"-hung-unreachable", Hung(p), Unreachable())
 	f.Verify = nil // what hangs may be what would have sent a packet
 	return f
 }
 
-// Suspended freezes the machine: the daemon and its job can't run, and their
-// timers go on.
+// Suspended freezes the machine: the daemon and its job can't run, and their timers go on.
 func Suspended() Fault {
 	return Fault{
 		Name: "suspend",
@@ -88,37 +86,23 @@ func Suspended() Fault {
 	}
 }
 
-// process is a descriptor of a process: a signal by it hits no other that has
-// got its pid.
-type process int
-
-// hold finds one of the daemon's processes. Programs other than leasehold have
-// but the one that was started.
-func hold(m *harness.Machine, p harness.Process) (process, error) {
+// hold finds one of the daemon's processes. A signal to what it returns hits no other that has got
+// its pid. Programs other than leasehold have but the process that was started.
+func hold(m *harness.Machine, p harness.Process) (*os.Process, error) {
 	if !m.Implementation.Ours() {
 		p = harness.Guard
 	}
 	pid, err := m.Pid(p)
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
-	fd, err := unix.PidfdOpen(pid, 0)
+	held, err := os.FindProcess(pid) // holds it by a pidfd
 	if err != nil {
-		return -1, fmt.Errorf("hold the %s of %s: %w", p, m.Name, err)
+		return nil, fmt.Errorf("hold the %s of %s: %w", p, m.Name, err)
 	}
 	if again, err := m.Pid(p); err != nil || again != pid {
-		_ = unix.Close(fd)
-		return -1, fmt.Errorf("%s has another %s now", m.Name, p)
+		_ = held.Release()
+		return nil, fmt.Errorf("%s has another %s now", m.Name, p)
 	}
-	return process(fd), nil
-}
-
-func (p process) signal(sig syscall.Signal) error {
-	return unix.PidfdSendSignal(int(p), sig, nil, 0)
-}
-
-func (p process) release() {
-	if p >= 0 {
-		_ = unix.Close(int(p))
-	}
+	return held, nil
 }

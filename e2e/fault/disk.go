@@ -11,9 +11,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// DisksSlow makes each sync of so many members to their disks slower, while keys
-// are written: etcd syncs what is written, and renewals are not. The members must
-// not run with --unsafe-no-fsync.
+// DisksSlow makes each sync of so many members to their disks slower, while keys are written: etcd
+// syncs what is written, and renewals are not. The members must not run with --unsafe-no-fsync.
 func DisksSlow(members int, delay time.Duration) Fault {
 	type slowed struct {
 		member *harness.Member

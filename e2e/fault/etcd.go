@@ -3,6 +3,7 @@
 package fault
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,12 +27,7 @@ const (
 	Leader   Which = "etcd-leader" // etcd's leader
 )
 
-func (w Which) name() string {
-	if w == Given {
-		return string(Follower)
-	}
-	return string(w)
-}
+func (w Which) name() string { return string(cmp.Or(w, Follower)) }
 
 // choose sets the target's member.
 func (w Which) choose(ctx context.Context, on *Target) error {
@@ -55,7 +51,7 @@ func (w Which) choose(ctx context.Context, on *Target) error {
 func MemberKilled(w Which) Fault {
 	return Fault{
 		Name: w.name() + "-killed",
-		Inject: action(w.choose).and(func(_ context.Context, on *Target) error {
+		Inject: Step(w.choose).Then(func(_ context.Context, on *Target) error {
 			on.Member.Kill()
 			return nil
 		}),
@@ -70,7 +66,7 @@ const Silence = time.Second
 func MemberPaused(w Which) Fault {
 	return Fault{
 		Name: w.name() + "-paused",
-		Inject: action(w.choose).and(func(_ context.Context, on *Target) error {
+		Inject: Step(w.choose).Then(func(_ context.Context, on *Target) error {
 			return on.Member.Pause()
 		}),
 		Recover: func(_ context.Context, on *Target) error { return on.Member.Continue() },
@@ -87,26 +83,23 @@ func MemberPaused(w Which) Fault {
 }
 
 // MemberCut cuts a member off from the others and from the candidates.
-func MemberCut(w Which) Fault {
-	return cutOff(w, w.name()+"-cut", func(on *Target) (nodes []*harness.Node) {
-		for _, m := range on.machines() {
-			nodes = append(nodes, m.Node)
-		}
-		return nodes
-	})
-}
+func MemberCut(w Which) Fault { return cutOff(w, w.name()+"-cut", (*Target).machines) }
 
 // MemberIsolated cuts a member off from the others, but not from the candidates.
 func MemberIsolated(w Which) Fault {
-	return cutOff(w, w.name()+"-isolated", func(*Target) []*harness.Node { return nil })
+	none := func(*Target) []*harness.Machine { return nil }
+	return cutOff(w, w.name()+"-isolated", none)
 }
 
-func cutOff(w Which, name string, also func(*Target) []*harness.Node) Fault {
+func cutOff(w Which, name string, also func(*Target) []*harness.Machine) Fault {
 	var loss *harness.Loss
 	return Fault{
 		Name: name,
-		Inject: action(w.choose).and(func(_ context.Context, on *Target) (err error) {
-			others := append(on.Etcd.Nodes(on.Etcd.Except(on.Member)...), also(on)...)
+		Inject: Step(w.choose).Then(func(_ context.Context, on *Target) (err error) {
+			others := on.Etcd.Nodes(on.Etcd.Except(on.Member)...)
+			for _, m := range also(on) {
+				others = append(others, m.Node)
+			}
 			loss, err = on.Network.Cut(harness.LinksBetween(on.Member.Node, others...)...)
 			return err
 		}),
@@ -117,7 +110,7 @@ func cutOff(w Which, name string, also func(*Target) []*harness.Node) Fault {
 
 // Deposing has a fault of etcd's leader last until etcd has another.
 func Deposing(f Fault) Fault {
-	f.Verify = action(f.Verify).and(func(ctx context.Context, on *Target) error {
+	f.Verify = f.Verify.Then(func(ctx context.Context, on *Target) error {
 		ctx, cancel := context.WithTimeout(ctx, harness.WaitTimeout)
 		defer cancel()
 		_, err := on.Etcd.Successor(ctx, on.Member)
@@ -128,7 +121,7 @@ func Deposing(f Fault) Fault {
 
 // Lasting has a fault last between two times, another in each trial.
 func Lasting(f Fault, least, most time.Duration) Fault {
-	f.Inject = action(f.Inject).and(func(ctx context.Context, on *Target) error {
+	f.Inject = f.Inject.Then(func(ctx context.Context, on *Target) error {
 		lasts := least + time.Duration(spread(on.Trial)*float64(most-least))
 		return harness.Wait(ctx, on.Began+lasts-harness.Now())
 	})
@@ -234,8 +227,7 @@ func AllRestartedAtOnce() Fault {
 // Stray is the prefix of keys that belong to no election.
 const Stray = "operator/"
 
-// Compacted compacts what has passed, and defragments the target's member, if
-// there is one.
+// Compacted compacts what has passed, and defragments the target's member, if there is one.
 func Compacted() Fault {
 	return Fault{Name: "compacted", Inject: func(ctx context.Context, on *Target) error {
 		got, err := on.Client.Get(ctx, Stray+"compaction")
@@ -261,17 +253,15 @@ func CompactedUnwatched() Fault {
 				p.Drop()
 			}
 		}
-		first, err := on.Client.Put(ctx, key, "")
-		if err != nil {
-			return err
-		}
-		last := first
-		for range 20 {
-			if last, err = on.Client.Put(ctx, key, ""); err != nil {
+		var revisions []int64
+		for range 21 {
+			put, err := on.Client.Put(ctx, key, "")
+			if err != nil {
 				return err
 			}
+			revisions = append(revisions, put.Header.Revision)
 		}
-		_, err = on.Client.Compact(ctx, last.Header.Revision, clientv3.WithCompactPhysical())
+		_, err := on.Client.Compact(ctx, revisions[20], clientv3.WithCompactPhysical())
 		for _, m := range on.Etcd.Members {
 			if err == nil {
 				_, err = on.Client.Defragment(ctx, m.ClientURL)
@@ -280,7 +270,7 @@ func CompactedUnwatched() Fault {
 		if err != nil {
 			return err
 		}
-		_, err = on.Client.Get(ctx, key, clientv3.WithRev(first.Header.Revision))
+		_, err = on.Client.Get(ctx, key, clientv3.WithRev(revisions[0]))
 		if !errors.Is(err, rpctypes.ErrCompacted) {
 			return fmt.Errorf("a read of the past gets %w, and it should be compacted", err)
 		}

@@ -1,8 +1,7 @@
 //go:build linux
 
-// Package fault is the library of faults. The table (e2e/cmd/faults), the soak,
-// the bench and the scenarios (e2e/scenario) inject these and no others.
-// README.md beside it shows how to add one.
+// Package fault is the library of faults. The table (e2e/cmd/faults), the soak, the bench and the
+// scenarios (e2e/scenario) inject these and no others. README.md beside it shows how to add one.
 package fault
 
 import (
@@ -24,16 +23,52 @@ type Fault struct {
 	// on.Machine is that candidate's.
 	Configure func(on *Target, cfg *harness.CandidateConfig) error
 	// Prepare does what must be done beforehand and takes time.
-	Prepare func(ctx context.Context, on *Target) error
+	Prepare Step
 	// Inject makes the fault. Where it takes time to find what to break, Inject
 	// calls on.Begin when it has.
-	Inject func(ctx context.Context, on *Target) error
+	Inject Step
 	// Recover ends the fault. Without it the fault lasts until testbed and machine
 	// recover or close.
-	Recover func(ctx context.Context, on *Target) error
+	Recover Step
 	// Verify returns an error if nothing went wrong, for then nothing was tested.
 	// It is called while the fault lasts: before Recover, or when all is over.
-	Verify func(ctx context.Context, on *Target) error
+	Verify Step
+}
+
+// Step is what a fault does to its target, or finds out about it.
+type Step func(ctx context.Context, on *Target) error
+
+// Do does the step, if there is one.
+func (s Step) Do(ctx context.Context, on *Target) error {
+	if s == nil {
+		return nil
+	}
+	return s(ctx, on)
+}
+
+// Then is the step and another one, whether or not the first succeeds.
+func (s Step) Then(next Step) Step {
+	return func(ctx context.Context, on *Target) error {
+		return errors.Join(s.Do(ctx, on), next.Do(ctx, on))
+	}
+}
+
+// Start injects the fault, which begins now.
+func (f Fault) Start(ctx context.Context, on *Target) error {
+	on.Begin()
+	return f.Inject(ctx, on)
+}
+
+// End calls Recover, if there is one.
+func (f Fault) End(ctx context.Context, on *Target) error { return f.Recover.Do(ctx, on) }
+
+// Both is two faults, the second as soon as the first is there.
+func Both(name string, a, b Fault) Fault {
+	return Fault{
+		Name:    name,
+		Prepare: a.Prepare.Then(b.Prepare), Inject: a.Inject.Then(b.Inject),
+		Recover: a.Recover.Then(b.Recover), Verify: a.Verify.Then(b.Verify),
+	}
 }
 
 // Target is what a fault breaks.
@@ -78,46 +113,4 @@ func (on *Target) machines() []*harness.Machine {
 func spread(trial int) float64 {
 	_, f := math.Modf(float64(trial) * (math.Sqrt(5) - 1) / 2)
 	return f
-}
-
-// action is what a fault does to its target.
-type action func(ctx context.Context, on *Target) error
-
-// Start injects the fault, which begins now.
-func (f Fault) Start(ctx context.Context, on *Target) error {
-	on.Begin()
-	return f.Inject(ctx, on)
-}
-
-// End calls Recover, if there is one.
-func (f Fault) End(ctx context.Context, on *Target) error {
-	return action(f.Recover).call(ctx, on)
-}
-
-// Check calls Verify, if there is one.
-func (f Fault) Check(ctx context.Context, on *Target) error {
-	return action(f.Verify).call(ctx, on)
-}
-
-func (a action) call(ctx context.Context, on *Target) error {
-	if a == nil {
-		return nil
-	}
-	return a(ctx, on)
-}
-
-// and is both actions in turn.
-func (a action) and(b action) action {
-	return func(ctx context.Context, on *Target) error {
-		return errors.Join(a.call(ctx, on), b.call(ctx, on))
-	}
-}
-
-// Both is two faults, the second as soon as the first is there.
-func Both(name string, a, b Fault) Fault {
-	return Fault{
-		Name:    name,
-		Prepare: action(a.Prepare).and(b.Prepare), Inject: action(a.Inject).and(b.Inject),
-		Recover: action(a.Recover).and(b.Recover), Verify: action(a.Verify).and(b.Verify),
-	}
 }

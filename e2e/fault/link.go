@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -145,30 +143,21 @@ func Slow(delay time.Duration) Fault {
 		Recover: func(_ context.Context, on *Target) error { return set(on, 0) },
 		Verify: func(ctx context.Context, on *Target) error {
 			for _, p := range on.Machine.Proxies {
-				began := harness.Now()
-				if err := askVersion(ctx, p.Addr()); err != nil {
+				client, err := on.Etcd.NewClient("http://" + p.Addr())
+				if err != nil {
 					return err
 				}
-				if took := harness.Now() - began; took < 2*delay {
-					return fmt.Errorf("a request on the slow link took no more than %v", took)
+				began := harness.Now()
+				_, err = client.Status(ctx, client.Endpoints()[0])
+				_ = client.Close()
+				if took := harness.Now() - began; err == nil && took < 2*delay {
+					err = fmt.Errorf("a request on the slow link took no more than %v", took)
+				}
+				if err != nil {
+					return err
 				}
 			}
 			return nil
 		},
 	}
-}
-
-func askVersion(ctx context.Context, addr string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/version", nil)
-	if err != nil {
-		return err
-	}
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = resp.Body.Close() }()
-	_, err = io.Copy(io.Discard, resp.Body)
-	return err
 }

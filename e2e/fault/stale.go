@@ -44,8 +44,7 @@ func StaleAcknowledgement(after After) Fault {
 			}
 			defer p.close()
 			on.Begin()
-			// Before it hangs, or what the others have sent meanwhile would be there
-			// when it wakes.
+			// Before it hangs, or what the others have sent meanwhile would be there when it wakes.
 			if after == Isolated {
 				if err := MemberIsolated(Given).Inject(ctx, on); err != nil {
 					return err
@@ -83,9 +82,8 @@ func StaleAcknowledgement(after After) Fault {
 	}
 }
 
-// onlyEtcdsLeader has the leader of other implementations know of no member but
-// etcd's leader: its client takes turns, and would lose its lease for the others'
-// sake. leasehold has to find out.
+// onlyEtcdsLeader has the leader of other implementations know of no member but etcd's leader: its
+// client takes turns, and would lose its lease for the others' sake. leasehold has to find out.
 func onlyEtcdsLeader(on *Target, cfg *harness.CandidateConfig) error {
 	if on.Machine.Implementation.Ours() {
 		return nil

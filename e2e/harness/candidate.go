@@ -47,22 +47,31 @@ func ProgramsBeside() (*Programs, error) {
 	return ProgramsIn(filepath.Dir(self)), nil
 }
 
-// Build builds the programs as they are released: static and without the race
-// detector. It wants the working directory somewhere in the module. Without
-// packages it builds all; otherwise ".", "./e2e/cmd/testjob" or "./e2e/cmd/stockloop".
+// Build builds the programs into a directory of their own. Without packages it builds
+// all; otherwise ".", "./e2e/cmd/testjob" or "./e2e/cmd/stockloop".
 func Build(ctx context.Context, packages ...string) (*Programs, error) {
 	if len(packages) == 0 {
 		packages = []string{".", "./e2e/cmd/testjob", "./e2e/cmd/stockloop"}
-	}
-	root, err := ModuleRoot()
-	if err != nil {
-		return nil, err
 	}
 	dir, err := TempDir("leasehold-programs-")
 	if err != nil {
 		return nil, err
 	}
-	p := ProgramsIn(dir)
+	p, err := BuildIn(ctx, dir, packages...)
+	if err != nil {
+		_ = os.RemoveAll(dir)
+	}
+	return p, err
+}
+
+// BuildIn builds programs into a directory as they are released: static and without the
+// race detector. It wants the working directory somewhere in the module. Before the
+// packages there may be more flags of go build.
+func BuildIn(ctx context.Context, dir string, packages ...string) (*Programs, error) {
+	root, err := ModuleRoot()
+	if err != nil {
+		return nil, err
+	}
 	args := []string{
 		"build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", dir + "/",
 	}
@@ -70,10 +79,9 @@ func Build(ctx context.Context, packages ...string) (*Programs, error) {
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		p.Remove()
 		return nil, fmt.Errorf("build the programs under test: %w\n%s", err, out)
 	}
-	return p, nil
+	return ProgramsIn(dir), nil
 }
 
 // Beside is the program of the same name as another one.

@@ -18,50 +18,40 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// death finds the moment from which on no thread of a process runs in user space
-// any more. The process' connection closes only when each of them has had a
-// processor to end on, and its memory has been freed.
-type death struct {
-	found chan time.Duration // 0: it was not seen
-	stop  context.CancelFunc
+// watchDeath finds the moment from which on no thread of a process runs in user space any more:
+// SIGKILL has reached each of them. The process' connection closes only when each has had a
+// processor to end on, and its memory has been freed. It is 0 when ctx ends first.
+func watchDeath(ctx context.Context, pid int) <-chan time.Duration {
+	found := make(chan time.Duration, 1) // closed when the watch has ended
+	go func() {
+		defer close(found)
+		// It must not wait for a processor among all that has just woken.
+		defer harness.RealTime(1)()
+		pause := unix.NsecToTimespec(200_000)
+		for ctx.Err() == nil {
+			_ = unix.Nanosleep(&pause, nil)
+			if allKilled(pid) {
+				found <- harness.Now()
+				return
+			}
+		}
+	}()
+	return found
 }
 
-func watchDeath(ctx context.Context, pid int) *death {
-	ctx, cancel := context.WithCancel(ctx)
-	d := &death{make(chan time.Duration, 1), cancel}
-	go func() { d.found <- deathOf(ctx, pid) }()
-	return d
-}
-
-// end ends the watch, and returns what it has found by then.
-func (d *death) end() time.Duration {
-	d.stop()
-	return <-d.found
-}
-
-// deathOf polls the threads of a process until SIGKILL has reached each of them.
-// It returns 0 when ctx ends first.
-func deathOf(ctx context.Context, pid int) time.Duration {
-	// It must not wait for a processor among all that has just woken.
-	defer harness.RealTime(1)()
-	pause := unix.NsecToTimespec(200_000)
+// allKilled asks first the first thread, which is cheap.
+func allKilled(pid int) bool {
 	tasks := fmt.Sprintf("/proc/%d/task", pid)
-	for ctx.Err() == nil {
-		_ = unix.Nanosleep(&pause, nil)
-		if !killed(filepath.Join(tasks, strconv.Itoa(pid))) { // the first thread is cheap to ask
-			continue
-		}
-		threads, err := os.ReadDir(tasks)
-		if err != nil && !isGone(err) {
-			continue
-		}
-		if !slices.ContainsFunc(threads, func(e os.DirEntry) bool {
-			return !killed(filepath.Join(tasks, e.Name()))
-		}) {
-			return harness.Now()
-		}
+	if !killed(filepath.Join(tasks, strconv.Itoa(pid))) {
+		return false
 	}
-	return 0
+	threads, err := os.ReadDir(tasks)
+	if err != nil && !isGone(err) {
+		return false
+	}
+	return !slices.ContainsFunc(threads, func(e os.DirEntry) bool {
+		return !killed(filepath.Join(tasks, e.Name()))
+	})
 }
 
 var pendingPattern = regexp.MustCompile(`(?m)^SigPnd:\s*([0-9a-f]+)$`)

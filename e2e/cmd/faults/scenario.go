@@ -3,9 +3,8 @@
 package main
 
 import (
-	"context"
+	"cmp"
 	"slices"
-	"strings"
 	"time"
 
 	"leasehold/e2e/fault"
@@ -16,25 +15,27 @@ import (
 // has, and what leasehold promises then.
 type Scenario struct {
 	Name  string // kebab-case
-	Group string // one of groups
+	Group string // one of groups; see in
 	About string // the fault in a reader's words: "the daemon is killed (SIGKILL)"
 
 	Fault func() fault.Fault
 	// Duration is from the injection to the recovery. 0: until the trial ends.
 	Duration time.Duration
-	TTL      time.Duration // 0: 5 s
-	Etcd     etcd
+	TTL      time.Duration // 5 s, unless the row says otherwise
+	Etcd     etcd          // the group's, unless the row says otherwise
 	Job      job
 	// Proxied has each candidate reach each member through a proxy of its own.
 	Proxied bool
-	// Stress is on the machine from before the pair is brought up. The scenario's
-	// other trials have the same, since taking all memory takes long. It may be nil.
-	Stress func(ctx context.Context, r *runner) (*fault.Stress, error)
+	// Stress is on the machine from before the pair is brought up. All of the scenario's
+	// trials have the same, since taking all memory takes long, and no others are made
+	// meanwhile. It may be nil.
+	Stress func(*harness.Cgroup, *harness.Programs) fault.Fault
 
 	Promise Promise
 	Expect  Expect
-	// Check looks, when Verify does, at what else was promised. It may be nil.
-	Check func(ctx context.Context, t *Trial) error
+	// Check looks, after Verify, at what else was promised, again and again until it
+	// returns nil. It may be nil.
+	Check func(t *Trial) error
 
 	Without   []string // implementations that can't have this fault
 	User      bool     // as an ordinary user without a cgroup too
@@ -47,7 +48,7 @@ const untilNextJob time.Duration = -1
 
 // etcd is what a scenario needs of etcd. Scenarios with the same share testbeds.
 type etcd struct {
-	Members int    // 0: one
+	Members int
 	Flags   string // more flags for each of them
 	Auth    bool   // it asks for user and password
 }
@@ -55,8 +56,8 @@ type etcd struct {
 // job is the leader's. A standby's job behaves.
 type job struct {
 	Words []string // of the test job
-	// Ready waits until the job is as it is to be. It may be nil.
-	Ready func(ctx context.Context, t *Trial) error
+	// Ready returns an error until the job is as it is to be. It may be nil.
+	Ready func(t *Trial) error
 	// ByThreads takes for the job's end the moment when SIGKILL has reached each of
 	// its threads, for its connection closes later.
 	ByThreads bool
@@ -92,7 +93,6 @@ type Isolation int
 const (
 	SideBySide    Isolation = iota
 	OursAlone               // our figure is of milliseconds; the others wait for a TTL anyway
-	ScenarioAlone           // some trials of the scenario side by side, but of no other one
 	EveryoneAlone           // all figures are of milliseconds, or the whole machine has the fault
 )
 
@@ -106,18 +106,22 @@ var groups = []struct{ Name, Title string }{
 	{"machine", "the machine"},
 }
 
-func (s *Scenario) ttl() time.Duration {
-	if s.TTL == 0 {
-		return 5 * time.Second
+// in makes scenarios rows of a group, whose etcd they have unless they say otherwise.
+func in(group string, on etcd, rows ...Scenario) []Scenario {
+	for i := range rows {
+		s := &rows[i]
+		s.Group, s.Etcd, s.TTL = group, cmp.Or(s.Etcd, on), cmp.Or(s.TTL, 5*time.Second)
 	}
-	return s.TTL
+	return rows
 }
 
-// slowsDisks reports whether etcd must sync to its disks, for those to be slow.
-func (s *Scenario) slowsDisks() bool { return s.Etcd.Flags == syncing }
-
-// jumps reports whether programs whose wall clock can jump are needed.
-func (s *Scenario) jumps() bool { return strings.HasPrefix(s.Name, "wall-clock") }
+func (s *Scenario) info() RowInfo {
+	return RowInfo{
+		Name: s.Name, Group: s.Group, About: s.About, TTL: s.TTL.Seconds(), Members: s.Etcd.Members,
+		Promise: s.Promise, Short: s.CI,
+		NoFailover: s.Expect == NoFailover, MayFailover: s.Expect == MayFailover,
+	}
+}
 
 // A variant is an implementation in one of the ways in which it is run.
 type variant struct {

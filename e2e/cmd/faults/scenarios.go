@@ -3,16 +3,9 @@
 package main
 
 import (
-	"context"
-	"errors"
-	"fmt"
-	"os"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
-	"leasehold/e2e/check"
 	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
@@ -26,68 +19,77 @@ const (
 	// overBudget is for how long a member must be away so that a leader who
 	// depends on it has lost contact by then, at TTL 5 s.
 	overBudget = 5 * time.Second
-	syncing    = "--unsafe-no-fsync=false"
 
-	orphans    = 4000
-	gigabytes  = 4
 	memoryLeft = 400 // MiB: the kernel need kill nobody, and can't keep every program's pages
 )
 
-// noPeers have no such process.
-var noPeers = []string{harness.StockLoop.Name, harness.EtcdctlLock.Name}
+var (
+	one     = etcd{Members: 1}
+	three   = etcd{Members: 3}
+	syncing = etcd{Members: 3, Flags: "--unsafe-no-fsync=false"}
 
-var three = etcd{Members: 3}
-
-// scenarios is the table.
-var scenarios = slices.Concat(
-	daemonScenarios, jobScenarios, linkScenarios, etcdScenarios, operatorScenarios, machineScenarios)
+	// noPeers have no such process.
+	noPeers = []string{harness.StockLoop.Name, harness.EtcdctlLock.Name}
+)
 
 // of gives a fault of the library its parameter.
 func of[T any](f func(T) fault.Fault, with T) func() fault.Fault {
 	return func() fault.Fault { return f(with) }
 }
 
+func deposing(f func(fault.Which) fault.Fault) func() fault.Fault {
+	return func() fault.Fault { return fault.Deposing(f(fault.Leader)) }
+}
+
+func unreachable() fault.Fault { return fault.Unreachable() }
+
+func lossy() fault.Fault { return fault.Lossy(30) }
+
+// scenarios is the table.
+var scenarios = slices.Concat(
+	in("daemon", one, daemonScenarios...), in("job", one, jobScenarios...),
+	in("link", three, linkScenarios...), in("etcd", three, etcdScenarios...),
+	in("operator", one, operatorScenarios...), in("machine", one, machineScenarios...))
+
 var daemonScenarios = []Scenario{
 	{
-		Name: "stop", Group: "daemon", About: "planned stop (SIGTERM)",
+		Name: "stop", About: "planned stop (SIGTERM)",
 		Fault: fault.Stop, Isolation: EveryoneAlone, CI: true, User: true,
 	},
 	{
-		Name: "guard-killed", Group: "daemon",
-		About: "the daemon (of ours, the guard) is killed with SIGKILL",
+		Name: "guard-killed", About: "the daemon (of ours, the guard) is killed with SIGKILL",
 		Fault: of(fault.Killed, harness.Guard), Isolation: OursAlone, CI: true, User: true,
 	},
 	{
-		Name: "guard-hung", Group: "daemon", About: "the daemon (of ours, the guard) hangs (SIGSTOP)",
+		Name: "guard-hung", About: "the daemon (of ours, the guard) hangs (SIGSTOP)",
 		Fault: of(fault.Hung, harness.Guard), Isolation: OursAlone, User: true,
 	},
 	{
-		Name: "guard-hung-unreachable", Group: "daemon",
+		Name:  "guard-hung-unreachable",
 		About: "the daemon (of ours, the guard) hangs, and etcd is unreachable",
 		Fault: of(fault.HungUnreachable, harness.Guard), CI: true, User: true,
 	},
 	{
-		Name: "elector-killed", Group: "daemon",
-		About: "the elector, the guard's child, is killed with SIGKILL", Without: noPeers,
-		Fault: of(fault.Killed, harness.Elector), Isolation: OursAlone, CI: true, User: true,
+		Name: "elector-killed", About: "the elector, the guard's child, is killed with SIGKILL",
+		Fault: of(fault.Killed, harness.Elector), Without: noPeers,
+		Isolation: OursAlone, CI: true, User: true,
 	},
 	{
-		Name: "elector-hung", Group: "daemon", About: "the elector hangs (SIGSTOP)",
+		Name: "elector-hung", About: "the elector hangs (SIGSTOP)",
 		Fault: of(fault.Hung, harness.Elector), Without: noPeers, User: true,
 	},
 	{
-		Name: "elector-hung-unreachable", Group: "daemon",
-		About: "the elector hangs, and etcd is unreachable",
+		Name: "elector-hung-unreachable", About: "the elector hangs, and etcd is unreachable",
 		Fault: of(fault.HungUnreachable, harness.Elector), Without: noPeers,
 	},
 	{
-		Name: "spawner-killed", Group: "daemon",
-		About: "the spawner, between guard and job, is killed with SIGKILL", Without: noPeers,
-		Fault: of(fault.Killed, harness.Spawner), Isolation: OursAlone, CI: true, User: true,
+		Name:  "spawner-killed",
+		About: "the spawner, between guard and job, is killed with SIGKILL",
+		Fault: of(fault.Killed, harness.Spawner), Without: noPeers,
+		Isolation: OursAlone, CI: true, User: true,
 	},
 	{
-		Name: "spawner-hung-unreachable", Group: "daemon",
-		About: "the spawner hangs, and etcd is unreachable",
+		Name: "spawner-hung-unreachable", About: "the spawner hangs, and etcd is unreachable",
 		Fault: of(fault.HungUnreachable, harness.Spawner), Without: noPeers, User: true,
 	},
 }
@@ -102,20 +104,15 @@ var jobScenarios = slices.Concat(
 		"setsid", "", "setsid"),
 	[]Scenario{
 		{
-			Name: "gigabytes", Group: "job",
-			About: "the job has 4 GB of memory to free; etcd becomes unreachable",
-			Job: job{
-				Words: []string{fmt.Sprintf("memory=%d", gigabytes)},
-				Ready: waitForMemory, ByThreads: true,
-			},
+			Name: "gigabytes", About: "the job has 4 GB of memory to free; etcd becomes unreachable",
+			Job:   job{Words: []string{"memory=4"}, Ready: hasTouched(4 << 30), ByThreads: true},
 			Fault: unreachable, Isolation: EveryoneAlone,
 		},
 		{
-			Name: "orphans", Group: "job", About: "the job has thousands of orphans and three fork " +
+			Name: "orphans", About: "the job has thousands of orphans and three fork " +
 				"loops; etcd is unreachable and the deadline passes",
 			Job: job{
-				Words: []string{fmt.Sprintf("orphans=%d", orphans), "fork-bomb=3"},
-				Ready: waitForOrphans, ByThreads: true,
+				Words: []string{"orphans=4000", "fork-bomb=3"}, Ready: hasOrphans(4000), ByThreads: true,
 			},
 			Fault: unreachable, Check: timerLatency,
 			Without: noPeers, Isolation: EveryoneAlone, CI: true,
@@ -125,188 +122,163 @@ var jobScenarios = slices.Concat(
 // unruly are the two scenarios of a job. Where a stop is not obeyed, its grace is
 // part of the figure.
 func unruly(name, does, word, grace, role string) []Scenario {
-	j := job{Words: []string{word}, Ready: waitForRole(role)}
+	j := job{Words: []string{word}, Ready: hasRole(role)}
 	return []Scenario{
 		{
-			Name: name + "-stop", Group: "job",
-			About: fmt.Sprintf("the job %s; planned stop%s", does, grace),
-			Job:   j, Fault: fault.Stop, Isolation: OursAlone,
+			Name: name + "-stop", About: "the job " + does + "; planned stop" + grace,
+			Job: j, Fault: fault.Stop, Isolation: OursAlone,
 		},
 		{
-			Name: name + "-killed", Group: "job",
-			About: fmt.Sprintf("the job %s; the guard is killed", does),
-			Job:   j, Fault: of(fault.Killed, harness.Guard), Isolation: OursAlone,
+			Name: name + "-killed", About: "the job " + does + "; the guard is killed",
+			Job: j, Fault: of(fault.Killed, harness.Guard), Isolation: OursAlone,
 			CI: name == "fork-bomb", User: true,
 		},
 	}
 }
 
-func unreachable() fault.Fault { return fault.Unreachable() }
-
 // linkScenarios are faults of the links between the leader and etcd. The standby's
 // are never touched.
 var linkScenarios = []Scenario{
 	{
-		Name: "link-unreachable", Group: "link", About: "etcd is unreachable: every packet is lost",
-		Etcd: three, Fault: unreachable, CI: true, User: true,
+		Name: "link-unreachable", About: "etcd is unreachable: every packet is lost",
+		Fault: unreachable, CI: true, User: true,
 	},
 	{
-		Name: "link-one-way-out", Group: "link",
-		About: "packets to etcd are lost, those from etcd arrive",
-		Etcd:  three, Fault: func() fault.Fault { return fault.OutboundLost() },
+		Name: "link-one-way-out", About: "packets to etcd are lost, those from etcd arrive",
+		Fault: func() fault.Fault { return fault.OutboundLost() },
 	},
 	{
-		Name: "link-one-way-in", Group: "link",
-		About: "packets from etcd are lost, those to etcd arrive",
-		Etcd:  three, Fault: func() fault.Fault { return fault.InboundLost() }, CI: true,
+		Name: "link-one-way-in", About: "packets from etcd are lost, those to etcd arrive",
+		Fault: func() fault.Fault { return fault.InboundLost() }, CI: true,
 	},
 	{
-		Name: "link-slow", Group: "link", About: "the link to etcd is slow: 200 ms longer each way",
-		Etcd: three, Proxied: true, Expect: NoFailover,
+		Name: "link-slow", About: "the link to etcd is slow: 200 ms longer each way",
 		Fault: of(fault.Slow, 200*time.Millisecond), Duration: 6 * time.Second,
+		Proxied: true, Expect: NoFailover,
 	},
 	{
-		Name: "link-lossy", Group: "link", About: "the link to etcd loses 30 % of the packets each " +
+		Name: "link-lossy", About: "the link to etcd loses 30 % of the packets each " +
 			"way, for 8 s; TCP may stall for longer than the budget",
-		Etcd: three, Expect: MayFailover, Fault: lossy, Duration: 8 * time.Second,
+		Fault: lossy, Duration: 8 * time.Second, Expect: MayFailover,
 	},
 	{
-		Name: "link-lossy-long", Group: "link", About: "the same for 20 s, with the default TTL",
-		Etcd: three, TTL: 15 * time.Second, Expect: MayFailover,
-		Fault: lossy, Duration: 20 * time.Second,
+		Name: "link-lossy-long", About: "the same for 20 s, with the default TTL",
+		Fault: lossy, Duration: 20 * time.Second, TTL: 15 * time.Second, Expect: MayFailover,
 	},
 	{
-		Name: "link-flapping", Group: "link",
+		Name:  "link-flapping",
 		About: "etcd is unreachable for a second and reachable for a second, five times",
-		Etcd:  three, Expect: NoFailover, Duration: 9500 * time.Millisecond,
-		Fault: func() fault.Fault { return fault.Flapping(time.Second) },
+		Fault: func() fault.Fault { return fault.Flapping(time.Second) }, Expect: NoFailover,
+		Duration: 9500 * time.Millisecond,
 	},
-}
-
-func lossy() fault.Fault { return fault.Lossy(30) }
-
-func deposing(f func(fault.Which) fault.Fault) func() fault.Fault {
-	return func() fault.Fault { return fault.Deposing(f(fault.Leader)) }
 }
 
 // etcdScenarios are faults of etcd itself.
 var etcdScenarios = []Scenario{
 	{
-		Name: "member-killed", Group: "etcd",
-		About: "a member that follows is killed, and started again after 5 s",
-		Etcd:  three, Expect: NoFailover,
-		Fault: of(fault.MemberKilled, fault.Follower), Duration: overBudget,
+		Name: "member-killed", About: "a member that follows is killed, and started again after 5 s",
+		Fault: of(fault.MemberKilled, fault.Follower), Duration: overBudget, Expect: NoFailover,
 	},
 	{
-		Name: "member-paused", Group: "etcd", About: "a member that follows hangs for 8 s (SIGSTOP)",
-		Etcd: three, Expect: NoFailover, CI: true, User: true,
+		Name: "member-paused", About: "a member that follows hangs for 8 s (SIGSTOP)",
 		Fault: of(fault.MemberPaused, fault.Follower), Duration: longPause - fault.Silence,
+		Expect: NoFailover, CI: true, User: true,
 	},
 	{
-		Name: "member-cut", Group: "etcd",
-		About: "a member that follows is cut off from everybody for 5 s",
-		Etcd:  three, Expect: NoFailover,
-		Fault: of(fault.MemberCut, fault.Follower), Duration: overBudget,
+		Name: "member-cut", About: "a member that follows is cut off from everybody for 5 s",
+		Fault: of(fault.MemberCut, fault.Follower), Duration: overBudget, Expect: NoFailover,
 	},
 	{
-		Name: "etcd-leader-killed", Group: "etcd",
-		About: "etcd's leader is killed, and started again after 5 s",
-		Etcd:  three, Expect: NoFailover, CI: true, User: true,
+		Name: "etcd-leader-killed", About: "etcd's leader is killed, and started again after 5 s",
 		Fault: deposing(fault.MemberKilled), Duration: overBudget,
+		Expect: NoFailover, CI: true, User: true,
 	},
 	{
-		Name: "etcd-leader-paused", Group: "etcd",
+		Name:  "etcd-leader-paused",
 		About: "etcd's leader hangs for 3 s, less than the rest of any lease's TTL",
-		Etcd:  three, Expect: NoFailover,
 		Fault: of(fault.MemberPaused, fault.Leader), Duration: shortPause - fault.Silence,
+		Expect: NoFailover,
 	},
 	{
-		Name: "etcd-leader-paused-long", Group: "etcd",
+		Name: "etcd-leader-paused-long",
 		About: "etcd's leader hangs for 4.5 to 8 s, until leases have expired for it: when it wakes " +
 			"it may revoke them though they are renewed elsewhere (etcd #15247)",
-		Etcd: three, Expect: MayFailover, Promise: Outside,
-		Duration: time.Millisecond, // the fault itself takes as long as it lasts
 		Fault: func() fault.Fault {
 			paused := fault.Deposing(fault.MemberPaused(fault.Leader))
 			return fault.Lasting(paused, 4500*time.Millisecond-fault.Silence, longPause-fault.Silence)
 		},
+		Duration: time.Millisecond, // the fault itself takes as long as it lasts
+		Expect:   MayFailover, Promise: Outside,
 	},
 	{
-		Name: "etcd-leader-cut", Group: "etcd",
-		About: "etcd's leader is cut off from everybody for 5 s",
-		Etcd:  three, Expect: NoFailover, Fault: deposing(fault.MemberCut), Duration: overBudget,
+		Name: "etcd-leader-cut", About: "etcd's leader is cut off from everybody for 5 s",
+		Fault: deposing(fault.MemberCut), Duration: overBudget, Expect: NoFailover,
 	},
 	{
-		Name: "etcd-leader-isolated", Group: "etcd",
-		About: "etcd's leader is cut off from the other members, but not from the candidates, for 5 s",
-		Etcd:  three, Expect: NoFailover, Fault: deposing(fault.MemberIsolated), Duration: overBudget,
+		Name: "etcd-leader-isolated",
+		About: "etcd's leader is cut off from the other members, but not from the candidates, " +
+			"for 5 s",
+		Fault: deposing(fault.MemberIsolated), Duration: overBudget, Expect: NoFailover,
 	},
 	{
-		Name: "etcd-leader-moved", Group: "etcd",
-		About: "etcd's leadership is moved on five times, once a second (etcdctl move-leader)",
-		Etcd:  three, Expect: NoFailover,
-		Fault: func() fault.Fault { return fault.Repeated(fault.LeaderMoved(), 5, time.Second) },
+		Name:   "etcd-leader-moved",
+		About:  "etcd's leadership is moved on five times, once a second (etcdctl move-leader)",
+		Fault:  func() fault.Fault { return fault.Repeated(fault.LeaderMoved(), 5, time.Second) },
+		Expect: NoFailover,
 	},
 	{
-		Name: "all-restarted", Group: "etcd",
-		About: "all members are restarted, one after the other",
-		Etcd:  three, Expect: NoFailover, Fault: fault.AllRestarted,
+		Name: "all-restarted", About: "all members are restarted, one after the other",
+		Fault: fault.AllRestarted, Expect: NoFailover,
 	},
 	{
-		Name: "all-restarted-at-once", Group: "etcd",
-		About: "all members are killed at once, and started again",
-		Etcd:  three, Expect: NoFailover, Fault: fault.AllRestartedAtOnce,
+		Name: "all-restarted-at-once", About: "all members are killed at once, and started again",
+		Fault: fault.AllRestartedAtOnce, Expect: NoFailover,
 	},
 	{
-		Name: "quorum-lost", Group: "etcd",
-		About: "two of three members are killed, and started again after 8 s",
-		Etcd:  three, Fault: fault.QuorumLost, Duration: longPause, Check: noJobWithoutQuorum,
+		Name: "quorum-lost", About: "two of three members are killed, and started again after 8 s",
+		Fault: fault.QuorumLost, Duration: longPause, Check: noJobWithoutQuorum,
 	},
 	{
-		Name: "stale-acknowledgement", Group: "etcd", About: "the leader reaches only one member, " +
+		Name: "stale-acknowledgement", About: "the leader reaches only one member, " +
 			"etcd's leader, and that hangs for most of the leader's time",
-		Etcd: three, Expect: MayFailover, Fault: of(fault.StaleAcknowledgement, fault.Rejoined),
+		Fault: of(fault.StaleAcknowledgement, fault.Rejoined), Expect: MayFailover,
 	},
 	{
-		Name: "stale-acknowledgement-unreachable", Group: "etcd",
+		Name:  "stale-acknowledgement-unreachable",
 		About: "the same, and the member is unreachable as soon as it has woken",
-		Etcd:  three, Fault: of(fault.StaleAcknowledgement, fault.CutOffAgain),
+		Fault: of(fault.StaleAcknowledgement, fault.CutOffAgain),
 	},
 	{
-		Name: "stale-acknowledgement-isolated", Group: "etcd", About: "the same, and when it wakes it " +
+		Name: "stale-acknowledgement-isolated", About: "the same, and when it wakes it " +
 			"can't hear that another leads, and acknowledges renewals for another second",
-		Etcd: three, Fault: of(fault.StaleAcknowledgement, fault.Isolated),
+		Fault: of(fault.StaleAcknowledgement, fault.Isolated),
 	},
 	{
-		Name: "stale-acknowledgement-isolated-long", Group: "etcd", About: "the same with a long TTL",
-		Etcd: three, TTL: 20 * time.Second, Fault: of(fault.StaleAcknowledgement, fault.Isolated),
+		Name: "stale-acknowledgement-isolated-long", About: "the same with a long TTL",
+		Fault: of(fault.StaleAcknowledgement, fault.Isolated), TTL: 20 * time.Second,
 	},
 	{
-		Name: "disk-slow", Group: "etcd", About: "the disk of one member is slow: 400 ms longer for " +
+		Name: "disk-slow", About: "the disk of one member is slow: 400 ms longer for " +
 			"each sync, while keys are written",
-		Etcd: etcd{Members: 3, Flags: syncing}, Expect: NoFailover,
-		Fault: disksSlow(1), Duration: longPause,
+		Fault: func() fault.Fault { return fault.DisksSlow(1, syncDelay) }, Duration: longPause,
+		Etcd: syncing, Expect: NoFailover,
 	},
 	{
-		Name: "disks-slow", Group: "etcd", About: "the disks of all members are, so that etcd takes a " +
+		Name: "disks-slow", About: "the disks of all members are, so that etcd takes a " +
 			"second and more for whatever it is asked",
-		Etcd: etcd{Members: 3, Flags: syncing}, Expect: MayFailover,
-		Fault: disksSlow(3), Duration: longPause,
+		Fault: func() fault.Fault { return fault.DisksSlow(3, syncDelay) }, Duration: longPause,
+		Etcd: syncing, Expect: MayFailover,
 	},
 	{
-		Name: "compaction", Group: "etcd", About: "all that has passed is compacted and each member " +
+		Name: "compaction", About: "all that has passed is compacted and each member " +
 			"defragmented, while no watch is connected",
-		Etcd: three, Proxied: true, Expect: NoFailover, Fault: fault.CompactedUnwatched,
+		Fault: fault.CompactedUnwatched, Proxied: true, Expect: NoFailover,
 	},
 	{
-		Name: "token-expiry", Group: "etcd", About: "auth tokens expire, one after the other",
-		Etcd: etcd{Members: 3, Flags: "--auth-token-ttl=1", Auth: true}, TTL: 10 * time.Second,
-		Expect: NoFailover, Fault: fault.TokensExpire,
+		Name: "token-expiry", About: "auth tokens expire, one after the other",
+		Fault: fault.TokensExpire, TTL: 10 * time.Second,
+		Etcd: etcd{Members: 3, Flags: "--auth-token-ttl=1", Auth: true}, Expect: NoFailover,
 	},
-}
-
-func disksSlow(members int) func() fault.Fault {
-	return func() fault.Fault { return fault.DisksSlow(members, syncDelay) }
 }
 
 // operatorScenarios are what somebody does to the election by hand. Etcd hands the
@@ -314,155 +286,47 @@ func disksSlow(members int) func() fault.Fault {
 // next one: nobody can promise more than that it is quick.
 var operatorScenarios = []Scenario{
 	{
-		Name: "lease-revoked", Group: "operator",
-		About: "the leader's lease is revoked (etcdctl lease revoke)", Promise: Operator,
-		Fault: fault.LeaseRevoked, Isolation: OursAlone, CI: true, User: true,
+		Name: "lease-revoked", About: "the leader's lease is revoked (etcdctl lease revoke)",
+		Fault: fault.LeaseRevoked, Promise: Operator, Isolation: OursAlone, CI: true, User: true,
 	},
 	{
-		Name: "key-deleted", Group: "operator",
-		About: "the leader's key is deleted (etcdctl del)", Promise: Operator,
-		Fault: fault.KeyDeleted, Isolation: OursAlone, CI: true, User: true,
+		Name: "key-deleted", About: "the leader's key is deleted (etcdctl del)",
+		Fault: fault.KeyDeleted, Promise: Operator, Isolation: OursAlone, CI: true, User: true,
 	},
 }
 
 // machineScenarios are faults of the whole machine.
 var machineScenarios = []Scenario{
 	{
-		Name: "starved-cpu", Group: "machine",
+		Name:  "starved-cpu",
 		About: "64 busy loops on the machine, while etcd is unreachable and the deadline passes",
-		Fault: unreachable, Isolation: ScenarioAlone, User: true,
-		Stress: func(context.Context, *runner) (*fault.Stress, error) {
-			return startStress(64, fault.BusyLoop...)
+		Fault: unreachable, User: true,
+		Stress: func(cgroup *harness.Cgroup, _ *harness.Programs) fault.Fault {
+			return fault.CPUStarved(cgroup, 64)
 		},
 	},
 	{
-		Name: "starved-memory", Group: "machine",
+		Name:  "starved-memory",
 		About: "nearly all memory is taken while etcd is unreachable and the deadline passes",
-		Fault: unreachable, Isolation: EveryoneAlone, Stress: takeMemory,
+		Fault: unreachable, Isolation: EveryoneAlone,
+		Stress: func(cgroup *harness.Cgroup, programs *harness.Programs) fault.Fault {
+			return fault.MemoryTaken(cgroup, programs.Testjob, memoryLeft)
+		},
 	},
 	wallClock("wall-clock-forward", "is set an hour forward", time.Hour),
 	wallClock("wall-clock-back", "is set an hour back", -time.Hour),
 	{
-		Name: "suspend", Group: "machine", About: "the leader's machine is suspended past its TTL and " +
+		Name: "suspend", About: "the leader's machine is suspended past its TTL and " +
 			"resumed (all its processes frozen and thawed)",
-		Promise: Outside, Job: job{ByThreads: true},
-		Fault: fault.Suspended, Duration: untilNextJob, Isolation: OursAlone, CI: true,
+		Fault: fault.Suspended, Duration: untilNextJob, Job: job{ByThreads: true},
+		Promise: Outside, Isolation: OursAlone, CI: true,
 	},
 }
 
 func wallClock(name, does string, by time.Duration) Scenario {
 	return Scenario{
-		Name: name, Group: "machine", About: "the leader's wall clock " + does,
+		Name: name, About: "the leader's wall clock " + does,
+		Fault: of(fault.WallClockJumps, by), Duration: 6 * time.Second,
 		Without: []string{harness.EtcdctlLock.Name}, Expect: NoFailover,
-		Fault:    func() fault.Fault { return fault.WallClockJumps(name, by) },
-		Duration: 6 * time.Second,
 	}
-}
-
-func startStress(n int, command ...string) (*fault.Stress, error) {
-	cgroup, err := harness.NewCgroup(cgroupPrefix)
-	if err != nil {
-		return nil, err
-	}
-	return fault.StartStress(cgroup, n, command...)
-}
-
-func takeMemory(ctx context.Context, r *runner) (*fault.Stress, error) {
-	s, err := startStress(1, r.programs.Testjob, fmt.Sprintf("leave=%d", memoryLeft))
-	if err != nil {
-		return nil, err
-	}
-	// A virtual machine may have to get its memory from its host first.
-	const long = 10 * harness.WaitTimeout
-	err = harness.Within(ctx, long, "memory is not full", func(ctx context.Context) error {
-		return s.WaitFor(ctx, "full")
-	})
-	if err != nil {
-		s.End()
-	}
-	return s, err
-}
-
-// waitForRole waits until the job has the descendant that it is to have.
-func waitForRole(role string) func(context.Context, *Trial) error {
-	if role == "" {
-		return nil
-	}
-	return func(ctx context.Context, t *Trial) error {
-		otherwise := "no process in the role " + role
-		return harness.Within(ctx, harness.WaitTimeout, otherwise, func(ctx context.Context) error {
-			return t.Witness.Wait(ctx, func(lives []harness.Life) bool {
-				return slices.ContainsFunc(lives, func(l harness.Life) bool { return l.Role == role })
-			})
-		})
-	}
-}
-
-// waitForOrphans waits until the orphans are there.
-func waitForOrphans(ctx context.Context, t *Trial) error {
-	const long = 3 * harness.WaitTimeout
-	return harness.UntilWithin(ctx, long, "the job has too few orphans", func() error {
-		spawner, err := t.Machine.Pid(harness.Spawner)
-		if err != nil {
-			return err
-		}
-		if n := len(harness.Children(spawner)); n < orphans {
-			return fmt.Errorf("%d orphans", n)
-		}
-		return nil
-	})
-}
-
-// timerLatency reads from the leader's log how late the guard served a deadline.
-// The guard writes it when all orphans have been reaped. There is none where the
-// elector's stop came first.
-func timerLatency(ctx context.Context, t *Trial) error {
-	const long = 3 * harness.WaitTimeout
-	return harness.UntilWithin(ctx, long, "the leader's job has not ended", func() error {
-		ended := func(e check.Entry) bool { return e.Match != "started" }
-		if !slices.ContainsFunc(check.JobStates(t.Machine.Log()), ended) {
-			return errors.New("its log does not say so")
-		}
-		if all := check.TimerLatencies(t.Machine.Log()); len(all) > 0 {
-			t.Figure("timer latency", check.Latency(all))
-		}
-		return nil
-	})
-}
-
-// waitForMemory waits until the job has touched all its memory.
-func waitForMemory(ctx context.Context, t *Trial) error {
-	const long = 3 * harness.WaitTimeout
-	return harness.UntilWithin(ctx, long, "the job's memory is not touched", func() error {
-		statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", t.Job.Pid))
-		if err != nil {
-			return err
-		}
-		resident, err := strconv.Atoi(strings.Fields(string(statm))[1])
-		if err == nil && resident*os.Getpagesize() < gigabytes<<30 {
-			err = fmt.Errorf("%d MiB are touched", resident*os.Getpagesize()>>20)
-		}
-		return err
-	})
-}
-
-// noJobWithoutQuorum: that leasehold's job ended in time shows when its lease is
-// taken by the time of the last renewal. Etcd itself could not have told it
-// anything.
-func noJobWithoutQuorum(_ context.Context, t *Trial) error {
-	if !t.Of.Ours() {
-		return nil
-	}
-	var end time.Duration
-	for _, term := range t.history() {
-		if term.Alive() {
-			t.violated("a job of %s runs when etcd has had no quorum for %v",
-				term.Candidate, harness.Now()-t.Began)
-		}
-		end = max(end, term.End)
-	}
-	if took := end - t.Began; took > t.TTL {
-		t.violated("the job ended %v after etcd had lost its quorum, after the lease's end", took)
-	}
-	return nil
 }

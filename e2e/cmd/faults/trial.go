@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,8 +26,7 @@ const (
 	calm    = 2 * time.Second        // for how long a job is watched that must not move
 )
 
-// A Trial lets one pair of candidates, a leader with its job and a standby, have
-// one fault.
+// A Trial lets one pair of candidates, a leader with its job and a standby, have one fault.
 type Trial struct {
 	*fault.Target
 	Scenario *Scenario
@@ -36,10 +36,11 @@ type Trial struct {
 
 	runner   *runner
 	election string
+	machines []*harness.Machine
+	stress   fault.Fault
 	fault    fault.Fault
-	lasts    bool   // the fault was injected and has not been ended
-	death    *death // nil: its connection tells when the job has ended
-	ended    bool   // death was asked
+	lasts    bool                 // the fault was injected and has not been ended
+	death    <-chan time.Duration // nil: its connection tells when the job has ended
 	// killed, unless it is 0, is when the old job could run no instruction any more.
 	killed time.Duration
 	thawed time.Duration // when the fault was ended
@@ -53,18 +54,25 @@ func (t *Trial) violated(format string, args ...any) {
 
 var elections atomic.Int64 // keeps their names apart
 
-// trial makes one trial and ends everything that belongs to it.
-func (r *runner) trial(
-	ctx context.Context, bed *harness.Testbed, s *Scenario, of variant, index int,
-) Sample {
-	t := &Trial{
-		Target:   &fault.Target{Testbed: bed, TTL: s.ttl(), Trial: index, Jumping: r.jumping},
-		Scenario: s, Of: of, runner: r, fault: s.Fault(),
+func (r *runner) newTrial(bed *harness.Testbed, p planned, stress fault.Fault) *Trial {
+	s := p.scenario
+	return &Trial{
+		Target:   &fault.Target{Testbed: bed, TTL: s.TTL, Trial: p.index, Jumping: r.jumping},
+		Scenario: s, Of: p.of, runner: r, fault: s.Fault(), stress: stress,
 		election: fmt.Sprintf("%s%d", prefix, elections.Add(1)),
-		sample:   Sample{Row: s.Name, Candidate: of.Title, TTL: s.ttl().Seconds()},
+		sample:   Sample{Row: s.Name, Candidate: p.of.Title, TTL: s.TTL.Seconds()},
 	}
-	err := t.run(ctx)
-	if err != nil {
+}
+
+// make makes the trial and ends everything that belongs to it.
+func (t *Trial) make(ctx context.Context) {
+	var err error
+	if t.Witness, err = harness.NewWitness(); err != nil {
+		t.sample.Failure = err.Error()
+		return
+	}
+	defer t.Witness.Close()
+	if err = t.run(ctx); err != nil {
 		t.sample.Failure = err.Error()
 	}
 	// Whether or not it was interrupted, what was started is ended.
@@ -72,10 +80,6 @@ func (r *runner) trial(
 	if len(t.sample.Violations) > 0 || t.sample.Failure != "" {
 		t.sample.evidence = t.evidence()
 	}
-	if t.Witness != nil {
-		t.Witness.Close()
-	}
-	return t.sample
 }
 
 // run brings the pair up, injects the fault, and reads what follows off the witness.
@@ -87,18 +91,8 @@ func (t *Trial) run(ctx context.Context) error {
 	if err := t.ready(ctx); err != nil {
 		return fmt.Errorf("bring up a leader and a standby: %w", err)
 	}
-	for _, prepare := range []func() error{
-		func() error { return s.Job.ready(ctx, t) },
-		func() error {
-			if t.fault.Prepare == nil {
-				return nil
-			}
-			return t.fault.Prepare(ctx, t.Target)
-		},
-	} {
-		if err := prepare(); err != nil {
-			return fmt.Errorf("prepare the fault: %w", err)
-		}
+	if err := t.fault.Prepare.Do(ctx, t.Target); err != nil {
+		return fmt.Errorf("prepare the fault: %w", err)
 	}
 	if t.moved() {
 		return errors.New("the job was moved before the fault")
@@ -116,7 +110,7 @@ func (t *Trial) run(ctx context.Context) error {
 	if err := t.outcome(ctx); err != nil {
 		return err
 	}
-	if err := errors.Join(t.deathOfThreads(), t.runner.stressed(s)); err != nil {
+	if err := errors.Join(t.deathOfThreads(), t.stress.Verify.Do(ctx, t.Target)); err != nil {
 		return err
 	}
 	t.read()
@@ -128,35 +122,26 @@ func (t *Trial) run(ctx context.Context) error {
 			return err
 		}
 	}
-	t.figures()
+	for name, d := range t.Figures {
+		if t.sample.Figures == nil {
+			t.sample.Figures = map[string]float64{}
+		}
+		t.sample.Figures[name] = harness.Milliseconds(d)
+	}
 	return ctx.Err()
 }
 
-func (j job) ready(ctx context.Context, t *Trial) error {
-	if j.Ready == nil {
-		return nil
-	}
-	return j.Ready(ctx, t)
-}
-
-// endFault ends the fault when it has lasted long enough, if it is to end before the
-// trial does.
+// endFault ends the fault when it has lasted long enough, if it is to end before the trial does.
 func (t *Trial) endFault(ctx context.Context) error {
-	switch d := t.Scenario.Duration; d {
-	case 0:
-		return nil
-	case untilNextJob: // and a while longer: it sleeps on when another leads
-		err := t.waitNext(ctx, t.waitTimeout())
-		if err := errors.Join(err, harness.Wait(ctx, time.Second)); err != nil {
-			return err
-		}
-	default:
-		if err := harness.Wait(ctx, d); err != nil {
+	lasts := t.Scenario.Duration
+	if lasts == untilNextJob {
+		lasts = time.Second // more: it sleeps on when another leads
+		if err := t.waitNext(ctx, t.waitTimeout()); err != nil {
 			return err
 		}
 	}
-	if t.fault.Recover == nil {
-		return nil
+	if err := harness.Wait(ctx, lasts); err != nil || lasts == 0 || t.fault.Recover == nil {
+		return err
 	}
 	if err := t.verify(ctx); err != nil {
 		return err
@@ -170,13 +155,19 @@ func (t *Trial) endFault(ctx context.Context) error {
 
 // verify looks at what the fault has done.
 func (t *Trial) verify(ctx context.Context) error {
-	if err := t.fault.Check(ctx, t.Target); err != nil {
+	if err := t.fault.Verify.Do(ctx, t.Target); err != nil {
 		return fmt.Errorf("verify the fault: %w", err)
 	}
-	if t.Scenario.Check != nil {
-		return t.Scenario.Check(ctx, t)
+	return t.until(ctx, "no outcome", t.Scenario.Check)
+}
+
+// until waits until a condition, which may be nil, is met.
+func (t *Trial) until(ctx context.Context, otherwise string, met func(*Trial) error) error {
+	if met == nil {
+		return nil
 	}
-	return nil
+	const long = 3 * harness.WaitTimeout
+	return harness.UntilWithin(ctx, long, otherwise, func() error { return met(t) })
 }
 
 // handOver tries whether a planned stop still does what it should: what a fault did
@@ -195,11 +186,9 @@ func (t *Trial) handOver(ctx context.Context) {
 }
 
 // ready brings up the pair and waits until all is quiet.
-func (t *Trial) ready(ctx context.Context) (err error) {
-	if t.Witness, err = harness.NewWitness(); err != nil {
-		return err
-	}
-	if t.Machine, err = t.start("a", t.Scenario.Job.Words, true); err != nil {
+func (t *Trial) ready(ctx context.Context) error {
+	err := t.start("a", t.Scenario.Job.Words, t.fault.Configure)
+	if err != nil {
 		return err
 	}
 	err = harness.Within(ctx, harness.WaitTimeout, "no job", func(ctx context.Context) error {
@@ -209,18 +198,19 @@ func (t *Trial) ready(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	standby, err := t.start("b", nil, false)
-	t.Others = append(t.Others, standby)
-	if err != nil {
+	if err := t.start("b", nil, nil); err != nil {
 		return err
 	}
 	if t.Leading, err = t.WaitQueue(ctx, t.election, 2); err != nil {
 		return err
 	}
 	if t.Of.Ours() {
-		if err := standby.WaitStatus(ctx, "/standby", http.StatusOK); err != nil {
+		if err := t.Others[0].WaitStatus(ctx, "/standby", http.StatusOK); err != nil {
 			return err
 		}
+	}
+	if err := t.until(ctx, "the job is not ready", t.Scenario.Job.Ready); err != nil {
+		return err
 	}
 	quiet := settle
 	if !t.Scenario.alone(t.Of) { // what follows may depend on how long ago the lease was renewed
@@ -229,33 +219,33 @@ func (t *Trial) ready(ctx context.Context) (err error) {
 	return harness.Wait(ctx, quiet)
 }
 
-// start starts a candidate, on a machine that the caller has to end also when there
-// is an error.
-func (t *Trial) start(name string, words []string, leads bool) (*harness.Machine, error) {
+// start starts a candidate on a machine, the leader's first. configure may be nil.
+func (t *Trial) start(
+	name string, words []string, configure func(*fault.Target, *harness.CandidateConfig) error,
+) error {
 	cgroup, err := harness.NewCgroup(cgroupPrefix)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	m, err := t.NewMachine(harness.MachineConfig{
 		Name: name, Cgroup: cgroup, Proxied: t.Scenario.Proxied,
 	})
+	t.machines = append(t.machines, m)
+	t.Machine, t.Others = t.machines[0], t.machines[1:]
 	if err != nil {
-		return m, err
+		return err
 	}
-	if leads {
-		t.Machine = m
-	}
-	return m, m.Start(t.Of.Implementation, harness.Candidacy{
+	return m.Start(t.Of.Implementation, harness.Candidacy{
 		Programs: t.runner.programs, Election: t.election, TTL: t.TTL, Job: words, Witness: t.Witness,
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.UID = t.Of.uid
 		if t.Of.Ours() {
 			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE=500ms")
 		}
-		if !leads || t.fault.Configure == nil {
+		if configure == nil {
 			return nil
 		}
-		return t.fault.Configure(t.Target, cfg)
+		return configure(t.Target, cfg)
 	})
 }
 
@@ -304,13 +294,9 @@ func (t *Trial) calm(ctx context.Context) error {
 		return err
 	}
 	err := harness.Within(ctx, t.TTL, "no renewals", func(ctx context.Context) error {
-		err := t.Machine.WaitRenewals(ctx, 2)
-		if t.moved() {
-			return nil
-		}
-		return err
+		return t.Machine.WaitRenewals(ctx, 2)
 	})
-	if err != nil && ctx.Err() == nil {
+	if err != nil && ctx.Err() == nil && !t.moved() {
 		t.violated("%v", err)
 	}
 	return ctx.Err()
@@ -328,16 +314,12 @@ func (t *Trial) moved() bool {
 // next is the first process of the next term's job, once there is one.
 func (t *Trial) next() *harness.Life {
 	for _, l := range t.Witness.Lives() {
-		if l.Role == "job" && l.Started > t.Began && !t.old(l) {
+		old := l.Token == t.Job.Token && l.Candidate == t.Job.Candidate
+		if l.Role == "job" && l.Started > t.Began && !old {
 			return &l
 		}
 	}
 	return nil
-}
-
-// old reports whether a process belongs to the term in which the fault began.
-func (t *Trial) old(l harness.Life) bool {
-	return l.Token == t.Job.Token && l.Candidate == t.Job.Candidate
 }
 
 // deathOfThreads takes for the old job's end the moment that was watched for.
@@ -346,15 +328,12 @@ func (t *Trial) deathOfThreads() error {
 	if t.death == nil || term.Alive() { // it runs on, and that is the outcome
 		return nil
 	}
-	t.ended = true
 	// What is seen every 200 µs may have been there before the connection closed.
-	if t.killed = min(<-t.death.found, term.End); t.killed == 0 {
+	if t.killed = min(<-t.death, term.End); t.killed == 0 {
 		return errors.New("SIGKILL was not seen at the job's threads")
 	}
 	figure := "its connection closed after"
-	if slices.ContainsFunc(t.Scenario.Job.Words, func(w string) bool {
-		return strings.HasPrefix(w, "memory=")
-	}) {
+	if strings.HasPrefix(strings.Join(t.Scenario.Job.Words, " "), "memory=") {
 		figure = "memory freed after"
 	}
 	t.Figure(figure, term.End-t.killed)
@@ -362,16 +341,6 @@ func (t *Trial) deathOfThreads() error {
 		t.Figure("thaw to death", t.killed-t.thawed)
 	}
 	return nil
-}
-
-// figures puts the fault's own figures into the sample.
-func (t *Trial) figures() {
-	for name, d := range t.Figures {
-		if t.sample.Figures == nil {
-			t.sample.Figures = map[string]float64{}
-		}
-		t.sample.Figures[name] = harness.Milliseconds(d)
-	}
 }
 
 // alive is when the job of a term could run, until now.
@@ -388,8 +357,7 @@ func (t *Trial) alive(now time.Duration) func(*check.Term) check.Intervals {
 	}
 }
 
-// read takes the sample's figures from the processes that the witness has seen so
-// far.
+// read takes the sample's figures from the processes that the witness has seen so far.
 func (t *Trial) read() {
 	now, s, history := harness.Now(), &t.sample, t.history()
 	alive := t.alive(now)
@@ -397,13 +365,10 @@ func (t *Trial) read() {
 		v := harness.Milliseconds(at - t.Began)
 		return &v
 	}
-	s.Until = *ms(now)
+	s.Until, s.Late = *ms(now), harness.Milliseconds(latency(t.Machine))
 	for _, term := range history {
 		if term.Of(t.Job) && !term.Alive() {
-			s.Dead = ms(term.End)
-			if t.killed != 0 {
-				s.Dead = ms(t.killed)
-			}
+			s.Dead = ms(cmp.Or(t.killed, term.End))
 		}
 		for _, l := range term.Lives {
 			if l.Role == "job" && l.Started > t.Began {
@@ -424,7 +389,6 @@ func (t *Trial) read() {
 	if s.Next != nil && s.Dead != nil {
 		s.Gap = math.Round(max(0, *s.Next-*s.Dead)*1000) / 1000
 	}
-	s.Late = harness.Milliseconds(latency(t.Machine))
 	for _, o := range history.Overlaps(alive) {
 		t.overlap(o)
 	}
@@ -454,7 +418,7 @@ func (t *Trial) overlap(o check.Overlap) {
 	if !t.Of.Ours() || t.Scenario.Promise != Never {
 		return
 	}
-	for _, m := range t.all() {
+	for _, m := range t.started() {
 		if m.Name == o.Earlier.Candidate && latency(m) > max(t.TTL/10, 200*time.Millisecond) {
 			s.Outside = true
 			return
@@ -463,10 +427,11 @@ func (t *Trial) overlap(o check.Overlap) {
 	t.violated("%v", o)
 }
 
-// all are the machines on which a candidate was started.
-func (t *Trial) all() []*harness.Machine {
-	return slices.DeleteFunc(append([]*harness.Machine{t.Machine}, t.Others...),
-		func(m *harness.Machine) bool { return m == nil || m.Candidate == nil })
+// started are the machines on which a candidate was started.
+func (t *Trial) started() []*harness.Machine {
+	return slices.DeleteFunc(slices.Clone(t.machines), func(m *harness.Machine) bool {
+		return m.Candidate == nil
+	})
 }
 
 // end mends what was broken and ends all that was started. Of leasehold it checks
@@ -480,19 +445,18 @@ func (t *Trial) end(ctx context.Context, checked bool) {
 	if t.killed != 0 { // its connection is open still
 		_ = t.waitDead(ctx, harness.WaitTimeout)
 	}
-	if t.death != nil && !t.ended {
-		t.death.end()
+	if t.death != nil {
+		<-t.death // the trial's context has ended
 	}
 	if t.lasts {
 		failed(t.fault.End(ctx, t.Target))
 	}
 	failed(t.Recover(ctx))
-	all := t.all()
-	for _, m := range all {
+	for _, m := range t.started() {
 		m.Wake(ctx)
 	}
 	if t.Of.Ours() && checked && t.sample.Failure == "" {
-		for _, m := range slices.Backward(all) {
+		for _, m := range slices.Backward(t.started()) {
 			if err := m.Leave(ctx); err != nil {
 				t.violated("%v", err)
 			}
@@ -503,35 +467,30 @@ func (t *Trial) end(ctx context.Context, checked bool) {
 			t.violated("%v", err)
 		}
 	}
-	for _, m := range append([]*harness.Machine{t.Machine}, t.Others...) {
-		if m != nil {
-			failed(m.Close(ctx))
-		}
+	for _, m := range t.machines {
+		failed(m.Close(ctx))
 	}
 	failed(t.Clear(ctx))
 }
 
 // evidence is what one wants to know of a trial that went wrong.
 func (t *Trial) evidence() string {
-	var text strings.Builder
 	if t.Began == 0 { // it did not come to a fault
 		t.Begin()
 	}
-	fmt.Fprintf(&text, "%s, %s: fault at %v", t.Scenario.Name, t.Of.Title, t.Began)
-	if t.Witness != nil {
-		for _, term := range t.history() {
-			until := "now"
-			if !term.Alive() {
-				until = (term.End - t.Began).String()
-			}
-			fmt.Fprintf(&text, "\n  %v, %d processes, from %v to %s",
-				term, len(term.Lives), term.Start-t.Began, until)
+	text := fmt.Sprintf("%s, %s: fault at %v", t.Scenario.Name, t.Of.Title, t.Began)
+	for _, term := range t.history() {
+		until := "now"
+		if !term.Alive() {
+			until = (term.End - t.Began).String()
 		}
+		text += fmt.Sprintf("\n  %v, %d processes, from %v to %s",
+			term, len(term.Lives), term.Start-t.Began, until)
 	}
-	for _, m := range t.all() {
-		lines := strings.Split(strings.TrimSpace(m.Log()), "\n")
-		fmt.Fprintf(&text, "\n  log of %s, its last lines:\n    %s",
-			m.Name, strings.Join(lines[max(0, len(lines)-25):], "\n    "))
+	for _, m := range t.started() {
+		lines := strings.TrimSpace(harness.LastLines(m.Log(), 25))
+		text += fmt.Sprintf("\n  log of %s, its last lines:\n    %s",
+			m.Name, strings.ReplaceAll(lines, "\n", "\n    "))
 	}
-	return text.String()
+	return text
 }
