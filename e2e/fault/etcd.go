@@ -119,15 +119,6 @@ func Deposing(f Fault) Fault {
 	return f
 }
 
-// Lasting has a fault last between two times, another in each trial.
-func Lasting(f Fault, least, most time.Duration) Fault {
-	f.Inject = f.Inject.Then(func(ctx context.Context, on *Target) error {
-		lasts := least + time.Duration(spread(on.Trial)*float64(most-least))
-		return harness.Wait(ctx, on.Began+lasts-harness.Now())
-	})
-	return f
-}
-
 // Repeated injects a fault that often, each time after a pause.
 func Repeated(f Fault, times int, pause time.Duration) Fault {
 	once := f.Inject

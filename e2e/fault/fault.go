@@ -108,9 +108,9 @@ func (on *Target) machines() []*harness.Machine {
 	return append([]*harness.Machine{on.Machine}, on.Others...)
 }
 
-// spread is a number from 0 to 1 for each trial. Those of the first few trials
+// Spread is a number from 0 to 1 for each trial. Those of the first few trials
 // are spread as evenly as those of many.
-func spread(trial int) float64 {
+func Spread(trial int) float64 {
 	_, f := math.Modf(float64(trial) * (math.Sqrt(5) - 1) / 2)
 	return f
 }

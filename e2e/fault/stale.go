@@ -59,7 +59,7 @@ func StaleAcknowledgement(after After) Fault {
 			// The machine's time is up 0.7 TTL after its last renewal, which was sent
 			// at most 0.2 TTL before the pause.
 			least, most := on.TTL*45/100, on.TTL*70/100
-			until := on.Began + least + time.Duration(float64(most-least)*spread(on.Trial))
+			until := on.Began + least + time.Duration(float64(most-least)*Spread(on.Trial))
 			if err := harness.Wait(ctx, until-harness.Now()); err != nil {
 				return err
 			}
@@ -69,7 +69,7 @@ func StaleAcknowledgement(after After) Fault {
 			on.Figure("woken", harness.Now()-on.Began)
 			switch after {
 			case CutOffAgain:
-				soon := time.Duration(float64(20*time.Millisecond) * spread(3*on.Trial+1))
+				soon := time.Duration(float64(20*time.Millisecond) * Spread(3*on.Trial+1))
 				if err := harness.Wait(ctx, soon); err != nil {
 					return err
 				}

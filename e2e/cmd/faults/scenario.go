@@ -21,6 +21,7 @@ type Scenario struct {
 	Fault func() fault.Fault
 	// Duration is from the injection to the recovery. 0: until the trial ends.
 	Duration time.Duration
+	Longest  time.Duration // unless 0: it lasts from Duration to this, another time in each trial
 	TTL      time.Duration // 5 s, unless the row says otherwise
 	Etcd     etcd          // the group's, unless the row says otherwise
 	Job      job

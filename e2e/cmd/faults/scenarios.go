@@ -203,12 +203,8 @@ var etcdScenarios = []Scenario{
 		Name: "etcd-leader-paused-long",
 		About: "etcd's leader hangs for 4.5 to 8 s, until leases have expired for it: when it wakes " +
 			"it may revoke them though they are renewed elsewhere (etcd #15247)",
-		Fault: func() fault.Fault {
-			paused := fault.Deposing(fault.MemberPaused(fault.Leader))
-			return fault.Lasting(paused, 4500*time.Millisecond-fault.Silence, longPause-fault.Silence)
-		},
-		Duration: time.Millisecond, // the fault itself takes as long as it lasts
-		Expect:   MayFailover, Promise: Outside,
+		Fault: deposing(fault.MemberPaused), Duration: 4500*time.Millisecond - fault.Silence,
+		Longest: longPause - fault.Silence, Expect: MayFailover, Promise: Outside,
 	},
 	{
 		Name: "etcd-leader-cut", About: "etcd's leader is cut off from everybody for 5 s",

@@ -134,6 +134,9 @@ func (t *Trial) run(ctx context.Context) error {
 // endFault ends the fault when it has lasted long enough, if it is to end before the trial does.
 func (t *Trial) endFault(ctx context.Context) error {
 	lasts := t.Scenario.Duration
+	if most := t.Scenario.Longest; most > 0 {
+		lasts += time.Duration(float64(most-lasts) * fault.Spread(t.Trial))
+	}
 	if lasts == untilNextJob {
 		lasts = time.Second // more: it sleeps on when another leads
 		if err := t.waitNext(ctx, t.waitTimeout()); err != nil {
