@@ -108,7 +108,7 @@ func TestKilled_GuardWhileElectorHangs(t *testing.T) {
 			}
 			journal := leader.Journal(w.ctx, unit)
 			for _, bad := range []string{
-				"left-over", "Control process exited", "see to its own cgroup",
+				"left-over", "Control process exited", "find its own cgroup",
 			} {
 				if strings.Contains(journal, bad) {
 					t.Errorf("something is left, or the unit could not clear up:\n%s", journal)
@@ -132,7 +132,7 @@ func TestKilled_NoCgroup(t *testing.T) {
 	w.run(m, "systemctl", "stop", unit)
 	w.waitFor(m, unit, waitTimeout, state{"ActiveState": "inactive", "Result": "success"})
 	journal := m.Journal(w.ctx, unit)
-	if !strings.Contains(journal, "the unit can not see to its own cgroup") {
+	if !strings.Contains(journal, "the unit cannot find its own cgroup") {
 		t.Errorf("the journal does not say that the unit can't clear up:\n%s", journal)
 	}
 }

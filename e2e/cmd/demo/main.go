@@ -168,7 +168,7 @@ var failures = []failure{
 	{
 		fault:   fault.Unreachable(),
 		begins:  "etcd is unreachable for %s: its connections stay, nothing passes",
-		jobEnds: "%s has stopped its job, for it can't know if it still leads",
+		jobEnds: "%s has stopped its job, because it can't know if it still leads",
 		was:     "was cut off", standby: "%s stands by: it reaches etcd again",
 	},
 }
