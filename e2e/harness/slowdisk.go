@@ -25,7 +25,8 @@ func (m *Member) SlowDisk(ctx context.Context, delay time.Duration) (end func(),
 	cmd.Stderr = log
 	p, err := startProcess(cmd)
 	if err != nil {
-		return nil, fmt.Errorf("slow down the disk of etcd member %s: %w", m.Name, err)
+		return nil, fmt.Errorf("slow down the disk of etcd member %s "+
+			"(Debian's package strace): %w", m.Name, err)
 	}
 	err = Until(ctx, func() error {
 		if strings.Contains(log.String(), " attached") {
