@@ -66,7 +66,8 @@ func TestHistory(t *testing.T) {
 	if overlaps := h.Overlaps(awake); len(overlaps) != 0 {
 		t.Errorf("with one of them frozen the overlaps are %v", overlaps)
 	}
-	if got := h.Downtime(interval{0, 60}, awake); !slices.Equal(got, intervals{{0, 10}, {28, 30}, {50, 60}}) {
+	got := h.Downtime(interval{0, 60}, awake)
+	if !slices.Equal(got, intervals{{0, 10}, {28, 30}, {50, 60}}) {
 		t.Errorf("the downtime is %v", got)
 	}
 	if _, isNew := h.Add(life("b", 9, 3, 30, 40)); isNew || h[1].End != 40 {
@@ -76,7 +77,7 @@ func TestHistory(t *testing.T) {
 
 func TestLog(t *testing.T) {
 	log := `time=2026-01-02T03:04:05Z msg="job exited" timer_latency=3ms
-time=2026-01-02T03:04:06Z level=WARN msg="leadership lost" from=leading to=stopping reason="the lease is gone from etcd"
+time=2026-01-02T03:04:06Z level=WARN msg="leadership lost" to=stopping reason="the lease is gone from etcd"
 time=2026-01-02T03:04:09Z msg="job killed: lease lost" timer_latency=1ms
 `
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)

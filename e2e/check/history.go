@@ -99,7 +99,8 @@ type Overlap struct {
 
 // String tells whose jobs lived at once, and for how long.
 func (o Overlap) String() string {
-	return fmt.Sprintf("the %v, and the %v, both lived for %v", o.Earlier, o.Later, o.During.Total())
+	return fmt.Sprintf("the %v, and the %v, both lived for %v",
+		o.Earlier, o.Later, o.During.Total())
 }
 
 // Overlaps lists what was alive at once. alive says when the job of a term could run.

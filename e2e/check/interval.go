@@ -56,7 +56,8 @@ func (a Intervals) Without(b Intervals) Intervals {
 	for _, y := range b {
 		var left []Interval
 		for _, x := range a {
-			left = append(left, Interval{x.From, min(x.To, y.From)}, Interval{max(x.From, y.To), x.To})
+			left = append(left,
+				Interval{x.From, min(x.To, y.From)}, Interval{max(x.From, y.To), x.To})
 		}
 		a = Merge(left...)
 	}

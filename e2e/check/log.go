@@ -38,7 +38,9 @@ func entries(log string, pattern *regexp.Regexp) []Entry {
 
 // Between keeps the entries written within a time.
 func Between(all []Entry, from, to time.Time) []Entry {
-	return slices.DeleteFunc(all, func(e Entry) bool { return !e.At.After(from) || !e.At.Before(to) })
+	return slices.DeleteFunc(all, func(e Entry) bool {
+		return !e.At.After(from) || !e.At.Before(to)
+	})
 }
 
 // TimerLatencies lists by how much the guard served its deadlines late, by its own account. It

@@ -28,7 +28,8 @@ func TokensExpire() Fault {
 			if before, err = on.Etcd.Authentications(ctx); err != nil {
 				return err
 			}
-			own, err := on.Client.Authenticate(ctx, harness.CandidateUser, harness.CandidatePassword)
+			own, err := on.Client.Authenticate(ctx, harness.CandidateUser,
+				harness.CandidatePassword)
 			if err != nil {
 				return err
 			}
@@ -41,7 +42,8 @@ func TokensExpire() Fault {
 				return err
 			}
 			if n := after - before - 1; on.Machine.Implementation.Ours() && n < 2 {
-				return fmt.Errorf("the candidates have authenticated %.0f times, which is too rare", n)
+				return fmt.Errorf("the candidates have authenticated %.0f times, which is too rare",
+					n)
 			}
 			client, err := on.Etcd.NewAnonymousClient() // others would use a token of their own
 			if err != nil {

@@ -40,7 +40,8 @@ func BuildJumping(ctx context.Context, dir string) (*harness.Programs, error) {
 	const now = "func Now() Time {\n\tsec, nsec, mono := "
 	before, after, found := strings.Cut(string(text), now+"runtimeNow()\n")
 	if !found {
-		return nil, fmt.Errorf("%s is not as expected: there is no %q", original, now+"runtimeNow()")
+		return nil, fmt.Errorf("%s is not as expected: there is no %q",
+			original, now+"runtimeNow()")
 	}
 	overlay := map[string]map[string]string{"Replace": {
 		original:                            changed,

@@ -69,8 +69,8 @@ func DisksSlow(members int, delay time.Duration) Fault {
 				count, took := after.count-s.before.count, after.seconds-s.before.seconds
 				mean := time.Duration(took / max(count, 1) * float64(time.Second))
 				if count < 3 || mean < delay/2 {
-					return fmt.Errorf("%s has synced %.0f times, for %v each: its disk was not slow",
-						s.member.Name, count, mean)
+					return fmt.Errorf("%s has synced %.0f times, for %v each: "+
+						"its disk was not slow", s.member.Name, count, mean)
 				}
 				on.Figure("sync", mean)
 			}

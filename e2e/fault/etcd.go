@@ -200,7 +200,7 @@ func membersKilled(name string, which func(*Target) []*harness.Member) Fault {
 // AllRestartedAtOnce is an outage of all of etcd, shorter than the renewal budget:
 // from a renewal that was due just then to stop-at.
 func AllRestartedAtOnce() Fault {
-	return Fault{Name: "all-restarted-at-once", Inject: func(ctx context.Context, on *Target) error {
+	inject := func(ctx context.Context, on *Target) error {
 		all := MembersKilled(on.Etcd.Members...)
 		err := errors.Join(all.Inject(ctx, on), all.Recover(ctx, on))
 		if err := errors.Join(err, on.Etcd.WaitHealthy(ctx)); err != nil {
@@ -212,7 +212,8 @@ func AllRestartedAtOnce() Fault {
 			return fmt.Errorf("etcd was away for %v, and this fault is of up to %v", outage, budget)
 		}
 		return nil
-	}}
+	}
+	return Fault{Name: "all-restarted-at-once", Inject: inject}
 }
 
 // Stray is the prefix of keys that belong to no election.

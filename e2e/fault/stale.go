@@ -156,7 +156,8 @@ func (p *probe) acknowledged(ctx context.Context) error {
 		defer cancel()
 		resp, err := p.client.KeepAliveOnce(ctx, p.lease)
 		if err == nil && resp.RaftTerm != p.term {
-			err = fmt.Errorf("the acknowledgement is of raft term %d, want %d", resp.RaftTerm, p.term)
+			err = fmt.Errorf("the acknowledgement is of raft term %d, want %d",
+				resp.RaftTerm, p.term)
 		}
 		return err
 	})

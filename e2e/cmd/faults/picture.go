@@ -93,7 +93,8 @@ func (p *picture) section(s Section) {
 	p.text(margin, p.y, "group", strings.ToUpper(s.Title[:1])+s.Title[1:])
 	var labels, grid picture
 	mark := func(x, label, class string) {
-		labels.add(`<text x="%s" y="%.1f" class="tick" text-anchor="middle">%s</text>`, x, p.y, label)
+		labels.add(`<text x="%s" y="%.1f" class="tick" text-anchor="middle">%s</text>`,
+			x, p.y, label)
 		grid.add(`<line x1="%s" x2="%[1]s" y1="%.1f" y2="%%.1f" class="%s"/>`, x, p.y+8, class)
 	}
 	mark(fmt.Sprint(axisFault), "fault", "fault")
@@ -213,7 +214,8 @@ func (c Cell) words() (words string, bad bool) {
 		case c.livesOn > 0:
 			words += "for good"
 		case len(c.Overlaps) < len(c.samples):
-			words += fmt.Sprintf("%d of %d, ≤ %s", len(c.Overlaps), len(c.samples), most(c.Overlaps))
+			words += fmt.Sprintf("%d of %d, ≤ %s",
+				len(c.Overlaps), len(c.samples), most(c.Overlaps))
 		default:
 			words += "≤ " + most(c.Overlaps)
 		}

@@ -63,7 +63,7 @@ type Sample struct {
 	Next      *float64           `json:"next_ms"` // first instruction of the next job
 	Gap       float64            `json:"gap_ms,omitzero"`
 	Overlap   float64            `json:"overlap_ms,omitzero"`
-	LivesOn   bool               `json:"lives_on,omitzero"` // the old job, when nobody looked any more
+	LivesOn   bool               `json:"lives_on,omitzero"` // the old job, at the end
 	Starts    int                `json:"starts"`            // of a job
 	Late      float64            `json:"guard_late_ms,omitzero"`
 	Outside   bool               `json:"outside,omitzero"` // an overlap, but the guard was too late
@@ -159,8 +159,10 @@ func (r *Results) cell(row RowInfo, candidate string) Cell {
 	}
 	untouched := make([]float64, len(c.samples)-len(c.Overlaps))
 	p99 := harness.Percentile(append(untouched, c.Overlaps...), 99)
-	if row.Promise == Operator && p99 > bound && strings.HasPrefix(candidate, harness.Leasehold.Name) {
-		c.breaks("both jobs alive for %s at p99, more than %s", harness.Span(p99), harness.Span(bound))
+	if row.Promise == Operator && p99 > bound &&
+		strings.HasPrefix(candidate, harness.Leasehold.Name) {
+		c.breaks("both jobs alive for %s at p99, more than %s",
+			harness.Span(p99), harness.Span(bound))
 	}
 	return c
 }
@@ -301,7 +303,9 @@ func (r *Results) replaceIn(path string) error {
 			return fmt.Errorf("%s has no row %s", path, row.Name)
 		}
 		whole.Rows[i] = row
-		whole.Samples = slices.DeleteFunc(whole.Samples, func(s Sample) bool { return s.Row == row.Name })
+		whole.Samples = slices.DeleteFunc(whole.Samples, func(s Sample) bool {
+			return s.Row == row.Name
+		})
 		if !slices.Contains(whole.Again, row.Name) {
 			whole.Again = append(whole.Again, row.Name)
 		}
@@ -313,7 +317,8 @@ func (r *Results) replaceIn(path string) error {
 // writeText writes the table for a terminal.
 func (r *Results) writeText(to io.Writer) error {
 	w := tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)
-	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) } // Flush reports
+	// What it returns Flush returns too.
+	p := func(format string, args ...any) { _, _ = fmt.Fprintf(w, format, args...) }
 	p("\n%s; %.0f minutes\n\n", r.Headline(), r.Minutes)
 	p("fault\tcandidate\tTTL\tetcd\told job exited\tmax\tnext job\tmax\tgap\tboth alive\tstarts\t" +
 		"guard late\t\n")

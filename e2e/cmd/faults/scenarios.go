@@ -98,13 +98,15 @@ var daemonScenarios = []Scenario{
 // the guard itself is killed.
 var jobScenarios = slices.Concat(
 	unruly("ignore-term", "ignores SIGTERM", "ignore-term", ", grace 0.5 s", ""),
-	unruly("daemonize", "has forked twice and called setsid (daemonized)", "daemonize", "", "daemon"),
+	unruly("daemonize", "has forked twice and called setsid (daemonized)",
+		"daemonize", "", "daemon"),
 	unruly("fork-bomb", "is a fork bomb, ten chains at a time", "fork-bomb=10", "", ""),
 	unruly("setsid-child", "leaves a child in a session of its own, which ignores SIGTERM",
 		"setsid", "", "setsid"),
 	[]Scenario{
 		{
-			Name: "gigabytes", About: "the job has 4 GB of memory to free; etcd becomes unreachable",
+			Name:  "gigabytes",
+			About: "the job has 4 GB of memory to free; etcd becomes unreachable",
 			Job:   job{Words: []string{"memory=4"}, Ready: hasTouched(4 << 30), ByThreads: true},
 			Fault: unreachable, Isolation: EveryoneAlone,
 		},
@@ -112,7 +114,8 @@ var jobScenarios = slices.Concat(
 			Name: "orphans", About: "the job has thousands of orphans and three fork " +
 				"loops; etcd is unreachable and the deadline passes",
 			Job: job{
-				Words: []string{"orphans=4000", "fork-bomb=3"}, Ready: hasOrphans(4000), ByThreads: true,
+				Words: []string{"orphans=4000", "fork-bomb=3"}, Ready: hasOrphans(4000),
+				ByThreads: true,
 			},
 			Fault: unreachable, Check: timerLatency,
 			Without: noPeers, Isolation: EveryoneAlone, CI: true,
@@ -176,7 +179,8 @@ var linkScenarios = []Scenario{
 // etcdScenarios are faults of etcd itself.
 var etcdScenarios = []Scenario{
 	{
-		Name: "member-killed", About: "a member that follows is killed, and started again after 5 s",
+		Name:  "member-killed",
+		About: "a member that follows is killed, and started again after 5 s",
 		Fault: of(fault.MemberKilled, fault.Follower), Duration: overBudget, Expect: NoFailover,
 	},
 	{
@@ -201,8 +205,8 @@ var etcdScenarios = []Scenario{
 	},
 	{
 		Name: "etcd-leader-paused-long",
-		About: "etcd's leader hangs for 4.5 to 8 s, until leases have expired for it: when it wakes " +
-			"it may revoke them though they are renewed elsewhere (etcd #15247)",
+		About: "etcd's leader hangs for 4.5 to 8 s, until leases have expired for it: " +
+			"when it wakes it may revoke them though they are renewed elsewhere (etcd #15247)",
 		Fault: deposing(fault.MemberPaused), Duration: 4500*time.Millisecond - fault.Silence,
 		Longest: longPause - fault.Silence, Expect: MayFailover, Promise: Outside,
 	},

@@ -37,7 +37,8 @@ func (r *runner) runAll(ctx context.Context, wanted []*Scenario, parallel int) e
 			for _, v := range variants {
 				p := planned{s, v, i}
 				switch {
-				case !s.has(v) || v.Ours() && i >= r.results.N || !v.Ours() && i >= r.results.PeersN:
+				case !s.has(v) || v.Ours() && i >= r.results.N ||
+					!v.Ours() && i >= r.results.PeersN:
 					continue
 				case s.Stress != nil:
 					stressed[s] = append(stressed[s], p)

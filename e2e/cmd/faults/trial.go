@@ -195,7 +195,9 @@ func (t *Trial) ready(ctx context.Context) error {
 		return err
 	}
 	err = harness.Within(ctx, harness.WaitTimeout, "no job", func(ctx context.Context) error {
-		t.Job, err = t.Witness.WaitForJob(ctx, func(l harness.Life) bool { return l.Candidate == "a" })
+		t.Job, err = t.Witness.WaitForJob(ctx, func(l harness.Life) bool {
+			return l.Candidate == "a"
+		})
 		return err
 	})
 	if err != nil {
@@ -239,7 +241,8 @@ func (t *Trial) start(
 		return err
 	}
 	return m.Start(t.Of.Implementation, harness.Candidacy{
-		Programs: t.runner.programs, Election: t.election, TTL: t.TTL, Job: words, Witness: t.Witness,
+		Programs: t.runner.programs, Election: t.election, TTL: t.TTL, Job: words,
+		Witness: t.Witness,
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.UID = t.Of.uid
 		if t.Of.Ours() {
@@ -379,7 +382,9 @@ func (t *Trial) read() {
 			}
 		}
 		for _, i := range alive(term) {
-			life := Life{Candidate: term.Candidate, Token: term.Token, From: *ms(i.From), To: ms(i.To)}
+			life := Life{
+				Candidate: term.Candidate, Token: term.Token, From: *ms(i.From), To: ms(i.To),
+			}
 			if i.To == now && term.Alive() {
 				life.To = nil
 			}

@@ -23,7 +23,8 @@ import (
 func TestAlive(t *testing.T) {
 	const s = time.Second
 	life := func(candidate string, token int64, from, to time.Duration) harness.Life {
-		return harness.Life{Hello: harness.Hello{Candidate: candidate, Token: token, Started: from}, End: to}
+		hello := harness.Hello{Candidate: candidate, Token: token, Started: from}
+		return harness.Life{Hello: hello, End: to}
 	}
 	for _, c := range []struct {
 		name   string
@@ -32,13 +33,22 @@ func TestAlive(t *testing.T) {
 		want   time.Duration
 	}{
 		{"both run", nil, 0, 8 * s},
-		{"the old one is frozen until after its successor's start", check.Intervals{{From: 10 * s, To: 15 * s}}, 0, 5 * s},
+		{
+			"the old one is frozen until after its successor's start",
+			check.Intervals{{From: 10 * s, To: 15 * s}},
+			0, 5 * s,
+		},
 		{"to its end", check.Intervals{{From: 10 * s, To: check.Forever}}, 0, 0},
-		{"twice", check.Intervals{{From: 11 * s, To: 13 * s}, {From: 14 * s, To: 16 * s}}, 0, 5 * s},
+		{
+			"twice",
+			check.Intervals{{From: 11 * s, To: 13 * s}, {From: 14 * s, To: 16 * s}},
+			0, 5 * s,
+		},
 		{"before it mattered", check.Intervals{{From: 2 * s, To: 3 * s}}, 0, 8 * s},
 		{"it was killed before its connection closed", nil, 13 * s, 1 * s},
 	} {
-		tr := &Trial{Target: &fault.Target{Machine: &harness.Machine{Name: "a"}, Frozen: c.frozen}, killed: c.killed}
+		target := &fault.Target{Machine: &harness.Machine{Name: "a"}, Frozen: c.frozen}
+		tr := &Trial{Target: target, killed: c.killed}
 		tr.Job = life("a", 1, 1*s, 20*s)
 		h := check.NewHistory([]harness.Life{tr.Job, life("b", 2, 12*s, 0)})
 		got := time.Duration(0)
@@ -57,17 +67,25 @@ func TestResults(t *testing.T) {
 	at := func(ms float64) *float64 { return &ms }
 	written := &Results{
 		N: 1, PeersN: 1,
-		Rows: []RowInfo{{Name: "stop", Group: "daemon", About: "planned <stop>", TTL: 5, Short: true}, {Name: "quiet", Group: "etcd", About: "nothing", NoFailover: true}},
+		Rows: []RowInfo{
+			{Name: "stop", Group: "daemon", About: "planned <stop>", TTL: 5, Short: true},
+			{Name: "quiet", Group: "etcd", About: "nothing", NoFailover: true},
+		},
 		Samples: []Sample{
 			{
-				Row: "stop", Candidate: "leasehold", Dead: at(1), Next: at(9), Gap: 8, Starts: 1, Until: 12,
+				Row: "stop", Candidate: "leasehold", Dead: at(1), Next: at(9), Gap: 8,
+				Starts: 1, Until: 12,
 				Lives: []Life{{"a", 1, -500, at(1)}, {"b", 2, 9, nil}},
 			},
 			{
-				Row: "stop", Candidate: "stock loop", Dead: at(70), Next: at(9), Overlap: 61, Starts: 1, Until: 80,
+				Row: "stop", Candidate: "stock loop", Dead: at(70), Next: at(9), Overlap: 61,
+				Starts: 1, Until: 80,
 				Lives: []Life{{"a", 1, -500, at(70)}, {"b", 2, 9, nil}},
 			},
-			{Row: "quiet", Candidate: "leasehold", Lives: []Life{{"a", 1, -500, nil}}, Violations: []string{"a lease is left"}},
+			{
+				Row: "quiet", Candidate: "leasehold", Lives: []Life{{"a", 1, -500, nil}},
+				Violations: []string{"a lease is left"},
+			},
 		},
 	}
 	dir := t.TempDir()
@@ -88,7 +106,9 @@ func TestResults(t *testing.T) {
 	); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"1 of 1, 61.0 ms", "VIOLATED: quiet, leasehold: a lease is left"} {
+	for _, want := range []string{
+		"1 of 1, 61.0 ms", "VIOLATED: quiet, leasehold: a lease is left",
+	} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the report does not say %q:\n%s", want, &text)
 		}
@@ -127,11 +147,18 @@ func TestResults(t *testing.T) {
 
 func TestResults_ReplaceIn(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "faults.json")
-	whole := Results{N: 2, Rows: []RowInfo{{Name: "stop"}, {Name: "quiet", NoFailover: true}}, Samples: []Sample{{Row: "stop", Starts: 1}, {Row: "quiet", Starts: 1}}}
+	whole := Results{
+		N:       2,
+		Rows:    []RowInfo{{Name: "stop"}, {Name: "quiet", NoFailover: true}},
+		Samples: []Sample{{Row: "stop", Starts: 1}, {Row: "quiet", Starts: 1}},
+	}
 	if err := whole.write(path); err != nil {
 		t.Fatal(err)
 	}
-	again := Results{N: 2, Rows: []RowInfo{{Name: "quiet", MayFailover: true}}, Samples: []Sample{{Row: "quiet"}}}
+	again := Results{
+		N: 2, Rows: []RowInfo{{Name: "quiet", MayFailover: true}},
+		Samples: []Sample{{Row: "quiet"}},
+	}
 	if err := again.replaceIn(path); err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +166,9 @@ func TestResults_ReplaceIn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !got.Rows[1].MayFailover || len(got.Samples) != 2 || got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 || !slices.Equal(got.Again, []string{"quiet"}) {
+	if !got.Rows[1].MayFailover || len(got.Samples) != 2 ||
+		got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 ||
+		!slices.Equal(got.Again, []string{"quiet"}) {
 		t.Errorf("results are now %+v", got)
 	}
 	again.N = 3

@@ -178,7 +178,8 @@ func (k *checker) start(t *check.Term, l harness.Life) {
 			c, why := k.classify(earlier, at)
 			if c == unexcused && k.excuses.actionOn(earlier.Token, at) == nil {
 				k.violate([]string{t.Candidate, other.Candidate},
-					"the fencing tokens do not rise: the %v, started though the %v, had started before%s",
+					"the fencing tokens do not rise: the %v, started "+
+						"though the %v, had started before%s",
 					earlier, later, why)
 			}
 		}
@@ -262,8 +263,8 @@ func (k *checker) leading() string {
 	return ""
 }
 
-// jobAfter is how long after a moment a job could run, or none could by now. Where a leader waits to
-// start a job again that crashes all the time, that is the job's doing: it does not count.
+// jobAfter is how long after a moment a job could run, or none could by now. Where a leader waits
+// to start a job again that crashes all the time, that is the job's doing: it does not count.
 func (k *checker) jobAfter(at time.Duration) (took time.Duration, found bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

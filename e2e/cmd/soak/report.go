@@ -332,7 +332,8 @@ func (r *results) summary() string {
 	fmt.Fprintf(&text, "# A long run under random faults\n\n"+
 		"Written by `bin/soak -from FILE -summary docs/soak.md` from the figures of "+
 		"`make soak SEED=%d FAULTS=%d`. Not by hand.\n\n", r.Seed, r.Faults)
-	fmt.Fprintf(&text, `%d candidates in one election, two of them an ordinary user's without a cgroup,
+	fmt.Fprintf(&text,
+		`%d candidates in one election, two of them an ordinary user's without a cgroup,
 and %d members of etcd, each on a network node of its own. Faults come one after another and
 overlapping; jobs ignore SIGTERM, daemonize, are fork bombs, crash. Checked all the time: lives of
 jobs, fencing tokens, /status, /leader, leases, processes and cgroups; the first promise broken
