@@ -127,9 +127,9 @@ renewal interval is a fifth of the TTL.
 
 ## The job's environment
 
-The job gets the daemon's environment, without ~NOTIFY_SOCKET~, ~WATCHDOG_*~ and ~LEASEHOLD_*~. It
-keeps ~LEASEHOLD_ENDPOINTS~, ~LEASEHOLD_LISTEN~ and ~LEASEHOLD_TLS_*~, so that ~leasehold status~
-and ~leasehold check~ work in it. (If etcd requires a password, the job needs one of its own for
+The job gets the daemon's environment, without ~NOTIFY_SOCKET~, ~WATCHDOG_*~ and ~LEASEHOLD_*~, but
+with ~LEASEHOLD_ENDPOINTS~, ~LEASEHOLD_LISTEN~ and ~LEASEHOLD_TLS_*~. So ~leasehold status~ and
+~leasehold check~ work in it. (If etcd requires a password, the job needs one of its own for
 ~status~.) It also gets:
 
 `)

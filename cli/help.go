@@ -39,10 +39,9 @@ func JobVariables() []Entry {
 }
 
 // jobEnvironment says what else a job finds in its environment.
-const jobEnvironment = "The job gets the daemon's environment, without NOTIFY_SOCKET," +
-	" WATCHDOG_* and LEASEHOLD_*." +
-	" It keeps LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*," +
-	" so that leasehold status and leasehold check work in it. It also gets:"
+const jobEnvironment = "The job gets the daemon's environment, without NOTIFY_SOCKET, WATCHDOG_*" +
+	" and LEASEHOLD_*, but with LEASEHOLD_ENDPOINTS, LEASEHOLD_LISTEN and LEASEHOLD_TLS_*. So" +
+	" leasehold status and leasehold check work in it. It also gets:"
 
 // help runs the command help: it prints all help, or that of one command.
 func (p *Program) help(c Call) error {

@@ -78,7 +78,7 @@ func (l *line) parse() (call Call, hint string) {
 				return call, "-f needs a file: leasehold -f FILE ..."
 			}
 			if call.EnvFile != "" {
-				return call, "-f is given twice: one file is read"
+				return call, "-f is given twice, but takes one file"
 			}
 			call.EnvFile = l.own[i]
 		case arg == "-h" || arg == "--help":
