@@ -58,9 +58,9 @@ type Burst struct {
 	Seconds float64   `json:"seconds"`
 	Count   count     `json:"count"` // until etcd serves all watches
 	Times   []float64 `json:"times_ms,omitempty"`
-	// Outage is for how long etcd was down.
+	// Outage is for how long etcd was down; Terms are those that began since.
 	Outage float64 `json:"outage_seconds,omitempty"`
-	Terms  int64   `json:"terms"` // begun meanwhile
+	Terms  int64   `json:"terms,omitempty"`
 	// Left are the keys of those whose lease could not be revoked in time: etcd removes them when
 	// it expires.
 	Left float64 `json:"left_keys,omitempty"`
@@ -70,12 +70,11 @@ type Burst struct {
 
 // Memory is what a candidate takes, in bytes, beyond what the process takes without any.
 type Memory struct {
-	Resident       float64 `json:"resident"`
-	Heap           float64 `json:"heap"`
-	Stack          float64 `json:"stack"`
-	Goroutines     float64 `json:"goroutines"`
-	EtcdResident   float64 `json:"etcd_resident"`
-	EtcdGoroutines float64 `json:"etcd_goroutines"`
+	Resident     float64 `json:"resident"`
+	Heap         float64 `json:"heap"`
+	Stack        float64 `json:"stack"`
+	Goroutines   float64 `json:"goroutines"`
+	EtcdResident float64 `json:"etcd_resident"`
 }
 
 // Change is what it costs to stop a leader and to have a new candidate follow it at the end of the
@@ -187,14 +186,13 @@ func (t *trial) burst(ctx context.Context, do func() error,
 	if err != nil {
 		return nil, err
 	}
-	terms, began := t.terms.Load(), harness.Now()
+	began := harness.Now()
 	if err := do(); err != nil {
 		return nil, err
 	}
-	b := &Burst{Seconds: (harness.Now() - began).Seconds()}
+	took := harness.Now() - began
 	after, err := read(ctx)
-	b.Count, b.Terms = after.since(before), t.terms.Load()-terms
-	return b, err
+	return &Burst{Seconds: took.Seconds(), Count: after.since(before)}, err
 }
 
 // join starts all candidates at once.
@@ -242,7 +240,6 @@ func (t *trial) addMemory(factor float64) func(context.Context) error {
 		t.Memory.Stack += factor * float64(m.StackInuse)
 		t.Memory.Goroutines += factor * float64(runtime.NumGoroutine())
 		t.Memory.EtcdResident += factor * etcd["process_resident_memory_bytes"]
-		t.Memory.EtcdGoroutines += factor * etcd["go_goroutines"]
 		return err
 	}
 }
