@@ -4,7 +4,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,7 @@ import (
 	"leasehold/config"
 	"leasehold/election"
 	"leasehold/health"
+	"leasehold/internal/quote"
 )
 
 var (
@@ -42,12 +42,12 @@ func (p *Program) status(c Call) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrNoReport, err)
 	}
+	text := reportText(cfg.Election, report)
 	if c.Has("--json") {
-		encoder := json.NewEncoder(p.Stdout)
-		encoder.SetEscapeHTML(false)
-		err = encoder.Encode(reportJSON(cfg.Election, p.Version, report))
-	} else {
-		_, err = io.WriteString(p.Stdout, reportText(cfg.Election, report))
+		text, err = quote.JSON(reportJSON(cfg.Election, p.Version, report), "")
+	}
+	if err == nil {
+		_, err = io.WriteString(p.Stdout, text)
 	}
 	switch {
 	case err != nil:

@@ -357,6 +357,10 @@ func TestConfig_Refusals(t *testing.T) {
 			"CA_FILE: unknown variable: did you mean LEASEHOLD_TLS_CA_FILE?",
 		},
 		{"unknown, like none", "QWERTYUIOP=hunter2", "QWERTYUIOP: unknown variable: unset it"},
+		{
+			"unknown, with escape", "Q\x1b[2J=1",
+			"Q�[2J: unknown variable: unset it",
+		},
 		{"unknown, near a service link", "PORTS=1", "PORTS: unknown variable"},
 		{"unknown, near a port link", "WEB_PORT_80=1", "WEB_PORT_80: unknown variable"},
 

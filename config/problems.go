@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"leasehold/internal/quote"
 	"leasehold/internal/suggest"
 )
 
@@ -75,6 +76,7 @@ func (p *problems) unknown(set map[string]bool, known []Variable) {
 		if near := suggest.Nearest(name, names); near != "" {
 			advice = "did you mean " + Prefix + "_" + near + "?"
 		}
-		p.found = append(p.found, fmt.Errorf("%s_%s: unknown variable: %s", Prefix, name, advice))
+		p.found = append(p.found,
+			fmt.Errorf("%s_%s: unknown variable: %s", Prefix, quote.Printable(name), advice))
 	}
 }

@@ -9,6 +9,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"leasehold/internal/quote"
 )
 
 // Check returns nil for yes, or one of these errors.
@@ -33,7 +35,9 @@ func Check(ctx context.Context, listen, what string, out io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrNoAnswer, err)
 	}
-	_, _ = io.WriteString(out, answer) // The result has it too.
+	for line := range strings.Lines(answer) { // Whatever listens there may have sent it.
+		_, _ = fmt.Fprintln(out, quote.Printable(strings.TrimSuffix(line, "\n")))
+	}
 	if !yes {
 		return ErrNo
 	}
@@ -90,5 +94,5 @@ func ask(ctx context.Context, listen, what string) (yes bool, answer string, err
 		return false, string(body), nil
 	}
 	return false, "", fmt.Errorf("something else than leasehold listens at %s: %s",
-		listen, resp.Status)
+		listen, quote.Printable(resp.Status))
 }

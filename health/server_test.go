@@ -390,7 +390,16 @@ func TestCheck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: http.NotFoundHandler(), ReadHeaderTimeout: time.Second}
+	server := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/readyz" {
+				http.NotFound(w, r)
+				return
+			}
+			_, _ = io.WriteString(w, "\x1b[2J\u009b2J\nok")
+		}),
+		ReadHeaderTimeout: time.Second,
+	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(foreign) }()
 	defer func() { server.Close(); <-served }()
@@ -424,6 +433,7 @@ func TestCheck(t *testing.T) {
 		{"nonsense", "live", ErrNoAnswer, "nobody answers: address nonsense"},
 		{closed.Addr().String(), "live", ErrNoAnswer, "connection refused"},
 		{foreign.Addr().String(), "live", ErrNoAnswer, "something else than leasehold listens"},
+		{foreign.Addr().String(), "ready", nil, "�[2J�2J\nok\n"},
 		{ts.addr, "nonsense", ErrNoAnswer, "can't be asked for"},
 		{silent.Addr().String(), "live", ErrNoAnswer, "deadline exceeded"},
 	} {

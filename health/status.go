@@ -2,12 +2,12 @@ package health
 
 import (
 	"cmp"
-	"encoding/json"
 	"math"
 	"reflect"
 	"strconv"
-	"strings"
 	"time"
+
+	"leasehold/internal/quote"
 )
 
 // status is the JSON of /status: a contract. Fields may be added, never renamed, and every one is
@@ -75,14 +75,11 @@ func (s Snapshot) status(now time.Duration, version string) status {
 }
 
 func (s Snapshot) json(now time.Duration, version string) []byte {
-	var text strings.Builder
-	e := json.NewEncoder(&text)
-	e.SetEscapeHTML(false)
-	e.SetIndent("", "  ")
-	if err := e.Encode(s.status(now, version)); err != nil {
+	text, err := quote.JSON(s.status(now, version), "  ")
+	if err != nil {
 		panic(err) // No value of these types can fail.
 	}
-	return []byte(text.String())
+	return []byte(text)
 }
 
 func orNull[T comparable](v T) *T {

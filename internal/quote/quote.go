@@ -3,10 +3,12 @@
 package quote
 
 import (
+	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
 	"unicode"
+	"unicode/utf16"
 )
 
 // maxShown is how many bytes Value shows.
@@ -21,6 +23,31 @@ func Printable(text string) string {
 		}
 		return r
 	}, text)
+}
+
+// JSON encodes v, with a newline at the end. Each rune that is not printable is escaped: the library
+// leaves those above U+007E as they are, and U+009B begins a command to a terminal.
+func JSON(v any, indent string) (string, error) {
+	var text strings.Builder
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false)
+	e.SetIndent("", indent)
+	if err := e.Encode(v); err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	for _, r := range text.String() {
+		switch {
+		case r == '\n' || unicode.IsPrint(r):
+			b.WriteRune(r)
+		case r <= 0xffff:
+			fmt.Fprintf(&b, `\u%04x`, r)
+		default:
+			high, low := utf16.EncodeRune(r)
+			fmt.Fprintf(&b, `\u%04x\u%04x`, high, low)
+		}
+	}
+	return b.String(), nil
 }
 
 // Value quotes text as a Go string. It cuts text that is longer than 64 bytes.

@@ -1,6 +1,7 @@
 package quote
 
 import (
+	"encoding/json"
 	"os/exec"
 	"strings"
 	"testing"
@@ -14,6 +15,19 @@ func TestPrintable(t *testing.T) {
 		if got := Printable(text); got != want {
 			t.Errorf("Printable(%q) = %q, want %q", text, got, want)
 		}
+	}
+}
+
+func TestJSON(t *testing.T) {
+	text := "<ü>\n\x1b[2J\u007f\u009b2J\u202e\U000e0001"
+	got, err := JSON(text, "")
+	want := `"<ü>\n\u001b[2J\u007f\u009b2J\u202e\udb40\udc01"` + "\n"
+	if err != nil || got != want {
+		t.Errorf("JSON(%q) = %q, %v, want %q", text, got, err, want)
+	}
+	var back string
+	if err := json.Unmarshal([]byte(got), &back); err != nil || back != text {
+		t.Errorf("%s reads as %q (%v), want %q", got, back, err, text)
 	}
 }
 
