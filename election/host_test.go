@@ -54,7 +54,7 @@ func (n *testName) move(first int) (proxies []*harness.Proxy, closeAll func()) {
 	for i, m := range n.cluster.Members {
 		_, target, _ := strings.Cut(m.ClientURL, "://")
 		address := fmt.Sprintf("127.0.0.%d", first+i)
-		proxy, err := harness.StartProxyAt(net.JoinHostPort(address, n.port), target)
+		proxy, err := harness.StartProxy(net.JoinHostPort(address, n.port), target)
 		if err != nil {
 			n.t.Fatal(err)
 		}

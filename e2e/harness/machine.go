@@ -48,7 +48,7 @@ func (b *Testbed) NewMachine(cfg MachineConfig) (*Machine, error) {
 			break
 		}
 		_, addr, _ := strings.Cut(member.ClientURL, "://")
-		p, err := StartProxyOn(host, addr, 0)
+		p, err := StartProxy(host+":0", addr)
 		if err != nil {
 			return m, err
 		}

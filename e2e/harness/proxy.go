@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 )
@@ -23,138 +22,82 @@ const (
 	BothWays = ToServer | ToClient
 )
 
-// Proxy is a link to a TCP endpoint that can be cut as a network is cut: the
-// connections stay and nothing arrives, not even that the other end has
-// closed. New connections are accepted while the link is cut (a network with
-// a proxy or a firewall in it does that too), and receive nothing.
+// Proxy is a link to a TCP endpoint that can be cut as a network is cut: the connections stay and
+// nothing arrives, not even that the other end has closed. New connections are accepted while the
+// link is cut (a network with a proxy or a firewall in it does that too), and receive nothing.
 type Proxy struct {
 	listener net.Listener
 	target   string
-	done     chan struct{} // closed by Close
 	wait     sync.WaitGroup
 
-	mu       sync.Mutex
-	delay    time.Duration
-	conns    map[net.Conn]struct{}
-	toServer gate
-	toClient gate
+	mu      sync.Mutex
+	changed sync.Cond // of what follows
+	delay   time.Duration
+	cut     Direction
+	closed  bool
+	conns   map[net.Conn]bool
 }
 
-// gate is open when its channel is closed.
-type gate struct{ open chan struct{} }
-
-func (g *gate) cut() {
-	select {
-	case <-g.open:
-		g.open = make(chan struct{})
-	default: // cut already
-	}
-}
-
-func (g *gate) resume() {
-	select {
-	case <-g.open:
-	default:
-		close(g.open)
-	}
-}
-
-// StartProxy listens on a free port of 127.0.0.1 in front of target, a
-// host:port. Each piece of data arrives later by delay.
-func StartProxy(target string, delay time.Duration) (*Proxy, error) {
-	return StartProxyOn("127.0.0.1", target, delay)
-}
-
-// StartProxyOn is StartProxy on another address of this machine.
-func StartProxyOn(host, target string, delay time.Duration) (*Proxy, error) {
-	var l net.Listener
-	for attempt := 0; ; attempt++ {
-		port, err := FreePort()
-		if err != nil {
-			return nil, err
-		}
-		// A process that was being forked while FreePort looked has the port until its exec.
-		if l, err = net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port))); err == nil {
-			break
-		}
-		if attempt == 10 {
-			return nil, fmt.Errorf("start a proxy for %s: %w", target, err)
-		}
-	}
-	return newProxy(l, target, delay), nil
-}
-
-// StartProxyAt is StartProxy at a host:port of this machine.
-func StartProxyAt(addr, target string) (*Proxy, error) {
-	l, err := net.Listen("tcp", addr)
+// StartProxy listens on a host:port of this machine in front of target, another.
+func StartProxy(listen, target string) (*Proxy, error) {
+	l, err := net.Listen("tcp", listen)
 	if err != nil {
 		return nil, fmt.Errorf("start a proxy for %s: %w", target, err)
 	}
-	return newProxy(l, target, 0), nil
-}
-
-func newProxy(l net.Listener, target string, delay time.Duration) *Proxy {
-	open := make(chan struct{})
-	close(open)
-	p := &Proxy{
-		listener: l, target: target, delay: delay,
-		done:     make(chan struct{}),
-		conns:    map[net.Conn]struct{}{},
-		toServer: gate{open}, toClient: gate{open},
-	}
+	p := &Proxy{listener: l, target: target, conns: map[net.Conn]bool{}}
+	p.changed.L = &p.mu
 	p.wait.Go(p.accept)
-	return p
+	return p, nil
 }
 
 // Addr is the proxy's host:port.
 func (p *Proxy) Addr() string { return p.listener.Addr().String() }
 
 // SetDelay changes by how much later the data arrives that comes from now on.
-func (p *Proxy) SetDelay(delay time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.delay = delay
-}
+func (p *Proxy) SetDelay(delay time.Duration) { p.change(func() { p.delay = delay }) }
 
 // Cut passes nothing on in the given direction until Recover.
-func (p *Proxy) Cut(d Direction) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if d&ToServer != 0 {
-		p.toServer.cut()
-	}
-	if d&ToClient != 0 {
-		p.toClient.cut()
-	}
-}
+func (p *Proxy) Cut(d Direction) { p.change(func() { p.cut |= d }) }
 
 // Recover passes on what was held and all that follows.
-func (p *Proxy) Recover() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.toServer.resume()
-	p.toClient.resume()
-}
+func (p *Proxy) Recover() { p.change(func() { p.cut = 0 }) }
 
-// Drop closes every connection, as a firewall that rejects or a restarted load
-// balancer does. New ones are accepted.
+// Drop closes every connection, as a firewall that rejects or a restarted load balancer does. New
+// ones are accepted.
 func (p *Proxy) Drop() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for c := range p.conns {
-		if tcp, ok := c.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0) // reset at once rather than finish politely
+	p.change(func() {
+		for c := range p.conns {
+			if tcp, ok := c.(*net.TCPConn); ok {
+				_ = tcp.SetLinger(0) // reset at once rather than finish politely
+			}
+			_ = c.Close()
 		}
-		_ = c.Close()
-	}
+	})
 }
 
 // Close ends the proxy and its connections.
 func (p *Proxy) Close() {
-	close(p.done)
+	p.change(func() { p.closed = true })
 	_ = p.listener.Close()
 	p.Drop()
 	p.wait.Wait()
+}
+
+func (p *Proxy) change(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f()
+	p.changed.Broadcast()
+}
+
+// pass waits until the link is open in the given direction. It is false once the proxy is closed.
+func (p *Proxy) pass(d Direction) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.cut&d != 0 && !p.closed {
+		p.changed.Wait()
+	}
+	return !p.closed
 }
 
 func (p *Proxy) accept() {
@@ -163,36 +106,12 @@ func (p *Proxy) accept() {
 		if err != nil {
 			return // closed
 		}
-		if !p.keep(client) {
-			return
-		}
 		p.wait.Go(func() { p.serve(client) })
 	}
 }
 
-// keep notes a connection for Drop and Close. It is false after Close.
-func (p *Proxy) keep(c net.Conn) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	select {
-	case <-p.done:
-		_ = c.Close()
-		return false
-	default:
-		p.conns[c] = struct{}{}
-		return true
-	}
-}
-
-func (p *Proxy) forget(c net.Conn) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.conns, c)
-	_ = c.Close()
-}
-
 func (p *Proxy) serve(client net.Conn) {
-	defer p.forget(client)
+	defer p.keep(client)()
 	if !p.pass(ToServer) {
 		return
 	}
@@ -200,100 +119,68 @@ func (p *Proxy) serve(client net.Conn) {
 	if err != nil {
 		return // the client sees its connection closed
 	}
-	if !p.keep(server) {
-		return
-	}
-	defer p.forget(server)
+	defer p.keep(server)()
 	var both sync.WaitGroup
 	both.Go(func() { p.copy(server, client, ToServer) })
 	both.Go(func() { p.copy(client, server, ToClient) })
 	both.Wait()
 }
 
+// keep notes a connection for Drop and Close, until forget.
+func (p *Proxy) keep(c net.Conn) (forget func()) {
+	p.change(func() {
+		p.conns[c] = true
+		if p.closed {
+			_ = c.Close()
+		}
+	})
+	return func() {
+		p.change(func() { delete(p.conns, c) })
+		_ = c.Close()
+	}
+}
+
 // piece is what one read has brought, and when it is due at the other end.
 type piece struct {
 	data []byte
-	err  error
 	due  time.Time
 }
 
-// copy keeps the order of what it passes on, but does not let one piece's delay
-// add to the next one's: a slow link is not a narrow one.
+// copy keeps the order of what it passes on, but does not let one piece's delay add to the next
+// one's: a slow link is not a narrow one.
 func (p *Proxy) copy(dst, src net.Conn, d Direction) {
 	pieces := make(chan piece, 1024)
-	var reader sync.WaitGroup
-	defer reader.Wait()
-	defer func() { _ = src.SetReadDeadline(time.Unix(1, 0)) }()
-	stopped := make(chan struct{})
-	defer close(stopped)
-	reader.Go(func() {
+	var ended error // why the pieces end
+	go func() {
+		defer close(pieces)
 		buf := make([]byte, 64<<10)
 		for {
 			n, err := src.Read(buf)
 			p.mu.Lock()
 			due := time.Now().Add(p.delay)
 			p.mu.Unlock()
-			select {
-			case pieces <- piece{slices.Clone(buf[:n]), err, due}:
-			case <-stopped:
-				return
-			}
+			pieces <- piece{slices.Clone(buf[:n]), due}
 			if err != nil {
+				ended = err
 				return
 			}
 		}
-	})
-	for {
-		var next piece
-		select {
-		case next = <-pieces:
-		case <-p.done:
-			return
-		}
-		if wait := time.Until(next.due); wait > 0 {
-			select {
-			case <-time.After(wait):
-			case <-p.done:
-				return
+	}()
+	for next := range pieces {
+		time.Sleep(time.Until(next.due))
+		if p.pass(d) {
+			if _, err := dst.Write(next.data); err == nil {
+				continue
 			}
 		}
-		if !p.pass(d) {
-			return
+		_ = src.Close() // which ends the pieces
+		for range pieces {
 		}
-		if len(next.data) > 0 {
-			if _, err := dst.Write(next.data); err != nil {
-				_ = src.Close()
-				return
-			}
-		}
-		switch {
-		case errors.Is(next.err, io.EOF):
-			if tcp, ok := dst.(*net.TCPConn); ok {
-				_ = tcp.CloseWrite() // the other direction may go on
-			}
-			return
-		case next.err != nil:
-			_ = dst.Close()
-			return
-		}
+		return
 	}
-}
-
-// pass waits until the link is open in the given direction. It is false once
-// the proxy is closed.
-func (p *Proxy) pass(d Direction) bool {
-	for {
-		p.mu.Lock()
-		open := p.toServer.open
-		if d == ToClient {
-			open = p.toClient.open
-		}
-		p.mu.Unlock()
-		select {
-		case <-open:
-			return true
-		case <-p.done:
-			return false
-		}
+	if tcp, ok := dst.(*net.TCPConn); ok && errors.Is(ended, io.EOF) {
+		_ = tcp.CloseWrite() // the other direction may go on
+		return
 	}
+	_ = dst.Close()
 }

@@ -51,7 +51,7 @@ func NewTestProxy(t testing.TB, target string) *Proxy {
 	if _, addr, found := strings.Cut(target, "://"); found {
 		target = addr
 	}
-	p, err := StartProxy(target, 0)
+	p, err := StartProxy("127.0.0.1:0", target)
 	if err != nil {
 		t.Fatal(err)
 	}

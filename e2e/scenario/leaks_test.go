@@ -174,7 +174,7 @@ func TestRefused_StartsNothing(t *testing.T) {
 	dir := t.TempDir()
 	notExecutable, ran := filepath.Join(dir, "not-executable"), filepath.Join(dir, "ran")
 	tr.must(os.WriteFile(notExecutable, []byte("#!/bin/sh\n"), 0o600))
-	taken, err := harness.StartProxy("127.0.0.1:1", 0)
+	taken, err := harness.StartProxy("127.0.0.1:0", "127.0.0.1:1")
 	tr.must(err)
 	t.Cleanup(taken.Close)
 	touch := []string{"--", "/bin/sh", "-c", "touch " + ran}
