@@ -3,17 +3,14 @@
 package harness
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"math"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -107,23 +104,19 @@ type CandidateConfig struct {
 	Node *Node
 	// Prepare may change the command before it starts. It may be nil.
 	Prepare func(*exec.Cmd)
-	// Stderr gets the daemon's log as well. It may be nil.
-	Stderr io.Writer
 }
 
-// Candidate is a running daemon: the guard and what belongs to it.
+// Candidate is a running daemon: the guard, whose end is the candidate's, and what belongs to it.
 type Candidate struct {
+	*process
 	Identity string
 	Listen   string // host:port of the health endpoint
 
-	guard  *process
-	stdout *buffer
-	stderr *buffer
-	http   *http.Client
+	stdout, stderr buffer
 }
 
-// StartCandidate starts a daemon. It does not wait for anything. Its
-// environment holds nothing of this program's but PATH.
+// StartCandidate starts a daemon. It does not wait for anything. Its environment holds nothing of
+// this program's but PATH.
 func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	listen, err := FreeAddr()
 	if cfg.Node != nil {
@@ -135,11 +128,7 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Candidate{
-		Identity: cfg.Identity, Listen: listen,
-		stdout: &buffer{}, stderr: &buffer{also: cfg.Stderr},
-		http: &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}},
-	}
+	c := &Candidate{Identity: cfg.Identity, Listen: listen}
 	args := cfg.Args
 	if len(cfg.Job) > 0 {
 		args = append([]string{"--"}, cfg.Job...)
@@ -161,9 +150,7 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 		cmd.Env = append(cmd.Env, WitnessVariable+"="+cfg.Witness.Addr)
 	}
 	cmd.Env = append(cmd.Env, cfg.Env...)
-	cmd.Stdout, cmd.Stderr = c.stdout, c.stderr
-	// A job that could not be killed would keep the pipes: don't wait for it.
-	cmd.WaitDelay = 100 * time.Millisecond
+	cmd.Stdout, cmd.Stderr = &c.stdout, &c.stderr
 	if cfg.UID != 0 {
 		user := &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
@@ -171,20 +158,17 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	if cfg.Prepare != nil {
 		cfg.Prepare(cmd)
 	}
-	if c.guard, err = startProcessOn(cfg.Node, cmd); err != nil {
-		return nil, fmt.Errorf("start candidate %s: %w", cfg.Identity, err)
+	if c.process, err = start("candidate "+cfg.Identity, cfg.Node, cmd); err != nil {
+		return nil, err
 	}
 	return c, nil
 }
 
-// Guard is the pid of the process that was started.
-func (c *Candidate) Guard() int { return c.guard.cmd.Process.Pid }
-
 // A Process is one of a daemon's own.
 type Process string
 
-// The processes of leasehold. Other programs have but the one that was started,
-// which takes the guard's place.
+// The processes of leasehold. Other programs have but the one that was started, which takes the
+// guard's place.
 const (
 	Guard   Process = "guard"   // the process that was started
 	Elector Process = "elector" // its child that campaigns
@@ -196,52 +180,32 @@ func (c *Candidate) Pid(p Process) (int, error) {
 	if p == Guard {
 		return c.Guard(), nil
 	}
-	for _, pid := range Children(c.Guard()) {
-		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if err != nil {
-			continue // it has just ended
-		}
+	pid, err := FindProcess(c.Guard(), p)
+	if err != nil {
+		return 0, fmt.Errorf("candidate %s: %w", c.Identity, err)
+	}
+	return pid, nil
+}
+
+// FindProcess finds the elector or the spawner among the children of a guard.
+func FindProcess(guard int, p Process) (int, error) {
+	for _, pid := range Children(guard) {
+		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // it may just have ended
 		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == string(p) {
 			return pid, nil
 		}
 	}
-	return 0, fmt.Errorf("candidate %s has no %s", c.Identity, p)
+	return 0, fmt.Errorf("guard %d has no %s", guard, p)
 }
+
+// Guard is the pid of the process that was started.
+func (c *Candidate) Guard() int { return c.cmd.Process.Pid }
 
 // Elector is the pid of the guard's child that campaigns.
 func (c *Candidate) Elector() (int, error) { return c.Pid(Elector) }
 
 // Spawner is the pid of the guard's child from which the job descends.
 func (c *Candidate) Spawner() (int, error) { return c.Pid(Spawner) }
-
-// Signal sends a signal to the guard.
-func (c *Candidate) Signal(sig syscall.Signal) error { return c.guard.signal(sig) }
-
-// SignalElector sends a signal to the elector.
-func (c *Candidate) SignalElector(sig syscall.Signal) error {
-	pid, err := c.Elector()
-	if err != nil {
-		return err
-	}
-	return syscall.Kill(pid, sig)
-}
-
-// Ended is closed when the guard has ended.
-func (c *Candidate) Ended() <-chan struct{} { return c.guard.ended }
-
-// Running reports whether the guard has not ended.
-func (c *Candidate) Running() bool { return c.guard.alive() }
-
-// Wait waits for the guard's end and returns its exit code, 128+n after
-// signal n.
-func (c *Candidate) Wait(ctx context.Context) (int, error) {
-	select {
-	case <-c.guard.ended:
-		return c.guard.code(), nil
-	case <-ctx.Done():
-		return 0, fmt.Errorf("wait for the end of candidate %s: %w", c.Identity, context.Cause(ctx))
-	}
-}
 
 // Log is what the daemon (and its job) wrote to standard error so far.
 func (c *Candidate) Log() string { return c.stderr.String() }
@@ -251,43 +215,23 @@ func (c *Candidate) Output() string { return c.stdout.String() }
 
 // Get asks the health endpoint and returns the status code and the body.
 func (c *Candidate) Get(ctx context.Context, path string) (int, string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.Listen+path, nil)
-	if err != nil {
-		return 0, "", err
-	}
-	resp, err := c.http.Do(req)
-	if err != nil {
-		return 0, "", err
-	}
-	defer func() { _ = resp.Body.Close() }()
-	body, err := io.ReadAll(resp.Body)
-	return resp.StatusCode, string(body), err
+	return Get(ctx, 2*time.Second, "http://"+c.Listen+path)
 }
 
 // Metric adds up the samples whose name and labels begin with prefix.
 func (c *Candidate) Metric(ctx context.Context, prefix string) (float64, error) {
-	code, body, err := c.Get(ctx, "/metrics")
-	if err != nil {
-		return 0, err
-	}
-	if code != http.StatusOK {
-		return 0, fmt.Errorf("read /metrics of %s: status %d", c.Identity, code)
-	}
-	return sumSamples(bufio.NewScanner(strings.NewReader(body)), prefix)
+	return readMetric(ctx, 2*time.Second, "http://"+c.Listen, prefix)
 }
 
 // WaitRenewals waits for n more good renewals of the candidate's lease.
 func (c *Candidate) WaitRenewals(ctx context.Context, n float64) error {
-	const good = `leasehold_lease_renewals_total{result="ok"}`
-	before := -1.0
+	before := math.Inf(1)
 	return Until(ctx, func() error {
-		now, err := c.Metric(ctx, good)
+		now, err := c.Metric(ctx, `leasehold_lease_renewals_total{result="ok"}`)
 		if err != nil {
 			return err
 		}
-		if before < 0 {
-			before = now
-		}
+		before = min(before, now)
 		if now < before+n {
 			return fmt.Errorf("candidate %s renewed its lease %v times, want %v",
 				c.Identity, now-before, n)
@@ -300,29 +244,24 @@ func (c *Candidate) WaitRenewals(ctx context.Context, n float64) error {
 func (c *Candidate) WaitStatus(ctx context.Context, path string, code int) error {
 	return Until(ctx, func() error {
 		got, body, err := c.Get(ctx, path)
-		if err != nil {
-			select {
-			case <-c.guard.ended:
-				return fmt.Errorf("candidate %s has ended with code %d", c.Identity, c.guard.code())
-			default:
-				return err
-			}
-		}
-		if got != code {
+		switch {
+		case err != nil && !c.Running():
+			ended, _ := c.Wait(ctx)
+			return fmt.Errorf("candidate %s has ended with code %d", c.Identity, ended)
+		case err == nil && got != code:
 			return fmt.Errorf("%s of candidate %s: %d, want %d: %s",
 				path, c.Identity, got, code, strings.TrimSpace(body))
 		}
-		return nil
+		return err
 	})
 }
 
-// Close ends the daemon, politely if it listens, and everything that descends
-// from it and could be found.
+// Close ends the daemon, politely if it listens, and everything that descends from it and could be
+// found.
 func (c *Candidate) Close() {
-	if !c.guard.alive() {
+	if !c.Running() {
 		return
 	}
-	elector, _ := c.Elector() // 0: there is none any more
 	for _, pid := range append(Descendants(c.Guard()), c.Guard()) {
 		_ = syscall.Kill(pid, syscall.SIGCONT)
 	}
@@ -334,75 +273,8 @@ func (c *Candidate) Close() {
 	if _, err := c.Wait(ctx); err == nil {
 		return
 	}
-	pids := Descendants(c.Guard())
-	if elector != 0 {
-		_ = syscall.Kill(elector, syscall.SIGKILL)
-	}
-	c.guard.kill()
-	for _, pid := range pids {
+	for _, pid := range Descendants(c.Guard()) {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
-}
-
-// Children lists the pids of a process' children.
-func Children(pid int) []int {
-	return parents()[pid]
-}
-
-// Descendants lists the pids of all that descend from a process.
-func Descendants(pid int) []int {
-	children := parents()
-	var all []int
-	for next := []int{pid}; len(next) > 0; next = next[1:] {
-		all = append(all, children[next[0]]...)
-		next = append(next, children[next[0]]...)
-	}
-	return all
-}
-
-// parents maps each process to its children.
-func parents() map[int][]int {
-	children := map[int][]int{}
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return children
-	}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		fields, err := Stat("/proc/" + e.Name())
-		if err != nil {
-			continue
-		}
-		if parent, err := strconv.Atoi(fields[1]); err == nil {
-			children[parent] = append(children[parent], pid)
-		}
-	}
-	return children
-}
-
-// RunOnce runs the binary to its end with an environment of its own and
-// returns exit code, standard output and standard error.
-func RunOnce(
-	ctx context.Context, env []string, binary string, args ...string,
-) (code int, stdout, stderr string, err error) {
-	cmd := exec.Command(binary, args...)
-	cmd.Env = env
-	cmd.WaitDelay = 100 * time.Millisecond
-	out, errs := &buffer{}, &buffer{}
-	cmd.Stdout, cmd.Stderr = out, errs
-	p, err := startProcess(cmd)
-	if err != nil {
-		return 0, "", "", err
-	}
-	select {
-	case <-p.ended:
-		return p.code(), out.String(), errs.String(), nil
-	case <-ctx.Done():
-		p.kill()
-		err := fmt.Errorf("run %s %s: %w", binary, strings.Join(args, " "), context.Cause(ctx))
-		return 0, out.String(), errs.String(), err
-	}
+	c.Kill()
 }

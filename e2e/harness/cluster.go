@@ -3,11 +3,10 @@
 package harness
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -30,32 +29,30 @@ type ClusterConfig struct {
 	Network *Network
 }
 
-// Cluster is an etcd cluster of real server processes on 127.0.0.1. It does
-// not sync to disk: what it keeps survives a SIGKILL of a member, not a crash
-// of the machine.
+// Cluster is an etcd cluster of real server processes. It does not sync to disk: what it keeps
+// survives a SIGKILL of a member, not a crash of the machine.
 type Cluster struct {
 	Members []*Member
 	// Auth is "user:password" for Etcdctl, once auth is enabled.
 	Auth string
 
-	cfg  ClusterConfig
-	dir  string
-	http *http.Client
+	cfg ClusterConfig
+	dir string
 }
 
 // Member is one etcd server. Its ports and data stay the same over restarts.
 type Member struct {
+	*process  // nil before Start
 	Name      string
 	ClientURL string
-	PeerURL   string
 	// MetricsURL serves /metrics and /health without TLS and without auth.
 	MetricsURL string
 	Node       *Node // nil on 127.0.0.1
 
+	peerURL string
 	cluster *Cluster
 	flags   []string
-	process *process
-	log     *buffer
+	log     buffer
 }
 
 // errMemberEnded says that a member has ended by itself.
@@ -63,74 +60,38 @@ var errMemberEnded = errors.New("it has ended by itself")
 
 // StartCluster starts a cluster and waits until it serves.
 func StartCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
-	if cfg.Size == 0 {
-		cfg.Size = 1
-	}
 	for attempt := 1; ; attempt++ {
-		c, err := startCluster(ctx, cfg)
-		// Somebody else may have taken a port that was free just before.
-		if errors.Is(err, errMemberEnded) && attempt < 3 {
-			continue
+		dir, err := TempDir("leasehold-etcd-")
+		if err != nil {
+			return nil, err
 		}
-		return c, err
-	}
-}
-
-func startCluster(ctx context.Context, cfg ClusterConfig) (*Cluster, error) {
-	dir, err := TempDir("leasehold-etcd-")
-	if err != nil {
-		return nil, err
-	}
-	c := &Cluster{cfg: cfg, dir: dir, http: &http.Client{
-		// A paused member accepts connections and never answers.
-		Timeout:   time.Second,
-		Transport: &http.Transport{DisableKeepAlives: true},
-	}}
-	if err := c.start(ctx); err != nil {
+		c := &Cluster{cfg: cfg, dir: dir}
+		if err = c.start(ctx); err == nil {
+			return c, nil
+		}
 		c.Close()
-		return nil, fmt.Errorf("start etcd: %w", err)
+		// Somebody else may have taken a port that was free just before.
+		if attempt == 3 || !errors.Is(err, errMemberEnded) {
+			return nil, fmt.Errorf("start etcd: %w", err)
+		}
 	}
-	return c, nil
 }
 
 func (c *Cluster) start(ctx context.Context) error {
-	scheme := "http"
-	if c.cfg.TLS != nil {
-		scheme = "https"
-	}
 	var initial []string
-	for i := range c.cfg.Size {
-		m := &Member{Name: "m" + strconv.Itoa(i+1), cluster: c, log: &buffer{}}
-		c.Members = append(c.Members, m)
-		if c.cfg.Network != nil {
-			node, err := c.cfg.Network.Node(m.Name)
-			if err != nil {
-				return err
-			}
-			m.Node = node
+	for i := range max(1, c.cfg.Size) {
+		m, err := c.newMember("m" + strconv.Itoa(i+1))
+		if err != nil {
+			return err
 		}
-		for _, u := range []struct {
-			url          *string
-			scheme, port string
-		}{{&m.ClientURL, scheme, "2379"}, {&m.PeerURL, "http", "2380"}, {&m.MetricsURL, "http", "2381"}} {
-			if m.Node != nil {
-				*u.url = u.scheme + "://" + net.JoinHostPort(m.Node.Addr, u.port)
-				continue
-			}
-			addr, err := FreeAddr()
-			if err != nil {
-				return err
-			}
-			*u.url = u.scheme + "://" + addr
-		}
-		initial = append(initial, m.Name+"="+m.PeerURL)
+		initial = append(initial, m.Name+"="+m.peerURL)
 	}
 	for _, m := range c.Members {
 		m.flags = append([]string{
 			"--name", m.Name,
 			"--data-dir", filepath.Join(c.dir, m.Name),
 			"--listen-client-urls", m.ClientURL, "--advertise-client-urls", m.ClientURL,
-			"--listen-peer-urls", m.PeerURL, "--initial-advertise-peer-urls", m.PeerURL,
+			"--listen-peer-urls", m.peerURL, "--initial-advertise-peer-urls", m.peerURL,
 			"--listen-metrics-urls", m.MetricsURL,
 			"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", c.dir,
 			"--unsafe-no-fsync", "--log-level", "info", "--log-outputs", "stderr",
@@ -144,6 +105,34 @@ func (c *Cluster) start(ctx context.Context) error {
 		}
 	}
 	return c.WaitHealthy(ctx)
+}
+
+// newMember adds a member with its addresses.
+func (c *Cluster) newMember(name string) (m *Member, err error) {
+	m = &Member{Name: name, cluster: c}
+	c.Members = append(c.Members, m)
+	if c.cfg.Network != nil {
+		if m.Node, err = c.cfg.Network.Node(name); err != nil {
+			return nil, err
+		}
+	}
+	client := "http"
+	if c.cfg.TLS != nil {
+		client = "https"
+	}
+	for _, u := range []struct {
+		url          *string
+		scheme, port string
+	}{{&m.ClientURL, client, "2379"}, {&m.peerURL, "http", "2380"}, {&m.MetricsURL, "http", "2381"}} {
+		addr := ""
+		if m.Node != nil {
+			addr = net.JoinHostPort(m.Node.Addr, u.port)
+		} else if addr, err = FreeAddr(); err != nil {
+			return nil, err
+		}
+		*u.url = u.scheme + "://" + addr
+	}
+	return m, nil
 }
 
 // Close kills every member and removes its data.
@@ -186,18 +175,16 @@ func (c *Cluster) Except(m *Member) []*Member {
 // WaitHealthy waits until every running member serves and has a leader.
 func (c *Cluster) WaitHealthy(ctx context.Context) error {
 	for _, m := range c.Members {
-		if m.process == nil || !m.process.alive() {
-			continue
-		}
-		if err := m.WaitHealthy(ctx); err != nil {
-			return err
+		if m.Running() {
+			if err := m.WaitHealthy(ctx); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// Leader waits for a member that leads, by its own account. A paused member is
-// not asked for long.
+// Leader waits for a member that leads, by its own account. A paused member is not asked for long.
 func (c *Cluster) Leader(ctx context.Context) (*Member, error) { return leading(ctx, c.Members) }
 
 // Successor waits until another member than the given one leads.
@@ -207,13 +194,12 @@ func (c *Cluster) Successor(ctx context.Context, of *Member) (*Member, error) {
 
 func leading(ctx context.Context, among []*Member) (leader *Member, err error) {
 	err = Until(ctx, func() error {
-		for _, m := range among {
-			if m.Leads(ctx) {
-				leader = m
-				return nil
-			}
+		i := slices.IndexFunc(among, func(m *Member) bool { return m.Leads(ctx) })
+		if i < 0 {
+			return errors.New("no member of etcd leads")
 		}
-		return errors.New("no member of etcd leads")
+		leader = among[i]
+		return nil
 	})
 	return leader, err
 }
@@ -240,11 +226,6 @@ func (c *Cluster) MoveLeader(ctx context.Context, to *Member) error {
 	return err
 }
 
-// Etcdctl runs etcdctl against all members and returns its standard output.
-func (c *Cluster) Etcdctl(ctx context.Context, args ...string) (string, error) {
-	return c.etcdctl(ctx, c.Endpoints(), args)
-}
-
 // EtcdctlCommand is Etcdctl for commands that stay, such as elect and lock.
 func (c *Cluster) EtcdctlCommand(endpoints []string, args ...string) *exec.Cmd {
 	flags := []string{"--endpoints", strings.Join(endpoints, ",")}
@@ -257,20 +238,21 @@ func (c *Cluster) EtcdctlCommand(endpoints []string, args ...string) *exec.Cmd {
 	return exec.Command(c.cfg.Etcd.Ctl, append(flags, args...)...)
 }
 
-func (c *Cluster) etcdctl(ctx context.Context, endpoints, args []string) (string, error) {
-	whole := c.EtcdctlCommand(endpoints, args...)
+// Etcdctl runs etcdctl against all members and returns its standard output.
+func (c *Cluster) Etcdctl(ctx context.Context, args ...string) (string, error) {
+	whole := c.EtcdctlCommand(c.Endpoints(), args...)
 	cmd := exec.CommandContext(ctx, whole.Path, whole.Args[1:]...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("etcdctl %s: %w: %s",
-			strings.Join(args, " "), err, stderr.String())
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("etcdctl %s: %w: %s", strings.Join(args, " "), err, stderr.String())
 	}
-	return stdout.String(), nil
+	return string(out), err
 }
 
-// EnableAuth turns auth on with a user root and a user for candidates, who may
-// do anything under the given election prefix. Etcdctl is root from then on.
+// EnableAuth turns auth on with a user root and a user for candidates, who may do anything under
+// the given election prefix. Etcdctl is root from then on.
 func (c *Cluster) EnableAuth(ctx context.Context, user, password, election string) error {
 	for _, args := range [][]string{
 		{"user", "add", "root:root-secret"},
@@ -306,65 +288,44 @@ func (c *Cluster) Authentications(ctx context.Context) (float64, error) {
 // Leases lists the ids of all leases, as etcdctl prints them.
 func (c *Cluster) Leases(ctx context.Context) ([]string, error) {
 	out, err := c.Etcdctl(ctx, "lease", "list")
-	if err != nil {
-		return nil, err
-	}
-	var leases []string
-	for _, line := range strings.Fields(out) {
-		if len(line) == 16 { // the rest is "found N leases"
-			leases = append(leases, line)
-		}
-	}
-	return leases, nil
+	isLease := func(word string) bool { return len(word) == 16 } // the rest is "found N leases"
+	return slices.DeleteFunc(strings.Fields(out), func(w string) bool { return !isLease(w) }), err
 }
 
 // Start starts a member that does not run. It does not wait until it serves.
 func (m *Member) Start() error {
 	cmd := exec.Command(m.cluster.cfg.Etcd.Server, m.flags...)
-	cmd.Stdout, cmd.Stderr = m.log, m.log
+	cmd.Stdout, cmd.Stderr = &m.log, &m.log
 	// Variables that configure etcd would overrule nothing but confuse it.
-	for _, kv := range os.Environ() {
-		if !strings.HasPrefix(kv, "ETCD_") {
-			cmd.Env = append(cmd.Env, kv)
-		}
-	}
-	p, err := startProcessOn(m.Node, cmd)
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "ETCD_") })
+	p, err := start("etcd member "+m.Name, m.Node, cmd)
 	if err != nil {
-		return fmt.Errorf("start etcd member %s: %w", m.Name, err)
+		return err
 	}
 	m.process = p
 	return nil
 }
 
-// Stop asks the member to end and waits until it has. A leader hands its
-// leadership over first.
+// Stop asks the member to end and waits until it has. A leader hands its leadership over first.
 func (m *Member) Stop(ctx context.Context) error {
-	if m.process == nil || !m.process.alive() {
+	if !m.Running() {
 		return nil
 	}
-	if err := m.process.signal(syscall.SIGTERM); err != nil {
+	err := m.Signal(syscall.SIGTERM)
+	if err == nil {
+		_, err = m.Wait(ctx)
+	}
+	if err != nil {
 		return fmt.Errorf("stop etcd member %s: %w", m.Name, err)
 	}
-	select {
-	case <-m.process.ended:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("stop etcd member %s: %w", m.Name, context.Cause(ctx))
-	}
-}
-
-// Kill ends the member with SIGKILL, also while it is paused.
-func (m *Member) Kill() {
-	if m.process != nil {
-		m.process.kill()
-	}
+	return nil
 }
 
 // Pause stops the member's process: its connections stay, nothing answers.
-func (m *Member) Pause() error { return m.process.signal(syscall.SIGSTOP) }
+func (m *Member) Pause() error { return m.Signal(syscall.SIGSTOP) }
 
 // Continue ends a pause.
-func (m *Member) Continue() error { return m.process.signal(syscall.SIGCONT) }
+func (m *Member) Continue() error { return m.Signal(syscall.SIGCONT) }
 
 // Restart stops the member and starts it again with the same data and ports.
 func (m *Member) Restart(ctx context.Context) error {
@@ -385,31 +346,25 @@ func (m *Member) WaitHealthy(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	return Until(ctx, func() error {
-		if !m.process.alive() {
+		if !m.Running() {
 			cancel(errMemberEnded)
 			return fmt.Errorf("etcd member %s:\n%s", m.Name, m.Log())
 		}
-		resp, err := m.get(ctx, "/health")
+		code, _, err := Get(ctx, memberTimeout, m.MetricsURL+"/health")
+		if err == nil && code != http.StatusOK {
+			err = fmt.Errorf("it is not healthy: %d", code)
+		}
 		if err != nil {
 			return fmt.Errorf("ask etcd member %s: %w", m.Name, err)
-		}
-		defer func() { _ = resp.Body.Close() }()
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("etcd member %s is not healthy: %s", m.Name, resp.Status)
 		}
 		return nil
 	})
 }
 
-// Metric adds up the samples of the member whose name and labels begin as
-// given, for example `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`.
+// Metric adds up the samples of the member whose name and labels begin as given, for example
+// `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`.
 func (m *Member) Metric(ctx context.Context, prefix string) (float64, error) {
-	resp, err := m.get(ctx, "/metrics")
-	if err != nil {
-		return 0, fmt.Errorf("read the metrics of etcd member %s: %w", m.Name, err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	return sumSamples(bufio.NewScanner(resp.Body), prefix)
+	return readMetric(ctx, memberTimeout, m.MetricsURL, prefix)
 }
 
 // Leads reports whether the member leads etcd, by its own account.
@@ -418,31 +373,48 @@ func (m *Member) Leads(ctx context.Context) bool {
 	return err == nil && v == 1
 }
 
-func (m *Member) get(ctx context.Context, path string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.MetricsURL+path, nil)
+// memberTimeout is how long a member is asked: one that is paused accepts connections and never
+// answers.
+const memberTimeout = time.Second
+
+// Get asks an HTTP server once, on a connection of its own.
+func Get(ctx context.Context, within time.Duration, url string) (code int, body string, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return nil, err
+		return 0, "", err
 	}
-	return m.cluster.http.Do(req)
+	client := http.Client{Timeout: within, Transport: &http.Transport{DisableKeepAlives: true}}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, "", err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	data, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(data), err
 }
 
-// sumSamples reads Prometheus' text format.
-func sumSamples(lines *bufio.Scanner, prefix string) (float64, error) {
-	lines.Buffer(nil, 1<<20)
-	sum, found := 0.0, false
-	for lines.Scan() {
-		line := lines.Text()
+// readMetric adds up the samples that begin with prefix, of those that a server shows in
+// Prometheus' text format.
+func readMetric(
+	ctx context.Context, within time.Duration, url, prefix string,
+) (sum float64, err error) {
+	code, body, err := Get(ctx, within, url+"/metrics")
+	if err == nil && code != http.StatusOK {
+		err = fmt.Errorf("status %d", code)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read the metrics of %s: %w", url, err)
+	}
+	found := false
+	for line := range strings.Lines(body) {
 		if !strings.HasPrefix(line, prefix) {
 			continue
 		}
-		value, err := strconv.ParseFloat(line[strings.LastIndexByte(line, ' ')+1:], 64)
+		value, err := strconv.ParseFloat(strings.TrimSpace(line[strings.LastIndexByte(line, ' ')+1:]), 64)
 		if err != nil {
 			return 0, fmt.Errorf("read sample %q: %w", line, err)
 		}
 		sum, found = sum+value, true
-	}
-	if err := lines.Err(); err != nil {
-		return 0, err
 	}
 	if !found {
 		return 0, fmt.Errorf("no sample %s", prefix)

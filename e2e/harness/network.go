@@ -25,10 +25,10 @@ import (
 // NetworkVariable marks a program that runs in a network namespace of its own.
 const NetworkVariable = "E2E_INSIDE_NETWORK"
 
-// EnterNetwork executes the running program again in a network namespace of
-// its own, so that networks can be made in it that nobody else sees and that
-// end with it. It needs root. There it returns true at once; here it returns
-// the exit code of the program there, which gets the signals that come here.
+// EnterNetwork executes the running program again in a network namespace of its own, so that
+// networks can be made in it that nobody else sees and that end with it. It needs root. There it
+// returns true at once; here it returns the exit code of the program there, which gets the signals
+// that come here.
 func EnterNetwork() (inside bool, code int) {
 	if os.Getenv(NetworkVariable) != "" {
 		return true, 0
@@ -36,41 +36,31 @@ func EnterNetwork() (inside bool, code int) {
 	// Those of a terminal reach both, as one process group.
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	defer signal.Stop(signals)
-	// PDEATHSIG comes when the thread ends that forked.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), NetworkVariable+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
-		fmt.Fprintf(os.Stderr, "%s: make a network namespace (this needs root): %v\n", os.Args[0], err)
-		return false, 1
+		return false, ExitCode(os.Args[0], fmt.Errorf("make a network namespace (this needs root): %w", err))
 	}
-	ended := make(chan struct{})
 	go func() {
-		defer close(ended)
-		_ = cmd.Wait() // what it ended with is in cmd.ProcessState
-	}()
-	for {
-		select {
-		case s := <-signals:
+		for s := range signals {
 			if s != syscall.SIGINT {
 				_ = cmd.Process.Signal(s) // it may have ended
 			}
-		case <-ended:
-			return false, (&process{cmd: cmd}).code()
 		}
-	}
+	}()
+	_ = cmd.Wait() // what it ended with is in cmd.ProcessState
+	signal.Stop(signals)
+	close(signals)
+	return false, exitCode(cmd.ProcessState)
 }
 
-// Network is a bridge in this program's network namespace. Each Node has a
-// namespace of its own with a wire to it, so that what passes between two of
-// them can be cut packet by packet, one way or both, while every connection
-// stays. Nothing of it has a name outside of this program: it is gone when the
-// program is, however that ends.
+// Network is a bridge in this program's network namespace. Each Node has a namespace of its own
+// with a wire to it, so that what passes between two of them can be cut packet by packet, one way
+// or both, while every connection stays. Nothing of it has a name outside of this program: it is
+// gone when the program is, however that ends.
 type Network struct {
 	// Host is the address of this program itself, which no cut touches.
 	Host string
@@ -82,7 +72,7 @@ type Network struct {
 	losses []*Loss
 }
 
-// Node is one machine on a Network.
+// Node is one machine on a Network. nil is where this program runs.
 type Node struct {
 	Name string
 	Addr string // IPv4
@@ -121,14 +111,13 @@ func NewNetwork() (*Network, error) {
 	}
 	k := networks.Add(1)
 	n := &Network{Host: fmt.Sprintf("10.%d.0.1", k), index: k}
-	err := errors.Join(
-		ip("link", "set", "lo", "up"),
-		// A bridge without an address of its own takes the lowest of its ports'. It would change as nodes come and go, and
-		// the others would go on sending to the old one until their ARP entries expire.
-		ip("link", "add", n.bridge(), "address", fmt.Sprintf("02:00:00:00:00:%02x", k), "type", "bridge"),
-		ip("addr", "add", n.Host+"/16", "dev", n.bridge()),
-		ip("link", "set", n.bridge(), "up"),
-	)
+	// A bridge without an address of its own takes the lowest of its ports'. It would change as
+	// nodes come and go, and the others would go on sending to the old one until their ARP entries
+	// expire.
+	err := ip("link set lo up",
+		fmt.Sprintf("link add %s address 02:00:00:00:00:%02x type bridge", n.bridge(), k),
+		fmt.Sprintf("addr add %s/16 dev %s", n.Host, n.bridge()),
+		fmt.Sprintf("link set %s up", n.bridge()))
 	if err != nil {
 		n.Close()
 		return nil, fmt.Errorf("make a network: %w", err)
@@ -140,11 +129,8 @@ func (n *Network) bridge() string { return fmt.Sprintf("lh%d", n.index) }
 
 // Close ends the network. The nodes are closed by whoever made them.
 func (n *Network) Close() {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.losses = nil
-	_ = n.load()                         // there may be no table
-	_ = ip("link", "delete", n.bridge()) // there may be no bridge
+	_ = n.Recover()                     // there may be no table
+	_ = ip("link delete " + n.bridge()) // there may be no bridge
 }
 
 // Node makes a node with an address of its own.
@@ -160,18 +146,15 @@ func (n *Network) Node(name string) (*Node, error) {
 	if node.namespace, err = newNamespace(); err != nil {
 		return nil, fmt.Errorf("make a node: %w", err)
 	}
-	err = errors.Join(
-		ip("link", "add", node.wire, "type", "veth", "peer", "name", "eth0",
-			"netns", fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), node.namespace.Fd())),
-		ip("link", "set", node.wire, "master", n.bridge(), "up"),
-		node.Do(func() error {
-			return errors.Join(
-				ip("link", "set", "lo", "up"),
-				ip("addr", "add", node.Addr+"/16", "dev", "eth0"),
-				ip("link", "set", "eth0", "up"),
-			)
-		}),
-	)
+	err = ip(
+		fmt.Sprintf("link add %s type veth peer name eth0 netns /proc/%d/fd/%d",
+			node.wire, os.Getpid(), node.namespace.Fd()),
+		fmt.Sprintf("link set %s master %s up", node.wire, n.bridge()))
+	if err == nil {
+		err = node.Do(func() error {
+			return ip("link set lo up", "addr add "+addr+"/16 dev eth0", "link set eth0 up")
+		})
+	}
 	if err != nil {
 		node.Close()
 		return nil, fmt.Errorf("make a node: %w", err)
@@ -179,8 +162,7 @@ func (n *Network) Node(name string) (*Node, error) {
 	return node, nil
 }
 
-// Close cuts the node off for good. Its namespace is gone when the last
-// process in it has ended.
+// Close cuts the node off for good. Its namespace is gone when the last process in it has ended.
 func (node *Node) Close() {
 	node.network.mu.Lock()
 	for _, l := range node.network.losses {
@@ -190,51 +172,51 @@ func (node *Node) Close() {
 	for _, f := range node.closing {
 		f()
 	}
-	_ = ip("link", "delete", node.wire) // it may not exist
+	_ = ip("link delete " + node.wire) // it may not exist
 	_ = node.namespace.Close()
 }
 
-// Do calls f on a thread that is in the node's namespace. What f starts is
-// there too.
+// Do calls f on a thread that is in the node's namespace. What f starts is there too.
 func (node *Node) Do(f func() error) error {
+	if node == nil {
+		return f()
+	}
+	return elsewhere(func() error {
+		if err := unix.Setns(int(node.namespace.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter the namespace of node %s: %w", node.Name, err)
+		}
+		return f()
+	})
+}
+
+func newNamespace() (made *os.File, err error) {
+	err = elsewhere(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("make a network namespace: %w", err)
+		}
+		made, err = os.Open(ownNamespace)
+		return err
+	})
+	return made, err
+}
+
+const ownNamespace = "/proc/thread-self/ns/net"
+
+// elsewhere calls f, which may leave its thread in another namespace, on a thread of its own.
+func elsewhere(f func() error) error {
 	runtime.LockOSThread()
-	here, err := os.Open("/proc/thread-self/ns/net")
+	defer runtime.UnlockOSThread()
+	here, err := os.Open(ownNamespace)
 	if err != nil {
-		runtime.UnlockOSThread()
 		return err
 	}
 	defer func() { _ = here.Close() }()
-	if err := unix.Setns(int(node.namespace.Fd()), unix.CLONE_NEWNET); err != nil {
-		runtime.UnlockOSThread()
-		return fmt.Errorf("enter the namespace of node %s: %w", node.Name, err)
-	}
 	err = f()
 	if back := unix.Setns(int(here.Fd()), unix.CLONE_NEWNET); back != nil {
 		// The thread must not end either: what it forked would end with it.
-		panic(fmt.Sprintf("e2e: a thread can't leave the namespace of node %s: %v", node.Name, back))
+		panic(fmt.Sprintf("e2e: a thread can't go back to its namespace: %v", back))
 	}
-	runtime.UnlockOSThread()
 	return err
-}
-
-func newNamespace() (*os.File, error) {
-	runtime.LockOSThread()
-	here, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		runtime.UnlockOSThread()
-		return nil, err
-	}
-	defer func() { _ = here.Close() }()
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		runtime.UnlockOSThread()
-		return nil, fmt.Errorf("make a network namespace: %w", err)
-	}
-	made, err := os.Open("/proc/thread-self/ns/net")
-	if back := unix.Setns(int(here.Fd()), unix.CLONE_NEWNET); back != nil {
-		panic(fmt.Sprintf("e2e: a thread can't leave the namespace that it made: %v", back))
-	}
-	runtime.UnlockOSThread()
-	return made, err
 }
 
 // Loss is packets being dropped on some links, until End.
@@ -247,31 +229,23 @@ type Loss struct {
 // Cut drops every packet on these links, on all from the same moment on.
 func (n *Network) Cut(links ...Link) (*Loss, error) { return n.Lose(100, links...) }
 
-// Lose drops so many of a hundred packets on these links. Losses may overlap: on
-// each link the worst of them counts.
+// Lose drops so many of a hundred packets on these links. Losses may overlap: on each link the
+// worst of them counts.
 func (n *Network) Lose(percent int, links ...Link) (*Loss, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
 	l := &Loss{n, percent, links}
-	n.losses = append(n.losses, l)
-	return l, n.load()
+	return l, n.change(func() { n.losses = append(n.losses, l) })
 }
 
 // End ends the loss. Others on the same links go on.
 func (l *Loss) End() error {
-	l.network.mu.Lock()
-	defer l.network.mu.Unlock()
-	l.network.losses = slices.DeleteFunc(l.network.losses, func(o *Loss) bool { return o == l })
-	return l.network.load()
+	n := l.network
+	return n.change(func() {
+		n.losses = slices.DeleteFunc(n.losses, func(o *Loss) bool { return o == l })
+	})
 }
 
 // Recover ends all losses.
-func (n *Network) Recover() error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.losses = nil
-	return n.load()
-}
+func (n *Network) Recover() error { return n.change(func() { n.losses = nil }) }
 
 // Lossy reports whether packets between a node and one of the others are dropped.
 func (n *Network) Lossy(node *Node, others ...*Node) bool {
@@ -318,18 +292,16 @@ func (n *Network) Dropped(ctx context.Context) (int, error) {
 	return sum, nil
 }
 
-// load has the kernel replace all rules of this network at once.
-func (n *Network) load() error {
+// change changes the losses, and has the kernel replace all rules of this network at once.
+func (n *Network) change(f func()) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	f()
 	var rules []string
 	for link, percent := range n.worst() {
-		rule := "counter drop"
-		if percent < 100 {
-			rule = fmt.Sprintf("numgen random mod 100 < %d counter drop", percent)
-		}
-		rules = append(rules,
-			fmt.Sprintf("iifname %s oifname %s %s", link.From.wire, link.To.wire, rule))
+		rules = append(rules, fmt.Sprintf("iifname %s oifname %s numgen random mod 100 <= %d counter drop",
+			link.From.wire, link.To.wire, percent-1))
 	}
-	slices.Sort(rules)
 	table := "bridge " + n.bridge()
 	script := fmt.Sprintf("table %s {}\ndelete table %s\n", table, table)
 	if len(rules) > 0 {
@@ -337,19 +309,23 @@ func (n *Network) load() error {
 			"table %s {\nchain forward {\ntype filter hook forward priority 0;\n%s\n}\n}\n",
 			table, strings.Join(rules, "\n"))
 	}
-	cmd := exec.CommandContext(context.Background(), "nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(script)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("set rules by nft (Debian's package nftables): %w: %s",
-			err, bytes.TrimSpace(out))
+	if err := feed(script, "nft", "-f", "-"); err != nil {
+		return fmt.Errorf("set rules by nft (Debian's package nftables): %w", err)
 	}
 	return nil
 }
 
-func ip(args ...string) error {
-	cmd := exec.CommandContext(context.Background(), "ip", args...)
+// ip carries out commands of ip(8), until one fails.
+func ip(commands ...string) error {
+	return feed(strings.Join(commands, "\n"), "ip", "-batch", "-")
+}
+
+// feed runs a program that reads what it is to do.
+func feed(script, program string, args ...string) error {
+	cmd := exec.Command(program, args...)
+	cmd.Stdin = strings.NewReader(script)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("ip %s: %w: %s", strings.Join(args, " "), err, bytes.TrimSpace(out))
+		return fmt.Errorf("%s: %w: %s\n%s", program, err, bytes.TrimSpace(out), script)
 	}
 	return nil
 }

@@ -3,10 +3,10 @@
 package harness
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -27,10 +27,9 @@ import (
 // Now reads CLOCK_BOOTTIME, the clock of all times in this package.
 func Now() time.Duration { return boottime.Now() }
 
-// RealTime has the calling thread run before others, where that is permitted; its
-// goroutine is locked to it until restore. The thread must not end with the
-// goroutine: what was forked on it would get the signal that a process gets at its
-// parent thread's end.
+// RealTime has the calling thread run before others, where that is permitted; its goroutine is
+// locked to it until restore. The thread must not end with the goroutine: what was forked on it
+// would get the signal that a process gets at its parent thread's end.
 func RealTime(priority uint32) (restore func()) {
 	runtime.LockOSThread()
 	fifo := unix.SchedAttr{
@@ -47,52 +46,73 @@ func RealTime(priority uint32) (restore func()) {
 	}
 }
 
-// Stat reads /proc/PID/stat, or that of a thread: the fields after the name, of
-// which the first is the state. See proc_pid_stat(5).
+// Stat reads /proc/PID/stat, or that of a thread: the fields after the name, of which the first is
+// the state. See proc_pid_stat(5).
 func Stat(dir string) ([]string, error) {
 	stat, err := os.ReadFile(filepath.Join(dir, "stat"))
 	if err != nil {
 		return nil, err
 	}
 	// The name, in parentheses, may hold anything.
-	fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	if len(fields) < 7 {
 		return nil, fmt.Errorf("%s/stat is %q", dir, stat)
 	}
 	return fields, nil
 }
 
+// Children lists the pids of a process' children.
+func Children(pid int) []int { return children()[pid] }
+
+// Descendants lists the pids of all that descend from a process.
+func Descendants(pid int) []int {
+	children := children()
+	all := children[pid]
+	for i := 0; i < len(all); i++ {
+		all = append(all, children[all[i]]...)
+	}
+	return all
+}
+
+// children maps each process to its children.
+func children() map[int][]int {
+	children := map[int][]int{}
+	dirs, _ := filepath.Glob("/proc/[0-9]*") // a good pattern
+	for _, dir := range dirs {
+		fields, err := Stat(dir)
+		if err != nil {
+			continue // it has just ended
+		}
+		pid, errPid := strconv.Atoi(filepath.Base(dir))
+		parent, errParent := strconv.Atoi(fields[1])
+		if errPid == nil && errParent == nil {
+			children[parent] = append(children[parent], pid)
+		}
+	}
+	return children
+}
+
 // process is a child with one goroutine that waits for it.
 type process struct {
+	name  string
 	cmd   *exec.Cmd
 	ended chan struct{} // closed when the child has been reaped
 }
 
-// startProcessOn is startProcess on a node of a network, unless that is nil.
-func startProcessOn(node *Node, cmd *exec.Cmd) (p *process, err error) {
-	if node == nil {
-		return startProcess(cmd)
-	}
-	err = node.Do(func() error {
-		p, err = startProcess(cmd)
-		return err
-	})
-	return p, err
-}
-
-// startProcess starts cmd so that it can't outlive this program, in a process
-// group of its own, or a session, so that Ctrl-C on a terminal reaches this
-// program alone.
-func startProcess(cmd *exec.Cmd) (*process, error) {
+// start starts cmd on a node so that it can't outlive this program, in a process group of its own,
+// or a session, so that Ctrl-C on a terminal reaches this program alone.
+func start(name string, on *Node, cmd *exec.Cmd) (*process, error) {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
-	if err := cmd.Start(); err != nil {
-		return nil, err
+	// A descendant that could not be killed would keep the pipes: don't wait for it.
+	cmd.WaitDelay = 100 * time.Millisecond
+	if err := on.Do(cmd.Start); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	p := &process{cmd: cmd, ended: make(chan struct{})}
+	p := &process{name: name, cmd: cmd, ended: make(chan struct{})}
 	go func() {
 		defer close(p.ended)
 		_ = cmd.Wait() // what it ended with is in cmd.ProcessState
@@ -100,7 +120,14 @@ func startProcess(cmd *exec.Cmd) (*process, error) {
 	return p, nil
 }
 
-func (p *process) alive() bool {
+// Ended is closed when the process has ended.
+func (p *process) Ended() <-chan struct{} { return p.ended }
+
+// Running reports whether the process was started and has not ended.
+func (p *process) Running() bool {
+	if p == nil {
+		return false
+	}
 	select {
 	case <-p.ended:
 		return false
@@ -109,78 +136,94 @@ func (p *process) alive() bool {
 	}
 }
 
-// signal reports an error when the process has ended already.
-func (p *process) signal(sig syscall.Signal) error {
-	return p.cmd.Process.Signal(sig)
+// Signal returns an error when the process has ended already.
+func (p *process) Signal(sig syscall.Signal) error { return p.cmd.Process.Signal(sig) }
+
+// Kill ends the process with SIGKILL, also while it is stopped, and waits until it has ended.
+func (p *process) Kill() {
+	if p != nil {
+		_ = p.cmd.Process.Kill() // it may have ended by itself
+		<-p.ended
+	}
 }
 
-func (p *process) kill() {
-	_ = p.cmd.Process.Kill() // it may have ended by itself
-	<-p.ended
+// Wait waits for the end of the process and returns its exit code, 128+n after signal n.
+func (p *process) Wait(ctx context.Context) (int, error) {
+	select {
+	case <-p.ended:
+		return exitCode(p.cmd.ProcessState), nil
+	case <-ctx.Done():
+		return 0, fmt.Errorf("wait for the end of %s: %w", p.name, context.Cause(ctx))
+	}
 }
 
-// code is the exit code, or 128+n after signal n, as a shell has it.
-func (p *process) code() int {
-	ws, ok := p.cmd.ProcessState.Sys().(syscall.WaitStatus)
-	if ok && ws.Signaled() {
+// exitCode is that of a process, or 128+n after signal n, as a shell has it.
+func exitCode(of *os.ProcessState) int {
+	if ws, ok := of.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
 		return 128 + int(ws.Signal())
 	}
-	return p.cmd.ProcessState.ExitCode()
+	return of.ExitCode()
+}
+
+// RunOnce runs the binary to its end with an environment of its own and returns exit code, standard
+// output and standard error.
+func RunOnce(
+	ctx context.Context, env []string, binary string, args ...string,
+) (code int, stdout, stderr string, err error) {
+	cmd := exec.Command(binary, args...)
+	cmd.Env = env
+	out, errs := &buffer{}, &buffer{}
+	cmd.Stdout, cmd.Stderr = out, errs
+	p, err := start(strings.Join(append([]string{binary}, args...), " "), nil, cmd)
+	if err != nil {
+		return 0, "", "", err
+	}
+	if code, err = p.Wait(ctx); err != nil {
+		p.Kill()
+	}
+	return code, out.String(), errs.String(), err
 }
 
 // buffer collects what a child writes.
 type buffer struct {
 	mu   sync.Mutex
-	text strings.Builder
-	also io.Writer // may be nil
+	text []byte
 }
 
 func (b *buffer) Write(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.also != nil {
-		if _, err := b.also.Write(p); err != nil {
-			return 0, err
-		}
-	}
-	return b.text.Write(p)
+	b.text = append(b.text, p...)
+	return len(p), nil
 }
 
 func (b *buffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.text.String()
+	return string(b.text)
 }
 
-var given sync.Map // the ports that FreePort has returned
+var given sync.Map // the ports that FreeAddr has returned
 
-// FreePort returns a TCP port of 127.0.0.1 that nobody listens on. It is below
-// the range from which the kernel takes the ports of outgoing connections, so
-// that a server that is down for a while finds its port free again. No port is
-// returned twice: who got it first may not listen yet.
-func FreePort() (int, error) {
+// FreeAddr returns a host:port of 127.0.0.1 that nobody listens on. The port is below the range
+// from which the kernel takes those of outgoing connections, so that a server that is down for a
+// while finds it free again. None is returned twice: who got it first may not listen yet.
+func FreeAddr() (string, error) {
 	for range 1000 {
 		port := 10000 + rand.IntN(20000)
 		if _, taken := given.LoadOrStore(port, true); taken {
 			continue
 		}
-		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
-		if err != nil {
-			continue
+		addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+		if l, err := net.Listen("tcp", addr); err == nil {
+			return addr, l.Close()
 		}
-		return port, l.Close()
 	}
-	return 0, errors.New("no free port on 127.0.0.1")
+	return "", errors.New("no free port on 127.0.0.1")
 }
 
-// FreeAddr is FreePort as host:port.
-func FreeAddr() (string, error) {
-	port, err := FreePort()
-	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
-}
-
-// Until calls f every few milliseconds until it returns nil, and returns its
-// last error when ctx ends first.
+// Until calls f every few milliseconds until it returns nil, and returns its last error when ctx
+// ends first.
 func Until(ctx context.Context, f func() error) error {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
@@ -197,8 +240,8 @@ func Until(ctx context.Context, f func() error) error {
 	}
 }
 
-// Within calls f with a deadline of its own. Where that passes, the error says that
-// so long there was what otherwise is.
+// Within calls f with a deadline of its own. Where that passes, the error says that so long there
+// was what otherwise is.
 func Within(
 	ctx context.Context, d time.Duration, otherwise string, f func(context.Context) error,
 ) error {
@@ -224,8 +267,8 @@ func Wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// TempDir makes a directory that users other than this one can enter: daemons
-// and jobs run under other uids.
+// TempDir makes a directory that users other than this one can enter: daemons and jobs run under
+// other uids.
 func TempDir(pattern string) (string, error) {
 	dir, err := os.MkdirTemp("", pattern)
 	if err != nil {

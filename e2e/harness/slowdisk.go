@@ -18,12 +18,12 @@ import (
 // (Debian's package strace), under which nothing else of etcd is slow enough to
 // notice.
 func (m *Member) SlowDisk(ctx context.Context, delay time.Duration) (end func(), err error) {
-	log := &buffer{}
+	var log buffer
 	cmd := exec.Command("strace", "-f", "-o", "/dev/null",
-		"-p", strconv.Itoa(m.process.cmd.Process.Pid), "-e", "trace=fdatasync,fsync",
+		"-p", strconv.Itoa(m.cmd.Process.Pid), "-e", "trace=fdatasync,fsync",
 		"-e", fmt.Sprintf("inject=fdatasync,fsync:delay_enter=%d", delay.Microseconds()))
-	cmd.Stderr = log
-	p, err := startProcess(cmd)
+	cmd.Stderr = &log
+	p, err := start("strace", nil, cmd)
 	if err != nil {
 		return nil, fmt.Errorf("slow down the disk of etcd member %s "+
 			"(Debian's package strace): %w", m.Name, err)
@@ -35,9 +35,9 @@ func (m *Member) SlowDisk(ctx context.Context, delay time.Duration) (end func(),
 		return errors.New("strace is not attached")
 	})
 	if err != nil {
-		p.kill()
+		p.Kill()
 		return nil, fmt.Errorf("slow down the disk of etcd member %s: %w: %s", m.Name, err, log.String())
 	}
 	// The kernel lets go of what a tracer that is killed had stopped.
-	return p.kill, nil
+	return p.Kill, nil
 }

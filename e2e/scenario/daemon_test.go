@@ -51,7 +51,7 @@ func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 		}, 76, "leadership lost"},
 		{"daemon: 70", []change{shell("exec sleep 1000")}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
-			tr.must(c.SignalElector(syscall.SIGKILL))
+			tr.must(c.signalElector(syscall.SIGKILL))
 		}, 70, "elector is lost"},
 		{"elector: 70", []change{shell("exec sleep 1000")}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
@@ -640,12 +640,12 @@ func TestNotify_WatchdogWhileBothTurn(t *testing.T) {
 	if n := count(2 * time.Second); n < 2 {
 		t.Errorf("%d signs of life in 2 s", n)
 	}
-	tr.must(c.SignalElector(syscall.SIGSTOP))
+	tr.must(c.signalElector(syscall.SIGSTOP))
 	count(300 * time.Millisecond) // what was on its way
 	if n := count(2 * time.Second); n != 0 {
 		t.Errorf("%d signs of life while the elector is stopped", n)
 	}
-	tr.must(c.SignalElector(syscall.SIGCONT))
+	tr.must(c.signalElector(syscall.SIGCONT))
 	if n := count(2 * time.Second); n < 2 {
 		t.Errorf("%d signs of life in 2 s after the elector goes on", n)
 	}

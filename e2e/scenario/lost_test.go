@@ -180,7 +180,7 @@ func TestNothingLeft(t *testing.T) {
 		}},
 		{"guard killed", 128 + 9, func(c *candidate) error { return c.Signal(syscall.SIGKILL) }},
 		{"elector killed", 70, func(c *candidate) error {
-			return c.SignalElector(syscall.SIGKILL)
+			return c.signalElector(syscall.SIGKILL)
 		}},
 	}
 	for _, u := range users() {

@@ -79,7 +79,7 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 // TestStop_ASecondSignalWaitsForNobody: neither for an elector that hangs,
 // nor for an etcd that does not answer it.
 func TestStop_ASecondSignalWaitsForNobody(t *testing.T) {
-	stopped := func(c *candidate) error { return c.SignalElector(syscall.SIGSTOP) }
+	stopped := func(c *candidate) error { return c.signalElector(syscall.SIGSTOP) }
 	for _, delay := range []struct {
 		name string
 		do   func(c *candidate) error

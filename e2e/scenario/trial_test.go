@@ -159,6 +159,15 @@ func (c *candidate) jobCgroup() (string, error) {
 	return found[0], nil
 }
 
+// signalElector sends a signal to the elector.
+func (c *candidate) signalElector(sig syscall.Signal) error {
+	pid, err := c.Elector()
+	if err != nil {
+		return err
+	}
+	return syscall.Kill(pid, sig)
+}
+
 func (c *candidate) ended() bool { return !c.Running() }
 
 // inject lets a candidate have a fault of the library, and returns what ends it.

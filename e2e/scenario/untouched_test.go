@@ -288,12 +288,12 @@ func TestAuth_RevokeTakesTheToken(t *testing.T) {
 			}
 			before := checked()
 			if row.want > 0 {
-				tr.must(leader.SignalElector(syscall.SIGSTOP))
+				tr.must(leader.signalElector(syscall.SIGSTOP))
 				tr.must(tr.etcd.Members[0].Restart(tr.ctx))
 				before = 0
 			}
 			killed := harness.Now()
-			tr.must(leader.SignalElector(syscall.SIGKILL))
+			tr.must(leader.signalElector(syscall.SIGKILL))
 			next := tr.waitNext(job, waitTimeout)
 			tr.Logf("the next job started %v after the elector was killed", next.Started-killed)
 			tr.waitExit(leader, 70)
