@@ -80,7 +80,6 @@ type Node struct {
 	network   *Network
 	namespace *os.File
 	wire      string // our end's name
-	closing   []func()
 }
 
 // Link is one direction between two nodes.
@@ -162,16 +161,14 @@ func (n *Network) Node(name string) (*Node, error) {
 	return node, nil
 }
 
-// Close cuts the node off for good. Its namespace is gone when the last process in it has ended.
+// Close cuts the node off for good. Its namespace is gone when the last process in it has ended,
+// and no witness listens there.
 func (node *Node) Close() {
 	node.network.mu.Lock()
 	for _, l := range node.network.losses {
 		l.links = slices.DeleteFunc(l.links, func(k Link) bool { return k.From == node || k.To == node })
 	}
 	node.network.mu.Unlock()
-	for _, f := range node.closing {
-		f()
-	}
 	_ = ip("link delete " + node.wire) // it may not exist
 	_ = node.namespace.Close()
 }

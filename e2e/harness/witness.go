@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -19,8 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// WitnessVariable names the environment variable in which the test job finds
-// its witness.
+// WitnessVariable names the environment variable in which the test job finds its witness.
 const WitnessVariable = "WITNESS"
 
 // Hello is what a process of a job tells the witness first, as a line of JSON.
@@ -31,8 +31,8 @@ type Hello struct {
 	Role      string `json:"role"` // "job" for the job's first process
 	// Started is the process' own reading of Now at its start.
 	Started time.Duration `json:"started"`
-	// Forked is the kernel's account of when the process came to be, rounded down
-	// to hundredths of a second. Until Started it has executed nothing of its own.
+	// Forked is the kernel's account of when the process came to be, rounded down to hundredths of
+	// a second. Until Started it has executed nothing of its own.
 	Forked time.Duration `json:"forked"`
 
 	Args        []string          `json:"args,omitempty"`
@@ -41,53 +41,65 @@ type Hello struct {
 	Descriptors map[string]string `json:"descriptors,omitempty"` // of /proc/self/fd
 }
 
-// Life is one process of a job as the witness saw it. Its connection closes
-// when the last process that holds it has ended, and in no other way: a
-// process forked without exec holds its parent's.
+// Life is one process of a job as the witness saw it. Its connection closes when the last process
+// that holds it has ended, and in no other way: a process forked without exec holds its parent's.
 type Life struct {
 	Hello
-	End   time.Duration // zero while it lives
-	conn  int
-	known bool // has said hello
+	End  time.Duration // zero while it lives
+	conn int
 }
 
 // Alive reports whether the connection is still held.
 func (l Life) Alive() bool { return l.End == 0 }
 
-// Witness is told of the life of every process of every job: each holds a
-// connection to it. One thread waits in one epoll for all of them, with
-// real-time priority where that is permitted, so that the recorded ends are
-// late by microseconds, rarely by more (see punctual).
+// Witness is told of the life of every process of every job: each holds a connection to it. One
+// thread waits in one epoll for all of them, with real-time priority where that is permitted, so
+// that the recorded ends are late by microseconds, rarely by more (see punctual).
 type Witness struct {
-	// Addr goes into the job's environment as WITNESS. It is an abstract unix
-	// socket: any user reaches it, and it leaves no file. Each node of a network
-	// has one of its own of this name.
+	// Addr goes into the job's environment as WITNESS. It is an abstract unix socket: any user
+	// reaches it, and it leaves no file. Each node of a network has one of its own of this name.
 	Addr string
 
 	epoll, wake int
 	stopped     atomic.Bool
 	done        chan struct{} // closed when the thread has ended
 
-	mu        sync.Mutex
-	listeners map[int]*Node // by descriptor; nil is where this program is
-	conns     map[int]*Life // by descriptor, while open
-	input     map[int][]byte
-	lives     []*Life
-	changed   chan struct{} // closed and replaced at each change
+	mu      sync.Mutex
+	sockets map[int]*socket // by descriptor, while open
+	lives   []*Life
+	changed chan struct{} // closed and replaced at each change
+}
+
+// socket is one on which the witness listens, or a process' connection to it.
+type socket struct {
+	listens bool
+	node    *Node  // where it listens
+	life    *Life  // of the process, once that has said hello
+	said    []byte // until then
 }
 
 var witnesses atomic.Int64 // keeps addresses apart
 
 // NewWitness starts a witness.
-func NewWitness() (*Witness, error) {
+func NewWitness() (w *Witness, err error) {
 	punctual()
-	w := &Witness{
+	w = &Witness{
 		Addr:  fmt.Sprintf("@leasehold-witness-%d-%d", os.Getpid(), witnesses.Add(1)),
 		epoll: -1, wake: -1,
-		done: make(chan struct{}), changed: make(chan struct{}), listeners: map[int]*Node{},
-		conns: map[int]*Life{}, input: map[int][]byte{},
+		done: make(chan struct{}), changed: make(chan struct{}),
+		sockets: map[int]*socket{},
 	}
-	if err := w.open(); err != nil {
+	w.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err == nil {
+		w.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	}
+	if err == nil {
+		err = w.watch(w.wake)
+	}
+	if err == nil {
+		err = w.ListenOn(nil)
+	}
+	if err != nil {
 		w.closeDescriptors()
 		return nil, fmt.Errorf("start a witness: %w", err)
 	}
@@ -95,79 +107,38 @@ func NewWitness() (*Witness, error) {
 	return w, nil
 }
 
-// punctual has the Go runtime keep nobody waiting who reads the clock when a
-// system call returns, as the witness does. That takes one of its processors,
-// and a fork holds one until its child has executed, milliseconds where many are
-// under way; so there are more of them than forks. A collection stops all
-// threads and waits for those forks as well; so it is rare.
+// punctual has the Go runtime keep nobody waiting who reads the clock when a system call returns,
+// as the witness does. That takes one of its processors, and a fork holds one until its child has
+// executed, milliseconds where many are under way; so there are more of them than forks. A
+// collection stops all threads and waits for those forks as well; so it is rare.
 var punctual = sync.OnceFunc(func() {
 	runtime.GOMAXPROCS(max(16, runtime.GOMAXPROCS(0)))
 	debug.SetGCPercent(1000)
 	debug.SetMemoryLimit(256 << 20) // more than this only where it is needed
 })
 
-func (w *Witness) open() (err error) {
-	if w.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return err
-	}
-	if w.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return err
-	}
-	if err := w.watch(w.wake); err != nil {
-		return err
-	}
-	return w.listen(nil)
-}
-
-// ListenOn has the witness hear the jobs on a node as well. It is not an error
-// if it does already.
+// ListenOn has the witness hear the jobs on a node as well, until Close. It is not an error if it
+// does already.
 func (w *Witness) ListenOn(node *Node) error {
 	w.mu.Lock()
-	for _, n := range w.listeners {
-		if n == node {
-			w.mu.Unlock()
+	defer w.mu.Unlock()
+	for _, s := range w.sockets {
+		if s.listens && s.node == node {
 			return nil
 		}
 	}
-	w.mu.Unlock()
-	if err := node.Do(func() error { return w.listen(node) }); err != nil {
-		return fmt.Errorf("have the witness listen on node %s: %w", node.Name, err)
-	}
-	node.closing = append(node.closing, func() { w.leave(node) })
-	return nil
-}
-
-// leave closes the socket on a node, which would keep its namespace.
-func (w *Witness) leave(node *Node) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for fd, n := range w.listeners {
-		if n == node && !w.stopped.Load() {
-			delete(w.listeners, fd)
-			_ = unix.Close(fd)
+	return node.Do(func() error {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return fmt.Errorf("make a socket for a witness: %w", err)
 		}
-	}
+		w.sockets[fd] = &socket{listens: true, node: node}
+		return errors.Join(
+			unix.Bind(fd, &unix.SockaddrUnix{Name: w.Addr}), unix.Listen(fd, 4096), w.watch(fd))
+	})
 }
 
-func (w *Witness) listen(node *Node) error {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return err
-	}
-	w.mu.Lock()
-	w.listeners[fd] = node // closed with the witness
-	w.mu.Unlock()
-	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: w.Addr}); err != nil {
-		return err
-	}
-	if err := unix.Listen(fd, 4096); err != nil {
-		return err
-	}
-	return w.watch(fd)
-}
-
-// watch is edge-triggered: the kernel then hands events out in the order in
-// which they happened.
+// watch is edge-triggered: the kernel then hands events out in the order in which they happened.
 func (w *Witness) watch(fd int) error {
 	return unix.EpollCtl(w.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{
 		Events: unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLET, Fd: int32(fd),
@@ -176,23 +147,18 @@ func (w *Witness) watch(fd int) error {
 
 // Close ends the witness, and with it every test job that is still alive.
 func (w *Witness) Close() {
-	if w.stopped.Swap(true) {
-		return
+	if !w.stopped.Swap(true) {
+		// It can't fail: the counter is never near its limit.
+		_, _ = unix.Write(w.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+		<-w.done
 	}
-	// It can't fail: the counter is never near its limit.
-	_, _ = unix.Write(w.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
-	<-w.done
 }
 
 func (w *Witness) closeDescriptors() {
-	for fd := range w.listeners {
-		_ = unix.Close(fd)
+	for _, fd := range slices.AppendSeq([]int{w.epoll, w.wake}, maps.Keys(w.sockets)) {
+		_ = unix.Close(fd) // -1: it was not opened
 	}
-	for _, fd := range []int{w.epoll, w.wake} {
-		if fd >= 0 {
-			_ = unix.Close(fd)
-		}
-	}
+	clear(w.sockets)
 }
 
 func (w *Witness) run() {
@@ -211,9 +177,6 @@ func (w *Witness) run() {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for fd := range w.conns {
-		_ = unix.Close(fd)
-	}
 	w.closeDescriptors()
 }
 
@@ -222,20 +185,19 @@ func (w *Witness) handle(events []unix.EpollEvent, now time.Duration) {
 	defer w.mu.Unlock()
 	for _, e := range events {
 		fd := int(e.Fd)
-		_, listener := w.listeners[fd]
-		switch {
-		case fd == w.wake:
-		case listener:
-			w.accept(fd, now)
+		switch s := w.sockets[fd]; {
+		case s == nil: // to wake, or it was closed and a child that was being forked had it still
+		case s.listens:
+			w.accept(fd)
 		default:
-			w.read(fd, now)
+			w.read(fd, s, now)
 		}
 	}
 	close(w.changed)
 	w.changed = make(chan struct{})
 }
 
-func (w *Witness) accept(listener int, now time.Duration) {
+func (w *Witness) accept(listener int) {
 	for {
 		fd, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
 		if err != nil {
@@ -245,59 +207,54 @@ func (w *Witness) accept(listener int, now time.Duration) {
 			_ = unix.Close(fd)
 			continue
 		}
-		life := &Life{Hello: Hello{Started: now}, conn: fd}
-		w.conns[fd] = life
-		w.lives = append(w.lives, life)
+		w.sockets[fd] = &socket{}
 	}
 }
 
-func (w *Witness) read(fd int, now time.Duration) {
-	life := w.conns[fd]
-	if life == nil {
-		return
-	}
+func (w *Witness) read(fd int, s *socket, now time.Duration) {
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := unix.Read(fd, buf)
-		if n > 0 {
-			w.input[fd] = append(w.input[fd], buf[:n]...)
-			line, _, whole := bytes.Cut(w.input[fd], []byte("\n"))
-			if hello := (Hello{}); whole && !life.known && json.Unmarshal(line, &hello) == nil {
-				life.Hello, life.known = hello, true
+		switch {
+		case n > 0 && s.life == nil:
+			s.said = append(s.said, buf[:n]...)
+			line, _, whole := bytes.Cut(s.said, []byte("\n"))
+			if hello := (Hello{}); whole && json.Unmarshal(line, &hello) == nil {
+				s.life = &Life{Hello: hello, conn: fd}
+				w.lives = append(w.lives, s.life)
 			}
-			continue
-		}
-		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+		case n > 0:
+		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR):
+			return
+		default: // end of file or reset: its holders have ended
+			if s.life != nil {
+				s.life.End = now
+			}
+			_ = unix.Close(fd)
+			delete(w.sockets, fd)
 			return
 		}
-		life.End = now // end of file or reset: its holders have ended
-		_ = unix.Close(fd)
-		delete(w.conns, fd)
-		delete(w.input, fd)
-		return
 	}
 }
 
-// Lives lists every process that said hello, in the order of their coming.
+// Lives lists every process that said hello, in that order.
 func (w *Witness) Lives() []Life {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.known()
+	return w.copies()
 }
 
-func (w *Witness) known() []Life {
-	var lives []Life
+func (w *Witness) copies() []Life {
+	lives := make([]Life, 0, len(w.lives))
 	for _, l := range w.lives {
-		if l.known {
-			lives = append(lives, *l)
-		}
+		lives = append(lives, *l)
 	}
 	return lives
 }
 
-// Follow calls f with the processes of all jobs, as they are at a moment or
-// later, at each change and as often as given until ctx ends. It forgets those
-// that have ended as soon as f has seen them so.
+// Follow calls f with the processes of all jobs, as they are at a moment or later, at each change
+// and as often as given until ctx ends. It forgets those that have ended as soon as f has seen them
+// so.
 func (w *Witness) Follow(
 	ctx context.Context, every time.Duration, f func(at time.Duration, lives []Life),
 ) {
@@ -305,7 +262,7 @@ func (w *Witness) Follow(
 	defer tick.Stop()
 	for {
 		w.mu.Lock()
-		changed, at, lives := w.changed, Now(), w.known()
+		changed, at, lives := w.changed, Now(), w.copies()
 		w.lives = slices.DeleteFunc(w.lives, func(l *Life) bool { return l.End != 0 })
 		w.mu.Unlock()
 		f(at, lives)
@@ -336,11 +293,10 @@ func (w *Witness) Wait(ctx context.Context, ok func([]Life) bool) error {
 	}
 }
 
-// WaitForJob waits for the first process of a job that satisfies ok, of all
-// that have come so far or will come, and lives.
-func (w *Witness) WaitForJob(ctx context.Context, ok func(Life) bool) (Life, error) {
-	var found Life
-	err := w.Wait(ctx, func(lives []Life) bool {
+// WaitForJob waits for the first process of a job that satisfies ok, of all that have come so far
+// or will come, and lives.
+func (w *Witness) WaitForJob(ctx context.Context, ok func(Life) bool) (found Life, err error) {
+	err = w.Wait(ctx, func(lives []Life) bool {
 		i := slices.IndexFunc(lives, func(l Life) bool { return l.Role == "job" && l.Alive() && ok(l) })
 		if i >= 0 {
 			found = lives[i]
@@ -348,9 +304,9 @@ func (w *Witness) WaitForJob(ctx context.Context, ok func(Life) bool) (Life, err
 		return i >= 0
 	})
 	if err != nil {
-		return Life{}, fmt.Errorf("wait for a job: %w", err)
+		err = fmt.Errorf("wait for a job: %w", err)
 	}
-	return found, nil
+	return found, err
 }
 
 // WaitForNext waits for the job of a later term than the given one.
@@ -358,20 +314,17 @@ func (w *Witness) WaitForNext(ctx context.Context, before Life) (Life, error) {
 	return w.WaitForJob(ctx, func(l Life) bool { return l.Token > before.Token })
 }
 
-// WaitForDead waits until nothing of the given life's term is alive, and
-// returns when it ended.
-func (w *Witness) WaitForDead(ctx context.Context, of Life) (time.Duration, error) {
-	var end time.Duration
-	err := w.Wait(ctx, func(lives []Life) bool {
+// WaitForDead waits until nothing of the given life's term is alive, and returns when it ended.
+func (w *Witness) WaitForDead(ctx context.Context, of Life) (end time.Duration, err error) {
+	err = w.Wait(ctx, func(lives []Life) bool {
 		end = 0
 		for _, l := range lives {
-			if l.Token != of.Token || l.Candidate != of.Candidate {
-				continue
+			if l.Token == of.Token && l.Candidate == of.Candidate {
+				if l.Alive() {
+					return false
+				}
+				end = max(end, l.End)
 			}
-			if l.Alive() {
-				return false
-			}
-			end = max(end, l.End)
 		}
 		return end != 0
 	})
@@ -386,7 +339,7 @@ func (w *Witness) WaitForDead(ctx context.Context, of Life) (time.Duration, erro
 func (w *Witness) Tell(l Life, command string) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if current := w.conns[l.conn]; current == nil || current.Pid != l.Pid {
+	if s := w.sockets[l.conn]; s == nil || s.life == nil || s.life.Pid != l.Pid {
 		return fmt.Errorf("tell pid %d to %s: it has ended", l.Pid, command)
 	}
 	_, err := unix.Write(l.conn, append([]byte(command), '\n'))
