@@ -12,8 +12,45 @@ import (
 	"time"
 )
 
-// Machine is where one candidate runs, as a host of its own: its node of the
-// network, its links to etcd, and the cgroup that nothing it starts gets out of.
+// Implementation is a program that keeps a job on one machine.
+type Implementation struct {
+	Name string
+	// command turns the job into a command of the program.
+	command func(m *Machine, cfg *CandidateConfig)
+	// group: it passes no signal on to its command, so that a stop goes to both, as Ctrl-C or
+	// systemd would send it.
+	group bool
+}
+
+// The implementations. StockLoop is what one usually writes with etcd's own packages.
+var (
+	Leasehold = Implementation{Name: "leasehold", command: func(m *Machine, cfg *CandidateConfig) {
+		cfg.Binary = m.testbed.Programs.Leasehold
+		cfg.Env = append(m.testbed.Etcd.CandidateEnv(), "LEASEHOLD_LOG_LEVEL=info")
+	}}
+	StockLoop = Implementation{Name: "stock loop", command: func(m *Machine, cfg *CandidateConfig) {
+		cfg.Binary, cfg.Args, cfg.Job = m.testbed.Programs.Stockloop, cfg.Job, nil
+		cfg.Env = []string{
+			"ENDPOINTS=" + strings.Join(cfg.Endpoints, ","), "ELECTION=" + cfg.Election,
+			"IDENTITY=" + cfg.Identity, fmt.Sprintf("TTL=%.0f", cfg.TTL.Seconds()),
+		}
+	}}
+	EtcdctlLock = Implementation{Name: "etcdctl lock", command: etcdctlLock, group: true}
+
+	Implementations = []Implementation{Leasehold, StockLoop, EtcdctlLock}
+)
+
+func etcdctlLock(m *Machine, cfg *CandidateConfig) {
+	args := []string{"lock", fmt.Sprintf("--ttl=%.0f", cfg.TTL.Seconds()), cfg.Election, "--"}
+	lock := m.testbed.Etcd.EtcdctlCommand(cfg.Endpoints, append(args, cfg.Job...)...)
+	cfg.Binary, cfg.Args, cfg.Job = lock.Path, lock.Args[1:], nil
+}
+
+// Ours reports whether it is leasehold.
+func (i Implementation) Ours() bool { return i.Name == Leasehold.Name }
+
+// Machine is where one candidate runs, as a host of its own: its node of the network, its links to
+// etcd, and the cgroup that nothing it starts gets out of.
 type Machine struct {
 	*Candidate     // what runs there; nil before Start
 	Implementation Implementation
@@ -33,9 +70,8 @@ type MachineConfig struct {
 }
 
 // NewMachine makes a machine on which nothing runs yet.
-func (b *Testbed) NewMachine(cfg MachineConfig) (*Machine, error) {
-	m := &Machine{Name: cfg.Name, Cgroup: cfg.Cgroup, testbed: b}
-	var err error
+func (b *Testbed) NewMachine(cfg MachineConfig) (m *Machine, err error) {
+	m = &Machine{Name: cfg.Name, Cgroup: cfg.Cgroup, testbed: b}
 	host := "127.0.0.1"
 	if b.Network != nil {
 		host = b.Network.Host
@@ -67,15 +103,13 @@ func (m *Machine) Endpoints() []string {
 	return endpoints
 }
 
-// Start starts a candidate there. change may be nil.
-func (m *Machine) Start(of Implementation, c Candidacy, change func(*CandidateConfig) error) error {
+// Start starts a candidate there. cfg has its election, TTL and witness, and the words of the test
+// job; the rest is added. change may change the whole; it may be nil.
+func (m *Machine) Start(of Implementation, cfg CandidateConfig, change func(*CandidateConfig) error) error {
 	m.Implementation = of
-	c.Etcd, c.Endpoints, c.Identity = m.testbed.Etcd, m.Endpoints(), m.Name
-	cfg := of.Config(c)
-	cfg.Node = m.Node
-	if of.Ours() {
-		cfg.Env = append(cfg.Env, m.testbed.Etcd.CandidateEnv()...)
-	}
+	cfg.Endpoints, cfg.Identity, cfg.Node = m.Endpoints(), m.Name, m.Node
+	cfg.Job = append([]string{m.testbed.Programs.Testjob}, cfg.Job...)
+	of.command(m, &cfg)
 	if m.Cgroup != nil {
 		cfg.Prepare = m.Cgroup.Enter
 	}
@@ -90,7 +124,12 @@ func (m *Machine) Start(of Implementation, c Candidacy, change func(*CandidateCo
 }
 
 // Stop asks the candidate to end.
-func (m *Machine) Stop() error { return m.Implementation.Stop(m.Candidate) }
+func (m *Machine) Stop() error {
+	if m.Implementation.group {
+		return syscall.Kill(-m.Guard(), syscall.SIGTERM)
+	}
+	return m.Signal(syscall.SIGTERM)
+}
 
 // SetReachable cuts the machine's proxies, or lets everything pass again.
 func (m *Machine) SetReachable(reachable bool) {
@@ -103,8 +142,8 @@ func (m *Machine) SetReachable(reachable bool) {
 	}
 }
 
-// Wake ends whatever keeps the machine's processes from running, and its
-// proxies from passing data on.
+// Wake ends whatever keeps the machine's processes from running, and its proxies from passing data
+// on.
 func (m *Machine) Wake(ctx context.Context) {
 	m.SetReachable(true)
 	if m.Cgroup == nil {

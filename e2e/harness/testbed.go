@@ -13,15 +13,15 @@ import (
 	"go.uber.org/zap"
 )
 
-// WaitTimeout bounds every wait for what must come. It takes a tenth of it on a
-// slow machine.
+// WaitTimeout bounds every wait for what must come. It takes a tenth of it on a slow machine.
 const WaitTimeout = 30 * time.Second
 
 // TestbedConfig says what a testbed has.
 type TestbedConfig struct {
-	Cluster ClusterConfig
-	// Isolated puts each member of etcd and each machine on a node of a network of
-	// its own, as root; otherwise all are on 127.0.0.1.
+	Cluster  ClusterConfig
+	Programs *Programs // that machines run
+	// Isolated puts each member of etcd and each machine on a node of a network of its own, as
+	// root; otherwise all are on 127.0.0.1.
 	Isolated bool
 	// Prefix is that of all elections. With Auth, candidates may use nothing else.
 	Prefix string
@@ -30,15 +30,16 @@ type TestbedConfig struct {
 
 // Testbed is an etcd cluster and the network that machines reach it by.
 type Testbed struct {
-	Etcd    *Cluster
-	Network *Network         // nil on 127.0.0.1
-	Client  *clientv3.Client // an operator's, whom no fault cuts off
-	Prefix  string           // of all elections
+	Etcd     *Cluster
+	Programs *Programs
+	Network  *Network         // nil on 127.0.0.1
+	Client   *clientv3.Client // an operator's, whom no fault cuts off
+	Prefix   string           // of all elections
 }
 
 // NewTestbed starts etcd.
 func NewTestbed(ctx context.Context, cfg TestbedConfig) (*Testbed, error) {
-	b := &Testbed{Prefix: cfg.Prefix}
+	b := &Testbed{Programs: cfg.Programs, Prefix: cfg.Prefix}
 	if err := b.open(ctx, cfg); err != nil {
 		b.Close()
 		return nil, err
@@ -80,8 +81,7 @@ func (b *Testbed) Close() {
 	}
 }
 
-// Recover ends the faults of the network and of etcd's members, and waits until
-// etcd serves.
+// Recover ends the faults of the network and of etcd's members, and waits until etcd serves.
 func (b *Testbed) Recover(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, WaitTimeout)
 	defer cancel()
@@ -107,21 +107,19 @@ type Leading struct {
 }
 
 // WaitQueue waits until the election has that many candidates.
-func (b *Testbed) WaitQueue(ctx context.Context, election string, n int64) (Leading, error) {
+func (b *Testbed) WaitQueue(ctx context.Context, election string, n int64) (l Leading, err error) {
 	ctx, cancel := context.WithTimeout(ctx, WaitTimeout)
 	defer cancel()
-	var l Leading
-	err := Until(ctx, func() error {
+	err = Until(ctx, func() error {
 		opts := append(clientv3.WithFirstCreate(), clientv3.WithPrefix())
 		got, err := b.Client.Get(ctx, election+"/", opts...)
-		if err != nil {
-			return err
+		if err == nil && got.Count != n {
+			err = fmt.Errorf("%d candidates in %s, want %d", got.Count, election, n)
 		}
-		if got.Count != n {
-			return fmt.Errorf("%d candidates in %s, want %d", got.Count, election, n)
+		if err == nil {
+			l = Leading{string(got.Kvs[0].Key), clientv3.LeaseID(got.Kvs[0].Lease)}
 		}
-		l = Leading{string(got.Kvs[0].Key), clientv3.LeaseID(got.Kvs[0].Lease)}
-		return nil
+		return err
 	})
 	return l, err
 }
@@ -174,23 +172,23 @@ const (
 	CandidatePassword = "candidate-secret"
 )
 
-// NewClient makes a client of etcd's for an operator. Without endpoints it
-// reaches all members.
+// NewClient makes a client of etcd's for an operator. Without endpoints it reaches all members.
 func (c *Cluster) NewClient(endpoints ...string) (*clientv3.Client, error) {
-	if len(endpoints) == 0 {
-		endpoints = c.Endpoints()
-	}
 	user, password, _ := strings.Cut(c.Auth, ":")
-	return c.newClient(clientv3.Config{Endpoints: endpoints, Username: user, Password: password})
+	return c.newClient(user, password, endpoints)
 }
 
 // NewAnonymousClient makes a client without user and password.
-func (c *Cluster) NewAnonymousClient() (*clientv3.Client, error) {
-	return c.newClient(clientv3.Config{Endpoints: c.Endpoints()})
-}
+func (c *Cluster) NewAnonymousClient() (*clientv3.Client, error) { return c.newClient("", "", nil) }
 
-func (c *Cluster) newClient(cfg clientv3.Config) (*clientv3.Client, error) {
-	cfg.DialTimeout, cfg.Logger = WaitTimeout, zap.NewNop()
+func (c *Cluster) newClient(user, password string, endpoints []string) (*clientv3.Client, error) {
+	cfg := clientv3.Config{
+		Endpoints: endpoints, Username: user, Password: password,
+		DialTimeout: WaitTimeout, Logger: zap.NewNop(),
+	}
+	if len(endpoints) == 0 {
+		cfg.Endpoints = c.Endpoints()
+	}
 	if c.cfg.TLS != nil {
 		var err error
 		if cfg.TLS, err = c.cfg.TLS.ClientConfig(); err != nil {

@@ -78,7 +78,7 @@ func newTrial(t *testing.T, u user, etcd harness.ClusterConfig) *trial {
 	cluster := harness.NewTestCluster(t, etcd)
 	tr := &trial{
 		T: t, ctx: ctx, user: u, programs: programs, ttl: 3 * time.Second,
-		testbed: &harness.Testbed{Etcd: cluster}, etcd: cluster,
+		testbed: &harness.Testbed{Etcd: cluster, Programs: programs}, etcd: cluster,
 		witness: harness.NewTestWitness(t), election: fmt.Sprintf("jobs/e2e-%d", elections.Add(1)),
 	}
 	t.Cleanup(func() {
@@ -108,9 +108,8 @@ func (tr *trial) start(identity, behaviour string, changes ...change) *candidate
 		tr.Cleanup(p.Close)
 	}
 	c := &candidate{Machine: m}
-	tr.must(m.Start(harness.Leasehold, harness.Candidacy{
-		Programs: tr.programs, Election: tr.election, TTL: tr.ttl,
-		Job: strings.Fields(behaviour), Witness: tr.witness,
+	tr.must(m.Start(harness.Leasehold, harness.CandidateConfig{
+		Election: tr.election, TTL: tr.ttl, Job: strings.Fields(behaviour), Witness: tr.witness,
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.UID = tr.user.uid
 		// Instead of what it would get by itself: some tests say otherwise.

@@ -78,7 +78,7 @@ type testbed struct {
 // measureVia measures everything that is measured with etcd reached in one way.
 func (b *bench) measureVia(ctx context.Context, via string) (err error) {
 	t := &testbed{bench: b, via: via}
-	cfg := harness.TestbedConfig{Prefix: "bench/", Auth: via == "auth"}
+	cfg := harness.TestbedConfig{Programs: b.programs, Prefix: "bench/", Auth: via == "auth"}
 	cfg.Cluster.Etcd = b.etcd
 	if via == "tls" {
 		if cfg.Cluster.TLS, err = harness.NewCerts(b.dir); err != nil {
@@ -113,7 +113,7 @@ func (t *testbed) start(of harness.Implementation, election string, ttl time.Dur
 	if err != nil {
 		return nil, err
 	}
-	c := harness.Candidacy{Programs: t.programs, Election: election, TTL: ttl, Witness: t.witness}
+	c := harness.CandidateConfig{Election: election, TTL: ttl, Witness: t.witness}
 	return m, m.Start(of, c, change)
 }
 

@@ -95,7 +95,9 @@ func (d *demo) play(ctx context.Context) (err error) {
 		return err
 	}
 	defer d.witness.Close()
-	cfg := harness.TestbedConfig{Cluster: harness.ClusterConfig{Etcd: etcd}}
+	cfg := harness.TestbedConfig{
+		Cluster: harness.ClusterConfig{Etcd: etcd}, Programs: d.programs,
+	}
 	if d.testbed, err = harness.NewTestbed(ctx, cfg); err != nil {
 		return err
 	}
@@ -216,8 +218,8 @@ func (d *demo) standby(ctx context.Context, name string) error {
 }
 
 func (d *demo) start(m *harness.Machine) error {
-	err := m.Start(harness.Leasehold, harness.Candidacy{
-		Programs: d.programs, Election: "demo/report", TTL: ttl, Witness: d.witness,
+	err := m.Start(harness.Leasehold, harness.CandidateConfig{
+		Election: "demo/report", TTL: ttl, Witness: d.witness,
 		Job: []string{"count=" + interval.String()},
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.Prepare = func(cmd *exec.Cmd) { cmd.Stdout = &d.narrator }

@@ -137,7 +137,7 @@ func (r *runner) newTestbed(ctx context.Context, of etcd) (*harness.Testbed, err
 		Cluster: harness.ClusterConfig{
 			Etcd: r.etcd, Size: of.Members, Flags: strings.Fields(of.Flags),
 		},
-		Isolated: true, Prefix: prefix, Auth: of.Auth,
+		Programs: r.programs, Isolated: true, Prefix: prefix, Auth: of.Auth,
 	})
 }
 

@@ -240,8 +240,8 @@ func (t *Trial) start(
 	if err != nil {
 		return err
 	}
-	return m.Start(t.Of.Implementation, harness.Candidacy{
-		Programs: t.runner.programs, Election: t.election, TTL: t.TTL, Job: words,
+	return m.Start(t.Of.Implementation, harness.CandidateConfig{
+		Election: t.election, TTL: t.TTL, Job: words,
 		Witness: t.Witness,
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.UID = t.Of.uid

@@ -79,7 +79,7 @@ func (r *run) open(ctx context.Context) error {
 	}
 	r.Testbed, err = harness.NewTestbed(ctx, harness.TestbedConfig{
 		Cluster:  harness.ClusterConfig{Etcd: etcd, Size: memberCount},
-		Isolated: true, Prefix: election,
+		Programs: r.programs, Isolated: true, Prefix: election,
 	})
 	if err != nil {
 		return err
@@ -157,8 +157,8 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 		return nil, nil // it is over
 	}
 	machine, began := *c.machine, harness.Now()
-	err := machine.Start(r.implementation, harness.Candidacy{
-		Programs: r.programs, Election: election, TTL: r.ttl, Job: words, Witness: r.witness,
+	err := machine.Start(r.implementation, harness.CandidateConfig{
+		Election: election, TTL: r.ttl, Job: words, Witness: r.witness,
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String(),
 			"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug")
