@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// Certs are the files of a certificate authority of our own, and of a server's
-// and a client's certificate from it.
+// Certs are the files of a certificate authority of our own, and of a server's and a client's
+// certificate from it.
 type Certs struct {
 	CAFile                        string
 	ServerCertFile, ServerKeyFile string
@@ -74,8 +74,8 @@ func (c *Certs) ClientConfig() (*tls.Config, error) {
 	}, nil
 }
 
-// IssueClient replaces the client's certificate by a new one, as a renewal of
-// certificates does: each file is replaced at once, never half written.
+// IssueClient replaces the client's certificate by a new one, as a renewal of certificates does:
+// each file is replaced at once, never half written.
 func (c *Certs) IssueClient(serial int64) error {
 	return c.issue("client", serial, c.ClientCertFile, c.ClientKeyFile)
 }

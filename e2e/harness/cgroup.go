@@ -26,8 +26,8 @@ type Cgroup struct {
 
 var cgroups atomic.Int64 // keeps their names apart
 
-// NewCgroup makes a cgroup at the top of the hierarchy. Its name holds the
-// prefix and this program's pid: see RemoveLeftovers.
+// NewCgroup makes a cgroup at the top of the hierarchy. Its name holds the prefix and this
+// program's pid: see RemoveLeftovers.
 func NewCgroup(prefix string) (*Cgroup, error) {
 	mount := Cgroup2()
 	if mount == "" {
@@ -49,8 +49,8 @@ func CgroupAt(path string) (*Cgroup, error) {
 	return &Cgroup{Path: path, dir: dir}, nil
 }
 
-// RemoveLeftovers removes the cgroups that programs have left which were
-// killed before they could call Remove.
+// RemoveLeftovers removes the cgroups that programs have left which were killed before they could
+// call Remove.
 func RemoveLeftovers(ctx context.Context, prefix string) error {
 	found, err := filepath.Glob(filepath.Join(Cgroup2(), prefix+"-*-*"))
 	for _, path := range found {
@@ -75,8 +75,8 @@ func (c *Cgroup) Enter(cmd *exec.Cmd) {
 	cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(c.dir.Fd())
 }
 
-// Freeze stops every process of the cgroup at once. A process that is started
-// in it meanwhile waits for Thaw, and so does its parent.
+// Freeze stops every process of the cgroup at once. A process that is started in it meanwhile waits
+// for Thaw, and so does its parent.
 func (c *Cgroup) Freeze(ctx context.Context) error {
 	if err := c.write("cgroup.freeze", "1"); err != nil {
 		return err
@@ -92,8 +92,7 @@ func (c *Cgroup) Thaw(ctx context.Context) error {
 	return c.waitFor(ctx, "frozen 0")
 }
 
-// WaitEmpty waits until no process is in the cgroup. Its error names those that
-// are.
+// WaitEmpty waits until no process is in the cgroup. Its error names those that are.
 func (c *Cgroup) WaitEmpty(ctx context.Context) error {
 	err := c.waitFor(ctx, "populated 0")
 	if err == nil {

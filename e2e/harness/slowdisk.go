@@ -12,11 +12,10 @@ import (
 	"time"
 )
 
-// SlowDisk makes each of the member's syncs of a file to its disk begin that
-// much later, until end is called or the member has ended. The member must not
-// run with --unsafe-no-fsync, for then it never syncs. It is done by strace
-// (Debian's package strace), under which nothing else of etcd is slow enough to
-// notice.
+// SlowDisk makes each of the member's syncs of a file to its disk begin that much later, until end
+// is called or the member has ended. The member must not run with --unsafe-no-fsync, for then it
+// never syncs. It is done by strace (Debian's package strace), under which nothing else of etcd is
+// slow enough to notice.
 func (m *Member) SlowDisk(ctx context.Context, delay time.Duration) (end func(), err error) {
 	var log buffer
 	cmd := exec.Command("strace", "-f", "-o", "/dev/null",

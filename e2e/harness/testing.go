@@ -44,8 +44,7 @@ func NewTestCluster(t testing.TB, cfg ClusterConfig) *Cluster {
 	return c
 }
 
-// NewTestProxy starts a proxy in front of a URL's or host:port's server that
-// ends with the test.
+// NewTestProxy starts a proxy in front of a URL's or host:port's server that ends with the test.
 func NewTestProxy(t testing.TB, target string) *Proxy {
 	t.Helper()
 	if _, addr, found := strings.Cut(target, "://"); found {
@@ -79,8 +78,8 @@ func NewTestWitness(t testing.TB) *Witness {
 	return w
 }
 
-// NeedsRoot skips a test that needs root and a cgroup v2 tree to write in.
-// With E2E_NO_SKIP=1, as CI has it, that is a failure.
+// NeedsRoot skips a test that needs root and a cgroup v2 tree to write in. With E2E_NO_SKIP=1, as
+// CI has it, that is a failure.
 func NeedsRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() == 0 && cgroup2Writable() {
