@@ -79,13 +79,7 @@ func forking(f func(n, witness int, end time.Duration) error) func(*process, str
 	return func(p *process, n string) error {
 		fd := -1
 		if p.witness != nil {
-			raw, err := p.witness.SyscallConn()
-			if err != nil {
-				return err
-			}
-			if err := raw.Control(func(u uintptr) { fd = int(u) }); err != nil {
-				return err
-			}
+			fd = int(p.witness.Fd())
 		}
 		return f(number(n), fd, boottime.Now()+forksLife)
 	}

@@ -10,7 +10,6 @@ package main
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -50,10 +49,10 @@ func behaviours() []behaviour {
 		{"stop-code=N", atStart, awaitTerm, nil},         // on SIGTERM, end with code N
 		{"exit=N", 0, nil, nil},                          // end at once with code N
 		{"after=DUR", 0, nil, nil},                       // but only after DUR
-		{"setsid", greeted, child("setsid"), nil},        // a child in another session, ignoring SIGTERM
-		{"hold-pipes", greeted, child("child"), nil},     // a grandchild that holds the standard streams
-		{"orphans=N", greeted, brief("parent"), nil},     // N idle descendants whose parents have exited
-		{"daemonize", greeted, brief("between"), nil},    // a descendant that forked twice, with setsid
+		{"setsid", greeted, starting("setsid"), nil},     // a child in another session, ignoring SIGTERM
+		{"hold-pipes", greeted, starting("child"), nil},  // a grandchild that holds the standard streams
+		{"orphans=N", greeted, starting("parent"), nil},  // N idle descendants whose parents have exited
+		{"daemonize", greeted, starting("between"), nil}, // a descendant that forked twice, with setsid
 		{"wipe-env", 0, nil, wipe},                       // descendants with none of its environment
 		{"huge-env", 0, nil, fillUp},                     // descendants with an environment of 400 KiB
 		{"undumpable", hiding, undumpable, nil},          // descendants of which /proc shows little
@@ -67,25 +66,34 @@ func behaviours() []behaviour {
 	}
 }
 
-// roles are what a descendant does that executes this program again, if it does anything. Those
-// that are brief end then, the others wait to be killed.
-var roles = map[string]struct {
+// role is what a descendant does that executes this program again. One that is brief ends then, and
+// its parent waits for that; the others wait to be killed.
+type role struct {
 	brief bool
 	do    func(p *process) error
-}{
-	"child":   {false, func(p *process) error { return child("grandchild")(p, "") }},
-	"between": {true, func(p *process) error { return child("daemon")(p, "") }},
-	"parent": {true, func(p *process) error {
-		n, _ := p.value("orphans")
-		return forking(leaveOrphans)(p, n)
-	}},
+}
+
+// roleOf returns nothing to do for most.
+func roleOf(name string) role {
+	switch name {
+	case "child":
+		return role{false, func(p *process) error { return p.start("grandchild") }}
+	case "between":
+		return role{true, func(p *process) error { return p.start("daemon") }}
+	case "parent":
+		return role{true, func(p *process) error {
+			n, _ := p.value("orphans")
+			return forking(leaveOrphans)(p, n)
+		}}
+	}
+	return role{false, func(*process) error { return nil }}
 }
 
 // process is this one.
 type process struct {
 	role    string // "job" for the job's first process
 	words   []string
-	witness *net.UnixConn // nil without one
+	witness *os.File // nil without one
 	term    chan os.Signal
 }
 
@@ -120,10 +128,9 @@ func (p *process) run() error {
 	if p.witness != nil {
 		go obey(p.witness)
 	}
-	if role, does := roles[p.role]; does {
-		if err := role.do(p); role.brief || err != nil {
-			return err
-		}
+	role := roleOf(p.role)
+	if err := role.do(p); role.brief || err != nil {
+		return err
 	}
 	if p.role == "job" {
 		if err := p.begin(greeted); err != nil {
@@ -185,7 +192,7 @@ func (p *process) duration(of string) time.Duration {
 }
 
 // start starts a descendant that executes this program again.
-func (p *process) start(role string) (*exec.Cmd, error) {
+func (p *process) start(role string) error {
 	cmd := exec.Command("/proc/self/exe", p.words...)
 	cmd.Env = append(os.Environ(), "TESTJOB_ROLE="+role)
 	for _, b := range behaviours() {
@@ -200,38 +207,20 @@ func (p *process) start(role string) (*exec.Cmd, error) {
 	if p.witness != nil {
 		// The child holds our connection from its first moment on, so that there is none in which
 		// the witness doesn't know of it.
-		file, err := p.witness.File()
-		if err != nil {
-			return nil, err
-		}
-		defer func() { _ = file.Close() }()
-		cmd.ExtraFiles = []*os.File{file}
+		cmd.ExtraFiles = []*os.File{p.witness}
 	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start %s: %w", role, err)
+	err := cmd.Start()
+	if err == nil && roleOf(role).brief {
+		err = cmd.Wait()
 	}
-	return cmd, nil
+	if err != nil {
+		return fmt.Errorf("start %s: %w", role, err)
+	}
+	return nil
 }
 
-func child(role string) func(*process, string) error {
-	return func(p *process, _ string) error {
-		_, err := p.start(role)
-		return err
-	}
-}
-
-// brief waits for the child, which leaves children of its own behind.
-func brief(role string) func(*process, string) error {
-	return func(p *process, _ string) error {
-		cmd, err := p.start(role)
-		if err != nil {
-			return err
-		}
-		if err := cmd.Wait(); err != nil {
-			return fmt.Errorf("wait for %s: %w", role, err)
-		}
-		return nil
-	}
+func starting(role string) func(*process, string) error {
+	return func(p *process, _ string) error { return p.start(role) }
 }
 
 func ignoreTerm(*process, string) error {

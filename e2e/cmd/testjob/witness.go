@@ -5,12 +5,13 @@ package main
 import (
 	"bufio"
 	"encoding/json"
-	"net"
 	"os"
 	"os/signal"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func candidate() string { return os.Getenv("LEASEHOLD_IDENTITY") + os.Getenv("TESTJOB_CANDIDATE") }
@@ -37,15 +38,19 @@ type hello struct {
 }
 
 // greet returns nil without a witness to greet.
-func greet(role string, started time.Duration) (*net.UnixConn, error) {
+func greet(role string, started time.Duration) (*os.File, error) {
 	addr := os.Getenv("WITNESS")
 	if addr == "" {
 		return nil, nil
 	}
-	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: addr, Net: "unix"})
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: addr}); err != nil {
+		return nil, err
+	}
+	conn := os.NewFile(uintptr(fd), addr)
 	return conn, json.NewEncoder(conn).Encode(hello{
 		Candidate: candidate(), Token: number(token()), Pid: os.Getpid(), Role: role,
 		Started: started, Forked: forked(),
@@ -97,7 +102,7 @@ func descriptors() map[string]string {
 
 // obey carries out what the test says, and ends the process with the witness: nothing of a job
 // outlives its test.
-func obey(witness *net.UnixConn) {
+func obey(witness *os.File) {
 	lines := bufio.NewScanner(witness)
 	for lines.Scan() {
 		verb, arg, _ := strings.Cut(lines.Text(), " ")
