@@ -108,11 +108,9 @@ type CandidateConfig struct {
 
 // Candidate is a running daemon: the guard, whose end is the candidate's, and what belongs to it.
 type Candidate struct {
-	*process
+	*Child   // its Output and Log are also the job's
 	Identity string
 	Listen   string // host:port of the health endpoint
-
-	stdout, stderr buffer
 }
 
 // StartCandidate starts a daemon. It does not wait for anything. Its environment holds nothing of
@@ -150,7 +148,6 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 		cmd.Env = append(cmd.Env, WitnessVariable+"="+cfg.Witness.Addr)
 	}
 	cmd.Env = append(cmd.Env, cfg.Env...)
-	cmd.Stdout, cmd.Stderr = &c.stdout, &c.stderr
 	if cfg.UID != 0 {
 		user := &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
@@ -158,7 +155,7 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	if cfg.Prepare != nil {
 		cfg.Prepare(cmd)
 	}
-	if c.process, err = start("candidate "+cfg.Identity, cfg.Node, cmd); err != nil {
+	if c.Child, err = StartChild("candidate "+cfg.Identity, cfg.Node, cmd); err != nil {
 		return nil, err
 	}
 	return c, nil
@@ -206,12 +203,6 @@ func (c *Candidate) Elector() (int, error) { return c.Pid(Elector) }
 
 // Spawner is the pid of the guard's child from which the job descends.
 func (c *Candidate) Spawner() (int, error) { return c.Pid(Spawner) }
-
-// Log is what the daemon (and its job) wrote to standard error so far.
-func (c *Candidate) Log() string { return c.stderr.String() }
-
-// Output is what the daemon (and its job) wrote to standard output so far.
-func (c *Candidate) Output() string { return c.stdout.String() }
 
 // Get asks the health endpoint and returns the status code and the body.
 func (c *Candidate) Get(ctx context.Context, path string) (int, string, error) {

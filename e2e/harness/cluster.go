@@ -42,7 +42,7 @@ type Cluster struct {
 
 // Member is one etcd server. Its ports and data stay the same over restarts.
 type Member struct {
-	*process  // nil before Start
+	*Child    // nil before Start
 	Name      string
 	ClientURL string
 	// MetricsURL serves /metrics and /health without TLS and without auth.
@@ -298,11 +298,11 @@ func (m *Member) Start() error {
 	cmd.Stdout, cmd.Stderr = &m.log, &m.log
 	// Variables that configure etcd would overrule nothing but confuse it.
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "ETCD_") })
-	p, err := start("etcd member "+m.Name, m.Node, cmd)
+	c, err := StartChild("etcd member "+m.Name, m.Node, cmd)
 	if err != nil {
 		return err
 	}
-	m.process = p
+	m.Child = c
 	return nil
 }
 

@@ -10,6 +10,7 @@
 //	Implementation  how candidates of one program are started and stopped
 //	Network         a namespace for each node, between which packets are dropped
 //	Proxy           a link to a member of etcd that can be cut without closing it
+//	Child           a process that ends with the program that started it
 //	Witness         every process of a job holds a connection to it while it lives
 //
 // The scenarios (e2e/scenario), the tests of other packages and the programs of

@@ -92,16 +92,24 @@ func children() map[int][]int {
 	return children
 }
 
-// process is a child with one goroutine that waits for it.
-type process struct {
-	name  string
-	cmd   *exec.Cmd
-	ended chan struct{} // closed when the child has been reaped
+// Child is a process that this program has started. It can't outlive it.
+type Child struct {
+	name           string
+	cmd            *exec.Cmd
+	stdout, stderr buffer
+	ended          chan struct{} // closed when the child has been reaped
 }
 
-// start starts cmd on a node so that it can't outlive this program, in a process group of its own,
-// or a session, so that Ctrl-C on a terminal reaches this program alone.
-func start(name string, on *Node, cmd *exec.Cmd) (*process, error) {
+// StartChild starts cmd on a node, in a process group of its own, or a session, so that Ctrl-C on a
+// terminal reaches this program alone. What it writes is kept, unless cmd says where it goes.
+func StartChild(name string, on *Node, cmd *exec.Cmd) (*Child, error) {
+	c := &Child{name: name, cmd: cmd, ended: make(chan struct{})}
+	if cmd.Stdout == nil {
+		cmd.Stdout = &c.stdout
+	}
+	if cmd.Stderr == nil {
+		cmd.Stderr = &c.stderr
+	}
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
@@ -112,24 +120,29 @@ func start(name string, on *Node, cmd *exec.Cmd) (*process, error) {
 	if err := on.Do(cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	p := &process{name: name, cmd: cmd, ended: make(chan struct{})}
-	go func() {
-		defer close(p.ended)
+	go func() { // one goroutine waits for it
+		defer close(c.ended)
 		_ = cmd.Wait() // what it ended with is in cmd.ProcessState
 	}()
-	return p, nil
+	return c, nil
 }
 
+// Output is what it wrote to standard output so far.
+func (c *Child) Output() string { return c.stdout.String() }
+
+// Log is what it wrote to standard error so far.
+func (c *Child) Log() string { return c.stderr.String() }
+
 // Ended is closed when the process has ended.
-func (p *process) Ended() <-chan struct{} { return p.ended }
+func (c *Child) Ended() <-chan struct{} { return c.ended }
 
 // Running reports whether the process was started and has not ended.
-func (p *process) Running() bool {
-	if p == nil {
+func (c *Child) Running() bool {
+	if c == nil {
 		return false
 	}
 	select {
-	case <-p.ended:
+	case <-c.ended:
 		return false
 	default:
 		return true
@@ -137,23 +150,23 @@ func (p *process) Running() bool {
 }
 
 // Signal returns an error when the process has ended already.
-func (p *process) Signal(sig syscall.Signal) error { return p.cmd.Process.Signal(sig) }
+func (c *Child) Signal(sig syscall.Signal) error { return c.cmd.Process.Signal(sig) }
 
 // Kill ends the process with SIGKILL, also while it is stopped, and waits until it has ended.
-func (p *process) Kill() {
-	if p != nil {
-		_ = p.cmd.Process.Kill() // it may have ended by itself
-		<-p.ended
+func (c *Child) Kill() {
+	if c != nil {
+		_ = c.cmd.Process.Kill() // it may have ended by itself
+		<-c.ended
 	}
 }
 
 // Wait waits for the end of the process and returns its exit code, 128+n after signal n.
-func (p *process) Wait(ctx context.Context) (int, error) {
+func (c *Child) Wait(ctx context.Context) (int, error) {
 	select {
-	case <-p.ended:
-		return exitCode(p.cmd.ProcessState), nil
+	case <-c.ended:
+		return exitCode(c.cmd.ProcessState), nil
 	case <-ctx.Done():
-		return 0, fmt.Errorf("wait for the end of %s: %w", p.name, context.Cause(ctx))
+		return 0, fmt.Errorf("wait for the end of %s: %w", c.name, context.Cause(ctx))
 	}
 }
 
@@ -172,16 +185,14 @@ func RunOnce(
 ) (code int, stdout, stderr string, err error) {
 	cmd := exec.Command(binary, args...)
 	cmd.Env = env
-	out, errs := &buffer{}, &buffer{}
-	cmd.Stdout, cmd.Stderr = out, errs
-	p, err := start(strings.Join(append([]string{binary}, args...), " "), nil, cmd)
+	c, err := StartChild(strings.Join(cmd.Args, " "), nil, cmd)
 	if err != nil {
 		return 0, "", "", err
 	}
-	if code, err = p.Wait(ctx); err != nil {
-		p.Kill()
+	if code, err = c.Wait(ctx); err != nil {
+		c.Kill()
 	}
-	return code, out.String(), errs.String(), err
+	return code, c.Output(), c.Log(), err
 }
 
 // buffer collects what a child writes.

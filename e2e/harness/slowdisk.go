@@ -17,26 +17,24 @@ import (
 // never syncs. It is done by strace (Debian's package strace), under which nothing else of etcd is
 // slow enough to notice.
 func (m *Member) SlowDisk(ctx context.Context, delay time.Duration) (end func(), err error) {
-	var log buffer
 	cmd := exec.Command("strace", "-f", "-o", "/dev/null",
 		"-p", strconv.Itoa(m.cmd.Process.Pid), "-e", "trace=fdatasync,fsync",
 		"-e", fmt.Sprintf("inject=fdatasync,fsync:delay_enter=%d", delay.Microseconds()))
-	cmd.Stderr = &log
-	p, err := start("strace", nil, cmd)
+	c, err := StartChild("strace", nil, cmd)
 	if err != nil {
 		return nil, fmt.Errorf("slow down the disk of etcd member %s "+
 			"(Debian's package strace): %w", m.Name, err)
 	}
 	err = Until(ctx, func() error {
-		if strings.Contains(log.String(), " attached") {
+		if strings.Contains(c.Log(), " attached") {
 			return nil
 		}
 		return errors.New("strace is not attached")
 	})
 	if err != nil {
-		p.Kill()
-		return nil, fmt.Errorf("slow down the disk of etcd member %s: %w: %s", m.Name, err, log.String())
+		c.Kill()
+		return nil, fmt.Errorf("slow down the disk of etcd member %s: %w: %s", m.Name, err, c.Log())
 	}
 	// The kernel lets go of what a tracer that is killed had stopped.
-	return p.Kill, nil
+	return c.Kill, nil
 }
