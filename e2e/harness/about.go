@@ -38,6 +38,7 @@ func AboutThisRun(ctx context.Context, etcd Etcd) (About, error) {
 	return About{
 		Date: time.Now().UTC().Format(time.DateOnly),
 		Etcd: strings.TrimPrefix(first, "etcd Version: "), Go: runtime.Version(),
-		Kernel: unix.ByteSliceToString(name.Release[:]), CPUs: runtime.NumCPU(), Root: os.Geteuid() == 0,
+		Kernel: unix.ByteSliceToString(name.Release[:]), CPUs: runtime.NumCPU(),
+		Root: os.Geteuid() == 0,
 	}, nil
 }

@@ -188,7 +188,8 @@ func (c *Candidate) Pid(p Process) (int, error) {
 func FindProcess(guard int, p Process) (int, error) {
 	for _, pid := range Children(guard) {
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // it may just have ended
-		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 && words[1] == string(p) {
+		if words := strings.Split(string(cmdline), "\x00"); len(words) > 1 &&
+			words[1] == string(p) {
 			return pid, nil
 		}
 	}

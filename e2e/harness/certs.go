@@ -87,7 +87,9 @@ func (c *Certs) issue(name string, serial int64, certFile, keyFile string) error
 	}
 	template := template(name, serial)
 	template.KeyUsage = x509.KeyUsageDigitalSignature
-	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	template.ExtKeyUsage = []x509.ExtKeyUsage{
+		x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth,
+	}
 	template.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)}
 	template.DNSNames = []string{"localhost"}
 	der, err := x509.CreateCertificate(rand.Reader, template, c.ca, key.Public(), c.caKey)

@@ -101,7 +101,8 @@ func (c *Cgroup) WaitEmpty(ctx context.Context) error {
 	var left []string
 	for _, pid := range c.Processes() {
 		cmdline, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)) // it may just have ended
-		left = append(left, fmt.Sprintf("%d (%s)", pid, strings.ReplaceAll(string(cmdline), "\x00", " ")))
+		words := strings.ReplaceAll(string(cmdline), "\x00", " ")
+		left = append(left, fmt.Sprintf("%d (%s)", pid, words))
 	}
 	return fmt.Errorf("processes are left: %s: %w", strings.Join(left, ", "), err)
 }

@@ -123,7 +123,11 @@ func (c *Cluster) newMember(name string) (m *Member, err error) {
 	for _, u := range []struct {
 		url          *string
 		scheme, port string
-	}{{&m.ClientURL, client, "2379"}, {&m.peerURL, "http", "2380"}, {&m.MetricsURL, "http", "2381"}} {
+	}{
+		{&m.ClientURL, client, "2379"},
+		{&m.peerURL, "http", "2380"},
+		{&m.MetricsURL, "http", "2381"},
+	} {
 		addr := ""
 		if m.Node != nil {
 			addr = net.JoinHostPort(m.Node.Addr, u.port)
@@ -233,7 +237,8 @@ func (c *Cluster) EtcdctlCommand(endpoints []string, args ...string) *exec.Cmd {
 		flags = append(flags, "--user", c.Auth)
 	}
 	if t := c.cfg.TLS; t != nil {
-		flags = append(flags, "--cacert", t.CAFile, "--cert", t.ClientCertFile, "--key", t.ClientKeyFile)
+		flags = append(flags,
+			"--cacert", t.CAFile, "--cert", t.ClientCertFile, "--key", t.ClientKeyFile)
 	}
 	return exec.Command(c.cfg.Etcd.Ctl, append(flags, args...)...)
 }
@@ -276,7 +281,8 @@ func (c *Cluster) EnableAuth(ctx context.Context, user, password, election strin
 func (c *Cluster) Authentications(ctx context.Context) (float64, error) {
 	sum := 0.0
 	for _, m := range c.Members {
-		n, err := m.Metric(ctx, `grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
+		n, err := m.Metric(ctx,
+			`grpc_server_handled_total{grpc_code="OK",grpc_method="Authenticate"`)
 		if err != nil {
 			return 0, err
 		}
@@ -297,7 +303,9 @@ func (m *Member) Start() error {
 	cmd := exec.Command(m.cluster.cfg.Etcd.Server, m.flags...)
 	cmd.Stdout, cmd.Stderr = &m.log, &m.log
 	// Variables that configure etcd would overrule nothing but confuse it.
-	cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "ETCD_") })
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool {
+		return strings.HasPrefix(kv, "ETCD_")
+	})
 	c, err := StartChild("etcd member "+m.Name, m.Node, cmd)
 	if err != nil {
 		return err
@@ -410,7 +418,8 @@ func readMetric(
 		if !strings.HasPrefix(line, prefix) {
 			continue
 		}
-		value, err := strconv.ParseFloat(strings.TrimSpace(line[strings.LastIndexByte(line, ' ')+1:]), 64)
+		text := strings.TrimSpace(line[strings.LastIndexByte(line, ' ')+1:])
+		value, err := strconv.ParseFloat(text, 64)
 		if err != nil {
 			return 0, fmt.Errorf("read sample %q: %w", line, err)
 		}

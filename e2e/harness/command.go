@@ -15,7 +15,8 @@ import (
 
 // Interruptible is the context of a command: it ends with SIGINT, SIGTERM or SIGHUP.
 func Interruptible() (context.Context, context.CancelFunc) {
-	return signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	return signal.NotifyContext(context.Background(),
+		syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 }
 
 // ExitCode is 0 without an error. Else it prints the error and is 1.

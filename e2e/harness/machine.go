@@ -105,7 +105,9 @@ func (m *Machine) Endpoints() []string {
 
 // Start starts a candidate there. cfg has its election, TTL and witness, and the words of the test
 // job; the rest is added. change may change the whole; it may be nil.
-func (m *Machine) Start(of Implementation, cfg CandidateConfig, change func(*CandidateConfig) error) error {
+func (m *Machine) Start(
+	of Implementation, cfg CandidateConfig, change func(*CandidateConfig) error,
+) error {
 	m.Implementation = of
 	cfg.Endpoints, cfg.Identity, cfg.Node = m.Endpoints(), m.Name, m.Node
 	cfg.Job = append([]string{m.testbed.Programs.Testjob}, cfg.Job...)

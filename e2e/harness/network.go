@@ -40,9 +40,12 @@ func EnterNetwork() (inside bool, code int) {
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), NetworkVariable+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+	}
 	if err := cmd.Start(); err != nil {
-		return false, ExitCode(os.Args[0], fmt.Errorf("make a network namespace (this needs root): %w", err))
+		err = fmt.Errorf("make a network namespace (this needs root): %w", err)
+		return false, ExitCode(os.Args[0], err)
 	}
 	go func() {
 		for s := range signals {
@@ -106,7 +109,8 @@ var networks atomic.Int64 // keeps their addresses apart
 // NewNetwork makes a network. The program must have gone through EnterNetwork.
 func NewNetwork() (*Network, error) {
 	if os.Getenv(NetworkVariable) == "" {
-		return nil, errors.New("make a network: this program is not in a network namespace of its own")
+		return nil, errors.New("make a network: " +
+			"this program is not in a network namespace of its own")
 	}
 	k := networks.Add(1)
 	n := &Network{Host: fmt.Sprintf("10.%d.0.1", k), index: k}
@@ -166,7 +170,9 @@ func (n *Network) Node(name string) (*Node, error) {
 func (node *Node) Close() {
 	node.network.mu.Lock()
 	for _, l := range node.network.losses {
-		l.links = slices.DeleteFunc(l.links, func(k Link) bool { return k.From == node || k.To == node })
+		l.links = slices.DeleteFunc(l.links, func(k Link) bool {
+			return k.From == node || k.To == node
+		})
 	}
 	node.network.mu.Unlock()
 	_ = ip("link delete " + node.wire) // it may not exist
@@ -296,8 +302,9 @@ func (n *Network) change(f func()) error {
 	f()
 	var rules []string
 	for link, percent := range n.worst() {
-		rules = append(rules, fmt.Sprintf("iifname %s oifname %s numgen random mod 100 <= %d counter drop",
-			link.From.wire, link.To.wire, percent-1))
+		rules = append(rules,
+			fmt.Sprintf("iifname %s oifname %s numgen random mod 100 <= %d counter drop",
+				link.From.wire, link.To.wire, percent-1))
 	}
 	table := "bridge " + n.bridge()
 	script := fmt.Sprintf("table %s {}\ndelete table %s\n", table, table)

@@ -206,7 +206,8 @@ func (c *Cluster) CandidateEnv() []string {
 			"LEASEHOLD_TLS_CERT_FILE="+t.ClientCertFile, "LEASEHOLD_TLS_KEY_FILE="+t.ClientKeyFile)
 	}
 	if c.Auth != "" {
-		env = append(env, "LEASEHOLD_USERNAME="+CandidateUser, "LEASEHOLD_PASSWORD="+CandidatePassword)
+		env = append(env, "LEASEHOLD_USERNAME="+CandidateUser,
+			"LEASEHOLD_PASSWORD="+CandidatePassword)
 	}
 	return env
 }

@@ -69,7 +69,8 @@ func NewTestWitness(t testing.TB) *Witness {
 		if t.Failed() { // once more where the logs of others end
 			for _, l := range w.Lives() {
 				if l.Role == "job" {
-					t.Logf("the job of %s (token %d) lived from %v to %v", l.Candidate, l.Token, l.Started, l.End)
+					t.Logf("the job of %s (token %d) lived from %v to %v",
+						l.Candidate, l.Token, l.Started, l.End)
 				}
 			}
 		}

@@ -128,7 +128,8 @@ func (w *Witness) ListenOn(node *Node) error {
 		}
 	}
 	return node.Do(func() error {
-		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		const kind = unix.SOCK_STREAM | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK
+		fd, err := unix.Socket(unix.AF_UNIX, kind, 0)
 		if err != nil {
 			return fmt.Errorf("make a socket for a witness: %w", err)
 		}
@@ -297,7 +298,9 @@ func (w *Witness) Wait(ctx context.Context, ok func([]Life) bool) error {
 // or will come, and lives.
 func (w *Witness) WaitForJob(ctx context.Context, ok func(Life) bool) (found Life, err error) {
 	err = w.Wait(ctx, func(lives []Life) bool {
-		i := slices.IndexFunc(lives, func(l Life) bool { return l.Role == "job" && l.Alive() && ok(l) })
+		i := slices.IndexFunc(lives, func(l Life) bool {
+			return l.Role == "job" && l.Alive() && ok(l)
+		})
 		if i >= 0 {
 			found = lives[i]
 		}

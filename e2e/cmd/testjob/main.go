@@ -49,16 +49,16 @@ func behaviours() []behaviour {
 		{"stop-code=N", atStart, awaitTerm, nil},         // on SIGTERM, end with code N
 		{"exit=N", 0, nil, nil},                          // end at once with code N
 		{"after=DUR", 0, nil, nil},                       // but only after DUR
-		{"setsid", greeted, starting("setsid"), nil},     // a child in another session, ignoring SIGTERM
-		{"hold-pipes", greeted, starting("child"), nil},  // a grandchild that holds the standard streams
-		{"orphans=N", greeted, starting("parent"), nil},  // N idle descendants whose parents have exited
-		{"daemonize", greeted, starting("between"), nil}, // a descendant that forked twice, with setsid
-		{"wipe-env", 0, nil, wipe},                       // descendants with none of its environment
-		{"huge-env", 0, nil, fillUp},                     // descendants with an environment of 400 KiB
+		{"setsid", greeted, starting("setsid"), nil},     // ignores SIGTERM in a session of its own
+		{"hold-pipes", greeted, starting("child"), nil},  // a grandchild holds the standard streams
+		{"orphans=N", greeted, starting("parent"), nil},  // N idle ones whose parents have exited
+		{"daemonize", greeted, starting("between"), nil}, // one that forked twice, with setsid
+		{"wipe-env", 0, nil, wipe},                       // descendants without its environment
+		{"huge-env", 0, nil, fillUp},                     // descendants with 400 KiB of environment
 		{"undumpable", hiding, undumpable, nil},          // descendants of which /proc shows little
-		{"leave-cgroup", hiding, leaveCgroup, nil},       // descendants in the cgroup above, if permitted
-		{"fork-bomb=N", greeted, forking(forkBomb), nil}, // N chains, one process each: fork, then end
-		{"fill=N", greeted, forking(startFill), nil},     // N children, and one more for each that exits
+		{"leave-cgroup", hiding, leaveCgroup, nil},       // if permitted: in the cgroup above
+		{"fork-bomb=N", greeted, forking(forkBomb), nil}, // N chains of one process: fork, then end
+		{"fill=N", greeted, forking(startFill), nil},     // N children, and one for each that exits
 		{"memory=N", greeted, takeMemory, nil},           // N GiB of memory, all of it touched
 		{"count=DUR", greeted, count, nil},               // a line every DUR, numbered from 1
 		{"leave=N", greeted, leaveMemory, nil},           // all memory but N MiB
@@ -102,7 +102,9 @@ type process struct {
 func init() { runtime.LockOSThread() }
 
 func main() {
-	p := &process{role: os.Getenv("TESTJOB_ROLE"), words: os.Args[1:], term: make(chan os.Signal, 1)}
+	p := &process{
+		role: os.Getenv("TESTJOB_ROLE"), words: os.Args[1:], term: make(chan os.Signal, 1),
+	}
 	if p.role == "" {
 		p.role = "job"
 	}
