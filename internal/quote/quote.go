@@ -25,8 +25,8 @@ func Printable(text string) string {
 	}, text)
 }
 
-// JSON encodes v, with a newline at the end. Each rune that is not printable is escaped: the library
-// leaves those above U+007E as they are, and U+009B begins a command to a terminal.
+// JSON encodes v, with a newline at the end. Each rune that is not printable is escaped: the
+// library leaves those above U+007E as they are, and U+009B begins a command to a terminal.
 func JSON(v any, indent string) (string, error) {
 	var text strings.Builder
 	e := json.NewEncoder(&text)
