@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -97,32 +98,51 @@ type Child struct {
 	name           string
 	cmd            *exec.Cmd
 	stdout, stderr buffer
-	ended          chan struct{} // closed when the child has been reaped
+	copies         sync.WaitGroup // until the child and its descendants have closed both
+	ended          chan struct{}  // closed when the child has been reaped
 }
 
 // StartChild starts cmd on a node, in a process group of its own, or a session, so that Ctrl-C on a
 // terminal reaches this program alone. What it writes is kept, unless cmd says where it goes.
 func StartChild(name string, on *Node, cmd *exec.Cmd) (*Child, error) {
 	c := &Child{name: name, cmd: cmd, ended: make(chan struct{})}
-	if cmd.Stdout == nil {
-		cmd.Stdout = &c.stdout
-	}
-	if cmd.Stderr == nil {
-		cmd.Stderr = &c.stderr
+	var ends []*os.File // the child's ends of the pipes
+	defer func() {
+		for _, f := range ends {
+			_ = f.Close() // the child has its own
+		}
+	}()
+	for to, kept := range map[*io.Writer]*buffer{&cmd.Stdout: &c.stdout, &cmd.Stderr: &c.stderr} {
+		if *to != nil {
+			continue
+		}
+		r, w, err := os.Pipe()
+		if err != nil {
+			return nil, fmt.Errorf("start %s: %w", name, err)
+		}
+		*to, ends = w, append(ends, w)
+		c.copies.Go(func() {
+			_, _ = io.Copy(kept, r) // it ends with the last of those who write
+			_ = r.Close()
+		})
 	}
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
-	// A descendant that could not be killed would keep the pipes: don't wait for it.
-	cmd.WaitDelay = 100 * time.Millisecond
 	if err := on.Do(cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	go func() { // one goroutine waits for it
 		defer close(c.ended)
 		_ = cmd.Wait() // what it ended with is in cmd.ProcessState
+		copied := make(chan struct{})
+		go func() { defer close(copied); c.copies.Wait() }()
+		select {
+		case <-copied:
+		case <-time.After(100 * time.Millisecond): // A descendant lives on, and may still write.
+		}
 	}()
 	return c, nil
 }
