@@ -112,8 +112,9 @@ func (s *Supervisor) pingSoon() {
 
 // guardHangs reports whether the guard is taken for hung: more than three pings are unanswered
 // while the guard has something to do. It has to start the job, to follow the exit of the first
-// process, and, from a margin before kill-by on, to kill. Otherwise its silence does no harm, and a
-// pause of the machine must not cost the job. Pings count only as we send them, so that a pause of
+// process, and to kill: from a margin before kill-by on, and from half a second after the end of a
+// stop or a loss. Otherwise its silence does no harm, since killOverdue kills sooner than that, and
+// a pause of the machine must not cost the daemon. Pings count only as we send them, so that a pause of
 // our own, or of the host, does not count against the guard.
 func (s *Supervisor) guardHangs(owed int64) bool {
 	s.mu.Lock()
@@ -125,7 +126,7 @@ func (s *Supervisor) guardHangs(owed int64) bool {
 	switch {
 	case j.pidfd < 0 && now < j.askedAt+s.cfg.TTL/3: // the start
 	case j.pidfd >= 0 && proctree.PidfdExited(j.pidfd):
-	case now >= min(j.known-s.cfg.Margin(), j.due):
+	case now >= j.known-s.cfg.Margin(), now-500*time.Millisecond >= j.due:
 	default:
 		return false
 	}
@@ -146,7 +147,7 @@ func (s *Supervisor) killOverdue() bool {
 }
 
 // pingInterval is the time from now to the next ping. While the job lives it is a thirtieth of the
-// TTL. From the moment on when the job is overdue, it is far less. Nothing of the job should be
+// TTL, at most a second. From the moment on when the job is overdue, it is far less. Nothing of the job should be
 // left then, and within the rest of the margin we have to notice that the guard hangs and to kill
 // in its place.
 func (s *Supervisor) pingInterval(now time.Duration) time.Duration {

@@ -276,8 +276,9 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 	}
 }
 
-// kill begins the kill. SIGKILL goes out before anything is logged. If the first process has exited
-// by itself, only the spawner kills what it left behind. From the next round on we do too.
+// kill begins the kill. SIGKILL goes out before anything is logged. If the first process has
+// exited, for whatever reason, only the spawner kills what it left behind in the first round. From
+// the next round on we do too.
 func (j *job) kill(reason ipc.KillReason) {
 	switch j.state {
 	case jobForking, jobRunning, jobStopping:

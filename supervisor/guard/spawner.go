@@ -161,14 +161,16 @@ func (s *spawner) heartbeat(now time.Duration) bool {
 }
 
 // spawnerTimeout is for how long the spawner may do nothing of what it was asked for. If kill-by
-// has passed or the next leader may be starting, that is half the margin: the guard needs the rest
-// to kill all by itself.
+// has passed, that is half the margin: the guard needs the rest to kill all by itself. If the lease
+// was lost before, it is half a second, and no longer than until then: the next leader may be
+// starting, but a machine that stalls may keep any process from running for a while.
 func (g *guard) spawnerTimeout(now time.Duration) time.Duration {
-	if j := &g.job; j.state == jobKilling && (j.lost || now >= j.killBy) {
-		return max(g.cfg.Margin/2,
-			50*time.Millisecond) // what a busy processor may keep it from running
+	j := &g.job
+	if j.state != jobKilling || !j.lost && now < j.killBy {
+		return max(g.cfg.TTL/3, time.Second)
 	}
-	return max(g.cfg.TTL/3, time.Second)
+	timeout := max(g.cfg.Margin/2, 50*time.Millisecond)
+	return max(timeout, min(500*time.Millisecond, j.killBy-now))
 }
 
 // serveSpawnerSilence kills a spawner that was asked for something and shows no heartbeat. All of
