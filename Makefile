@@ -35,7 +35,7 @@ help:
 	@echo 'make faults-docs  picture, table and README from docs/faults.json (make faults JSON=docs/faults.json)'
 	@echo 'make readme       make faults-docs, and the output of make demo into the README'
 	@echo 'make soak         random faults, every promise checked: SEED=1 FAULTS=60; root, nft, ip'
-	@echo 'make bench        hand-over and size; N=5 for a short run'
+	@echo 'make bench        how soon the next leader starts, and size; N=5 for a short run'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; five minutes'
 	@echo
 	@echo 'Ship:'

@@ -1,8 +1,8 @@
 //go:build linux
 
 // Leasehold keeps a job running on exactly one machine. Each machine runs the daemon. The daemons
-// campaign in one election in etcd. The winner runs the job as its child, and kills it before its
-// lease can pass to another machine.
+// campaign in one election in etcd. The winner runs the job, and kills it before its lease can pass
+// to another machine.
 //
 // Promised: at most one job is alive over all machines, as long as the kernel schedules the guard
 // and carries out its kills within the margin, and clock rates differ by less than the margin

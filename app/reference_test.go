@@ -108,7 +108,8 @@ The file has at most 1 MiB, and each value is shorter than 128 KiB.
 Environment variables configure leasehold. A variable that is set to nothing counts as unset. An
 unknown ~LEASEHOLD_*~ variable is refused, except what Kubernetes makes for Services, and the job's
 variables below. leasehold reports all errors at once, one a line, and starts nothing. ~status~
-looks only at the variables that it needs to reach etcd, and ~check~ only at ~LEASEHOLD_LISTEN~.
+checks only the variables that it needs to reach etcd, and refuses unknown ones. ~check~ looks only
+at ~LEASEHOLD_LISTEN~.
 Durations have a unit (~15s~, ~500ms~, ~1m30s~) and are at most a year.
 
 | variable | default | meaning |
@@ -170,7 +171,7 @@ the leader's here, and the candidate's own there.
 	md(`
 ## Metrics
 
-~elect~ has no metrics of a job and a guard.
+~elect~ has no ~leasehold_job_*~ and no ~leasehold_guard_*~ metrics.
 
 | metric | type | labels | meaning |
 |---|---|---|---|

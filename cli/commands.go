@@ -107,7 +107,7 @@ func (p *Program) Commands() []Command {
 			Name: "install", Args: "DEST", Min: 1, Max: 1, Files: true,
 			Summary: "copy this binary to DEST, a directory or a file: for an init container," +
 				" which has no cp",
-			Description: "DEST is at every moment the old file or the whole new one.",
+			Description: "It replaces DEST in one step.",
 			Run:         func(c Call) error { return install(c.Args[0]) },
 		},
 		{

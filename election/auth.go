@@ -51,8 +51,8 @@ type authentication struct {
 }
 
 const (
-	// authTimeout bounds an authentication while etcd answers our pings, one every 10 s, within 20
-	// s. etcd may have thousands of passwords to check, and finishes all of them at about the same
+	// authTimeout bounds an authentication while etcd answers our pings (one every 10 s) within
+	// 20 s. etcd may have thousands of passwords to check, and finishes all of them at about the same
 	// time.
 	authTimeout = 5 * time.Minute
 	pingEvery   = 10 * time.Second
@@ -241,7 +241,8 @@ func (a *auth) ask(first *member) (token string, err error) {
 }
 
 // authenticate gets a token from this member, over a connection of its own. The connection for
-// requests would be replaced when a request waits for too long.
+// requests would be replaced when a request waits for too long. And a new connection to a member
+// that hangs does not come up.
 func (m *member) authenticate(ctx context.Context, username, password string) (string, error) {
 	client, err := m.dial(grpc.WithKeepaliveParams(
 		keepalive.ClientParameters{Time: pingEvery, Timeout: pingTimeout}))

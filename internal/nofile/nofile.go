@@ -5,8 +5,8 @@
 // it starts itself.
 //
 // This package must be initialized before syscall. It imports nothing that has to be initialized.
-// Among such packages Go goes by the import path (https://go.dev/ref/spec#Program_initialization),
-// and this one comes first.
+// Among the packages that are ready Go takes the first by import path
+// (https://go.dev/ref/spec#Program_initialization), so this one comes before syscall.
 package nofile
 
 import "unsafe"
