@@ -77,7 +77,8 @@ func TestHistory(t *testing.T) {
 
 func TestLog(t *testing.T) {
 	log := `time=2026-01-02T03:04:05Z msg="job exited" timer_latency=3ms
-time=2026-01-02T03:04:06Z msg="leadership lost" to=stopping reason="the lease is gone from etcd"
+time=2026-01-02T03:04:06Z level=WARN msg="leadership lost" from=leading to=stopping ` +
+		`reason="the lease is gone from etcd"
 time=2026-01-02T03:04:09Z msg="job killed: lease lost" timer_latency=1ms
 `
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)

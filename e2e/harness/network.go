@@ -28,17 +28,22 @@ const NetworkVariable = "E2E_INSIDE_NETWORK"
 // EnterNetwork executes the running program again in a network namespace of its own, so that
 // networks can be made in it that nobody else sees and that end with it. It needs root. There it
 // returns true at once; here it returns the exit code of the program there, which gets the signals
-// that come here.
+// that come here, and whose temporary files are removed however it ends.
 func EnterNetwork() (inside bool, code int) {
 	if os.Getenv(NetworkVariable) != "" {
 		return true, 0
 	}
+	temporary, err := TempDir("lh-") // short: sockets are made below it
+	if err != nil {
+		return false, ExitCode(os.Args[0], err)
+	}
+	defer func() { _ = os.RemoveAll(temporary) }() // in the temporary directory
 	// Those of a terminal reach both, as one process group.
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), NetworkVariable+"=1")
+	cmd.Env = append(os.Environ(), NetworkVariable+"=1", "TMPDIR="+temporary)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
@@ -208,18 +213,20 @@ const ownNamespace = "/proc/thread-self/ns/net"
 // elsewhere calls f, which may leave its thread in another namespace, on a thread of its own.
 func elsewhere(f func() error) error {
 	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	here, err := os.Open(ownNamespace)
 	if err != nil {
+		runtime.UnlockOSThread()
 		return err
 	}
-	defer func() { _ = here.Close() }()
-	err = f()
-	if back := unix.Setns(int(here.Fd()), unix.CLONE_NEWNET); back != nil {
-		// The thread must not end either: what it forked would end with it.
-		panic(fmt.Sprintf("e2e: a thread can't go back to its namespace: %v", back))
-	}
-	return err
+	defer func() { // also where f ends the goroutine
+		if err := unix.Setns(int(here.Fd()), unix.CLONE_NEWNET); err != nil {
+			// The thread must not end either: what it forked would end with it.
+			panic(fmt.Sprintf("e2e: a thread can't go back to its namespace: %v", err))
+		}
+		_ = here.Close()
+		runtime.UnlockOSThread()
+	}()
+	return f()
 }
 
 // Loss is packets being dropped on some links, until End.
@@ -302,9 +309,12 @@ func (n *Network) change(f func()) error {
 	f()
 	var rules []string
 	for link, percent := range n.worst() {
-		rules = append(rules,
-			fmt.Sprintf("iifname %s oifname %s numgen random mod 100 <= %d counter drop",
-				link.From.wire, link.To.wire, percent-1))
+		chance := fmt.Sprintf("numgen random mod 100 < %d", percent)
+		if percent == 100 {
+			chance = "" // not every kernel that can drop packets can draw lots
+		}
+		rules = append(rules, fmt.Sprintf("iifname %s oifname %s %s counter drop",
+			link.From.wire, link.To.wire, chance))
 	}
 	table := "bridge " + n.bridge()
 	script := fmt.Sprintf("table %s {}\ndelete table %s\n", table, table)

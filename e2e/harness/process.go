@@ -131,6 +131,8 @@ func StartChild(name string, on *Node, cmd *exec.Cmd) (*Child, error) {
 	}
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
+	// Where cmd says who gets its output, a descendant that lives on must not keep Wait.
+	cmd.WaitDelay = 100 * time.Millisecond
 	if err := on.Do(cmd.Start); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}

@@ -133,9 +133,13 @@ func (w *Witness) ListenOn(node *Node) error {
 		if err != nil {
 			return fmt.Errorf("make a socket for a witness: %w", err)
 		}
-		w.sockets[fd] = &socket{listens: true, node: node}
-		return errors.Join(
+		err = errors.Join(
 			unix.Bind(fd, &unix.SockaddrUnix{Name: w.Addr}), unix.Listen(fd, 4096), w.watch(fd))
+		if err != nil {
+			return errors.Join(err, unix.Close(fd))
+		}
+		w.sockets[fd] = &socket{listens: true, node: node}
+		return nil
 	})
 }
 

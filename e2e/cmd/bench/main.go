@@ -12,6 +12,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -77,10 +78,11 @@ func measure(ctx context.Context, n int, only string) (err error) {
 			err = b.measureVia(ctx, via)
 		}
 	}
-	if r := &b.results; len(r.Samples)+len(r.Memory)+len(r.CPU) > 0 {
-		err = errors.Join(err, harness.WriteJSON("bin/bench.json", r), writeReport(os.Stdout, r))
+	r := &b.results
+	if len(r.Samples)+len(r.Memory)+len(r.CPU) == 0 {
+		return cmp.Or(err, fmt.Errorf("nothing is measured with -n %d -only %q", n, only))
 	}
-	return err
+	return errors.Join(err, harness.WriteJSON("bin/bench.json", r), writeReport(os.Stdout, r))
 }
 
 // measureExec measures what every implementation pays: from the start of the job's process to its

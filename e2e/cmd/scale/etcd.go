@@ -80,8 +80,11 @@ func (t *trial) metrics(ctx context.Context) (metrics, error) {
 	lines := bufio.NewScanner(resp.Body)
 	for lines.Scan() {
 		name, text, _ := strings.Cut(lines.Text(), " ")
-		if value, err := strconv.ParseFloat(text, 64); err == nil && value != 0 {
-			m[name] = value // the others are comments
+		if name == "#" {
+			continue
+		}
+		if m[name], err = strconv.ParseFloat(text, 64); err != nil {
+			return nil, fmt.Errorf("read the metrics of etcd: %w", err)
 		}
 	}
 	return m, lines.Err()

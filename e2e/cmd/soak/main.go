@@ -16,6 +16,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -80,6 +81,7 @@ func command(args []string) int {
 	}
 	inside, code := harness.EnterNetwork()
 	if !inside {
+		_ = complain(harness.RemoveLeftovers(context.Background(), "soak")) // if it was killed
 		return code
 	}
 	return complain(soak(set, *out, *log))
