@@ -51,8 +51,8 @@ type authentication struct {
 }
 
 const (
-	// authTimeout bounds an authentication while etcd answers our pings (one every 10 s) within
-	// 20 s. etcd may have thousands of passwords to check, and finishes all of them at about the same
+	// authTimeout bounds an authentication while etcd answers our pings (one every 10 s) within 20
+	// s. etcd may have thousands of passwords to check, and finishes all of them at about the same
 	// time.
 	authTimeout = 5 * time.Minute
 	pingEvery   = 10 * time.Second

@@ -60,8 +60,8 @@ var (
 )
 
 // NestedError is what Run returns if the election lies within another one that has live candidates,
-// or around it: the candidates of the outer one would wait for those of the inner one. Run checks this
-// at its first contact with etcd.
+// or around it: the candidates of the outer one would wait for those of the inner one. Run checks
+// this at its first contact with etcd.
 type NestedError struct {
 	Election, Other string
 	Key             string // of one of Other's candidates

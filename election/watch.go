@@ -144,7 +144,8 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 	q.heartbeat()
 	if w.unanswered++; w.unanswered > 1 {
 		// etcd does not answer a request for progress while nothing was written since the watch
-		// began (with the revision after the read; so does the client's after a broken connection). Then the watch can't have missed anything either.
+		// began (with the revision after the read; so does the client's after a broken connection).
+		// Then the watch can't have missed anything either.
 		if w.isUpToDate(wctx) {
 			w.unanswered = 0
 			return nil

@@ -114,8 +114,8 @@ func (s *Supervisor) pingSoon() {
 // while the guard has something to do. It has to start the job, to follow the exit of the first
 // process, and to kill: from a margin before kill-by on, and from half a second after the end of a
 // stop or a loss. Otherwise its silence does no harm, since killOverdue kills sooner than that, and
-// a pause of the machine must not cost the daemon. Pings count only as we send them, so that a pause of
-// our own, or of the host, does not count against the guard.
+// a pause of the machine must not cost the daemon. Pings count only as we send them, so that a
+// pause of our own, or of the host, does not count against the guard.
 func (s *Supervisor) guardHangs(owed int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -147,9 +147,9 @@ func (s *Supervisor) killOverdue() bool {
 }
 
 // pingInterval is the time from now to the next ping. While the job lives it is a thirtieth of the
-// TTL, at most a second. From the moment on when the job is overdue, it is far less. Nothing of the job should be
-// left then, and within the rest of the margin we have to notice that the guard hangs and to kill
-// in its place.
+// TTL, at most a second. From the moment on when the job is overdue, it is far less. Nothing of the
+// job should be left then, and within the rest of the margin we have to notice that the guard hangs
+// and to kill in its place.
 func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
