@@ -96,11 +96,11 @@ run:
 	@bin/run
 
 bench: $(ETCD_TOOLS)
-	$(BUILD_SHOW) . ./e2e/cmd/bench ./e2e/cmd/stockloop ./e2e/cmd/testjob
+	$(BUILD_SHOW) . ./e2e/cmd/bench ./e2e/cmd/naiveclient ./e2e/cmd/testjob
 	@bin/bench $(if $(N),-n $(N)) $(BENCH)
 
 soak: $(ETCD_TOOLS)
-	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/stockloop ./e2e/cmd/testjob
+	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/naiveclient ./e2e/cmd/testjob
 	@bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK)
 
 # Smaller: SCALE='-candidates 100 -elections 100'. `bin/scale -doc docs/scale.md` writes the figures into
@@ -111,7 +111,7 @@ bench-scale: $(ETCD_TOOLS)
 
 # ROWS='?' lists the rows, ROWS=ci are those that CI runs.
 faults: $(ETCD_TOOLS)
-	$(BUILD_SHOW) . ./e2e/cmd/faults ./e2e/cmd/stockloop ./e2e/cmd/testjob
+	$(BUILD_SHOW) . ./e2e/cmd/faults ./e2e/cmd/naiveclient ./e2e/cmd/testjob
 	@bin/faults $(if $(N),-n $(N)) $(if $(PEERS_N),-peers-n $(PEERS_N)) $(if $(filter ci,$(ROWS)),-ci,$(if $(ROWS),-rows '$(ROWS)')) $(if $(PARALLEL),-parallel $(PARALLEL)) $(if $(JSON),-json '$(JSON)')
 
 faults-docs:

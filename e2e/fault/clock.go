@@ -18,7 +18,7 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// BuildJumping builds leasehold and the stock loop with a wall clock that can be
+// BuildJumping builds leasehold and the naive client with a wall clock that can be
 // made to jump, into a directory. Go reads the clock without a system call and is
 // linked statically, so nothing can come in between: the programs are built with a
 // time package that jumps. Go's build cache makes the second time cheap.
@@ -58,7 +58,7 @@ func BuildJumping(ctx context.Context, dir string) (*harness.Programs, error) {
 	}
 	fmt.Fprintln(os.Stderr,
 		"building programs whose wall clock can jump; it takes about a minute the first time")
-	return harness.BuildIn(ctx, dir, "-overlay", mapping, ".", "./e2e/cmd/stockloop")
+	return harness.BuildIn(ctx, dir, "-overlay", mapping, ".", "./e2e/cmd/naiveclient")
 }
 
 // lead is the time from the start of the daemon to the jump of its clock.

@@ -18,9 +18,9 @@ import (
 
 // Programs are the programs under test.
 type Programs struct {
-	Leasehold string
-	Testjob   string
-	Stockloop string
+	Leasehold   string
+	Testjob     string
+	NaiveClient string
 
 	dir string
 }
@@ -28,10 +28,10 @@ type Programs struct {
 // ProgramsIn are the programs in a directory.
 func ProgramsIn(dir string) *Programs {
 	return &Programs{
-		Leasehold: filepath.Join(dir, "leasehold"),
-		Testjob:   filepath.Join(dir, "testjob"),
-		Stockloop: filepath.Join(dir, "stockloop"),
-		dir:       dir,
+		Leasehold:   filepath.Join(dir, "leasehold"),
+		Testjob:     filepath.Join(dir, "testjob"),
+		NaiveClient: filepath.Join(dir, "naiveclient"),
+		dir:         dir,
 	}
 }
 
@@ -45,10 +45,10 @@ func ProgramsBeside() (*Programs, error) {
 }
 
 // Build builds the programs into a directory of their own. Without packages it builds
-// all; otherwise ".", "./e2e/cmd/testjob" or "./e2e/cmd/stockloop".
+// all; otherwise ".", "./e2e/cmd/testjob" or "./e2e/cmd/naiveclient".
 func Build(ctx context.Context, packages ...string) (*Programs, error) {
 	if len(packages) == 0 {
-		packages = []string{".", "./e2e/cmd/testjob", "./e2e/cmd/stockloop"}
+		packages = []string{".", "./e2e/cmd/testjob", "./e2e/cmd/naiveclient"}
 	}
 	dir, err := TempDir("leasehold-programs-")
 	if err != nil {

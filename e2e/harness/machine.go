@@ -22,23 +22,25 @@ type Implementation struct {
 	group bool
 }
 
-// The implementations. StockLoop is what one usually writes with etcd's own packages.
+// The implementations. NaiveClient is what one usually writes with etcd's own packages.
 var (
 	Leasehold = Implementation{Name: "leasehold", command: func(m *Machine, cfg *CandidateConfig) {
 		cfg.Binary = m.testbed.Programs.Leasehold
 		cfg.Env = append(m.testbed.Etcd.CandidateEnv(), "LEASEHOLD_LOG_LEVEL=info")
 	}}
-	StockLoop = Implementation{Name: "stock loop", command: func(m *Machine, cfg *CandidateConfig) {
-		cfg.Binary, cfg.Args, cfg.Job = m.testbed.Programs.Stockloop, cfg.Job, nil
-		cfg.Env = []string{
-			"ENDPOINTS=" + strings.Join(cfg.Endpoints, ","), "ELECTION=" + cfg.Election,
-			"IDENTITY=" + cfg.Identity, fmt.Sprintf("TTL=%.0f", cfg.TTL.Seconds()),
-		}
-	}}
+	NaiveClient = Implementation{Name: "naive client", command: naiveClient}
 	EtcdctlLock = Implementation{Name: "etcdctl lock", command: etcdctlLock, group: true}
 
-	Implementations = []Implementation{Leasehold, StockLoop, EtcdctlLock}
+	Implementations = []Implementation{Leasehold, NaiveClient, EtcdctlLock}
 )
+
+func naiveClient(m *Machine, cfg *CandidateConfig) {
+	cfg.Binary, cfg.Args, cfg.Job = m.testbed.Programs.NaiveClient, cfg.Job, nil
+	cfg.Env = []string{
+		"ENDPOINTS=" + strings.Join(cfg.Endpoints, ","), "ELECTION=" + cfg.Election,
+		"IDENTITY=" + cfg.Identity, fmt.Sprintf("TTL=%.0f", cfg.TTL.Seconds()),
+	}
+}
 
 func etcdctlLock(m *Machine, cfg *CandidateConfig) {
 	args := []string{"lock", fmt.Sprintf("--ttl=%.0f", cfg.TTL.Seconds()), cfg.Election, "--"}

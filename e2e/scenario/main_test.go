@@ -24,7 +24,7 @@ var built struct {
 // testPrograms builds the programs that are no daemon.
 func testPrograms(t *testing.T) *harness.Programs {
 	t.Helper()
-	return build(t, &built.jobs, "./e2e/cmd/testjob", "./e2e/cmd/stockloop")
+	return build(t, &built.jobs, "./e2e/cmd/testjob", "./e2e/cmd/naiveclient")
 }
 
 // allPrograms builds the daemon as well.

@@ -1,8 +1,8 @@
 //go:build linux
 
 // Bench measures how leasehold moves a job, beside what one usually writes with etcd's own
-// packages (e2e/cmd/stockloop) and etcdctl lock: the same faults, the same job, one etcd member on
-// loopback, in one run and in turns.
+// packages (e2e/cmd/naiveclient) and etcdctl lock: the same faults, the same job, one etcd member
+// on loopback, in one run and in turns.
 //
 //	bin/bench [-n 50] [-only 'stop, plain|size']
 //

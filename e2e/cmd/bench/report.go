@@ -26,7 +26,7 @@ type results struct {
 // Sample is one trial. All times are milliseconds from the fault on.
 type Sample struct {
 	Fault          string  `json:"fault"`
-	Implementation string  `json:"contender"`
+	Implementation string  `json:"implementation"`
 	Via            string  `json:"road"` // one of vias
 	TTL            float64 `json:"ttl_seconds"`
 	Dead           float64 `json:"dead_ms"`  // the last process of the old job has exited
@@ -46,7 +46,7 @@ func (s Sample) overlap() float64 {
 
 // Memory is the proportional set size of each of a standby's processes.
 type Memory struct {
-	Implementation string  `json:"contender"`
+	Implementation string  `json:"implementation"`
 	When           string  `json:"when"`
 	KiB            []int64 `json:"pss_kib"`
 }
@@ -55,7 +55,7 @@ func (m Memory) mebibytes() float64 { return float64(sum(m.KiB)) / 1024 }
 
 // CPU is what a candidate that does nothing used.
 type CPU struct {
-	Implementation string    `json:"contender"`
+	Implementation string    `json:"implementation"`
 	Role           string    `json:"role"`
 	TTL            float64   `json:"ttl_seconds"`
 	Seconds        float64   `json:"seconds"`
@@ -207,8 +207,8 @@ func (w report) goals(r *results) {
 	took := func(fault, implementation string) float64 {
 		return harness.Median(r.of(fault, implementation, "plain").column(next))
 	}
-	goal("planned hand-over, 1.5 × the stock loop's", took("stop", ours),
-		1.5*took("stop", harness.StockLoop.Name), harness.Span)
+	goal("planned hand-over, 1.5 × the naive client's", took("stop", ours),
+		1.5*took("stop", harness.NaiveClient.Name), harness.Span)
 	goal("guard killed", took("kill", ours), 25, harness.Span)
 	goal("elector killed", took("kill-elector", ours), 25, harness.Span)
 	if len(r.Memory) > 0 {

@@ -44,13 +44,13 @@ type row struct {
 
 // rows are in the order of the report. When the others are killed they wait for the TTL, so theirs
 // is short and they get few trials. Over TLS and with auth only what takes milliseconds is
-// measured; the stock loop knows nothing of them.
+// measured; the naive client knows nothing of them.
 var rows = []row{
 	{"stop", fault.Stop, harness.Leasehold, longTTL, 1, vias},
-	{"stop", fault.Stop, harness.StockLoop, longTTL, 1, plain},
+	{"stop", fault.Stop, harness.NaiveClient, longTTL, 1, plain},
 	{"stop", fault.Stop, harness.EtcdctlLock, longTTL, 1, vias},
 	{"kill", killed(harness.Guard), harness.Leasehold, longTTL, 0.4, vias},
-	{"kill", killed(harness.Guard), harness.StockLoop, shortTTL, 1.0 / 16, plain},
+	{"kill", killed(harness.Guard), harness.NaiveClient, shortTTL, 1.0 / 16, plain},
 	{"kill", killed(harness.Guard), harness.EtcdctlLock, shortTTL, 1.0 / 16, plain},
 	{"kill-elector", killed(harness.Elector), harness.Leasehold, longTTL, 0.4, vias},
 }

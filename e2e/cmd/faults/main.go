@@ -1,6 +1,6 @@
 //go:build linux
 
-// Faults runs leasehold, a stock loop (e2e/cmd/stockloop) and etcdctl lock through
+// Faults runs leasehold, a naive client (e2e/cmd/naiveclient) and etcdctl lock through
 // every fault of a table, against real etcd processes, and reads from their
 // jobs' own connections when each job lived.
 //

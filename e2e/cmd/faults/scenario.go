@@ -134,15 +134,15 @@ type variant struct {
 var variants = []variant{
 	{harness.Leasehold, harness.Leasehold.Name, 0},
 	{harness.Leasehold, harness.Leasehold.Name + ", ordinary user", 65534},
-	{harness.StockLoop, harness.StockLoop.Name, 0},
+	{harness.NaiveClient, harness.NaiveClient.Name, 0},
 	{harness.EtcdctlLock, harness.EtcdctlLock.Name, 0},
 }
 
-// has reports whether the scenario has trials of a variant. The stock loop knows
+// has reports whether the scenario has trials of a variant. The naive client knows
 // nothing of user and password.
 func (s *Scenario) has(v variant) bool {
 	return (v.uid == 0 || s.User) && !slices.Contains(s.Without, v.Name) &&
-		(!s.Etcd.Auth || v.Name != harness.StockLoop.Name)
+		(!s.Etcd.Auth || v.Name != harness.NaiveClient.Name)
 }
 
 // alone reports whether a variant's trials have the machine for themselves.

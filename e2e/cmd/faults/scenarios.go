@@ -29,7 +29,7 @@ var (
 	syncing = etcd{Members: 3, Flags: "--unsafe-no-fsync=false"}
 
 	// noPeers have no such process.
-	noPeers = []string{harness.StockLoop.Name, harness.EtcdctlLock.Name}
+	noPeers = []string{harness.NaiveClient.Name, harness.EtcdctlLock.Name}
 )
 
 // of gives a fault of the library its parameter.

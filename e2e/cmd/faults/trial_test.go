@@ -78,7 +78,7 @@ func TestResults(t *testing.T) {
 				Lives: []Life{{"a", 1, -500, at(1)}, {"b", 2, 9, nil}},
 			},
 			{
-				Row: "stop", Candidate: "stock loop", Dead: at(70), Next: at(9), Overlap: 61,
+				Row: "stop", Candidate: "naive client", Dead: at(70), Next: at(9), Overlap: 61,
 				Starts: 1, Until: 80,
 				Lives: []Life{{"a", 1, -500, at(70)}, {"b", 2, 9, nil}},
 			},
@@ -124,7 +124,7 @@ func TestResults(t *testing.T) {
 		t.Errorf("the table does not tell of the overlap:\n%s", table)
 	}
 	svg := read("docs/faults.svg")
-	if n := strings.Count(svg, `class="both"`); n != 2 { // the legend's, and the stock loop's
+	if n := strings.Count(svg, `class="both"`); n != 2 { // the legend's, and the naive client's
 		t.Errorf("%d bars of overlap, want 2:\n%s", n, svg)
 	}
 	for x := xml.NewDecoder(strings.NewReader(svg)); ; {

@@ -6,7 +6,7 @@
 // the schedule and what happened last. It needs root, cgroup v2 and nft.
 //
 //	bin/soak [-seed N] [-faults 60] [-ttl 3s] [-json FILE]
-//	bin/soak -contender stockloop   the same with the stock loop: shows that the checker can fail
+//	bin/soak -implementation naiveclient   shows that the checker can find somebody guilty
 //	bin/soak -schedule -seed N [-faults 60]   print what a seed holds, and do nothing
 //	bin/soak -from FILE [-summary docs/soak.md]   print a run's figures, or write the document
 //
@@ -35,7 +35,7 @@ type settings struct {
 	seed           uint64
 	faults         int
 	ttl            time.Duration
-	contender      string
+	name           string // of the implementation, as the flag has it
 	implementation harness.Implementation
 }
 
@@ -46,8 +46,8 @@ func command(args []string) int {
 		"what the schedule is drawn from; 0: chosen at random, and printed")
 	flags.IntVar(&set.faults, "faults", 60, "how many faults")
 	flags.DurationVar(&set.ttl, "ttl", 3*time.Second, "the candidates' TTL")
-	flags.StringVar(&set.contender, "contender", "leasehold",
-		"leasehold, or stockloop, which is to be found guilty")
+	flags.StringVar(&set.name, "implementation", "leasehold",
+		"leasehold, or naiveclient, which is to be found guilty")
 	schedule := flags.Bool("schedule", false, "print the schedule, and do nothing")
 	out := flags.String("json", "bin/soak.json", "where to write the figures")
 	log := flags.String("log", "bin/soak.log", "where to write down everything that happened")
@@ -58,8 +58,8 @@ func command(args []string) int {
 	}
 	var known bool
 	set.implementation, known = map[string]harness.Implementation{
-		"leasehold": harness.Leasehold, "stockloop": harness.StockLoop,
-	}[set.contender]
+		"leasehold": harness.Leasehold, "naiveclient": harness.NaiveClient,
+	}[set.name]
 	if flags.NArg() > 0 || set.faults < 1 || !known {
 		flags.Usage()
 		return 64
@@ -94,7 +94,7 @@ func soak(set settings, out, log string) error {
 	defer stop()
 	_ = complain(harness.RemoveLeftovers(ctx, "soak"))
 	fmt.Printf("soak: seed %d, %d faults, TTL %v, %s\n",
-		set.seed, set.faults, set.ttl, set.contender)
+		set.seed, set.faults, set.ttl, set.name)
 	r := &run{settings: set, schedule: draw(set)}
 	defer r.close()
 	if err := r.open(ctx); err != nil {
@@ -106,8 +106,8 @@ func soak(set settings, out, log string) error {
 	if errors.As(err, &broken) {
 		res.Violation = broken.what
 		fmt.Printf("\nVIOLATION at %s: %s\n", r.check.clock(broken.at), broken.what)
-		fmt.Printf("again: bin/soak -seed %d -faults %d -ttl %v -contender %s\n",
-			r.seed, r.faults, r.ttl, r.contender)
+		fmt.Printf("again: bin/soak -seed %d -faults %d -ttl %v -implementation %s\n",
+			r.seed, r.faults, r.ttl, r.name)
 		fmt.Print(r.tell(broken.at+time.Second, 10, 40, broken.involves))
 		err = errors.New("a promise was broken; see above, and all of it in " + log)
 	}

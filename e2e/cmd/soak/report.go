@@ -24,12 +24,12 @@ func (m ms) String() string { return harness.Span(float64(m)) }
 
 // results is the JSON of a run.
 type results struct {
-	About     harness.About `json:"about"`
-	Seed      uint64        `json:"seed"`
-	Faults    int           `json:"faults"`
-	TTL       ms            `json:"ttl_ms"`
-	Contender string        `json:"contender"`
-	Violation string        `json:"violation,omitempty"`
+	About          harness.About `json:"about"`
+	Seed           uint64        `json:"seed"`
+	Faults         int           `json:"faults"`
+	TTL            ms            `json:"ttl_ms"`
+	Implementation string        `json:"implementation"`
+	Violation      string        `json:"violation,omitempty"`
 
 	Lasted     ms             `json:"lasted_ms"` // from the first fault to the end of the last
 	Kinds      []kindCount    `json:"kinds"`
@@ -163,8 +163,9 @@ func (r *run) results() *results {
 	actions := k.afterActions()
 	res := &results{
 		About: r.about, Seed: r.seed, Faults: r.faults, TTL: milliseconds(r.ttl),
-		Contender: r.contender,
-		Lasted:    milliseconds(r.faulted.Length()), Counts: k.counts, MostLeases: k.leases.most,
+		Implementation: r.name,
+		Lasted:         milliseconds(r.faulted.Length()),
+		Counts:         k.counts, MostLeases: k.leases.most,
 		Exits: map[string]int{}, Late: distributions(k.health.late),
 		Stale:   distributions(k.health.excused),
 		Actions: actions[afterAction], Starved: actions[starved], Unreached: actions[unreached],
@@ -264,7 +265,7 @@ func (r *results) lines() (lines []line) {
 	if late := r.overlaps(guardLate); late != "none" {
 		add("… "+string(guardLate), "%s", late)
 	}
-	if r.Contender != harness.Leasehold.Name {
+	if r.Implementation != harness.Leasehold.Name {
 		return lines
 	}
 	add("two alive after an operator's action", "%v", r.Actions)
@@ -313,7 +314,7 @@ func (r *results) where() string {
 
 func (r *results) report() string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "\n%s under random faults; %s\n", r.Contender, r.where())
+	fmt.Fprintf(&text, "\n%s under random faults; %s\n", r.Implementation, r.where())
 	for _, l := range r.lines() {
 		fmt.Fprintf(&text, "  %-45s %s\n", l.name, l.value)
 	}

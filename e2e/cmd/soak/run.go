@@ -123,7 +123,7 @@ func copyPrograms() (*harness.Programs, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range []string{from.Leasehold, from.Stockloop, from.Testjob} {
+	for _, p := range []string{from.Leasehold, from.NaiveClient, from.Testjob} {
 		err = errors.Join(err, harness.CopyProgram(p, filepath.Join(dir, filepath.Base(p))))
 	}
 	return harness.ProgramsIn(dir), err

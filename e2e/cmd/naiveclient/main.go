@@ -1,8 +1,8 @@
-// Stockloop is what one usually writes with etcd's own packages to keep a job on one machine: a
+// Naiveclient is what one usually writes with etcd's own packages to keep a job on one machine: a
 // session, a campaign, a command that is cancelled when the session is done. It is here to be
 // compared with.
 //
-//	ENDPOINTS=… ELECTION=… IDENTITY=… TTL=15 stockloop COMMAND [ARG...]
+//	ENDPOINTS=… ELECTION=… IDENTITY=… TTL=15 naiveclient COMMAND [ARG...]
 package main
 
 import (
@@ -26,7 +26,7 @@ func main() {
 	defer stop()
 	for ctx.Err() == nil {
 		if err := candidate(ctx, os.Args[1:]); err != nil && ctx.Err() == nil {
-			fmt.Fprintln(os.Stderr, "stockloop:", err)
+			fmt.Fprintln(os.Stderr, "naiveclient:", err)
 			time.Sleep(100 * time.Millisecond)
 		}
 	}
