@@ -15,7 +15,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 # $ETCD and $ETCDCTL name others that are to be used.
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
-.PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak readme clean
+.PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak test-histories readme clean
 .PHONY: test-systemd image test-image
 .PHONY: dist test-dist k8s-certs test-k8s e2e-k8s
 
@@ -35,6 +35,7 @@ help:
 	@echo 'make faults-docs  picture, table and README from docs/faults.json (make faults JSON=docs/faults.json)'
 	@echo 'make readme       make faults-docs, and the output of make demo into the README'
 	@echo 'make soak         random faults, every promise checked: SEED=1 FAULTS=60; root, nft, ip'
+	@echo 'make test-histories  the judge of the storage that the soak'"'"'s jobs write: finds guilty who is'
 	@echo 'make bench        how soon the next leader starts, and size; N=5 for a short run'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; five minutes'
 	@echo
@@ -65,11 +66,11 @@ endif
 
 lint: bin/golangci-lint
 	bin/golangci-lint run ./...
-	for m in tools/dist tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint run -c ../../.golangci.yml ./...) || exit; done
+	for m in tools/dist tools/histories tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint run -c ../../.golangci.yml ./...) || exit; done
 
 fmt: bin/golangci-lint
 	bin/golangci-lint fmt ./...
-	for m in tools/dist tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint fmt -c ../../.golangci.yml ./...) || exit; done
+	for m in tools/dist tools/histories tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint fmt -c ../../.golangci.yml ./...) || exit; done
 
 hooks:
 	git config core.hooksPath .githooks
@@ -99,9 +100,11 @@ bench: $(ETCD_TOOLS)
 	$(BUILD_SHOW) . ./e2e/cmd/bench ./e2e/cmd/naiveclient ./e2e/cmd/testjob
 	@bin/bench $(if $(N),-n $(N)) $(BENCH)
 
-soak: $(ETCD_TOOLS)
-	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/naiveclient ./e2e/cmd/testjob
-	@bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK)
+# At the end the history of the jobs' storage and of the lock is judged, whatever became of the run.
+soak: $(ETCD_TOOLS) bin/histories
+	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/naiveclient ./e2e/cmd/testjob ./e2e/cmd/writer
+	@rm -f bin/soak.history; bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK); \
+		code=$$?; test -e bin/soak.history || exit $$code; bin/histories bin/soak.history && exit $$code
 
 # Smaller: SCALE='-candidates 100 -elections 100'. `bin/scale -doc docs/scale.md` writes the figures into
 # the page.
@@ -192,6 +195,12 @@ e2e-k8s:
 
 clean:
 	rm -rf bin dist leasehold
+
+test-histories:
+	cd tools/histories && $(GO) test -count=1 ./...
+
+bin/histories: $(wildcard tools/histories/*)
+	cd tools/histories && CGO_ENABLED=0 $(GO) build -trimpath -o ../../bin/histories .
 
 bin/etcd: tools/etcd/go.mod
 	@echo 'building bin/etcd, once; it takes about two minutes'

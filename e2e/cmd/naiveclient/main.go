@@ -68,7 +68,7 @@ func candidate(ctx context.Context, command []string) (err error) {
 	cmd.WaitDelay = 10 * time.Second
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(),
-		"LEASEHOLD_IDENTITY="+os.Getenv("IDENTITY"),
+		"LEASEHOLD_IDENTITY="+os.Getenv("IDENTITY"), "LEASEHOLD_KEY="+election.Key(),
 		"LEASEHOLD_FENCING_TOKEN="+strconv.FormatInt(election.Rev(), 10))
 	return cmd.Run()
 }

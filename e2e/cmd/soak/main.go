@@ -51,6 +51,8 @@ func command(args []string) int {
 	schedule := flags.Bool("schedule", false, "print the schedule, and do nothing")
 	out := flags.String("json", "bin/soak.json", "where to write the figures")
 	log := flags.String("log", "bin/soak.log", "where to write down everything that happened")
+	history := flags.String("history", "bin/soak.history",
+		"where to write what the jobs' storage did, and the lock")
 	from := flags.String("from", "", "print the figures of such a file, and do nothing")
 	summary := flags.String("summary", "", "with -from: write the document about them")
 	if err := flags.Parse(args); err != nil {
@@ -84,12 +86,15 @@ func command(args []string) int {
 		_ = complain(harness.RemoveLeftovers(context.Background(), "soak")) // if it was killed
 		return code
 	}
-	return complain(soak(set, *out, *log))
+	return complain(soak(set, files{*out, *log, *history}))
 }
 
 func complain(err error) int { return harness.ExitCode("soak", err) }
 
-func soak(set settings, out, log string) error {
+// files are where a run leaves what it has found.
+type files struct{ figures, log, history string }
+
+func soak(set settings, to files) error {
 	ctx, stop := harness.Interruptible()
 	defer stop()
 	_ = complain(harness.RemoveLeftovers(ctx, "soak"))
@@ -109,11 +114,11 @@ func soak(set settings, out, log string) error {
 		fmt.Printf("again: bin/soak -seed %d -faults %d -ttl %v -implementation %s\n",
 			r.seed, r.faults, r.ttl, r.name)
 		fmt.Print(r.tell(broken.at+time.Second, 10, 40, broken.involves))
-		err = errors.New("a promise was broken; see above, and all of it in " + log)
+		err = errors.New("a promise was broken; see above, and all of it in " + to.log)
 	}
 	fmt.Print(res.report())
-	return errors.Join(err, harness.WriteJSON(out, res),
-		os.WriteFile(log, []byte(r.tellAll()), 0o644))
+	return errors.Join(err, harness.WriteJSON(to.figures, res), r.writeHistory(to.history),
+		os.WriteFile(to.log, []byte(r.tellAll()), 0o644))
 }
 
 // tell is the schedule, the last events before a moment, and the ends of the logs of those

@@ -13,6 +13,7 @@ import (
 
 	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
+	"leasehold/e2e/store"
 )
 
 const (
@@ -32,6 +33,8 @@ type run struct {
 	witness    *harness.Witness
 	check      *checker
 	candidates []*candidate
+	store      *store.Log // what the clients of the storage do
+	storeLog   string     // its path
 
 	injected  []*injection   // by execute's goroutine alone
 	busy      sync.WaitGroup // with what an operator does
@@ -49,6 +52,7 @@ type candidate struct {
 	// machine is where it runs. Each life of its daemon has a copy.
 	machine *harness.Machine
 	next    func() (words []string, pause time.Duration) // see behaviours
+	writes  func() bool                                  // see writes
 
 	// starting is held while a daemon starts, and while the machine is frozen: nothing can start in
 	// there.
@@ -90,13 +94,16 @@ func (r *run) open(ctx context.Context) error {
 	if r.cgroup, err = harness.NewCgroup("soak"); err != nil {
 		return err
 	}
+	if err = r.newStore(); err != nil {
+		return err
+	}
 	r.check = newChecker(r.settings)
 	r.check.log = func(name string) string { return r.candidates[name[0]-'a'].log() }
 	for i := range candidateCount {
 		root := i < 3
 		c := &candidate{
 			name: candidateName(i), root: root, run: r, exits: map[int]int{},
-			next: behaviours(r.seed, i, root),
+			next: behaviours(r.seed, i, root), writes: writes(r.seed, i),
 		}
 		// An ordinary user can make no cgroup in there, so that the job has none.
 		cgroup, err := harness.CgroupAt(filepath.Join(r.cgroup.Path, c.name))
@@ -123,7 +130,9 @@ func copyPrograms() (*harness.Programs, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, p := range []string{from.Leasehold, from.NaiveClient, from.Testjob} {
+	for _, p := range []string{
+		from.Leasehold, from.NaiveClient, from.Testjob, from.Beside("writer"),
+	} {
 		err = errors.Join(err, harness.CopyProgram(p, filepath.Join(dir, filepath.Base(p))))
 	}
 	return harness.ProgramsIn(dir), err
@@ -143,6 +152,9 @@ func (r *run) close() {
 	if r.Testbed != nil {
 		r.Close()
 	}
+	if r.store != nil {
+		_ = r.store.Close()
+	}
 	if r.programs != nil {
 		r.programs.Remove()
 	}
@@ -161,7 +173,8 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 		Election: election, TTL: r.ttl, Job: words, Witness: r.witness,
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String(),
-			"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug")
+			"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug",
+			store.LogVariable+"="+r.storeLog)
 		if !c.root {
 			cfg.UID = nobody
 		}
@@ -182,6 +195,9 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 func (c *candidate) supervise(ctx context.Context) error {
 	for {
 		words, pause := c.next()
+		if c.writes() {
+			words = append(words, "run="+c.run.programs.Beside("writer"))
+		}
 		d, err := c.start(ctx, words)
 		if d == nil || err != nil {
 			return err
@@ -233,7 +249,7 @@ func (r *run) soak(ctx context.Context) error {
 	r.check.broken = cancel
 	var running sync.WaitGroup
 	defer running.Wait()
-	// Whoever watches goes on until everything has ended.
+	// Whoever watches, or uses the storage, goes on until everything has ended.
 	watching, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWatching()
 	running.Go(func() { r.witness.Follow(watching, sampleEvery, r.check.saw) })
@@ -244,14 +260,14 @@ func (r *run) soak(ctx context.Context) error {
 		running.Go(func() { r.watchLeases(watching) })
 	}
 
+	for _, url := range r.Etcd.Endpoints() {
+		running.Go(func() { cancelOn(r.useStore(watching, url), cancel) })
+	}
+
 	supervising, stopSupervising := context.WithCancel(ctx)
 	defer stopSupervising()
 	for _, c := range r.candidates {
-		running.Go(func() {
-			if err := c.supervise(supervising); err != nil {
-				cancel(err)
-			}
-		})
+		running.Go(func() { cancelOn(c.supervise(supervising), cancel) })
 	}
 	defer func() {
 		stopSupervising()
@@ -273,6 +289,12 @@ func (r *run) soak(ctx context.Context) error {
 	}
 	stopSupervising()
 	return r.finish(ctx)
+}
+
+func cancelOn(err error, cancel context.CancelCauseFunc) {
+	if err != nil {
+		cancel(err)
+	}
 }
 
 // recoveryBound is how soon after the end of the last fault a job must run.

@@ -157,3 +157,10 @@ func behaviours(seed uint64, candidate int, root bool) func() ([]string, time.Du
 		return slices.Compact(words), pause
 	}
 }
+
+// writes draws whether the job of a candidate's next daemon writes to the storage. It does with one
+// process more than the others.
+func writes(seed uint64, candidate int) func() bool {
+	r := rand.New(rand.NewPCG(seed, 200+uint64(candidate)))
+	return func() bool { return r.IntN(4) > 0 }
+}

@@ -53,6 +53,7 @@ func behaviours() []behaviour {
 		{"hold-pipes", greeted, starting("child"), nil},  // a grandchild holds the standard streams
 		{"orphans=N", greeted, starting("parent"), nil},  // N idle ones whose parents have exited
 		{"daemonize", greeted, starting("between"), nil}, // one that forked twice, with setsid
+		{"run=PROGRAM", greeted, runProgram, nil},        // a child that executes it
 		{"wipe-env", 0, nil, wipe},                       // descendants without its environment
 		{"huge-env", 0, nil, fillUp},                     // descendants with 400 KiB of environment
 		{"undumpable", hiding, undumpable, nil},          // descendants of which /proc shows little
@@ -206,12 +207,7 @@ func (p *process) start(role string) error {
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if p.witness != nil {
-		// The child holds our connection from its first moment on, so that there is none in which
-		// the witness doesn't know of it.
-		cmd.ExtraFiles = []*os.File{p.witness}
-	}
-	err := cmd.Start()
+	err := p.startHolding(cmd)
 	if err == nil && roleOf(role).brief {
 		err = cmd.Wait()
 	}
@@ -221,8 +217,23 @@ func (p *process) start(role string) error {
 	return nil
 }
 
+// startHolding has the child hold our connection from its first moment on, so that there is none in
+// which the witness doesn't know of it.
+func (p *process) startHolding(cmd *exec.Cmd) error {
+	if p.witness != nil {
+		cmd.ExtraFiles = []*os.File{p.witness}
+	}
+	return cmd.Start()
+}
+
 func starting(role string) func(*process, string) error {
 	return func(p *process, _ string) error { return p.start(role) }
+}
+
+func runProgram(p *process, path string) error {
+	cmd := exec.Command(path)
+	cmd.Stderr = os.Stderr
+	return p.startHolding(cmd)
 }
 
 func ignoreTerm(*process, string) error {
