@@ -52,7 +52,6 @@ type Member struct {
 	peerURL string
 	cluster *Cluster
 	flags   []string
-	log     buffer
 }
 
 // errMemberEnded says that a member has ended by itself.
@@ -300,8 +299,14 @@ func (c *Cluster) Leases(ctx context.Context) ([]string, error) {
 
 // Start starts a member that does not run. It does not wait until it serves.
 func (m *Member) Start() error {
+	// It logs into a file: a busy program that reads a pipe too late would make etcd wait.
+	log, err := os.OpenFile(m.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("start etcd member %s: %w", m.Name, err)
+	}
+	defer log.Close() // the member has its own
 	cmd := exec.Command(m.cluster.cfg.Etcd.Server, m.flags...)
-	cmd.Stdout, cmd.Stderr = &m.log, &m.log
+	cmd.Stdout, cmd.Stderr = log, log
 	// Variables that configure etcd would overrule nothing but confuse it.
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool {
 		return strings.HasPrefix(kv, "ETCD_")
@@ -346,8 +351,16 @@ func (m *Member) Restart(ctx context.Context) error {
 	return m.WaitHealthy(ctx)
 }
 
-// Log is what the member has written so far.
-func (m *Member) Log() string { return m.log.String() }
+// Log is what the member has written so far, or why that can't be read.
+func (m *Member) Log() string {
+	text, err := os.ReadFile(m.logFile())
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
+}
+
+func (m *Member) logFile() string { return filepath.Join(m.cluster.dir, m.Name+".log") }
 
 // WaitHealthy waits until the member serves and knows a leader.
 func (m *Member) WaitHealthy(ctx context.Context) error {
