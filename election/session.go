@@ -77,6 +77,8 @@ func (s *session) start(ctx context.Context) error {
 	defer s.release(ctx, stopQueue)
 	wctx, stop := s.waitContext(ctx)
 	defer stop()
+	nested := make(chan error, 1)
+	s.running.Go(func() { nested <- s.refuseNested(wctx) })
 	s.cfg.Callbacks.Leased(s.id, s.cfg.TTL)
 	g, err := s.join(wctx)
 	if err != nil {
@@ -86,7 +88,7 @@ func (s *session) start(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return nil
 	}
-	if err := s.refuseNested(wctx); err != nil {
+	if err := <-nested; err != nil {
 		return unlessStopped(ctx, err)
 	}
 	created, err := s.standby(wctx, sctx)
