@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 )
 
@@ -77,8 +78,13 @@ func newAuth(cfg Config, ms *members) *auth {
 	return a
 }
 
-// GetRequestMetadata implements credentials.PerRPCCredentials.
-func (a *auth) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+// GetRequestMetadata implements credentials.PerRPCCredentials. An etcd before 3.4.28 looks for a
+// token in an authentication too: the old one, which it no longer knows, must not be there.
+func (a *auth) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	request, _ := credentials.RequestInfoFromContext(ctx)
+	if request.Method == pb.Auth_Authenticate_FullMethodName {
+		return nil, nil
+	}
 	token, _ := a.current()
 	if token == "" {
 		return nil, nil

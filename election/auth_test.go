@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -13,7 +14,11 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
 	"leasehold/e2e/harness"
 )
@@ -100,6 +105,47 @@ func TestCandidate_TokensExpire(t *testing.T) {
 	a.waitForExtensions(1)
 	a.stop(nil)
 	c.waitForTerm()
+}
+
+// oldEtcd refuses an authentication with a token, as an etcd before 3.4.28 does if it does not know
+// the token.
+type oldEtcd struct{ pb.UnimplementedAuthServer }
+
+func (oldEtcd) Authenticate(
+	ctx context.Context, _ *pb.AuthenticateRequest,
+) (*pb.AuthenticateResponse, error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	if len(md.Get(rpctypes.TokenFieldNameGRPC)) > 0 {
+		return nil, rpctypes.ErrGRPCInvalidAuthToken
+	}
+	return &pb.AuthenticateResponse{Header: &pb.ResponseHeader{}, Token: "new"}, nil
+}
+
+// The token that is refused must not go with the request for a new one.
+func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	pb.RegisterAuthServer(server, oldEtcd{})
+	go func() { _ = server.Serve(listener) }() // it ends with Stop
+	defer server.Stop()
+	cfg := testConfig(t, []string{"http://" + listener.Addr().String()}, "a")
+	cfg.Username, cfg.AuthToken = "candidate", "old"
+	cfg.Password = func() (string, error) { return "secret", nil }
+	ms, err := newMembers(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ms.closing.Wait()
+	defer ms.close()
+	if err := ms.auth.replace(t.Context(), "old", ms.all()[0]); err != nil {
+		t.Fatal(err)
+	}
+	if token, _ := ms.auth.current(); token != "new" {
+		t.Errorf("the token is %q, want new", token)
+	}
 }
 
 // A refused renewal says nothing of the member's watch: to open that again has etcd read the whole
