@@ -287,7 +287,8 @@ func (s *Supervisor) transition(to JobState, why string) {
 	}
 	s.metrics.up.Set(up)
 	if from != to {
-		s.log.Debug("job state", "from", string(from), "to", string(to), "reason", why)
+		s.log.Debug("job state",
+			"machine", "handle", "from", string(from), "to", string(to), "reason", why)
 		if to == JobRunning {
 			s.log.Info("job started", "pid", j.shown.PID, "token", j.term.Token)
 		}

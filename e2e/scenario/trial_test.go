@@ -56,6 +56,7 @@ type trial struct {
 	ttl      time.Duration
 
 	candidates []*candidate
+	relation   check.Relation // that each of their logs is checked against
 }
 
 // candidate is a daemon on its machine.
@@ -73,6 +74,10 @@ func newTrial(t *testing.T, u user, etcd harness.ClusterConfig) *trial {
 		harness.NeedsRoot(t)
 	}
 	programs := allPrograms(t)
+	relation, err := check.ReadRelation()
+	if err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*waitTimeout)
 	t.Cleanup(cancel)
 	cluster := harness.NewTestCluster(t, etcd)
@@ -80,6 +85,7 @@ func newTrial(t *testing.T, u user, etcd harness.ClusterConfig) *trial {
 		T: t, ctx: ctx, user: u, programs: programs, ttl: 3 * time.Second,
 		testbed: &harness.Testbed{Etcd: cluster, Programs: programs}, etcd: cluster,
 		witness: harness.NewTestWitness(t), election: fmt.Sprintf("jobs/e2e-%d", elections.Add(1)),
+		relation: relation,
 	}
 	t.Cleanup(func() {
 		if t.Failed() { // also where the trial came to no end
@@ -129,11 +135,27 @@ func (tr *trial) start(identity, behaviour string, changes ...change) *candidate
 			tr.Logf("/status of candidate %s: %d %s %v", identity, code, body, err)
 		}
 		d.Close()
+		tr.trace(identity, d.Log())
 		if tr.Failed() {
 			tr.Logf("end of the log of candidate %s:\n%s", identity, harness.LastLines(d.Log(), 60))
 		}
 	})
 	return c
+}
+
+// trace checks what a daemon logged against the model. Some write to a terminal.
+func (tr *trial) trace(identity, log string) {
+	tr.Helper()
+	n, err := tr.relation.Trace(log)
+	if err != nil {
+		tr.Errorf("the log of candidate %s does not follow the model: %v", identity, err)
+	}
+	hadJob := slices.ContainsFunc(tr.witness.Lives(), func(l harness.Life) bool {
+		return l.Candidate == identity
+	})
+	if n == 0 && log != "" && hadJob {
+		tr.Errorf("the log of candidate %s has no transition, though its job was started", identity)
+	}
 }
 
 // makeCgroup makes a cgroup for a daemon and what it makes inside.

@@ -320,7 +320,8 @@ func (j *job) invalid(event string) {
 func (j *job) transition(to jobState, why string) {
 	from, now := j.state, boottime.Now()
 	j.state = to
-	j.g.log.Debug("job state", "from", string(from), "to", string(to), "reason", why)
+	j.g.log.Debug("job state",
+		"machine", "guard", "from", string(from), "to", string(to), "reason", why)
 	switch to {
 	case jobForking, jobRunning:
 	case jobStopping:

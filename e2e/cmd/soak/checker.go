@@ -73,6 +73,8 @@ type counts struct {
 	// Untold are of jobs that were killed before the witness heard of them.
 	Untold int `json:"leader_yes_untold"`
 	Leases int `json:"leases"`
+	// Transitions of state machines that daemons logged.
+	Transitions int `json:"transitions"`
 }
 
 func newChecker(set settings) *checker {

@@ -33,6 +33,7 @@ type run struct {
 	witness    *harness.Witness
 	check      *checker
 	candidates []*candidate
+	relation   check.Relation
 	store      *store.Log // what the clients of the storage do
 	storeLog   string     // its path
 
@@ -95,6 +96,9 @@ func (r *run) open(ctx context.Context) error {
 		return err
 	}
 	if err = r.newStore(); err != nil {
+		return err
+	}
+	if r.relation, err = check.ReadRelation(); err != nil {
 		return err
 	}
 	r.check = newChecker(r.settings)
@@ -184,11 +188,21 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 		return nil, err
 	}
 	d := &daemon{Machine: &machine, words: words, began: began}
+	if old := c.keep(d); old != nil {
+		r.trace(old) // by now its elector has ended too
+	}
+	return d, nil
+}
+
+// keep adds a daemon to the last ones, and returns the one that is no longer among them, or nil.
+func (c *candidate) keep(d *daemon) (old *daemon) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.runs = append(c.runs, d)
-	c.runs = c.runs[max(0, len(c.runs)-keptRuns):]
-	return d, nil
+	if len(c.runs) > keptRuns {
+		old, c.runs = c.runs[0], c.runs[1:]
+	}
+	return old
 }
 
 // supervise starts the daemon again whenever it has ended, until ctx ends.
@@ -361,6 +375,7 @@ func (r *run) finish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	r.traceAll()
 	// What a crash has left in etcd expires; that of a clean end is gone.
 	err = r.WaitEmpty(ctx)
 	r.cleared = harness.Now() - began

@@ -1,0 +1,218 @@
+//go:build linux
+
+package check
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+// Machine is one of a daemon's state machines, as its log names it.
+type Machine string
+
+// The machines. candidate and handle are the elector's, guard is the guard's.
+const (
+	CandidateMachine Machine = "candidate" // election/state.go
+	HandleMachine    Machine = "handle"    // supervisor/job.go: the job, as the elector knows it
+	GuardMachine     Machine = "guard"     // supervisor/guard/job.go
+)
+
+// machines have their first states here, and those in which they allow a job to live.
+var machines = map[Machine]struct {
+	first string
+	lives []string
+}{
+	CandidateMachine: {"connecting", []string{"leading", "stopping"}},
+	HandleMachine:    {"none", []string{"starting", "running", "stopping"}},
+	GuardMachine:     {"idle", []string{"forking", "running", "stopping", "killing"}},
+}
+
+// Transition is a line of a daemon's log that tells of one.
+type Transition struct {
+	At       time.Time
+	Machine  Machine
+	From, To string
+}
+
+const clock = "15:04:05.000"
+
+func (t Transition) String() string {
+	return fmt.Sprintf("%s: %s -> %s at %s",
+		t.Machine, t.From, t.To, t.At.Format(clock))
+}
+
+// Relation holds the transitions that the model has.
+type Relation map[Machine]map[[2]string]bool
+
+// ReadRelation reads the model's transitions: a line for each, "transition MACHINE FROM TO".
+func ReadRelation() (Relation, error) {
+	root, err := harness.ModuleRoot()
+	if err != nil {
+		return nil, err
+	}
+	text, err := os.ReadFile(filepath.Join(root, "docs", "model", "transitions.txt"))
+	if errors.Is(err, os.ErrNotExist) {
+		text, err = os.ReadFile(filepath.Join(
+			root, "e2e", "check", "testdata", "transitions.txt"))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return parseRelation(string(text))
+}
+
+func parseRelation(text string) (Relation, error) {
+	r := Relation{}
+	for line := range strings.Lines(text) {
+		fields := strings.Fields(line)
+		if len(fields) == 0 || fields[0] == "#" {
+			continue
+		}
+		if len(fields) != 4 || fields[0] != "transition" {
+			return nil, fmt.Errorf("read the model's transitions: %q is none", line)
+		}
+		m := Machine(fields[1])
+		if r[m] == nil {
+			r[m] = map[[2]string]bool{}
+		}
+		r[m][[2]string{fields[2], fields[3]}] = true
+	}
+	for m := range machines {
+		if len(r[m]) == 0 {
+			return nil, fmt.Errorf("the model has no transition of %s", m)
+		}
+	}
+	return r, nil
+}
+
+// messageDelay is by how much two processes' lines may be out of order: a line has milliseconds.
+const messageDelay = 5 * time.Millisecond
+
+// Trace checks what a daemon logged at level debug, and returns how many transitions it has. Each
+// must be one of the model's, and begin where the machine's last one ended: at its first state
+// before any. A killed process may leave out its last lines. While the guard's job lives, the
+// handle knows of it, and while the handle's does, the candidate is in a term.
+func (r Relation) Trace(log string) (transitions int, err error) {
+	lines, lost := parseTrace(log)
+	var found []error
+	for m, machine := range machines {
+		state := machine.first
+		for _, t := range lines[m] {
+			transitions++
+			if t.From != t.To && !r[m][[2]string{t.From, t.To}] {
+				found = append(found, fmt.Errorf("%v: the model has no such transition", t))
+			}
+			if t.From != state && !slices.ContainsFunc(lost, t.At.After) {
+				found = append(found, fmt.Errorf("%v: it was %s", t, state))
+			}
+			state = t.To
+		}
+	}
+	if len(lost) == 0 {
+		found = append(found,
+			together(lines, GuardMachine, HandleMachine),
+			together(lines, HandleMachine, CandidateMachine))
+	}
+	return transitions, errors.Join(found...)
+}
+
+// together checks that the outer machine allows a job to live as long as the inner one does. It
+// goes by what is known for sure: what followed the last line of a killed process is not.
+func together(lines map[Machine][]Transition, inner, outer Machine) error {
+	with, without := known(lines, inner, true), known(lines, outer, false)
+	for _, both := range with.And(without) {
+		if both.Length() > messageDelay {
+			return fmt.Errorf("from %s on, for %v, the job was alive for the %s, "+
+				"and the %s knew of none", time.Unix(0, int64(both.From)).UTC().Format(clock),
+				both.Length(), inner, outer)
+		}
+	}
+	return nil
+}
+
+// known is when a machine was in a state in which a job lives, or was not, since the Unix epoch.
+// The last line of its process is the end of what is known.
+func known(lines map[Machine][]Transition, m Machine, lives bool) Intervals {
+	end := time.Duration(0)
+	for other, all := range lines {
+		if len(all) > 0 && (other == GuardMachine) == (m == GuardMachine) {
+			end = max(end, sinceEpoch(all[len(all)-1]))
+		}
+	}
+	var all []Interval
+	from, state := time.Duration(0), machines[m].first
+	for _, t := range lines[m] {
+		if slices.Contains(machines[m].lives, state) == lives {
+			all = append(all, Interval{from, sinceEpoch(t)})
+		}
+		from, state = sinceEpoch(t), t.To
+	}
+	if slices.Contains(machines[m].lives, state) == lives {
+		all = append(all, Interval{from, end})
+	}
+	return Merge(all...)
+}
+
+func sinceEpoch(t Transition) time.Duration { return time.Duration(t.At.UnixNano()) }
+
+var (
+	// begins is where a line begins, also behind what a killed process or the job left unfinished.
+	begins     = regexp.MustCompile(`time=\d{4}-\d\d-\d\dT|\{"time":"\d{4}-\d\d-\d\dT`)
+	transition = regexp.MustCompile(
+		`^time=(\S+) level=\S+ msg=.*? from=(\S+) to=(\S+)(?: .*)?\n$`)
+	machineOf = regexp.MustCompile(` machine=(\S+) `)
+	linesLost = regexp.MustCompile(`^time=(\S+) .* msg="standard error was blocked: `)
+)
+
+// parseTrace finds the transitions in a log, in the order of each machine's lines, and when the
+// daemon wrote that it had to drop lines.
+func parseTrace(log string) (lines map[Machine][]Transition, lost []time.Time) {
+	lines = map[Machine][]Transition{}
+	for line := range strings.Lines(log) {
+		starts := begins.FindAllStringIndex(line, -1)
+		if len(starts) == 0 {
+			continue
+		}
+		// Of two in one, the first was cut.
+		line = line[starts[len(starts)-1][0]:]
+		if t, found := parseTransition(line); found {
+			lines[t.Machine] = append(lines[t.Machine], t)
+		}
+		if m := linesLost.FindStringSubmatch(line); m != nil {
+			if at, err := time.Parse(time.RFC3339Nano, m[1]); err == nil {
+				lost = append(lost, at)
+			}
+		}
+	}
+	return lines, lost
+}
+
+func parseTransition(line string) (t Transition, found bool) {
+	var at string
+	if strings.HasPrefix(line, "{") {
+		var fields struct{ Time, Machine, From, To string }
+		if json.Unmarshal([]byte(line), &fields) != nil {
+			return t, false // cut
+		}
+		at, t.Machine, t.From, t.To = fields.Time, Machine(fields.Machine), fields.From, fields.To
+	} else if m := transition.FindStringSubmatch(line); m != nil {
+		at, t.From, t.To = m[1], m[2], m[3]
+		if m := machineOf.FindStringSubmatch(line); m != nil {
+			t.Machine = Machine(m[1])
+		}
+	}
+	// Users read the candidate's lines: they do without the name.
+	t.Machine = cmp.Or(t.Machine, CandidateMachine)
+	t.At, _ = time.Parse(time.RFC3339Nano, at)
+	return t, t.From != "" && t.To != "" && !t.At.IsZero()
+}

@@ -1,0 +1,156 @@
+//go:build linux
+
+package check_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"leasehold/e2e/check"
+)
+
+// trace makes a daemon's log of lines like "3 guard idle forking", the first of which is the
+// millisecond. What is no such line stays as it is.
+func trace(lines string) string {
+	var log strings.Builder
+	for line := range strings.Lines(lines) {
+		line = strings.TrimSpace(line)
+		fields := strings.Fields(line)
+		switch {
+		case line == "":
+		case len(fields) != 4:
+			log.WriteString(line + "\n")
+		case fields[1] == "candidate":
+			fmt.Fprintf(&log, "time=2026-01-02T03:04:05.%03sZ level=INFO msg=\"state changed\" "+
+				"election=jobs/a identity=a from=%s to=%s reason=\"a=b c=d\"\n",
+				fields[0], fields[2], fields[3])
+		default:
+			fmt.Fprintf(&log, "time=2026-01-02T03:04:05.%03sZ level=DEBUG msg=\"job state\" "+
+				"election=jobs/a identity=a machine=%s from=%s to=%s reason=\"start asked\"\n",
+				fields[0], fields[1], fields[2], fields[3])
+		}
+	}
+	return log.String()
+}
+
+// term is a term from its beginning to its end.
+const term = `
+	100 candidate connecting standby
+	101 candidate standby leading
+	102 handle none starting
+	103 guard idle forking
+	104 guard forking running
+	105 handle starting running
+	200 candidate leading stopping
+	201 handle running stopping
+	202 guard running stopping
+	203 guard stopping killing
+	204 guard killing idle
+	205 handle stopping exited
+	206 candidate stopping connecting
+`
+
+func TestTrace(t *testing.T) {
+	relation, err := check.ReadRelation()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const cut = `time=2026-01-02T03:04:05.104Z level=DEBUG msg="job state" machine=guard from=for`
+	without := func(line string) string { return strings.Replace(term, line, "", 1) }
+	for _, c := range []struct {
+		name, log string
+		guilty    string // what is said; "": innocent
+	}{
+		{"a term", trace(term), ""},
+		{"and another one", trace(term + `
+			300 candidate connecting leading
+			301 handle exited starting
+			302 guard idle forking
+		`), ""},
+		{"nothing", "", ""},
+		{
+			"a transition that the model does not know", trace(term + "300 guard idle running"),
+			"idle -> running at 03:04:05.300: the model has no such transition",
+		},
+		{
+			"a state that the model does not know", trace(term + "300 guard idle frozen"),
+			"idle -> frozen at 03:04:05.300: the model has no such transition",
+		},
+		{
+			"a lost line", trace(without("104 guard forking running")),
+			"running -> stopping at 03:04:05.202: it was forking",
+		},
+		{
+			"the first line lost", trace(without("102 handle none starting")),
+			"starting -> running at 03:04:05.105: it was none",
+		},
+		{"the same state with another reason", trace("100 candidate connecting connecting\n" + term), ""},
+		{
+			"from a state in which it was not", trace(term + "300 candidate standby standby"),
+			"it was connecting",
+		},
+		{"lines that the daemon dropped", trace(without("104 guard forking running")) +
+			"time=2026-01-02T03:04:05.001Z level=WARN msg=\"standard error was blocked: " +
+			"log lines are lost\" dropped=1\n", ""},
+		{"killed in mid-line", trace(term) + strings.Replace(cut, "for", "idle", 1), ""},
+		{
+			"killed in mid-line, and others go on", trace(`
+				100 candidate connecting standby
+				101 candidate standby leading
+				102 handle none starting
+				103 guard idle forking
+			`) + cut + trace(`
+				105 candidate leading stopping
+				106 handle starting stopping
+			`), "",
+		},
+		{
+			"a line that was cut and should not be", strings.Replace(trace(term), `from=forking to`,
+				`from=for`+"\n", 1), "it was forking",
+		},
+		{"behind what the job left unfinished", "3 of 5 done" + trace(term), ""},
+		{
+			"the job lives on without its handle", trace(strings.Replace(term,
+				"204 guard killing idle", "", 1) + `
+				250 candidate connecting standby
+				300 guard killing idle
+			`),
+			"the job was alive for the guard, and the handle knew of none",
+		},
+		{
+			"a handle without a term", trace(strings.Replace(term,
+				"205 handle stopping exited", "", 1) + `
+				300 candidate connecting standby
+				301 handle stopping exited
+			`),
+			"the job was alive for the handle, and the candidate knew of none",
+		},
+		{"a guard that was killed", trace(strings.Replace(term, "204 guard killing idle", "", 1)), ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			n, err := relation.Trace(c.log)
+			switch said := fmt.Sprint(err); {
+			case (err != nil) != (c.guilty != ""), !strings.Contains(said, c.guilty):
+				t.Errorf("%d transitions, %v; want %q; the log:\n%s", n, err, c.guilty, c.log)
+			case c.name == "a term" && n != 13:
+				t.Errorf("%d transitions", n)
+			}
+		})
+	}
+}
+
+// A daemon may log JSON.
+func TestTrace_JSON(t *testing.T) {
+	relation, err := check.ReadRelation()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const line = `{"time":"2026-01-02T03:04:05.103456Z","level":"DEBUG","msg":"job state",` +
+		`"machine":"guard","from":"idle","to":"%s","reason":"start asked"}` + "\n"
+	for to, guilty := range map[string]bool{"forking": false, "killing": true} {
+		if n, err := relation.Trace(fmt.Sprintf(line, to)); n != 1 || (err != nil) != guilty {
+			t.Errorf("to %s: %d transitions, %v", to, n, err)
+		}
+	}
+}

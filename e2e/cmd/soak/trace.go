@@ -1,0 +1,41 @@
+//go:build linux
+
+package main
+
+import "slices"
+
+// trace checks the log of a daemon that has ended against the model.
+func (r *run) trace(d *daemon) {
+	if !r.implementation.Ours() {
+		return
+	}
+	n, err := r.relation.Trace(d.Log())
+	if err != nil {
+		r.check.violate([]string{d.Name}, "the log of candidate %s, started at %s, does not follow "+
+			"the model: %v", d.Name, r.check.clock(d.began), err)
+	}
+	r.check.mu.Lock()
+	defer r.check.mu.Unlock()
+	r.check.counts.Transitions += n
+}
+
+// traceAll checks the logs that are kept at the end.
+func (r *run) traceAll() {
+	for _, c := range r.candidates {
+		c.mu.Lock()
+		kept := slices.Clone(c.runs)
+		c.mu.Unlock()
+		for _, d := range kept {
+			r.trace(d)
+		}
+	}
+	if r.transitions() == 0 {
+		r.check.violate(nil, "no candidate has logged a transition")
+	}
+}
+
+func (r *run) transitions() int {
+	r.check.mu.Lock()
+	defer r.check.mu.Unlock()
+	return r.check.counts.Transitions
+}
