@@ -242,3 +242,27 @@ func TestFindCgroup(t *testing.T) {
 		}
 	}
 }
+
+// TestProcHidden: the last mount at /proc counts, also without a source, or beside a mount point
+// with white space that the kernel does not escape.
+func TestProcHidden(t *testing.T) {
+	proc := func(options string) string {
+		return "22 28 0:21 / /proc rw,nosuid shared:12 - proc proc " + options + "\n"
+	}
+	for mounts, want := range map[string]string{
+		"":                                 "",
+		proc("rw"):                         "",
+		proc("rw,gid=4,hidepid=invisible"): "hidepid=invisible",
+		proc("rw,hidepid=2") + proc("rw"):  "",
+		proc("rw") + proc("rw,hidepid=ptraceable"):                "hidepid=ptraceable",
+		proc("rw,hidepid=0") + proc("hidepid=off"):                "",
+		"22 28 0:21 / /proc rw - proc  rw,hidepid=1\n":            "hidepid=1",
+		"22 28 0:21 / /\r/proc rw - proc proc hidepid=1\n":        "",
+		"22 28 0:21 / /home/x\u00a0/proc rw - proc x hidepid=1\n": "",
+		"22 28 0:21 / /proc":                                      "",
+	} {
+		if got := procHidden(mounts); got != want {
+			t.Errorf("%q: %q, want %q", mounts, got, want)
+		}
+	}
+}

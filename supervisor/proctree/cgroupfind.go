@@ -33,22 +33,12 @@ func findCgroup(cgroups, mounts string) (string, error) {
 	if path == "" || path == "/.." || strings.HasPrefix(path, "/../") {
 		return "", errors.New("this process is in no cgroup v2 that it can see")
 	}
-	for line := range strings.Lines(mounts) {
-		// 42 32 0:37 ROOT MOUNTPOINT options… - cgroup2 …, proc_pid_mountinfo(5)
-		before, after, _ := strings.Cut(line, " - ")
-		fields := strings.Fields(before)
-		if !strings.HasPrefix(after, "cgroup2 ") || len(fields) < 5 {
-			continue
-		}
-		root := strings.TrimSuffix(unescapeMount(fields[3]), "/")
-		if rel, ok := strings.CutPrefix(path, root); ok && (rel == "" || rel[0] == '/') {
-			return filepath.Join(unescapeMount(fields[4]), rel), nil
+	for m := range eachMount(mounts) {
+		root := strings.TrimSuffix(m.root, "/")
+		rel, ok := strings.CutPrefix(path, root)
+		if m.fsType == "cgroup2" && ok && (rel == "" || rel[0] == '/') {
+			return filepath.Join(m.point, rel), nil
 		}
 	}
 	return "", errors.New("no cgroup v2 is mounted where this process's is to be seen")
-}
-
-// unescapeMount undoes the octal escapes of mountinfo.
-func unescapeMount(s string) string {
-	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }

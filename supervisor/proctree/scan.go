@@ -134,9 +134,12 @@ func (s *Scanner) process(pid int) process {
 		s.broken = s.broken || !gone(errno)
 		return process{}
 	}
-	b := s.stat[:n]
-	// The name stands in parentheses and may hold anything, so the last closing one ends it
-	// (proc_pid_stat(5)).
+	return parseStat(s.stat[:n])
+}
+
+// parseStat reads the text of /proc/PID/stat (proc_pid_stat(5)).
+func parseStat(b []byte) process {
+	// The name stands in parentheses and may hold anything, so the last closing one ends it.
 	i := len(b) - 1
 	for i >= 0 && b[i] != ')' {
 		i--

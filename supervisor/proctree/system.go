@@ -15,15 +15,18 @@ func ProcHidden() string {
 	if err != nil {
 		return ""
 	}
+	return procHidden(string(mounts))
+}
+
+// procHidden is ProcHidden for a process whose mountinfo has this text.
+func procHidden(mounts string) string {
 	hidden := ""
-	for line := range strings.Lines(string(mounts)) {
-		before, after, _ := strings.Cut(strings.TrimSpace(line), " - ")
-		fields, options := strings.Fields(before), strings.Fields(after)
-		if len(fields) < 5 || fields[4] != "/proc" || len(options) < 3 {
+	for m := range eachMount(mounts) {
+		if m.point != "/proc" {
 			continue
 		}
 		hidden = "" // the last mount there is the one that is seen
-		for option := range strings.SplitSeq(options[2], ",") {
+		for option := range strings.SplitSeq(m.options, ",") {
 			if value, ok := strings.CutPrefix(option,
 				"hidepid="); ok && value != "0" && value != "off" {
 				hidden = option
