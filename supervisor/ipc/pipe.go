@@ -114,11 +114,14 @@ type Inbox struct {
 }
 
 // Fill reads once from fd. It returns false if there was nothing to read, and ErrClosed at
-// end-of-file.
+// end-of-file, or if what has come is no message: nothing that follows can be read.
 func (in *Inbox) Fill(fd int) (bool, error) {
 	if in.start > 0 {
 		in.end = copy(in.buf[:], in.buf[in.start:in.end])
 		in.start = 0
+	}
+	if n, known := in.length(); known && (n < headerLen || n > maxMessage) {
+		return false, ErrClosed
 	}
 	n, err := unix.Read(fd, in.buf[in.end:])
 	switch {
@@ -131,14 +134,20 @@ func (in *Inbox) Fill(fd int) (bool, error) {
 	return true, nil
 }
 
+// length is that of the next message, if it is known.
+func (in *Inbox) length() (n int, known bool) {
+	b := in.buf[in.start:in.end]
+	if len(b) < 2 {
+		return 0, false
+	}
+	return int(binary.LittleEndian.Uint16(b)), true
+}
+
 // Next returns the next whole message, if there is one.
 func (in *Inbox) Next() (Message, bool) {
 	b := in.buf[in.start:in.end]
-	if len(b) < headerLen {
-		return Message{}, false
-	}
-	n := int(binary.LittleEndian.Uint16(b))
-	if n < headerLen || n > maxMessage || len(b) < n {
+	n, known := in.length()
+	if !known || n < headerLen || n > maxMessage || len(b) < n {
 		return Message{}, false
 	}
 	in.start += n

@@ -164,6 +164,27 @@ func TestOutbox_ClosedPipe(t *testing.T) {
 	}
 }
 
+// TestInbox_NoMessage: after a length that no message has, nothing can be read any more. The sender
+// counts as lost at once.
+func TestInbox_NoMessage(t *testing.T) {
+	for _, text := range []string{"\x00\x00", "\x23\x00", "\x01\x10", "\xff\xff"} {
+		r, w := newTestPipe(t)
+		if _, err := unix.Write(w, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		in := Inbox{}
+		if more, err := in.Fill(r); !more || err != nil {
+			t.Fatal(more, err)
+		}
+		if m, ok := in.Next(); ok {
+			t.Errorf("%q is a message: %+v", text, m)
+		}
+		if _, err := in.Fill(r); !errors.Is(err, ErrClosed) {
+			t.Errorf("%q: %v, want %v", text, err, ErrClosed)
+		}
+	}
+}
+
 // TestMessage_AllocatesNothing: the guard sends and receives without garbage. The texts that the
 // elector sends once, at a start or at its end, are excepted.
 func TestMessage_AllocatesNothing(t *testing.T) {
