@@ -16,6 +16,7 @@ import (
 
 	"leasehold/cli"
 	"leasehold/config"
+	"leasehold/internal/quote"
 )
 
 // Build identifies the binary.
@@ -80,12 +81,22 @@ func report(command string, err error) int {
 	if wrong := (*config.Error)(nil); !errors.As(err, &wrong) {
 		text = "leasehold: " + text
 	}
-	text = strings.TrimRight(text, "\n") + "\n"
+	text = printable(text)
 	fmt.Fprint(os.Stderr, text)
 	if command != "status" && command != "check" {
 		leaveMessage(terminationLog, text, false)
 	}
 	return end.code
+}
+
+// printable makes lines of text that can be shown in a terminal, with a newline at the end. An error
+// may have the name of a file in it, or what somebody has answered.
+func printable(text string) string {
+	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
+	for i, line := range lines {
+		lines[i] = quote.Printable(line)
+	}
+	return strings.Join(lines, "\n") + "\n"
 }
 
 // closeOnExec keeps every descriptor except the standard streams from our children, also those that

@@ -97,8 +97,15 @@ const (
 // An Error is a configuration with problems. It holds no secret.
 type Error struct{ Problems []error }
 
-// Error has a line for each problem.
-func (e *Error) Error() string { return errors.Join(e.Problems...).Error() }
+// Error has a line for each problem. It can be shown in a terminal: paths and names may hold
+// anything.
+func (e *Error) Error() string {
+	var lines []string
+	for _, problem := range e.Problems {
+		lines = append(lines, quote.Line(problem.Error()))
+	}
+	return strings.Join(lines, "\n")
+}
 
 // Unwrap returns the problems.
 func (e *Error) Unwrap() []error { return e.Problems }

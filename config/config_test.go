@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/quote"
 )
 
 // load sets NAME=value pairs (without the prefix) in an environment that has no other settings, and
@@ -477,6 +479,40 @@ func TestConfig_SecretIsNeverPrinted(t *testing.T) {
 	}
 	if p, err := cfg.ReadPassword(); p != "hunter2" || err != nil {
 		t.Errorf("ReadPassword() = %q, %v", p, err)
+	}
+}
+
+// TestConfig_ProblemsArePrintable: what a value does to a terminal, its report does not, and it has
+// one line whatever the value.
+func TestConfig_ProblemsArePrintable(t *testing.T) {
+	_, err := load(t, ForRun, "ELECTION=e", "TLS_CA_FILE=/\x1b[2J\nx", "PASSWORD_FILE=/"+
+		strings.Repeat("x", 4000), "TTL="+strings.Repeat("0", 4000), "\u009b"+strings.Repeat("N", 4000)+"=1")
+	if err == nil {
+		t.Fatal("no problems")
+	}
+	lines := strings.Split(err.Error(), "\n")
+	for _, line := range lines {
+		if len(line) > 2200 || line != quote.Printable(line) {
+			t.Errorf("%d bytes: %.99q", len(line), line)
+		}
+	}
+	if len(lines) != 6 {
+		t.Errorf("%d lines: %q", len(lines), lines)
+	}
+}
+
+// TestLog_IsPrintable: the names of candidates, and what etcd's endpoints answer, reach the log.
+func TestLog_IsPrintable(t *testing.T) {
+	for format, want := range map[string]string{
+		"text": `leader="a\u009b2J\u202e" err=` + "\ufffd\n",
+		"json": `"leader":"a\u009b2J\u202e","err":"\u007f"}` + "\n",
+	} {
+		var out bytes.Buffer
+		slog.New(Log{Format: format}.Handler(&out, slog.LevelInfo)).
+			Info("x", "leader", "a\u009b2J\u202e", "err", "\x7f")
+		if !strings.HasSuffix(out.String(), want) {
+			t.Errorf("%s: %q, want %s", format, out.String(), want)
+		}
 	}
 }
 

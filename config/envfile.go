@@ -49,6 +49,8 @@ const (
 	maxEnvFile = 1 << 20
 	// maxEntry is MAX_ARG_STRLEN of Linux: exec refuses a longer NAME=value with its NUL.
 	maxEntry = 128 << 10
+	// maxEnvFileProblems bounds how many problems are reported: the file may be no env file at all.
+	maxEnvFileProblems = 20
 )
 
 func readEnvFile(path string) (text []byte, err error) {
@@ -94,6 +96,10 @@ func isEnvSpace(c byte) bool { return strings.IndexByte(envSpace, c) >= 0 }
 
 func (f *envFile) parse() {
 	for len(f.text) > 0 {
+		if len(f.problems) >= maxEnvFileProblems {
+			f.problem(f.line, "the rest of the file was not read: it has too many problems")
+			return
+		}
 		if isEnvSpace(f.text[0]) {
 			f.next()
 			continue

@@ -78,6 +78,11 @@ func TestEnvFile_Problems(t *testing.T) {
 			}
 		}
 	}
+	writeFile(t, path, strings.Repeat("no env file\n", 1000))
+	if lines := strings.Split(LoadFile(path).Error(), "\n"); len(lines) != maxEnvFileProblems+1 ||
+		!strings.HasPrefix(lines[maxEnvFileProblems], path+":20: the rest of the file was not read") {
+		t.Errorf("of a file that is no env file: %q", lines)
+	}
 	if err := LoadFile(path + "-missing"); err == nil ||
 		!strings.Contains(err.Error(), path+"-missing: no such file") {
 		t.Errorf("a file that is missing: %v", err)

@@ -77,6 +77,6 @@ func (p *problems) unknown(set map[string]bool, known []Variable) {
 			advice = "did you mean " + Prefix + "_" + near + "?"
 		}
 		p.found = append(p.found,
-			fmt.Errorf("%s_%s: unknown variable: %s", Prefix, quote.Printable(name), advice))
+			fmt.Errorf("%s_%s: unknown variable: %s", Prefix, quote.Name(name), advice))
 	}
 }

@@ -53,10 +53,10 @@ func (d *Duration) Decode(text string) error {
 func (d *Duration) problem() error { return d.err }
 
 // MissesUnit reports whether text, where a Duration is wanted, is a number alone, such as 15 or
-// 0.5.
+// 0.5. It is short enough to be shown.
 func MissesUnit(text string) bool {
 	_, err := strconv.ParseFloat(text, 64)
-	return err == nil && strings.Trim(text, "0123456789.") == ""
+	return err == nil && strings.Trim(text, "0123456789.") == "" && len(text) <= 20
 }
 
 // Count is a whole number from 0 up.

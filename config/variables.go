@@ -25,9 +25,10 @@ func (c *Config) Variables() []Variable {
 	return appendVariables(nil, "", reflect.ValueOf(c).Elem())
 }
 
+// words has the rule of envconfig's split_words: CAFile is CA_FILE, DialTimeout is DIAL_TIMEOUT.
+var words = regexp.MustCompile(`([a-z])([A-Z])|([A-Z])([A-Z][a-z])`)
+
 func appendVariables(list []Variable, prefix string, group reflect.Value) []Variable {
-	// The rule of envconfig's split_words: CAFile is CA_FILE, DialTimeout is DIAL_TIMEOUT.
-	words := regexp.MustCompile(`([a-z])([A-Z])|([A-Z])([A-Z][a-z])`)
 	for i := range group.NumField() {
 		field, tags := group.Type().Field(i), group.Type().Field(i).Tag
 		name := prefix + strings.ToUpper(words.ReplaceAllString(field.Name, "$1${3}_$2$4"))

@@ -9,10 +9,15 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf16"
+	"unicode/utf8"
 )
 
-// maxShown is how many bytes Value shows.
-const maxShown = 64
+const (
+	// maxShown is how many bytes Value, Name and Word show.
+	maxShown = 64
+	// maxLine is how many bytes Line shows.
+	maxLine = 2048
+)
 
 // Printable replaces each rune that is not printable, a newline too, and each byte that is not
 // UTF-8 by U+FFFD. The result is one line.
@@ -25,8 +30,25 @@ func Printable(text string) string {
 	}, text)
 }
 
-// JSON encodes v, with a newline at the end. Each rune that is not printable is escaped: the
-// library leaves those above U+007E as they are, and U+009B begins a command to a terminal.
+// Line makes one printable line of text that says what is wrong, such as an error of etcd. It cuts
+// text that is longer than 2,048 bytes.
+func Line(text string) string { return cut(Printable(text), maxLine) }
+
+// Name makes a name printable. It cuts a name that is longer than 64 bytes.
+func Name(text string) string { return cut(Printable(text), maxShown) }
+
+// cut keeps a limited number of bytes, and no part of a rune.
+func cut(text string, limit int) string {
+	if len(text) <= limit {
+		return text
+	}
+	for limit > 0 && !utf8.RuneStart(text[limit]) {
+		limit--
+	}
+	return text[:limit] + "…"
+}
+
+// JSON encodes v, with a newline at the end. Each rune that is not printable is escaped.
 func JSON(v any, indent string) (string, error) {
 	var text strings.Builder
 	e := json.NewEncoder(&text)
@@ -35,10 +57,20 @@ func JSON(v any, indent string) (string, error) {
 	if err := e.Encode(v); err != nil {
 		return "", err
 	}
+	return PrintableJSON(text.String()), nil
+}
+
+// PrintableJSON escapes each rune of a JSON text that is not printable, except newlines. The
+// library leaves those above U+007E as they are, and U+009B begins a command to a terminal.
+func PrintableJSON(text string) string {
+	printable := func(r rune) bool { return r == '\n' || unicode.IsPrint(r) }
+	if !strings.ContainsFunc(text, func(r rune) bool { return !printable(r) }) {
+		return text
+	}
 	var b strings.Builder
-	for _, r := range text.String() {
+	for _, r := range text {
 		switch {
-		case r == '\n' || unicode.IsPrint(r):
+		case printable(r):
 			b.WriteRune(r)
 		case r <= 0xffff:
 			fmt.Fprintf(&b, `\u%04x`, r)
@@ -47,7 +79,7 @@ func JSON(v any, indent string) (string, error) {
 			fmt.Fprintf(&b, `\u%04x\u%04x`, high, low)
 		}
 	}
-	return b.String(), nil
+	return b.String()
 }
 
 // Value quotes text as a Go string. It cuts text that is longer than 64 bytes.

@@ -43,6 +43,21 @@ func TestValue(t *testing.T) {
 	}
 }
 
+func TestLine(t *testing.T) {
+	for text, want := range map[string]string{
+		"": "", "a\nb\x9b": "a\ufffdb\ufffd", strings.Repeat("x", 2048): strings.Repeat("x", 2048),
+		strings.Repeat("x", 2049):       strings.Repeat("x", 2048) + "…",
+		"x" + strings.Repeat("ü", 2048): "x" + strings.Repeat("ü", 1023) + "…",
+	} {
+		if got := Line(text); got != want {
+			t.Errorf("Line(%q) = %q, want %q", text, got, want)
+		}
+	}
+	if got, want := Name(strings.Repeat("\n", 99)), strings.Repeat("\ufffd", 21)+"…"; got != want {
+		t.Errorf("Name of 99 newlines is %q, want %q", got, want)
+	}
+}
+
 func TestWord(t *testing.T) {
 	for text, want := range map[string]string{
 		"backup.sh": "backup.sh", "": `""`, "a b": `"a b"`, "$x": `"$x"`, "\x1b[2J": `"\x1b[2J"`,

@@ -5,8 +5,14 @@ import (
 	"strings"
 )
 
+// maxWord bounds a word, since the time that Nearest takes grows with its length.
+const maxWord = 100
+
 // Nearest returns the candidate that a misspelt word most likely stands for, or "".
 func Nearest(word string, candidates []string) string {
+	if len(word) > maxWord {
+		return ""
+	}
 	limit := max(2, len(word)/3)
 	if len(word) < 3 {
 		limit = 1 // at a distance of two it would be nearly any short word
