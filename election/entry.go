@@ -3,6 +3,7 @@ package election
 import (
 	"fmt"
 	"log/slog"
+	"strconv"
 	"strings"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -60,7 +61,7 @@ func (e queueEntry) blocker() *Blocker {
 	switch {
 	case e.lease == 0:
 		b.Why = "it has no lease, so it will never expire"
-		b.Remedy = "etcdctl del " + quote.Shell(e.key)
+		b.Remedy = remedy(e.key)
 	case nested != "":
 		b.Why = fmt.Sprintf("it belongs to the nested election %s and is kept by its candidates",
 			quote.Shell(nested))
@@ -68,6 +69,19 @@ func (e queueEntry) blocker() *Blocker {
 		b.Why = fmt.Sprintf("it is not a candidate's key, and somebody keeps its lease %x", e.lease)
 	}
 	return b
+}
+
+// remedy is a command for bash that deletes the key, and no other.
+func remedy(key string) string {
+	switch {
+	case strings.Contains(key, "\x00"):
+		// No argument of a command holds a NUL. bash would cut the key there, and that key may be a
+		// leader's.
+		return "etcdctl txn <<< " + quote.Shell("\ndel "+strconv.Quote(key)+"\n\n")
+	case strings.HasPrefix(key, "-"):
+		return "etcdctl del -- " + quote.Shell(key)
+	}
+	return "etcdctl del " + quote.Shell(key)
 }
 
 func (b *Blocker) warn(log *slog.Logger) {

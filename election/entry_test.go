@@ -11,6 +11,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"leasehold/e2e/harness"
 )
 
@@ -40,6 +42,38 @@ func TestCandidate_Blockers(t *testing.T) {
 		a.waitForTerm()
 		a.stop(nil)
 		a.waitForReturn()
+	}
+}
+
+// The remedy deletes the blocker's key and no other. bash ends an argument at a NUL, and etcdctl
+// takes one that begins with a dash for an option.
+func TestBlocker_RemedyDeletesOneKey(t *testing.T) {
+	cluster := newTestEtcd(t)
+	client, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	for _, key := range []string{t.Name() + "/1f\x00", t.Name() + "/1f\x00\xff\"'\\\n\x00", "-r/x", "--all"} {
+		whole, _, _ := strings.Cut(key, "\x00")
+		for _, k := range []string{whole, key} {
+			if _, err := client.Put(t.Context(), k, ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		e := queueEntry{key: key}
+		bash := exec.Command("bash", "-c", e.blocker().Remedy)
+		bash.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+cluster.Endpoints()[0],
+			"PATH="+etcdctlDir(cluster)+":"+os.Getenv("PATH"))
+		if out, err := bash.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v: %s", e.blocker().Remedy, err, out)
+		}
+		for _, k := range []string{whole, key} {
+			got, err := client.Get(t.Context(), k)
+			if err != nil || (len(got.Kvs) == 0) != (k == key) {
+				t.Errorf("after %s: %q is %v, %v", e.blocker().Remedy, k, got, err)
+			}
+		}
 	}
 }
 
