@@ -124,7 +124,7 @@ func (l *line) arguments(call Call) string {
 	switch {
 	case c.Job && len(call.Args) > 0:
 		return fmt.Sprintf("put -- before the command: leasehold run -- %s ...",
-			quote.Word(call.Args[0]))
+			shown(call.Args[0]))
 	case c.Job && !l.hasJob:
 		return "say what to run: leasehold run -- COMMAND [ARG...]"
 	case c.Job && len(l.job) == 0:
@@ -144,11 +144,20 @@ func (l *line) arguments(call Call) string {
 	if c.Words == nil || len(call.Args) == 0 || slices.Contains(c.Words, call.Args[0]) {
 		return ""
 	}
-	hint := fmt.Sprintf("%s does not take %s", c.Name, quote.Word(call.Args[0]))
+	hint := fmt.Sprintf("%s does not take %s", c.Name, shown(call.Args[0]))
 	if near := suggest.Nearest(call.Args[0], c.Words); near != "" {
 		return hint + ": did you mean " + near + "?"
 	}
 	return hint + ", but " + strings.Join(c.Words, ", ")
+}
+
+// shown is an argument as a hint shows it: what follows a = may be a secret.
+func shown(arg string) string {
+	name, _, assigned := strings.Cut(arg, "=")
+	if assigned {
+		return quote.Word(name) + "=..."
+	}
+	return quote.Word(arg)
 }
 
 // unknownCommand is the hint for a line whose first word is no command.
@@ -204,7 +213,7 @@ func settings() []string {
 }
 
 // settingHint says how to write an argument that looks like a setting (--ttl 5s, --ttl=5s, TTL=15),
-// or returns "".
+// or returns "". It shows a value only if the name is right, and the value is short and no secret.
 func settingHint(arg string) string {
 	flag := strings.HasPrefix(arg, "-")
 	name, value, assigned := strings.Cut(strings.TrimLeft(arg, "-"), "=")
@@ -213,7 +222,9 @@ func settingHint(arg string) string {
 	}
 	setting := strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
 	setting = strings.TrimPrefix(setting, config.Prefix+"_")
-	if known := settings(); !slices.Contains(known, setting) {
+	known := settings()
+	guessed := !slices.Contains(known, setting)
+	if guessed {
 		setting = suggest.Nearest(setting, known)
 	}
 	what := fmt.Sprintf("no such flag %s, and settings are environment variables",
@@ -226,8 +237,7 @@ func settingHint(arg string) string {
 		return what + ": leasehold help names all variables"
 	case !assigned:
 		return fmt.Sprintf("%s: set the variable %s_%s", what, config.Prefix, setting)
-	case setting == "PASSWORD", setting == "ENDPOINTS",
-		strings.ContainsFunc(value, quote.IsShellSyntax):
+	case guessed, setting == "PASSWORD", setting == "ENDPOINTS", value != quote.Word(value):
 		return fmt.Sprintf("%s: write %s_%s=... before the command", what, config.Prefix, setting)
 	}
 	hint := ""

@@ -10,6 +10,7 @@ import (
 
 	"leasehold/election"
 	"leasehold/health"
+	"leasehold/internal/quote"
 )
 
 // statusReport is what `leasehold status --json` prints. Like the endpoint's JSON, with which it
@@ -74,15 +75,16 @@ func reportJSON(name, version string, r election.Report) statusReport {
 func reportText(name string, r election.Report) string {
 	var b strings.Builder
 	if r.Leader == nil {
-		fmt.Fprintf(&b, "%s: no leader\n", name)
+		fmt.Fprintf(&b, "%s: no leader\n", quote.Printable(name))
 	} else {
 		fmt.Fprintf(&b, "%s: leader is %s, token %d, lease %x valid for %s\n",
-			name, strconv.QuoteToGraphic(r.Leader.Identity), r.Leader.Token, r.LeaseID, r.LeaseLeft)
+			quote.Printable(name), strconv.Quote(r.Leader.Identity),
+			r.Leader.Token, r.LeaseID, r.LeaseLeft)
 	}
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for i, c := range r.Queue {
-		name := strconv.QuoteToGraphic(c.Identity)
-		_, _ = fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, name, c.Token, c.Key)
+		name, key := strconv.Quote(c.Identity), quote.Printable(c.Key)
+		_, _ = fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, name, c.Token, key)
 	}
 	_ = w.Flush() // a strings.Builder takes everything
 	for _, x := range r.Blockers {
