@@ -33,7 +33,7 @@ func Check(ctx context.Context, listen, what string, out io.Writer) error {
 	defer cancel()
 	yes, answer, err := ask(ctx, listen, what)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrNoAnswer, err)
+		return fmt.Errorf("%w: %s", ErrNoAnswer, quote.Line(err.Error()))
 	}
 	for line := range strings.Lines(answer) { // Whatever listens there may have sent it.
 		_, _ = fmt.Fprintln(out, quote.Printable(strings.TrimSuffix(line, "\n")))
@@ -74,7 +74,8 @@ func ask(ctx context.Context, listen, what string) (yes bool, answer string, err
 	}
 	// The default client would use HTTP_PROXY of the environment and follow redirects.
 	client := http.Client{
-		Transport: &http.Transport{DisableKeepAlives: true},
+		// Errors quote the headers, so these must not be long.
+		Transport: &http.Transport{DisableKeepAlives: true, MaxResponseHeaderBytes: 4 << 10},
 		CheckRedirect: func(*http.Request, []*http.Request) error {
 			return http.ErrUseLastResponse
 		},

@@ -1,8 +1,10 @@
 package health
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +33,32 @@ func leading(change ...func(*Snapshot)) Snapshot {
 func standby(s *Snapshot) {
 	s.State, s.Leading, s.Job = Standby, false, Job{State: "none"}
 	s.Leader = &Leader{Identity: "a", Key: "jobs/a/1e", Token: 16}
+}
+
+// TestCheck_ShowsLittle: something other than leasehold may listen at that address.
+func TestCheck_ShowsLittle(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	answers := make(chan []byte)
+	defer close(answers)
+	go serveAnswers(l, answers)
+	for answer, want := range map[string]string{
+		strings.Repeat("\x1b", 1<<20):                                      "nobody answers: ",
+		"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n": "nobody answers: ",
+		"HTTP/1.1 404 \x1b[2J" + strings.Repeat("x", 2000) + "\r\n\r\n":    "nobody answers: something else",
+		"HTTP/1.1 503 x\r\n\r\n\x1b[2J\u009b" + strings.Repeat("x", 1<<20): "no",
+	} {
+		answers <- []byte(answer)
+		var out bytes.Buffer
+		err := Check(t.Context(), l.Addr().String(), "leader", &out)
+		if err == nil || !strings.HasPrefix(err.Error(), want) || len(err.Error()) > 2200 ||
+			!plain(err.Error()) || out.Len() > 5000 || !plain(out.String()) {
+			t.Errorf("%.40q: %.99q..., shows %d bytes, want %q", answer, err, out.Len(), want)
+		}
+	}
 }
 
 func TestTruth(t *testing.T) {
