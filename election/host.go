@@ -50,6 +50,8 @@ func (h *host) resolve(ctx context.Context) error {
 	defer h.mu.Unlock()
 	added := slices.DeleteFunc(slices.Clone(found),
 		func(a string) bool { return slices.Contains(h.addresses, a) })
+	slices.Sort(added)
+	added = slices.Compact(added) // /etc/hosts may name an address twice
 	// Many candidates have the same name: they should not all begin with the same member.
 	rand.Shuffle(len(added), func(i, j int) { added[i], added[j] = added[j], added[i] })
 	for i, address := range h.addresses {

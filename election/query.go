@@ -8,6 +8,7 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
@@ -67,22 +68,7 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 	if err != nil {
 		return Report{}, rpctypes.Error(err)
 	}
-	entries := make([]queueEntry, 0, len(resp.Kvs))
-	for _, kv := range resp.Kvs {
-		entries = append(entries, newQueueEntry(prefix, kv))
-	}
-	slices.SortFunc(entries, func(a, b queueEntry) int { return cmp.Compare(a.created, b.created) })
-	var r Report
-	for i, e := range entries {
-		if !e.candidate {
-			r.Blockers = append(r.Blockers, *e.blocker())
-			continue
-		}
-		r.Queue = append(r.Queue, *e.entry())
-		if i == 0 {
-			r.Leader, r.LeaseID = e.entry(), e.lease
-		}
-	}
+	r := newReport(prefix, resp.Kvs)
 	if r.Leader != nil {
 		ttl, err := pb.NewLeaseClient(conn).LeaseTimeToLive(ctx,
 			&pb.LeaseTimeToLiveRequest{ID: r.LeaseID})
@@ -93,6 +79,26 @@ func (m *member) query(ctx context.Context, prefix string) (Report, error) {
 		r.LeaseLeft = max(0, time.Duration(ttl.TTL)*time.Second)
 	}
 	return r, nil
+}
+
+// newReport makes a report of all keys with the prefix.
+func newReport(prefix string, kvs []*mvccpb.KeyValue) (r Report) {
+	entries := make([]queueEntry, 0, len(kvs))
+	for _, kv := range kvs {
+		entries = append(entries, newQueueEntry(prefix, kv))
+	}
+	slices.SortFunc(entries, func(a, b queueEntry) int { return cmp.Compare(a.created, b.created) })
+	for i, e := range entries {
+		if !e.candidate {
+			r.Blockers = append(r.Blockers, *e.blocker())
+			continue
+		}
+		r.Queue = append(r.Queue, *e.entry())
+		if i == 0 {
+			r.Leader, r.LeaseID = e.entry(), e.lease
+		}
+	}
+	return r
 }
 
 // Revoke removes a candidate's key and revokes its lease. (If somebody has overwritten the key, it
