@@ -16,6 +16,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
 .PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak test-histories readme clean
+.PHONY: fuzz
 .PHONY: test-systemd image test-image
 .PHONY: dist test-dist k8s-certs test-k8s e2e-k8s
 
@@ -24,6 +25,7 @@ help:
 	@echo 'make demo      three candidates, three faults, within a minute; leaves nothing but bin/'
 	@echo 'make build     the daemon: ./leasehold, static'
 	@echo 'make test      every test, with the race detector if there is a C compiler'
+	@echo 'make fuzz      every fuzz target in turn: FUZZTIME=20s RUN=pattern'
 	@echo 'make lint      golangci-lint, built once into bin/'
 	@echo 'make fmt       format every Go file, as make lint wants it'
 	@echo 'make hooks     run make fmt lint before each commit'
@@ -63,6 +65,10 @@ else
 	@echo 'no C compiler found: testing without the race detector'
 	$(GO) test -p 1 ./...
 endif
+
+# The inputs in testdata/fuzz run with every `make test` too.
+fuzz:
+	@GO='$(GO)' FUZZTIME='$(FUZZTIME)' RUN='$(RUN)' tools/fuzz.sh
 
 lint: bin/golangci-lint
 	bin/golangci-lint run ./...
