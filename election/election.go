@@ -28,6 +28,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -194,6 +195,8 @@ type Config struct {
 	Wait time.Duration
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
+	// Dial connects to an address. nil: by TCP.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
 	// lookup finds the addresses of a host. nil: the system's resolver.
 	lookup func(ctx context.Context, host string) ([]string, error)
 	TLS    TLS

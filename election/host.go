@@ -20,6 +20,7 @@ import (
 type host struct {
 	name, port string
 	lookup     func(ctx context.Context, name string) ([]string, error)
+	dial       func(ctx context.Context, address string) (net.Conn, error)
 	add        func(number int) // makes one more member
 	again      atomic.Bool      // lookAgain is under way
 
@@ -29,15 +30,24 @@ type host struct {
 }
 
 // newHost returns nil for an endpoint whose host is an address.
-func newHost(endpoint string, lookup func(context.Context, string) ([]string, error)) *host {
+func newHost(endpoint string, cfg Config) *host {
 	u, err := url.Parse(endpoint)
 	if err != nil || u.Port() == "" || net.ParseIP(u.Hostname()) != nil {
 		return nil
 	}
-	if lookup == nil {
-		lookup = net.DefaultResolver.LookupHost
+	h := &host{
+		name: u.Hostname(), port: u.Port(), lookup: cfg.lookup, dial: cfg.Dial,
+		addresses: []string{""},
 	}
-	return &host{name: u.Hostname(), port: u.Port(), lookup: lookup, addresses: []string{""}}
+	if h.lookup == nil {
+		h.lookup = net.DefaultResolver.LookupHost
+	}
+	if h.dial == nil {
+		h.dial = func(ctx context.Context, address string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", address)
+		}
+	}
+	return h
 }
 
 // resolve looks the name up and makes a member for each new address.
@@ -87,7 +97,7 @@ func (h *host) dialer(number int) grpc.DialOption {
 		if address == "" {
 			return nil, fmt.Errorf("%s has fewer addresses now", h.name)
 		}
-		return (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort(address, h.port))
+		return h.dial(ctx, net.JoinHostPort(address, h.port))
 	})
 }
 

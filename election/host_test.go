@@ -140,12 +140,13 @@ func TestMembers_NameAndTLS(t *testing.T) {
 func TestHost_Resolve(t *testing.T) {
 	var found []string
 	var failure error
-	h := newHost("http://etcd:2379", func(_ context.Context, name string) ([]string, error) {
+	lookup := func(_ context.Context, name string) ([]string, error) {
 		if name != "etcd" {
 			t.Errorf("%q is looked up", name)
 		}
 		return found, failure
-	})
+	}
+	h := newHost("http://etcd:2379", Config{lookup: lookup})
 	added := 0
 	h.add = func(number int) {
 		if added++; number != added {
@@ -189,7 +190,7 @@ func TestHost_Resolve(t *testing.T) {
 		}
 	}
 	for _, literal := range []string{"http://127.0.0.1:2379", "https://[::1]:2379"} {
-		if h := newHost(literal, nil); h != nil {
+		if h := newHost(literal, Config{}); h != nil {
 			t.Errorf("%s is taken for the name %s", literal, h.name)
 		}
 	}

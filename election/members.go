@@ -54,12 +54,12 @@ func newMembers(cfg Config) (*members, error) {
 		if !strings.HasPrefix(endpoint, "https://") {
 			transport = newPlainCredentials()
 		}
-		h := newHost(endpoint, cfg.lookup)
+		h := newHost(endpoint, cfg)
 		if h != nil {
-			h.add = func(number int) { ms.add(endpoint, h, number, transport, cfg.DialTimeout) }
+			h.add = func(number int) { ms.add(cfg, endpoint, h, number, transport) }
 			ms.hosts = append(ms.hosts, h)
 		}
-		ms.add(endpoint, h, 0, transport, cfg.DialTimeout)
+		ms.add(cfg, endpoint, h, 0, transport)
 	}
 	// Many candidates have the same list, and should not all begin with the same member.
 	ms.current.Store(rand.Int32N(int32(len(cfg.Endpoints))))
@@ -69,8 +69,8 @@ func newMembers(cfg Config) (*members, error) {
 // add makes one more member. number is its number among the members of the host, if the endpoint
 // has a host name.
 func (ms *members) add(
-	endpoint string, h *host, number int,
-	transport credentials.TransportCredentials, dialTimeout time.Duration,
+	cfg Config, endpoint string, h *host, number int,
+	transport credentials.TransportCredentials,
 ) {
 	m := &member{endpoint: endpoint, host: h, number: number, auth: ms.auth}
 	options := []grpc.DialOption{
@@ -82,14 +82,17 @@ func (ms *members) add(
 				Jitter:     0.2,
 				MaxDelay:   time.Second,
 			},
-			MinConnectTimeout: dialTimeout,
+			MinConnectTimeout: cfg.DialTimeout,
 		}),
 		// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 		grpc.WithTransportCredentials(transport),
 	}
-	if h != nil {
+	switch {
+	case h != nil:
 		options = append(options, h.dialer(number))
+	case cfg.Dial != nil:
+		options = append(options, grpc.WithContextDialer(cfg.Dial))
 	}
 	if ms.auth != nil {
 		options = append(options,
