@@ -25,9 +25,9 @@ func hedge[T any](
 		asked: map[int]bool{}, answered: map[int]bool{}, answers: make(chan hedgeAnswer[T]),
 	}
 	delay := func() time.Duration {
-		if end, ok := ctx.Deadline(); ok {
-			left := time.Duration(1 + len(ms.all()) - len(h.asked))
-			return min(hedgeDelay, time.Until(end)/left)
+		left := time.Duration(len(ms.all()) - len(h.asked))
+		if end, ok := ctx.Deadline(); ok && left > 0 {
+			return min(hedgeDelay, time.Until(end)/(1+left))
 		}
 		return hedgeDelay
 	}

@@ -109,3 +109,20 @@ func answerIn(millis int, err error) func(context.Context) error {
 		}
 	}
 }
+
+// In a bubble the time stands still until all wait. So a wait that is ever shorter, and at last 0,
+// would never let the deadline come.
+func TestHedge_DeadlineInABubble(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for range 100 {
+			members := &members{known: []*member{{endpoint: "a"}, {endpoint: "b"}}}
+			ctx, cancel := context.WithTimeout(t.Context(), 250*ms)
+			_, err := hedge(ctx, members, 100*ms,
+				func(ctx context.Context, _ *member) (int, error) { return 0, answerIn(1e6, nil)(ctx) })
+			cancel()
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Error(err)
+			}
+		}
+	})
+}
