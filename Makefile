@@ -16,7 +16,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
 .PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak test-histories readme clean
-.PHONY: fuzz
+.PHONY: fuzz sim sim-mutations
 .PHONY: test-systemd image test-image
 .PHONY: dist test-dist k8s-certs test-k8s e2e-k8s
 
@@ -38,6 +38,8 @@ help:
 	@echo 'make readme       make faults-docs, and the output of make demo into the README'
 	@echo 'make soak         random faults, every promise checked: SEED=1 FAULTS=60; root, nft, ip'
 	@echo 'make test-histories  the judge of the storage that the soak'"'"'s jobs write: finds guilty who is'
+	@echo 'make sim          the election against a simulated etcd: SEED=1 FAULTS=20000; docs/simulation.md'
+	@echo 'make sim-mutations  the same, with bugs put back: each has to be found'
 	@echo 'make bench        how soon the next leader starts, and size; N=5 for a short run'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; five minutes'
 	@echo
@@ -107,6 +109,14 @@ bench: $(ETCD_TOOLS)
 	@bin/bench $(if $(N),-n $(N)) $(BENCH)
 
 # At the end the history of the jobs' storage and of the lock is judged, whatever became of the run.
+sim:
+	$(GO) build -o bin/sim ./e2e/cmd/sim
+	@bin/sim $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SIM)
+
+sim-mutations:
+	$(GO) build -o bin/sim ./e2e/cmd/sim
+	@bin/sim -mutations
+
 soak: $(ETCD_TOOLS) bin/histories
 	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/naiveclient ./e2e/cmd/testjob ./e2e/cmd/writer
 	@rm -f bin/soak.history; bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK); \

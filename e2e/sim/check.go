@@ -1,0 +1,174 @@
+package sim
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	elect "leasehold/election"
+)
+
+// checker checks what must hold. The world's lock guards it.
+type checker struct {
+	w          *world
+	violations []string
+	terms      int
+	token      int64 // the highest of all jobs
+	deeds      []deed
+	told       map[*job]bool
+	recovery   time.Duration
+}
+
+// deed is what an operator did to a key or lease. It excuses the job that depends on it, for as long
+// as that job can live by its last renewal.
+type deed struct {
+	lease int64
+	at    time.Duration
+}
+
+// winOnItsWay is how long after a deed a job may still be started by a win that was proven before.
+const winOnItsWay = 5 * time.Second / 2
+
+func (c *checker) did(lease int64) { c.deeds = append(c.deeds, deed{lease, c.w.now()}) }
+
+// excused reports whether a deed is the reason for whatever happens to the job now.
+func (c *checker) excused(j *job) bool {
+	for _, d := range c.deeds {
+		if d.lease == j.lease && j.startedAt < d.at+winOnItsWay && c.w.now() <= d.at+c.w.s.TTL {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *checker) violation(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	c.w.note("CHECK", "%s", text)
+	c.violations = append(c.violations, fmt.Sprintf("at %.6f s: %s", c.w.now().Seconds(), text))
+}
+
+// started is called when a job starts.
+func (c *checker) started(j *job) {
+	c.terms++
+	j.startedAt = c.w.now()
+	j.d.note("job %d starts, lease %x", j.token, j.lease)
+	if j.token <= c.token && !c.excused(j) {
+		c.violation("%v starts after one with the token %d", j, c.token)
+	}
+	c.token = max(c.token, j.token)
+	c.overlaps(j)
+}
+
+// overlaps checks that no other job is alive beside this one, unless a deed excuses one of both.
+func (c *checker) overlaps(j *job) {
+	for _, d := range c.w.daemons {
+		other := d.job
+		if other == nil || other == j || !other.alive() || c.excused(other) || c.excused(j) {
+			continue
+		}
+		c.once(j, "%v is alive beside %v", j, other)
+	}
+}
+
+// once reports one violation a job.
+func (c *checker) once(j *job, format string, args ...any) {
+	if c.told == nil {
+		c.told = map[*job]bool{}
+	}
+	if !c.told[j] {
+		c.told[j] = true
+		c.violation(format, args...)
+	}
+}
+
+// watch checks again and again.
+func (c *checker) watch(stop chan struct{}) {
+	tick := time.NewTicker(50*time.Millisecond + 11)
+	defer tick.Stop()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-tick.C:
+			c.w.mu.Lock()
+			for _, d := range c.w.daemons {
+				c.look(d)
+			}
+			c.w.mu.Unlock()
+		}
+	}
+}
+
+// look checks one daemon.
+func (c *checker) look(d *daemon) {
+	if j := d.job; j != nil && j.alive() && !c.excused(j) {
+		c.overlaps(j)
+		if !c.w.cluster.HasLease(j.lease) {
+			c.once(j, "etcd has dropped the lease %x, and %v is alive", j.lease, j)
+		}
+	}
+	if d.elector == nil {
+		return
+	}
+	s := d.elector.candidate.Snapshot()
+	if !s.Leading || d.clock.now() >= s.Deadlines.StopAt {
+		return
+	}
+	if j := d.job; j != nil && j.lease == s.LeaseID && c.excused(j) {
+		return
+	}
+	if created := c.w.cluster.Created(s.Leader.Key); created != s.Leader.Token {
+		c.violation("%s says that it leads with token %d, and etcd has its key with %d",
+			d.name, s.Leader.Token, created)
+	}
+}
+
+// settled checks that without faults one job runs in time, and goes on, and that all others wait
+// behind it.
+func (c *checker) settled() {
+	began := c.w.now()
+	atMost := 4*c.w.s.TTL + 20*time.Second
+	var leads *job
+	var why string
+	for leads == nil {
+		if c.w.now() > began+atMost {
+			c.violation("%v after the last fault: %s", atMost, why)
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+		c.w.removeAbandoned()
+		leads, why = c.order()
+	}
+	c.recovery = c.w.now() - began
+	time.Sleep(2 * c.w.s.TTL)
+	if now, why := c.order(); now != leads {
+		c.violation("without a fault, %v does not go on: %s", leads, why)
+	}
+}
+
+// order returns the job that runs if one candidate leads and all others wait, or why not.
+func (c *checker) order() (leads *job, why string) {
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
+	var wrong []string
+	for _, d := range c.w.daemons {
+		switch {
+		case d.elector == nil:
+			wrong = append(wrong, d.name+" does not run")
+		default:
+			s := d.elector.candidate.Snapshot()
+			if s.State == elect.Leading && d.job.alive() && leads == nil {
+				leads = d.job
+			} else if s.State != elect.Standby || s.Leader == nil || s.Blocker != nil {
+				wrong = append(wrong, fmt.Sprintf("%s is %s %s", d.name, s.State, s.Reason))
+			}
+		}
+	}
+	if leads == nil {
+		wrong = append(wrong, "nobody leads")
+	}
+	if len(wrong) > 0 {
+		return nil, strings.Join(wrong, ", ")
+	}
+	return leads, ""
+}

@@ -1,0 +1,215 @@
+package sim
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+)
+
+// Schedule is all that a run depends on.
+type Schedule struct {
+	Seed   uint64
+	TTL    time.Duration
+	Faults []Fault
+}
+
+// Fault is one fault. A run without it leaves all others as they are.
+type Fault struct {
+	At, Lasts time.Duration
+	Kind      string
+	Daemon    int     // -1: whoever leads
+	Members   []int   // of etcd; 0: whoever leads
+	Level     float64 // how bad it is: from 0 to 1
+}
+
+func (f Fault) String() string {
+	daemon := "of the leader"
+	if f.Daemon >= 0 {
+		daemon = "of " + string(rune('a'+f.Daemon))
+	}
+	return fmt.Sprintf("%8.3f s %-16s %s, members %v, for %.3f s, level %.3f",
+		f.At.Seconds(), f.Kind, daemon, f.Members, f.Lasts.Seconds(), f.Level)
+}
+
+// kind is a sort of fault.
+type kind struct {
+	weight int
+	lasts  float64 // at most, in TTLs
+	inject func(*world, *Fault)
+	end    func(*world, *Fault) // nil: it is done at once
+}
+
+var kinds map[string]kind
+
+func init() {
+	kinds = map[string]kind{
+		"etcd-leader-moved":  {4, 0, moveLeader, nil},
+		"etcd-leader-stale":  {5, 1.2, pauseLeader, resumeMember},
+		"etcd-no-leader":     {2, 0.8, noLeader, nil},
+		"member-paused":      {4, 1.5, pauseMember, resumeMember},
+		"member-stopped":     {4, 1.2, stopMember, startMember},
+		"member-isolated":    {4, 1.2, isolateMember, healMember},
+		"member-lags":        {3, 1.5, lagMember, unlagMember},
+		"compacted":          {2, 0, func(w *world, _ *Fault) { w.cluster.Compact() }, nil},
+		"link-down":          {5, 1.6, downLink, upLink},
+		"link-lossy":         {4, 2, lossyLink, upLink},
+		"link-slow":          {4, 2, slowLink, upLink},
+		"link-out-lost":      {2, 1.6, outLost, upLink},
+		"link-in-lost":       {3, 1.6, inLost, upLink},
+		"link-twice":         {3, 2, twiceLink, upLink},
+		"link-reset":         {2, 0, resetLink, nil},
+		"elector-crashed":    {4, 0.5, crashElector, startDaemon},
+		"machine-crashed":    {3, 1, crashMachine, startDaemon},
+		"stop":               {4, 0.5, stopDaemon, startDaemon},
+		"job-fails":          {2, 0, failJob, nil},
+		"key-deleted":        {3, 0, deleteKey, nil},
+		"lease-revoked":      {3, 0, revokeLease, nil},
+		"key-overwritten":    {2, 0, overwriteKey, nil},
+		"standby-revoked":    {3, 0, revokeStandby, nil},
+		"clock-rate-changed": {2, 0, changeRate, nil},
+	}
+}
+
+// NewSchedule draws a schedule with that many faults.
+func NewSchedule(seed uint64, faults int) Schedule {
+	r := generator(seed, "schedule")
+	s := Schedule{Seed: seed, TTL: []time.Duration{3, 5, 5, 10}[r.IntN(4)] * time.Second}
+	var names []string
+	for name, k := range kinds {
+		for range k.weight {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	// Some runs have a fault at a time, some many.
+	pause := float64(s.TTL) * []float64{0.1, 0.2, 0.3, 0.7}[r.IntN(4)]
+	at := 2 * s.TTL
+	for range faults {
+		at += time.Duration(pause * r.ExpFloat64())
+		f := Fault{At: at, Kind: names[r.IntN(len(names))], Level: r.Float64()}
+		f.Lasts = time.Duration(kinds[f.Kind].lasts * r.Float64() * float64(s.TTL))
+		f.Daemon = r.IntN(2*Daemons) - Daemons
+		f.Daemon = max(f.Daemon, -1)
+		f.Members = drawMembers(r)
+		s.Faults = append(s.Faults, f)
+	}
+	return s
+}
+
+func drawMembers(r *rand.Rand) []int {
+	one := r.IntN(4)
+	switch r.IntN(3) {
+	case 0:
+		return []int{1, 2, 3}
+	case 1:
+		return []int{1 + one%3, 1 + (one+1)%3}
+	}
+	return []int{one}
+}
+
+// member is the first member that the fault is for.
+func (w *world) member(f *Fault) int {
+	if m := f.Members[0]; m != 0 {
+		return m
+	}
+	// The end of a fault is for the same member as its beginning.
+	f.Members = []int{max(w.cluster.Leader(), 1)}
+	return f.Members[0]
+}
+
+// daemon is the daemon that the fault is for.
+func (w *world) daemon(f *Fault) *daemon {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if f.Daemon < 0 {
+		f.Daemon = int(f.Level * Daemons)
+		for i, d := range w.daemons {
+			if d.job != nil && d.job.alive() {
+				f.Daemon = i
+			}
+		}
+	}
+	return w.daemons[f.Daemon]
+}
+
+func (w *world) other(member int, f *Fault) int {
+	return 1 + (member+int(f.Level*2))%3
+}
+
+func moveLeader(w *world, f *Fault) { w.cluster.Elect(w.other(max(w.cluster.Leader(), 1), f)) }
+
+// pauseLeader pauses etcd's leader, and has another one elected meanwhile. When it goes on, it
+// acknowledges renewals until it hears of that.
+func pauseLeader(w *world, f *Fault) {
+	f.Members = []int{0}
+	m := w.member(f)
+	w.cluster.Pause(m)
+	w.cluster.Elect(w.other(m, f))
+}
+
+func noLeader(w *world, f *Fault) {
+	w.cluster.NoLeader()
+	w.noLeaderUntil = time.Now().Add(f.Lasts)
+}
+
+func pauseMember(w *world, f *Fault)   { w.cluster.Pause(w.member(f)) }
+func resumeMember(w *world, f *Fault)  { w.cluster.Resume(w.member(f)) }
+func stopMember(w *world, f *Fault)    { w.cluster.Stop(w.member(f)) }
+func startMember(w *world, f *Fault)   { w.cluster.Start(w.member(f)) }
+func isolateMember(w *world, f *Fault) { w.cluster.Isolate(w.member(f)) }
+func healMember(w *world, f *Fault)    { w.cluster.Heal(w.member(f)) }
+func unlagMember(w *world, f *Fault)   { w.cluster.Lag(w.member(f), 0) }
+
+func lagMember(w *world, f *Fault) {
+	w.cluster.Lag(w.member(f), time.Duration(f.Level*float64(w.s.TTL)))
+}
+
+func (w *world) setLink(f *Fault, l *link) {
+	w.member(f)
+	w.network.set(w.daemon(f).name, f.Members, l)
+}
+
+func upLink(w *world, f *Fault)   { w.setLink(f, nil) }
+func downLink(w *world, f *Fault) { w.setLink(f, &link{requestsLost: 1, answersLost: 1}) }
+func outLost(w *world, f *Fault)  { w.setLink(f, &link{requestsLost: 1}) }
+func inLost(w *world, f *Fault)   { w.setLink(f, &link{answersLost: 1}) }
+func twiceLink(w *world, f *Fault) {
+	w.setLink(f, &link{twice: 0.5, requestDelay: time.Duration(f.Level * float64(w.s.TTL) / 10)})
+}
+
+func lossyLink(w *world, f *Fault) {
+	w.setLink(f, &link{requestsLost: f.Level / 2, answersLost: f.Level / 2})
+}
+
+func slowLink(w *world, f *Fault) {
+	most := time.Duration(f.Level * float64(w.s.TTL))
+	w.setLink(f, &link{requestDelay: most / 2, answerDelay: most})
+}
+
+func resetLink(w *world, f *Fault) {
+	d := w.daemon(f)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if d.elector != nil {
+		w.cluster.Disconnect(d.elector.client, w.member(f))
+	}
+}
+
+func crashElector(w *world, f *Fault) { w.daemon(f).crash(false) }
+func crashMachine(w *world, f *Fault) { w.daemon(f).crash(true) }
+func stopDaemon(w *world, f *Fault)   { w.daemon(f).stop() }
+func startDaemon(w *world, f *Fault)  { w.daemon(f).start() }
+
+// failJob lets the job exit by itself, too often to be started again here.
+func failJob(w *world, f *Fault) { w.daemon(f).fail(time.Duration(f.Level * float64(w.s.TTL))) }
+
+func changeRate(w *world, f *Fault) {
+	d := w.daemon(f)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d.clock.set(1 + maxDrift*(2*f.Level-1))
+	if d.job != nil {
+		d.job.serve()
+	}
+}

@@ -1,0 +1,76 @@
+package sim
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	elect "leasehold/election"
+)
+
+// operate lets an operator do something to the lease or key of the fault's daemon.
+func (w *world) operate(f *Fault, do func(lease int64, key string) bool) {
+	d := w.daemon(f)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if d.elector == nil || d.elector.lease == 0 {
+		return
+	}
+	lease := d.elector.lease
+	if do(lease, keyOf(lease)) {
+		w.note("oper", "done to the lease %x of %s", lease, d.name)
+		w.check.did(lease)
+	}
+}
+
+func keyOf(lease int64) string { return fmt.Sprintf("%s/%x", election, lease) }
+
+func deleteKey(w *world, f *Fault) {
+	w.operate(f, func(_ int64, key string) bool { return w.cluster.DeleteKey(key) })
+}
+
+// overwriteKey writes to the key without its lease.
+func overwriteKey(w *world, f *Fault) {
+	w.operate(f, func(_ int64, key string) bool { return w.cluster.OverwriteKey(key) })
+}
+
+func revokeLease(w *world, f *Fault) {
+	w.operate(f, func(lease int64, _ string) bool { return w.cluster.RevokeLease(lease) })
+}
+
+// revokeStandby revokes the lease of any daemon. In most cases it is a standby.
+func revokeStandby(w *world, f *Fault) {
+	f.Daemon = int(f.Level * Daemons)
+	revokeLease(w, f)
+}
+
+// fail lets the job exit by itself, too often to be started again here.
+func (d *daemon) fail(backoff time.Duration) {
+	d.w.mu.Lock()
+	defer d.w.mu.Unlock()
+	if j := d.job; j != nil && j.alive() && !j.stopping && !j.killing {
+		d.note("job %d fails", j.token)
+		j.result = &elect.Backoff{For: backoff}
+		j.exitAt = 0
+		j.serve()
+	}
+}
+
+// removeAbandoned follows the advice that standbys log: it deletes keys without a lease that nobody
+// is left to delete. A daemon that runs has to remove its own.
+func (w *world) removeAbandoned() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, key := range w.cluster.Keys(election + "/") {
+		lease, err := strconv.ParseInt(strings.TrimPrefix(key, election+"/"), 16, 64)
+		kept := slices.ContainsFunc(w.daemons, func(d *daemon) bool {
+			return d.leaving || d.elector != nil && slices.Contains(d.elector.leases, lease)
+		})
+		if err == nil && !kept && !w.cluster.HasLease(lease) {
+			w.note("oper", "deletes %s, which nobody else will", key)
+			w.cluster.DeleteKey(key)
+		}
+	}
+}
