@@ -194,12 +194,13 @@ func FuzzHost(f *testing.F) {
 	f.Add("||a")
 	f.Fuzz(func(t *testing.T, answers string) {
 		var found []string
-		h := newHost("http://name:1", func(context.Context, string) ([]string, error) {
+		lookup := func(context.Context, string) ([]string, error) {
 			if len(found) == 0 {
 				return nil, errors.New("no such host")
 			}
 			return slices.Clone(found), nil
-		})
+		}
+		h := newHost("http://name:1", Config{lookup: lookup})
 		members := 1
 		h.add = func(number int) {
 			if number != members {

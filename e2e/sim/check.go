@@ -124,26 +124,57 @@ func (c *checker) look(d *daemon) {
 }
 
 // settled checks that without faults one job runs in time, and goes on, and that all others wait
-// behind it.
+// behind it. Then it takes one member of etcd away, or the leader from etcd: from a TTL of 5 s up
+// that moves no job, and nobody is kept out of the election.
 func (c *checker) settled() {
 	began := c.w.now()
+	leads := c.settle("the last fault")
+	c.recovery = c.w.now() - began
+	if leads == nil || !c.stays(leads, "without a fault") || c.w.s.TTL < 5*time.Second {
+		return
+	}
+	r := c.w.random("settled")
+	m := 1 + r.IntN(3)
+	without := []func(int) string{
+		c.w.cluster.Pause, c.w.cluster.Stop, c.w.cluster.Isolate, c.w.cluster.Elect,
+	}[r.IntN(4)](m)
+	if !c.stays(leads, without) {
+		return
+	}
+	again := c.w.daemons[r.IntN(Daemons)]
+	again.stop()
+	if !again.waitDown(4 * c.w.s.TTL) {
+		c.violation("%s: %s does not end", without, again.name)
+	}
+	again.start()
+	c.settle(without + ", and a restart of " + again.name)
+}
+
+// settle waits until all daemons are in order, and returns the job that runs; nil: it takes too
+// long.
+func (c *checker) settle(after string) (leads *job) {
 	atMost := 4*c.w.s.TTL + 20*time.Second
-	var leads *job
 	var why string
-	for leads == nil {
-		if c.w.now() > began+atMost {
-			c.violation("%v after the last fault: %s", atMost, why)
-			return
+	for end := c.w.now() + atMost; leads == nil; {
+		if c.w.now() > end {
+			c.violation("%v after %s: %s", atMost, after, why)
+			return nil
 		}
 		time.Sleep(100 * time.Millisecond)
 		c.w.removeAbandoned()
 		leads, why = c.order()
 	}
-	c.recovery = c.w.now() - began
+	return leads
+}
+
+// stays reports whether the job runs on for some TTLs.
+func (c *checker) stays(leads *job, although string) bool {
 	time.Sleep(2 * c.w.s.TTL)
-	if now, why := c.order(); now != leads {
-		c.violation("without a fault, %v does not go on: %s", leads, why)
+	now, why := c.order()
+	if now != leads {
+		c.violation("%s: %v does not go on: %s", although, leads, why)
 	}
+	return now == leads
 }
 
 // order returns the job that runs if one candidate leads and all others wait, or why not.

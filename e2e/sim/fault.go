@@ -5,6 +5,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"time"
+
+	"leasehold/e2e/sim/simetcd"
 )
 
 // Schedule is all that a run depends on.
@@ -44,12 +46,14 @@ var kinds map[string]kind
 
 func init() {
 	kinds = map[string]kind{
-		"etcd-leader-moved":  {4, 0, moveLeader, nil},
-		"etcd-leader-stale":  {5, 1.2, pauseLeader, resumeMember},
-		"etcd-no-leader":     {2, 0.8, noLeader, nil},
-		"member-paused":      {4, 1.5, pauseMember, resumeMember},
-		"member-stopped":     {4, 1.2, stopMember, startMember},
-		"member-isolated":    {4, 1.2, isolateMember, healMember},
+		"etcd-leader-moved": {4, 0, moveLeader, nil},
+		"etcd-leader-stale": {5, 1.2, pauseLeader, resumeMember},
+		"etcd-no-leader":    {2, 0.8, noLeader, nil},
+		"member-paused":     {4, 1.5, pauseMember, resumeMember},
+		"member-stopped": {4, 1.2, takeAway((*simetcd.Cluster).Stop),
+			bringBack((*simetcd.Cluster).Start)},
+		"member-isolated": {4, 1.2, takeAway((*simetcd.Cluster).Isolate),
+			bringBack((*simetcd.Cluster).Heal)},
 		"member-lags":        {3, 1.5, lagMember, unlagMember},
 		"compacted":          {2, 0, func(w *world, _ *Fault) { w.cluster.Compact() }, nil},
 		"link-down":          {5, 1.6, downLink, upLink},
@@ -137,15 +141,19 @@ func (w *world) other(member int, f *Fault) int {
 	return 1 + (member+int(f.Level*2))%3
 }
 
+var (
+	pauseMember  = takeAway((*simetcd.Cluster).Pause)
+	resumeMember = bringBack((*simetcd.Cluster).Resume)
+)
+
 func moveLeader(w *world, f *Fault) { w.cluster.Elect(w.other(max(w.cluster.Leader(), 1), f)) }
 
 // pauseLeader pauses etcd's leader, and has another one elected meanwhile. When it goes on, it
 // acknowledges renewals until it hears of that.
 func pauseLeader(w *world, f *Fault) {
 	f.Members = []int{0}
-	m := w.member(f)
-	w.cluster.Pause(m)
-	w.cluster.Elect(w.other(m, f))
+	pauseMember(w, f)
+	w.cluster.Elect(w.other(w.member(f), f))
 }
 
 func noLeader(w *world, f *Fault) {
@@ -153,13 +161,26 @@ func noLeader(w *world, f *Fault) {
 	w.noLeaderUntil = time.Now().Add(f.Lasts)
 }
 
-func pauseMember(w *world, f *Fault)   { w.cluster.Pause(w.member(f)) }
-func resumeMember(w *world, f *Fault)  { w.cluster.Resume(w.member(f)) }
-func stopMember(w *world, f *Fault)    { w.cluster.Stop(w.member(f)) }
-func startMember(w *world, f *Fault)   { w.cluster.Start(w.member(f)) }
-func isolateMember(w *world, f *Fault) { w.cluster.Isolate(w.member(f)) }
-func healMember(w *world, f *Fault)    { w.cluster.Heal(w.member(f)) }
-func unlagMember(w *world, f *Fault)   { w.cluster.Lag(w.member(f), 0) }
+// takeAway takes a member away. Most of the time it leaves a majority.
+func takeAway(do func(*simetcd.Cluster, int) string) func(*world, *Fault) {
+	return func(w *world, f *Fault) {
+		m := w.member(f)
+		if others := w.away &^ (1 << m); others != 0 && f.Level < 0.8 {
+			return
+		}
+		w.away |= 1 << m
+		do(w.cluster, m)
+	}
+}
+
+func bringBack(do func(*simetcd.Cluster, int) string) func(*world, *Fault) {
+	return func(w *world, f *Fault) {
+		w.away &^= 1 << w.member(f)
+		do(w.cluster, w.member(f))
+	}
+}
+
+func unlagMember(w *world, f *Fault) { w.cluster.Lag(w.member(f), 0) }
 
 func lagMember(w *world, f *Fault) {
 	w.cluster.Lag(w.member(f), time.Duration(f.Level*float64(w.s.TTL)))

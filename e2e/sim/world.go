@@ -61,9 +61,9 @@ type world struct {
 	network *network
 	daemons []*daemon
 	check   *checker
-	quiet   bool // all faults are over
 
 	noLeaderUntil time.Time // etcd elects nobody before
+	away          int       // members that a fault has taken away, in bits
 
 	mu  sync.Mutex // guards the guards, jobs and the checker
 	log struct {
@@ -220,7 +220,6 @@ func (w *world) elections(stop chan struct{}) {
 // recover ends what faults may have left behind.
 func (w *world) recover() {
 	w.note("fault", "all faults are over")
-	w.quiet = true
 	for m := 1; m <= 3; m++ {
 		w.cluster.Start(m)
 		w.cluster.Resume(m)
