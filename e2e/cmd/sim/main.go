@@ -91,8 +91,8 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 			fmt.Printf("NOT FOUND in %d faults\n", figures.faults)
 			continue
 		}
-		fmt.Printf("found in %4.1f s, seed %d: %s\n",
-			time.Since(built).Seconds(), failed.Seed, failed.Violations[0])
+		fmt.Printf("found in %4.1f s, %5d faults, seed %d: %s\n", time.Since(built).Seconds(),
+			figures.faults, failed.Seed, failed.Violations[0])
 	}
 	if missed > 0 || len(patches) == 0 {
 		return fmt.Errorf("%d of %d mutations were not found", missed, len(patches))
