@@ -92,7 +92,9 @@ type Client struct {
 	Name string
 	Etcd *clientv3.Client
 	Log  *Log
-	n    int
+	// Unguarded writes whatever the token is, to show that such a storage is found guilty.
+	Unguarded bool
+	n         int
 }
 
 // Write writes a value of its own to one of the registers. It returns an error only if the record
@@ -101,10 +103,11 @@ func (c *Client) Write(ctx context.Context, g Guard) error {
 	o := c.call(Write)
 	o.Token, o.Value = g.Token, fmt.Sprintf("%s #%d", c.Name, o.N)
 	return c.ask(ctx, o, func(ctx context.Context, o *Operation) error {
-		resp, err := c.Etcd.Txn(ctx).
-			If(clientv3.Compare(clientv3.CreateRevision(g.Key), "=", g.Token)).
-			Then(clientv3.OpPut(o.Register, o.Value)).
-			Commit()
+		txn := c.Etcd.Txn(ctx)
+		if !c.Unguarded {
+			txn = txn.If(clientv3.Compare(clientv3.CreateRevision(g.Key), "=", g.Token))
+		}
+		resp, err := txn.Then(clientv3.OpPut(o.Register, o.Value)).Commit()
 		if err == nil && resp.Succeeded {
 			o.Answer = Accepted
 		} else {

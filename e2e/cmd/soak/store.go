@@ -48,7 +48,9 @@ func (r *run) useStore(ctx context.Context, url string) error {
 		failed <- every(ctx, readEvery, c.Read)
 	}()
 	go func() {
-		c := store.Client{Name: "late writer " + url, Etcd: etcd, Log: r.store}
+		c := store.Client{
+			Name: "late writer " + url, Etcd: etcd, Log: r.store, Unguarded: r.unguarded,
+		}
 		failed <- every(ctx, lateEvery, func(ctx context.Context) error {
 			guards := r.check.lastGuards(lateTerms)
 			if len(guards) == 0 {
