@@ -177,7 +177,8 @@ func TestCandidate_LeadReturns(t *testing.T) {
 	}
 	a.waitForTerm()
 	began := harness.Now()
-	results <- &Backoff{For: 300 * time.Millisecond}
+	const pause = 2 * time.Second // long enough for etcdctl on a busy machine
+	results <- &Backoff{For: pause}
 	until(t, func() error {
 		if s := a.Snapshot(); s.State != Connecting || !strings.Contains(s.Reason, "resigned") {
 			return fmt.Errorf("snapshot: %+v", s)
@@ -186,7 +187,7 @@ func TestCandidate_LeadReturns(t *testing.T) {
 	})
 	waitForLeases(t, cluster)
 	a.waitForTerm()
-	if took := harness.Now() - began; took < 300*time.Millisecond {
+	if took := harness.Now() - began; took < pause {
 		t.Errorf("campaigned again after %v", took)
 	}
 	fault := errors.New("the job's own")
@@ -265,9 +266,10 @@ func TestCandidate_SharesTheElectionWithEtcdctl(t *testing.T) {
 	first := a.waitForTerm()
 
 	listen := cluster.EtcdctlCommand(cluster.Endpoints(), "elect", "--listen", t.Name())
-	var heard syncBuffer
+	var heard, led syncBuffer
 	listen.Stdout = &heard
 	elect := cluster.EtcdctlCommand(cluster.Endpoints(), "elect", t.Name(), "other")
+	elect.Stdout = &led
 	for _, cmd := range []*exec.Cmd{listen, elect} {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
@@ -297,6 +299,13 @@ func TestCandidate_SharesTheElectionWithEtcdctl(t *testing.T) {
 	a.stop(nil)
 	a.waitForReturn()
 	hears("\nother\n")
+	// A signal before it has printed its key would end it without resigning.
+	until(t, func() error {
+		if !strings.Contains(led.String(), "other") {
+			return errors.New("elect has not printed its key")
+		}
+		return nil
+	})
 
 	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
 	s := b.waitForState(Standby)
