@@ -18,7 +18,7 @@ ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 .PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak test-histories readme clean
 .PHONY: fuzz sim sim-mutations
 .PHONY: test-systemd image test-image
-.PHONY: dist test-dist k8s-certs test-k8s e2e-k8s
+.PHONY: dist test-dist k8s-certs test-k8s e2e-k8s test-etcd-versions
 
 help:
 	@echo "make run       one candidate with a job of yours: make run JOB='sleep 100'"
@@ -54,6 +54,7 @@ help:
 	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE'
 	@echo 'make test-k8s      every manifest of k8s/, without a cluster, and run as processes'
 	@echo 'make test-dist     packages in a clean Debian, docs/process.md, and dist built again elsewhere'
+	@echo 'make test-etcd-versions  etcd 3.4 to 3.7: VERSIONS="3.4 3.5" SHORT=1; 30 minutes; root, nft, ip, strace'
 	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD='
 
 build:
@@ -209,6 +210,13 @@ test-k8s: $(ETCD_TOOLS)
 e2e-k8s:
 	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 120m ./e2e/k8s
 
+VERSIONS ?= 3.4 3.5 3.6 3.7
+# `bin/versions -doc docs/etcd-versions.md` writes the results into the page.
+test-etcd-versions: $(VERSIONS:%=bin/etcd-%) $(if $(ETCDCTL),,bin/etcdctl)
+	$(BUILD_SHOW) . ./e2e/cmd/faults ./e2e/cmd/naiveclient ./e2e/cmd/testjob ./e2e/cmd/versions
+	CGO_ENABLED=0 $(GO) test -c -o bin/ ./election ./e2e/scenario
+	@bin/versions $(if $(SHORT),-short) $(if $(PARTS),-parts '$(PARTS)') $(if $(RUN),-run '$(RUN)') $(VERSIONS)
+
 clean:
 	rm -rf bin dist leasehold
 
@@ -226,6 +234,21 @@ bin/etcd: tools/etcd/go.mod
 bin/etcdctl: tools/etcd/go.mod
 	cd tools/etcd && CGO_ENABLED=0 $(GO) build -trimpath -o ../../bin/etcdctl go.etcd.io/etcd/etcdctl/v3
 	@touch $@
+
+# Debian 12 has etcd 3.4, which is no module that Go could build.
+bin/etcd-3.4:
+	@mkdir -p bin
+	set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; chmod 755 "$$dir"; cd "$$dir"; \
+		apt-get download -q etcd-server || { apt-get update -q; apt-get download -q etcd-server; }; \
+		dpkg -x etcd-server_3.4.*.deb .; cp usr/bin/etcd '$(abspath $@)'
+
+bin/etcd-3.5 bin/etcd-3.6: bin/etcd-%: tools/etcd-%/go.mod
+	@echo 'building $@, once; it takes about a minute'
+	cd tools/etcd-$* && CGO_ENABLED=0 $(GO) build -trimpath -o ../../$@ go.etcd.io/etcd/server/v3
+	@touch $@
+
+bin/etcd-3.7: bin/etcd
+	ln -sf etcd $@
 
 bin/golangci-lint: tools/lint/go.mod
 	@echo 'building bin/golangci-lint, once; it takes about four minutes'

@@ -49,6 +49,7 @@ type Member struct {
 	MetricsURL string
 	Node       *Node // nil on 127.0.0.1
 
+	server  string // the program
 	peerURL string
 	cluster *Cluster
 	flags   []string
@@ -94,6 +95,7 @@ func (c *Cluster) start(ctx context.Context) error {
 			"--listen-metrics-urls", m.MetricsURL,
 			"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", c.dir,
 			"--unsafe-no-fsync", "--log-level", "info", "--log-outputs", "stderr",
+			"--logger", "zap", // the default since 3.5
 		}, c.cfg.Flags...)
 		if c.cfg.TLS != nil {
 			m.flags = append(m.flags, "--client-cert-auth", "--trusted-ca-file", c.cfg.TLS.CAFile,
@@ -108,7 +110,7 @@ func (c *Cluster) start(ctx context.Context) error {
 
 // newMember adds a member with its addresses.
 func (c *Cluster) newMember(name string) (m *Member, err error) {
-	m = &Member{Name: name, cluster: c}
+	m = &Member{Name: name, server: c.cfg.Etcd.Server, cluster: c}
 	c.Members = append(c.Members, m)
 	if c.cfg.Network != nil {
 		if m.Node, err = c.cfg.Network.Node(name); err != nil {
@@ -304,8 +306,8 @@ func (m *Member) Start() error {
 	if err != nil {
 		return fmt.Errorf("start etcd member %s: %w", m.Name, err)
 	}
-	defer log.Close() // the member has its own
-	cmd := exec.Command(m.cluster.cfg.Etcd.Server, m.flags...)
+	defer func() { _ = log.Close() }() // the member has its own
+	cmd := exec.Command(m.server, m.flags...)
 	cmd.Stdout, cmd.Stderr = log, log
 	// Variables that configure etcd would overrule nothing but confuse it.
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(kv string) bool {
@@ -349,6 +351,30 @@ func (m *Member) Restart(ctx context.Context) error {
 		return err
 	}
 	return m.WaitHealthy(ctx)
+}
+
+// Upgrade is Restart with another etcd.
+func (m *Member) Upgrade(ctx context.Context, server string) error {
+	m.server = server
+	return m.Restart(ctx)
+}
+
+// WaitVersion waits until all members know of each other that they are of that version, such as
+// "3.5.0". Only then may one of them be upgraded to the next version.
+func (c *Cluster) WaitVersion(ctx context.Context, version string) error {
+	return Until(ctx, func() error {
+		for _, m := range c.Members {
+			_, body, err := Get(ctx, memberTimeout, m.ClientURL+"/version")
+			if err != nil {
+				return fmt.Errorf("ask etcd member %s for its version: %w", m.Name, err)
+			}
+			if !strings.Contains(body, fmt.Sprintf(`"etcdcluster":%q`, version)) {
+				return fmt.Errorf("etcd member %s: %s, want cluster version %s",
+					m.Name, body, version)
+			}
+		}
+		return nil
+	})
 }
 
 // Log is what the member has written so far, or why that can't be read.

@@ -31,8 +31,8 @@ func FindEtcd(ctx context.Context, announce io.Writer) (etcd Etcd, err error) {
 	return etcd, err
 }
 
-// goodVersion is that of an etcd of at least 3.5, the first with which leasehold is used.
-var goodVersion = regexp.MustCompile(`etcd Version: (3\.([5-9]|\d\d)|[4-9]|\d\d)`)
+// goodVersion is that of an etcd of at least 3.4, the first with which leasehold is tested.
+var goodVersion = regexp.MustCompile(`etcd Version: (3\.([4-9]|\d\d)|[4-9]|\d\d)`)
 
 // FindEtcdServer is FindEtcd for those who need no etcdctl: $ETCD, an etcd on PATH that is new
 // enough, bin/etcd, or one built there.
