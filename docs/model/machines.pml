@@ -8,9 +8,12 @@
  *
  * leasehold.pml has what is between machines, and assumes of each what this model shows.
  *
- * The job is its first process, and all others that descend from it: as one, because whoever kills
- * does so until none is left. Without a cgroup, so they are found by descent. A process of the job
- * may exit at any time. So a kill matters only where time waits for it: see prompt.
+ * The job is its first process, and all others that descend from it. These are one bit, because
+ * whoever kills does so until none is left. There is no cgroup, so they have to be found by
+ * descent: a cgroup only adds to what a kill reaches. A process of the job may exit at any time, so a kill
+ * matters only where time waits for it (see prompt), and in the proof that nothing is left. That is
+ * why the elector's first SIGKILL of an overdue job is not here: it is sooner, and proves nothing.
+ * A second signal is the end of the grace.
  *
  * Time is in ticks of the machine's clock. TTL is what is left of the lease with the clock's drift
  * taken off. Between the processes there is one message of each kind at a time. That is enough: an
@@ -89,7 +92,7 @@ bit saysDone;	/* to the elector */
 /* The job */
 bit first, others;
 
-/* Only for the replay of a trace (spin -DREPLAY -t): a breadth-first search knows no hidden variable. */
+/* The tick is only for replays (spin -DREPLAY -t). It is no part of a state. */
 #ifdef REPLAY
 hidden int tick;
 #define oneTick	tick++
@@ -98,10 +101,26 @@ hidden int tick;
 #define oneTick	skip
 #endif
 
+/*
+ * For the question whether the job runs again (-DLIVE): at any moment all faults may come to an
+ * end. What hangs then goes on hanging, except a guard whose elector has exited: nobody but systemd
+ * watches that one. Time passes only when there is nothing else to do.
+ */
+#ifdef LIVE
+bit calm;
+#define faults	(!calm)
+#define nothingElse	(!calm || timeout)
+ltl again { [] (calm -> <> first) }
+#else
+#define faults	true
+#define nothingElse	true
+#endif
+
 #define inTime(t)	((t) > MARGIN + LOSS)	/* before stop-at */
 #define pastKillBy(t)	((t) <= MARGIN)
 #define alive		(first || others)
 
+/* Every change of a state. The table of those seen is no part of the state. */
 #ifdef RECORD
 c_decl {
 \#include "transitions.h"
@@ -115,7 +134,7 @@ c_decl {
 	variable = to; \
 	record(m, from, to)
 
-/* What a search by descent finds of the others. */
+/* Whether a search by descent finds the others. */
 #if defined(ESCAPES)
 #define found	false
 #elif defined(NO_SUBREAPER)
@@ -161,7 +180,9 @@ inline endLease() {
 }
 
 inline revokeLease() {
+#ifndef ONLY_JOBS
 	assert(!alive);	/* never revoked before the job has exited */
+#endif
 	endLease()
 }
 
@@ -169,12 +190,16 @@ inline revokeLease() {
 
 proctype Etcd() {
 end:	do
-	:: d_step { lease && left == 0 -> printf("@ %d etcd drops the lease, which has expired\n", tick);
+	:: d_step { lease && left == 0 ->
+		printf("@ %d etcd drops the lease, which has expired\n", tick);
 		endLease() }
-	:: d_step { !lease && !other -> printf("@ %d b.job starts\n", tick);
+	:: d_step { faults && !lease && !other ->
+		printf("@ %d b.job starts\n", tick);
 		assert(!alive);	/* never two jobs */
 		other = 1 }
-	:: d_step { other -> printf("@ %d b.job exits\n", tick); other = 0 }
+	:: d_step { other ->
+		printf("@ %d b.job exits\n", tick);
+		other = 0 }
 	od
 }
 
@@ -193,7 +218,14 @@ inline handleStops() {
 }
 
 #define mustStandIn	(guard == down || guard == hung && handleAlive && \
-	(left < MARGIN || handle != running))
+	(left < MARGIN || handle != running || !first))
+
+/* The spawner has reported that nothing is left, or it has exited, and nothing more is found. */
+#ifdef STAND_IN_UNPROVEN
+#define provenByElector	true
+#else
+#define provenByElector	(saysDone || spawner == down && !first)
+#endif
 
 proctype Elector() {
 end:	do
@@ -203,9 +235,11 @@ end:	do
 		transit(candidate, candidate, connecting, leading) }
 
 	:: d_step { elector == up && !standsIn && candidate == leading && !handleAlive &&
-		!askStart && !askExtend && !askStop && !reportsStarted && !reportsExited && !reportsGone ->
+		(faults || inTime(left)) &&
+		!askStart && !reportsStarted && !reportsExited && !reportsGone ->
 		printf("@ %d a.elector asks the guard for the job\n", tick);
 		askStart = 1; askUntil = left;
+		askExtend = 0; askStop = 0;	/* those of the job before do nothing any more */
 		if
 		:: handle == none -> transit(handle, handle, none, starting)
 		:: handle == backoff -> transit(handle, handle, backoff, starting)
@@ -213,7 +247,7 @@ end:	do
 		fi }
 
 	/* A renewal that counts. Those past stop-at only keep the next leader waiting. */
-	:: d_step { elector == up && lease && inTime(left) && left < TTL ->
+	:: d_step { elector == up && candidate != connecting && lease && inTime(left) && left < TTL ->
 		printf("@ %d a.elector counts a renewal\n", tick);
 		left = TTL;
 		if
@@ -222,7 +256,8 @@ end:	do
 		fi }
 
 	/* The term ends: a stop, stop-at has passed, or the lease or the key is lost. */
-	:: d_step { elector == up && candidate == leading ->
+	:: d_step { elector == up && candidate == leading &&
+		(faults || !lease || !inTime(left) || standsIn) ->
 		printf("@ %d a.elector ends its term\n", tick);
 		transit(candidate, candidate, leading, stopping);
 		if
@@ -230,7 +265,8 @@ end:	do
 		:: else
 		fi;
 		handleStops() }
-	:: d_step { elector == up && candidate == stopping && handleAlive && !standsIn && askStop < 2 ->
+	:: d_step { faults && elector == up && candidate == stopping && handleAlive && !standsIn &&
+		askStop < 2 ->
 		printf("@ %d a.elector asks for a kill at once\n", tick);
 		askStop = 2 }
 
@@ -262,12 +298,13 @@ end:	do
 		revokeLease();
 		transit(candidate, candidate, stopping, connecting) }
 	/* The planned end of the daemon, or its end because the guard is lost. */
-	:: d_step { elector == up && candidate == connecting && !handleAlive ->
+	:: d_step { elector == up && candidate == connecting && !handleAlive && (faults || standsIn) ->
 		printf("@ %d a.elector exits\n", tick);
 		elector = down; announced = !standsIn }
 
 #ifndef NO_STAND_IN
-	/* The guard has exited, or hangs while it has something to do. */
+	/* The guard has exited, or hangs while it has something to do: to start the job, to follow the
+	   exit of its first process, to kill. */
 	:: d_step { elector == up && !standsIn && mustStandIn ->
 		printf("@ %d a.elector learns that the guard is lost, and kills in its place\n", tick);
 		standsIn = 1; orderClose = (spawner != down);
@@ -280,8 +317,7 @@ end:	do
 	:: d_step { elector == up && standsIn && spawner != down && visible ->
 		printf("@ %d a.elector kills the job\n", tick);
 		killAll() }
-	:: d_step { elector == up && standsIn && (saysDone || spawner == down && !first) &&
-		(handleAlive || guard != down) ->
+	:: d_step { elector == up && standsIn && provenByElector && (handleAlive || guard != down) ->
 		printf("@ %d a.elector kills the guard\n", tick);
 		guard = down;
 		if
@@ -352,7 +388,8 @@ end:	do
 	/* The elector's messages */
 	:: d_step { guard == up && askStart && guardJob == idle && !lostElector && !lostSpawner ->
 		printf("@ %d a.guard asks the spawner for the job\n", tick);
-		askStart = 0; until = askUntil; unanswered = 1; childless = 0; cancelled = 0; firstKnown = 0;
+		askStart = 0; until = askUntil;
+		unanswered = 1; childless = 0; cancelled = 0; firstKnown = 0;
 		orderStart = 1;
 		saysGone = 0; owesGone = 0;	/* of the job before */
 		transit(guard, guardJob, idle, forking) }
@@ -364,15 +401,18 @@ end:	do
 			until = askUntil
 		:: else
 		fi }
-	:: d_step { guard == up && askStop == 1 && !askStart -> askStop = 0;
+	:: d_step { guard == up && askStop == 1 && !askStart && canEnd ->
 		printf("@ %d a.guard sends the stop signal\n", tick);
+		askStop = 0;
 		beginStop() }
-	:: d_step { guard == up && askStop == 2 && !askStart -> askStop = 0;
+	:: d_step { guard == up && askStop == 2 && !askStart && canEnd ->
 		printf("@ %d a.guard begins the kill: the lease is lost\n", tick);
+		askStop = 0;
 		beginKill() }
+	:: d_step { guard == up && askStop && !askStart && !canEnd -> askStop = 0 }
 
 	/* Its own clock */
-	:: d_step { guard == up && canEnd && !inTime(until) ->
+	:: d_step { guard == up && (guardJob == forking || guardJob == running) && !inTime(until) ->
 		printf("@ %d a.guard sends the stop signal: stop-at has passed\n", tick);
 		beginStop() }
 #ifndef NO_KILL_BY
@@ -380,13 +420,18 @@ end:	do
 		printf("@ %d a.guard begins the kill: kill-by has passed\n", tick);
 		beginKill() }
 #endif
+	/* The first process has exited, and the spawner does not report it. */
+	:: d_step { guard == up && canEnd && firstKnown && !first && spawner != down ->
+		printf("@ %d a.guard begins the kill: the first process has exited\n", tick);
+		beginKill() }
 	/* The grace is over, or a second signal came. */
-	:: d_step { guard == up && canEnd ->
+	:: d_step { guard == up && canEnd && (faults || guardJob == stopping) ->
 		printf("@ %d a.guard begins the kill: the grace is over\n", tick);
 		beginKill() }
 
 	/* The spawner's messages */
 	:: d_step { guard == up && saysStarted ->
+		printf("@ %d a.guard learns that the job has started\n", tick);
 		saysStarted = 0; unanswered = 0; firstKnown = 1; reportsStarted = 1;
 		if
 		:: guardJob == forking -> transit(guard, guardJob, forking, running)
@@ -401,9 +446,10 @@ end:	do
 		beginKill() }
 	:: d_step { guard == up && saysExited && !saysStarted ->
 		printf("@ %d a.guard learns that the first process has exited\n", tick);
-		childless = (saysExited == 2); saysExited = 0; unanswered = 0; firstKnown = 0; reportsExited = 1;
+		childless = (saysExited == 2); saysExited = 0; unanswered = 0; firstKnown = 0;
+		reportsExited = 1;
 		beginKill() }
-	:: d_step { guard == up && saysGone && !saysStarted && !saysExited ->
+	:: d_step { guard == up && saysGone && !saysStarted && !saysExited && !saysRefused ->
 		saysGone = 0; childless = 1; unanswered = 0 }
 
 	/* The kill */
@@ -417,7 +463,8 @@ end:	do
 
 	/* The others */
 #ifndef GUARD_IGNORES_ELECTOR
-	:: d_step { guard == up && elector == down && !lostElector && (!announced || guardJob != idle) ->
+	:: d_step { guard == up && elector == down && !lostElector &&
+		(!announced || guardJob != idle) ->
 		printf("@ %d a.guard learns that the elector has exited\n", tick);
 		loseElector() }
 	:: d_step { guard == up && elector == hung && (guardJob == idle || pastKillBy(until)) ->
@@ -478,7 +525,7 @@ end:	do
 	:: d_step { spawner == up && fork == 2 ->
 		fork = 0; saysStarted = 1 }
 	/* The command can't be executed. */
-	:: d_step { spawner == up && fork == 2 && !others ->
+	:: d_step { faults && spawner == up && fork == 2 && !others ->
 		fork = 0; first = 0; unreaped = 0; saysRefused = 1 }
 	:: d_step { spawner == up && unreaped && fork == 0 ->
 		unreaped = 0; saysExited = (found -> 1 : 2) }
@@ -495,7 +542,9 @@ end:	do
 	:: d_step { spawner == up && kills && visible ->
 		printf("@ %d world a's spawner kills the job\n", tick);
 		killAll() }
-	:: d_step { spawner == up && kills && !first && !found && !unreaped && fork == 0 ->
+	/* Nothing is left. When the guard has exited too, the spawner exits. */
+	:: d_step { spawner == up && (kills || closed && guard == down) && !first && !found &&
+		!unreaped && fork == 0 ->
 		kills = 0; saysDone = saysDone || closed;
 		saysGone = owesGone; owesGone = 0;
 		if
@@ -509,15 +558,23 @@ end:	do
 
 proctype Job() {
 end:	do
-	:: d_step { first && fork == 0 && !others -> printf("@ %d a.job forks\n", tick); others = 1 }
-	:: d_step { first && fork == 0 -> printf("@ %d a.job first process exits\n", tick); firstExits() }
-	:: d_step { others -> others = 0 }
+	:: d_step { faults && first && fork == 0 && !others ->
+		printf("@ %d a.job forks\n", tick);
+		others = 1 }
+	:: d_step { (faults || guardJob == stopping) && first && fork == 0 ->
+		printf("@ %d a.job first process exits\n", tick);
+		firstExits() }
+	:: d_step { faults && others -> others = 0 }
 	od
 }
 
 /* ---- faults and time ---- */
 
-/* A process that does not hang is prompt where a delay could do harm: from kill-by on. */
+/*
+ * Time waits for a process that does not hang, but only where a delay could do harm: at kill-by for
+ * the guard, and within the margin for whoever acts in the place of one that is lost. This is the
+ * assumption that the kernel runs them, and carries out SIGKILL, within the margin.
+ */
 #ifdef NO_KILL_BY
 #define guardKillsBy	false
 #else
@@ -561,32 +618,54 @@ end:	do
 
 /* A guard that the elector has given up counts as lost, even if it goes on. */
 #define allWell	(elector == up && guard == up && spawner == up && !standsIn)
+#ifdef TWO_FAULTS	/* The elector may also fail when the guard has exited, and the reverse. */
+#define electorFails	(elector == up && spawner == up && \
+	(guard == down || guard == up && !standsIn))
+#define guardCrashes	(guard == up && spawner == up && !standsIn)
+#else
+#define electorFails	allWell
+#define guardCrashes	allWell
+#endif
+#ifdef BOTH_KILLED	/* Guard and spawner may be killed at the same moment. */
+#define spawnerCrashes	(elector == up && guard != hung && spawner == up && !standsIn)
+#else
+#define spawnerCrashes	allWell
+#endif
 
 proctype World() {
 end:	do
-	:: d_step { prompt && left > 0 ->
+	:: d_step { nothingElse && prompt && left > 0 ->
 		oneTick;
 		oneLess(left);
 		oneLess(until);
 		oneLess(askUntil) }
 
 	/* One of the three crashes or hangs, while the other two are well. */
-	:: d_step { allWell ->
+	:: d_step { faults && electorFails ->
 		printf("@ %d world a's elector crashes\n", tick); elector = down }
-	:: d_step { allWell ->
+	:: d_step { faults && guardCrashes ->
 		printf("@ %d world a's guard crashes\n", tick); guard = down }
-	:: d_step { allWell ->
+	:: d_step { faults && spawnerCrashes ->
 		printf("@ %d world a's spawner crashes\n", tick); spawnerEnds() }
-	:: d_step { allWell ->
+	:: d_step { faults && electorFails ->
 		printf("@ %d world a's elector hangs\n", tick); elector = hung }
-	:: d_step { allWell ->
+	:: d_step { faults && allWell ->
 		printf("@ %d world a's guard hangs\n", tick); guard = hung }
-	:: d_step { allWell ->
+	:: d_step { faults && allWell ->
 		printf("@ %d world a's spawner hangs\n", tick); spawner = hung }
 	/* One that hangs goes on. */
-	:: d_step { elector == hung -> printf("@ %d world a's elector goes on\n", tick); elector = up }
-	:: d_step { guard == hung -> printf("@ %d world a's guard goes on\n", tick); guard = up }
-	:: d_step { spawner == hung -> printf("@ %d world a's spawner goes on\n", tick); spawner = up }
+	:: d_step { faults && elector == hung ->
+		printf("@ %d world a's elector goes on\n", tick);
+		elector = up }
+	:: d_step { (faults || elector == down) && guard == hung ->
+		printf("@ %d world a's guard goes on\n", tick); guard = up }
+	:: d_step { faults && spawner == hung ->
+		printf("@ %d world a's spawner goes on\n", tick);
+		spawner = up }
+
+#ifdef LIVE
+	:: d_step { !calm -> calm = 1 }
+#endif
 
 	/* Whoever started the daemon starts it again. */
 	:: d_step { elector == down && guard == down && spawner == down ->
