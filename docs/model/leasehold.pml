@@ -92,6 +92,14 @@ bit start[2];		/* the guard was asked to start the job, and has not */
 bit job[2];		/* it is alive */
 bit newest[2];		/* no job with a higher token has been started */
 
+/*
+ * For the question how long two jobs may live if somebody deletes a leader's key or revokes its
+ * lease (-DOPERATOR -DOVERLAP): the ticks since then. Two jobs are allowed for less than a TTL.
+ */
+#ifdef OVERLAP
+byte overtime[2];	/* it counts to TTL */
+#endif
+
 /* The tick is only for replays (spin -DREPLAY -t). It is no part of a state. */
 #ifdef REPLAY
 hidden int tick;
@@ -162,6 +170,9 @@ inline release(i) {
 	printf("@ %d %c.elector asks etcd to revoke its lease\n", tick, NAME(i));
 	revoke[i] = lease[i];
 	does[i] = OUT; left[i] = 0; basis[i] = OTHER; event[i] = 0; newest[i] = 0;
+#ifdef OVERLAP
+	overtime[i] = 0;
+#endif
 	forgetAll(i)
 }
 
@@ -198,10 +209,12 @@ inline count(i, r) {
 /* The guard starts the job. */
 inline begin(i) {
 	printf("@ %d %c.job starts\n", tick, NAME(i));
-#ifndef ONLY_TOKENS
+#if !defined(ONLY_TOKENS) && !defined(OVERLAP)
 	assert(!job[1-i]);	/* never two jobs */
 #endif
+#ifndef OVERLAP
 	assert(newest[i]);	/* tokens rise */
+#endif
 	newest[1-i] = newest[1-i] && older == i;
 	start[i] = 0; job[i] = 1
 }
@@ -243,27 +256,43 @@ end:	do
 		deleteKey(i) }
 #endif
 	:: d_step { faults && lease[i] && mayRevoke(i) ->
+#ifdef KEY_UNREAD
+		printf("@ %d operator deletes the key of %c\n", tick, NAME(i));
+#else
 		printf("@ %d operator revokes the lease of %c\n", tick, NAME(i));
+#endif
 		deleteKey(i) }
 	od
 }
+
+/* The read that follows a renewal looks for our key. If only the key was deleted, etcd goes on
+   renewing the lease. */
+#ifdef KEY_UNREAD
+#define mayRenew(i)	true
+#else
+#define mayRenew(i)	lease[i]
+#endif
 
 /* A renewal of a leader, until it counts or is lost. */
 proctype Renewal(byte i; byte r) {
 end:	do
 	:: d_step { does[i] >= TERM && request[r] == IDLE && left[i] < TTL && (faults || mayCount(i)) &&
-		(lease[i] || unrefused) ->
+		(mayRenew(i) || unrefused) ->
 		printf("@ %d %c.elector sends a renewal\n", tick, NAME(i));
 		request[r] = SENT; worth[r] = TTL }
-	:: d_step { request[r] == SENT && lease[i] ->
+	:: d_step { request[r] == SENT && mayRenew(i) ->
 		printf("@ %d etcd renews the lease of %c\n", tick, NAME(i));
-		remains[i] = LIFE; request[r] = ACKED }
+		remains[i] = (lease[i] -> LIFE : 0); request[r] = ACKED }
 	/* The request arrives twice. */
 	:: d_step { faults && request[r] == SENT && lease[i] -> remains[i] = LIFE }
 
 	/* The read that confirms it: our key is there, and the raft term is the same. */
 	:: d_step { request[r] == ACKED && mayCount(i) ->
+#ifdef KEY_UNREAD
+		printf("@ %d etcd answers %c, in the same raft term\n", tick, NAME(i));
+#else
 		printf("@ %d etcd answers %c: its key is there, in the same raft term\n", tick, NAME(i));
+#endif
 		count(i, r) }
 
 	/* A former leader acknowledges it, and nobody else learns of it. */
@@ -402,6 +431,11 @@ end:	do
 #define oneLess(t)	t = (t > 0 -> t - 1 : 0)
 
 inline tickOf(i) {
+#ifdef OVERLAP
+	overtime[i] = (lease[i] || does[i] < TERM || overtime[i] == TTL -> overtime[i] :
+		overtime[i] + 1);
+	assert(!job[i] || !job[1-i] || overtime[i] < TTL);	/* never two jobs */
+#endif
 	oneLess(left[i]);
 	oneLess(remains[i]);
 	oneLess(worth[SLOTS*i])

@@ -10,10 +10,10 @@
  *
  * The job is its first process, and all others that descend from it. These are one bit, because
  * whoever kills does so until none is left. There is no cgroup, so they have to be found by
- * descent: a cgroup only adds to what a kill reaches. A process of the job may exit at any time, so a kill
- * matters only where time waits for it (see prompt), and in the proof that nothing is left. That is
- * why the elector's first SIGKILL of an overdue job is not here: it is sooner, and proves nothing.
- * A second signal is the end of the grace.
+ * descent: a cgroup only adds to what a kill reaches. A process of the job may exit at any time.
+ * So a kill matters only where time waits for it (see prompt), and in the proof that nothing is
+ * left. That is why the elector's first SIGKILL of an overdue job is not here: it comes sooner, and
+ * proves nothing. A second signal is the end of the grace.
  *
  * Time is in ticks of the machine's clock. TTL is what is left of the lease with the clock's drift
  * taken off. Between the processes there is one message of each kind at a time. That is enough: an
