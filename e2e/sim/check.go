@@ -14,27 +14,27 @@ type checker struct {
 	violations []string
 	terms      int
 	token      int64 // the highest of all jobs
-	deeds      []deed
+	actions    []action
 	told       map[*job]bool
 	recovery   time.Duration
 }
 
-// deed is what an operator did to a key or lease. It excuses the job that depends on it, for as long
+// action is what an operator did to a key or lease. It excuses the job that depends on it, for as long
 // as that job can live by its last renewal.
-type deed struct {
+type action struct {
 	lease int64
 	at    time.Duration
 }
 
-// winOnItsWay is how long after a deed a job may still be started by a win that was proven before.
+// winOnItsWay is how long after an action a job may still be started by a win that was proven before.
 const winOnItsWay = 5 * time.Second / 2
 
-func (c *checker) did(lease int64) { c.deeds = append(c.deeds, deed{lease, c.w.now()}) }
+func (c *checker) did(lease int64) { c.actions = append(c.actions, action{lease, c.w.now()}) }
 
-// excused reports whether a deed is the reason for whatever happens to the job now.
+// excused reports whether an action is the reason for whatever happens to the job now.
 func (c *checker) excused(j *job) bool {
-	for _, d := range c.deeds {
-		if d.lease == j.lease && j.startedAt < d.at+winOnItsWay && c.w.now() <= d.at+c.w.s.TTL {
+	for _, a := range c.actions {
+		if a.lease == j.lease && j.startedAt < a.at+winOnItsWay && c.w.now() <= a.at+c.w.s.TTL {
 			return true
 		}
 	}
@@ -59,7 +59,7 @@ func (c *checker) started(j *job) {
 	c.overlaps(j)
 }
 
-// overlaps checks that no other job is alive beside this one, unless a deed excuses one of both.
+// overlaps checks that no other job is alive beside this one, unless an action excuses one of both.
 func (c *checker) overlaps(j *job) {
 	for _, d := range c.w.daemons {
 		other := d.job

@@ -46,10 +46,11 @@ var kinds map[string]kind
 
 func init() {
 	kinds = map[string]kind{
-		"etcd-leader-moved": {4, 0, moveLeader, nil},
-		"etcd-leader-stale": {5, 1.2, pauseLeader, resumeMember},
-		"etcd-no-leader":    {2, 0.8, noLeader, nil},
-		"member-paused":     {4, 1.5, pauseMember, resumeMember},
+		"etcd-leader-moved":      {4, 0, moveLeader, nil},
+		"etcd-leader-stale":      {5, 1.2, pauseLeader, resumeMember},
+		"etcd-leader-stale-only": {6, 1, staleOnly, resumeMember},
+		"etcd-no-leader":         {2, 0.8, noLeader, nil},
+		"member-paused":          {4, 1.5, pauseMember, resumeMember},
 		"member-stopped": {4, 1.2, takeAway((*simetcd.Cluster).Stop),
 			bringBack((*simetcd.Cluster).Start)},
 		"member-isolated": {4, 1.2, takeAway((*simetcd.Cluster).Isolate),
@@ -59,6 +60,7 @@ func init() {
 		"link-down":          {5, 1.6, downLink, upLink},
 		"link-lossy":         {4, 2, lossyLink, upLink},
 		"link-slow":          {4, 2, slowLink, upLink},
+		"link-dies":          {4, 2, dyingLink, upLink},
 		"link-out-lost":      {2, 1.6, outLost, upLink},
 		"link-in-lost":       {3, 1.6, inLost, upLink},
 		"link-twice":         {3, 2, twiceLink, upLink},
@@ -156,6 +158,22 @@ func pauseLeader(w *world, f *Fault) {
 	w.cluster.Elect(w.other(w.member(f), f))
 }
 
+// staleOnly pauses etcd's leader as pauseLeader does. Shortly before it goes on, the daemon loses the
+// other members, and when it has heard of its successor, the daemon loses it too. So what it
+// acknowledges in between is the last that the daemon hears.
+func staleOnly(w *world, f *Fault) {
+	pauseLeader(w, f)
+	m, d := w.member(f), w.daemon(f)
+	others := slices.DeleteFunc([]int{1, 2, 3}, func(o int) bool { return o == m })
+	down := &link{requestsLost: 1, answersLost: 1}
+	set := func(after time.Duration, members []int, l *link) {
+		time.AfterFunc(after, func() { w.network.set(d.name, members, l) })
+	}
+	set(max(0, f.Lasts-w.s.TTL/5), others, down)
+	set(f.Lasts+time.Duration((0.8+0.4*f.Level)*float64(w.hear)), []int{m}, down)
+	set(f.Lasts+w.s.TTL*3/2, []int{1, 2, 3}, nil)
+}
+
 func noLeader(w *world, f *Fault) {
 	w.cluster.NoLeader()
 	w.noLeaderUntil = time.Now().Add(f.Lasts)
@@ -206,6 +224,14 @@ func lossyLink(w *world, f *Fault) {
 func slowLink(w *world, f *Fault) {
 	most := time.Duration(f.Level * float64(w.s.TTL))
 	w.setLink(f, &link{requestDelay: most / 2, answerDelay: most})
+}
+
+// dyingLink is slow at first, and then down.
+func dyingLink(w *world, f *Fault) {
+	f.Members = []int{1, 2, 3}
+	most := time.Duration(f.Level * float64(w.s.TTL) / 2)
+	w.setLink(f, &link{answerDelay: most})
+	time.AfterFunc(f.Lasts/3, func() { downLink(w, f) })
 }
 
 func resetLink(w *world, f *Fault) {

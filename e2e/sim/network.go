@@ -68,7 +68,7 @@ func (n *network) set(daemon string, members []int, l *link) {
 	}
 }
 
-func (n *network) heal() {
+func (n *network) recover() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	clear(n.links)

@@ -57,6 +57,7 @@ const election = "sim"
 type world struct {
 	s       Schedule
 	start   time.Time
+	hear    time.Duration // until a leader of etcd that was deposed meanwhile hears of that
 	cluster *simetcd.Cluster
 	network *network
 	daemons []*daemon
@@ -94,9 +95,9 @@ func newWorld(s Schedule) *world {
 	w.network = newNetwork(s.Seed)
 	r := w.random("etcd")
 	rates := []float64{drift(r), drift(r), drift(r)}
-	hear := time.Duration(1 + r.Int64N(int64(s.TTL/4)))
+	w.hear = time.Duration(1 + r.Int64N(int64(s.TTL/4)))
 	w.cluster = simetcd.New(simetcd.Config{
-		Members: 3, Seed: s.Seed, Hear: hear, Network: w.network.verdict,
+		Members: 3, Seed: s.Seed, Hear: w.hear, Network: w.network.verdict,
 		Rate: func(member int) float64 { return rates[member-1] },
 		Log:  func(format string, args ...any) { w.note("etcd", format, args...) },
 	})
@@ -200,7 +201,7 @@ func (w *world) elections(stop chan struct{}) {
 	r := w.random("elections")
 	tick := time.NewTicker(100*time.Millisecond + 137)
 	defer tick.Stop()
-	patience := time.Duration(0)
+	wait := time.Duration(0)
 	var since time.Time // when etcd's leader was last seen
 	for {
 		select {
@@ -209,8 +210,8 @@ func (w *world) elections(stop chan struct{}) {
 		case now := <-tick.C:
 			switch {
 			case w.cluster.Leader() != 0:
-				since, patience = now, time.Second+time.Duration(r.Int64N(int64(time.Second)))
-			case now.Sub(since) > patience && now.After(w.noLeaderUntil):
+				since, wait = now, time.Second+time.Duration(r.Int64N(int64(time.Second)))
+			case now.Sub(since) > wait && now.After(w.noLeaderUntil):
 				w.cluster.Elect(1 + r.IntN(3))
 			}
 		}
@@ -226,7 +227,7 @@ func (w *world) recover() {
 		w.cluster.Heal(m)
 		w.cluster.Lag(m, 0)
 	}
-	w.network.heal()
+	w.network.recover()
 	for _, d := range w.daemons {
 		d.start()
 	}

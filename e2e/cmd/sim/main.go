@@ -3,6 +3,7 @@
 //
 //	bin/sim [-seed N] [-faults 20000]     many runs of 100 faults, with the seeds N, N+1, ...
 //	bin/sim -seed N -faults 100 -log      one run, and its log
+//	bin/sim -patch FILE -seed N -log      the same, with a bug of e2e/sim/mutations put back
 //	bin/sim -mutations                    put bugs back, one at a time: each has to be found
 //
 // The first run that fails is shrunk: what is printed is its seed and the faults that are needed.
@@ -31,6 +32,7 @@ func command(args []string) int {
 	procs := flags.Int("procs", runtime.NumCPU(), "how many runs at a time")
 	keep := flags.String("keep", "", "run only these faults of the first run: [3,17]")
 	log := flags.Bool("log", false, "print the log of the first run")
+	patch := flags.String("patch", "", "put the bug of this patch back")
 	mutations := flags.Bool("mutations", false, "put bugs back, one at a time")
 	if err := flags.Parse(args); err != nil || flags.NArg() > 0 {
 		return 64
@@ -39,8 +41,8 @@ func command(args []string) int {
 	if *mutations {
 		return complain(findMutations(ctx, *seed, *procs))
 	}
-	binary := filepath.Join("bin", "sim.test")
-	if err := build(ctx, binary, ""); err != nil {
+	binary := binaryOf(*patch)
+	if err := build(ctx, binary, *patch); err != nil {
 		return complain(err)
 	}
 	if *log || *keep != "" {
@@ -57,6 +59,13 @@ func command(args []string) int {
 	}
 	fmt.Println(shrink(ctx, binary, *failed))
 	return 1
+}
+
+func binaryOf(patch string) string {
+	if patch == "" {
+		return filepath.Join("bin", "sim.test")
+	}
+	return filepath.Join("bin", "sim-"+strings.TrimSuffix(filepath.Base(patch), ".patch")+".test")
 }
 
 func complain(err error) int {
@@ -76,7 +85,7 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 	missed := 0
 	for _, patch := range patches {
 		name := strings.TrimSuffix(filepath.Base(patch), ".patch")
-		binary := filepath.Join("bin", "sim-mutated.test")
+		binary := binaryOf(patch)
 		began := time.Now()
 		if err := build(ctx, binary, patch); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
