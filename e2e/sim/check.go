@@ -19,14 +19,15 @@ type checker struct {
 	recovery   time.Duration
 }
 
-// action is what an operator did to a key or lease. It excuses the job that depends on it, for as long
-// as that job can live by its last renewal.
+// action is what an operator did to a key or lease. It excuses the job that depends on it, for as
+// long as that job can live by its last renewal.
 type action struct {
 	lease int64
 	at    time.Duration
 }
 
-// winOnItsWay is how long after an action a job may still be started by a win that was proven before.
+// winOnItsWay is how long after an action a job may still be started, by a win that was proven
+// before.
 const winOnItsWay = 5 * time.Second / 2
 
 func (c *checker) did(lease int64) { c.actions = append(c.actions, action{lease, c.w.now()}) }
@@ -124,8 +125,8 @@ func (c *checker) look(d *daemon) {
 }
 
 // settled checks that without faults one job runs in time, and goes on, and that all others wait
-// behind it. Then it takes one member of etcd away, or the leader from etcd: from a TTL of 5 s up
-// that moves no job, and nobody is kept out of the election.
+// behind it, also one whose key is deleted. Then it takes one member of etcd away, or the leader
+// from etcd: from a TTL of 5 s up that moves no job, and nobody is kept out of the election.
 func (c *checker) settled() {
 	began := c.w.now()
 	leads := c.settle("the last fault")
@@ -134,6 +135,9 @@ func (c *checker) settled() {
 		return
 	}
 	r := c.w.random("settled")
+	if c.deleteStandby(leads, r.IntN(Daemons)); !c.stays(leads, "a standby's key was deleted") {
+		return
+	}
 	m := 1 + r.IntN(3)
 	without := []func(int) string{
 		c.w.cluster.Pause, c.w.cluster.Stop, c.w.cluster.Isolate, c.w.cluster.Elect,
@@ -148,6 +152,18 @@ func (c *checker) settled() {
 	}
 	again.start()
 	c.settle(without + ", and a restart of " + again.name)
+}
+
+// deleteStandby deletes the key of a standby: it has to queue again.
+func (c *checker) deleteStandby(leads *job, from int) {
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
+	d := c.w.daemons[from]
+	if d == leads.d {
+		d = c.w.daemons[(from+1)%Daemons]
+	}
+	c.w.note("oper", "deletes the key of %s, a standby", d.name)
+	c.w.cluster.DeleteKey(keyOf(d.elector.lease))
 }
 
 // settle waits until all daemons are in order, and returns the job that runs; nil: it takes too
