@@ -43,6 +43,9 @@ help:
 	@echo 'make bench        how soon the next leader starts, and size; N=5 for a short run'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; five minutes'
 	@echo
+	@echo 'Prove (needs spin and gcc):'
+	@echo 'make model        every order of steps of the protocol; each step turned off; MODEL=-ci for a short run'
+	@echo
 	@echo 'Ship:'
 	@echo 'make image          the container image, by docker, podman or buildah: IMAGE=$(IMAGE) PLATFORM= ENGINE='
 	@echo 'make dist           a release for amd64 and arm64, in dist/; the same commit gives the same bytes'
@@ -128,6 +131,12 @@ soak: $(ETCD_TOOLS) bin/histories
 bench-scale: $(ETCD_TOOLS)
 	$(BUILD_SHOW) ./e2e/cmd/scale
 	@bin/scale $(SCALE)
+
+# MODEL=-update keeps what is found, MODEL='-only NAME' runs one.
+.PHONY: model
+model:
+	$(BUILD_SHOW) ./e2e/cmd/model
+	@bin/model $(MODEL)
 
 # ROWS='?' lists the rows, ROWS=ci are those that CI runs.
 faults: $(ETCD_TOOLS)

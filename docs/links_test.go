@@ -115,7 +115,7 @@ func sources(t *testing.T, path string) string {
 func markdown(t *testing.T) []string {
 	t.Helper()
 	var pages []string
-	for _, pattern := range []string{"*.md", "decisions/*.md", "../*.md", "../e2e/*/*.md"} {
+	for _, pattern := range []string{"*.md", "*/*.md", "../*.md", "../e2e/*/*.md"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
