@@ -33,7 +33,7 @@ func main() { os.Exit(run(os.Args[1:])) }
 
 func run(args []string) int {
 	flags := flag.NewFlagSet("model", flag.ContinueOnError)
-	c := checker{out: os.Stdout, slow: 15, transitions: map[string]bool{}}
+	c := checker{out: os.Stdout, slow: 60, transitions: map[string]bool{}}
 	only := flags.String("only", "", "the configurations and switches to run, by a pattern")
 	docs := flags.Bool("docs", false, "draw what is kept, and run nothing")
 	flags.StringVar(&c.dir, "dir", "docs/model", "where the model is")
@@ -130,15 +130,15 @@ func (c *checker) exhaust(ctx context.Context, row row) error {
 		c.transitions[t] = true
 	}
 	states := fmt.Sprint(r.States)
-	fmt.Fprintf(c.out, "%-28s %10s states %8.0f MB %7.1f s\n",
+	_, _ = fmt.Fprintf(c.out, "%-28s %10s states %8.0f MB %7.1f s\n",
 		row.name(), states, r.MB, r.Seconds)
 	if c.update {
 		row.set("states", states)
 		row.set("MB", fmt.Sprintf("%.0f", r.MB))
 		row.set("seconds", seconds(r.Seconds))
 	} else if states != row.get("states") {
-		return fmt.Errorf("%s states, and %s are kept: after a change of the model or of its options "+
-			"run bin/model -update", states, row.get("states"))
+		return fmt.Errorf("%s states, and %s are kept: after a change of the model "+
+			"or of its options run bin/model -update", states, row.get("states"))
 	}
 	return nil
 }
@@ -165,7 +165,7 @@ func (c *checker) turnOff(ctx context.Context, row row) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(c.out, "%-28s %-12s after %3d steps %7.1f s\n",
+	_, _ = fmt.Fprintf(c.out, "%-28s %-12s after %3d steps %7.1f s\n",
 		c.key(row), row.get("breaks"), len(trace), r.Seconds)
 	if c.update {
 		row.set("seconds", seconds(r.Seconds))
@@ -185,7 +185,8 @@ func (c *checker) replayKept(ctx context.Context, s search, row row) ([]string, 
 		err = violates(r, row.get("breaks"))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the kept trail is no run of the model, run bin/model -update: %w", err)
+		return nil, fmt.Errorf("the kept trail is no run of the model, "+
+			"run bin/model -update: %w", err)
 	}
 	return r.Trace, nil
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,7 +46,7 @@ transition job NONE RUNNING
 func TestParse(t *testing.T) {
 	const violation = "pan:1: assertion violated  !((job[0]&&job[1])) (at depth 3)\n" +
 		"pan: wrote toy.pml.trail\n"
-	incomplete := strings.NewReplacer("6 December 2019)", "6 December 2019)\nWarning: Search not completed")
+	incomplete := strings.NewReplacer("2019)", "2019)\nWarning: Search not completed")
 	failed := strings.NewReplacer("errors: 0", "errors: 1")
 	for _, test := range []struct{ name, out, violation, cut string }{
 		{"complete", report, "", ""},
@@ -105,6 +106,44 @@ func TestDiffer(t *testing.T) {
 	}
 }
 
+// TestBars: a job's and a lease's time are read from the words of the models.
+func TestBars(t *testing.T) {
+	events, err := parseTrace([]string{
+		"@ 0 b.elector gets a lease, and is in the queue",
+		"@ 0 a.elector has a lease, and leads",
+		"@ 0 a.job starts",
+		"@ 1 etcd drops the lease of b: it has expired",
+		"@ 1 world a's spawner kills the job",
+		"@ 1 a.elector revokes its lease",
+		"@ 2 a.job starts",
+		"@ 2 a.guard kills the job",
+		"@ 2 b.job starts",
+		"@ 3 b.job exits",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e := events[4]; e.actor != "a.spawner" || e.text != "kills the job" {
+		t.Errorf("%+v, want it in the lane of the spawner", e)
+	}
+	want := []bar{
+		{"b", "etcd", 0, 3},
+		{"a", "etcd", 1, 5},
+		{"a", "a.job", 2, 4},  // killed before the next start
+		{"a", "a.job", 6, 10}, // a part of it may have lived on
+		{"b", "b.job", 8, 9},
+	}
+	if got := bars(events); !slices.Equal(got, want) {
+		t.Errorf("bars %v, want %v", got, want)
+	}
+	if _, err := parseTrace([]string{"@ 0 nobody starts"}); err == nil {
+		t.Error("an actor that there is not is taken")
+	}
+	if _, err := parseTrace(slices.Repeat([]string{"@ 0 a.job starts"}, 101)); err == nil {
+		t.Error("a trace of 101 lines is taken")
+	}
+}
+
 // needsSpin skips a test where spin or gcc is missing. With E2E_NO_SKIP=1, as CI has it, that is a
 // failure.
 func needsSpin(t *testing.T) {
@@ -147,7 +186,7 @@ func toy(t *testing.T, configs, switches string) *checker {
 		}
 	}
 	c := &checker{
-		dir: dir, only: regexp.MustCompile(""), limit: time.Minute, slow: 15, out: t.Output(),
+		dir: dir, only: regexp.MustCompile(""), limit: time.Minute, slow: 60, out: t.Output(),
 		transitions: map[string]bool{},
 	}
 	if err := c.load(); err != nil {
@@ -219,7 +258,8 @@ func TestToy_Slow(t *testing.T) {
 func TestToy_Fails(t *testing.T) {
 	for _, test := range []struct{ name, config, switches, want string }{
 		{
-			"an error in a configuration", strings.Replace(toyConfig, "-m1000", "-DNO_LOCK", 1), toySwitch,
+			"an error in a configuration",
+			strings.Replace(toyConfig, "-m1000", "-DNO_LOCK", 1), toySwitch,
 			"spin finds an error: assertion violated",
 		},
 		{
@@ -231,7 +271,8 @@ func TestToy_Fails(t *testing.T) {
 			"not complete: max search depth too small",
 		},
 		{
-			"a switch that changes nothing", toyConfig, strings.Replace(toySwitch, "NO_LOCK", "TICKS=3", 1),
+			"a switch that changes nothing", toyConfig,
+			strings.Replace(toySwitch, "NO_LOCK", "TICKS=3", 1),
 			"superfluous, or not modelled",
 		},
 		{
@@ -239,7 +280,10 @@ func TestToy_Fails(t *testing.T) {
 			strings.Replace(toySwitch, "two-jobs\t", "two-jobs\t-m1 ", 1),
 			"no violation, but the search is not complete",
 		},
-		{"not Promela", strings.Replace(toyConfig, "-DTICKS=2", "-DTICKS=;", 1), toySwitch, "spin -a: "},
+		{
+			"not Promela", strings.Replace(toyConfig, "-DTICKS=2", "-DTICKS=;", 1), toySwitch,
+			"spin -a: ",
+		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := toy(t, test.config, test.switches)
@@ -292,7 +336,7 @@ func TestPages(t *testing.T) {
 	}
 	for name, section := range pages.sections {
 		if !strings.Contains(string(readme), "<!-- "+name+" -->\n"+section+"<!-- /"+name+" -->") {
-			t.Errorf("README.md: the table %s is not that of the .tsv file: run bin/model -docs", name)
+			t.Errorf("README.md: the table %s is not that of %[1]s.tsv: run bin/model -docs", name)
 		}
 	}
 	for path, want := range files {

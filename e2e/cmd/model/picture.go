@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"html"
 	"regexp"
+	"slices"
 	"strings"
 	"text/template"
 )
@@ -22,7 +23,7 @@ const (
 	margin       = 24
 	tickLeft     = margin
 	lanesLeft    = 92
-	laneWidth    = 58
+	laneWidth    = 68
 	laneTop      = 104
 	rowHeight    = 16
 	barWidth     = 12
@@ -45,18 +46,24 @@ type bar struct {
 var (
 	jobBegins   = regexp.MustCompile(`^starts\b`)
 	jobEnds     = regexp.MustCompile(`^exits\b`)
+	jobMayEnd   = regexp.MustCompile(`^(kills the job|first process exits|crashes)$`) // or a part
 	leaseBegins = regexp.MustCompile(`^(gets|has) a lease\b`)
 	leaseEnds   = regexp.MustCompile(`\b(?:revokes|drops) (?:its|the) lease(?: of ([ab])\b)?`)
 )
 
 // bars finds when leases and jobs were there. What never ends lasts to the last row.
 func bars(events []event) (found []bar) {
-	open := map[string]int{} // by lane and candidate: its index in found
+	open := map[string]int{}   // by lane and candidate: its index in found
+	killed := map[string]int{} // by lane and candidate: the row of a kill
 	begin := func(lane, candidate string, row int) {
-		if _, twice := open[lane+candidate]; !twice {
-			open[lane+candidate] = len(found)
-			found = append(found, bar{candidate, lane, row, len(events)})
+		key := lane + candidate
+		if i, is := open[key]; is && killed[key] > 0 { // that kill was the end
+			found[i].to = killed[key]
+		} else if is {
+			return
 		}
+		open[key], killed[key] = len(found), 0
+		found = append(found, bar{candidate, lane, row, len(events)})
 	}
 	end := func(lane, candidate string, row int) {
 		if i, is := open[lane+candidate]; is {
@@ -72,6 +79,8 @@ func bars(events []event) (found []bar) {
 			begin(e.actor, candidate, i)
 		case part == "job" && jobEnds.MatchString(e.text):
 			end(e.actor, candidate, i)
+		case jobMayEnd.MatchString(e.text):
+			killed[candidate+".job"+candidate] = i
 		case leaseBegins.MatchString(e.text):
 			begin("etcd", candidate, i)
 		case ends != nil:
@@ -120,11 +129,9 @@ func y(row int) int { return laneTop + rowHeight/2 + row*rowHeight }
 func draw(row row, events []event) (string, error) {
 	d := &drawing{}
 	for _, lane := range lanes {
-		for _, e := range events {
-			if e.actor == lane {
-				d.lanes = append(d.lanes, lane)
-				break
-			}
+		acts := slices.ContainsFunc(events, func(e event) bool { return e.actor == lane })
+		if acts || lane == "etcd" { // that of the leases
+			d.lanes = append(d.lanes, lane)
 		}
 	}
 	bottom := y(len(events)) + rowHeight/2
@@ -162,12 +169,14 @@ func (d *drawing) head(row row, bottom int) {
 		{"both", "two jobs"},
 	} {
 		x := pictureWidth - margin + (i-5)*90
-		d.add(`<rect x="%d" y="29" width="%d" height="10" rx="2" class="%s"/>`, x, barWidth, sign.class)
+		d.add(`<rect x="%d" y="29" width="%d" height="10" rx="2" class="%s"/>`,
+			x, barWidth, sign.class)
 		d.text(x+barWidth+6, 38, "", sign.means)
 	}
 	for _, lane := range d.lanes {
 		x := d.x(lane)
-		d.add(`<text x="%d" y="%d" class="strong" text-anchor="middle">%s</text>`, x, laneTop-10, lane)
+		d.add(`<text x="%d" y="%d" class="strong" text-anchor="middle">%s</text>`,
+			x, laneTop-10, lane)
 		d.add(`<line x1="%d" x2="%d" y1="%d" y2="%d" class="lane"/>`, x, x, laneTop, bottom)
 	}
 }

@@ -81,7 +81,7 @@ func (s search) run(ctx context.Context) (r result, err error) {
 
 // replayed walks a kept trail.
 func (s search) replayed(ctx context.Context, trail []byte) (r result, err error) {
-	dir, err := s.copy()
+	dir, err := s.newDir()
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	if err == nil {
 		err = os.WriteFile(s.trail(dir), trail, 0o644)
@@ -119,9 +119,9 @@ func (s search) trail(dir string) string {
 	return filepath.Join(dir, filepath.Base(s.model)+".trail")
 }
 
-// copy makes a new directory, which it returns also if it fails. Spin and pan write beside the
+// newDir makes a new directory, which it returns also if it fails. Spin and pan write beside the
 // model, so that a copy of it, and of what it includes, is there.
-func (s search) copy() (dir string, err error) {
+func (s search) newDir() (dir string, err error) {
 	if dir, err = os.MkdirTemp("", "leasehold-model-"); err != nil {
 		return "", err
 	}
@@ -136,11 +136,12 @@ func (s search) copy() (dir string, err error) {
 
 // build makes pan in such a directory.
 func (s search) build(ctx context.Context) (dir string, err error) {
-	if dir, err = s.copy(); err != nil {
+	if dir, err = s.newDir(); err != nil {
 		return dir, err
 	}
 	spin, gcc, _ := s.arguments()
-	out, err := command(ctx, dir, "spin", append(append([]string{"-a"}, spin...), filepath.Base(s.model))...)
+	spin = append([]string{"-a"}, append(spin, filepath.Base(s.model))...)
+	out, err := command(ctx, dir, "spin", spin...)
 	if err != nil {
 		return dir, fmt.Errorf("spin -a: %w\n%s", err, out)
 	}
@@ -200,9 +201,7 @@ func parse(out string) (r result) {
 	}
 	r.States, r.MB = int(figure(statesLine, out)), figure(memoryLine, out)
 	r.Errors = int(figure(errorsLine, out))
-	for _, m := range machineLine.FindAllString(out, -1) {
-		r.Transitions = append(r.Transitions, m)
-	}
+	r.Transitions = machineLine.FindAllString(out, -1)
 	slices.Sort(r.Transitions)
 	r.Transitions = slices.Compact(r.Transitions)
 	switch {

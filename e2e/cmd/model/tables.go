@@ -48,7 +48,8 @@ func readTable(path string, columns ...string) (*table, error) {
 		case i == 0 && !slices.Equal(cells, columns):
 			return nil, fmt.Errorf("%s: the columns are %q, want %q", path, cells, columns)
 		case len(cells) != len(columns):
-			return nil, fmt.Errorf("%s:%d: %d columns, want %d", path, i+1, len(cells), len(columns))
+			return nil, fmt.Errorf("%s:%d: %d columns, want %d",
+				path, i+1, len(cells), len(columns))
 		case i > 0:
 			t.rows = append(t.rows, row{t, cells})
 		}
@@ -59,10 +60,18 @@ func readTable(path string, columns ...string) (*table, error) {
 	return t, nil
 }
 
-func (r row) name() string                 { return r.cells[0] }
-func (r row) get(column string) string     { return r.cells[slices.Index(r.table.columns, column)] }
-func (r row) set(column, value string)     { r.cells[slices.Index(r.table.columns, column)] = value }
-func (r row) number(column string) float64 { n, _ := strconv.ParseFloat(r.get(column), 64); return n }
+func (r row) name() string { return r.cells[0] }
+
+func (r row) cell(column string) *string { return &r.cells[slices.Index(r.table.columns, column)] }
+
+func (r row) get(column string) string { return *r.cell(column) }
+
+func (r row) set(column, value string) { *r.cell(column) = value }
+
+func (r row) number(column string) float64 {
+	n, _ := strconv.ParseFloat(r.get(column), 64) // of a switch that is new there is none
+	return n
+}
 
 func (t *table) write() error {
 	all := []string{strings.Join(t.columns, "\t")}
@@ -120,8 +129,8 @@ func (c *checker) pages() (pages, error) {
 		fmt.Fprintf(&configs, "| %s (`%s`) | %s | %s | %s | %s | %s |\n", r.name(), r.get("model"),
 			options, r.get("states"), r.get("MB"), r.get("seconds"), r.get("ci"))
 	}
-	switches.WriteString("| switch | step | what is turned off | what breaks | time line | seconds |\n" +
-		"|---|---|---|---|---|---|\n")
+	switches.WriteString("| switch | step | what is turned off | what breaks | time line | " +
+		"seconds |\n|---|---|---|---|---|---|\n")
 	for _, r := range c.switches.rows {
 		events, err := c.readTrace(r)
 		if err != nil {
@@ -132,9 +141,10 @@ func (c *checker) pages() (pages, error) {
 			return p, err
 		}
 		p.files[c.kept(r, ".svg")] = picture
-		fmt.Fprintf(&switches, "| `%s` | %s | %s | %s | [%d steps, %d ticks](traces/%s.svg) | %s |\n",
-			r.name(), r.get("step"), r.get("turns off"), r.get("breaks"),
-			len(events), events[len(events)-1].tick, c.key(r), r.get("seconds"))
+		length := fmt.Sprintf("[%d steps, %d ticks](traces/%s.svg)",
+			len(events), events[len(events)-1].tick, c.key(r))
+		fmt.Fprintf(&switches, "| `%s` | %s | %s | %s | %s | %s |\n",
+			r.name(), r.get("step"), r.get("turns off"), r.get("breaks"), length, r.get("seconds"))
 	}
 	p.sections = map[string]string{"configs": configs.String(), "switches": switches.String()}
 	return p, nil

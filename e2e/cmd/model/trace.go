@@ -19,8 +19,11 @@ type event struct {
 }
 
 // A line of the world about a process is in that process's lane.
-var eventLine = regexp.MustCompile(`^@ (\d+) (etcd|operator|world|[ab]\.(?:elector|guard|job)) (.+)$`)
-var worldProcess = regexp.MustCompile(`^([ab])'s (elector|guard|spawner) (.+)$`)
+var (
+	eventLine = regexp.MustCompile(
+		`^@ (\d+) (etcd|operator|world|[ab]\.(?:elector|guard|job)) (.+)$`)
+	worldProcess = regexp.MustCompile(`^([ab])'s (elector|guard|spawner) (.+)$`)
+)
 
 const longestTrace = 100 // that a reader follows
 
@@ -49,7 +52,8 @@ func parseTrace(all []string) (events []event, err error) {
 		events = append(events, event{tick, actor, text})
 	}
 	if len(all) > longestTrace {
-		return nil, fmt.Errorf("the trace has %d lines: nobody reads more than %d", len(all), longestTrace)
+		return nil, fmt.Errorf("the trace has %d lines: nobody reads more than %d",
+			len(all), longestTrace)
 	}
 	return events, nil
 }
@@ -108,7 +112,8 @@ func differ(kept, found []string) error {
 	}
 	for i := range max(len(kept), len(found)) {
 		if a, b := line(kept, i), line(found, i); a != b {
-			return fmt.Errorf("line %d of the kept trace is not found again:\n  kept  %s\n  found %s\n"+
+			return fmt.Errorf("line %d of the kept trace is not found again:\n"+
+				"  kept  %s\n  found %s\n"+
 				"after a change of the model run bin/model -update", i+1, a, b)
 		}
 	}
