@@ -89,8 +89,8 @@ func report(command string, err error) int {
 	return end.code
 }
 
-// printable makes lines of text that can be shown in a terminal, with a newline at the end. An error
-// may have the name of a file in it, or what somebody has answered.
+// printable makes lines of text that can be shown in a terminal, with a newline at the end. An
+// error may have the name of a file in it, or what somebody has answered.
 func printable(text string) string {
 	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
 	for i, line := range lines {

@@ -64,10 +64,14 @@ func (c Call) again() []string {
 // one short line that says what is wrong and shows no secret.
 func FuzzParse(f *testing.F) {
 	for _, line := range []string{
-		"", "--", "-f FILE -- x -y", "status jobs/a --json", "run -f a status -f b", "--password=x -- y",
-		"PASWORD=x check", "run PASWORD=x -- y", "check PASWORD=x", "help PASSWORD=x", "--ttl=5 status",
-		"-f", "status --json=x", "elect --jsn", "install \x1b[2J", "LEASEHOLD_TOKEN=x", "--pass=x", "TTL=15",
-		"--help=x", "status --version", "-v", "run -h", "statsu \u202e", "-listen=" + strings.Repeat("a", 60),
+		"", "--", "-f FILE -- x -y", "status jobs/a --json", "run -f a status -f b",
+		"--password=x -- y",
+		"PASWORD=x check", "run PASWORD=x -- y", "check PASWORD=x", "help PASSWORD=x",
+		"--ttl=5 status",
+		"-f", "status --json=x", "elect --jsn", "install \x1b[2J", "LEASEHOLD_TOKEN=x", "--pass=x",
+		"TTL=15",
+		"--help=x", "status --version", "-v", "run -h", "statsu \u202e",
+		"-listen=" + strings.Repeat("a", 60),
 	} {
 		f.Add(strings.ReplaceAll(line, " ", "\n"))
 	}
@@ -88,7 +92,8 @@ func FuzzParse(f *testing.F) {
 		}
 		if !slices.Contains(commandNames[:], c.Name) || len(call.Args) < c.Min ||
 			len(call.Args) > c.Max || c.Job != (len(call.Job) > 0) ||
-			slices.ContainsFunc(call.Flags, func(f string) bool { return !slices.Contains(c.Flags, f) }) {
+			slices.ContainsFunc(call.Flags,
+				func(f string) bool { return !slices.Contains(c.Flags, f) }) {
 			t.Fatalf("%q: %+v", args, call)
 		}
 		if len(call.Args) > 0 && c.Words != nil && !slices.Contains(c.Words, call.Args[0]) {
@@ -105,14 +110,16 @@ func FuzzParse(f *testing.F) {
 // FuzzReport: whatever strangers have written in etcd, status shows one line for each candidate and
 // each blocker, which a terminal can show, and JSON that says the same.
 func FuzzReport(f *testing.F) {
-	f.Add("jobs/a", "a", "jobs/a/1f", int64(7), int64(0x1f), true, "jobs/a/x", "why", "etcdctl del x")
+	f.Add("jobs/a", "a", "jobs/a/1f", int64(7), int64(0x1f), true,
+		"jobs/a/x", "why", "etcdctl del x")
 	f.Add("e\u202e", "a\x1b[2J\n\t\xff\u009b", "e\u202e/1", int64(-1), int64(-1), false, "", "", "")
 	f.Fuzz(func(t *testing.T, name, identity, key string, token, lease int64, leads bool,
 		blocking, why, remedy string,
 	) {
 		// Package election has made these printable.
 		blocker := election.Blocker{
-			Key: quote.Printable(blocking), Why: quote.Printable(why), Remedy: quote.Printable(remedy),
+			Key: quote.Printable(blocking), Why: quote.Printable(why),
+			Remedy: quote.Printable(remedy),
 		}
 		entry := election.Entry{Identity: identity, Key: key, Token: token}
 		report := election.Report{

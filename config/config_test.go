@@ -485,8 +485,9 @@ func TestConfig_SecretIsNeverPrinted(t *testing.T) {
 // TestConfig_ProblemsArePrintable: what a value does to a terminal, its report does not, and it has
 // one line whatever the value.
 func TestConfig_ProblemsArePrintable(t *testing.T) {
-	_, err := load(t, ForRun, "ELECTION=e", "TLS_CA_FILE=/\x1b[2J\nx", "PASSWORD_FILE=/"+
-		strings.Repeat("x", 4000), "TTL="+strings.Repeat("0", 4000), "\u009b"+strings.Repeat("N", 4000)+"=1")
+	_, err := load(t, ForRun, "ELECTION=e", "TLS_CA_FILE=/\x1b[2J\nx",
+		"PASSWORD_FILE=/"+strings.Repeat("x", 4000), "TTL="+strings.Repeat("0", 4000),
+		"\u009b"+strings.Repeat("N", 4000)+"=1")
 	if err == nil {
 		t.Fatal("no problems")
 	}

@@ -79,8 +79,9 @@ func TestEnvFile_Problems(t *testing.T) {
 		}
 	}
 	writeFile(t, path, strings.Repeat("no env file\n", 1000))
-	if lines := strings.Split(LoadFile(path).Error(), "\n"); len(lines) != maxEnvFileProblems+1 ||
-		!strings.HasPrefix(lines[maxEnvFileProblems], path+":20: the rest of the file was not read") {
+	lines := strings.Split(LoadFile(path).Error(), "\n")
+	last := path + ":20: the rest of the file was not read"
+	if len(lines) != maxEnvFileProblems+1 || !strings.HasPrefix(lines[len(lines)-1], last) {
 		t.Errorf("of a file that is no env file: %q", lines)
 	}
 	if err := LoadFile(path + "-missing"); err == nil ||

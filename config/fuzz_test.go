@@ -58,8 +58,10 @@ func writeEnv(values map[string]string) string {
 // refused is named by file and line, and no message shows a part of the file.
 func FuzzEnvFile(f *testing.F) {
 	for _, text := range []string{
-		"A=1\n# a comment\n; another\nB = 'two words' \t\r\n", "A=\"a \\\"b\\\" \\\\ \\$c\"\n", "A=a\\\n b",
-		"A='a\nb'\nexport B=1\n9=2\n=x\nC", "A=\"no end", "# x \\\nA=\xff\nB=\x00", "A=a\\", "\xef\xbb\xbfA=1",
+		"A=1\n# a comment\n; another\nB = 'two words' \t\r\n", "A=\"a \\\"b\\\" \\\\ \\$c\"\n",
+		"A=a\\\n b",
+		"A='a\nb'\nexport B=1\n9=2\n=x\nC", "A=\"no end", "# x \\\nA=\xff\nB=\x00", "A=a\\",
+		"\xef\xbb\xbfA=1",
 		strings.Repeat("no assignment\n", 30),
 	} {
 		f.Add(text)
@@ -166,13 +168,15 @@ func written(c Config, given []string) (settings []string) {
 // secrets.
 func FuzzVariables(f *testing.F) {
 	for _, lines := range []string{
-		"ELECTION=jobs/a", "ELECTION=e\nTTL=15\nMARGIN=3s\nLOSS_GRACE=1m", "ELECTION=/a//b /\nIDENTITY=a\u009b",
+		"ELECTION=jobs/a", "ELECTION=e\nTTL=15\nMARGIN=3s\nLOSS_GRACE=1m",
+		"ELECTION=/a//b /\nIDENTITY=a\u009b",
 		"ELECTION=e\nENDPOINTS=a:1,https://[::1]:2/,http://u:hunter2secret@b:3,,c:d,[::1]",
 		"ELECTION=e\nENDPOINTS=a:1,https://[fe80::1%eth0]:2\nTLS_CA_FILE=FILE\nTLS_SERVER_NAME=x",
 		"ELECTION=e\nUSERNAME=u\nPASSWORD=x\nPASSWORD_FILE=FILE\nPASWORD=x\nSERVICE_HOST=1",
-		"ELECTION=e\nSTOP_SIGNAL=sigusr1\nRESTART_LIMIT=4294967296\nRESTART=Never\nNO_NEW_PRIVS=OFF",
+		"ELECTION=e\nSTOP_SIGNAL=sigusr1\nRESTART_LIMIT=4294967296\nRESTART=No\nNO_NEW_PRIVS=OFF",
 		"ELECTION=e\nLISTEN=[::]:0\nLOG_LEVEL=Debug\nLOG_FORMAT=JSON\nWAIT=0s\nDIAL_TIMEOUT=1ms",
-		"STOP_SIGNAL=9\nLISTEN=:99999\nTTL=1e9h\nWAIT=00000000000000000000000\nLOG_LEVEL=trace\nTLS_KEY_FILE=F",
+		"STOP_SIGNAL=9\nLISTEN=:99999\nTTL=1e9h\nWAIT=000000000000000000000",
+		"LOG_LEVEL=x\nTLS_KEY_FILE=F",
 	} {
 		f.Add(lines, secret, uint8(0))
 	}
@@ -252,8 +256,8 @@ func checkConfig(t *testing.T, c Config) {
 	}
 }
 
-// FuzzLog: whatever a line shows, it stays one line that a terminal can show, and JSON that says the
-// same.
+// FuzzLog: whatever a line shows, it stays one line that a terminal can show, and JSON that says
+// the same.
 func FuzzLog(f *testing.F) {
 	f.Add("job exited", "a\x1b[2J\n\u009b\u202e\xff")
 	f.Add("\u2028", "\U000e0001 \u00ad\"\\")

@@ -54,7 +54,9 @@ func TestBlocker_RemedyDeletesOneKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	for _, key := range []string{t.Name() + "/1f\x00", t.Name() + "/1f\x00\xff\"'\\\n\x00", "-r/x", "--all"} {
+	for _, key := range []string{
+		t.Name() + "/1f\x00", t.Name() + "/1f\x00\xff\"'\\\n\x00", "-r/x", "--all",
+	} {
 		whole, _, _ := strings.Cut(key, "\x00")
 		for _, k := range []string{whole, key} {
 			if _, err := client.Put(t.Context(), k, ""); err != nil {

@@ -87,9 +87,9 @@ func (cfg *Config) explainFor(permission string, err error) string {
 	return text
 }
 
-// oneLine joins the lines of an error, and makes them printable: whatever listens at an endpoint may
-// have written them. Requests that wait for the same token fail with equal lines, of which it keeps
-// one.
+// oneLine joins the lines of an error, and makes them printable: whatever listens at an endpoint
+// may have written them. Requests that wait for the same token fail with equal lines, of which it
+// keeps one.
 func oneLine(err error) string {
 	return quote.Line(strings.Join(slices.Compact(strings.Split(err.Error(), "\n")), "; "))
 }

@@ -75,7 +75,8 @@ func TestExplain_Auth(t *testing.T) {
 // What listens at an endpoint may be anything, and what it answers reaches terminals.
 func TestExplain_IsPrintable(t *testing.T) {
 	cfg := &Config{Election: "e"}
-	err := error(&memberError{"m1", status.Error(codes.Unknown, "\x1b[2J\n\u009b"+strings.Repeat("x", 1<<20))})
+	message := "\x1b[2J\n\u009b" + strings.Repeat("x", 1<<20)
+	err := &memberError{"m1", status.Error(codes.Unknown, message)}
 	if text := cfg.explain(err); !strings.HasPrefix(text, "m1: \ufffd[2J; \ufffdxxx") ||
 		len(text) > 2200 {
 		t.Errorf("%d bytes: %.99q", len(text), text)

@@ -139,7 +139,9 @@ func unquoteShell(word string) (string, error) {
 // of a candidate around ours in at least one.
 func checkRanges(t *testing.T, election, key string) {
 	t.Helper()
-	holds := func(r *pb.RangeRequest) bool { return key >= string(r.Key) && key < string(r.RangeEnd) }
+	holds := func(r *pb.RangeRequest) bool {
+		return key >= string(r.Key) && key < string(r.RangeEnd)
+	}
 	count := 0
 	for _, r := range withinRanges(election) {
 		if holds(r) {
@@ -163,7 +165,7 @@ func checkRanges(t *testing.T, election, key string) {
 // FuzzExplain: whatever listens at an endpoint may answer anything. It reaches logs, /readyz and
 // standard error as one line, not too long, that does nothing to a terminal.
 func FuzzExplain(f *testing.F) {
-	f.Add(uint32(14), `connection error: desc = "transport: Error while dialing: dial tcp: refused"`, "")
+	f.Add(uint32(14), `connection error: desc = "transport: Error while dialing: refused"`, "")
 	f.Add(uint32(7), "etcdserver: permission denied", "u\u009b")
 	f.Add(uint32(2), "\x1b[2J\nerror: \u202e\xff", "root")
 	f.Add(uint32(4), strings.Repeat("x", 3000), "root")

@@ -48,7 +48,7 @@ func TestCheck_ShowsLittle(t *testing.T) {
 	for answer, want := range map[string]string{
 		strings.Repeat("\x1b", 1<<20):                                      "nobody answers: ",
 		"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n": "nobody answers: ",
-		"HTTP/1.1 404 \x1b[2J" + strings.Repeat("x", 2000) + "\r\n\r\n":    "nobody answers: something else",
+		"HTTP/1.1 404 \x1b[2J" + strings.Repeat("x", 2000) + "\r\n\r\n":    "nobody answers: some",
 		"HTTP/1.1 503 x\r\n\r\n\x1b[2J\u009b" + strings.Repeat("x", 1<<20): "no",
 	} {
 		answers <- []byte(answer)

@@ -74,7 +74,8 @@ func FuzzInbox(f *testing.F) {
 				!reflect.DeepEqual(again[0], m) {
 				t.Errorf("%#v arrives as %#v", m, again)
 			}
-			if gone, ok := m.(Gone); ok && (gone.Reason.Label() == "" || gone.Reason.String() == "") {
+			gone, ok := m.(Gone)
+			if ok && (gone.Reason.Label() == "" || gone.Reason.String() == "") {
 				t.Errorf("%#v has no name", gone.Reason)
 			}
 		}

@@ -27,8 +27,9 @@ func FuzzStat(f *testing.F) {
 			*n = max(*n, -(*n + 1)) // none of these is ever negative
 		}
 		state = 'A' + state%('Z'-'A'+1)
-		text := fmt.Appendf(nil, "4711 (%s) %c %d 4711 4711 34816 -1 %d 100 0 0 0 1 2 0 0 20 0 %d 0"+
-			" %d 1000 200 18446744073709551615 0\n", name, state, ppid, flags, threads, started)
+		text := fmt.Appendf(nil,
+			"4711 (%s) %c %d 4711 4711 34816 -1 %d 100 0 0 0 1 2 0 0 20 0 %d 0 %d 1000 200\n",
+			name, state, ppid, flags, threads, started)
 		want := process{
 			ppid: ppid, alive: state != 'Z' && state != 'X' || threads > 1,
 			exiting: flags&0x4 != 0, kernel: flags&0x00200000 != 0, started: started,
@@ -56,7 +57,8 @@ func FuzzChildren(f *testing.F) {
 	var s Scanner
 	f.Fuzz(func(t *testing.T, text []byte) {
 		var want []int
-		for word := range bytes.FieldsFuncSeq(text, func(r rune) bool { return r < '0' || r > '9' }) {
+		noDigit := func(r rune) bool { return r < '0' || r > '9' }
+		for word := range bytes.FieldsFuncSeq(text, noDigit) {
 			n, _ := parseInt(word)
 			want = append(want, n)
 		}
@@ -85,8 +87,8 @@ func FuzzChildren(f *testing.F) {
 // calls mangle).
 var escapeMount = strings.NewReplacer(" ", `\040`, "\t", `\011`, "\n", `\012`, `\`, `\134`)
 
-// FuzzMounts: whoever may mount chooses names. No name hides that /proc hides processes, or leads to
-// another cgroup. A text that the kernel does not write makes no crash.
+// FuzzMounts: whoever may mount chooses names. No name hides that /proc hides processes, or leads
+// to another cgroup. A text that the kernel does not write makes no crash.
 func FuzzMounts(f *testing.F) {
 	f.Add("/a/b", "/", "/sys/fs/cgroup", "cgroup2", "rw,nsdelegate", "hidepid=2")
 	f.Add("/foo/bar", "/foo", "/mnt/a b", "", "rw", "hidepid=invisible")
@@ -97,10 +99,10 @@ func FuzzMounts(f *testing.F) {
 		procHidden(source)
 		// What the kernel never shows: a NUL, a path that does not begin with a slash or is not
 		// clean, a newline in the name of a cgroup, and a space in options.
+		path, root = strings.ReplaceAll(path, "\n", ""), strings.ReplaceAll(root, "\n", "")
 		for _, p := range []*string{&path, &root, &point} {
 			*p = filepath.Clean("/" + strings.ReplaceAll(*p, "\x00", ""))
 		}
-		path, root = strings.ReplaceAll(path, "\n", ""), strings.ReplaceAll(root, "\n", "")
 		source = escapeMount.Replace(strings.ReplaceAll(source, "\x00", ""))
 		for _, o := range []*string{&options, &hiding} {
 			*o = strings.Join(strings.FieldsFunc(*o, func(r rune) bool {
