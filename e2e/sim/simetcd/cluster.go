@@ -98,7 +98,7 @@ type Cluster struct {
 	closed  bool
 
 	network    sync.Mutex     // held while Config.Network is called
-	duplicates sync.WaitGroup // those that are carried out
+	background sync.WaitGroup // what handlers leave behind
 }
 
 // entry is what an update did to the store.
@@ -196,7 +196,7 @@ func (c *Cluster) Close() {
 	for _, m := range c.members {
 		m.server.Stop()
 	}
-	c.duplicates.Wait()
+	c.background.Wait()
 }
 
 // after calls f with the cluster locked, unless the member has crashed meanwhile. If the member is

@@ -109,7 +109,7 @@ func (m *member) never(ctx context.Context) error {
 
 // again carries out a request for the second time.
 func (m *member) again(ctx context.Context, handle func(context.Context)) {
-	m.c.duplicates.Go(func() {
+	m.c.background.Go(func() {
 		time.Sleep(m.c.jitter(m.c.cfg.Latency, "again", from(ctx).name, m.name))
 		handle(context.WithoutCancel(ctx))
 	})

@@ -105,6 +105,11 @@ func (s snapshot) rangeKeys(r *pb.RangeRequest) (*pb.RangeResponse, error) {
 	if r.CountOnly {
 		return resp, nil
 	}
+	// etcd forgets here that without an order it sorts too, if not by key.
+	filters := r.MaxModRevision | r.MinModRevision | r.MaxCreateRevision | r.MinCreateRevision
+	if r.SortOrder == pb.RangeRequest_NONE && filters == 0 && r.Limit > 0 {
+		kvs = kvs[:min(int64(len(kvs)), r.Limit+1)]
+	}
 	kvs = slices.DeleteFunc(kvs, func(kv *mvccpb.KeyValue) bool {
 		return r.MaxModRevision != 0 && kv.ModRevision > r.MaxModRevision ||
 			r.MinModRevision != 0 && kv.ModRevision < r.MinModRevision ||

@@ -41,6 +41,9 @@ type watch struct {
 	r      *pb.WatchCreateRequest
 	next   int64 // the revision from which on it wants events
 	synced bool  // it has been sent all that the member has applied
+	// compacted says that it was canceled because of a compaction. etcd keeps it, as one that is
+	// behind, until the client cancels it too.
+	compacted bool
 }
 
 func (s watchServer) Watch(
@@ -67,11 +70,11 @@ func (s watchServer) Watch(
 		s.streams = slices.DeleteFunc(s.streams, func(o *watchStream) bool { return o == ws })
 	}()
 	failed := make(chan error, 1)
-	go func() {
+	s.c.background.Go(func() {
 		if err := ws.receive(stream); err != nil {
 			failed <- err
 		}
-	}()
+	})
 	return ws.send(stream, failed)
 }
 
@@ -218,16 +221,17 @@ func (s *watchStream) has(id int64) bool {
 // resync sends the watches that began in the past what they have missed.
 func (s *watchStream) resync() {
 	shown := s.m.show()
-	s.watches = slices.DeleteFunc(s.watches, func(w *watch) bool {
-		if w.synced {
-			return false
+	for _, w := range s.watches {
+		if w.synced || w.compacted {
+			continue
 		}
 		if w.next < shown.compact {
 			s.answer(&pb.WatchResponse{
 				Header:  &pb.ResponseHeader{ClusterId: 1, MemberId: uint64(s.m.id), RaftTerm: s.m.term},
 				WatchId: w.id, Canceled: true, CompactRevision: shown.compact,
 			})
-			return true
+			w.compacted = true
+			continue
 		}
 		var events []*mvccpb.Event
 		for i := range s.m.c.log[:s.m.applied] {
@@ -237,8 +241,7 @@ func (s *watchStream) resync() {
 		if len(events) > 0 {
 			s.answer(&pb.WatchResponse{WatchId: w.id, Events: events})
 		}
-		return false
-	})
+	}
 }
 
 // notify tells the watches what an entry has changed that the member has just applied.
