@@ -16,7 +16,7 @@ RACE     ?= $(if $(CC_FOUND),1,0)
 ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 
 .PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak test-histories readme clean
-.PHONY: fuzz sim sim-mutations
+.PHONY: fuzz sim sim-mutations test-simetcd
 .PHONY: test-systemd image test-image
 .PHONY: dist test-dist k8s-certs test-k8s e2e-k8s test-etcd-versions
 
@@ -40,6 +40,7 @@ help:
 	@echo 'make test-histories  the judge of the storage that the soak'"'"'s jobs write: finds guilty who is'
 	@echo 'make sim          the election against a simulated etcd: SEED=1 FAULTS=20000; docs/simulation.md'
 	@echo 'make sim-mutations  the same, with bugs put back: each has to be found'
+	@echo 'make test-simetcd  the simulated etcd gives the answers of a real one: SCRIPTS=10000 FIRST=1'
 	@echo 'make bench        how soon the next leader starts, and size; N=5 for a short run'
 	@echo 'make bench-scale  what 1,000 candidates, and 1,000 elections, cost one etcd; five minutes'
 	@echo
@@ -116,6 +117,10 @@ bench: $(ETCD_TOOLS)
 sim:
 	$(GO) build -o bin/sim ./e2e/cmd/sim
 	@bin/sim $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SIM)
+
+test-simetcd: $(ETCD_TOOLS)
+	$(GO) test -count=1 -v -timeout 30m -run TestSameAsEtcd ./e2e/sim/simetcd \
+		-args -scripts $(or $(SCRIPTS),10000) -first $(or $(FIRST),1)
 
 sim-mutations:
 	$(GO) build -o bin/sim ./e2e/cmd/sim

@@ -78,8 +78,10 @@ func badNetwork(seed uint64) func(client, member, method string) Verdict {
 	rng := rand.New(rand.NewPCG(seed, 2))
 	return func(string, string, string) Verdict {
 		return Verdict{
-			Delay: time.Duration(rng.Int64N(int64(100 * time.Millisecond))), DropRequest: rng.IntN(30) == 0,
-			Duplicate: rng.IntN(30) == 0, DropAnswer: rng.IntN(30) == 0,
+			Delay:       time.Duration(rng.Int64N(int64(100 * time.Millisecond))),
+			DropRequest: rng.IntN(30) == 0,
+			Duplicate:   rng.IntN(30) == 0,
+			DropAnswer:  rng.IntN(30) == 0,
 		}
 	}
 }
@@ -119,7 +121,9 @@ func disturbedClient(
 	}
 	var running sync.WaitGroup
 	for i, conn := range conns {
-		running.Go(func() { watchPrefix(ctx, conn, func(r any, err error) { answered("watch", r, err) }) })
+		running.Go(func() {
+			watchPrefix(ctx, conn, func(r any, err error) { answered("watch", r, err) })
+		})
 		key := fmt.Appendf(nil, "k%d", rng.IntN(3))
 		id := 1 + rng.Int64N(4)
 		pause := time.Duration(rng.Int64N(int64(time.Second)))
@@ -147,7 +151,8 @@ func request(
 		resp, err := pb.NewKVClient(conn).Put(ctx, &pb.PutRequest{Key: key, Lease: id})
 		answered("put", resp, err)
 	case 2:
-		resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: key, Serializable: id == 1})
+		r := &pb.RangeRequest{Key: key, Serializable: id == 1}
+		resp, err := pb.NewKVClient(conn).Range(ctx, r)
 		answered("range", resp, err)
 	case 3:
 		stream, err := pb.NewLeaseClient(conn).LeaseKeepAlive(ctx)

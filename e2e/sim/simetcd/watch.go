@@ -119,7 +119,8 @@ func (s *watchStream) send(
 			select {
 			case <-s.ready:
 			case err := <-s.end:
-				if lost := s.m.depart(ctx, &Verdict{}, pb.Watch_Watch_FullMethodName, err); lost != nil {
+				lost := s.m.depart(ctx, &Verdict{}, pb.Watch_Watch_FullMethodName, err)
+				if lost != nil {
 					return lost
 				}
 				return err
@@ -227,7 +228,9 @@ func (s *watchStream) resync() {
 		}
 		if w.next < shown.compact {
 			s.answer(&pb.WatchResponse{
-				Header:  &pb.ResponseHeader{ClusterId: 1, MemberId: uint64(s.m.id), RaftTerm: s.m.term},
+				Header: &pb.ResponseHeader{
+					ClusterId: 1, MemberId: uint64(s.m.id), RaftTerm: s.m.term,
+				},
 				WatchId: w.id, Canceled: true, CompactRevision: shown.compact,
 			})
 			w.compacted = true
