@@ -85,7 +85,10 @@ func TestTrace(t *testing.T) {
 			"the first line lost", trace(without("102 handle none starting")),
 			"starting -> running at 03:04:05.105: it was none",
 		},
-		{"the same state with another reason", trace("100 candidate connecting connecting\n" + term), ""},
+		{
+			"the same state with another reason",
+			trace("100 candidate connecting connecting\n" + term), "",
+		},
 		{
 			"from a state in which it was not", trace(term + "300 candidate standby standby"),
 			"it was connecting",
@@ -126,7 +129,7 @@ func TestTrace(t *testing.T) {
 			`),
 			"the job was alive for the handle, and the candidate knew of none",
 		},
-		{"a guard that was killed", trace(strings.Replace(term, "204 guard killing idle", "", 1)), ""},
+		{"a guard that was killed", trace(without("204 guard killing idle")), ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			n, err := relation.Trace(c.log)

@@ -12,10 +12,10 @@ type lockState struct {
 	last   int64 // the token that was acquired last
 }
 
-// lockModel: one term at a time, with rising tokens. The storage accepts the writes of the last term
-// only, and refuses none of the holder's: etcd keeps the leader's key until nothing of the job is
-// left. A fault or an operator may take a term. Then the job has some time to end, which the soak
-// judges.
+// lockModel: one term at a time, with rising tokens. The storage accepts the writes of the last
+// term only, and refuses none of the holder's: etcd keeps the leader's key until nothing of the job
+// is left. A fault or an operator may take a term. Then the job has some time to end, which the
+// soak judges.
 var lockModel = porcupine.Model{
 	Init: func() any { return lockState{} },
 	Step: func(state, input, _ any) (bool, any) {
@@ -68,8 +68,8 @@ func lockUntil(all []operation, at int64) []porcupine.Operation {
 			b = &bounds{}
 			writes[o.Token] = b
 		}
-		switch {
-		case o.Answer == refused:
+		switch o.Answer {
+		case refused:
 			if b.refused == nil || o.Return < b.refused.Return {
 				b.refused = &o
 			}

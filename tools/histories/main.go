@@ -10,16 +10,21 @@ package main
 import (
 	"flag"
 	"fmt"
-	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/anishathalye/porcupine"
 )
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout)) }
+func main() {
+	var out strings.Builder
+	code := run(os.Args[1:], &out)
+	fmt.Print(out.String())
+	os.Exit(code)
+}
 
-func run(args []string, out io.Writer) int {
+func run(args []string, out *strings.Builder) int {
 	flags := flag.NewFlagSet("histories", flag.ContinueOnError)
 	picture := flags.String("picture", "", "where to draw what is guilty; default: beside FILE")
 	if err := flags.Parse(args); err != nil {
@@ -71,7 +76,7 @@ const forever = int64(1) << 62
 const checkTimeout = 5 * time.Minute
 
 // check reports whether the part follows its model, and otherwise tells what does not.
-func (p part) check(out io.Writer, picture string) bool {
+func (p part) check(out *strings.Builder, picture string) bool {
 	all := p.until(forever)
 	result := porcupine.CheckOperationsTimeout(p.model, all, checkTimeout)
 	if result == porcupine.Ok {

@@ -73,13 +73,20 @@ func TestHistories(t *testing.T) {
 		more   []operation
 		guilty string // what is said; "": innocent
 	}{
-		{"two terms, the first one's late write refused", append(term(5, 10, 20), term(9, 30, 40)...),
-			more(at(33, 36, writes("late", 5, refused)), at(37, 38, reads("of 9"))), ""},
-		{"a storage that does not compare tokens", append(term(5, 10, 20), term(9, 30, 40)...),
-			more(at(34, 36, writes("late", 5, accepted)), at(37, 38, reads("late"))), `writes "late"`},
-		{"accepted after a refusal", term(5, 10, 20),
+		{
+			"two terms, the first one's late write refused", append(term(5, 10, 20), term(9, 30, 40)...),
+			more(at(33, 36, writes("late", 5, refused)), at(37, 38, reads("of 9"))), "",
+		},
+		{
+			"a storage that does not compare tokens", append(term(5, 10, 20), term(9, 30, 40)...),
+			more(at(34, 36, writes("late", 5, accepted)), at(37, 38, reads("late"))),
+			`writes "late"`,
+		},
+		{
+			"accepted after a refusal", term(5, 10, 20),
 			more(at(21, 22, writes("x", 5, refused)), at(23, 24, writes("y", 5, accepted))),
-			`writes "y"`},
+			`writes "y"`,
+		},
 		{"a lost write", term(5, 10, 20), more(at(15, 16, reads(""))), `reads ""`},
 		{"a read back in time", term(5, 10, 20), more(
 			at(14, 15, writes("x", 5, accepted)), at(16, 17, reads("x")), at(18, 19, reads("of 5")),
@@ -99,22 +106,36 @@ func TestHistories(t *testing.T) {
 			at(13, 14, reads("x")), at(15, 0, writes("x", 5, "")),
 		), `reads "x"`},
 		{"two holders", append(term(5, 10, 35), term(9, 30, 40)...), nil, "acquires with token 9"},
-		{"two holders, the first one taken", append(term(5, 10, 35), term(9, 30, 40)...),
-			more(at(25, 32, of(take, 5))), ""},
-		{"taken too late", append(term(5, 10, 38), term(9, 30, 40)...),
-			more(at(33, 36, of(take, 5))), "acquires with token 9"},
-		{"another one taken", append(term(5, 10, 35), term(9, 30, 40)...),
-			more(at(25, 32, of(take, 3))), "acquires with token 9"},
-		{"taken from whoever it hit", append(term(5, 10, 35), term(9, 30, 40)...),
-			more(at(25, 32, of(take, 0))), ""},
+		{
+			"two holders, the first one taken", append(term(5, 10, 35), term(9, 30, 40)...),
+			more(at(25, 32, of(take, 5))), "",
+		},
+		{
+			"taken too late", append(term(5, 10, 38), term(9, 30, 40)...),
+			more(at(33, 36, of(take, 5))), "acquires with token 9",
+		},
+		{
+			"another one taken", append(term(5, 10, 35), term(9, 30, 40)...),
+			more(at(25, 32, of(take, 3))), "acquires with token 9",
+		},
+		{
+			"taken from whoever it hit", append(term(5, 10, 35), term(9, 30, 40)...),
+			more(at(25, 32, of(take, 0))), "",
+		},
 		{"tokens that fall", append(term(9, 10, 20), term(5, 30, 40)...), nil, "token 5"},
-		{"the holder refused", term(5, 10, 20), more(at(15, 16, writes("x", 5, refused))),
-			`writes "x"`},
-		{"refused once taken", term(5, 10, 20),
-			more(at(14, 15, of(take, 5)), at(15, 16, writes("x", 5, refused))), ""},
-		{"accepted after the next has acquired",
+		{
+			"the holder refused", term(5, 10, 20), more(at(15, 16, writes("x", 5, refused))),
+			`writes "x"`,
+		},
+		{
+			"refused once taken", term(5, 10, 20),
+			more(at(14, 15, of(take, 5)), at(15, 16, writes("x", 5, refused))), "",
+		},
+		{
+			"accepted after the next has acquired",
 			append(term(5, 10, 20), at(30, 31, of(acquire, 9)), at(60, 60, of(release, 9))),
-			more(at(40, 41, writes("x", 5, accepted))), `writes "x"`},
+			more(at(40, 41, writes("x", 5, accepted))), `writes "x"`,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			path := record(t, c.lock, c.more)
@@ -180,10 +201,11 @@ func TestRecord_Long(t *testing.T) {
 		for n := range perTerm {
 			// Each overlaps the next three.
 			o, r := reads(""), rng.IntN(4)
-			switch o.Value = values[r]; {
-			case n%3 == 0:
+			o.Value = values[r]
+			switch n % 3 {
+			case 0:
 				o = writes(fmt.Sprint(token, " ", n), token-10, refused)
-			case n%3 == 1:
+			case 1:
 				o = writes(fmt.Sprint(token, " ", n), token, accepted)
 				values[r] = o.Value
 			}

@@ -11,8 +11,8 @@ func (r *run) trace(d *daemon) {
 	}
 	n, err := r.relation.Trace(d.Log())
 	if err != nil {
-		r.check.violate([]string{d.Name}, "the log of candidate %s, started at %s, does not follow "+
-			"the model: %v", d.Name, r.check.clock(d.began), err)
+		r.check.violate([]string{d.Name}, "the log of candidate %s, started at %s, "+
+			"does not follow the model: %v", d.Name, r.check.clock(d.began), err)
 	}
 	r.check.mu.Lock()
 	defer r.check.mu.Unlock()

@@ -25,12 +25,11 @@ import (
 const pause = 20 * time.Millisecond
 
 func main() {
-	if err := run(); err != nil {
-		fmt.Fprintln(os.Stderr, "writer:", err)
-		os.Exit(1)
-	}
+	fmt.Fprintln(os.Stderr, "writer:", run())
+	os.Exit(1)
 }
 
+// run writes until it fails.
 func run() error {
 	token, err := strconv.ParseInt(os.Getenv("LEASEHOLD_FENCING_TOKEN"), 10, 64)
 	if err != nil {
