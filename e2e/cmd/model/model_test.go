@@ -356,3 +356,25 @@ func TestPages(t *testing.T) {
 		}
 	}
 }
+
+// TestSafetyDocument: docs/safety.md names each switch, that of a step in the row of the step.
+func TestSafetyDocument(t *testing.T) {
+	c := &checker{dir: "../../../docs/model"}
+	if err := c.load(); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile("../../../docs/safety.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range c.switches.rows {
+		where := string(text)
+		if row.number("step") > 0 {
+			_, where, _ = strings.Cut(where, "\n| step "+row.get("step")+" |")
+			where, _, _ = strings.Cut(where, "\n")
+		}
+		if !strings.Contains(where, "`"+row.name()+"`") {
+			t.Errorf("docs/safety.md does not name %s of %s", row.name(), row.get("step"))
+		}
+	}
+}
