@@ -149,7 +149,7 @@ func seconds(s float64) string { return fmt.Sprintf("%.1f", max(s, 0.1)) }
 // options for the shortest one. If CI has no time for that, any such trace will do, and the kept
 // one must be one of the model.
 func (c *checker) turnOff(ctx context.Context, row row) error {
-	s := c.search(row, "-D"+row.name())
+	s := c.search(row, "-D"+row.name(), "-O0") // spin is done sooner than a compiler that optimizes
 	slow := row.number("seconds") > c.slow
 	if c.ci && slow {
 		s.options = slices.DeleteFunc(s.options, func(o string) bool { return o == "-DBFS" })
