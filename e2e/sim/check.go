@@ -129,8 +129,10 @@ func (c *checker) look(d *daemon) {
 // from etcd: from a TTL of 5 s up that moves no job, and nobody is kept out of the election.
 func (c *checker) settled() {
 	began := c.w.now()
-	leads := c.settle("the last fault")
+	c.settle("the last fault")
 	c.recovery = c.w.now() - began
+	time.Sleep(c.w.s.TTL) // what a fault began may still end a term
+	leads := c.settle("a TTL after the last fault")
 	if leads == nil || !c.stays(leads, "without a fault") || c.w.s.TTL < 5*time.Second {
 		return
 	}
@@ -199,16 +201,15 @@ func (c *checker) order() (leads *job, why string) {
 	defer c.w.mu.Unlock()
 	var wrong []string
 	for _, d := range c.w.daemons {
-		switch {
-		case d.elector == nil:
+		if d.elector == nil {
 			wrong = append(wrong, d.name+" does not run")
-		default:
-			s := d.elector.candidate.Snapshot()
-			if s.State == elect.Leading && d.job.alive() && leads == nil {
-				leads = d.job
-			} else if s.State != elect.Standby || s.Leader == nil || s.Blocker != nil {
-				wrong = append(wrong, fmt.Sprintf("%s is %s %s", d.name, s.State, s.Reason))
-			}
+			continue
+		}
+		s := d.elector.candidate.Snapshot()
+		if s.State == elect.Leading && d.job.alive() && leads == nil {
+			leads = d.job
+		} else if s.State != elect.Standby || s.Leader == nil || s.Blocker != nil {
+			wrong = append(wrong, fmt.Sprintf("%s is %s %s", d.name, s.State, s.Reason))
 		}
 	}
 	if leads == nil {
