@@ -118,7 +118,9 @@ func TestHedge_DeadlineInABubble(t *testing.T) {
 			members := &members{known: []*member{{endpoint: "a"}, {endpoint: "b"}}}
 			ctx, cancel := context.WithTimeout(t.Context(), 250*ms)
 			_, err := hedge(ctx, members, 100*ms,
-				func(ctx context.Context, _ *member) (int, error) { return 0, answerIn(1e6, nil)(ctx) })
+				func(ctx context.Context, _ *member) (int, error) {
+					return 0, answerIn(1e6, nil)(ctx)
+				})
 			cancel()
 			if !errors.Is(err, context.DeadlineExceeded) {
 				t.Error(err)

@@ -51,10 +51,14 @@ func init() {
 		"etcd-leader-stale-only": {6, 1, staleOnly, resumeMember},
 		"etcd-no-leader":         {2, 0.8, noLeader, nil},
 		"member-paused":          {4, 1.5, pauseMember, resumeMember},
-		"member-stopped": {4, 1.2, takeAway((*simetcd.Cluster).Stop),
-			bringBack((*simetcd.Cluster).Start)},
-		"member-isolated": {4, 1.2, takeAway((*simetcd.Cluster).Isolate),
-			bringBack((*simetcd.Cluster).Heal)},
+		"member-stopped": {
+			4, 1.2, takeAway((*simetcd.Cluster).Stop),
+			bringBack((*simetcd.Cluster).Start),
+		},
+		"member-isolated": {
+			4, 1.2, takeAway((*simetcd.Cluster).Isolate),
+			bringBack((*simetcd.Cluster).Heal),
+		},
 		"member-lags":        {3, 1.5, lagMember, unlagMember},
 		"compacted":          {2, 0, func(w *world, _ *Fault) { w.cluster.Compact() }, nil},
 		"link-down":          {5, 1.6, downLink, upLink},
@@ -158,8 +162,8 @@ func pauseLeader(w *world, f *Fault) {
 	w.cluster.Elect(w.other(w.member(f), f))
 }
 
-// staleOnly pauses etcd's leader as pauseLeader does. Shortly before it goes on, the daemon loses the
-// other members, and when it has heard of its successor, the daemon loses it too. So what it
+// staleOnly pauses etcd's leader as pauseLeader does. Shortly before it goes on, the daemon loses
+// the other members, and when it has heard of its successor, the daemon loses it too. So what it
 // acknowledges in between is the last that the daemon hears.
 func staleOnly(w *world, f *Fault) {
 	pauseLeader(w, f)

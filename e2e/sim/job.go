@@ -7,9 +7,9 @@ import (
 	elect "leasehold/election"
 )
 
-// job is a job and the guard's part of it. It follows supervisor/guard/job.go: the elector moves the
-// deadlines until stop-at; at stop-at the job gets the stop signal; at kill-by, at the end of its
-// grace, or if the lease or the elector is lost, it is killed. It takes a seeded time to exit.
+// job is a job and the guard's part of it. It follows supervisor/guard/job.go: the elector moves
+// the deadlines until stop-at; at stop-at the job gets the stop signal; at kill-by, at the end of
+// its grace, or if the lease or the elector is lost, it is killed. It takes a seeded time to exit.
 // The world's lock guards it.
 type job struct {
 	d     *daemon

@@ -1,5 +1,6 @@
-// Package sim runs the real election package against a simulated etcd, in a testing/synctest bubble:
-// five daemons, each a real candidate with a simulated guard and job, under a seeded list of faults.
+// Package sim runs the real election package against a simulated etcd, in a testing/synctest
+// bubble: five daemons, each a real candidate with a simulated guard and job, under a seeded list
+// of faults.
 //
 // docs/simulation.md says what is simulated, what is checked, and how to run it. world.go is one
 // run, fault.go the faults, network.go the links, daemon.go a daemon's life, job.go its guard and
@@ -9,10 +10,11 @@
 //
 // The same list of faults gives the same run. Nothing in a run uses the real time, and every random
 // number comes from the seed: those of a daemon, a link or a fault from a generator of its own.
-// What is left is what Go's runtime chooses at random: the case of a select, the order of a map, the
-// numbers of math/rand, which timer of one instant comes first. e2e/cmd/sim compiles the runtime so
-// that a bubble takes these from the seed as well, and so that nothing preempts a goroutine. One
-// processor is needed. Without that runtime (go test), the faults are the same and the run is not.
+// What is left is what Go's runtime chooses at random: the case of a select, the order of a map,
+// the numbers of math/rand, which timer of one instant comes first. e2e/cmd/sim compiles the
+// runtime so that a bubble takes these from the seed as well, and so that nothing preempts a
+// goroutine. One processor is needed. Without that runtime (go test), the faults are the same and
+// the run is not.
 package sim
 
 import (

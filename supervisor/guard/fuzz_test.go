@@ -170,7 +170,7 @@ func (g *fuzzGuard) listen() {
 
 // event lets one thing happen, and checks what must hold then.
 func (g *fuzzGuard) event(b []byte) {
-	before, j := g.job, &g.guard.job
+	before, j := g.job, &g.job
 	began, elapsed := boottime.Now(), time.Duration(0)
 	switch b[0] % 8 {
 	case 0, 1, 2:

@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// A change to a file of Go's runtime. Each text must be in the file exactly once: if another version
-// of Go has it in other words, the build fails.
+// A change to a file of Go's runtime. Each text must be in the file exactly once: if another
+// version of Go has it in other words, the build fails.
 type change struct{ file, from, to string }
 
 // runtimeChanges make the runtime's choices in a bubble depend on a seed. A goroutine of a bubble
@@ -63,7 +63,10 @@ func seededn(n uint32) uint32 {
 	{"rand.go", "	globalRand.state.Init(*seed)\n", `	*seed = [32]byte{1}
 	globalRand.state.Init(*seed)
 `},
-	{"proc.go", "const forcePreemptNS = 10 * 1000 * 1000 // 10ms", "const forcePreemptNS = 1 << 60"},
+	{
+		"proc.go",
+		"const forcePreemptNS = 10 * 1000 * 1000 // 10ms", "const forcePreemptNS = 1 << 60",
+	},
 	{"proc.go", "if pp.schedtick%61 == 0 && !sched.runq.empty() {", "if false {"},
 }
 
@@ -74,7 +77,7 @@ func build(ctx context.Context, out, patch string) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	replace := map[string]string{}
 	if err := changeRuntime(ctx, dir, replace); err != nil {
 		return err

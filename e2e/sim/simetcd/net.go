@@ -48,8 +48,10 @@ func (m *member) connect(ctx context.Context, client string) (net.Conn, error) {
 	m.c.mu.Lock()
 	defer m.c.mu.Unlock()
 	if !m.running || m.c.closed {
-		return nil, &net.OpError{Op: "dial", Net: "sim", Addr: addr{m.name, 0},
-			Err: syscall.ECONNREFUSED}
+		return nil, &net.OpError{
+			Op: "dial", Net: "sim", Addr: addr{m.name, 0},
+			Err: syscall.ECONNREFUSED,
+		}
 	}
 	there, back := newPipe(), newPipe()
 	near := &conn{in: back, out: there, client: client, remote: addr{m.addr, 0}}
