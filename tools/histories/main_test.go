@@ -74,7 +74,8 @@ func TestHistories(t *testing.T) {
 		guilty string // what is said; "": innocent
 	}{
 		{
-			"two terms, the first one's late write refused", append(term(5, 10, 20), term(9, 30, 40)...),
+			"two terms, the first one's late write refused",
+			append(term(5, 10, 20), term(9, 30, 40)...),
 			more(at(33, 36, writes("late", 5, refused)), at(37, 38, reads("of 9"))), "",
 		},
 		{
