@@ -131,7 +131,8 @@ func (m *member) read(ctx context.Context, key string) (reading, error) {
 	return r, nil
 }
 
-// readAll makes several reads in one linearizable transaction.
+// readAll makes several reads in one transaction. It is linearizable, unless each read is
+// serializable.
 func (m *member) readAll(
 	ctx context.Context, ranges ...*pb.RangeRequest,
 ) (*pb.ResponseHeader, [][]*mvccpb.KeyValue, error) {

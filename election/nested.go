@@ -11,9 +11,10 @@ import (
 
 // If one election's name is a prefix of another's, such as jobs and jobs/backup, the candidates of
 // the first wait for those of the second, for ever. So a candidate looks for such elections once,
-// with one request, before it puts its first key. It looks while its lease is being granted. The
-// request reads a bounded number of keys, and one member answers it alone, so it may overlook an
-// election. A key that then keeps us waiting is shown as a Blocker.
+// before it puts its first key. It first asks one member, while its lease is being granted. If that
+// member shows no such election, that is enough. If it shows one, or does not answer, the candidate
+// asks a majority: what one member shows may be long gone. Each request reads a bounded number of
+// keys, so it may overlook an election. A key that then keeps us waiting is shown as a Blocker.
 
 const (
 	// nestedLimit is how many keys are read of each range. They are few because all candidates of a
@@ -60,9 +61,26 @@ func withinRanges(election string) []*pb.RangeRequest {
 }
 
 func nestedRange(from, to string) *pb.RangeRequest {
-	return &pb.RangeRequest{
-		Key: []byte(from), RangeEnd: []byte(to), Limit: nestedLimit, Serializable: true,
+	return &pb.RangeRequest{Key: []byte(from), RangeEnd: []byte(to), Limit: nestedLimit}
+}
+
+// lookForNested looks for such elections once, beside what the session does meanwhile. The channel
+// tells whether one member has answered and shows none.
+func (s *session) lookForNested(ctx context.Context) <-chan bool {
+	none := make(chan bool, 1)
+	if s.run.nestedChecked {
+		none <- true
+		return none
 	}
+	s.running.Go(func() {
+		ranges := append(aroundRanges(parents(s.cfg.Election)), withinRanges(s.cfg.Election)...)
+		for _, r := range ranges {
+			r.Serializable = true
+		}
+		found, err := s.findNested(ctx, ranges)
+		none <- err == nil && found.key == ""
+	})
+	return none
 }
 
 // findNested returns the key of a live candidate of an election within or around ours, or the zero
@@ -80,7 +98,7 @@ func (s *session) findNested(
 			}
 			for _, kvs := range all {
 				for _, kv := range kvs {
-					// The key exists, so its lease is alive.
+					// The key exists, so its lease is alive (in a linearizable read).
 					found := newQueueEntry("", kv)
 					other := found.election()
 					if other != "" && isNested(s.cfg.Election, other) {
@@ -97,10 +115,11 @@ func isNested(a, b string) bool {
 	return a != b && (strings.HasPrefix(a+"/", b+"/") || strings.HasPrefix(b+"/", a+"/"))
 }
 
-// refuseNested returns a NestedError if it finds such an election. It tries until etcd has
-// answered, and looks only once in a run.
-func (s *session) refuseNested(ctx context.Context) error {
-	if s.run.nestedChecked {
+// refuseNested returns a NestedError if there is such an election. It waits for what lookForNested
+// tells. Then, if necessary, it tries until a majority has answered. It looks only once in a run.
+func (s *session) refuseNested(ctx context.Context, none <-chan bool) error {
+	if <-none {
+		s.run.nestedChecked = true
 		return nil
 	}
 	within := withinRanges(s.cfg.Election)

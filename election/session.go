@@ -77,8 +77,7 @@ func (s *session) start(ctx context.Context) error {
 	defer s.release(ctx, stopQueue)
 	wctx, stop := s.waitContext(ctx)
 	defer stop()
-	nested := make(chan error, 1)
-	s.running.Go(func() { nested <- s.refuseNested(wctx) })
+	nested := s.lookForNested(wctx)
 	s.cfg.Callbacks.Leased(s.id, s.cfg.TTL)
 	g, err := s.join(wctx)
 	if err != nil {
@@ -88,7 +87,7 @@ func (s *session) start(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return nil
 	}
-	if err := <-nested; err != nil {
+	if err := s.refuseNested(wctx, nested); err != nil {
 		return unlessStopped(ctx, err)
 	}
 	created, err := s.standby(wctx, sctx)
