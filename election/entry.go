@@ -77,7 +77,7 @@ func remedy(key string) string {
 	case strings.Contains(key, "\x00"):
 		// No argument of a command holds a NUL. bash would cut the key there, and that key may be a
 		// leader's.
-		return "etcdctl txn <<< " + quote.Shell("\ndel "+strconv.Quote(key)+"\n\n")
+		return "etcdctl txn <<< " + quote.Shell("\ndel -- "+strconv.Quote(key)+"\n\n")
 	case strings.HasPrefix(key, "-"):
 		return "etcdctl del -- " + quote.Shell(key)
 	}

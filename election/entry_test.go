@@ -55,7 +55,7 @@ func TestBlocker_RemedyDeletesOneKey(t *testing.T) {
 	}
 	defer client.Close()
 	for _, key := range []string{
-		t.Name() + "/1f\x00", t.Name() + "/1f\x00\xff\"'\\\n\x00", "-r/x", "--all",
+		t.Name() + "/1f\x00", t.Name() + "/1f\x00\xff\"'\\\n\x00", "-r/x", "--all", "-r/x\x00",
 	} {
 		whole, _, _ := strings.Cut(key, "\x00")
 		for _, k := range []string{whole, key} {

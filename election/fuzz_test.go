@@ -106,7 +106,7 @@ func deletes(remedy string) (string, error) {
 	// No comparison, one request for success, none for failure.
 	request, ok := strings.CutPrefix(text, "\n")
 	request, end := strings.CutSuffix(request, "\n\n")
-	request, del := strings.CutPrefix(request, "del ")
+	request, del := strings.CutPrefix(request, "del -- ")
 	if !ok || !end || !del || strings.Contains(request, "\n") {
 		return "", errors.New("it is another transaction")
 	}

@@ -49,12 +49,12 @@ func TestCheck_ShowsLittle(t *testing.T) {
 		strings.Repeat("\x1b", 1<<20):                                      "nobody answers: ",
 		"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n": "nobody answers: ",
 		"HTTP/1.1 404 \x1b[2J" + strings.Repeat("x", 2000) + "\r\n\r\n":    "nobody answers: some",
-		"HTTP/1.1 503 x\r\n\r\n\x1b[2J\u009b" + strings.Repeat("x", 1<<20): "no",
+		"HTTP/1.1 503 x\r\n\r\n\x1b[2J\u009b" + strings.Repeat("x", 1<<20): "no\n",
 	} {
 		answers <- []byte(answer)
 		var out bytes.Buffer
 		err := Check(t.Context(), l.Addr().String(), "leader", &out)
-		if err == nil || !strings.HasPrefix(err.Error(), want) || len(err.Error()) > 2200 ||
+		if err == nil || !strings.HasPrefix(err.Error()+"\n", want) || len(err.Error()) > 2200 ||
 			!plain(err.Error()) || out.Len() > 5000 || !plain(out.String()) {
 			t.Errorf("%.40q: %.99q..., shows %d bytes, want %q", answer, err, out.Len(), want)
 		}

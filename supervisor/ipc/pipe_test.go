@@ -164,8 +164,8 @@ func TestOutbox_ClosedPipe(t *testing.T) {
 	}
 }
 
-// TestInbox_NoMessage: after a length that no message has, nothing can be read any more. The sender
-// counts as lost at once.
+// TestInbox_NoMessage: after a length that no message has, nothing can be read any more. The reader
+// sees at once that no message comes any more.
 func TestInbox_NoMessage(t *testing.T) {
 	for _, text := range []string{"\x00\x00", "\x23\x00", "\x01\x10", "\xff\xff"} {
 		r, w := newTestPipe(t)
