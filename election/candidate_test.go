@@ -94,8 +94,11 @@ func TestCandidate_KeyMadeAnewWhileLeading(t *testing.T) {
 		t.Errorf("the term's context ended with %v", end.cause)
 	}
 	// What the thief put has no lease, so it blocks the next campaign.
-	s := a.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
-	if s.Blocker.Key != term.Key || s.State != Standby || s.Leader != nil {
+	// The blocker is published before the state.
+	s := a.waitFor("blocked", func(s Snapshot) bool {
+		return s.Blocker != nil && s.State == Standby
+	})
+	if s.Blocker.Key != term.Key || s.Leader != nil {
 		t.Errorf("snapshot: %+v, blocker %+v", s, s.Blocker)
 	}
 	etcdctl(t, cluster, "del", term.Key)

@@ -280,8 +280,10 @@ func (b *syncBuffer) String() string {
 // waitForBlocker waits until a key keeps the candidate waiting, for a reason that contains why.
 func (c *testCandidate) waitForBlocker(why string) Snapshot {
 	c.t.Helper()
-	s := c.waitFor("blocked", func(s Snapshot) bool { return s.Blocker != nil })
-	if !strings.Contains(s.Blocker.Why, why) || s.State != Standby || s.Leader != nil {
+	s := c.waitFor("blocked", func(s Snapshot) bool {
+		return s.Blocker != nil && s.State == Standby // which is published after the blocker
+	})
+	if !strings.Contains(s.Blocker.Why, why) || s.Leader != nil {
 		c.t.Errorf("%s: snapshot %+v, blocker %+v", why, s, s.Blocker)
 	}
 	return s
