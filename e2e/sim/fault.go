@@ -180,7 +180,7 @@ func staleOnly(w *world, f *Fault) {
 
 func noLeader(w *world, f *Fault) {
 	w.cluster.NoLeader()
-	w.noLeaderUntil = time.Now().Add(f.Lasts)
+	w.noLeaderUntil.Store(int64(w.now() + f.Lasts))
 }
 
 // takeAway takes a member away. Most of the time it leaves a majority.

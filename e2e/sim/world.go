@@ -26,6 +26,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,8 +66,8 @@ type world struct {
 	daemons []*daemon
 	check   *checker
 
-	noLeaderUntil time.Time // etcd elects nobody before
-	away          int       // members that a fault has taken away, in bits
+	noLeaderUntil atomic.Int64 // in virtual nanoseconds: etcd elects nobody before
+	away          int          // members that a fault has taken away, in bits
 
 	mu  sync.Mutex // guards the guards, jobs and the checker
 	log struct {
@@ -213,7 +214,7 @@ func (w *world) elections(stop chan struct{}) {
 			switch {
 			case w.cluster.Leader() != 0:
 				since, wait = now, time.Second+time.Duration(r.Int64N(int64(time.Second)))
-			case now.Sub(since) > wait && now.After(w.noLeaderUntil):
+			case now.Sub(since) > wait && int64(w.now()) > w.noLeaderUntil.Load():
 				w.cluster.Elect(1 + r.IntN(3))
 			}
 		}
