@@ -113,7 +113,6 @@ bench: $(ETCD_TOOLS)
 	$(BUILD_SHOW) . ./e2e/cmd/bench ./e2e/cmd/naiveclient ./e2e/cmd/testjob
 	@bin/bench $(if $(N),-n $(N)) $(BENCH)
 
-# At the end the history of the jobs' storage and of the lock is judged, whatever became of the run.
 sim:
 	$(GO) build -o bin/sim ./e2e/cmd/sim
 	@bin/sim $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SIM)
@@ -126,6 +125,7 @@ sim-mutations:
 	$(GO) build -o bin/sim ./e2e/cmd/sim
 	@bin/sim -mutations
 
+# At the end the history of the jobs' storage and of the lock is judged, whatever became of the run.
 soak: $(ETCD_TOOLS) bin/histories
 	$(BUILD_SHOW) . ./e2e/cmd/soak ./e2e/cmd/naiveclient ./e2e/cmd/testjob ./e2e/cmd/writer
 	@rm -f bin/soak.history; bin/soak $(if $(SEED),-seed $(SEED)) $(if $(FAULTS),-faults $(FAULTS)) $(SOAK); \

@@ -94,7 +94,8 @@ bit newest[2];		/* no job with a higher token has been started */
 
 /*
  * For the question how long two jobs may live if somebody deletes a leader's key or revokes its
- * lease (-DOPERATOR -DOVERLAP): the ticks since then. Two jobs are allowed for less than a TTL.
+ * lease (-DOPERATOR -DOVERLAP): the ticks since then. Both jobs may be alive only for less than a TTL
+ * after that.
  */
 #ifdef OVERLAP
 byte overtime[2];	/* it counts to TTL */
@@ -324,8 +325,8 @@ end:	do
 
 proctype Elector(byte i) {
 end:	do
-	/* It joins the queue. It does so only when no earlier lease of its own is left: in etcd it
-	   would wait behind that. */
+	/* It joins the queue when no earlier lease of its own is left. The code waits for that only for
+	   one request's time. Then its new key waits behind its old one. That is not modelled. */
 	:: d_step { does[i] == OUT && !job[i] && !lease[i] && !revoke[i] ->
 		printf("@ %d %c.elector gets a lease, and is in the queue\n", tick, NAME(i));
 		lease[i] = 1; remains[i] = LIFE; older = 1-i; newest[i] = 1; event[i] = !lease[1-i];

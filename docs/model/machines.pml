@@ -168,7 +168,8 @@ inline killAll() {
 #endif
 }
 
-/* The kernel kills the first process with the spawner. All others become children of the guard. */
+/* The kernel kills the first process with the spawner, unless the job has cleared its death signal,
+   which is not modelled. All others become children of the guard. */
 inline spawnerEnds() {
 	spawner = down; first = 0; unreaped = 0; fork = 0; kills = 0; closed = 0; owesGone = 0;
 	orderStart = 0; orderKill = 0; orderClose = 0
