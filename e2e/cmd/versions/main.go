@@ -22,7 +22,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"leasehold/e2e/harness"
@@ -98,27 +97,21 @@ func (r *runner) runAll(ctx context.Context, results *Results, names, parts []st
 	return failed
 }
 
-// runPart runs a part with each version. Tests mostly wait, so the versions' tests run side by
-// side. Faults are measured, one version after the other.
+// runPart runs a part with one version after the other: side by side they would disturb each other.
 func (r *runner) runPart(ctx context.Context, versions []*Version, part string) error {
 	began := time.Now()
-	failures := make([]error, len(versions))
-	var running sync.WaitGroup
-	for i, v := range versions {
+	var failed error
+	for _, v := range versions {
+		run := func() error { return r.runTests(ctx, v, part) }
 		if part == "faults" {
-			failures[i] = r.runFaults(ctx, v)
-			continue
+			run = func() error { return r.runFaults(ctx, v) }
 		}
-		running.Go(func() { failures[i] = r.runTests(ctx, v, part) })
-	}
-	running.Wait()
-	for i, err := range failures {
-		if err != nil {
-			failures[i] = fmt.Errorf("etcd %s: %s: %w", versions[i].About.Etcd, part, err)
+		if err := run(); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("etcd %s: %s: %w", v.About.Etcd, part, err))
 		}
 	}
 	fmt.Printf("%s: %.0f s\n", part, time.Since(began).Seconds())
-	return errors.Join(failures...)
+	return failed
 }
 
 // version finds the results of a version, and notes with what they are made.
