@@ -61,10 +61,6 @@ func ReadRelation() (Relation, error) {
 		return nil, err
 	}
 	text, err := os.ReadFile(filepath.Join(root, "docs", "model", "transitions.txt"))
-	if errors.Is(err, os.ErrNotExist) {
-		text, err = os.ReadFile(filepath.Join(
-			root, "e2e", "check", "testdata", "transitions.txt"))
-	}
 	if err != nil {
 		return nil, err
 	}
