@@ -41,7 +41,7 @@ func FuzzRequest(f *testing.F) {
 		"CONNECT evil.example:80 HTTP/1.1\r\n\r\n",
 		"GET http://evil.example/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
 		"GET /standby HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
-		"GET /%2fstatus HTTP/1.1\r\nHost:\r\n\r\n",
+		"GET /%2fstatus HTTP/1.1\r\nHost:\r\n\r\n", "GET /%2f HTTP/1.0\r\n\r\n",
 	} {
 		f.Add([]byte(request))
 	}
@@ -65,6 +65,9 @@ func FuzzRequest(f *testing.F) {
 			t.Fatal(err)
 		}
 		path, asked := r.URL.Path, slices.Contains([]string{"GET", "HEAD", "OPTIONS"}, r.Method)
+		if r.URL.EscapedPath() != path && path == "//" {
+			path = "/" // net/http's mux takes /%2f for / and does not clean it
+		}
 		known := slices.ContainsFunc(Endpoints(), func(e Endpoint) bool { return e.Path == path })
 		secret := path == "/" || path == "/status" || path == "/metrics"
 		ok := false
