@@ -1,8 +1,8 @@
 // Sim runs the simulation of e2e/sim: the real election package against a simulated etcd, under
 // seeded faults. The same seed gives the same run, byte for byte. docs/simulation.md explains it.
 //
-//	bin/sim [-seed N] [-faults 20000]     many runs of 100 faults, with the seeds N, N+1, ...
-//	bin/sim -seed N -faults 100 -log      one run, and its log
+//	bin/sim [-seed N] [-faults 20000]     many runs of 200 faults, with the seeds N, N+1, ...
+//	bin/sim -seed N -log                  one run, and its log
 //	bin/sim -patch FILE -seed N -log      the same, with a bug of e2e/sim/mutations put back
 //	bin/sim -mutations                    put bugs back, one at a time: each has to be found
 //
@@ -21,7 +21,7 @@ import (
 	"time"
 )
 
-const perRun = 100 // faults
+const perRun = 200 // faults
 
 func main() { os.Exit(command(os.Args[1:])) }
 

@@ -135,14 +135,15 @@ func (m *member) depart(ctx context.Context, v *Verdict, method string, msg any)
 
 // travel is the time that a message travels.
 func (c *Cluster) travel(what, client, member, method string, msg any) time.Duration {
-	// An error is a message too.
-	content := fmt.Sprint(msg)
+	var content string
 	if msg, ok := msg.(proto.Message); ok {
 		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(msg)
 		if err != nil {
 			panic(err)
 		}
 		content = string(b)
+	} else {
+		content = fmt.Sprint(msg) // an error is a message too
 	}
 	return c.jitter(c.cfg.Latency, what, client, member, method, content)
 }
