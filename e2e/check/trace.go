@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -94,24 +95,67 @@ func parseRelation(text string) (Relation, error) {
 // messageDelay is by how much two processes' lines may be out of order: a line has milliseconds.
 const messageDelay = 5 * time.Millisecond
 
-// Trace checks what a daemon logged at level debug, and returns how many transitions it has. Each
-// must be one of the model's, and begin where the machine's last one ended: at its first state
-// before any. A killed process may leave out its last lines. While the guard's job lives, the
-// handle knows of it, and while the handle's does, the candidate is in a term.
-func (r Relation) Trace(log string) (transitions int, err error) {
-	lines, lost := parseTrace(log)
+// noticeDelay is how much later a daemon may write that it lost lines than the next one that it
+// keeps: another goroutine writes that.
+const noticeDelay = time.Second
+
+// Counts are of transitions.
+type Counts map[Machine]int
+
+// Add adds others to them.
+func (c Counts) Add(others Counts) {
+	for m, n := range others {
+		c[m] += n
+	}
+}
+
+// String lists them by machine.
+func (c Counts) String() string {
+	var all []string
+	for _, m := range slices.Sorted(maps.Keys(c)) {
+		all = append(all, fmt.Sprintf("%s %d", m, c[m]))
+	}
+	return strings.Join(all, ", ")
+}
+
+// Complete returns an error if a machine has no transition: then nothing was checked of it.
+func (c Counts) Complete() error {
 	var found []error
-	for m, machine := range machines {
-		state := machine.first
-		for _, t := range lines[m] {
-			transitions++
+	for m := range machines {
+		if c[m] == 0 {
+			found = append(found, fmt.Errorf("the %s has logged no transition", m))
+		}
+	}
+	return errors.Join(found...)
+}
+
+// Trace checks what a daemon logged at level debug, and counts its transitions. Each must be one of
+// the model's, and begin where the machine's last one ended: at its first state before any. A
+// killed process may leave out its last lines. While the guard's job lives, the handle knows of it,
+// and while the handle's does, the candidate is in a term.
+func (r Relation) Trace(log string) (Counts, error) {
+	lines, lost := parseTrace(log)
+	counts := Counts{}
+	var found []error
+	for m, all := range lines {
+		machine, known := machines[m]
+		if !known {
+			found = append(found, fmt.Errorf("%v: the model has no such machine", all[0]))
+			continue
+		}
+		counts[m] = len(all)
+		state, since := machine.first, time.Time{}
+		for _, t := range all {
 			if t.From != t.To && !r[m][[2]string{t.From, t.To}] {
 				found = append(found, fmt.Errorf("%v: the model has no such transition", t))
 			}
-			if t.From != state && !slices.ContainsFunc(lost, t.At.After) {
+			lineLost := slices.ContainsFunc(lost, func(at time.Time) bool {
+				return !at.Before(since) && at.Before(t.At.Add(noticeDelay))
+			})
+			if t.From != state && !lineLost {
 				found = append(found, fmt.Errorf("%v: it was %s", t, state))
 			}
-			state = t.To
+			state, since = t.To, t.At
 		}
 	}
 	if len(lost) == 0 {
@@ -119,7 +163,7 @@ func (r Relation) Trace(log string) (transitions int, err error) {
 			together(lines, GuardMachine, HandleMachine),
 			together(lines, HandleMachine, CandidateMachine))
 	}
-	return transitions, errors.Join(found...)
+	return counts, errors.Join(found...)
 }
 
 // together checks that the outer machine allows a job to live as long as the inner one does. It

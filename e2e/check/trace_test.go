@@ -4,6 +4,7 @@ package check_test
 
 import (
 	"fmt"
+	"maps"
 	"strings"
 	"testing"
 
@@ -32,6 +33,12 @@ func trace(lines string) string {
 		}
 	}
 	return log.String()
+}
+
+// blocked is what a daemon writes at a second when it had to drop a line.
+func blocked(at string) string {
+	return "time=2026-01-02T03:04:" + at + "Z level=WARN msg=\"standard error was blocked: " +
+		"log lines are lost\" dropped=1\n"
 }
 
 // term is a term from its beginning to its end.
@@ -94,8 +101,21 @@ func TestTrace(t *testing.T) {
 			"it was connecting",
 		},
 		{"lines that the daemon dropped", trace(without("104 guard forking running")) +
-			"time=2026-01-02T03:04:05.001Z level=WARN msg=\"standard error was blocked: " +
-			"log lines are lost\" dropped=1\n", ""},
+			blocked("05.105"), ""},
+		{
+			"lines that the daemon dropped long before",
+			trace(without("104 guard forking running")) + blocked("05.050"),
+			"running -> stopping at 03:04:05.202: it was forking",
+		},
+		{
+			"lines that the daemon dropped long after",
+			trace(without("104 guard forking running")) + blocked("07.250"),
+			"running -> stopping at 03:04:05.202: it was forking",
+		},
+		{
+			"a machine that the model does not know", trace(term + "300 spawner idle forking"),
+			"spawner: idle -> forking at 03:04:05.300: the model has no such machine",
+		},
 		{"killed in mid-line", trace(term) + strings.Replace(cut, "for", "idle", 1), ""},
 		{
 			"killed in mid-line, and others go on", trace(`
@@ -135,9 +155,11 @@ func TestTrace(t *testing.T) {
 			n, err := relation.Trace(c.log)
 			switch said := fmt.Sprint(err); {
 			case (err != nil) != (c.guilty != ""), !strings.Contains(said, c.guilty):
-				t.Errorf("%d transitions, %v; want %q; the log:\n%s", n, err, c.guilty, c.log)
-			case c.name == "a term" && n != 13:
-				t.Errorf("%d transitions", n)
+				t.Errorf("%v transitions, %v; want %q; the log:\n%s", n, err, c.guilty, c.log)
+			case c.name == "a term" && !maps.Equal(n, check.Counts{
+				check.CandidateMachine: 4, check.HandleMachine: 4, check.GuardMachine: 5,
+			}):
+				t.Errorf("%v transitions", n)
 			}
 		})
 	}
@@ -152,8 +174,34 @@ func TestTrace_JSON(t *testing.T) {
 	const line = `{"time":"2026-01-02T03:04:05.103456Z","level":"DEBUG","msg":"job state",` +
 		`"machine":"guard","from":"idle","to":"%s","reason":"start asked"}` + "\n"
 	for to, guilty := range map[string]bool{"forking": false, "killing": true} {
-		if n, err := relation.Trace(fmt.Sprintf(line, to)); n != 1 || (err != nil) != guilty {
-			t.Errorf("to %s: %d transitions, %v", to, n, err)
+		n, err := relation.Trace(fmt.Sprintf(line, to))
+		if n[check.GuardMachine] != 1 || (err != nil) != guilty {
+			t.Errorf("to %s: %v transitions, %v", to, n, err)
 		}
+	}
+}
+
+// What logged nothing was not checked. Each machine has to log something, not all of them together.
+func TestCounts_Complete(t *testing.T) {
+	relation, err := check.ReadRelation()
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := func(log string) check.Counts {
+		n, err := relation.Trace(trace(log))
+		if err != nil {
+			t.Error(err)
+		}
+		return n
+	}
+	n := count("100 candidate connecting standby")
+	n.Add(count("100 candidate connecting leading\n101 handle none starting"))
+	if err := n.Complete(); err == nil ||
+		err.Error() != "the guard has logged no transition" {
+		t.Errorf("%v: %v", n, err)
+	}
+	n.Add(count(term))
+	if err := n.Complete(); err != nil || n[check.CandidateMachine] != 6 {
+		t.Errorf("%v: %v", n, err)
 	}
 }

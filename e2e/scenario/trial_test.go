@@ -153,8 +153,8 @@ func (tr *trial) trace(identity, log string) {
 	hadJob := slices.ContainsFunc(tr.witness.Lives(), func(l harness.Life) bool {
 		return l.Candidate == identity
 	})
-	if n == 0 && log != "" && hadJob {
-		tr.Errorf("the log of candidate %s has no transition, though its job was started", identity)
+	if err := n.Complete(); err != nil && log != "" && hadJob {
+		tr.Errorf("candidate %s, whose job was started: %v", identity, err)
 	}
 }
 

@@ -73,8 +73,8 @@ type counts struct {
 	// Untold are of jobs that were killed before the witness heard of them.
 	Untold int `json:"leader_yes_untold"`
 	Leases int `json:"leases"`
-	// Transitions of state machines that daemons logged.
-	Transitions int `json:"transitions"`
+	// Transitions that daemons logged, by state machine.
+	Transitions check.Counts `json:"transitions"`
 }
 
 func newChecker(set settings) *checker {
@@ -89,6 +89,7 @@ func newChecker(set settings) *checker {
 			late:     map[string][]float64{}, excused: map[class][]float64{},
 		},
 		leases: leases{looked: now, claims: map[string]claim{}},
+		counts: counts{Transitions: check.Counts{}},
 	}
 }
 

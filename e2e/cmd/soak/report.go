@@ -283,7 +283,7 @@ func (r *results) lines() (lines []line) {
 		add("… still 200 after "+after, "%v", r.Late[excuse])
 	}
 	add("leases checked", "%d times; at most %d at once", c.Leases, r.MostLeases)
-	add("transitions checked against the model", "%d", c.Transitions)
+	add("transitions checked against the model", "%v", c.Transitions)
 	add("a job after the last fault", "%v (bound: %v; a leader's wait to start a crashed job "+
 		"again apart)", r.Recovery, r.Bound)
 	add("all stopped, nothing left", "in %v; etcd empty in %v", r.Stopped, r.Cleared)
