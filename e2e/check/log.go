@@ -5,6 +5,7 @@ package check
 import (
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -46,6 +47,42 @@ func Between(all []Entry, from, to time.Time) []Entry {
 // TimerLatencies lists by how much the guard served its deadlines late, by its own account. It
 // writes that down when the job has exited.
 func TimerLatencies(log string) []Entry { return entries(log, timerLatency) }
+
+var (
+	askedToStop = regexp.MustCompile(
+		`^time=(\S+) .*msg="job asked to stop: .* kill_by_in=(\S+)`)
+	killBegins = regexp.MustCompile(`^time=(\S+) .* machine=guard from=\S+ to=(killing) `)
+	killByOver = regexp.MustCompile(
+		`^time=(\S+) .*msg="job killed: .* reason=kill_by .*timer_latency=(\S+)`)
+)
+
+// KillByLatencies lists by how much the guard served kill-by late, where the job was killed for it.
+// What the guard says by itself is the worst latency of that job, which may be that of stop-at. So
+// it counts no more than what lies between kill-by and the kill.
+func KillByLatencies(log string) (found []Entry) {
+	var killBy, killed time.Time
+	for line := range strings.Lines(log) {
+		if stop := entries(line, askedToStop); len(stop) > 0 {
+			if in, err := time.ParseDuration(stop[0].Match); err == nil {
+				killBy = stop[0].At.Add(in)
+			}
+		}
+		if kill := entries(line, killBegins); len(kill) > 0 {
+			killed = kill[0].At
+		}
+		for _, e := range entries(line, killByOver) {
+			by, err := time.ParseDuration(e.Match)
+			if err == nil && !killBy.IsZero() {
+				by = min(by, max(0, killed.Sub(killBy)))
+			}
+			found = append(found, Entry{e.At, by.String()})
+		}
+		if jobState.MatchString(line) {
+			killBy = time.Time{}
+		}
+	}
+	return found
+}
 
 // Latency is the worst of TimerLatencies, 0 without any.
 func Latency(all []Entry) time.Duration {

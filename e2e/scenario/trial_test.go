@@ -394,12 +394,13 @@ func (c *candidate) latency() time.Duration {
 	return check.Latency(check.TimerLatencies(c.Log()))
 }
 
-// outside reports whether an overlap is outside the promise: the kernel served the
-// earlier job's guard later than its margin.
+// outside reports whether an overlap is outside the promise: the kernel let the earlier job's guard
+// serve kill-by later than its margin.
 func (tr *trial) outside(o check.Overlap) bool {
 	margin := max(tr.ttl/10, 200*time.Millisecond)
 	return slices.ContainsFunc(tr.candidates, func(c *candidate) bool {
-		return c.Identity == o.Earlier.Candidate && c.latency() > margin
+		return c.Identity == o.Earlier.Candidate &&
+			check.Latency(check.KillByLatencies(c.Log())) > margin
 	})
 }
 

@@ -152,3 +152,62 @@ func TestStatus_Backoff(t *testing.T) {
 		t.Error(v)
 	}
 }
+
+// A guard that was late excuses two jobs only if that was at kill-by, on a starved machine, and for
+// no longer than it was late.
+func TestGuardLate_Excuses(t *testing.T) {
+	const (
+		killed = "job killed: kill-by has passed\" reason=kill_by"
+		grace  = "job killed: it did not stop within its grace\" reason=grace"
+		busy   = time.Second // of a second
+		ms     = time.Millisecond
+	)
+	for _, c := range []struct {
+		name    string
+		end     string
+		stopAt  time.Duration // when the job was asked to stop, before its end; 0: it was not
+		late    time.Duration
+		waited  time.Duration // for a processor, of a second
+		every   time.Duration // between samples
+		overlap time.Duration
+		guilty  bool
+	}{
+		{"late at kill-by", killed, 0, time.Second, busy, 50, 500, false},
+		{"late at kill-by, asked to stop", killed, 1500, time.Second, busy, 50, 500, false},
+		{"the machine stood still", killed, 0, time.Second, 0, 400, 500, false},
+		{"late on an idle machine", killed, 0, time.Second, 0, 50, 500, true},
+		{"late within the margin", killed, 0, 300 * time.Millisecond, busy, 50, 500, true},
+		{"late at the end of its grace", grace, 0, time.Second, busy, 50, 500, true},
+		{"late at stop-at, not at kill-by", killed, 600, time.Second, busy, 50, 500, true},
+		{"two jobs for longer than it was late", killed, 0, time.Second, busy, 50, 1500, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k, now := quietChecker(), harness.Now()
+			end := now - 2*time.Second
+			k.log = func(string) string {
+				at := func(before time.Duration) string {
+					return time.Now().Add(-2*time.Second - before).Format(time.RFC3339Nano)
+				}
+				var log string
+				if c.stopAt > 0 {
+					log = fmt.Sprintf("time=%s level=WARN msg=\"job asked to stop: no renewal by "+
+						"stop-at\" signal=terminated kill_by_in=500ms\n", at(c.stopAt*ms))
+				}
+				return log + fmt.Sprintf("time=%s level=DEBUG msg=\"job state\" machine=guard "+
+					"from=stopping to=killing reason=\"x\"\n"+
+					"time=%s level=WARN msg=\"%s timer_latency=%v\n", at(0), at(0), c.end, c.late)
+			}
+			for at := end - 3*time.Second; at < now+c.every*ms; at += c.every * ms {
+				waited := time.Duration((at - end).Seconds() * float64(c.waited))
+				k.excuses.samples = append(k.excuses.samples, sample{at, time.Hour + waited})
+			}
+			k.saw(now, []harness.Life{
+				lived("a", 5, end-5*time.Second, end),
+				lived("b", 9, end-c.overlap*ms, now),
+			})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}

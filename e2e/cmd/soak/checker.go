@@ -235,7 +235,7 @@ func (k *checker) judgeOverlap(both check.Overlap, now time.Duration, last bool)
 	o.Overlap = both
 	// A guard says how late it was when all is over, so wait for that, but not for ever.
 	end, over := both.During[len(both.During)-1].To, !earlier.Alive() || !later.Alive()
-	early := !over && o.lasted() < k.ttl || over && now < end+200*time.Millisecond
+	early := !over && o.lasted() < k.ttl || over && now < end+time.Second
 	if o.lasted() <= o.judged || early && !last {
 		return
 	}
@@ -245,9 +245,13 @@ func (k *checker) judgeOverlap(both check.Overlap, now time.Duration, last bool)
 	k.noteAt(now, "%v: %s%s", both, o.class, why)
 	if o.class == afterThaw && o.lasted() > k.margin() &&
 		k.excuses.stalled(o.from, o.from+o.lasted()) > 0.5 {
-		o.class = guardLate
+		o.class = slowThaw
 	}
-	if o.lasted() > k.bound(o.class) {
+	bound := k.bound(o.class)
+	if o.class == guardLate { // the next leader waits for the margin, the job needs time to end
+		bound = k.killedLate(earlier)
+	}
+	if o.lasted() > bound {
 		k.violate([]string{earlier.Candidate, later.Candidate},
 			"two jobs were alive for %v (%s%s): the %v, and the %v",
 			o.lasted(), o.class, why, earlier, later)

@@ -21,11 +21,13 @@ const (
 	unreached   class = "after an operator's action, the old leader out of reach"
 	starved     class = "after an operator's action, the machine starved"
 	afterThaw   class = "after a thaw past the TTL, from the thaw on"
-	guardLate   class = "the guard was later than its margin"
+	slowThaw    class = "after a thaw past the TTL, the machine starved"
+	guardLate   class = "the machine starved, and the guard served kill-by later than its margin"
 	unexcused   class = "outside of every exception"
 )
 
-// bound is for how long an overlap may last. See verdict for how long afterAction may.
+// bound is for how long an overlap may last. See verdict for how long afterAction may, and
+// killedLate for guardLate.
 func (s settings) bound(c class) time.Duration {
 	switch c {
 	case unexcused:
@@ -148,10 +150,26 @@ func (k *checker) classify(earlier *check.Term, at time.Duration) (c class, why 
 	if hung != 0 && hung >= earlier.Start {
 		return unexcused, " (its guard had been stopped)"
 	}
-	if late := check.Latency(k.wrote(check.TimerLatencies, earlier, at)); late > k.margin() {
+	if late := k.killedLate(earlier); late > 0 {
 		return guardLate, fmt.Sprintf(" (by %v)", late)
 	}
 	return unexcused, ""
+}
+
+// killedLate is by how much the guard of a term was late when it killed the job at kill-by: only
+// that lets two jobs live at once. It is 0 if that is within the margin, or if the machine was not
+// starved from kill-by until the kill: then there was nothing that kept the guard from it.
+func (k *checker) killedLate(t *check.Term) time.Duration {
+	if t.Alive() {
+		return 0
+	}
+	ended := k.wall(t.End)
+	late := check.Latency(check.Between(check.KillByLatencies(k.log(t.Candidate)),
+		ended.Add(-time.Second), ended.Add(k.ttl+time.Second)))
+	if late <= k.margin() || !k.excuses.starved(t.End-late, t.End, k.margin()) {
+		return 0
+	}
+	return late
 }
 
 // wrote is what a candidate wrote about a moment, until a TTL later. A second is for the log.
@@ -197,6 +215,17 @@ func (e *excuses) sample(now time.Duration) {
 	if us, err := strconv.ParseInt(total, 10, 64); err == nil {
 		e.samples = append(e.samples, sample{now, time.Duration(us) * time.Microsecond})
 	}
+}
+
+// starved reports whether processes waited for a processor for most of a time. If a virtual machine
+// stands still, none of them waits by its account: then no sample was taken for as long as a pause.
+func (e *excuses) starved(from, to, pause time.Duration) bool {
+	for i, s := range e.samples {
+		if i > 0 && s.at > from && e.samples[i-1].at < to && s.at-e.samples[i-1].at > pause {
+			return true
+		}
+	}
+	return e.stalled(from, to) > 0.5
 }
 
 // stalled is the share of a time, widened to the samples around it, in which processes waited.

@@ -262,8 +262,10 @@ func (r *results) lines() (lines []line) {
 			d.For, d.Backoff, d.Silent, strings.Join(d.During, ", "))
 	}
 	add("two jobs alive at once", "%s", r.overlaps(unexcused))
-	if late := r.overlaps(guardLate); late != "none" {
-		add("… "+string(guardLate), "%s", late)
+	for _, c := range []class{guardLate, slowThaw} {
+		if those := r.overlaps(c); those != "none" {
+			add("… "+string(c), "%s", those)
+		}
 	}
 	if r.Implementation != harness.Leasehold.Name {
 		return lines
