@@ -427,7 +427,8 @@ func (t *Trial) overlap(o check.Overlap) {
 		return
 	}
 	for _, m := range t.started() {
-		if m.Name == o.Earlier.Candidate && latency(m) > max(t.TTL/10, 200*time.Millisecond) {
+		if m.Name == o.Earlier.Candidate &&
+			check.Latency(check.KillByLatencies(m.Log())) > max(t.TTL/10, 200*time.Millisecond) {
 			s.Outside = true
 			return
 		}
