@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode"
@@ -42,6 +43,9 @@ func FuzzRequest(f *testing.F) {
 		"GET http://evil.example/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
 		"GET /standby HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
 		"GET /%2fstatus HTTP/1.1\r\nHost:\r\n\r\n", "GET /%2f HTTP/1.0\r\n\r\n",
+		"GET //?#%zz HTTP/1.0\r\n\r\n", "GET http:x HTTP/1.0\r\n\r\n",
+		"CONNECT /%2f HTTP/1.0\r\n\r\n", "HEAD /./%2f/..%2F HTTP/1.0\r\n\r\n",
+		"GET //" + strings.Repeat("\"", 3500) + " HTTP/1.0\r\n\r\n",
 	} {
 		f.Add([]byte(request))
 	}
@@ -86,12 +90,15 @@ func FuzzRequest(f *testing.F) {
 		case http.StatusBadRequest:
 			ok = r.RequestURI == "*"
 		case http.StatusMovedPermanently, http.StatusTemporaryRedirect:
-			// net/http cleans paths. It must lead to no other host.
-			to, err := url.Parse(got.Header.Get("Location"))
+			// net/http cleans paths. It must lead to no other host. The query is as it was asked.
+			location, _, _ := strings.Cut(got.Header.Get("Location"), "?")
+			to, err := url.Parse(location)
 			ok = err == nil && !known && to.Host == "" && to.Scheme == "" &&
 				strings.HasPrefix(to.Path, "/") && !strings.HasPrefix(to.Path, "//")
 		}
-		if !ok || len(body) > 16<<10 || r.Method == http.MethodOptions && known && len(body) > 0 {
+		// A redirection may have each byte of the path as five.
+		if !ok || len(body) > 16<<10+5*len(request) ||
+			r.Method == http.MethodOptions && known && len(body) > 0 {
 			t.Errorf("%q: %d %q %.200q", request, got.StatusCode, got.Header, body)
 		}
 	})
@@ -134,11 +141,10 @@ func FuzzAnswer(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Cleanup(func() { _ = l.Close() })
-	answers := make(chan []byte)
-	f.Cleanup(func() { close(answers) })
-	go serveAnswers(l, answers)
+	var now atomic.Pointer[[]byte]
+	go serveAnswers(l, &now)
 	f.Fuzz(func(t *testing.T, answer []byte) {
-		answers <- answer
+		now.Store(&answer)
 		var out bytes.Buffer
 		err := Check(t.Context(), l.Addr().String(), "leader", &out)
 		switch {
@@ -162,15 +168,18 @@ func FuzzAnswer(f *testing.F) {
 	})
 }
 
-// serveAnswers gives each client the next answer, whatever it asks for.
-func serveAnswers(l net.Listener, answers <-chan []byte) {
-	for answer := range answers {
+// serveAnswers gives each client the answer of now, whatever it asks for.
+func serveAnswers(l net.Listener, now *atomic.Pointer[[]byte]) {
+	for {
 		conn, err := l.Accept()
 		if err != nil {
 			return
 		}
-		_, _ = http.ReadRequest(bufio.NewReader(conn))
-		_, _ = conn.Write(answer)
-		_ = conn.Close()
+		// Not one after the other: a client that gave up must not delay the next.
+		go func() {
+			defer func() { _ = conn.Close() }()
+			_, _ = http.ReadRequest(bufio.NewReader(conn))
+			_, _ = conn.Write(*now.Load())
+		}()
 	}
 }

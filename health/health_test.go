@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -42,16 +43,16 @@ func TestCheck_ShowsLittle(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	answers := make(chan []byte)
-	defer close(answers)
-	go serveAnswers(l, answers)
+	var now atomic.Pointer[[]byte]
+	go serveAnswers(l, &now)
 	for answer, want := range map[string]string{
 		strings.Repeat("\x1b", 1<<20):                                      "nobody answers: ",
 		"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 1<<20) + "\r\n\r\n": "nobody answers: ",
 		"HTTP/1.1 404 \x1b[2J" + strings.Repeat("x", 2000) + "\r\n\r\n":    "nobody answers: some",
 		"HTTP/1.1 503 x\r\n\r\n\x1b[2J\u009b" + strings.Repeat("x", 1<<20): "no\n",
 	} {
-		answers <- []byte(answer)
+		text := []byte(answer)
+		now.Store(&text)
 		var out bytes.Buffer
 		err := Check(t.Context(), l.Addr().String(), "leader", &out)
 		if err == nil || !strings.HasPrefix(err.Error()+"\n", want) || len(err.Error()) > 2200 ||
