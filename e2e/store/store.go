@@ -32,7 +32,7 @@ const (
 	Read    = "read"    // by anybody
 	Acquire = "acquire" // a term's job starts
 	Release = "release" // nothing of it is left
-	Take    = "take"    // a fault or an operator ends a term under its job; token 0: any term
+	Take    = "take"    // a fault or an operator may end a term under its job
 )
 
 // Answers to a write.

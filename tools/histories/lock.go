@@ -10,34 +10,40 @@ import (
 type lockState struct {
 	holder int64 // its token; 0: nobody
 	last   int64 // the token that was acquired last
+	gone   int64 // the highest token that the storage has refused
 }
 
 // lockModel: one term at a time, with rising tokens. The storage accepts the writes of the last
-// term only, and refuses none of the holder's: etcd keeps the leader's key until nothing of the job
-// is left. A fault or an operator may take a term. Then the job has some time to end, which the
-// soak judges.
+// term only, and none once it has refused one: a key that is gone never comes back with the same
+// create revision. It refuses none of the holder's: etcd keeps the leader's key until nothing of
+// the job is left. A fault or an operator may take a term, that of the named token and no other.
+// Then the job has some time to end, which the soak judges.
 var lockModel = porcupine.Model{
 	Init: func() any { return lockState{} },
 	Step: func(state, input, _ any) (bool, any) {
 		s, o := state.(lockState), input.(operation)
 		switch o.Kind {
 		case acquire:
-			return s.holder == 0 && o.Token > s.last, lockState{o.Token, o.Token}
+			return s.holder == 0 && o.Token > max(s.last, s.gone),
+				lockState{o.Token, o.Token, s.gone}
 		case release, take:
-			if s.holder == o.Token || o.Token == 0 {
+			if s.holder == o.Token {
 				s.holder = 0
 			}
 			return true, s
 		}
 		if o.Answer == accepted {
-			return o.Token == s.last, s
+			return o.Token == s.last && o.Token > s.gone, s
 		}
-		return o.Token != s.holder, s
+		legal := o.Token != s.holder
+		s.gone = max(s.gone, o.Token)
+		return legal, s
 	},
 	DescribeOperation: func(input, _ any) string { return input.(operation).String() },
 	DescribeState: func(state any) string {
 		s := state.(lockState)
-		return fmt.Sprintf("token %d holds; the last was %d", s.holder, s.last)
+		return fmt.Sprintf("token %d holds; the last was %d; up to %d all are gone",
+			s.holder, s.last, s.gone)
 	},
 }
 
@@ -96,7 +102,7 @@ func lockUntil(all []operation, at int64) []porcupine.Operation {
 func (h *history) taken() int {
 	tokens := map[int64]bool{}
 	for _, o := range h.lock {
-		if o.Kind == take && o.Token != 0 {
+		if o.Kind == take {
 			tokens[o.Token] = true
 		}
 	}

@@ -88,6 +88,20 @@ func TestHistories(t *testing.T) {
 			more(at(21, 22, writes("x", 5, refused)), at(23, 24, writes("y", 5, accepted))),
 			`writes "y"`,
 		},
+		{
+			"the same in another register", term(5, 10, 20), more(
+				at(21, 22, writes("x", 5, refused)),
+				at(23, 24, operation{
+					Kind: write, Register: "s", Value: "y", Token: 5, Answer: accepted,
+				}),
+			), `writes "y" to s`,
+		},
+		{
+			"a term that begins when its key is gone", term(5, 10, 20), more(
+				at(23, 24, writes("x", 9, refused)),
+				at(30, 31, of(acquire, 9)), at(40, 40, of(release, 9)),
+			), "acquires with token 9",
+		},
 		{"a lost write", term(5, 10, 20), more(at(15, 16, reads(""))), `reads ""`},
 		{"a read back in time", term(5, 10, 20), more(
 			at(14, 15, writes("x", 5, accepted)), at(16, 17, reads("x")), at(18, 19, reads("of 5")),
@@ -120,8 +134,12 @@ func TestHistories(t *testing.T) {
 			more(at(25, 32, of(take, 3))), "acquires with token 9",
 		},
 		{
-			"taken from whoever it hit", append(term(5, 10, 35), term(9, 30, 40)...),
-			more(at(25, 32, of(take, 0))), "",
+			"two terms taken at once", append(term(5, 10, 35), term(9, 30, 60)...),
+			append(term(12, 50, 70), at(25, 55, of(take, 5)), at(25, 55, of(take, 9))), "",
+		},
+		{
+			"one of two taken", append(term(5, 10, 35), term(9, 30, 60)...),
+			append(term(12, 50, 70), at(25, 55, of(take, 5))), "acquires with token 12",
 		},
 		{"tokens that fall", append(term(9, 10, 20), term(5, 30, 40)...), nil, "token 5"},
 		{
@@ -173,6 +191,17 @@ func TestRecord_Torn(t *testing.T) {
 		t.Fatal(err)
 	}
 	if code, said := judge(t, path); code != 0 || !strings.Contains(said, "1 operations") {
+		t.Errorf("code %d: %s", code, said)
+	}
+}
+
+// Whoever says that a term was taken has to say which: otherwise it would explain whatever the lock
+// did at that time.
+func TestRecord_TakenFromAnybody(t *testing.T) {
+	t.Parallel()
+	lock := append(term(5, 10, 35), term(9, 30, 40)...)
+	code, said := judge(t, record(t, lock, []operation{at(25, 32, of(take, 0))}))
+	if code != 1 || !strings.Contains(said, "which term was taken") {
 		t.Errorf("code %d: %s", code, said)
 	}
 }

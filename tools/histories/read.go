@@ -82,6 +82,10 @@ func load(path string) (*history, error) {
 			return nil, fmt.Errorf("read %s: an operation returned before it was called: %s",
 				path, lines.Text())
 		}
+		if o.Kind == take && o.Token == 0 {
+			return nil, fmt.Errorf("read %s: it is not said which term was taken: %s",
+				path, lines.Text())
+		}
 		if i, known := index[key{o.Client, o.N}]; known {
 			all[i] = o
 			continue

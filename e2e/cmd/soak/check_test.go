@@ -4,11 +4,13 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"testing"
 	"time"
 
 	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
+	"leasehold/e2e/store"
 )
 
 func lived(candidate string, token int64, from, to time.Duration) harness.Life {
@@ -209,5 +211,35 @@ func TestGuardLate_Excuses(t *testing.T) {
 				t.Errorf("the verdict is %v", err)
 			}
 		})
+	}
+}
+
+// Of an action of etcd's own the history names the terms that it may have taken, and no others.
+func TestLockHistory_NamesWhoWasTaken(t *testing.T) {
+	now := harness.Now()
+	k := quietChecker()
+	did := now - 20*time.Second
+	k.saw(now, []harness.Life{
+		lived("before", 5, did-2*time.Second, did-time.Second),
+		lived("hit", 9, did-900*time.Millisecond, did+time.Second),
+		lived("renewed", 12, did+2*time.Second, now-10*time.Second),
+		lived("after", 15, did+12*time.Second, now-time.Second),
+	})
+	for i := range k.terms {
+		id := fmt.Sprint(i)
+		k.terms[i].Lives[0].Env = []string{"LEASEHOLD_LEASE_ID=" + id}
+		k.leases.claim(id, k.terms[i].End+k.ttl)
+	}
+	k.did(&action{at: did, until: did + 3*time.Second, cause: "a leader of etcd went on"})
+	k.did(&action{at: did, until: did + k.ttl + 5*time.Millisecond, token: 5, cause: "key-deleted"})
+	got := map[int64]time.Duration{}
+	for _, o := range k.lockHistory() {
+		if o.Kind == store.Take {
+			got[o.Token] = o.Return - did
+		}
+	}
+	want := map[int64]time.Duration{9: 3 * time.Second, 5: 5 * time.Millisecond}
+	if !maps.Equal(got, want) {
+		t.Errorf("taken are %v, want %v", got, want)
 	}
 }

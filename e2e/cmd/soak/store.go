@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 	"leasehold/e2e/store"
 )
@@ -118,9 +119,20 @@ func (k *checker) lockHistory() (all []store.Operation) {
 		for _, l := range t.Lives {
 			forked = min(forked, l.Forked)
 		}
-		// A job may start when its term is taken already. The term itself was there before.
-		if a := k.excuses.actionOn(t.Token, t.Start); a != nil {
-			forked = min(forked, a.at)
+		for _, a := range k.excuses.actions {
+			if !k.mayTake(a, t) {
+				continue
+			}
+			// etcd has done what was asked for when it answers. What follows takes up to a TTL.
+			done := a.until
+			if a.token != 0 {
+				done -= k.ttl
+			}
+			all = append(all, taken(t.Token, a.at, done, 0, a.cause))
+			// A job may start when its term is taken already. The term itself was there before.
+			if a.at <= t.Start && t.Start <= a.until {
+				forked = min(forked, a.at)
+			}
 		}
 		all = append(all, store.Operation{
 			Kind: store.Acquire, Token: t.Token, Call: forked, Return: t.Start, Why: t.Candidate,
@@ -136,9 +148,6 @@ func (k *checker) lockHistory() (all []store.Operation) {
 			}
 		}
 	}
-	for _, a := range k.excuses.actions {
-		all = append(all, taken(a.token, a.at, a.until, 0, a.cause))
-	}
 	for _, o := range k.overlaps {
 		if o.class == guardLate {
 			why := fmt.Sprintf("%v", guardLate)
@@ -146,6 +155,17 @@ func (k *checker) lockHistory() (all []store.Operation) {
 		}
 	}
 	return all
+}
+
+// mayTake reports whether an action may have taken a term. Of an action of etcd's own nobody knows
+// whom it hit: whose job lived meanwhile, unless its lease was renewed afterwards.
+func (k *checker) mayTake(a *action, t *check.Term) bool {
+	if a.token != 0 {
+		return a.token == t.Token
+	}
+	deadline, known := k.leases.deadlineOf(t)
+	renewed := known && deadline-k.ttl > a.until
+	return !renewed && t.Start <= a.until && (t.Alive() || t.End >= a.at)
 }
 
 // taken is that of a term between two moments; where the second is not known, until now.
