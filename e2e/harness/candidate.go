@@ -238,7 +238,7 @@ func (c *Candidate) WaitStatus(ctx context.Context, path string, code int) error
 		got, body, err := c.Get(ctx, path)
 		switch {
 		case err != nil && !c.Running():
-			ended, _ := c.Wait(ctx)
+			ended, _ := c.Wait(context.WithoutCancel(ctx))
 			return fmt.Errorf("candidate %s has ended with code %d", c.Identity, ended)
 		case err == nil && got != code:
 			return fmt.Errorf("%s of candidate %s: %d, want %d: %s",
