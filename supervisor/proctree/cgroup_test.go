@@ -3,6 +3,7 @@
 package proctree
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -211,6 +212,19 @@ func TestCgroup_ManyAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// A cgroup of Linux before 5.14 has no cgroup.kill. The job then runs without one of its own: the
+// error is what the log says of that, and nothing is left of the trial.
+func TestCgroup_WithoutKill(t *testing.T) {
+	parent := t.TempDir() // no file comes to be in what is made here
+	c, err := makeCgroup(parent)
+	if c != nil || !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "cgroup.kill") {
+		t.Errorf("%v, %v", c, err)
+	}
+	if left, err := os.ReadDir(parent); err != nil || len(left) > 0 {
+		t.Errorf("left is %v, %v", left, err)
+	}
 }
 
 // TestFindCgroup: a mount shows what lies below its root, and not what only begins with the same
