@@ -25,7 +25,7 @@ help:
 	@echo 'make demo      three candidates, three faults, within a minute; leaves nothing but bin/'
 	@echo 'make build     the daemon: ./leasehold, static'
 	@echo 'make test      every test, with the race detector if there is a C compiler'
-	@echo 'make fuzz      every fuzz target in turn: FUZZTIME=20s RUN=pattern'
+	@echo 'make fuzz      every fuzz target, as many at a time as there are processors: FUZZTIME=20s RUN=pattern'
 	@echo 'make lint      golangci-lint, built once into bin/'
 	@echo 'make fmt       format every Go file, as make lint wants it'
 	@echo 'make hooks     run make fmt lint before each commit'
