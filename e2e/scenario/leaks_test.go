@@ -29,7 +29,7 @@ func leaks(t *testing.T, u user) *trial {
 // election, and nothing else.
 func (tr *trial) leasesAre(want ...string) {
 	tr.Helper()
-	tr.must(harness.Until(tr.waitContext(10*time.Second), func() error {
+	tr.must(harness.Until(tr.waitContext(revokeTimeout), func() error {
 		leases, err := tr.etcd.Leases(tr.ctx)
 		if err != nil {
 			return err
@@ -87,7 +87,7 @@ func processesOf(election string) []string {
 // noProcesses waits until nothing of the election's daemons and jobs runs.
 func (tr *trial) noProcesses() {
 	tr.Helper()
-	tr.must(harness.Until(tr.waitContext(10*time.Second), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		if left := processesOf(tr.election); len(left) > 0 {
 			return fmt.Errorf("processes are left: %q", left)
 		}

@@ -26,6 +26,10 @@ import (
 // tenth of it on a quiet machine.
 const waitTimeout = 60 * time.Second
 
+// revokeTimeout bounds a wait for the revocation of a lease. Where a TTL is longer, the lease has
+// not expired by then.
+const revokeTimeout = 30 * time.Second
+
 // A user is who runs the daemon.
 type user struct {
 	name string
@@ -362,7 +366,7 @@ func (tr *trial) stop() {
 func (tr *trial) nothingLeft() {
 	tr.Helper()
 	// The revocation of a crashed daemon's lease may be under way.
-	tr.must(harness.Until(tr.waitContext(5*time.Second), func() error {
+	tr.must(harness.Until(tr.waitContext(revokeTimeout), func() error {
 		leases, err := tr.etcd.Leases(tr.ctx)
 		if err != nil {
 			return err
