@@ -219,7 +219,8 @@ func TestCgroup_ManyAtOnce(t *testing.T) {
 func TestCgroup_WithoutKill(t *testing.T) {
 	parent := t.TempDir() // no file comes to be in what is made here
 	c, err := makeCgroup(parent)
-	if c != nil || !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "cgroup.kill") {
+	if c != nil || !errors.Is(err, os.ErrNotExist) ||
+		!strings.Contains(err.Error(), "cgroup.kill") {
 		t.Errorf("%v, %v", c, err)
 	}
 	if left, err := os.ReadDir(parent); err != nil || len(left) > 0 {
