@@ -18,7 +18,8 @@
  * What is one step here, and why nothing is lost by that:
  * - A standby's renewal, from its sending to the moment when it counts. Also the request for a
  *   lease and its key. If the answer came later, the candidate would know less: a lease that ends
- *   sooner. Whoever knows less does nothing that it could not do anyway.
+ *   sooner. Whoever knows less does nothing that it could not do anyway. (-DSTANDBY_RENEWALS has
+ *   renewals that a standby sends and that are answered after its win.)
  * - The read that verifies a win, the decision to lead, and the request for the job. Between that
  *   request and the start of the job any time may pass, so the read may be as old.
  * - The read that confirms a leader's renewal, and its counting, for the same reason.
@@ -65,6 +66,7 @@ mtype = { connecting, standby, leading, stopping };
 #define IDLE	0	/* there is none */
 #define SENT	1	/* under way to etcd */
 #define ACKED	2	/* etcd's leader has renewed the lease; a read has to confirm that */
+#define FORMER	3	/* a former leader has acknowledged it, and no read refuses that */
 
 /* What a standby's last renewal rests on. */
 #define OTHER	0	/* another raft term than that of etcd's leader */
@@ -76,6 +78,20 @@ bit lease[2];		/* it exists */
 byte remains[2];	/* of it */
 bit older;		/* whose newest key is the older one */
 bit former;		/* a former leader of etcd may still answer: another one was elected */
+
+/*
+ * For reads that a former leader answers (-DSTALE_READS, -DSTALE_WIN_READ): it has the key of i. A
+ * key that was made after the election of its successor it never sees, and of one that was deleted
+ * after that it does not learn.
+ */
+#if defined(STALE_READS) || defined(STALE_WIN_READ)
+bit has[2];
+#define formerHas(i)	has[i] = has[i] || lease[i]
+#define madeKey(i)	has[i] = 0
+#else
+#define formerHas(i)	skip
+#define madeKey(i)	skip
+#endif
 
 /* On the way */
 bit event[2];		/* of the watch: nobody is ahead */
@@ -234,8 +250,10 @@ inline begin(i) {
 #endif
 
 /* A former leader's acknowledgement counts, because no read refuses it. */
-#if defined(UNCONFIRMED_COUNTS) || defined(STALE_READS)
+#ifdef UNCONFIRMED_COUNTS
 #define unrefused	true
+#elif defined(STALE_READS)
+#define unrefused	has[i]
 #else
 #define unrefused	false
 #endif
@@ -274,10 +292,17 @@ end:	do
 #define mayRenew(i)	lease[i]
 #endif
 
+/* Who sends renewals that are answered later: a leader, or also the standby that becomes one. */
+#ifdef STANDBY_RENEWALS
+#define maySend(i)	(does[i] >= WAITING)
+#else
+#define maySend(i)	(does[i] >= TERM)
+#endif
+
 /* A renewal of a leader, until it counts or is lost. */
 proctype Renewal(byte i; byte r) {
 end:	do
-	:: d_step { does[i] >= TERM && request[r] == IDLE && left[i] < TTL && (faults || mayCount(i)) &&
+	:: d_step { maySend(i) && request[r] == IDLE && left[i] < TTL && (faults || mayCount(i)) &&
 		(mayRenew(i) || unrefused) ->
 		printf("@ %d %c.elector sends a renewal\n", tick, NAME(i));
 		request[r] = SENT; worth[r] = TTL }
@@ -288,7 +313,7 @@ end:	do
 	:: d_step { faults && request[r] == SENT && lease[i] -> remains[i] = LIFE }
 
 	/* The read that confirms it: our key is there, and the raft term is the same. */
-	:: d_step { request[r] == ACKED && mayCount(i) ->
+	:: d_step { request[r] == ACKED && does[i] >= TERM && mayCount(i) ->
 #ifdef KEY_UNREAD
 		printf("@ %d etcd answers %c, in the same raft term\n", tick, NAME(i));
 #else
@@ -297,12 +322,27 @@ end:	do
 		count(i, r) }
 
 	/* A former leader acknowledges it, and nobody else learns of it. */
-	:: d_step { request[r] == SENT && former && unrefused && mayCount(i) ->
+#ifdef UNCONFIRMED_COUNTS
+	:: d_step { request[r] == SENT && does[i] >= TERM && former && mayCount(i) ->
 		printf("@ %d etcd acknowledges the renewal of %c, by a former leader\n", tick, NAME(i));
-#ifdef STALE_READS
-		printf("@ %d etcd answers %c: its key is there, by a former leader\n", tick, NAME(i));
-#endif
 		count(i, r) }
+#endif
+#ifdef STANDBY_ANSWER_COUNTS
+	:: d_step { does[i] == WAITING && request[r] == IDLE && former ->
+		printf("@ %d %c.elector sends a renewal\n", tick, NAME(i));
+		printf("@ %d etcd acknowledges the renewal of %c, by a former leader\n", tick, NAME(i));
+		request[r] = FORMER; worth[r] = TTL }
+	:: d_step { request[r] == FORMER && does[i] >= TERM && mayCount(i) -> count(i, r) }
+#endif
+#ifdef STALE_READS
+	:: d_step { request[r] == SENT && former && has[i] ->
+		printf("@ %d etcd acknowledges the renewal of %c, by a former leader\n", tick, NAME(i));
+		request[r] = FORMER }
+	:: d_step { request[r] == FORMER && does[i] >= TERM && mayCount(i) ->
+		printf("@ %d etcd answers %c, by a former leader: its key is there, in the same raft term\n",
+			tick, NAME(i));
+		count(i, r) }
+#endif
 	:: d_step { request[r] == SENT && former && !unrefused ->
 		printf("@ %d etcd acknowledges the renewal of %c, by a former leader\n", tick, NAME(i));
 		printf("@ %d %c.elector reads another raft term: the renewal does not count\n", tick,
@@ -319,8 +359,16 @@ end:	do
 #define verified(i)	true
 #elif defined(WIN_UNCONFIRMED)
 #define verified(i)	first(i)
+#elif defined(STALE_WIN_READ)
+#define verified(i)	(has[i] || first(i) && basis[i] != OTHER)
 #else
 #define verified(i)	(first(i) && basis[i] != OTHER)
+#endif
+
+#ifdef LEADER_UNWATCHED
+#define watched(i)	false
+#else
+#define watched(i)	true
 #endif
 
 proctype Elector(byte i) {
@@ -330,12 +378,13 @@ end:	do
 	:: d_step { does[i] == OUT && !job[i] && !lease[i] && !revoke[i] ->
 		printf("@ %d %c.elector gets a lease, and is in the queue\n", tick, NAME(i));
 		lease[i] = 1; remains[i] = LIFE; older = 1-i; newest[i] = 1; event[i] = !lease[1-i];
+		madeKey(i);
 		does[i] = WAITING; left[i] = TTL; basis[i] = GRANT;
 		transit(candidate, state[i], connecting, standby) }
 	/* It gets the lease, but not the answer. */
 	:: d_step { faults && does[i] == OUT && !job[i] && !lease[i] && !revoke[i] ->
 		printf("@ %d etcd grants %c a lease, and the answer is lost\n", tick, NAME(i));
-		lease[i] = 1; remains[i] = LIFE; older = 1-i;
+		lease[i] = 1; remains[i] = LIFE; older = 1-i; madeKey(i);
 		transit(candidate, state[i], connecting, connecting) }
 
 	/* A standby's renewal: it counts; it arrives, and the answer is lost; a former leader
@@ -383,8 +432,9 @@ end:	do
 		printf("@ %d %c.elector asks the guard for the job again\n", tick, NAME(i));
 		start[i] = 1 }
 
-	/* The term ends: stop-at has passed, the lease is gone, the job has exited, or a stop. */
-	:: d_step { does[i] == TERM && (faults || !lease[i] || !inTime(left[i])) ->
+	/* The term ends: stop-at has passed, the lease is gone, the job has exited, or a stop. No step
+	   waits for the leader's watch. Without it only stop-at ends the term for certain. */
+	:: d_step { does[i] == TERM && (faults || watched(i) && !lease[i] || !inTime(left[i])) ->
 		printf("@ %d %c.elector ends its term\n", tick, NAME(i));
 		does[i] = ENDING; transit(candidate, state[i], leading, stopping) }
 	:: d_step { does[i] == ENDING && exited(i) -> release(i); campaignAgain(i) }
@@ -423,8 +473,10 @@ end:	do
  * The machine has killed the job while the lease still holds, however its clock drifts.
  * machines.pml shows why.
  */
-#if defined(NO_KILL_BY) || defined(KERNEL_LATE)
+#ifdef NO_KILL_BY
 #define killed(i)	true
+#elif defined(KERNEL_LATE)	/* The kill takes all of the margin: no part is left for the drift. */
+#define killed(i)	(!job[i] || left[i] > 1)
 #else
 #define killed(i)	(!job[i] || left[i] > DRIFT + 1)
 #endif
@@ -454,6 +506,7 @@ inline elected(i) {
 #else
 	remains[i] = (lease[i] -> LIFE : 0);
 #endif
+	formerHas(i);
 	basis[i] = (basis[i] == SAME -> OTHER : basis[i]);
 	if
 	:: request[SLOTS*i] == ACKED -> forget(SLOTS*i)

@@ -218,8 +218,10 @@ inline handleStops() {
 	fi
 }
 
+/* It takes a silent guard for hung from a margin before kill-by on: before the kill-by that the
+   guard knows, for it has answered pings until it hung. */
 #define mustStandIn	(guard == down || guard == hung && handleAlive && \
-	(left < MARGIN || handle != running || !first))
+	(until <= 2 * MARGIN || handle != running || !first))
 
 /* The spawner has reported that nothing is left, or it has exited, and nothing more is found. */
 #ifdef STAND_IN_UNPROVEN
@@ -305,7 +307,7 @@ end:	do
 
 #ifndef NO_STAND_IN
 	/* The guard has exited, or hangs while it has something to do: to start the job, to follow the
-	   exit of its first process, to kill. */
+	   exit of its first process, to kill. A margin before kill-by is soon enough. */
 	:: d_step { elector == up && !standsIn && mustStandIn ->
 		printf("@ %d a.elector learns that the guard is lost, and kills in its place\n", tick);
 		standsIn = 1; orderClose = (spawner != down);
@@ -503,20 +505,27 @@ end:	do
 
 /* ---- the spawner ---- */
 
+/* What the last check before the fork looks at. */
 #ifdef STARTS_LATE
-#define tooLate	(closed)
+#define pastStopAt	false
 #else
-#define tooLate	(closed || cancelled || !inTime(until))
+#define pastStopAt	(!inTime(until))
 #endif
+#ifdef STARTS_CANCELLED
+#define isCancelled	false
+#else
+#define isCancelled	cancelled
+#endif
+#define tooLate	(closed || isCancelled || pastStopAt)
 
 proctype Spawner() {
 end:	do
 	:: d_step { spawner == up && orderStart && fork == 0 && !kills ->
 		orderStart = 0;
 		if
-		:: tooLate || first -> printf("@ %d world a's spawner refuses the start\n", tick);
+		:: tooLate || first -> printf("@ %d a.spawner refuses the start\n", tick);
 			saysRefused = 1
-		:: else -> printf("@ %d world a's spawner makes the last check\n", tick);
+		:: else -> printf("@ %d a.spawner makes the last check\n", tick);
 			fork = 1
 		fi }
 	:: d_step { spawner == up && fork == 1 ->
@@ -537,11 +546,11 @@ end:	do
 	:: d_step { spawner == up && orderClose && fork != 1 -> orderClose = 0; kills = 1; closed = 1 }
 #ifndef GUARD_EXIT_IGNORED
 	:: d_step { spawner == up && guard == down && !closed && fork != 1 ->
-		printf("@ %d world a's spawner learns that the guard has exited\n", tick);
+		printf("@ %d a.spawner learns that the guard has exited\n", tick);
 		kills = 1; closed = 1 }
 #endif
 	:: d_step { spawner == up && kills && visible ->
-		printf("@ %d world a's spawner kills the job\n", tick);
+		printf("@ %d a.spawner kills the job\n", tick);
 		killAll() }
 	/* Nothing is left. When the guard has exited too, the spawner exits. */
 	:: d_step { spawner == up && (kills || closed && guard == down) && !first && !found &&
@@ -617,20 +626,30 @@ end:	do
 
 #define oneLess(t)	t = (t > 0 -> t - 1 : 0)
 
-/* A guard that the elector has given up counts as lost, even if it goes on. */
+/*
+ * Which of them may fail. A guard that the elector has given up counts as lost, even if it goes on.
+ * With -DTWO_FAULTS the elector may also fail beside one of the others, before it or after it. Of
+ * guard and spawner one has to live: see BOTH_KILLED.
+ */
+#ifdef ESCAPES	/* None of them fails: what the trace shows is the escape alone. */
+#define allWell	false
+#else
 #define allWell	(elector == up && guard == up && spawner == up && !standsIn)
-#ifdef TWO_FAULTS	/* The elector may also fail when the guard has exited, and the reverse. */
-#define electorFails	(elector == up && spawner == up && \
-	(guard == down || guard == up && !standsIn))
+#endif
+#ifdef TWO_FAULTS
+#define electorFails	(elector == up && \
+	(guard == down && spawner == up || guard == up && !standsIn))
 #define guardCrashes	(guard == up && spawner == up && !standsIn)
+#define spawnerFails	guardCrashes
 #else
 #define electorFails	allWell
 #define guardCrashes	allWell
+#define spawnerFails	allWell
 #endif
 #ifdef BOTH_KILLED	/* Guard and spawner may be killed at the same moment. */
 #define spawnerCrashes	(elector == up && guard != hung && spawner == up && !standsIn)
 #else
-#define spawnerCrashes	allWell
+#define spawnerCrashes	spawnerFails
 #endif
 
 proctype World() {
@@ -643,25 +662,25 @@ end:	do
 
 	/* One of the three crashes or hangs, while the other two are well. */
 	:: d_step { faults && electorFails ->
-		printf("@ %d world a's elector crashes\n", tick); elector = down }
+		printf("@ %d a.elector crashes\n", tick); elector = down }
 	:: d_step { faults && guardCrashes ->
-		printf("@ %d world a's guard crashes\n", tick); guard = down }
+		printf("@ %d a.guard crashes\n", tick); guard = down }
 	:: d_step { faults && spawnerCrashes ->
-		printf("@ %d world a's spawner crashes\n", tick); spawnerEnds() }
+		printf("@ %d a.spawner crashes\n", tick); spawnerEnds() }
 	:: d_step { faults && electorFails ->
-		printf("@ %d world a's elector hangs\n", tick); elector = hung }
+		printf("@ %d a.elector hangs\n", tick); elector = hung }
 	:: d_step { faults && allWell ->
-		printf("@ %d world a's guard hangs\n", tick); guard = hung }
-	:: d_step { faults && allWell ->
-		printf("@ %d world a's spawner hangs\n", tick); spawner = hung }
+		printf("@ %d a.guard hangs\n", tick); guard = hung }
+	:: d_step { faults && spawnerFails ->
+		printf("@ %d a.spawner hangs\n", tick); spawner = hung }
 	/* One that hangs goes on. */
 	:: d_step { faults && elector == hung ->
-		printf("@ %d world a's elector goes on\n", tick);
+		printf("@ %d a.elector goes on\n", tick);
 		elector = up }
 	:: d_step { (faults || elector == down) && guard == hung ->
-		printf("@ %d world a's guard goes on\n", tick); guard = up }
+		printf("@ %d a.guard goes on\n", tick); guard = up }
 	:: d_step { faults && spawner == hung ->
-		printf("@ %d world a's spawner goes on\n", tick);
+		printf("@ %d a.spawner goes on\n", tick);
 		spawner = up }
 
 #ifdef LIVE

@@ -69,7 +69,7 @@ type checker struct {
 	out         io.Writer
 	configs     *table
 	switches    *table
-	transitions map[string]bool // that spin has seen
+	transitions map[string]bool // that spin has seen: whether a configuration of CI takes it
 }
 
 // check runs everything, also after something has failed.
@@ -78,22 +78,20 @@ func (c *checker) check(ctx context.Context) error {
 		return err
 	}
 	var errs []error
-	all := true
 	try := func(row row, f func(context.Context, row) error) {
-		if !c.only.MatchString(row.name()) {
-			all = false
-		} else if ctx.Err() == nil {
+		if ctx.Err() == nil && c.only.MatchString(row.name()) {
 			if err := f(ctx, row); err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", row.name(), err))
 			}
 		}
 	}
+	all := true // CI's configurations
 	for _, row := range c.configs.rows {
-		if c.ci && row.get("ci") != "yes" {
-			all = false
-			continue
+		ci := row.get("ci") == "yes"
+		all = all && (!ci || c.only.MatchString(row.name()))
+		if ci || !c.ci {
+			try(row, c.exhaust)
 		}
-		try(row, c.exhaust)
 	}
 	for _, row := range c.switches.rows {
 		try(row, c.turnOff)
@@ -127,7 +125,7 @@ func (c *checker) exhaust(ctx context.Context, row row) error {
 		return fmt.Errorf("the search is not complete: %s", r.Cut)
 	}
 	for _, t := range r.Transitions {
-		c.transitions[t] = true
+		c.transitions[t] = c.transitions[t] || row.get("ci") == "yes"
 	}
 	states := fmt.Sprint(r.States)
 	_, _ = fmt.Fprintf(c.out, "%-28s %10s states %8.0f MB %7.1f s\n",
@@ -191,12 +189,16 @@ func (c *checker) replayKept(ctx context.Context, s search, row row) ([]string, 
 	return r.Trace, nil
 }
 
-// checkTransitions compares those seen with the kept ones. Only a run of everything sees them all.
+// checkTransitions compares those seen with the kept ones. If all configurations of CI have run,
+// these must take each of them: a table that is too wide would let the daemon do what the model
+// doesn't.
 func (c *checker) checkTransitions(all bool) error {
 	path := filepath.Join(c.dir, "transitions.txt")
 	seen := slices.Sorted(maps.Keys(c.transitions))
 	if c.update && all && len(seen) > 0 {
-		return os.WriteFile(path, []byte(text(seen)), 0o644)
+		if err := os.WriteFile(path, []byte(text(seen)), 0o644); err != nil {
+			return err
+		}
 	}
 	kept, err := lines(path)
 	if errors.Is(err, os.ErrNotExist) && len(seen) == 0 {
@@ -212,8 +214,8 @@ func (c *checker) checkTransitions(all bool) error {
 	}
 	for _, t := range kept {
 		if all && !c.transitions[t] {
-			err = errors.Join(err, fmt.Errorf("%s is not taken any more: "+
-				"run bin/model -update", t))
+			err = errors.Join(err, fmt.Errorf("%s is taken by no configuration of CI: "+
+				"run bin/model -update, or let CI run the one that takes it", t))
 		}
 	}
 	return err

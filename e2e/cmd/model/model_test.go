@@ -106,6 +106,38 @@ func TestDiffer(t *testing.T) {
 	}
 }
 
+// TestTransitions: the kept transitions are those that CI's configurations take, no fewer and no
+// more.
+func TestTransitions(t *testing.T) {
+	const one, two = "transition job NONE RUNNING", "transition job RUNNING DYING"
+	for _, test := range []struct {
+		name string
+		seen map[string]bool
+		all  bool
+		want string
+	}{
+		{"the same", map[string]bool{one: true, two: true}, true, ""},
+		{"a new one", map[string]bool{one: true, two: true, two + "2": true}, true, "is new"},
+		{"one too many", map[string]bool{one: true}, true, two + " is taken by no configuration"},
+		{"not in CI", map[string]bool{one: true, two: false}, true, two + " is taken by no"},
+		{"not all have run", map[string]bool{one: true}, false, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := &checker{dir: t.TempDir(), transitions: test.seen}
+			path := filepath.Join(c.dir, "transitions.txt")
+			if err := os.WriteFile(path, []byte(one+"\n"+two+"\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			switch err := c.checkTransitions(test.all); {
+			case err == nil && test.want != "":
+				t.Errorf("passed, want %q", test.want)
+			case err != nil && (test.want == "" || !strings.Contains(err.Error(), test.want)):
+				t.Errorf("%v, want %q", err, test.want)
+			}
+		})
+	}
+}
+
 // TestBars: a job's and a lease's time are read from the words of the models.
 func TestBars(t *testing.T) {
 	events, err := parseTrace([]string{
@@ -113,7 +145,7 @@ func TestBars(t *testing.T) {
 		"@ 0 a.elector has a lease, and leads",
 		"@ 0 a.job starts",
 		"@ 1 etcd drops the lease of b: it has expired",
-		"@ 1 world a's spawner kills the job",
+		"@ 1 a.spawner kills the job",
 		"@ 1 a.elector revokes its lease",
 		"@ 2 a.job starts",
 		"@ 2 a.guard kills the job",
@@ -233,6 +265,12 @@ func TestToy_KeptAndFoundAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantFailure(t, c, "NO_LOCK: line 2 of the kept trace is not found again")
+	path := filepath.Join(c.dir, "transitions.txt")
+	if err := os.WriteFile(path, []byte("transition job NONE RUNNING\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c.ci = true
+	wantFailure(t, c, "transition job NONE RUNNING is taken by no configuration of CI")
 }
 
 // TestToy_Slow: where CI has no time for the shortest trace, it still replays the kept one.

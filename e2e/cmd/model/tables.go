@@ -129,8 +129,8 @@ func (c *checker) pages() (pages, error) {
 		fmt.Fprintf(&configs, "| %s (`%s`) | %s | %s | %s | %s | %s |\n", r.name(), r.get("model"),
 			options, r.get("states"), r.get("MB"), r.get("seconds"), r.get("ci"))
 	}
-	switches.WriteString("| switch | step | what is turned off | what breaks | time line | " +
-		"seconds |\n|---|---|---|---|---|---|\n")
+	switches.WriteString("| switch | model | step | what is turned off | what breaks | " +
+		"time line | seconds |\n|---|---|---|---|---|---|---|\n")
 	for _, r := range c.switches.rows {
 		events, err := c.readTrace(r)
 		if err != nil {
@@ -141,10 +141,14 @@ func (c *checker) pages() (pages, error) {
 			return p, err
 		}
 		p.files[c.kept(r, ".svg")] = picture
-		length := fmt.Sprintf("[%d steps, %d ticks](traces/%s.svg)",
-			len(events), events[len(events)-1].tick, c.key(r))
-		fmt.Fprintf(&switches, "| `%s` | %s | %s | %s | %s | %s |\n",
-			r.name(), r.get("step"), r.get("turns off"), r.get("breaks"), length, r.get("seconds"))
+		ticks := fmt.Sprintf("%d ticks", events[len(events)-1].tick)
+		if ticks == "1 ticks" {
+			ticks = "1 tick"
+		}
+		length := fmt.Sprintf("[%d steps, %s](traces/%s.svg)", len(events), ticks, c.key(r))
+		fmt.Fprintf(&switches, "| `%s` | `%s` | %s | %s | %s | %s | %s |\n", r.name(),
+			r.get("model"), r.get("step"), r.get("turns off"), r.get("breaks"), length,
+			r.get("seconds"))
 	}
 	p.sections = map[string]string{"configs": configs.String(), "switches": switches.String()}
 	return p, nil

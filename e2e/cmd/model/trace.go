@@ -18,12 +18,8 @@ type event struct {
 	actor, text string
 }
 
-// A line of the world about a process is in that process's lane.
-var (
-	eventLine = regexp.MustCompile(
-		`^@ (\d+) (etcd|operator|world|[ab]\.(?:elector|guard|job)) (.+)$`)
-	worldProcess = regexp.MustCompile(`^([ab])'s (elector|guard|spawner) (.+)$`)
-)
+var eventLine = regexp.MustCompile(
+	`^@ (\d+) (etcd|operator|world|[ab]\.(?:elector|guard|spawner|job)) (.+)$`)
 
 const longestTrace = 100 // that a reader follows
 
@@ -45,11 +41,7 @@ func parseTrace(all []string) (events []event, err error) {
 		if err != nil {
 			return nil, err
 		}
-		actor, text := m[2], m[3]
-		if p := worldProcess.FindStringSubmatch(text); actor == "world" && p != nil {
-			actor, text = p[1]+"."+p[2], p[3]
-		}
-		events = append(events, event{tick, actor, text})
+		events = append(events, event{tick, m[2], m[3]})
 	}
 	if len(all) > longestTrace {
 		return nil, fmt.Errorf("the trace has %d lines: nobody reads more than %d",
