@@ -31,7 +31,7 @@ const (
 
 // lanes are the actors, from left to right. The two jobs are side by side.
 var lanes = []string{
-	"etcd", "a.elector", "a.guard", "a.spawner", "a.job",
+	"etcd", "a.next", "a.replaced", "a.elector", "a.guard", "a.spawner", "a.job",
 	"b.job", "b.spawner", "b.guard", "b.elector", "operator", "world",
 }
 
@@ -94,6 +94,8 @@ func bars(events []event) (found []bar) {
 var broken = map[string]string{
 	"two-jobs":     "two jobs run at once",
 	"token":        "the token of this job is not higher than that of an earlier one",
+	"after-stop":   "the job is asked for, although the user has asked the daemon to stop",
+	"run-again":    "the job runs again, although it had exited for good",
 	"early-revoke": "the lease is revoked while the job is alive",
 	"no-leader":    "and so on: no job runs any more",
 }

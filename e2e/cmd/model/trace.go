@@ -19,7 +19,7 @@ type event struct {
 }
 
 var eventLine = regexp.MustCompile(
-	`^@ (\d+) (etcd|operator|world|[ab]\.(?:elector|guard|spawner|job)) (.+)$`)
+	`^@ (\d+) (etcd|operator|world|[ab]\.(?:elector|replaced|guard|spawner|job|next)) (.+)$`)
 
 const longestTrace = 100 // that a reader follows
 
@@ -133,6 +133,8 @@ var properties = map[string]string{
 	"never two jobs": "two-jobs",
 	"tokens rise":    "token",
 	"never revoked before the job has exited": "early-revoke",
+	"never run again in one term":             "run-again",
+	"never started after a stop":              "after-stop",
 }
 
 var (
