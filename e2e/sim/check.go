@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,27 +20,37 @@ type checker struct {
 	recovery   time.Duration
 }
 
-// action is what an operator did to a key or lease. It excuses the job that depends on it, for as
-// long as that job can live by its last renewal.
+// action is what an operator did to a candidate. It excuses the job of that candidate, for as long
+// as the job can live by its last renewal.
 type action struct {
-	lease int64
+	lease int64 // the candidate's
+	deed  deed
 	at    time.Duration
 }
+
+type deed string
+
+// An overwritten key excuses nothing: it keeps its create revision, and so keeps all others waiting
+// until its candidate has ended the job and removed it.
+const (
+	keyDeleted   deed = "key deleted"
+	leaseRevoked deed = "lease revoked"
+)
 
 // winOnItsWay is how long after an action a job may still be started, by a win that was proven
 // before.
 const winOnItsWay = 5 * time.Second / 2
 
-func (c *checker) did(lease int64) { c.actions = append(c.actions, action{lease, c.w.now()}) }
+func (c *checker) did(lease int64, what deed) {
+	c.actions = append(c.actions, action{lease, what, c.w.now()})
+}
 
-// excused reports whether an action is the reason for whatever happens to the job now.
-func (c *checker) excused(j *job) bool {
-	for _, a := range c.actions {
-		if a.lease == j.lease && j.startedAt < a.at+winOnItsWay && c.w.now() <= a.at+c.w.s.TTL {
-			return true
-		}
-	}
-	return false
+// excused reports whether such an action is the reason for what happens to the job now.
+func (c *checker) excused(j *job, by ...deed) bool {
+	return slices.ContainsFunc(c.actions, func(a action) bool {
+		return a.lease == j.lease && slices.Contains(by, a.deed) &&
+			j.startedAt < a.at+winOnItsWay && c.w.now() <= a.at+c.w.s.TTL
+	})
 }
 
 func (c *checker) violation(format string, args ...any) {
@@ -53,21 +64,28 @@ func (c *checker) started(j *job) {
 	c.terms++
 	j.startedAt = c.w.now()
 	j.d.note("job %d starts, lease %x", j.token, j.lease)
-	if j.token <= c.token && !c.excused(j) {
+	if j.token <= c.token && !c.excused(j, keyDeleted, leaseRevoked) {
 		c.violation("%v starts after one with the token %d", j, c.token)
 	}
 	c.token = max(c.token, j.token)
 	c.overlaps(j)
 }
 
-// overlaps checks that no other job is alive beside this one, unless an action excuses one of both.
+// overlaps checks that no other job is alive beside this one. Only the job with the lower token may
+// be, if an operator has ended its term: by that the other one has won.
 func (c *checker) overlaps(j *job) {
 	for _, d := range c.w.daemons {
 		other := d.job
-		if other == nil || other == j || !other.alive() || c.excused(other) || c.excused(j) {
+		if other == nil || other == j || !other.alive() {
 			continue
 		}
-		c.once(j, "%v is alive beside %v", j, other)
+		older := j
+		if other.token < j.token {
+			older = other
+		}
+		if !c.excused(older, keyDeleted, leaseRevoked) {
+			c.once(j, "%v is alive beside %v", j, other)
+		}
 	}
 }
 
@@ -102,9 +120,9 @@ func (c *checker) watch(stop chan struct{}) {
 
 // look checks one daemon.
 func (c *checker) look(d *daemon) {
-	if j := d.job; j != nil && j.alive() && !c.excused(j) {
+	if j := d.job; j != nil && j.alive() {
 		c.overlaps(j)
-		if !c.w.cluster.HasLease(j.lease) {
+		if !c.w.cluster.HasLease(j.lease) && !c.excused(j, leaseRevoked) {
 			c.once(j, "etcd has dropped the lease %x, and %v is alive", j.lease, j)
 		}
 	}
@@ -115,7 +133,7 @@ func (c *checker) look(d *daemon) {
 	if !s.Leading || d.clock.now() >= s.Deadlines.StopAt {
 		return
 	}
-	if j := d.job; j != nil && j.lease == s.LeaseID && c.excused(j) {
+	if j := d.job; j != nil && j.lease == s.LeaseID && c.excused(j, keyDeleted, leaseRevoked) {
 		return
 	}
 	if created := c.w.cluster.Created(s.Leader.Key); created != s.Leader.Token {
@@ -125,19 +143,25 @@ func (c *checker) look(d *daemon) {
 }
 
 // settled checks that without faults one job runs in time, and goes on, and that all others wait
-// behind it, also one whose key is deleted. Then it takes one member of etcd away, or the leader
-// from etcd: from a TTL of 5 s up that moves no job, and nobody is kept out of the election.
+// behind it, also one whose key is deleted. If the leader's key is deleted, its job is killed at
+// once. Then it takes one member of etcd away, or the leader from etcd: from a TTL of 5 s up that
+// moves no job, and nobody is kept out of the election.
 func (c *checker) settled() {
 	began := c.w.now()
 	c.settle("the last fault")
 	c.recovery = c.w.now() - began
 	time.Sleep(c.w.s.TTL) // what a fault began may still end a term
 	leads := c.settle("a TTL after the last fault")
-	if leads == nil || !c.stays(leads, "without a fault") || c.w.s.TTL < 5*time.Second {
+	if leads == nil || !c.stays(leads, "without a fault") {
 		return
 	}
 	r := c.w.random("settled")
 	if c.deleteStandby(leads, r.IntN(Daemons)); !c.stays(leads, "a standby's key was deleted") {
+		return
+	}
+	c.deleteLeader(leads)
+	leads = c.settle("the leader's key was deleted")
+	if leads == nil || c.w.s.TTL < 5*time.Second {
 		return
 	}
 	m := 1 + r.IntN(3)
@@ -166,6 +190,22 @@ func (c *checker) deleteStandby(leads *job, from int) {
 	}
 	c.w.note("oper", "deletes the key of %s, a standby", d.name)
 	c.w.cluster.DeleteKey(keyOf(d.elector.lease))
+}
+
+// deleteLeader deletes the key of the leader. Its watch shows that at once; its next renewal would
+// take up to a fifth of the TTL.
+func (c *checker) deleteLeader(leads *job) {
+	c.w.mu.Lock()
+	c.w.note("oper", "deletes the key of %s, which leads", leads.d.name)
+	c.did(leads.lease, keyDeleted)
+	c.w.cluster.DeleteKey(leads.key)
+	c.w.mu.Unlock()
+	time.Sleep(50 * time.Millisecond)
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
+	if leads.alive() && !leads.killing {
+		c.violation("%v is not killed at once when its key is deleted", leads)
+	}
 }
 
 // settle waits until all daemons are in order, and returns the job that runs; nil: it takes too

@@ -1,7 +1,9 @@
 package sim
 
 import (
+	"cmp"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -49,6 +51,7 @@ func init() {
 		"etcd-leader-moved":      {4, 0, moveLeader, nil},
 		"etcd-leader-stale":      {5, 1.2, pauseLeader, resumeMember},
 		"etcd-leader-stale-only": {6, 1, staleOnly, resumeMember},
+		"etcd-leader-stale-win":  {6, 1, staleWin, resumeMember},
 		"etcd-no-leader":         {2, 0.8, noLeader, nil},
 		"member-paused":          {4, 1.5, pauseMember, resumeMember},
 		"member-stopped": {
@@ -64,7 +67,7 @@ func init() {
 		"link-down":          {5, 1.6, downLink, upLink},
 		"link-lossy":         {4, 2, lossyLink, upLink},
 		"link-slow":          {4, 2, slowLink, upLink},
-		"link-dies":          {4, 2, dyingLink, upLink},
+		"link-dies":          {4, 0, dyingLink, nil},
 		"link-out-lost":      {2, 1.6, outLost, upLink},
 		"link-in-lost":       {3, 1.6, inLost, upLink},
 		"link-twice":         {3, 2, twiceLink, upLink},
@@ -168,14 +171,61 @@ func pauseLeader(w *world, f *Fault) {
 func staleOnly(w *world, f *Fault) {
 	pauseLeader(w, f)
 	m, d := w.member(f), w.daemon(f)
-	others := slices.DeleteFunc([]int{1, 2, 3}, func(o int) bool { return o == m })
 	down := &link{requestsLost: 1, answersLost: 1}
-	set := func(after time.Duration, members []int, l *link) {
-		time.AfterFunc(after, func() { w.network.set(d.name, members, l) })
+	w.linkLater(max(0, f.Lasts-w.s.TTL/5), d, without(m), down)
+	w.linkLater(f.Lasts+time.Duration((0.8+0.4*f.Level)*float64(w.hear)), d, []int{m}, down)
+	w.linkLater(f.Lasts+w.s.TTL*3/2, d, []int{1, 2, 3}, nil)
+}
+
+func without(member int) []int {
+	return slices.DeleteFunc([]int{1, 2, 3}, func(m int) bool { return m == member })
+}
+
+// staleWin pauses etcd's leader as pauseLeader does. When it goes on, it is the only member that
+// the first standby's requests reach, so it acknowledges that standby's renewal. Then the leader's
+// key is deleted, which the standby hears from any member. In half of the cases no request of the
+// standby arrives any more. In the others the member has heard of its successor by then, and the
+// standby's requests reach it for a moment: perhaps the read of its win, and not the next renewal.
+func staleWin(w *world, f *Fault) {
+	pauseLeader(w, f)
+	w.later(max(0, f.Lasts-w.s.TTL/5), func() {
+		queue := w.queue()
+		if len(queue) < 2 {
+			return
+		}
+		leads, next, m := queue[0], w.daemons[queue[1]], w.member(f)
+		part, lost := math.Mod(2*f.Level, 1), &link{requestsLost: 1}
+		w.network.set(next.name, without(m), lost)
+		resumed := min(f.Lasts, w.s.TTL/5)
+		won := resumed + time.Duration(part*float64(w.s.TTL)/10)
+		cut := won
+		if f.Level < 0.5 {
+			won = resumed + w.hear + time.Duration(part*float64(w.s.TTL)/20)
+			slow := &link{answerDelay: w.s.TTL / 20, leastDelay: 0.5}
+			w.linkLater(won, next, []int{m}, slow)
+			cut = won + time.Duration(math.Mod(100*f.Level, 1)*float64(w.s.TTL)/10)
+		}
+		w.later(won, func() { deleteKey(w, &Fault{Daemon: leads}) })
+		w.linkLater(cut, next, []int{m}, lost)
+		w.linkLater(won+w.s.TTL*3/2, next, []int{1, 2, 3}, nil)
+	})
+}
+
+// queue returns the numbers of the daemons that have a key, the leader's first.
+func (w *world) queue() (queue []int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	created := map[int]int64{}
+	for i, d := range w.daemons {
+		if d.elector == nil {
+			continue
+		}
+		if created[i] = w.cluster.Created(keyOf(d.elector.lease)); created[i] != 0 {
+			queue = append(queue, i)
+		}
 	}
-	set(max(0, f.Lasts-w.s.TTL/5), others, down)
-	set(f.Lasts+time.Duration((0.8+0.4*f.Level)*float64(w.hear)), []int{m}, down)
-	set(f.Lasts+w.s.TTL*3/2, []int{1, 2, 3}, nil)
+	slices.SortFunc(queue, func(a, b int) int { return cmp.Compare(created[a], created[b]) })
+	return queue
 }
 
 func noLeader(w *world, f *Fault) {
@@ -208,6 +258,19 @@ func lagMember(w *world, f *Fault) {
 	w.cluster.Lag(w.member(f), time.Duration(f.Level*float64(w.s.TTL)))
 }
 
+// later does something, unless all faults are over by then.
+func (w *world) later(after time.Duration, do func()) {
+	time.AfterFunc(after, func() {
+		if !w.over.Load() {
+			do()
+		}
+	})
+}
+
+func (w *world) linkLater(after time.Duration, d *daemon, members []int, l *link) {
+	w.later(after, func() { w.network.set(d.name, members, l) })
+}
+
 func (w *world) setLink(f *Fault, l *link) {
 	w.member(f)
 	w.network.set(w.daemon(f).name, f.Members, l)
@@ -230,12 +293,15 @@ func slowLink(w *world, f *Fault) {
 	w.setLink(f, &link{requestDelay: most / 2, answerDelay: most})
 }
 
-// dyingLink is slow at first, and then down.
+// dyingLink is slow at first, and then down for as long as a renewal counts. An answer that takes
+// longer than a fifth of the TTL is not waited for.
 func dyingLink(w *world, f *Fault) {
 	f.Members = []int{1, 2, 3}
-	most := time.Duration(f.Level * float64(w.s.TTL) / 2)
-	w.setLink(f, &link{answerDelay: most})
-	time.AfterFunc(f.Lasts/3, func() { downLink(w, f) })
+	most := time.Duration(f.Level * float64(w.s.TTL) / 5)
+	w.setLink(f, &link{answerDelay: most, leastDelay: 0.8})
+	slow := w.s.TTL/4 + most
+	w.later(slow, func() { downLink(w, f) })
+	w.later(slow+w.s.TTL*5/4, func() { upLink(w, f) })
 }
 
 func resetLink(w *world, f *Fault) {

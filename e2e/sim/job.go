@@ -43,7 +43,7 @@ func (d *daemon) startJob(t elect.Term) *job {
 	j := &job{
 		d: d, token: t.Token, lease: t.LeaseID, key: t.Key,
 		stopAt: t.Deadlines.StopAt, killBy: t.Deadlines.KillBy, graceEnd: forever, exitAt: forever,
-		stopTakes: time.Duration(d.random.Float64() * float64(2*t.Timing.LossGrace)),
+		stopTakes: time.Duration(d.random.Float64() * float64(4*t.Timing.LossGrace)),
 		killTakes: time.Duration(d.random.Float64() * float64(killBound(t.Timing))),
 		gone:      make(chan struct{}),
 	}

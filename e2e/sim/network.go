@@ -14,6 +14,7 @@ import (
 type link struct {
 	requestsLost, answersLost, twice float64       // shares
 	requestDelay, answerDelay        time.Duration // at most
+	leastDelay                       float64       // at least this share of both
 }
 
 // network decides about each message. A client is named after its daemon and its process: a.3.
@@ -54,8 +55,9 @@ func (n *network) verdict(client, member, _ string) (v simetcd.Verdict) {
 	v.DropRequest = r.Float64() < l.requestsLost
 	v.DropAnswer = r.Float64() < l.answersLost
 	v.Duplicate = r.Float64() < l.twice
-	v.Delay = time.Duration(r.Float64() * float64(l.requestDelay))
-	v.AnswerDelay = time.Duration(r.Float64() * float64(l.answerDelay))
+	share := func() float64 { return l.leastDelay + (1-l.leastDelay)*r.Float64() }
+	v.Delay = time.Duration(share() * float64(l.requestDelay))
+	v.AnswerDelay = time.Duration(share() * float64(l.answerDelay))
 	return v
 }
 

@@ -68,6 +68,7 @@ type world struct {
 
 	noLeaderUntil atomic.Int64 // in virtual nanoseconds: etcd elects nobody before
 	away          int          // members that a fault has taken away, in bits
+	over          atomic.Bool  // all faults are over
 
 	mu  sync.Mutex // guards the guards, jobs and the checker
 	log struct {
@@ -223,6 +224,7 @@ func (w *world) elections(stop chan struct{}) {
 
 // recover ends what faults may have left behind.
 func (w *world) recover() {
+	w.over.Store(true)
 	w.note("fault", "all faults are over")
 	for m := 1; m <= 3; m++ {
 		w.cluster.Start(m)
