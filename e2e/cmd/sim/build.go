@@ -70,7 +70,10 @@ func seededn(n uint32) uint32 {
 	{"proc.go", "if pp.schedtick%61 == 0 && !sched.runq.empty() {", "if false {"},
 	// For speed alone: the heap only grows within a run, and gRPC's goroutines need more than 2 kB.
 	{"mem_linux.go", "if debug.disablethp != 0 {", "sysHugePageOS(v, n)\n\tif false {"},
-	{"stack.go", "var startingStackSize uint32 = fixedStack", "var startingStackSize uint32 = 8 << 10"},
+	{
+		"stack.go", "var startingStackSize uint32 = fixedStack",
+		"var startingStackSize uint32 = 8 << 10",
+	},
 }
 
 // build compiles the simulation with the changed runtime, and with the mutation's patch if it is

@@ -16,7 +16,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 )
@@ -41,23 +43,24 @@ func command(args []string) int {
 	if *mutations {
 		return complain(findMutations(ctx, *seed, *procs))
 	}
-	binary := binaryOf(*patch)
-	if err := build(ctx, binary, *patch); err != nil {
+	first := child{binary: binaryOf(*patch), patch: *patch, seed: *seed}
+	if err := build(ctx, first.binary, *patch); err != nil {
 		return complain(err)
 	}
 	if *log || *keep != "" {
-		return complain(show(ctx, child{binary: binary, seed: *seed, keep: *keep, log: true}))
+		first.keep, first.log = *keep, true
+		return complain(show(ctx, first))
 	}
-	began := time.Now()
-	if err := repeat(ctx, child{binary: binary, seed: *seed}); err != nil {
+	if err := repeat(ctx, first); err != nil {
 		return complain(err)
 	}
-	figures, failed := search(ctx, binary, *seed, (*faults+perRun-1)/perRun, *procs)
+	began := time.Now()
+	figures, failed := search(ctx, first, (*faults+perRun-1)/perRun, *procs)
 	fmt.Println(figures.report(time.Since(began)))
 	if failed == nil {
 		return 0
 	}
-	fmt.Println(shrink(ctx, binary, *failed))
+	fmt.Println(shrink(ctx, first, *failed, *procs))
 	return 1
 }
 
@@ -76,7 +79,7 @@ func complain(err error) int {
 	return 1
 }
 
-// findMutations requires that each mutation is found within a minute.
+// findMutations requires that each mutation is found within a minute, by what its patch says.
 func findMutations(ctx context.Context, seed uint64, procs int) error {
 	patches, err := filepath.Glob("e2e/sim/mutations/*.patch")
 	if err != nil {
@@ -84,27 +87,58 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 	}
 	missed := 0
 	for _, patch := range patches {
-		name := strings.TrimSuffix(filepath.Base(patch), ".patch")
-		binary := binaryOf(patch)
+		c := child{binary: binaryOf(patch), patch: patch, seed: seed}
+		by, err := foundBy(patch)
+		if err != nil {
+			return err
+		}
 		began := time.Now()
-		if err := build(ctx, binary, patch); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+		if err := build(ctx, c.binary, patch); err != nil {
+			return fmt.Errorf("%s: %w", patch, err)
 		}
-		built := time.Now()
-		within, cancel := context.WithTimeout(ctx, time.Minute)
-		figures, failed := search(within, binary, seed, 1_000_000, procs)
-		cancel()
-		fmt.Printf("%-24s compiled in %4.1f s, ", name, built.Sub(began).Seconds())
-		if failed == nil {
+		fmt.Printf("%-21s compiled in %4.1f s, ",
+			strings.TrimSuffix(filepath.Base(patch), ".patch"), time.Since(began).Seconds())
+		if !find(ctx, c, by, procs) {
 			missed++
-			fmt.Printf("NOT FOUND in %d faults\n", figures.faults)
-			continue
 		}
-		fmt.Printf("found in %4.1f s, %5d faults, seed %d: %s\n", time.Since(built).Seconds(),
-			figures.faults, failed.Seed, failed.Violations[0])
 	}
 	if missed > 0 || len(patches) == 0 {
 		return fmt.Errorf("%d of %d mutations were not found", missed, len(patches))
 	}
 	return nil
+}
+
+// foundBy returns what the patch says about the violation by which it is found.
+func foundBy(patch string) (*regexp.Regexp, error) {
+	text, err := os.ReadFile(patch)
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if by, found := strings.CutPrefix(line, "Found: "); found {
+			return regexp.Compile(strings.TrimSpace(by))
+		}
+	}
+	return nil, fmt.Errorf("%s does not say by what it is found", patch)
+}
+
+// find reports whether the first run that fails within a minute fails by such a violation.
+func find(ctx context.Context, c child, by *regexp.Regexp, procs int) bool {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	began := time.Now()
+	figures, failed := search(ctx, c, 1_000_000, procs)
+	if failed == nil {
+		fmt.Printf("NOT FOUND in %d runs\n", figures.runs)
+		return false
+	}
+	fmt.Printf("found in %4.1f s, %3d runs, seed %d: ",
+		time.Since(began).Seconds(), figures.runs, failed.Seed)
+	i := slices.IndexFunc(failed.Violations, by.MatchString)
+	if i < 0 {
+		fmt.Printf("NOT BY %v: %q\n", by, failed.Violations)
+		return false
+	}
+	fmt.Println(failed.Violations[i])
+	return true
 }

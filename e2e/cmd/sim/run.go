@@ -18,6 +18,7 @@ import (
 // what the first one has left in caches and pools changes how often the runtime draws a number.
 type child struct {
 	binary string
+	patch  string // that was applied to it; "": none
 	seed   uint64
 	keep   string // "": all faults
 	log    bool
@@ -84,21 +85,22 @@ func (f *figures) add(s sim.Summary) {
 	f.recovery = max(f.recovery, s.Recovery)
 }
 
-// search makes the runs, several at a time, until one fails.
+// search makes that many runs, several at a time, until one fails. The first one is given.
 func search(
-	ctx context.Context, binary string, seed uint64, runs, procs int,
+	ctx context.Context, first child, runs, procs int,
 ) (f figures, failed *sim.Summary) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var mu sync.Mutex
-	next, end := seed, seed+uint64(runs)
+	next, end := first.seed, first.seed+uint64(runs)
 	var working sync.WaitGroup
 	for range procs {
 		working.Go(func() {
 			mu.Lock()
 			defer mu.Unlock()
 			for ctx.Err() == nil && next < end {
-				c := child{binary: binary, seed: next}
+				c := first
+				c.seed = next
 				next++
 				mu.Unlock()
 				s := c.run(ctx)
