@@ -25,6 +25,11 @@
  * - The read that confirms a leader's renewal, and its counting, for the same reason.
  * - A former leader's acknowledgement of a leader's renewal, and the read that refuses it.
  *
+ * -DEARLY_START is a change that the daemon does not have yet. A standby whose last renewal is
+ * confirmed, as a leader's is, starts when its watch shows that nobody is ahead, without another
+ * read. The first in the queue need not know yet that it is the first. From then on people treat it
+ * as a leader.
+ *
  * There is no bound on the number of leases, terms, renewals, faults, or etcd's leaders.
  *
  * A line that begins with @ is for the reader of a trace: the tick, who, and what.
@@ -71,7 +76,7 @@ mtype = { connecting, standby, leading, stopping };
 /* What a standby's last renewal rests on. */
 #define OTHER	0	/* another raft term than that of etcd's leader */
 #define SAME	1
-#define GRANT	2	/* a majority granted the lease */
+#define GRANT	2	/* a majority granted the lease, or a read has confirmed the renewal */
 
 /* etcd. A lease and its key are one here: who deletes the key makes the same trouble. */
 bit lease[2];		/* it exists */
@@ -168,13 +173,24 @@ inline forgetAll(i) {
 	forget(SLOTS*i + SLOTS - 1)
 }
 
+/*
+ * The watch shows events in the order in which they happened. If our own key was deleted before the
+ * last one ahead of it, we learn of that first. So the event says: when nobody was ahead any more,
+ * our key was there.
+ */
+#ifdef EVENTS_UNORDERED
+#define isThere(i)	true
+#else
+#define isThere(i)	lease[i]
+#endif
+
 /* The lease is gone, and the key with it. The other one's watch shows that, at some time. */
 inline deleteKey(i) {
 	lease[i] = 0;
 	remains[i] = 0;
 	forgetAll(i);
 	if
-	:: lease[1-i] && does[1-i] == WAITING -> event[1-i] = 1
+	:: isThere(1-i) && does[1-i] == WAITING -> event[1-i] = 1
 	:: else
 	fi
 }
@@ -239,6 +255,8 @@ inline begin(i) {
 /* What people do not do: revoke the lease of a candidate that leads. */
 #ifdef OPERATOR
 #define mayRevoke(i)	true
+#elif defined(EARLY_START) && !defined(HEAD_REVOKED)
+#define mayRevoke(i)	(does[i] < TERM && !job[i] && !(does[i] == WAITING && first(i)))
 #else
 #define mayRevoke(i)	(does[i] < TERM && !job[i])
 #endif
@@ -365,6 +383,21 @@ end:	do
 #define verified(i)	(first(i) && basis[i] != OTHER)
 #endif
 
+inline lead(i) {
+	does[i] = TERM; start[i] = 1; event[i] = 0; basis[i] = OTHER;
+	if
+	:: state[i] == connecting -> transit(candidate, state[i], connecting, leading)
+	:: state[i] == standby -> transit(candidate, state[i], standby, leading)
+	fi
+}
+
+/* Whether the next in line may start without another read (-DEARLY_START). */
+#ifdef STANDBY_UNCONFIRMED
+#define confirmed(i)	true
+#else
+#define confirmed(i)	(basis[i] == GRANT)
+#endif
+
 #ifdef LEADER_UNWATCHED
 #define watched(i)	false
 #else
@@ -419,11 +452,26 @@ end:	do
 		printf("@ %d etcd answers %c: its key is the oldest\n", tick, NAME(i));
 #endif
 		printf("@ %d %c.elector leads, and asks the guard for the job\n", tick, NAME(i));
-		does[i] = TERM; start[i] = 1; event[i] = 0; basis[i] = OTHER;
-		if
-		:: state[i] == connecting -> transit(candidate, state[i], connecting, leading)
-		:: state[i] == standby -> transit(candidate, state[i], standby, leading)
-		fi }
+		lead(i) }
+#ifdef EARLY_START
+	/* Its last renewal is confirmed, and the watch shows that nobody is ahead. That is enough. */
+	:: d_step { does[i] == WAITING && event[i] && inTime(left[i]) && confirmed(i) ->
+		printf("@ %d %c.elector learns that nobody is ahead\n", tick, NAME(i));
+		printf("@ %d %c.elector leads without a read, and asks the guard for the job\n", tick,
+			NAME(i));
+		lead(i) }
+	/* It renews as a leader does: a read shows that its key is there, in the same raft term. */
+	:: d_step { does[i] == WAITING && lease[i] && (left[i] < TTL || basis[i] != GRANT) ->
+		printf("@ %d %c.elector renews its lease, and a read confirms that\n", tick, NAME(i));
+		remains[i] = LIFE; left[i] = TTL; basis[i] = GRANT }
+#endif
+#ifdef COMPACTION_MISSED
+	/* The watch has missed events, since etcd has compacted them. It begins anew with a read, and
+	   that looks only at who is ahead. */
+	:: d_step { does[i] == WAITING && !event[i] && !lease[1-i] ->
+		printf("@ %d %c.elector reads the queue anew: nobody is ahead\n", tick, NAME(i));
+		event[i] = 1 }
+#endif
 	/* It has won after stop-at, or ends its session for another reason. */
 	:: d_step { faults && does[i] == WAITING -> release(i); campaignAgain(i) }
 

@@ -269,7 +269,7 @@ func TestToy_KeptAndFoundAgain(t *testing.T) {
 	if err := os.WriteFile(path, []byte("transition job NONE RUNNING\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	c.ci = true
+	c.ci, c.only = true, regexp.MustCompile("plain")
 	wantFailure(t, c, "transition job NONE RUNNING is taken by no configuration of CI")
 }
 
