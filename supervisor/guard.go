@@ -52,12 +52,12 @@ func (s *Supervisor) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-exited:
-			return s.guardLost("guard exited")
+			return s.guardLost("guard exited", messages)
 		case m := <-messages:
 			s.receive(m, &p)
 		case <-tick.C:
 			if s.unreachable.Load() || s.guardHangs(p.sent-p.answered) {
-				return s.guardLost("guard hangs")
+				return s.guardLost("guard hangs", messages)
 			}
 			// If the job should be gone by now, we ping the guard even if our own loops hang:
 			// nobody else would notice.

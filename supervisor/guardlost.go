@@ -13,13 +13,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
 )
 
 // guardLost kills the job in the place of a guard that has exited or hangs. Then it kills the
 // guard. It returns ErrGuardLost when both are proven gone.
-func (s *Supervisor) guardLost(why string) error {
-	k := killInGuardsPlace{s: s, why: why, began: boottime.Now(), spawnerDone: s.spawnerDone}
+func (s *Supervisor) guardLost(why string, messages <-chan ipc.Message) error {
+	k := killInGuardsPlace{
+		s: s, why: why, messages: messages, began: boottime.Now(), spawnerDone: s.spawnerDone,
+	}
 	k.begin()
 	for !k.step() {
 		k.pause()
@@ -34,13 +37,18 @@ func (s *Supervisor) guardLost(why string) error {
 // It starts nothing any more, even if an earlier request of the guard reaches it. We also kill the
 // spawner's descendants ourselves, because we see more of them at a time.
 //
+// The guard may go on meanwhile. If it took us for silent, it would kill us, and nobody would renew
+// the lease of a job that can't be killed. So we go on pinging it.
+//
 // A guard that is PID 1 can't be killed from inside its namespace. We leave it alone when nothing
 // of the job is left.
 type killInGuardsPlace struct {
-	s   *Supervisor
-	why string
+	s        *Supervisor
+	why      string
+	messages <-chan ipc.Message // the guard's, which are of no interest any more
 
 	began       time.Duration
+	pingAt      time.Duration
 	complainAt  time.Duration
 	alive       bool              // there was a job
 	procs       *proctree.Scanner // nil: the process table can't be read
@@ -149,7 +157,12 @@ func (k *killInGuardsPlace) pause() {
 	select {
 	case <-k.spawnerDone:
 		k.spawnerDone = nil // what we wait for now sends no message
+	case <-k.messages:
 	case <-time.After(pause):
+	}
+	if boottime.Now() >= k.pingAt {
+		k.pingAt = boottime.Now() + min(k.s.cfg.TTL/30, time.Second)
+		k.s.send(ipc.Ping{})
 	}
 	if boottime.Now() > k.complainAt {
 		k.complainAt += 10 * time.Second
