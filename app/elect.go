@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"sync/atomic"
 	"time"
 
@@ -49,6 +50,9 @@ func runElect(build Build, call cli.Call) error {
 		registry: prometheus.NewRegistry(), changed: make(chan struct{}, 1),
 		callbacks: lease,
 		status:    func(text string) { systemd.notify("STATUS=" + text) },
+		listen: func(address string) (net.Listener, error) {
+			return bind(context.Background(), address)
+		},
 	})
 	if err != nil {
 		return log.exit(err)

@@ -123,7 +123,7 @@ func runElector(build Build, args []string) int {
 	guardGone := make(chan struct{})
 	d, err = wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version, registry: registry, changed: changed,
-		callbacks: job, authenticated: super.Token, status: super.Status,
+		callbacks: job, authenticated: super.Token, status: super.Status, listen: inherit,
 		job: func() health.Job { return healthJob(super.Snapshot()) },
 		campaign: func(c *election.Candidate) error {
 			return campaignWithJob(ctx, stop, c, super, guardGone)

@@ -18,6 +18,7 @@ import (
 
 	"leasehold/cli"
 	"leasehold/config"
+	"leasehold/internal/quote"
 	"leasehold/supervisor/guard"
 )
 
@@ -67,13 +68,19 @@ func runGuard(build Build, call cli.Call) error {
 		Revoke: func(lease int64, within time.Duration) []string {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
+		Listen:  bindInGuard(cfg.Listen, caught.signals),
 		Signals: caught.signals, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
 		Children: children,
 		Notify:   systemd.notify, Stopping: stopping(cfg), Heartbeat: newWatchdog(),
 		Logger: log.Logger,
 	})
-	if err == nil {
+	switch {
+	case err == nil:
 		err = &electorExit{exit}
+	case errors.Is(err, errListen):
+		systemd.notify("STATUS=" + quote.Printable("exiting: "+err.Error()))
+	case errors.Is(err, errPlannedStop):
+		err = nil
 	}
 	return log.exit(err)
 }

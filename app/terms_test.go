@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"runtime"
@@ -63,6 +64,7 @@ func TestElect_HundredTerms(t *testing.T) {
 		registry: prometheus.NewRegistry(),
 		changed:  make(chan struct{}, 1), callbacks: &leaseCallbacks{force: make(chan struct{})},
 		status: func(string) { signalChange(told) },
+		listen: func(address string) (net.Listener, error) { return bind(ctx, address) },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -32,6 +32,7 @@ type parts struct {
 	campaign      func(*election.Candidate) error // nil: the candidate's Run
 	job           func() health.Job               // nil: none is wanted
 	status        func(text string)               // one line at each change of its state
+	listen        func(address string) (net.Listener, error)
 }
 
 // A daemon is what the elector and elect have in common: the candidate, the health server and the
@@ -42,8 +43,8 @@ type daemon struct {
 	listening net.Addr // nil: the health endpoint is off
 }
 
-// wire makes a daemon that runs until ctx ends; stop ends it. The health endpoint is bound here,
-// before anything runs, so that an address in use is reported before any campaign.
+// wire makes a daemon that runs until ctx ends; stop ends it. The health endpoint listens before
+// anything runs, so that an address in use is reported before any campaign.
 func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, error) {
 	d := &daemon{}
 	ec := p.cfg.ElectionConfig(p.log)
@@ -83,10 +84,9 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 	if p.cfg.Listen == "off" {
 		return nil
 	}
-	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", p.cfg.Listen)
+	listener, err := p.listen(p.cfg.Listen)
 	if err != nil {
-		return fmt.Errorf("%w: the health endpoint can't be bound,"+
-			" choose another address, or off: %w", errListen, err)
+		return err
 	}
 	d.listening = listener.Addr()
 	name, _, _ := net.SplitHostPort(p.cfg.Listen) // sound, or nothing could be bound

@@ -3,10 +3,12 @@
 package scenario_test
 
 import (
+	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -74,6 +76,76 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	}
 	c.SetReachable(true)
 	tr.nothingLeft()
+}
+
+// The guard holds the endpoint's socket, and the elector serves on it. When the elector is lost, the
+// address is free although the lease can't be revoked yet.
+func TestElectorKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
+	tr := ordinary(t)
+	tr.ttl = 5 * time.Minute
+	c := tr.start("a", "")
+	job := tr.waitJob(c)
+	elector, err := c.Elector()
+	tr.must(err)
+	spawner, err := c.Spawner()
+	tr.must(err)
+	inode := listenerAt(tr, c.Listen)
+	for pid, want := range map[int]bool{
+		c.Guard(): true, elector: true, spawner: false, job.Pid: false,
+	} {
+		if got := holdsSocket(tr, pid, inode); got != want {
+			t.Errorf("process %d of guard %d, elector %d, spawner %d, job %d holds the socket: %v",
+				pid, c.Guard(), elector, spawner, job.Pid, got)
+		}
+	}
+	tr.waitStatus(c, "/leader", http.StatusOK)
+
+	c.SetReachable(false)
+	tr.must(syscall.Kill(elector, syscall.SIGKILL))
+	tr.waitDead(job)
+	tr.must(harness.Until(tr.waitContext(10*time.Second), func() error {
+		l, err := net.Listen("tcp", c.Listen)
+		if err == nil {
+			err = l.Close()
+		}
+		return err
+	}))
+	if c.ended() {
+		t.Error("the guard has ended before it could revoke")
+	}
+	c.SetReachable(true)
+	tr.waitExit(c, 70)
+	tr.nothingLeft()
+}
+
+// listenerAt is the inode of the socket that listens at an IPv4 address.
+func listenerAt(tr *trial, address string) (inode string) {
+	tr.Helper()
+	at, err := netip.ParseAddrPort(address)
+	tr.must(err)
+	ip := at.Addr().As4()
+	const listening = "0A"
+	local := fmt.Sprintf("%08X:%04X", binary.NativeEndian.Uint32(ip[:]), at.Port())
+	table, err := os.ReadFile("/proc/net/tcp")
+	tr.must(err)
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); len(f) > 9 && f[1] == local && f[3] == listening {
+			return f[9]
+		}
+	}
+	tr.Fatalf("nothing listens at %s", address)
+	return ""
+}
+
+func holdsSocket(tr *trial, pid int, inode string) bool {
+	tr.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd/", pid)
+	open, err := os.ReadDir(dir)
+	tr.must(err)
+	return slices.ContainsFunc(open, func(e os.DirEntry) bool {
+		target, err := os.Readlink(dir + e.Name())
+		return err == nil && target == "socket:["+inode+"]"
+	})
 }
 
 // TestStop_ASecondSignalWaitsForNobody: neither for an elector that hangs,

@@ -42,8 +42,8 @@ type elector struct {
 	revokeBy time.Duration
 }
 
-// startElector starts the elector with the pipe pair, its socket to the spawner, and a pidfd of the
-// spawner.
+// startElector starts the elector with the pipe pair, its socket to the spawner, a pidfd of the
+// spawner, and the socket to serve on.
 func (g *guard) startElector() error {
 	e := &g.elector
 	var toElector, fromElector [2]int
@@ -62,13 +62,17 @@ func (g *guard) startElector() error {
 	if err != nil {
 		return &os.PathError{Op: "open", Path: os.DevNull, Err: err}
 	}
+	files := []uintptr{
+		uintptr(null), 1, 2, uintptr(toElector[0]), uintptr(fromElector[1]),
+		uintptr(g.spawner.elector), uintptr(g.spawner.pidfd),
+	}
+	if g.listener >= 0 {
+		files = append(files, uintptr(g.listener))
+	}
 	e.pid, err = syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
-		Env: os.Environ(),
-		Files: []uintptr{
-			uintptr(null), 1, 2, uintptr(toElector[0]), uintptr(fromElector[1]),
-			uintptr(g.spawner.elector), uintptr(g.spawner.pidfd),
-		},
-		Sys: &syscall.SysProcAttr{Setsid: true, PidFD: &e.pidfd},
+		Env:   os.Environ(),
+		Files: files,
+		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &e.pidfd},
 	})
 	for _, fd := range []int{null, toElector[0], fromElector[1], g.spawner.elector} {
 		_ = unix.Close(fd)
@@ -195,13 +199,24 @@ func (g *guard) nextElectorDeadline() time.Duration {
 	return next
 }
 
-// loseElector kills the elector, if it still lives, and the job with it.
+// loseElector kills the elector, if it still lives, and the job with it. No elector follows, so
+// nobody may wait for an answer, and the daemon that is started next may need the address.
 func (g *guard) loseElector() {
 	if g.elector.pid != 0 {
 		proctree.SignalPidfd(g.elector.pidfd, unix.SIGKILL)
 	}
 	g.elector.gone = true
 	g.job.kill(ipc.KilledElector)
+	g.closeListener()
+}
+
+// closeListener closes the elector's socket, but not on the loop's thread: if thousands of clients
+// wait there, that takes the kernel 100 ms and more.
+func (g *guard) closeListener() {
+	if g.listener >= 0 {
+		g.unlisten <- g.listener
+		g.listener = -1
+	}
 }
 
 // electorExited distinguishes an elector that has announced its exit from one that was lost.

@@ -54,6 +54,9 @@ type Config struct {
 	// token from standard input.
 	Revoke func(lease int64, within time.Duration) []string
 
+	// Listen binds the elector's socket; nil: it needs none. The guard never accepts on it.
+	Listen func() (fd int, err error)
+
 	Signals  <-chan os.Signal // every signal that the process catches
 	Children <-chan os.Signal // SIGCHLD alone, so that many of them displace no other signal
 
@@ -102,6 +105,9 @@ type guard struct {
 	elector elector
 	job     job
 
+	listener int      // the elector's socket, open while an elector may serve on it; -1: none
+	unlisten chan int // room for one: listener, to be closed
+
 	timer    int // timerfd on CLOCK_BOOTTIME
 	armedFor time.Duration
 	wakeR    int // a byte means that a signal is pending
@@ -124,7 +130,8 @@ type guard struct {
 }
 
 // Run runs the guard until the elector has exited and nothing of the job is left. The error wraps
-// ErrLost or is a *SetupError. Run must be called once, from the main goroutine.
+// ErrLost, is a *SetupError, or is that of Config.Listen. Run must be called once, from the main
+// goroutine.
 func Run(cfg Config) (Exit, error) {
 	// A garbage collection starts threads and makes the loop wait. The guard allocates little, and
 	// collects it while no job lives.
@@ -147,6 +154,7 @@ func Run(cfg Config) (Exit, error) {
 func newGuard(cfg Config) *guard {
 	g := &guard{
 		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 4),
+		listener: -1, unlisten: make(chan int, 1),
 		timer: -1, wakeR: -1, wakeW: -1,
 		elector: elector{pidfd: -1, in: -1, pipeEnded: true},
 	}

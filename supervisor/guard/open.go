@@ -52,6 +52,10 @@ func (g *guard) open() error {
 		g.log.Info("/proc hides processes: the job's are found as children of the spawner",
 			"mount_option", hidden)
 	}
+	// After what a predecessor left is killed: its elector may have listened there.
+	if err := g.listen(); err != nil {
+		return err
+	}
 	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.noNewPrivs); err != nil {
 		return fail("start the spawner", err)
 	}
@@ -73,6 +77,20 @@ func (g *guard) open() error {
 	return nil
 }
 
+// listen has the elector's socket bound, if it needs one.
+func (g *guard) listen() error {
+	if g.cfg.Listen == nil {
+		return nil
+	}
+	fd, err := g.cfg.Listen()
+	if err != nil {
+		return err
+	}
+	g.listener = fd
+	go func() { _ = unix.Close(<-g.unlisten) }()
+	return nil
+}
+
 // close gives back what open made. Nothing of the job is left by now.
 func (g *guard) close() {
 	if g.spawner != nil {
@@ -85,7 +103,7 @@ func (g *guard) close() {
 		g.procs.Close()
 	}
 	e := &g.elector
-	for _, fd := range []int{g.timer, g.wakeR, g.wakeW, e.in, e.outbox.FD, e.pidfd} {
+	for _, fd := range []int{g.listener, g.timer, g.wakeR, g.wakeW, e.in, e.outbox.FD, e.pidfd} {
 		if fd >= 0 {
 			_ = unix.Close(fd)
 		}
