@@ -78,8 +78,8 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	tr.nothingLeft()
 }
 
-// The guard holds the endpoint's socket, and the elector serves on it. When the elector is lost, the
-// address is free although the lease can't be revoked yet.
+// The guard holds the endpoint's socket, and the elector serves on it. When the elector is lost,
+// the address is free although the lease can't be revoked yet.
 func TestElectorKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	tr := ordinary(t)
 	tr.ttl = 5 * time.Minute
