@@ -84,19 +84,25 @@ func init() {
 	}
 }
 
-// NewSchedule draws a schedule with that many faults.
-func NewSchedule(seed uint64, faults int) Schedule {
+// NewSchedule draws a schedule with that many faults. If only names a kind, all are of that kind,
+// one after the other.
+func NewSchedule(seed uint64, faults int, only string) Schedule {
 	r := generator(seed, "schedule")
 	s := Schedule{Seed: seed, TTL: []time.Duration{3, 5, 5, 10}[r.IntN(4)] * time.Second}
 	var names []string
 	for name, k := range kinds {
 		for range k.weight {
-			names = append(names, name)
+			if only == "" || only == name {
+				names = append(names, name)
+			}
 		}
 	}
 	slices.Sort(names)
 	// Some runs have a fault at a time, some many.
 	pause := float64(s.TTL) * []float64{0.1, 0.2, 0.3, 0.7}[r.IntN(4)]
+	if only != "" {
+		pause = 3 * float64(s.TTL)
+	}
 	at := 2 * s.TTL
 	for range faults {
 		at += time.Duration(pause * r.ExpFloat64())
@@ -167,13 +173,21 @@ func pauseLeader(w *world, f *Fault) {
 
 // staleOnly pauses etcd's leader as pauseLeader does. Shortly before it goes on, the daemon loses
 // the other members, and when it has heard of its successor, the daemon loses it too. So what it
-// acknowledges in between is the last that the daemon hears.
+// acknowledges in between is the last that the daemon hears. In half of the cases its answers are
+// slow: when it answers the read that has to confirm the renewal, it has heard of its successor.
 func staleOnly(w *world, f *Fault) {
 	pauseLeader(w, f)
 	m, d := w.member(f), w.daemon(f)
+	part := math.Mod(2*f.Level, 1)
+	cut := f.Lasts + time.Duration((0.8+0.4*part)*float64(w.hear))
+	if f.Level < 0.5 {
+		slow := &link{answerDelay: w.s.TTL / 20, leastDelay: 0.5}
+		w.linkLater(max(0, f.Lasts-w.s.TTL/20), d, []int{m}, slow)
+		cut = f.Lasts + w.hear + time.Duration(part*float64(w.s.TTL)/20)
+	}
 	down := &link{requestsLost: 1, answersLost: 1}
 	w.linkLater(max(0, f.Lasts-w.s.TTL/5), d, without(m), down)
-	w.linkLater(f.Lasts+time.Duration((0.8+0.4*f.Level)*float64(w.hear)), d, []int{m}, down)
+	w.linkLater(cut, d, []int{m}, &link{requestsLost: 1})
 	w.linkLater(f.Lasts+w.s.TTL*3/2, d, []int{1, 2, 3}, nil)
 }
 

@@ -16,6 +16,7 @@ var (
 	runs    = flag.Int("runs", 2, "how many runs, each with the next seed")
 	faults  = flag.Int("faults", 100, "in each run")
 	keep    = flag.String("keep", "", "the numbers of the faults to keep, as JSON; empty: all")
+	only    = flag.String("only", "", "this kind of fault; empty: all kinds")
 	verbose = flag.Bool("log", false, "write the log of each run")
 )
 
@@ -32,7 +33,7 @@ func single(t *testing.T) {
 
 func schedule(t *testing.T, seed uint64) Schedule {
 	t.Helper()
-	s := NewSchedule(seed, *faults)
+	s := NewSchedule(seed, *faults, *only)
 	if *keep != "" {
 		var kept []int
 		if err := json.Unmarshal([]byte(*keep), &kept); err != nil {

@@ -33,6 +33,7 @@ func command(args []string) int {
 	faults := flags.Int("faults", 20_000, "how many faults")
 	procs := flags.Int("procs", runtime.NumCPU(), "how many runs at a time")
 	keep := flags.String("keep", "", "run only these faults of the first run: [3,17]")
+	only := flags.String("only", "", "this kind of fault alone, one after the other")
 	log := flags.Bool("log", false, "print the log of the first run")
 	patch := flags.String("patch", "", "put the bug of this patch back")
 	mutations := flags.Bool("mutations", false, "put bugs back, one at a time")
@@ -43,7 +44,7 @@ func command(args []string) int {
 	if *mutations {
 		return complain(findMutations(ctx, *seed, *procs))
 	}
-	first := child{binary: binaryOf(*patch), patch: *patch, seed: *seed}
+	first := child{binary: binaryOf(*patch), patch: *patch, only: *only, seed: *seed}
 	if err := build(ctx, first.binary, *patch); err != nil {
 		return complain(err)
 	}
@@ -88,10 +89,15 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 	missed := 0
 	for _, patch := range patches {
 		c := child{binary: binaryOf(patch), patch: patch, seed: seed}
-		by, err := foundBy(patch)
+		text, err := os.ReadFile(patch)
 		if err != nil {
 			return err
 		}
+		by, err := regexp.Compile(header(text, "Found"))
+		if err != nil || by.String() == "" {
+			return fmt.Errorf("%s does not say by what it is found: %w", patch, err)
+		}
+		c.only = header(text, "Faults")
 		began := time.Now()
 		if err := build(ctx, c.binary, patch); err != nil {
 			return fmt.Errorf("%s: %w", patch, err)
@@ -108,18 +114,15 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 	return nil
 }
 
-// foundBy returns what the patch says about the violation by which it is found.
-func foundBy(patch string) (*regexp.Regexp, error) {
-	text, err := os.ReadFile(patch)
-	if err != nil {
-		return nil, err
-	}
-	for line := range strings.Lines(string(text)) {
-		if by, found := strings.CutPrefix(line, "Found: "); found {
-			return regexp.Compile(strings.TrimSpace(by))
+// header returns a line of a patch's head. Found is a pattern of the violation by which the bug is
+// found. Faults is the one kind of fault that it needs, if it is too rare among all others.
+func header(patch []byte, name string) string {
+	for line := range strings.Lines(string(patch)) {
+		if text, found := strings.CutPrefix(line, name+": "); found {
+			return strings.TrimSpace(text)
 		}
 	}
-	return nil, fmt.Errorf("%s does not say by what it is found", patch)
+	return ""
 }
 
 // find reports whether the first run that fails within a minute fails by such a violation.

@@ -21,6 +21,7 @@ type child struct {
 	patch  string // that was applied to it; "": none
 	seed   uint64
 	keep   string // "": all faults
+	only   string // this kind of fault; "": all kinds
 	log    bool
 }
 
@@ -31,7 +32,7 @@ const hangs = 5 * time.Minute
 func (c child) command(ctx context.Context) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, c.binary, "-test.run", "^TestSimulation$", "-test.timeout", "0",
 		"-seed", fmt.Sprint(c.seed), "-runs", "1", "-faults", fmt.Sprint(perRun),
-		"-keep", c.keep, fmt.Sprintf("-log=%v", c.log))
+		"-keep", c.keep, "-only", c.only, fmt.Sprintf("-log=%v", c.log))
 	// Garbage is collected between runs only.
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=1", "GOGC=off")
 	return cmd

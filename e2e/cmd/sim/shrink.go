@@ -15,7 +15,7 @@ import (
 // leaves out parts of the list, smaller ones again and again. It describes the result.
 func shrink(ctx context.Context, c child, failed sim.Summary, procs int) string {
 	c.seed = failed.Seed
-	faults := sim.NewSchedule(c.seed, perRun).Faults
+	faults := sim.NewSchedule(c.seed, perRun, c.only).Faults
 	kept := make([]int, len(faults))
 	for i := range kept {
 		kept[i] = i
@@ -44,8 +44,11 @@ func shrink(ctx context.Context, c child, failed sim.Summary, procs int) string 
 		fmt.Fprintf(&b, "  %3d %v\n", i, faults[i])
 	}
 	patch := ""
+	if c.only != "" {
+		patch = " -only " + c.only
+	}
 	if c.patch != "" {
-		patch = " -patch " + c.patch
+		patch += " -patch " + c.patch
 	}
 	fmt.Fprintf(&b, "the log: bin/sim%s -seed %d -keep %s", patch, c.seed, list(kept))
 	return b.String()

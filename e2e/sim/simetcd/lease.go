@@ -66,7 +66,8 @@ func (m *member) tick() {
 		return
 	}
 	for _, id := range m.lessor.byExpiry() {
-		if !m.lessor.leases[id].at.After(time.Now()) {
+		// A revocation may bring the member to apply others.
+		if e := m.lessor.leases[id]; e != nil && !e.at.After(time.Now()) {
 			_, _ = m.c.commit(func(u *update) error { return u.revoke(id) })
 		}
 	}

@@ -136,8 +136,8 @@ func (m *member) depart(ctx context.Context, v *Verdict, method string, msg any)
 // travel is the time that a message travels.
 func (c *Cluster) travel(what, client, member, method string, msg any) time.Duration {
 	var content string
-	if msg, ok := msg.(proto.Message); ok {
-		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(msg)
+	if m, ok := msg.(proto.Message); ok {
+		b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
 		if err != nil {
 			panic(err)
 		}
