@@ -24,6 +24,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"leasehold/e2e/harness"
@@ -66,11 +67,15 @@ type checker struct {
 	only        *regexp.Regexp
 	limit       time.Duration
 	slow        float64 // seconds: CI does not look for the shortest trace if that takes longer
-	out         io.Writer
 	configs     *table
 	switches    *table
+	lock        sync.Mutex      // of what all searches write: errors, and
+	out         io.Writer       // and
 	transitions map[string]bool // that spin has seen: whether a configuration of CI takes it
 }
+
+// atOnce is the number of searches at a time. Each is one thread, and takes up to 600 MB.
+const atOnce = 2
 
 // check runs everything, also after something has failed.
 func (c *checker) check(ctx context.Context) error {
@@ -78,12 +83,24 @@ func (c *checker) check(ctx context.Context) error {
 		return err
 	}
 	var errs []error
+	var running sync.WaitGroup
+	slots := make(chan bool, atOnce)
 	try := func(row row, f func(context.Context, row) error) {
-		if ctx.Err() == nil && c.only.MatchString(row.name()) {
+		if !c.only.MatchString(row.name()) {
+			return
+		}
+		slots <- true
+		running.Go(func() {
+			defer func() { <-slots }()
+			if ctx.Err() != nil {
+				return
+			}
 			if err := f(ctx, row); err != nil {
+				c.lock.Lock()
+				defer c.lock.Unlock()
 				errs = append(errs, fmt.Errorf("%s: %w", row.name(), err))
 			}
-		}
+		})
 	}
 	all := true // CI's configurations
 	for _, row := range c.configs.rows {
@@ -96,6 +113,7 @@ func (c *checker) check(ctx context.Context) error {
 	for _, row := range c.switches.rows {
 		try(row, c.turnOff)
 	}
+	running.Wait()
 	if ctx.Err() != nil {
 		return errors.Join(append(errs, errors.New("interrupted"))...)
 	}
@@ -106,16 +124,18 @@ func (c *checker) check(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// search has also the options of the row, which come last: of two that contradict each other, gcc
+// and pan take the last.
 func (c *checker) search(row row, options ...string) search {
 	return search{
 		model:   filepath.Join(c.dir, row.get("model")),
-		options: append(strings.Fields(row.get("options")), options...), limit: c.limit,
+		options: append(options, strings.Fields(row.get("options"))...), limit: c.limit,
 	}
 }
 
 // exhaust searches all states of a configuration.
 func (c *checker) exhaust(ctx context.Context, row row) error {
-	r, err := c.search(row).run(ctx)
+	r, err := c.search(row, hashTable, "-O1").run(ctx) // with -O2, gcc takes longer than it saves
 	switch {
 	case err != nil:
 		return err
@@ -124,6 +144,8 @@ func (c *checker) exhaust(ctx context.Context, row row) error {
 	case r.Cut != "":
 		return fmt.Errorf("the search is not complete: %s", r.Cut)
 	}
+	c.lock.Lock()
+	defer c.lock.Unlock()
 	for _, t := range r.Transitions {
 		c.transitions[t] = c.transitions[t] || row.get("ci") == "yes"
 	}
@@ -141,13 +163,17 @@ func (c *checker) exhaust(ctx context.Context, row row) error {
 	return nil
 }
 
+// hashTable has 2^20 lists. pan's own choice is 2^24, which takes a second to set up.
+const hashTable = "-w20"
+
 func seconds(s float64) string { return fmt.Sprintf("%.1f", max(s, 0.1)) }
 
 // turnOff searches with a switch for a trace to the property that then breaks: with -DBFS among the
 // options for the shortest one. If CI has no time for that, any such trace will do, and the kept
 // one must be one of the model.
 func (c *checker) turnOff(ctx context.Context, row row) error {
-	s := c.search(row, "-D"+row.name(), "-O0") // spin is done sooner than a compiler that optimizes
+	// The search is mostly done sooner than a compiler that optimizes.
+	s := c.search(row, hashTable, "-O0", "-D"+row.name())
 	slow := row.number("seconds") > c.slow
 	if c.ci && slow {
 		s.options = slices.DeleteFunc(s.options, func(o string) bool { return o == "-DBFS" })
@@ -163,6 +189,8 @@ func (c *checker) turnOff(ctx context.Context, row row) error {
 	if err != nil {
 		return err
 	}
+	c.lock.Lock()
+	defer c.lock.Unlock()
 	_, _ = fmt.Fprintf(c.out, "%-28s %-12s after %3d steps %7.1f s\n",
 		c.key(row), row.get("breaks"), len(trace), r.Seconds)
 	if c.update {

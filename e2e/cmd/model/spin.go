@@ -29,10 +29,10 @@ type search struct {
 // result is what pan reports.
 type result struct {
 	States, Errors int
-	MB, Seconds    float64
-	Violation      string // in pan's words; "": none
-	Property       string // that breaks; "": the violation is none of a property
-	Cut            string // why the search is not complete; "": it is
+	MB, Seconds    float64 // of processor time
+	Violation      string  // in pan's words; "": none
+	Property       string  // that breaks; "": the violation is none of a property
+	Cut            string  // why the search is not complete; "": it is
 	Transitions    []string
 	Trail          []byte
 	Trace          []string
@@ -58,10 +58,9 @@ func (s search) run(ctx context.Context) (r result, err error) {
 	_, _, options := s.arguments()
 	limited, cancel := context.WithTimeout(ctx, s.limit)
 	defer cancel()
-	begin := time.Now()
-	out, err := command(limited, dir, "./pan", options...)
+	out, used, err := command(limited, dir, "./pan", options...)
 	r = parse(out)
-	r.Seconds = time.Since(begin).Seconds()
+	r.Seconds = used.Seconds()
 	switch {
 	case ctx.Err() != nil:
 		return r, errors.New("interrupted")
@@ -99,7 +98,7 @@ func (s search) replay(ctx context.Context, dir string, r *result) error {
 	options, _, _ := s.arguments()
 	options = slices.DeleteFunc(options, func(o string) bool { return o == "-DRECORD" })
 	options = append(options, "-DREPLAY", "-t", "-T", filepath.Base(s.model))
-	out, err := command(ctx, dir, "spin", options...)
+	out, _, err := command(ctx, dir, "spin", options...)
 	if err != nil {
 		return fmt.Errorf("spin -t: %w\n%s", err, out)
 	}
@@ -141,12 +140,12 @@ func (s search) build(ctx context.Context) (dir string, err error) {
 	}
 	spin, gcc, _ := s.arguments()
 	spin = append([]string{"-a"}, append(spin, filepath.Base(s.model))...)
-	out, err := command(ctx, dir, "spin", spin...)
+	out, _, err := command(ctx, dir, "spin", spin...)
 	if err != nil {
 		return dir, fmt.Errorf("spin -a: %w\n%s", err, out)
 	}
-	gcc = append([]string{"-O2", "-w", "-DMEMLIM=" + memoryLimit}, gcc...)
-	out, err = command(ctx, dir, "gcc", append(gcc, "-o", "pan", "pan.c")...)
+	gcc = append([]string{"-w", "-DMEMLIM=" + memoryLimit}, gcc...)
+	out, _, err = command(ctx, dir, "gcc", append(gcc, "-o", "pan", "pan.c")...)
 	if err != nil {
 		return dir, fmt.Errorf("gcc: %w\n%s", err, out)
 	}
@@ -174,14 +173,19 @@ func (s search) arguments() (spin, gcc, pan []string) {
 	return spin, gcc, pan
 }
 
-// command runs a program in a directory. When ctx ends, it kills the program and what it started.
-func command(ctx context.Context, dir, name string, args ...string) (string, error) {
+// command runs a program in a directory, and returns what it prints and the processor time that it
+// takes. When ctx ends, it kills the program and what it started.
+func command(ctx context.Context, dir, name string, args ...string) (string, time.Duration, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	out, err := cmd.CombinedOutput()
-	return string(out), err
+	var used time.Duration
+	if cmd.ProcessState != nil {
+		used = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	}
+	return string(out), used, err
 }
 
 var (
