@@ -151,6 +151,9 @@ func TestBars(t *testing.T) {
 		"@ 2 a.guard kills the job",
 		"@ 2 b.job starts",
 		"@ 3 b.job exits",
+		"@ 4 a.job starts",
+		"@ 4 a.job is frozen",
+		"@ 5 a.guard thaws the job",
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -161,9 +164,11 @@ func TestBars(t *testing.T) {
 	want := []bar{
 		{"b", "etcd", 0, 3},
 		{"a", "etcd", 1, 5},
-		{"a", "a.job", 2, 4},  // killed before the next start
-		{"a", "a.job", 6, 10}, // a part of it may have lived on
+		{"a", "a.job", 2, 4}, // killed before the next start
+		{"a", "a.job", 6, 7}, // a part of it may have lived on
 		{"b", "b.job", 8, 9},
+		{"a", "a.job", 10, 11},
+		{"a", "a.job", 12, 13},
 	}
 	if got := bars(events); !slices.Equal(got, want) {
 		t.Errorf("bars %v, want %v", got, want)

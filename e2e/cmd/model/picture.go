@@ -35,7 +35,7 @@ var lanes = []string{
 	"b.job", "b.spawner", "b.guard", "b.elector", "operator", "world",
 }
 
-// A bar is a time in which a lease or a job is there.
+// A bar is a time in which a lease is there, or a job that is not frozen.
 type bar struct {
 	candidate string
 	lane      string
@@ -45,7 +45,8 @@ type bar struct {
 // What begins and what ends a bar, in the words of the model.
 var (
 	jobBegins   = regexp.MustCompile(`^starts\b`)
-	jobEnds     = regexp.MustCompile(`^exits\b`)
+	jobEnds     = regexp.MustCompile(`^(exits\b|is frozen$)`) // or runs no instruction
+	jobThawed   = regexp.MustCompile(`^thaws the job(?: of ([ab]))?$`)
 	jobMayEnd   = regexp.MustCompile(`^(kills the job|first process exits|crashes)$`) // or a part
 	leaseBegins = regexp.MustCompile(`^(gets|has) a lease\b`)
 	leaseEnds   = regexp.MustCompile(`\b(?:revokes|drops) (?:its|the) lease(?: of ([ab])\b)?`)
@@ -73,8 +74,11 @@ func bars(events []event) (found []bar) {
 	}
 	for i, e := range events {
 		candidate, part, _ := strings.Cut(e.actor, ".")
-		ends := leaseEnds.FindStringSubmatch(e.text)
+		ends, thawed := leaseEnds.FindStringSubmatch(e.text), jobThawed.FindStringSubmatch(e.text)
 		switch {
+		case thawed != nil:
+			candidate = cmp.Or(thawed[1], candidate)
+			begin(candidate+".job", candidate, i)
 		case part == "job" && jobBegins.MatchString(e.text):
 			begin(e.actor, candidate, i)
 		case part == "job" && jobEnds.MatchString(e.text):
@@ -94,7 +98,7 @@ func bars(events []event) (found []bar) {
 var broken = map[string]string{
 	"two-jobs":     "two jobs run at once",
 	"token":        "the token of this job is not higher than that of an earlier one",
-	"after-stop":   "the job is asked for, although the user has asked the daemon to stop",
+	"after-stop":   "the job is to run, although the user has asked the daemon to stop",
 	"run-again":    "the job runs again, although it had exited for good",
 	"early-revoke": "the lease is revoked while the job is alive",
 	"no-leader":    "and so on: no job runs any more",

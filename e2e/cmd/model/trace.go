@@ -135,6 +135,7 @@ var properties = map[string]string{
 	"never revoked before the job has exited": "early-revoke",
 	"never run again in one term":             "run-again",
 	"never started after a stop":              "after-stop",
+	"never thawed after a stop":               "after-stop",
 }
 
 var (
