@@ -18,7 +18,11 @@ const listenFd = 7
 
 // bind binds the health endpoint's address. ctx bounds how long a name may take to be resolved.
 func bind(ctx context.Context, address string) (net.Listener, error) {
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	var config net.ListenConfig
+	// To shut a socket down ends its listening (see inherited). With MPTCP it does not in all
+	// kernels.
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(ctx, "tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("%w: the health endpoint can't be bound,"+
 			" choose another address, or off: %w", errListen, err)

@@ -74,6 +74,8 @@ func (k *killInGuardsPlace) begin() {
 	if k.procs, err = proctree.NewScanner(); err != nil {
 		k.procs = nil
 		s.log.Error("process table can't be read: the spawner alone finds the job", "err", err)
+	} else {
+		k.procs.Yield = k.ping
 	}
 	if !proctree.PidfdExited(s.guardFd) {
 		s.log.Error(k.why+": killing it and the job", "threads", threadStates(s.cfg.Guard))
@@ -160,14 +162,19 @@ func (k *killInGuardsPlace) pause() {
 	case <-k.messages:
 	case <-time.After(pause):
 	}
-	if boottime.Now() >= k.pingAt {
-		k.pingAt = boottime.Now() + min(k.s.cfg.TTL/30, time.Second)
-		k.s.send(ipc.Ping{})
-	}
-	if boottime.Now() > k.complainAt {
-		k.complainAt += 10 * time.Second
+	k.ping()
+	if now := boottime.Now(); now > k.complainAt {
+		k.complainAt = now + 10*time.Second
 		k.s.log.Error("job or its guard can't be killed: the lease is kept until both are gone",
 			"elapsed", elapsed.Round(time.Second).String())
+	}
+}
+
+// ping pings the guard if it is time to.
+func (k *killInGuardsPlace) ping() {
+	if now := boottime.Now(); now >= k.pingAt {
+		k.pingAt = now + min(k.s.cfg.TTL/30, time.Second)
+		k.s.send(ipc.Ping{})
 	}
 }
 

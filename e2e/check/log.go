@@ -72,7 +72,7 @@ func KillByLatencies(log string) (found []Entry) {
 		}
 		for _, e := range entries(line, killByOver) {
 			by, err := time.ParseDuration(e.Match)
-			if err == nil && !killBy.IsZero() {
+			if err == nil && !killBy.IsZero() && !killed.IsZero() { // logged at debug
 				by = min(by, max(0, killed.Sub(killBy)))
 			}
 			found = append(found, Entry{e.At, by.String()})

@@ -103,7 +103,7 @@ func TestElectorKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	c.SetReachable(false)
 	tr.must(syscall.Kill(elector, syscall.SIGKILL))
 	tr.waitDead(job)
-	tr.must(harness.Until(tr.waitContext(10*time.Second), func() error {
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		l, err := net.Listen("tcp", c.Listen)
 		if err == nil {
 			err = l.Close()

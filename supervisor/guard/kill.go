@@ -57,8 +57,11 @@ func (j *job) killRound() {
 	}
 	if now := boottime.Now(); now >= j.complainAt {
 		j.complainAt = now + 10*time.Second
-		g.log.Error("job can't be killed: the lease is kept until nothing of it is left",
-			"elapsed", (now - j.killAt).Round(time.Second).String(), "pid", j.pid)
+		text := "job can't be killed: the lease is kept until nothing of it is left"
+		if g.elector.gone {
+			text = "job can't be killed, and nobody renews its lease: another candidate may lead"
+		}
+		g.log.Error(text, "elapsed", (now - j.killAt).Round(time.Second).String(), "pid", j.pid)
 	}
 }
 

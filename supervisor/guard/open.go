@@ -87,7 +87,11 @@ func (g *guard) listen() error {
 		return err
 	}
 	g.listener = fd
-	go func() { _ = unix.Close(<-g.unlisten) }()
+	go func() {
+		fd := <-g.unlisten
+		_ = unix.Shutdown(fd, unix.SHUT_RD) // also for the elector, which may be unable to exit
+		_ = unix.Close(fd)
+	}()
 	return nil
 }
 

@@ -427,8 +427,9 @@ func (t *Trial) overlap(o check.Overlap) {
 		return
 	}
 	for _, m := range t.started() {
-		if m.Name == o.Earlier.Candidate &&
-			check.Latency(check.KillByLatencies(m.Log())) > max(t.TTL/10, 200*time.Millisecond) {
+		margin, late := max(t.TTL/10, 200*time.Millisecond), check.KillByLatencies(m.Log())
+		if by := check.Latency(late); m.Name == o.Earlier.Candidate && by > margin &&
+			o.During.Total() <= by+margin {
 			s.Outside = true
 			return
 		}

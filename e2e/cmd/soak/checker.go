@@ -249,7 +249,7 @@ func (k *checker) judgeOverlap(both check.Overlap, now time.Duration, last bool)
 	}
 	bound := k.bound(o.class)
 	if o.class == guardLate { // the next leader waits for the margin, the job needs time to end
-		bound = k.killedLate(earlier)
+		bound = k.killedLate(earlier) + k.margin()
 	}
 	if o.lasted() > bound {
 		k.violate([]string{earlier.Candidate, later.Candidate},

@@ -147,11 +147,9 @@ func (k *checker) lockHistory() (all []store.Operation) {
 				all = append(all, taken(t.Token, f.From, f.To, k.margin(), "frozen"))
 			}
 		}
-	}
-	for _, o := range k.overlaps {
-		if o.class == guardLate {
+		if late := k.killedLate(t); late > 0 {
 			why := fmt.Sprintf("%v", guardLate)
-			all = append(all, taken(o.Earlier.Token, o.from-k.ttl, o.from, 0, why))
+			all = append(all, taken(t.Token, t.End-late-k.ttl, t.End, 0, why))
 		}
 	}
 	return all
