@@ -152,7 +152,8 @@ func TestCandidate_EtcdRestarted(t *testing.T) {
 // reason to open it once more.
 func TestCandidate_QuietAfterARestart(t *testing.T) {
 	cluster := newTestEtcd(t)
-	long := func(cfg *Config, _ *testCallbacks) { cfg.TTL = 5 * time.Second }
+	// A single member takes up to 3 s to lead again.
+	long := func(cfg *Config, _ *testCallbacks) { cfg.TTL = 10 * time.Second }
 	a := newTestCandidate(t, cluster.Endpoints(), "a", long)
 	term := a.waitForTerm()
 	b := newTestCandidate(t, cluster.Endpoints(), "b", long)
