@@ -58,7 +58,7 @@ help:
 	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE'
 	@echo 'make test-k8s      every manifest of k8s/, without a cluster, and run as processes'
 	@echo 'make test-dist     packages in a clean Debian, docs/process.md, and dist built again elsewhere'
-	@echo 'make test-etcd-versions  etcd 3.4 to 3.7: VERSIONS="3.4 3.5" SHORT=1; 30 minutes; root, nft, ip, strace'
+	@echo 'make test-etcd-versions  etcd 3.4 to 3.7: VERSIONS="3.4 3.5" SHORT=1; 75 minutes; root, nft, ip, strace'
 	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD='
 
 build:

@@ -27,7 +27,7 @@ var directories = map[string]string{"election": "election", "scenario": "e2e/sce
 // etcd's leader, revoke, auth and TLS.
 var shortTests = map[string]string{
 	"election": "^TestCandidate_(PlannedHandOver|KeyDeletedWhileLeading|LeaseRevokedWhileLeading|" +
-		"QuietAfterARestart|Compaction|LostGrantReply|NestedElections|" +
+		"Compaction|LostGrantReply|NestedElections|" +
 		"StandbyOnAnUnreachableMember|Auth|TokensExpire|TLS)$",
 	"scenario": "^(TestStandby_OnAMemberWhoseDiskHangs|TestAuth_RevokeTakesTheToken|" +
 		"TestInterop_EtcdctlElect|TestUntouched_Upgrade|TestTLS_NewCertificates)$",
