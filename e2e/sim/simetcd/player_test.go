@@ -99,11 +99,14 @@ func (p *player) someRev() int64 {
 	return p.revs[p.rng.IntN(len(p.revs))]
 }
 
+// ungranted is the id of a lease that no script has granted.
+const ungranted = 12345
+
 // someLease is a lease that was granted, one that was not, or none.
 func (p *player) someLease() int64 {
 	switch n := p.rng.IntN(10); {
 	case n == 0:
-		return 12345
+		return ungranted
 	case n < 5 && len(p.leases) > 0:
 		return p.leases[p.rng.IntN(len(p.leases))]
 	}
@@ -225,7 +228,14 @@ func (p *player) someCompare() *pb.Compare {
 	case pb.Compare_VALUE:
 		c.TargetUnion = &pb.Compare_Value{Value: fmt.Appendf(nil, "v%d", p.rng.IntN(8))}
 	case pb.Compare_LEASE:
-		c.TargetUnion = &pb.Compare_Lease{Lease: p.someLease()}
+		lease := p.someLease()
+		ordered := c.Result == pb.Compare_LESS || c.Result == pb.Compare_GREATER
+		if ordered && lease != 0 {
+			// The servers choose the ids of most leases, so the order of two is by chance.
+			// This one is less than any that a server chooses.
+			lease = ungranted
+		}
+		c.TargetUnion = &pb.Compare_Lease{Lease: lease}
 	}
 	return c
 }
