@@ -42,7 +42,7 @@ reap() { # waits for the next target that ends
 	echo "$dir $target: $(grep '^fuzz: elapsed' "bin/fuzz/$target.log" | tail -1 | sed 's/^fuzz: //')"
 }
 
-((${#targets[@]})) || { echo "no target matches $RUN" >&2; exit 1; }
+((${#targets[@]})) || { echo "no target matches ${RUN:-.}" >&2; exit 1; }
 for target in "${targets[@]}"; do
 	((${#running[@]} < $(nproc))) || reap
 	# shellcheck disable=SC2086 # two words

@@ -64,13 +64,7 @@ func TestGuardKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	c.SetReachable(false)
 	tr.must(c.Signal(syscall.SIGKILL))
 	tr.waitDead(job)
-	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		l, err := net.Listen("tcp", c.Listen)
-		if err == nil {
-			err = l.Close()
-		}
-		return err
-	}))
+	tr.waitFree(c.Listen)
 	if err := syscall.Kill(elector, 0); err != nil {
 		t.Errorf("the elector has ended before it could revoke: %v", err)
 	}
@@ -103,19 +97,25 @@ func TestElectorKilled_EndpointIsFreeBeforeTheLeaseIs(t *testing.T) {
 	c.SetReachable(false)
 	tr.must(syscall.Kill(elector, syscall.SIGKILL))
 	tr.waitDead(job)
-	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		l, err := net.Listen("tcp", c.Listen)
-		if err == nil {
-			err = l.Close()
-		}
-		return err
-	}))
+	tr.waitFree(c.Listen)
 	if c.ended() {
 		t.Error("the guard has ended before it could revoke")
 	}
 	c.SetReachable(true)
 	tr.waitExit(c, 70)
 	tr.nothingLeft()
+}
+
+// waitFree waits until nothing listens at an address.
+func (tr *trial) waitFree(address string) {
+	tr.Helper()
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+		l, err := net.Listen("tcp", address)
+		if err == nil {
+			err = l.Close()
+		}
+		return err
+	}))
 }
 
 // listenerAt is the inode of the socket that listens at an IPv4 address.

@@ -84,6 +84,12 @@ func init() {
 	}
 }
 
+// IsKind reports whether there is such a kind of fault. "" stands for all.
+func IsKind(name string) bool {
+	_, found := kinds[name]
+	return found || name == ""
+}
+
 // NewSchedule draws a schedule with that many faults. If only names a kind, all are of that kind,
 // one after the other.
 func NewSchedule(seed uint64, faults int, only string) Schedule {

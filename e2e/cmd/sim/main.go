@@ -3,6 +3,7 @@
 //
 //	bin/sim [-seed N] [-faults 20000]     many runs of 200 faults, with the seeds N, N+1, ...
 //	bin/sim -seed N -log                  one run, and its log
+//	bin/sim -only KIND                    runs with faults of one kind
 //	bin/sim -patch FILE -seed N -log      the same, with a bug of e2e/sim/mutations put back
 //	bin/sim -mutations                    put bugs back, one at a time: each has to be found
 //
@@ -21,6 +22,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"leasehold/e2e/sim"
 )
 
 const perRun = 200 // faults
@@ -38,6 +41,11 @@ func command(args []string) int {
 	patch := flags.String("patch", "", "put the bug of this patch back")
 	mutations := flags.Bool("mutations", false, "put bugs back, one at a time")
 	if err := flags.Parse(args); err != nil || flags.NArg() > 0 {
+		return 64
+	}
+	if !sim.IsKind(*only) {
+		fmt.Fprintf(os.Stderr,
+			"sim: -only: there is no fault %q; e2e/sim/fault.go lists them\n", *only)
 		return 64
 	}
 	ctx := context.Background()
@@ -94,10 +102,15 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 			return err
 		}
 		by, err := regexp.Compile(header(text, "Found"))
-		if err != nil || by.String() == "" {
-			return fmt.Errorf("%s does not say by what it is found: %w", patch, err)
+		if err != nil {
+			return fmt.Errorf("%s: Found: %w", patch, err)
 		}
-		c.only = header(text, "Faults")
+		if by.String() == "" {
+			return fmt.Errorf("%s has no line Found: that says by what it is found", patch)
+		}
+		if c.only = header(text, "Faults"); !sim.IsKind(c.only) {
+			return fmt.Errorf("%s: there is no fault %q", patch, c.only)
+		}
 		began := time.Now()
 		if err := build(ctx, c.binary, patch); err != nil {
 			return fmt.Errorf("%s: %w", patch, err)

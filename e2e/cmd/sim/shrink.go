@@ -43,14 +43,14 @@ func shrink(ctx context.Context, c child, failed sim.Summary, procs int) string 
 	for _, i := range kept {
 		fmt.Fprintf(&b, "  %3d %v\n", i, faults[i])
 	}
-	patch := ""
+	options := ""
 	if c.only != "" {
-		patch = " -only " + c.only
+		options = " -only " + c.only
 	}
 	if c.patch != "" {
-		patch += " -patch " + c.patch
+		options += " -patch " + c.patch
 	}
-	fmt.Fprintf(&b, "the log: bin/sim%s -seed %d -keep %s", patch, c.seed, list(kept))
+	fmt.Fprintf(&b, "the log: bin/sim%s -seed %d -keep %s", options, c.seed, list(kept))
 	return b.String()
 }
 
