@@ -109,6 +109,8 @@ type leaseCallbacks struct {
 }
 
 func (l *leaseCallbacks) Leased(int64, time.Duration)   {}
+func (l *leaseCallbacks) Entered(string, int64)         {}
+func (l *leaseCallbacks) Releasing(int64) error         { return nil }
 func (l *leaseCallbacks) Extended(d election.Deadlines) { l.end.Store(int64(d.KillBy)) }
 
 func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {

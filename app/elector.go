@@ -36,6 +36,10 @@ type jobCallbacks struct {
 
 func (j *jobCallbacks) Leased(id int64, ttl time.Duration) { j.supervisor.Lease(id, ttl) }
 
+func (j *jobCallbacks) Entered(string, int64) {}
+
+func (j *jobCallbacks) Releasing(int64) error { return nil }
+
 func (j *jobCallbacks) Extended(d election.Deadlines) { j.supervisor.Extend(d.StopAt, d.KillBy) }
 
 func (j *jobCallbacks) grantedMargin() time.Duration { return time.Duration(j.margin.Load()) }

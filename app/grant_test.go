@@ -21,6 +21,8 @@ func (h *grantCallbacks) Leased(id int64, _ time.Duration) {
 		close(h.asked)
 	}
 }
+func (h *grantCallbacks) Entered(string, int64)       {}
+func (h *grantCallbacks) Releasing(int64) error       { return nil }
 func (h *grantCallbacks) Extended(election.Deadlines) {}
 func (h *grantCallbacks) Lead(ctx context.Context, _ election.Term) error {
 	<-ctx.Done()

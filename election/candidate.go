@@ -36,6 +36,9 @@ func New(cfg Config) (*Candidate, error) {
 	if cfg.Election == "" {
 		return nil, errors.New("no election")
 	}
+	if a := cfg.Adopt; a != nil && a.LeaseID != 0 && a.TTL <= 0 {
+		return nil, fmt.Errorf("the lease %x to be adopted has the TTL %v", a.LeaseID, a.TTL)
+	}
 	if _, err := newMembers(cfg); err != nil {
 		return nil, err
 	}
@@ -68,7 +71,7 @@ type run struct {
 // Run takes part in the election until ctx ends, which is a planned stop: the term, if one runs,
 // ends with the cause of ctx, and when Lead has returned the lease is revoked. Run returns nil
 // then. It returns ErrNotElected or ErrUnreachable, with the cause, when Config.Wait has passed, or
-// what Lead returned.
+// what Lead or Callbacks.Releasing returned.
 func (c *Candidate) Run(ctx context.Context) error {
 	members, err := newMembers(c.cfg)
 	if err != nil {
@@ -82,8 +85,15 @@ func (c *Candidate) Run(ctx context.Context) error {
 		outage:    &outage{log: c.log, now: c.cfg.Now},
 	}
 	defer r.leftovers.close()
+	adoption := c.cfg.Adopt
 	for {
-		err := newSession(c, r).start(ctx)
+		s := newSession(c, r)
+		start := s.start
+		if adoption != nil && adoption.LeaseID != 0 {
+			start = s.adopt(*adoption)
+		}
+		adoption = nil
+		err := start(ctx)
 		var resigned *Backoff
 		switch {
 		case errors.As(err, &resigned):

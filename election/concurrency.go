@@ -2,6 +2,7 @@ package election
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -52,11 +53,22 @@ type campaignKV struct {
 	waitUntilFirst func(context.Context) error
 }
 
+// errNoDelete refuses to delete the key.
+var errNoDelete = errors.New("a campaign deletes no key")
+
 // Txn puts the key, or finds that an earlier attempt has put it. Several members may be asked: the
 // second one that carries it out finds what the first one has put.
+//
+// A campaign that fails, or is cancelled, also wants to delete the key. Only a release may do that,
+// because it has to be announced.
 func (kv *campaignKV) Txn(
 	ctx context.Context, in *pb.TxnRequest, opts ...grpc.CallOption,
 ) (*pb.TxnResponse, error) {
+	for _, op := range in.Success {
+		if op.GetRequestDeleteRange() != nil {
+			return nil, errNoDelete
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, kv.timeout)
 	defer cancel()
 	resp, err := hedge(ctx, kv.members, kv.hedgeDelay,

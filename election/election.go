@@ -19,8 +19,9 @@
 // (https://github.com/etcd-io/etcd/issues/15247).
 //
 // Where to read on: candidate.go has the goroutines and who owns what, state.go the state machine,
-// session.go the life of a lease, standby.go how a candidate comes to lead, lease.go renewals and
-// their deadlines, queue.go and watch.go who is ahead, members.go and hedge.go how etcd is asked.
+// session.go the life of a lease, adopt.go how one is taken over, standby.go how a candidate comes
+// to lead, lease.go renewals and their deadlines, queue.go and watch.go who is ahead, members.go
+// and hedge.go how etcd is asked.
 package election
 
 import (
@@ -49,6 +50,8 @@ var (
 	// else can lead before the key is removed. The session removes it when Lead has returned.
 	ErrKeyOverwritten = errors.New(
 		"the candidate's key was overwritten in etcd, and with that lost its lease")
+	// ErrEnded: the term had ended before this process took it over (Adoption.Ending).
+	ErrEnded = errors.New("the term had ended before it was taken over")
 )
 
 // What Run returns, with the cause, when the candidate was not elected within Config.Wait.
@@ -83,9 +86,18 @@ func (b *Backoff) Error() string { return fmt.Sprintf("resigned for %v", b.For) 
 // Callbacks learn of the lease, and do the leader's work.
 type Callbacks interface {
 	// Leased is called with the id of a lease before we ask etcd for it, so that somebody else can
-	// revoke it if this process exits. It is called with zeros once the lease is revoked or known
-	// to be gone, unless it was called with another lease by then.
+	// revoke it if this process exits, and again if etcd grants another TTL. It is called with
+	// zeros once the lease is revoked or known to be gone, unless it was called with another lease
+	// by then.
 	Leased(id int64, ttl time.Duration)
+	// Entered is called with our key and its create revision when the key is put. It must not
+	// block.
+	Entered(key string, created int64)
+	// Releasing is called before the first request that deletes our key or revokes our lease, once
+	// for each lease. Such a request may arrive long after this process has exited. So whoever
+	// takes the lease over (Config.Adopt) has to know that there may be one. If Releasing returns
+	// an error, the request is not sent, and Run returns that error.
+	Releasing(lease int64) error
 	// Extended is called with the new deadlines after each renewal while a term runs and stop-at
 	// has not passed. It must not block. A call may come just before Lead's own; the latest
 	// deadlines are those that count.
@@ -93,8 +105,8 @@ type Callbacks interface {
 	// Lead is called when a term begins. It does the leader's work, and returns when nothing of
 	// that runs any more. Its context ends when the term does: with the cause with which Run's
 	// context ended (a planned stop), ErrContactLost, ErrLeaseLost, ErrKeyDeleted or
-	// ErrKeyOverwritten. The lease is renewed until Lead returns and revoked after that, never
-	// before.
+	// ErrKeyOverwritten, or ErrEnded. The lease is renewed until Lead returns and revoked after
+	// that, never before.
 	//
 	// The result nil, or the term's own end, means: campaign again. A *Backoff means: campaign
 	// again after that time. Any other error ends Run, which returns it.
@@ -113,6 +125,8 @@ type Term struct {
 	// Deadlines are those at the beginning of the term.
 	Deadlines Deadlines
 	Timing    Timing
+	// Adopted: the term goes on, and the job of it runs. Lead takes that job over and starts none.
+	Adopted bool
 	// Lost is closed when the lease or the key is gone, even if Lead's context has already ended
 	// for another cause. Then Lead must kill at once what still runs, because the next leader may
 	// be starting. An overwritten key is not gone.
@@ -171,6 +185,24 @@ type Snapshot struct {
 // whatever etcd does.
 const HeartbeatInterval = 5 * time.Second
 
+// Adoption is the lease of a process that has exited, and what is known of it. The candidate that
+// gets it takes the place of the one in that process: it renews that lease, and keeps that key.
+type Adoption struct {
+	LeaseID int64
+	TTL     time.Duration // as granted
+	// Created is the create revision of the key; 0: it is not known to be put.
+	Created int64
+	// Releasing: Callbacks.Releasing was called. A request to revoke the lease may be under way,
+	// and nothing can show that there is none. So the lease is revoked, and another one follows.
+	Releasing bool
+	// Leading: a term runs, and so does its job. It goes on.
+	Leading bool
+	// Deadlines are those of the term; zero unless Leading.
+	Deadlines Deadlines
+	// Ending, with Leading: the term has ended. Lead waits until the job has exited.
+	Ending bool
+}
+
 // TLS is how to reach endpoints with https. All fields are optional. The files are read at each
 // handshake.
 type TLS struct {
@@ -193,6 +225,9 @@ type Config struct {
 	// Wait bounds the time from the start of Run until the candidate is elected. Negative means for
 	// ever. 0 means to join, look, and leave if there is a leader.
 	Wait time.Duration
+	// Adopt is what the candidate begins with; nil: nothing. (Wait counts from the start of this
+	// Run, whatever it adopts.)
+	Adopt *Adoption
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
 	// Dial connects to an address. nil: by TCP.

@@ -97,6 +97,9 @@ func (b *Blocker) warn(log *slog.Logger) {
 // prefix is the prefix of the election's keys: its name and a slash.
 func (cfg *Config) prefix() string { return cfg.Election + "/" }
 
+// keyOf is the key of the candidate that has the lease.
+func (cfg *Config) keyOf(lease int64) string { return fmt.Sprintf("%s%x", cfg.prefix(), lease) }
+
 // wholePrefix is a request for all keys with the prefix.
 func wholePrefix(prefix string) *pb.RangeRequest {
 	return &pb.RangeRequest{

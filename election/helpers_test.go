@@ -34,10 +34,14 @@ type testCallbacks struct {
 	terms chan Term // each term that begins
 	ended chan ended
 
-	mu       sync.Mutex
-	leased   []int64
-	extended Deadlines
-	calls    int
+	mu             sync.Mutex
+	leased         []int64
+	ttl            time.Duration // of the last one
+	entered        []Entry
+	releasing      []int64
+	releasingFails error
+	extended       Deadlines
+	calls          int
 }
 
 // ended is the end of a term as Lead sees it.
@@ -46,13 +50,26 @@ type ended struct {
 	cause error
 }
 
-func (h *testCallbacks) Leased(id int64, _ time.Duration) {
+func (h *testCallbacks) Leased(id int64, ttl time.Duration) {
 	h.mu.Lock()
-	h.leased = append(h.leased, id)
+	h.leased, h.ttl = append(h.leased, id), ttl
 	h.mu.Unlock()
 	if h.onLeased != nil {
 		h.onLeased(id)
 	}
+}
+
+func (h *testCallbacks) Entered(key string, created int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.entered = append(h.entered, Entry{Key: key, Token: created})
+}
+
+func (h *testCallbacks) Releasing(lease int64) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.releasing = append(h.releasing, lease)
+	return h.releasingFails
 }
 
 func (h *testCallbacks) Extended(d Deadlines) {

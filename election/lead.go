@@ -6,8 +6,7 @@ import (
 	"time"
 )
 
-// lead begins a term, calls Lead, and returns when the term has ended. Meanwhile the lease is
-// renewed.
+// lead begins a term, and returns when it has ended. Meanwhile the lease is renewed.
 func (s *session) lead(ctx context.Context, created int64) error {
 	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
@@ -23,13 +22,16 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	if s.isLost() { // before the term began
 		s.state.termEnded(s.lostCause)
 	}
+	return s.leadTerm(ctx, lctx, Term{
+		Key: s.key, Token: created, LeaseID: s.id,
+		Deadlines: deadlines, Timing: s.timing, Lost: t.lost,
+	})
+}
+
+// leadTerm calls Lead, and returns when the term has ended. lctx is the context of Lead.
+func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 	led := make(chan error, 1)
-	go func() {
-		led <- s.cfg.Callbacks.Lead(lctx, Term{
-			Key: s.key, Token: created, LeaseID: s.id,
-			Deadlines: deadlines, Timing: s.timing, Lost: t.lost,
-		})
-	}()
+	go func() { led <- s.cfg.Callbacks.Lead(lctx, t) }()
 	tick := time.NewTicker(HeartbeatInterval / 2)
 	defer tick.Stop()
 	stop := ctx.Done()

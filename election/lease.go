@@ -65,6 +65,11 @@ type leaseConfig struct {
 	key     string
 	timing  Timing
 	granted granted
+	// deadlines are those at the beginning, and next is when to send the first renewal.
+	deadlines Deadlines
+	next      time.Duration
+	// created is the create revision of our key if each renewal is to be confirmed, else 0.
+	created int64
 	// endpoints returns etcd's endpoints. There may be more of them later.
 	endpoints func() []endpoint
 	// current is the endpoint to ask first.
@@ -116,13 +121,12 @@ func (d demand) isGivenUp() bool {
 	}
 }
 
-// newLease makes a lease of what etcd has granted.
+// newLease makes a lease of what etcd has granted, to us or to the process before.
 func newLease(cfg leaseConfig) *lease {
-	sent := cfg.granted.sent
 	l := &lease{
 		cfg: cfg, timing: cfg.timing, demands: make(chan demand), answers: make(chan answer),
-		sent: sent, deadlines: cfg.timing.From(sent),
-		next: sent + cfg.timing.RenewInterval() - cfg.early(), prefer: -1,
+		sent: cfg.granted.sent, deadlines: cfg.deadlines, next: cfg.next, prefer: -1,
+		created: cfg.created,
 	}
 	l.raftTerm.Store(cfg.granted.raftTerm)
 	return l

@@ -160,8 +160,10 @@ func newTestLeaseOf(
 	if err != nil {
 		t.Fatal(err)
 	}
+	timing := NewTiming(ttl, -1, -1)
 	l.lease = newLease(leaseConfig{
-		id: testLeaseID, key: "key", timing: NewTiming(ttl, -1, -1),
+		id: testLeaseID, key: "key", timing: timing,
+		deadlines: timing.From(0), next: timing.RenewInterval(),
 		endpoints: func() []endpoint { return endpoints }, current: new(atomic.Int32),
 		now: l.now, early: func() time.Duration { return 0 },
 		events: testEvents{l}, metrics: m, heartbeat: new(heartbeat),

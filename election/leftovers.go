@@ -12,14 +12,31 @@ type leaving struct {
 	lease   int64
 	key     string // "": it was not put
 	created int64  // the key's create revision; 0: whichever it has
+	// announce is called before the first request; nil: it was.
+	announce func(lease int64) error
 }
+
+// announceError is why a release was not announced. Nothing is asked of etcd then.
+type announceError struct{ error }
+
+func (e announceError) Unwrap() error { return e.error }
 
 // revoke gives up the key and the lease. The job has exited. It deletes the key first, by a request
 // of its own: a key that was overwritten does not go with the lease, and would keep all others
 // waiting for ever. The next leader waits only for the key.
-func (l leaving) revoke(
+//
+// Nothing else asks etcd to delete our key or to revoke our lease. Such a request may arrive after
+// this process has exited, and after any read of whoever takes the lease over. So it is announced
+// first.
+func (l *leaving) revoke(
 	ctx context.Context, ms *members, timeout, hedgeDelay time.Duration,
 ) error {
+	if l.announce != nil {
+		if err := l.announce(l.lease); err != nil {
+			return announceError{err}
+		}
+		l.announce = nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var keyErr error
@@ -58,7 +75,7 @@ func newLeftovers(ctx context.Context, ms *members, cfg *Config) *leftovers {
 
 // add goes on revoking. When Run ends there is one last attempt, as for the lease of a session that
 // a planned stop ends.
-func (l *leftovers) add(left leaving) {
+func (l *leftovers) add(left *leaving) {
 	done := make(chan struct{})
 	l.last = done
 	l.revoking.Go(func() {

@@ -110,7 +110,7 @@ func Revoke(ctx context.Context, cfg Config, leaseID int64) error {
 		return err
 	}
 	defer ms.close()
-	left := leaving{lease: leaseID, key: fmt.Sprintf("%s%x", cfg.prefix(), leaseID)}
+	left := &leaving{lease: leaseID, key: cfg.keyOf(leaseID)}
 	var wait retry
 	for {
 		err := left.revoke(ctx, ms, timeout, queryDelay(timeout))

@@ -31,6 +31,9 @@ type session struct {
 	changed chan struct{}  // room for one: a renewal counted, stop-at passed, the key was not put
 	running sync.WaitGroup // what ends with the session
 	created atomic.Int64   // our key's create revision; 0: it is not known to be put
+	// adopted: the lease is that of a process before us. announced: that one has announced its
+	// release.
+	adopted, announced bool
 
 	mu          sync.Mutex
 	closing     bool          // from now on we remove our key ourselves
@@ -45,7 +48,7 @@ func newSession(c *Candidate, r *run) *session {
 		candidate: c, run: r, cfg: &c.cfg, log: c.log, state: c.state, members: r.members,
 		id: newLeaseID(), changed: make(chan struct{}, 1), gone: make(chan struct{}),
 	}
-	s.key = fmt.Sprintf("%s%x", s.cfg.prefix(), s.id)
+	s.key = s.cfg.keyOf(s.id)
 	return s
 }
 
@@ -53,15 +56,23 @@ func newSession(c *Candidate, r *run) *session {
 // else chooses the same.
 func newLeaseID() int64 { return 1 + rand.Int64N(1<<63-1) }
 
-// start takes part in the election with one lease, until that is lost or its term is over. It
+// start takes part in the election with a new lease, until that is lost or its term is over. It
 // returns nil if another session has to follow.
 func (s *session) start(ctx context.Context) error {
 	s.candidate.heartbeat()
 	s.state.campaigningAgain()
 	s.run.leftovers.wait(ctx)
-	if ctx.Err() != nil {
-		return nil
+	if ctx.Err() == nil {
+		return s.open(ctx, s.takePart)
 	}
+	return nil
+}
+
+// open opens the watch, takes part in the election, and releases the lease. ctx is that of Run, and
+// sctx ends with the session.
+func (s *session) open(
+	ctx context.Context, takePart func(ctx, sctx context.Context) error,
+) (err error) {
 	sctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer s.running.Wait()
 	defer cancel()
@@ -74,7 +85,16 @@ func (s *session) start(ctx context.Context) error {
 	defer stopQueue()
 	s.startQueue(qctx)
 
-	defer s.release(ctx, stopQueue)
+	defer func() {
+		if failed := s.release(ctx, stopQueue); failed != nil {
+			err = failed
+		}
+	}()
+	return takePart(ctx, sctx)
+}
+
+// takePart gets a lease, waits and leads.
+func (s *session) takePart(ctx, sctx context.Context) error {
 	wctx, stop := s.waitContext(ctx)
 	defer stop()
 	nested := s.lookForNested(wctx)
@@ -83,7 +103,15 @@ func (s *session) start(ctx context.Context) error {
 	if err != nil {
 		return unlessStopped(ctx, err)
 	}
-	s.startLease(sctx, g)
+	if g.ttl != s.cfg.TTL {
+		s.cfg.Callbacks.Leased(s.id, g.ttl)
+	}
+	s.timing = NewTiming(g.ttl, s.cfg.LossGrace, s.cfg.Margin)
+	deadlines := s.timing.From(g.sent)
+	s.state.leased(s.id, g.ttl, deadlines)
+	s.startLease(sctx, leaseConfig{
+		granted: g, deadlines: deadlines, next: g.sent + s.timing.RenewInterval() - s.early(),
+	})
 	if ctx.Err() != nil {
 		return nil
 	}
@@ -134,22 +162,22 @@ func (s *session) startQueue(ctx context.Context) {
 	})
 }
 
-func (s *session) startLease(ctx context.Context, g granted) {
-	s.timing = NewTiming(g.ttl, s.cfg.LossGrace, s.cfg.Margin)
-	s.state.leased(s.id, g.ttl, s.timing.From(g.sent))
+// early is by how much to renew before the interval is over.
+func (s *session) early() time.Duration { return rand.N(s.timing.RenewInterval() / 5) }
+
+// startLease renews the lease. What it knows at the beginning is in cfg.
+func (s *session) startLease(ctx context.Context, cfg leaseConfig) {
 	heartbeat := &s.candidate.heartbeats.lease
-	s.lease = newLease(leaseConfig{
-		id: s.id, key: s.key, timing: s.timing, granted: g,
-		endpoints: func() (all []endpoint) {
-			for _, m := range s.members.all() {
-				all = append(all, m)
-			}
-			return all
-		},
-		current: &s.members.current, now: s.cfg.Now,
-		early:  func() time.Duration { return rand.N(s.timing.RenewInterval() / 5) },
-		events: s, metrics: s.candidate.metrics, heartbeat: heartbeat,
-	})
+	cfg.id, cfg.key, cfg.timing = s.id, s.key, s.timing
+	cfg.endpoints = func() (all []endpoint) {
+		for _, m := range s.members.all() {
+			all = append(all, m)
+		}
+		return all
+	}
+	cfg.current, cfg.now, cfg.early = &s.members.current, s.cfg.Now, s.early
+	cfg.events, cfg.metrics, cfg.heartbeat = s, s.candidate.metrics, heartbeat
+	s.lease = newLease(cfg)
 	s.running.Go(func() {
 		defer heartbeat.stop()
 		s.lease.run(ctx)
@@ -230,8 +258,8 @@ func (s *session) grant(ctx context.Context) (granted, error) {
 }
 
 // release removes the key and revokes the lease, whether or not we know that they exist. It is the
-// last thing that the session does in etcd.
-func (s *session) release(ctx context.Context, stopQueue func()) {
+// last thing that the session does in etcd. It fails only if that could not be announced.
+func (s *session) release(ctx context.Context, stopQueue func()) error {
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
@@ -240,13 +268,18 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	if s.timing.TTL != 0 {
 		timeout = min(timeout, s.timing.RenewInterval())
 	}
-	left := leaving{lease: s.id, created: s.created.Load()}
-	if left.created != 0 {
+	left := &leaving{lease: s.id, created: s.created.Load(), announce: s.cfg.Callbacks.Releasing}
+	if s.announced {
+		left.announce = nil
+	}
+	if left.created != 0 || s.adopted {
 		left.key = s.key
 	}
 	err := left.revoke(context.WithoutCancel(ctx), s.members, timeout, s.cfg.hedgeDelay())
 	then := "trying again as long as the daemon runs"
 	switch {
+	case errors.As(err, &announceError{}):
+		return fmt.Errorf("announce the release of the lease %x: %w", s.id, err)
 	case err == nil:
 		s.cfg.Callbacks.Leased(0, 0)
 	case ctx.Err() != nil:
@@ -260,13 +293,18 @@ func (s *session) release(ctx context.Context, stopQueue func()) {
 	}
 	s.candidate.heartbeat()
 	s.state.leased(0, 0, Deadlines{})
+	return nil
 }
 
 // put learns from the campaign that our key is in etcd.
 func (s *session) put(created int64) {
-	if before := s.created.Swap(created); before != 0 && before != created {
+	before := s.created.Swap(created)
+	if before != 0 && before != created {
 		s.lost(ErrKeyDeleted) // the campaign has put it again
 		return
+	}
+	if before == 0 {
+		s.cfg.Callbacks.Entered(s.key, created)
 	}
 	s.mu.Lock()
 	s.campaignErr = nil

@@ -99,9 +99,12 @@ func (s *session) show(v view, trouble error) {
 
 // unrenewed returns why a standby's lease may have expired.
 func (s *session) unrenewed() string {
+	reason := "the lease could not be renewed in time"
+	if s.state.get().Deadlines == (Deadlines{}) {
+		reason = "the lease that was taken over is not renewed yet"
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	reason := "the lease could not be renewed in time"
 	if s.trouble != nil {
 		reason += ": " + s.cfg.explain(s.trouble)
 	}
@@ -136,6 +139,15 @@ func (v view) notElected() error {
 	return fmt.Errorf("%w: %s is ahead", ErrNotElected, quote.Shell(v.head.identity))
 }
 
+// waitForTurn puts our key, unless the process before us has, and waits until no key is ahead of
+// it. If somebody has deleted the key since, it must not be put again.
+func (s *session) waitForTurn(ctx context.Context, election *concurrency.Election) error {
+	if s.adopted {
+		return s.queue.waitUntilFirst(ctx)
+	}
+	return election.Campaign(clientv3.WithRequireLeader(ctx), s.cfg.Identity)
+}
+
 // campaign puts our key, waits until no key is ahead of it, and verifies that. It returns our key's
 // create revision when we have won, or 0 when we have lost the key or ctx has ended.
 func (s *session) campaign(
@@ -144,7 +156,7 @@ func (s *session) campaign(
 	var wait retry
 	for {
 		started := s.cfg.Now()
-		err := election.Campaign(clientv3.WithRequireLeader(ctx), s.cfg.Identity)
+		err := s.waitForTurn(ctx, election)
 		if ctx.Err() != nil {
 			return 0
 		}

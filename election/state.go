@@ -20,9 +20,10 @@ import (
 //	    ^                       │                      │                       ^
 //	    └─ connecting, entryLost┘                      └──── leadReturned ─────┘
 //
-// runEnded leads to Stopping from everywhere but Leading: Lead returns first. A candidate whose
-// lease could not be renewed is Connecting while its key is still in the queue, and may be elected
-// from there; one that has won too late campaigns again from Standby.
+// adopted leads from Connecting to Leading. runEnded leads to Stopping from everywhere but Leading:
+// Lead returns first. A candidate whose lease could not be renewed is Connecting while its key is
+// still in the queue, and may be elected from there; one that has won too late campaigns again from
+// Standby.
 type machine struct {
 	log     *slog.Logger
 	metrics *metrics
@@ -61,6 +62,8 @@ type change struct {
 	loss   string // an unplanned loss of leadership, as lossReasons has it; else ""
 	warn   string // a message in place of "state changed", at level WARN, also in the same state
 	attrs  []any
+	// adopted: the term is not a new one.
+	adopted bool
 }
 
 // transition enters a state. Nothing else logs, counts or publishes that. Its caller, an event,
@@ -73,7 +76,7 @@ func (m *machine) transition(c change) {
 	if isNew {
 		m.snapshot.Since = time.Now()
 	}
-	if isNew && c.to == Leading {
+	if isNew && c.to == Leading && !c.adopted {
 		m.metrics.terms.Inc()
 	}
 	if !isNew && c.warn == "" {
@@ -218,6 +221,23 @@ func (m *machine) elected(t *term, self Entry) (Deadlines, bool) {
 		m.impossible("elected")
 	}
 	return deadlines, true
+}
+
+// adopted: the term of a process before this one goes on.
+func (m *machine) adopted(t *term, self Entry) {
+	m.mu.Lock()
+	defer m.unlock()
+	switch m.snapshot.State {
+	case Connecting:
+		m.term = t
+		m.snapshot.Leading, m.snapshot.Leader = true, &self
+		m.transition(change{to: Leading, adopted: true, attrs: []any{
+			"token", self.Token, "adopted", true,
+			"lease", fmt.Sprintf("%x", m.snapshot.LeaseID), "ttl", m.snapshot.TTL.String(),
+		}})
+	default:
+		m.impossible("adopted")
+	}
 }
 
 // termEnded: the term is over for this cause, if one runs. The first cause counts. But Lead also

@@ -44,6 +44,7 @@ func TestMachine(t *testing.T) {
 		"queued":            (*machine).queued,
 		"entry lost":        func(m *machine) { m.entryLost(ErrKeyDeleted) },
 		"elected":           func(m *machine) { m.elected(&term{}, Entry{}) },
+		"adopted":           func(m *machine) { m.adopted(&term{}, Entry{}) },
 		"term ended":        func(m *machine) { m.termEnded(ErrContactLost) },
 		"lead returned":     func(m *machine) { m.leadReturned(nil) },
 		"run ended":         (*machine).runEnded,
@@ -55,6 +56,7 @@ func TestMachine(t *testing.T) {
 		"queued":            {Standby, Standby, "", ""},
 		"entry lost":        {Connecting, Connecting, "", ""},
 		"elected":           {Leading, Leading, "", ""},
+		"adopted":           {Leading, "", "", ""},
 		"term ended":        {Connecting, Standby, Stopping, Stopping}, // none runs, at first
 		"lead returned":     {"", "", Stopping, Stopping},
 		"run ended":         {Stopping, Stopping, "", Stopping},

@@ -234,6 +234,17 @@ func (e *elector) Leased(id int64, _ time.Duration) {
 	}
 }
 
+// Entered implements election.Callbacks.
+func (e *elector) Entered(string, int64) {}
+
+// Releasing implements election.Callbacks.
+func (e *elector) Releasing(int64) error {
+	if e.hasCrashed() {
+		return errCrashed
+	}
+	return nil
+}
+
 // Extended implements election.Callbacks.
 func (e *elector) Extended(deadlines elect.Deadlines) {
 	e.d.w.mu.Lock()

@@ -22,6 +22,8 @@ import (
 type leads struct{ began chan elect.Term }
 
 func (leads) Leased(int64, time.Duration) {}
+func (leads) Entered(string, int64)       {}
+func (leads) Releasing(int64) error       { return nil }
 func (leads) Extended(elect.Deadlines)    {}
 func (l leads) Lead(ctx context.Context, t elect.Term) error {
 	l.began <- t

@@ -122,6 +122,12 @@ func (c *candidate) Leased(int64, time.Duration) {}
 // Extended implements election.Callbacks.
 func (c *candidate) Extended(election.Deadlines) {}
 
+// Entered implements election.Callbacks.
+func (c *candidate) Entered(string, int64) {}
+
+// Releasing implements election.Callbacks.
+func (c *candidate) Releasing(int64) error { return nil }
+
 // Lead implements election.Callbacks: it leads without a job.
 func (c *candidate) Lead(ctx context.Context, _ election.Term) error {
 	f := c.fleet
