@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -59,12 +60,18 @@ func (c *checker) violation(format string, args ...any) {
 	c.violations = append(c.violations, fmt.Sprintf("at %.6f s: %s", c.w.now().Seconds(), text))
 }
 
-// started is called when a job starts.
-func (c *checker) started(j *job) {
+// started is called when a job starts. It has the token of the one before if it is started again in
+// its term.
+func (c *checker) started(j, before *job) {
 	c.terms++
 	j.startedAt = c.w.now()
 	j.d.note("job %d starts, lease %x", j.token, j.lease)
-	if j.token <= c.token && !c.excused(j, keyDeleted, leaseRevoked) {
+	again := before != nil && before.token == j.token && before.lease == j.lease
+	rises := j.token > c.token || again && j.token == c.token
+	if before != nil && before.alive() {
+		c.violation("%v starts beside %v", j, before)
+	}
+	if !rises && !c.excused(j, keyDeleted, leaseRevoked) {
 		c.violation("%v starts after one with the token %d", j, c.token)
 	}
 	c.token = max(c.token, j.token)
@@ -156,6 +163,9 @@ func (c *checker) settled() {
 		return
 	}
 	r := c.w.random("settled")
+	if !c.replaceAll(leads, r) {
+		return
+	}
 	if c.deleteStandby(leads, r.IntN(Daemons)); !c.stays(leads, "a standby's key was deleted") {
 		return
 	}
@@ -180,6 +190,26 @@ func (c *checker) settled() {
 	c.settle(without + ", and a restart of " + again.name)
 }
 
+// replaceAll replaces the leader's elector, and those of all others. That moves no job, and changes
+// no place in the queue.
+func (c *checker) replaceAll(leads *job, r *rand.Rand) bool {
+	before := c.w.queue()
+	order := append([]int{before[0]}, r.Perm(Daemons)...)
+	for _, i := range order {
+		most := min(c.w.s.TTL*2/5, 300*time.Millisecond+time.Duration(r.Int64N(int64(c.w.s.TTL))))
+		c.w.daemons[i].replace(time.Duration(r.Int64N(int64(most))))
+		time.Sleep(time.Duration(r.Int64N(int64(c.w.s.TTL))))
+	}
+	if !c.stays(leads, "all electors were replaced") {
+		return false
+	}
+	if after := c.w.queue(); !slices.Equal(before, after) {
+		c.violation("the queue was %v, and is %v when all electors were replaced", before, after)
+		return false
+	}
+	return true
+}
+
 // deleteStandby deletes the key of a standby: it has to queue again.
 func (c *checker) deleteStandby(leads *job, from int) {
 	c.w.mu.Lock()
@@ -189,7 +219,7 @@ func (c *checker) deleteStandby(leads *job, from int) {
 		d = c.w.daemons[(from+1)%Daemons]
 	}
 	c.w.note("oper", "deletes the key of %s, a standby", d.name)
-	c.w.cluster.DeleteKey(keyOf(d.elector.lease))
+	c.w.cluster.DeleteKey(keyOf(d.guard.lease))
 }
 
 // deleteLeader deletes the key of the leader. Its watch shows that at once; its next renewal would

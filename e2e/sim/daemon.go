@@ -60,11 +60,21 @@ type daemon struct {
 	random *rand.Rand
 
 	// The world's lock guards what follows.
-	wanted  bool     // it is to run
-	leaving bool     // its elector has crashed, and its guard has not yet exited
-	elector *elector // nil: it does not run
-	job     *job     // the last one
-	started int
+	wanted    bool // it is to run
+	leaving   bool // its elector has crashed, and its guard has not yet exited
+	replacing bool // its elector has crashed, and its guard has not yet started another one
+	elector   *elector
+	guard     guard
+	job       *job // the last one
+	started   int  // electors
+}
+
+// guard is what the guard knows beside its job.
+type guard struct {
+	lease     int64 // 0: none
+	created   int64 // the key's create revision; 0: not known to be put
+	releasing bool
+	stop      bool // the daemon was asked to stop
 }
 
 func newDaemon(w *world, name string) *daemon {
@@ -85,7 +95,6 @@ type elector struct {
 	stop      context.CancelCauseFunc
 	crashed   chan struct{} // closed when it has crashed
 	leases    []int64       // that it had, guarded by the world's lock
-	lease     int64         // that the guard knows of; 0: none
 }
 
 var errCrashed = errors.New("crashed")
@@ -108,21 +117,48 @@ func (d *daemon) start() {
 }
 
 func (d *daemon) startIfWanted() {
-	if !d.wanted || d.leaving || d.elector != nil {
+	if !d.wanted || d.leaving || d.replacing || d.elector != nil {
 		return
 	}
+	d.guard = guard{}
+	d.startElector()
+}
+
+// startElector starts an elector, with a record of what the guard knows.
+func (d *daemon) startElector() {
 	d.started++
 	e := &elector{
 		d: d, client: fmt.Sprintf("%s.%d", d.name, d.started), crashed: make(chan struct{}),
 	}
+	cfg := d.config(e.client, e)
+	if d.guard.lease != 0 {
+		cfg.Adopt = d.record()
+		e.leases = []int64{d.guard.lease}
+	}
 	var err error
-	if e.candidate, err = elect.New(d.config(e.client, e)); err != nil {
+	if e.candidate, err = elect.New(cfg); err != nil {
 		panic(err)
 	}
 	ctx, stop := context.WithCancelCause(context.Background())
 	e.stop, d.elector = stop, e
 	d.note("starts as %s", e.client)
+	if d.guard.stop {
+		stop(errStop)
+	}
 	go e.run(ctx)
+}
+
+// record is what another elector is to know.
+func (d *daemon) record() *elect.Adoption {
+	a := &elect.Adoption{
+		LeaseID: d.guard.lease, TTL: d.w.s.TTL, Created: d.guard.created,
+		Releasing: d.guard.releasing,
+	}
+	if j := d.job; j != nil && j.lease == a.LeaseID && j.alive() {
+		a.Leading, a.Ending, a.Deadlines = true, j.stopping || j.killing, j.deadlines
+	}
+	d.note("the record: %+v", *a)
+	return a
 }
 
 func (e *elector) run(ctx context.Context) {
@@ -137,7 +173,7 @@ func (e *elector) run(ctx context.Context) {
 		d.w.check.violation("Run of %s returned without being asked to: %v", e.client, err)
 	}
 	d.note("has ended")
-	d.elector = nil
+	d.elector, d.guard = nil, guard{}
 	d.startIfWanted()
 }
 
@@ -155,8 +191,12 @@ func (d *daemon) stop() {
 	d.w.mu.Lock()
 	defer d.w.mu.Unlock()
 	d.wanted = false
+	if d.elector == nil && !d.replacing {
+		return
+	}
+	d.note("is asked to stop")
+	d.guard.stop = true
 	if d.elector != nil {
-		d.note("is asked to stop")
 		d.elector.stop(errStop)
 	}
 }
@@ -165,7 +205,7 @@ func (d *daemon) stop() {
 func (d *daemon) waitDown(atMost time.Duration) bool {
 	for end := time.Now().Add(atMost); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		d.w.mu.Lock()
-		down := d.elector == nil && !d.leaving
+		down := d.elector == nil && !d.leaving && !d.replacing
 		d.w.mu.Unlock()
 		if down {
 			return true
@@ -174,14 +214,10 @@ func (d *daemon) waitDown(atMost time.Duration) bool {
 	return false
 }
 
-// crash ends the elector's process at once: its connections are reset, and no request of it leaves
-// any more. Those on their way arrive. The guard kills the job, waits for its exit, revokes the
-// lease and exits. If all of the machine crashes, the job is gone at once, and nobody revokes.
-func (d *daemon) crash(machine bool) {
-	d.w.mu.Lock()
-	defer d.w.mu.Unlock()
-	d.wanted = false
-	e, j := d.elector, d.job
+// endElector ends the elector's process at once: its connections are reset, and no request of it
+// leaves any more. Those on their way arrive.
+func (d *daemon) endElector() {
+	e := d.elector
 	if e == nil {
 		return
 	}
@@ -192,6 +228,44 @@ func (d *daemon) crash(machine bool) {
 	for m := range 3 {
 		d.w.cluster.Disconnect(e.client, m+1)
 	}
+}
+
+// replace ends the elector's process. The guard and its job go on. After that time the guard starts
+// another elector.
+func (d *daemon) replace(after time.Duration) {
+	d.w.mu.Lock()
+	defer d.w.mu.Unlock()
+	if d.elector == nil {
+		return
+	}
+	d.note("its elector crashes, and is replaced after %v", after)
+	d.endElector()
+	d.replacing = true
+	ended := d.started
+	time.AfterFunc(after, func() {
+		d.w.mu.Lock()
+		defer d.w.mu.Unlock()
+		if d.replacing && d.started == ended {
+			d.replacing = false
+			d.startElector()
+		}
+	})
+}
+
+// crash ends the elector's process, and the guard gives up: it kills the job, waits for its exit,
+// revokes the lease and exits. If all of the machine crashes, the job is gone at once, and nobody
+// revokes.
+func (d *daemon) crash(machine bool) {
+	d.w.mu.Lock()
+	defer d.w.mu.Unlock()
+	d.wanted = false
+	if d.elector == nil && !d.replacing {
+		return
+	}
+	d.endElector()
+	d.replacing = false
+	j, lease := d.job, d.guard.lease
+	d.guard = guard{}
 	if machine {
 		if j != nil && j.alive() {
 			j.vanish()
@@ -202,7 +276,7 @@ func (d *daemon) crash(machine bool) {
 	if j != nil {
 		j.kill("elector lost")
 	}
-	go d.guardLeaves(j, e.lease)
+	go d.guardLeaves(j, lease)
 }
 
 func (d *daemon) guardLeaves(j *job, lease int64) {
@@ -228,20 +302,34 @@ func (e *elector) Leased(id int64, _ time.Duration) {
 	if e.hasCrashed() {
 		return
 	}
-	e.lease = id
+	e.d.guard = guard{lease: id, stop: e.d.guard.stop}
 	if id != 0 {
 		e.leases = append(e.leases, id)
 	}
 }
 
 // Entered implements election.Callbacks.
-func (e *elector) Entered(string, int64) {}
+func (e *elector) Entered(_ string, created int64) {
+	e.d.w.mu.Lock()
+	defer e.d.w.mu.Unlock()
+	if !e.hasCrashed() {
+		e.d.guard.created = created
+	}
+}
 
 // Releasing implements election.Callbacks.
-func (e *elector) Releasing(int64) error {
-	if e.hasCrashed() {
+func (e *elector) Releasing(lease int64) error {
+	e.d.w.mu.Lock()
+	defer e.d.w.mu.Unlock()
+	switch {
+	case e.hasCrashed():
 		return errCrashed
+	case lease != e.d.guard.lease || e.d.guard.releasing:
+		e.d.w.check.violation("%s announces the release of %x, and its guard knows %+v",
+			e.client, lease, e.d.guard)
 	}
+	e.d.note("is about to release the lease %x", lease)
+	e.d.guard.releasing = true
 	return nil
 }
 
@@ -256,12 +344,9 @@ func (e *elector) Extended(deadlines elect.Deadlines) {
 
 // Lead implements election.Callbacks. It does what the supervisor does.
 func (e *elector) Lead(ctx context.Context, t elect.Term) error {
-	if e.hasCrashed() {
-		return errCrashed
-	}
-	j := e.d.startJob(t)
+	j, err := e.jobOf(t)
 	if j == nil {
-		return nil
+		return err
 	}
 	done, lost := ctx.Done(), t.Lost
 	for {
@@ -275,7 +360,7 @@ func (e *elector) Lead(ctx context.Context, t elect.Term) error {
 			switch cause := context.Cause(ctx); {
 			case errors.Is(cause, errStop):
 				grace = e.d.w.s.TTL
-			case errors.Is(cause, elect.ErrContactLost):
+			case errors.Is(cause, elect.ErrContactLost), errors.Is(cause, elect.ErrEnded):
 				grace = forever
 			}
 			e.order(j, context.Cause(ctx).Error(), grace)
@@ -285,6 +370,25 @@ func (e *elector) Lead(ctx context.Context, t elect.Term) error {
 			return j.result
 		}
 	}
+}
+
+// jobOf returns the job of the term: the one that runs, or a new one. It returns nil if none is to
+// run.
+func (e *elector) jobOf(t elect.Term) (*job, error) {
+	d := e.d
+	d.w.mu.Lock()
+	defer d.w.mu.Unlock()
+	j := d.job
+	switch {
+	case e.hasCrashed():
+		return nil, errCrashed
+	case t.Adopted:
+		return j, nil
+	case j != nil && j.token == t.Token && j.result != nil && d.random.IntN(2) == 0:
+		// It failed, too often for the elector before. By other settings it may start again.
+		return nil, j.result
+	}
+	return d.startJob(t), nil
 }
 
 // order has the guard end the job.

@@ -73,6 +73,10 @@ func init() {
 		"link-twice":         {3, 2, twiceLink, upLink},
 		"link-reset":         {2, 0, resetLink, nil},
 		"elector-crashed":    {4, 0.5, crashElector, startDaemon},
+		"elector-replaced":   {6, 0, replaceElector, nil},
+		"replaced-releasing": {6, 1, replaceReleasing, restartReleasing},
+		"replaced-stale":     {5, 1, replaceStale, resumeMember},
+		"replaced-winning":   {3, 0, replaceWinning, nil},
 		"machine-crashed":    {3, 1, crashMachine, startDaemon},
 		"stop":               {4, 0.5, stopDaemon, startDaemon},
 		"job-fails":          {2, 0, failJob, nil},
@@ -237,10 +241,10 @@ func (w *world) queue() (queue []int) {
 	defer w.mu.Unlock()
 	created := map[int]int64{}
 	for i, d := range w.daemons {
-		if d.elector == nil {
+		if d.guard.lease == 0 {
 			continue
 		}
-		if created[i] = w.cluster.Created(keyOf(d.elector.lease)); created[i] != 0 {
+		if created[i] = w.cluster.Created(keyOf(d.guard.lease)); created[i] != 0 {
 			queue = append(queue, i)
 		}
 	}
@@ -322,6 +326,64 @@ func dyingLink(w *world, f *Fault) {
 	slow := w.s.TTL/4 + most
 	w.later(slow, func() { downLink(w, f) })
 	w.later(slow+w.s.TTL*5/4, func() { upLink(w, f) })
+}
+
+// replacedAfter is how long the guard takes to replace the elector: 300 ms at most, or, in some
+// cases, longer than a renewal counts.
+func (w *world) replacedAfter(level float64) time.Duration {
+	if level < 0.7 {
+		return time.Duration(level / 0.7 * 0.3 * float64(time.Second))
+	}
+	return time.Duration((level - 0.7) * 5 * float64(w.s.TTL))
+}
+
+func replaceElector(w *world, f *Fault) { w.daemon(f).replace(w.replacedAfter(f.Level)) }
+
+// replaceReleasing replaces the elector while a request of it takes its time to arrive. Most of the
+// time that is the request to delete its key, because its job fails, or because it is to stop.
+func replaceReleasing(w *world, f *Fault) {
+	d, part := w.daemon(f), math.Mod(10*f.Level, 1)
+	f.Members = []int{1, 2, 3}
+	w.setLink(f, &link{requestDelay: w.s.TTL / 2, leastDelay: 0.2})
+	w.network.arm(d.name, func() {
+		w.network.set(d.name, f.Members, nil)
+		d.replace(w.replacedAfter(part * 0.75))
+	})
+	switch {
+	case f.Level < 0.6:
+		d.fail(0)
+	case f.Level < 0.8:
+		d.stop()
+	}
+}
+
+func restartReleasing(w *world, f *Fault) {
+	d := w.daemon(f)
+	w.network.arm(d.name, nil)
+	upLink(w, f)
+	d.start()
+}
+
+// replaceStale does what staleOnly does, and replaces the elector so that the first renewals of the
+// new one are what the deposed leader of etcd acknowledges.
+func replaceStale(w *world, f *Fault) {
+	staleOnly(w, f)
+	d := w.daemon(f)
+	after := time.Duration(f.Level * 0.1 * float64(w.s.TTL))
+	w.later(max(0, f.Lasts-after), func() { d.replace(after + 1) })
+}
+
+// replaceWinning deletes the leader's key, and replaces the elector of the next one in the queue
+// while it wins.
+func replaceWinning(w *world, f *Fault) {
+	queue := w.queue()
+	if len(queue) < 2 {
+		return
+	}
+	deleteKey(w, &Fault{Daemon: queue[0]})
+	w.later(time.Duration(f.Level*float64(10*time.Millisecond)), func() {
+		w.daemons[queue[1]].replace(w.replacedAfter(math.Mod(10*f.Level, 1)))
+	})
 }
 
 func resetLink(w *world, f *Fault) {

@@ -19,30 +19,28 @@ type job struct {
 
 	startedAt time.Duration // by the world's clock
 
-	stopAt, killBy time.Duration // by the daemon's clock
-	graceEnd       time.Duration // the same
-	stopTakes      time.Duration // from the stop signal to the exit
-	killTakes      time.Duration
-	stopping       bool
-	killing        bool
-	exitAt         time.Duration // by the world's clock
-	wake           *time.Timer
-	gone           chan struct{} // closed when the job has exited
-	result         error         // what Lead returns
+	deadlines elect.Deadlines // by the daemon's clock
+	graceEnd  time.Duration   // the same
+	stopTakes time.Duration   // from the stop signal to the exit
+	killTakes time.Duration
+	stopping  bool
+	killing   bool
+	exitAt    time.Duration // by the world's clock
+	wake      *time.Timer
+	gone      chan struct{} // closed when the job has exited
+	result    error         // what Lead returns
 }
 
 const forever = time.Duration(1<<63 - 1)
 
 // startJob starts the job of a term, or returns nil if stop-at has passed.
 func (d *daemon) startJob(t elect.Term) *job {
-	d.w.mu.Lock()
-	defer d.w.mu.Unlock()
 	if d.clock.now() >= t.Deadlines.StopAt {
 		return nil
 	}
 	j := &job{
 		d: d, token: t.Token, lease: t.LeaseID, key: t.Key,
-		stopAt: t.Deadlines.StopAt, killBy: t.Deadlines.KillBy, graceEnd: forever, exitAt: forever,
+		deadlines: t.Deadlines, graceEnd: forever, exitAt: forever,
 		stopTakes: time.Duration(d.random.Float64() * float64(4*t.Timing.LossGrace)),
 		killTakes: time.Duration(d.random.Float64() * float64(killBound(t.Timing))),
 		gone:      make(chan struct{}),
@@ -52,8 +50,9 @@ func (d *daemon) startJob(t elect.Term) *job {
 		defer d.w.mu.Unlock()
 		j.serve()
 	})
+	before := d.job
 	d.job = j
-	d.w.check.started(j)
+	d.w.check.started(j, before)
 	j.serve()
 	return j
 }
@@ -75,8 +74,8 @@ func (j *job) alive() bool {
 
 // extend moves the deadlines, unless stop-at has passed.
 func (j *job) extend(d elect.Deadlines) {
-	if j.d.clock.now() < j.stopAt {
-		j.stopAt, j.killBy = d.StopAt, d.KillBy
+	if j.d.clock.now() < j.deadlines.StopAt {
+		j.deadlines = d
 	}
 	j.serve()
 }
@@ -122,21 +121,21 @@ func (j *job) serve() {
 		close(j.gone)
 		return
 	case j.killing:
-	case now >= j.killBy:
+	case now >= j.deadlines.KillBy:
 		j.kill("kill-by")
 		return
 	case now >= j.graceEnd:
 		j.kill("grace over")
 		return
-	case !j.stopping && now >= j.stopAt:
+	case !j.stopping && now >= j.deadlines.StopAt:
 		j.stop(forever, "stop-at")
 		return
 	}
 	next := j.exitAt - j.d.w.now()
 	if !j.killing {
-		due := min(j.killBy, j.graceEnd)
+		due := min(j.deadlines.KillBy, j.graceEnd)
 		if !j.stopping {
-			due = min(due, j.stopAt)
+			due = min(due, j.deadlines.StopAt)
 		}
 		next = min(next, j.d.clock.in(due-now))
 	}

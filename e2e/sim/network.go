@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
 	"leasehold/e2e/sim/simetcd"
 )
 
@@ -24,24 +26,32 @@ type network struct {
 	mu      sync.Mutex
 	links   map[string]*link      // by daemon and member
 	random  map[string]*rand.Rand // the same
-	crashed map[string]bool       // clients whose process is gone
+	crashed map[string]time.Time  // when the client's process has exited
+	armed   map[string]func()     // by daemon: see arm
 }
 
 func newNetwork(seed uint64) *network {
 	return &network{
 		seed: seed, links: map[string]*link{}, random: map[string]*rand.Rand{},
-		crashed: map[string]bool{},
+		crashed: map[string]time.Time{}, armed: map[string]func(){},
 	}
 }
 
 // verdict implements simetcd.Config.Network.
-func (n *network) verdict(client, member, _ string) (v simetcd.Verdict) {
+func (n *network) verdict(client, member, method string) (v simetcd.Verdict) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.crashed[client] {
+	// What the process has sent arrives: it is asked for here when it has travelled.
+	if at, crashed := n.crashed[client]; crashed &&
+		(method == simetcd.Connect || time.Since(at) > simetcd.Latency) {
 		return simetcd.Verdict{DropRequest: true, DropAnswer: true}
 	}
 	daemon, _, _ := strings.Cut(client, ".")
+	if do := n.armed[daemon]; do != nil &&
+		(method == pb.KV_Txn_FullMethodName || method == pb.Lease_LeaseRevoke_FullMethodName) {
+		delete(n.armed, daemon)
+		time.AfterFunc(1, do)
+	}
 	name := daemon + member
 	l := n.links[name]
 	if l == nil {
@@ -70,15 +80,24 @@ func (n *network) set(daemon string, members []int, l *link) {
 	}
 }
 
+// arm calls do when the daemon has sent the next request that changes something, or may do so. That
+// one has its delay by then. nil: no more.
+func (n *network) arm(daemon string, do func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.armed[daemon] = do
+}
+
 func (n *network) recover() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	clear(n.links)
+	clear(n.armed)
 }
 
 // crash cuts off the client for ever: its process is gone.
 func (n *network) crash(client string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.crashed[client] = true
+	n.crashed[client] = time.Now()
 }

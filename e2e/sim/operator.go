@@ -15,10 +15,10 @@ func (w *world) operate(f *Fault, do func(lease int64, key string) bool, excuse 
 	d := w.daemon(f)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if d.elector == nil || d.elector.lease == 0 {
+	lease := d.guard.lease
+	if lease == 0 {
 		return
 	}
-	lease := d.elector.lease
 	if do(lease, keyOf(lease)) {
 		w.note("oper", "done to the lease %x of %s", lease, d.name)
 		for _, what := range excuse {
@@ -75,7 +75,8 @@ func (w *world) removeAbandoned() {
 	for _, key := range w.cluster.Keys(election + "/") {
 		lease, err := strconv.ParseInt(strings.TrimPrefix(key, election+"/"), 16, 64)
 		kept := slices.ContainsFunc(w.daemons, func(d *daemon) bool {
-			return d.leaving || d.elector != nil && slices.Contains(d.elector.leases, lease)
+			return d.leaving || d.replacing ||
+				d.elector != nil && slices.Contains(d.elector.leases, lease)
 		})
 		if err == nil && !kept && !w.cluster.HasLease(lease) {
 			w.note("oper", "deletes %s, which nobody else will", key)

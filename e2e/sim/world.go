@@ -245,6 +245,9 @@ func (w *world) stop() {
 	for _, d := range w.daemons {
 		d.stop()
 	}
+	// Also if an elector is replaced meanwhile.
+	r := w.random("stop")
+	w.daemons[r.IntN(Daemons)].replace(time.Duration(r.Int64N(int64(time.Second))))
 	for _, d := range w.daemons {
 		if !d.waitDown(w.s.TTL * 4) {
 			w.check.violation("%s does not end", d.name)

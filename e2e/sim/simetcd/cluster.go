@@ -54,6 +54,9 @@ const (
 	maxTTL          = 9_000_000_000
 )
 
+// Latency is the default of Config.Latency.
+const Latency = time.Millisecond
+
 // Config configures a cluster.
 type Config struct {
 	Members int // 0: three
@@ -61,7 +64,7 @@ type Config struct {
 	// Hear bounds the time until a member learns of a new leader of etcd. For a deposed leader, it
 	// is exactly this long. 0: 20 ms.
 	Hear time.Duration
-	// Latency bounds the time that a message travels. 0: a millisecond.
+	// Latency bounds the time that a message travels. 0: the constant Latency.
 	Latency time.Duration
 	// Rate is the rate of a member's clock, by which leases expire: 1.01 runs fast. nil: all 1.
 	Rate func(member int) float64
@@ -137,7 +140,7 @@ type member struct {
 func New(cfg Config) *Cluster {
 	cfg.Members = cmp.Or(cfg.Members, 3)
 	cfg.Hear = cmp.Or(cfg.Hear, 20*time.Millisecond)
-	cfg.Latency = cmp.Or(cfg.Latency, time.Millisecond)
+	cfg.Latency = cmp.Or(cfg.Latency, Latency)
 	if cfg.Log == nil {
 		cfg.Log = func(string, ...any) {}
 	}
