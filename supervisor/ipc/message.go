@@ -29,8 +29,11 @@ const (
 	KindPing
 	KindStatus
 	KindExiting
+	KindEntered
+	KindRestarts
 
 	// From the guard to the elector.
+	KindRecord
 	KindStarted
 	KindRefused
 	KindExited
@@ -44,15 +47,32 @@ const (
 type (
 	// Ready means that the elector is up and its endpoint listens.
 	Ready struct{}
-	// Lease is the lease that the guard revokes if the elector is lost. It is sent before the
-	// grant. ID 0: there is none any more.
+	// Lease is the lease that the guard revokes if no elector follows. It is sent before the grant,
+	// and again when the granted TTL is known. ID 0: there is none any more.
+	//
+	// It is sent once more, with Releasing, before the first request that deletes its key or
+	// revokes it. Such a request may arrive long after the elector has exited. So the elector that
+	// follows may only finish that. TTL 0: as before.
 	Lease struct {
-		ID  int64
-		TTL time.Duration
+		ID        int64
+		TTL       time.Duration
+		Releasing bool
 	}
-	// Token is etcd's authentication token of the elector, for the process that revokes in its
-	// place. Empty: there is none. A received Value is valid until the next Fill.
+	// Entered means that the key of the lease is in etcd, with this create revision.
+	Entered struct {
+		Key     string
+		Created int64
+	}
+	// Token is etcd's authentication token. An elector sends it for the process that revokes in its
+	// place. The guard passes it to the next elector, before the Record. Empty: there is none. A
+	// received Value is valid until the next Fill.
 	Token struct{ Value []byte }
+	// Restarts is what the restart policy knows before the Start that follows.
+	Restarts struct {
+		Count    int // restarts of the job so far
+		Failures int // quick failures in a row
+		Backoff  time.Duration
+	}
 	// Start asks for a start of the job.
 	Start struct {
 		Key            string
@@ -81,7 +101,10 @@ const UntilKillBy time.Duration = -1
 // What the guard sends.
 type (
 	// Started means that the job's first process runs.
-	Started struct{ PID int }
+	Started struct {
+		PID int
+		At  time.Duration // since boot
+	}
 	// Refused means that the job could not be started. Code stands for its exit code.
 	Refused struct {
 		Code int
@@ -119,7 +142,21 @@ func (m Message) Clone() Message {
 
 // Lease decodes a KindLease.
 func (m Message) Lease() Lease {
-	return Lease{ID: m.number[0], TTL: time.Duration(m.number[1])}
+	return Lease{
+		ID: m.number[0], TTL: time.Duration(m.number[1]), Releasing: m.number[2] != 0,
+	}
+}
+
+// Entered decodes a KindEntered. It allocates the key.
+func (m Message) Entered() Entered {
+	return Entered{Key: string(m.text), Created: m.number[0]}
+}
+
+// Restarts decodes a KindRestarts.
+func (m Message) Restarts() Restarts {
+	return Restarts{
+		Count: int(m.number[0]), Failures: int(m.number[1]), Backoff: time.Duration(m.number[2]),
+	}
 }
 
 // Token decodes a KindToken.
@@ -151,7 +188,9 @@ func (m Message) Status() Status { return Status{Text: string(m.text)} }
 func (m Message) Exiting() Exiting { return Exiting{Code: int(m.number[0]), Why: string(m.text)} }
 
 // Started decodes a KindStarted.
-func (m Message) Started() Started { return Started{PID: int(m.number[0])} }
+func (m Message) Started() Started {
+	return Started{PID: int(m.number[0]), At: time.Duration(m.number[1])}
+}
 
 // Refused decodes a KindRefused. It allocates the text.
 func (m Message) Refused() Refused { return Refused{Code: int(m.number[0]), Why: string(m.text)} }

@@ -11,7 +11,7 @@ import (
 
 // A message is at most PIPE_BUF long, so that the kernel writes it whole or not at all (pipe(7)).
 // It begins with its length (2 bytes), its kind (1) and a byte of zero; four numbers follow, and
-// then the text.
+// then the text. The text of a Record begins with more numbers.
 const (
 	maxMessage = 4096
 	headerLen  = 4 + 4*8
@@ -56,11 +56,20 @@ func (o *Outbox) encode(message any) int {
 	var number [4]int64
 	var text string
 	var raw []byte
+	n := headerLen
 	switch m := message.(type) {
 	case Ready:
 		kind = KindReady
 	case Lease:
 		kind, number = KindLease, [4]int64{m.ID, int64(m.TTL)}
+		if m.Releasing {
+			number[2] = 1
+		}
+	case Entered:
+		kind, number, text = KindEntered, [4]int64{m.Created}, m.Key
+	case Restarts:
+		kind = KindRestarts
+		number = [4]int64{int64(m.Count), int64(m.Failures), int64(m.Backoff)}
 	case Token:
 		kind, raw = KindToken, m.Value
 	case Start:
@@ -76,8 +85,11 @@ func (o *Outbox) encode(message any) int {
 		kind, text = KindStatus, m.Text
 	case Exiting:
 		kind, number, text = KindExiting, [4]int64{int64(m.Code)}, m.Why
+	case Record:
+		kind, text = KindRecord, m.Entered.Key
+		n += m.encode(o.buf[n:])
 	case Started:
-		kind, number = KindStarted, [4]int64{int64(m.PID)}
+		kind, number = KindStarted, [4]int64{int64(m.PID), int64(m.At)}
 	case Refused:
 		kind, number, text = KindRefused, [4]int64{int64(m.Code)}, m.Why
 	case Exited:
@@ -96,7 +108,7 @@ func (o *Outbox) encode(message any) int {
 	default:
 		panic("ipc: this is no message")
 	}
-	n := headerLen + copy(o.buf[headerLen:], text)
+	n += copy(o.buf[n:], text)
 	n += copy(o.buf[n:], raw)
 	binary.LittleEndian.PutUint16(o.buf[0:], uint16(n))
 	o.buf[2], o.buf[3] = byte(kind), 0
@@ -133,6 +145,9 @@ func (in *Inbox) Fill(fd int) (bool, error) {
 	in.end += n
 	return true, nil
 }
+
+// Empty reports whether all that was read were messages, and all of them were taken.
+func (in *Inbox) Empty() bool { return in.start == in.end }
 
 // length is that of the next message, if it is known.
 func (in *Inbox) length() (n int, known bool) {

@@ -30,6 +30,12 @@ func decode(m Message) any {
 		return Ready{}
 	case KindLease:
 		return m.Lease()
+	case KindEntered:
+		return m.Entered()
+	case KindRestarts:
+		return m.Restarts()
+	case KindRecord:
+		return m.Record()
 	case KindToken:
 		return Token{Value: bytes.Clone(m.Token().Value)}
 	case KindStart:
@@ -67,6 +73,11 @@ func eachMessage() []any {
 	return []any{
 		Ready{},
 		Lease{ID: -1, TTL: time.Second},
+		Lease{ID: 1, TTL: time.Minute, Releasing: true},
+		Entered{Key: strings.Repeat("e", 1100), Created: 1 << 61},
+		Restarts{Count: 14, Failures: 15, Backoff: 16},
+		fullRecord(),
+		Record{Version: RecordVersion},
 		Token{Value: []byte("secret")},
 		Start{Key: strings.Repeat("k", 1100), Token: 1 << 62, LeaseID: -2, StopAt: 3, KillBy: 4},
 		Extend{StopAt: 5, KillBy: 6},
@@ -74,7 +85,7 @@ func eachMessage() []any {
 		Ping{Number: 7},
 		Status{Text: strings.Repeat("s", MaxText)},
 		Exiting{Code: 70, Why: "why"},
-		Started{PID: 8},
+		Started{PID: 8, At: 17},
 		Refused{Code: 127, Why: "no such file"},
 		Exited{Code: 137, Signal: 9},
 		Gone{Elapsed: 10, Reason: KilledSpawner, Ordered: true},
@@ -83,6 +94,42 @@ func eachMessage() []any {
 		Signal{Signal: unix.SIGTERM},
 		TimerLatency{By: 13},
 	}
+}
+
+// fullRecord is a Record in which every field has a value of its own.
+func fullRecord() Record {
+	return Record{
+		Version: 1, Lease: Lease{ID: 2, TTL: 3, Releasing: true},
+		Entered: Entered{Key: strings.Repeat("r", 1100), Created: 4},
+		Job:     JobRunning, PID: 5, StartedAt: 6, StopAt: 7, KillBy: 8, Due: 9, Ordered: true,
+		Serial: 10, Starts: 11, Restarts: Restarts{Count: 12, Failures: 13, Backoff: 14},
+		LastExit: RecordedExit{
+			Exited: Exited{Code: 15, Signal: 16}, Errno: 17, At: 18, Ran: 19, Ordered: true,
+		},
+		StopSignals: 20, Exited: 21, Silent: 22,
+	}
+}
+
+// TestRecord_HasAll: a field that the test does not fill, or that does not arrive, is noticed.
+func TestRecord_HasAll(t *testing.T) {
+	seen := map[int64]string{}
+	var check func(name string, v reflect.Value)
+	check = func(name string, v reflect.Value) {
+		switch {
+		case v.Kind() == reflect.Struct:
+			for i := range v.NumField() {
+				check(name+"."+v.Type().Field(i).Name, v.Field(i))
+			}
+		case v.IsZero():
+			t.Errorf("%s has no value", name)
+		case v.CanInt() && v.Type() != reflect.TypeFor[JobPhase]():
+			if other, twice := seen[v.Int()]; twice {
+				t.Errorf("%s and %s have the same value", name, other)
+			}
+			seen[v.Int()] = name
+		}
+	}
+	check("Record", reflect.ValueOf(fullRecord()))
 }
 
 func TestMessage_ArrivesWhole(t *testing.T) {
@@ -192,6 +239,7 @@ func TestMessage_AllocatesNothing(t *testing.T) {
 	out, in := Outbox{FD: w}, Inbox{}
 	token, sum := make([]byte, 100), 0
 	why := "text file busy"
+	record := fullRecord()
 	round := func() {
 		n := int64(sum)
 		_ = out.Send(Lease{ID: n, TTL: time.Duration(n)})
@@ -199,6 +247,8 @@ func TestMessage_AllocatesNothing(t *testing.T) {
 		_ = out.Send(Extend{StopAt: time.Duration(n), KillBy: 2})
 		_ = out.Send(Stop{Grace: time.Duration(n)})
 		_ = out.Send(Ping{Number: n})
+		_ = out.Send(record)
+		_ = out.Send(Restarts{Count: sum})
 		_ = out.Send(Started{PID: sum})
 		_ = out.Send(Refused{Code: sum, Why: why})
 		_ = out.Send(Exited{Code: sum})
