@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -16,13 +17,46 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// elector is what the guard knows of the elector, and of the process that revokes the lease in its
-// place.
-type elector struct {
-	pid   int // 0: reaped
-	pidfd int
-	gone  bool // it has exited or was given up: nothing is expected of it any more
+// electorState is what the elector does.
+//
+//	              forked               exited as announced
+//	starting ---------------> running ---------------------> gone
+//	 ^  |                      |   |                          ^
+//	 |  |                      |   | silent, does not read,   |
+//	 |  |                      |   | given up: SIGKILL        |
+//	 |  |                      |   v                          |
+//	 |  |                      |  ending -------------------->+ exited, given up
+//	 |  |                      v   |                          |
+//	 +-------------------------+---+ exited                   |
+//	    |                                                     |
+//	    +-- not forked in time, given up -------------------->+
+//
+// An elector that exits, hangs or does not read is replaced, and the job goes on. Another one is
+// forked only when the last one has exited and its pipe is read to the end. From then on nobody
+// speaks with etcd before the new one has the Record.
+//
+// The guard gives up if the third within a minute would follow. Then it kills the job, and revokes
+// the lease when nothing of the job is left.
+//
+// transition is the one place where the state changes.
+type electorState string
 
+const (
+	electorStarting electorState = "starting" // another thread forks it
+	electorRunning  electorState = "running"
+	electorEnding   electorState = "ending" // it has got SIGKILL, and has not exited yet
+	electorGone     electorState = "gone"   // none runs, and none follows
+)
+
+// elector is what the guard knows of the elector, and of the process that revokes the lease if none
+// follows. What outlives an elector is in guard.known.
+type elector struct {
+	state   electorState
+	givenUp bool // none follows
+	silent  bool // why it ends: it did not exit by itself
+
+	pid       int // 0: reaped, or not yet forked
+	pidfd     int
 	in        int // the pipe pair: in and outbox
 	inbox     ipc.Inbox
 	outbox    ipc.Outbox
@@ -35,67 +69,59 @@ type elector struct {
 	announced bool // it is about to exit in good order
 	exit      Exit // as it announced it
 
-	lease    ipc.Lease // ID 0: none
-	token    []byte    // in tokenBuf: etcd's authentication token
+	startBy    time.Duration    // when the one that is being forked must run
+	lostAt     time.Duration    // when the one before it was lost; 0: the first one
+	replacedAt [2]time.Duration // of the last two that were replaced
+
+	token    []byte // in tokenBuf: etcd's authentication token
 	tokenBuf [ipc.MaxText]byte
 	revoker  int // pid of the revoking process
 	revokeBy time.Duration
 }
 
-// startElector starts the elector with the pipe pair, its socket to the spawner, a pidfd of the
-// spawner, and the socket to serve on.
-func (g *guard) startElector() error {
-	e := &g.elector
-	var toElector, fromElector [2]int
-	for _, p := range []*[2]int{&toElector, &fromElector} {
-		if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-			return err
-		}
-	}
-	e.in, e.outbox.FD = fromElector[0], toElector[1]
-	argv := append(append([]string{}, g.cfg.Elector...), strconv.Itoa(unix.Getpid()),
-		strconv.Itoa(g.spawner.pid))
-	if g.cgroup != nil {
-		argv = append(argv, g.cgroup.Dir)
-	}
-	null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: os.DevNull, Err: err}
-	}
-	files := []uintptr{
-		uintptr(null), 1, 2, uintptr(toElector[0]), uintptr(fromElector[1]),
-		uintptr(g.spawner.elector), uintptr(g.spawner.pidfd),
-	}
-	if g.listener >= 0 {
-		files = append(files, uintptr(g.listener))
-	}
-	e.pid, err = syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
-		Env:   os.Environ(),
-		Files: files,
-		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &e.pidfd},
-	})
-	for _, fd := range []int{null, toElector[0], fromElector[1], g.spawner.elector} {
-		_ = unix.Close(fd)
-	}
-	g.spawner.elector = -1
-	if err != nil {
-		e.pid = 0
-		return err
-	}
-	e.pipeEnded = false
-	g.heardFromElector(boottime.Now())
-	g.listChildren()
-	return nil
+// mostReplaced bounds how many electors are replaced within replacedWithin.
+const (
+	mostReplaced   = len(elector{}.replacedAt)
+	replacedWithin = time.Minute
+)
+
+// transition is the one place where the state of the elector changes, and where that is logged.
+func (e *elector) transition(g *guard, to electorState, why string) {
+	g.log.Debug("elector state",
+		"machine", "elector", "from", string(e.state), "to", string(to), "reason", why)
+	e.state = to
 }
 
-// send sends a message to the elector. If the elector does not read, it counts as lost. If it has
+// electorForked: an elector runs. It gets all that the guard knows before anything else.
+func (g *guard) electorForked(p electorProcess) {
+	e := &g.elector
+	e.pid, e.pidfd, e.in, e.outbox.FD = p.pid, p.pidfd, p.in, p.out
+	e.inbox, e.pipeEnded = ipc.Inbox{}, false
+	e.announced, e.exit, e.silent = false, Exit{}, false
+	e.transition(g, electorRunning, "forked")
+	g.heardFromElector(boottime.Now())
+	g.listChildren()
+	r := &g.known
+	r.Version, r.StopSignals = ipc.RecordVersion, g.stopSignals
+	g.job.record(r)
+	if len(e.token) > 0 {
+		g.send(ipc.Token{Value: e.token})
+	}
+	g.send(*r)
+	if g.job.alive() && e.lostAt != 0 {
+		g.spawner.post(ipc.SpawnerShow, 0)
+	}
+}
+
+// send sends a message to the elector. If the elector does not read, it is replaced. If it has
 // closed its end, it is about to exit, and its pidfd will show that.
 func (g *guard) send(message any) {
-	if g.elector.gone || !errors.Is(g.elector.outbox.Send(message), ipc.ErrFull) {
+	e := &g.elector
+	if e.state != electorRunning || !errors.Is(e.outbox.Send(message), ipc.ErrFull) {
 		return
 	}
-	g.log.Error("elector does not read: killing it and the job")
-	g.loseElector()
+	g.log.Warn("elector does not read: killing it and starting another")
+	g.killElector("it does not read")
 }
 
 // receiveFromElector receives the elector's messages. End-of-file proves nothing: the pidfd shows
@@ -109,7 +135,11 @@ func (g *guard) receiveFromElector() {
 		e.pipeEnded = true
 		return
 	}
-	for m, ok := e.inbox.Next(); ok; m, ok = e.inbox.Next() {
+	g.takeMessages()
+}
+
+func (g *guard) takeMessages() {
+	for m, ok := g.elector.inbox.Next(); ok; m, ok = g.elector.inbox.Next() {
 		g.message(m)
 		g.heardFromElector(boottime.Now())
 	}
@@ -123,15 +153,19 @@ func (g *guard) message(m ipc.Message) {
 		g.send(ipc.Pong(m.Ping()))
 		g.cfg.Heartbeat()
 	case ipc.KindReady:
-		g.cfg.Notify("READY=1")
+		g.electorReady(now)
 	case ipc.KindStatus:
 		g.cfg.Notify("STATUS=" + m.Status().Text)
 	case ipc.KindLease:
-		g.elector.lease = m.Lease()
+		g.leased(m.Lease())
+	case ipc.KindEntered:
+		g.known.Entered = m.Entered()
+	case ipc.KindRestarts:
+		g.known.Restarts = m.Restarts()
 	case ipc.KindToken:
 		g.elector.token = append(g.elector.tokenBuf[:0], m.Token().Value...)
 	case ipc.KindStart:
-		if !g.elector.gone {
+		if !g.elector.givenUp {
 			g.job.startAsked(m.Start())
 		}
 	case ipc.KindExtend:
@@ -145,53 +179,93 @@ func (g *guard) message(m ipc.Message) {
 	}
 }
 
-// heardFromElector notes that a message has come. While a job lives, the elector may be silent
-// until kill-by, otherwise for a TTL.
-func (g *guard) heardFromElector(now time.Duration) {
-	e := &g.elector
-	e.heardAt, e.missedChecks = now, 0
-	if g.job.alive() {
-		e.checkAt = max(g.job.killBy, now+g.cfg.TTL/10)
-	} else {
-		e.checkAt = now + max(g.cfg.TTL, 5*time.Second)
+// electorReady: its endpoint is served.
+func (g *guard) electorReady(now time.Duration) {
+	g.cfg.Notify("READY=1")
+	if lost := g.elector.lostAt; lost != 0 {
+		g.log.Info("another elector runs", "elapsed", (now - lost).String())
 	}
 }
 
-// serveElectorDeadlines kills an elector that is silent, or that has not exited in time after a
-// second signal, and a revoking process whose time is up.
+// leased: the elector has another lease, or knows more about it. A release is never taken back: the
+// request for it may be on its way to etcd for ever.
+func (g *guard) leased(l ipc.Lease) {
+	r := &g.known
+	if l.ID != r.Lease.ID {
+		r.Lease, r.Entered, r.Starts = l, ipc.Entered{}, 0
+		return
+	}
+	if l.TTL != 0 {
+		r.Lease.TTL = l.TTL
+	}
+	r.Lease.Releasing = r.Lease.Releasing || l.Releasing
+}
+
+// heardFromElector notes that a message has come. While a job lives, an elector that hangs must be
+// replaced before stop-at, with time for the next one to renew the lease. The elector pings every
+// thirtieth of the TTL then. Without a job it pings every second.
+func (g *guard) heardFromElector(now time.Duration) {
+	e, ttl := &g.elector, g.cfg.TTL
+	e.heardAt, e.missedChecks = now, 0
+	if g.job.alive() {
+		e.checkAt = max(g.job.stopAt-ttl/3, now+ttl/10)
+	} else {
+		e.checkAt = now + max(ttl/2, 5*time.Second)
+	}
+}
+
+// serveElectorDeadlines replaces an elector that is silent. It gives up one that has not exited in
+// time after a second signal, or that is not forked in time. It kills a revoking process whose time
+// is up.
 func (g *guard) serveElectorDeadlines(now time.Duration) {
 	e := &g.elector
-	if g.forceBy != 0 && now >= g.forceBy && !g.job.alive() && e.pid != 0 && !e.gone {
+	switch {
+	case e.givenUp || e.state == electorGone:
+	case g.forceBy != 0 && now >= g.forceBy && !g.job.alive():
 		g.log.Error("elector has not exited after the second signal: killing it",
 			"elapsed", forceTimeout.String())
 		g.forced = true
-		g.loseElector()
+		g.giveUp("second signal")
+	case e.state == electorStarting && now >= e.startBy:
+		g.log.Error("another elector does not start: killing the job and revoking the lease")
+		g.giveUp("it does not start")
+	case e.state == electorRunning && now >= e.checkAt:
+		g.checkSilence(now)
 	}
 	if e.revoker != 0 && now >= e.revokeBy {
 		_ = unix.Kill(e.revoker, unix.SIGKILL)
 		e.revokeBy = now + time.Second // it may be frozen
 	}
-	if e.pid == 0 || e.gone || now < e.checkAt {
-		return
-	}
-	// Its silence must last for three checks, so that a pause of the guard, or of the host, does
-	// not count against it.
-	e.checkAt = now + g.cfg.TTL/10
+}
+
+// checkSilence counts that the elector is silent. That must last for three checks, so that a pause
+// of the guard, or of the host, does not count against it.
+func (g *guard) checkSilence(now time.Duration) {
+	e := &g.elector
+	e.checkAt = now + g.cfg.TTL/30
 	if e.missedChecks++; e.missedChecks < 3 {
 		return
 	}
-	g.log.Error("elector silent: killing it and the job", "elapsed", (now - e.heardAt).String())
-	g.loseElector()
+	g.log.Warn("elector silent: killing it and starting another",
+		"elapsed", (now - e.heardAt).String())
+	g.killElector("silent")
 }
 
 // nextElectorDeadline is the earliest moment at which serveElectorDeadlines has something to do.
 func (g *guard) nextElectorDeadline() time.Duration {
 	e, next := &g.elector, forever
-	if e.pid != 0 && !e.gone {
-		next = min(next, e.checkAt)
-		if g.forceBy != 0 && !g.job.alive() {
-			next = min(next, g.forceBy)
+	switch e.state {
+	case electorStarting:
+		next = e.startBy
+	case electorRunning:
+		next = e.checkAt
+	case electorGone:
+		if g.starter.busy { // see finished
+			next = e.startBy
 		}
+	}
+	if g.forceBy != 0 && !g.job.alive() && !e.givenUp && e.state != electorGone {
+		next = min(next, g.forceBy)
 	}
 	if e.revoker != 0 {
 		next = min(next, e.revokeBy)
@@ -199,13 +273,26 @@ func (g *guard) nextElectorDeadline() time.Duration {
 	return next
 }
 
-// loseElector kills the elector, if it still lives, and the job with it. No elector follows, so
-// nobody may wait for an answer, and the daemon that is started next may need the address.
-func (g *guard) loseElector() {
-	if g.elector.pid != 0 {
-		proctree.SignalPidfd(g.elector.pidfd, unix.SIGKILL)
+// killElector kills an elector that hangs. The job is left alone: another elector follows.
+func (g *guard) killElector(why string) {
+	e := &g.elector
+	proctree.SignalPidfd(e.pidfd, unix.SIGKILL)
+	e.silent = true
+	e.transition(g, electorEnding, why)
+}
+
+// giveUp kills the elector, if it lives, and the job with it. No elector follows, so nobody may
+// wait for an answer, and the daemon that is started next may need the address.
+func (g *guard) giveUp(why string) {
+	e := &g.elector
+	e.givenUp = true
+	switch {
+	case e.pid != 0:
+		proctree.SignalPidfd(e.pidfd, unix.SIGKILL)
+		e.transition(g, electorEnding, why)
+	default:
+		e.transition(g, electorGone, why)
 	}
-	g.elector.gone = true
 	g.job.kill(ipc.KilledElector)
 	g.closeListener()
 }
@@ -219,56 +306,125 @@ func (g *guard) closeListener() {
 	}
 }
 
-// electorExited distinguishes an elector that has announced its exit from one that was lost.
+// electorExited: the elector is reaped, so nothing new leaves it any more. What it has sent counts
+// to the last message. Most of all, it may have announced that it gives the lease back.
 func (g *guard) electorExited(ws unix.WaitStatus) {
-	e := &g.elector
+	e, now := &g.elector, boottime.Now()
 	e.pid = 0
 	g.listChildren()
-	for !e.pipeEnded { // its last messages may still be in the pipe
-		if more, err := e.inbox.Fill(e.in); !more || err != nil {
-			break
-		}
-		for m, ok := e.inbox.Next(); ok; m, ok = e.inbox.Next() {
-			switch m.Kind {
-			case ipc.KindExiting, ipc.KindLease, ipc.KindToken:
-				g.message(m)
-			}
-		}
-	}
-	e.pipeEnded = true
+	whole := g.readToEnd()
+	e.closeProcess()
 	if e.announced && !g.job.alive() {
-		e.gone = true
+		e.transition(g, electorGone, "exited as announced")
 		return
 	}
-	e.announced = false
-	g.loseElector()
 	exit := proctree.ExitOf(ws)
-	g.log.Error("elector exited: killing the job and revoking the lease",
-		"exit_code", exit.Code, "signal", exit.Signal)
+	attrs := []any{"exit_code", exit.Code, "signal", exit.Signal}
+	if e.silent {
+		attrs = nil // we have killed it
+	}
+	why := g.irreplaceable(whole, now)
+	e.announced = false
+	if why != "" {
+		if !e.givenUp {
+			g.log.Error("elector exited, and is not replaced: "+
+				"killing the job and revoking the lease", append(attrs, "reason", why)...)
+		}
+		g.giveUp(why)
+		return
+	}
+	g.countReplacement(now)
+	if text := "elector exited: starting another"; !e.silent {
+		if g.job.alive() {
+			text += ", the job goes on"
+		}
+		g.log.Warn(text, attrs...)
+	}
+	e.startBy = now + max(g.cfg.TTL/3, 2*time.Second)
+	e.transition(g, electorStarting, "exited")
+	g.starter.ask()
+}
+
+// readToEnd acts on all that an elector that has exited has sent. It reports whether the pipe was
+// read to its end, and had nothing but messages in it.
+func (g *guard) readToEnd() bool {
+	e := &g.elector
+	for !e.pipeEnded {
+		more, err := e.inbox.Fill(e.in)
+		switch {
+		case err != nil:
+			e.pipeEnded = true
+		case !more:
+			return false // somebody else holds its end
+		}
+		g.takeMessages()
+	}
+	return e.inbox.Empty()
+}
+
+// closeProcess closes what belongs to an elector that has exited.
+func (e *elector) closeProcess() {
+	e.pipeEnded = true
+	for _, fd := range []*int{&e.in, &e.outbox.FD, &e.pidfd} {
+		if *fd >= 0 {
+			_ = unix.Close(*fd)
+			*fd = -1
+		}
+	}
+}
+
+// irreplaceable is why no other elector follows one that has exited, or "".
+func (g *guard) irreplaceable(whole bool, now time.Duration) string {
+	e := &g.elector
+	switch {
+	case e.givenUp:
+		return "given up"
+	case e.announced:
+		return "it has announced its exit, and the job lives"
+	case !whole:
+		return "its messages can't be read"
+	case g.known.Lease.Releasing && g.job.alive():
+		return "it gives the lease back, and the job lives"
+	case g.stopSignals > 1:
+		return "second signal"
+	case g.spawnerClosed():
+		return "the spawner starts nothing any more"
+	case e.replacedAt[0] != 0 && now-e.replacedAt[0] < replacedWithin:
+		return "too many within " + replacedWithin.String()
+	}
+	return ""
+}
+
+// spawnerClosed reports whether the spawner starts nothing any more, because an elector took us for
+// hung.
+func (g *guard) spawnerClosed() bool { return atomic.LoadInt32(&g.spawner.area.closed) != 0 }
+
+// countReplacement counts the loss of an elector that is replaced.
+func (g *guard) countReplacement(now time.Duration) {
+	e := &g.elector
+	if e.silent {
+		g.known.Silent++
+	} else {
+		g.known.Exited++
+	}
+	e.lostAt = now
+	copy(e.replacedAt[:], e.replacedAt[1:])
+	e.replacedAt[mostReplaced-1] = now
 }
 
 // startRevoke starts the process that revokes the lease of a lost elector. Nothing of the job is
 // left.
 func (g *guard) startRevoke() {
 	e := &g.elector
-	lease := e.lease
-	e.lease = ipc.Lease{}
+	lease := g.known.Lease
+	g.known.Lease = ipc.Lease{}
 	within := max(lease.TTL, g.cfg.TTL)
 	if g.forceBy != 0 {
 		within = 2 * forceTimeout
 	}
-	// The token goes through a pipe, where no other user can read it. All of it fits into the pipe.
-	var token [2]int
-	err := unix.Pipe2(token[:], unix.O_CLOEXEC)
-	if err == nil {
-		_, _ = unix.Write(token[1], e.token) // without it the revoking process uses the password
-		_ = unix.Close(token[1])
-		e.revoker, err = syscall.ForkExec("/proc/self/exe", g.cfg.Revoke(lease.ID, within),
-			&syscall.ProcAttr{
-				Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1, 2},
-				Sys: &syscall.SysProcAttr{Setsid: true},
-			})
-		_ = unix.Close(token[0])
+	var err error = unix.EBUSY // Go lets one fork wait for the other, and that one hangs
+	if !g.starter.busy {
+		err = g.forkRevoke(g.cfg.Revoke(lease.ID, within))
 	}
 	if err != nil {
 		e.revoker = 0
@@ -278,6 +434,25 @@ func (g *guard) startRevoke() {
 	}
 	e.revokeBy = boottime.Now() + within
 	g.listChildren()
+}
+
+// forkRevoke forks the revoking process. The token goes through a pipe, where no other user can
+// read it. All of it fits into the pipe.
+func (g *guard) forkRevoke(argv []string) error {
+	var token [2]int
+	if err := unix.Pipe2(token[:], unix.O_CLOEXEC); err != nil {
+		return err
+	}
+	e := &g.elector
+	_, _ = unix.Write(token[1], e.token) // without it the revoking process uses the password
+	_ = unix.Close(token[1])
+	var err error
+	e.revoker, err = syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
+		Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1, 2},
+		Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	_ = unix.Close(token[0])
+	return err
 }
 
 func (g *guard) revokerExited(ws unix.WaitStatus) {

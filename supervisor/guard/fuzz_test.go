@@ -85,6 +85,7 @@ func newFuzzGuard(t *testing.T, w *fuzzWorld) *fuzzGuard {
 	}
 	g.procs = w.procs
 	g.elector.in, g.elector.outbox.FD, g.elector.pipeEnded = pipes[0][0], pipes[1][1], false
+	g.elector.state = electorRunning
 	g.elector.pid, g.elector.pidfd = fuzzElector, w.exited
 	g.spawner = &spawner{sock: sockets[0], elector: -1, pid: fuzzSpawner, pidfd: w.living}
 	if err := g.spawner.layOut(g.cfg); err != nil {
@@ -207,7 +208,7 @@ func (g *fuzzGuard) event(b []byte) {
 	case before.alive() && j.state == jobIdle && before.unanswered:
 		g.t.Errorf("the job counts as gone, and a start is under way")
 	}
-	if g.gone > g.starts || !g.guard.elector.gone && g.starts-g.gone > 1 {
+	if g.gone > g.starts || !g.guard.elector.givenUp && g.starts-g.gone > 1 {
 		g.t.Errorf("%d jobs were started, and %d reported gone", g.starts, g.gone)
 	}
 }

@@ -4,18 +4,19 @@
 //
 // The guard starts the elector and the spawner. It holds the job's deadlines, which only the
 // elector can move. When kill-by passes, it kills the job and asks nobody. It also kills the job if
-// the elector asks for that, and if the elector or the spawner is lost.
+// the elector asks for that, and if the spawner is lost. An elector that is lost is replaced, and
+// the job goes on.
 //
 //	guard -+- elector: renews the lease; asks for start, extend and stop (package ipc)
 //	       +- spawner: forks the job, reaps it, kills all that descends from it
 //	             +- job
 //
-// The lease of a lost elector is revoked only after nothing of the job is left.
+// If no elector follows a lost one, its lease is revoked, after nothing of the job is left.
 //
 // Where to look: loop.go waits in one place and does everything in one order. job.go is the state
 // machine of the job: its serveDeadlines is where a job is killed on loss of contact. kill.go
-// kills, and proves that nothing is left. elector.go starts the elector, watches it, and revokes
-// the lease if it is lost. spawner.go is the guard's end of the socket to the spawner, and
+// kills, and proves that nothing is left. elector.go watches the elector, replaces it, and revokes
+// the lease if none follows. electormake.go forks it. spawner.go is the guard's end of the socket to the spawner, and
 // spawnloop.go is the spawner itself.
 package guard
 
@@ -31,6 +32,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
 )
 
@@ -75,8 +77,8 @@ type Exit struct {
 	Forced bool
 }
 
-// ErrLost means that the elector or the spawner was lost. Nothing of the job is left, and the lease
-// is revoked or expires. Whoever started the daemon should start it again.
+// ErrLost means that the spawner was lost, or an elector that was not replaced. Nothing of the job
+// is left, and the lease is revoked or expires. Whoever started the daemon should start it again.
 var ErrLost = errors.New("lost")
 
 // SetupError means that the guard could not be set up. Nothing that it has started is left.
@@ -103,7 +105,9 @@ type guard struct {
 	cgroup  *proctree.Cgroup // nil: the job has none
 	spawner *spawner
 	elector elector
+	starter starter
 	job     job
+	known   ipc.Record // what outlives an elector; the rest of it is filled in for the next one
 
 	listener int      // the elector's socket, open while an elector may serve on it; -1: none
 	unlisten chan int // room for one: listener, to be closed
@@ -156,7 +160,8 @@ func newGuard(cfg Config) *guard {
 		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 4),
 		listener: -1, unlisten: make(chan int, 1),
 		timer: -1, wakeR: -1, wakeW: -1,
-		elector: elector{pidfd: -1, in: -1, pipeEnded: true},
+		elector: elector{state: electorStarting, pidfd: -1, in: -1, pipeEnded: true},
+		starter: starter{null: -1, askR: -1, askW: -1},
 	}
 	g.elector.outbox.FD = -1
 	g.job = job{g: g, state: jobIdle}

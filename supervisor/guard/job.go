@@ -29,7 +29,7 @@ import (
 //	 |                    v               v               v
 //	 +---------------- killing <--------------------------+
 //	  nothing is left     from each of the three: lease lost, kill-by passed, second signal,
-//	                      elector lost, spawner lost, start refused, first process exited
+//	                      elector given up, spawner lost, start refused, first process exited
 //
 // Every method below with the name of an event takes it in any state. transition is the one place
 // where the state changes.
@@ -51,7 +51,8 @@ type job struct {
 	serial     int32 // of the start
 	unanswered bool  // the spawner has not yet reported the result of the start
 	started    bool
-	pid        int // the first process; 0: not yet started, or exited
+	askedAt    time.Duration // when the start was asked for
+	pid        int           // the first process; 0: not yet started, or exited
 	pidfd      int
 	status     unix.WaitStatus // of the first process
 	exitSeen   time.Duration   // when its pidfd showed its exit, before the spawner's report; 0: no
@@ -78,13 +79,19 @@ func (j *job) startAsked(m ipc.Start) {
 	g := j.g
 	if j.state != jobIdle {
 		g.log.Error("elector asked for a start while the job lives: killing both")
-		g.loseElector()
+		g.giveUp("it asked for a second job")
+		return
+	}
+	if g.known.Lease.Releasing {
+		g.log.Error("elector asked for a start under a lease that it gives back: killing it")
+		g.giveUp("it asked for a job without a lease")
 		return
 	}
 	g.starts++
+	g.known.Starts++
 	*j = job{
 		g: g, state: jobIdle, serial: g.starts, unanswered: true, pidfd: -1,
-		stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
+		askedAt: boottime.Now(), stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
 	}
 	j.transition(jobForking, "start asked")
 	if err := g.spawner.setTerm(termEnvironment(g.cfg, m)); err != nil {
@@ -118,7 +125,8 @@ func (j *job) spawnerStarted(pid, pidfd int) {
 	default:
 		j.invalid("spawner started")
 	}
-	j.g.send(ipc.Started{PID: pid})
+	j.g.known.StartedAt = boottime.Now()
+	j.g.send(ipc.Started{PID: pid, At: j.g.known.StartedAt})
 }
 
 // refused: the start has failed. Then the guard proves that nothing is left, as after any other
@@ -131,8 +139,13 @@ func (j *job) refused(errno int32) {
 	j.unanswered = false
 	if errno == ipc.SpawnerTooLate {
 		j.ordered = true // we cancelled it
+		if j.g.spawnerClosed() {
+			j.g.log.Error("spawner starts nothing any more: killing the elector")
+			j.g.giveUp("spawner starts nothing")
+		}
 	} else {
 		err := unix.Errno(errno)
+		j.exited(ipc.Exited{Code: startCode(err)}, int(errno))
 		j.g.send(ipc.Refused{Code: startCode(err), Why: err.Error()})
 		j.g.log.Error("job could not be started", "path", j.g.cfg.Path, "err", err)
 	}
@@ -158,8 +171,39 @@ func (j *job) firstExited(ws unix.WaitStatus) {
 		return
 	}
 	j.pid, j.exitSeen, j.status = 0, 0, ws
-	j.g.send(ipc.Exited(proctree.ExitOf(ws)))
+	exit := ipc.Exited(proctree.ExitOf(ws))
+	j.exited(exit, 0)
+	j.g.send(exit)
 	j.kill(ipc.KilledLeftover)
+}
+
+// exited keeps how the job ended for the next elector.
+func (j *job) exited(exit ipc.Exited, errno int) {
+	now := boottime.Now()
+	j.g.known.LastExit = ipc.RecordedExit{
+		Exited: exit, Errno: errno, At: now, Ran: now - j.askedAt, Ordered: j.ordered,
+	}
+}
+
+// record fills in what the next elector has to know of the job.
+func (j *job) record(r *ipc.Record) {
+	r.Job, r.PID, r.Due, r.Ordered = ipc.JobIdle, 0, 0, false
+	r.StopAt, r.KillBy, r.Serial = 0, 0, j.g.starts+1
+	if !j.alive() {
+		return
+	}
+	r.PID, r.Due, r.Ordered = j.pid, forever, j.ordered
+	r.StopAt, r.KillBy, r.Serial = j.stopAt, j.killBy, j.serial
+	switch j.state {
+	case jobForking:
+		r.Job = ipc.JobForking
+	case jobRunning:
+		r.Job = ipc.JobRunning
+	case jobStopping:
+		r.Job, r.Due = ipc.JobEnding, j.graceEnd
+	default:
+		r.Job, r.Due = ipc.JobEnding, j.killAt
+	}
 }
 
 // extended: the elector has renewed the lease. Once stop-at has passed, nothing moves the deadlines
@@ -268,8 +312,8 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 			proctree.SignalPidfd(j.pidfd, j.g.cfg.StopSignal)
 		}
 		j.transition(jobStopping, why)
-	case jobStopping:
-		j.graceEnd = graceEnd
+	case jobStopping: // another elector may ask again
+		j.graceEnd = min(j.graceEnd, graceEnd)
 	case jobIdle, jobKilling: // there is nothing left to stop
 	default:
 		j.invalid(why)
@@ -353,6 +397,7 @@ func (j *job) reportGone(now time.Duration) {
 	if j.started && j.pidfd >= 0 {
 		proctree.CloseRaw(j.pidfd)
 	}
+	j.g.known.LastExit.Ordered = j.ordered
 	reason, elapsed := j.reason, now-j.endAt
 	if reason == ipc.KilledLeftover && j.rounds == 0 {
 		reason = ipc.NotKilled

@@ -55,6 +55,7 @@ func newTestGuard(t *testing.T) *testGuard {
 	}
 	g.wakeR, g.wakeW = pipes[0][0], pipes[0][1]
 	g.elector.in, g.elector.outbox.FD, g.elector.pipeEnded = pipes[1][0], pipes[2][1], false
+	g.elector.state = electorRunning
 	g.elector.pid, g.elector.pidfd = newSleeper(t)
 	g.spawner = &spawner{sock: sockets[0], elector: -1}
 	if err := g.spawner.layOut(g.cfg); err != nil {
@@ -293,7 +294,7 @@ func TestJob_States(t *testing.T) {
 				t.Fatalf("the job is %s, want %s", g.job.state, c.state)
 			}
 			m, told := g.said(ipc.KindGone)
-			if told != (c.state == jobIdle && g.starts > 0) && !g.elector.gone {
+			if told != (c.state == jobIdle && g.starts > 0) && !g.elector.givenUp {
 				t.Fatalf("the elector was told that the job is gone: %v", told)
 			}
 			got := m.Gone()

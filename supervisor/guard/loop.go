@@ -47,21 +47,26 @@ func (g *guard) receive() {
 		g.receiveFromElector()
 	}
 	g.receiveFromSpawner()
+	g.receiveFromStarter()
 	g.reap()
 }
 
 // finished reports whether the guard may exit. It has the order of every end: first the elector has
 // exited, then nothing of the job is left, and only then the lease of a lost elector is revoked.
+// Go lets one fork wait for the other. So the revoking process waits for a fork under way, but not
+// for one that hangs.
 func (g *guard) finished() bool {
 	switch e := &g.elector; {
-	case e.pid != 0 || !e.gone:
+	case e.state != electorGone:
 		return false
 	case g.job.state != jobIdle:
 		return false
 	case e.revoker != 0:
 		return false
-	case e.announced || e.lease.ID == 0:
+	case e.announced || g.known.Lease.ID == 0:
 		return true
+	case g.starter.busy && boottime.Now() < e.startBy:
+		return false
 	}
 	g.startRevoke()
 	return g.elector.revoker == 0
@@ -218,7 +223,7 @@ func (g *guard) listChildren() {
 // tidy does what can wait until a job has been gone for a while: it prepares the next start, and
 // collects the garbage, which must not happen while a job lives.
 func (g *guard) tidy(now time.Duration) {
-	if g.job.state != jobIdle || g.elector.gone || now < g.tidyAt {
+	if g.job.state != jobIdle || g.elector.state == electorGone || now < g.tidyAt {
 		return
 	}
 	g.tidyAt = now + time.Minute

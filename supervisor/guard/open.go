@@ -69,7 +69,11 @@ func (g *guard) open() error {
 	}
 	go g.relaySignals()
 	warmThreads(4)
-	if err := g.startElector(); err != nil {
+	err = g.openStarter()
+	if err == nil {
+		err = g.startFirst()
+	}
+	if err != nil {
 		return fail("start the elector", err)
 	}
 	g.tidyAt = boottime.Now() + time.Second
@@ -106,12 +110,9 @@ func (g *guard) close() {
 	if g.procs != nil {
 		g.procs.Close()
 	}
-	e := &g.elector
-	for _, fd := range []int{g.listener, g.timer, g.wakeR, g.wakeW, e.in, e.outbox.FD, e.pidfd} {
-		if fd >= 0 {
-			_ = unix.Close(fd)
-		}
-	}
+	g.elector.closeProcess()
+	g.closeStarter()
+	closeAll(g.listener, g.timer, g.wakeR, g.wakeW)
 }
 
 // privileges makes the loop's thread real-time and locks the memory, if that is permitted.

@@ -30,7 +30,7 @@ type spawner struct {
 	envp    []uintptr
 	terms   int // where in mem the term's entries of the environment begin
 	sock    int // SOCK_SEQPACKET, non-blocking
-	elector int // the elector's end, until the elector has it, then -1
+	elector int // the elector's end, of which each elector gets a copy
 	pid     int // 0: it has exited
 	zombie  int // its pid from its exit until it is reaped
 	pidfd   int
@@ -49,9 +49,14 @@ type spawner struct {
 	missedChecks  int // checks in a row without a heartbeat
 }
 
-// send sends a message. It never blocks.
+// send asks for something. It never blocks.
 func (s *spawner) send(kind, serial int32) {
 	s.await(boottime.Now()) // before the send: the spawner may answer with a heartbeat at once
+	s.post(kind, serial)
+}
+
+// post sends a message, and does not mind if the spawner does not act on it.
+func (s *spawner) post(kind, serial int32) {
 	s.sent = ipc.SpawnerMessage{Kind: kind, Serial: serial}
 	_, _, _ = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.sock), uintptr(unsafe.Pointer(&s.sent)),
 		uintptr(ipc.SpawnerMessageLen), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
@@ -141,7 +146,7 @@ func (g *guard) spawnerExited() {
 	}
 	g.elector.announced = false
 	g.log.Error("spawner exited: killing the job and revoking the lease")
-	g.loseElector()
+	g.giveUp("spawner exited")
 }
 
 // await notes that the spawner owes a heartbeat from now on.

@@ -295,6 +295,8 @@ func (a *spawnArea) round() {
 			// in it after that.
 			a.leafUsed = 1
 			a.kill()
+		case ipc.SpawnerShow:
+			a.show()
 		}
 	}
 	if a.fds[pollExec].Revents != 0 {
@@ -541,6 +543,24 @@ func (a *spawnArea) execDone() {
 		}
 	}
 	rawCloseSpawn(uintptr(a.pidfd))
+}
+
+// show sends the elector a pidfd of the job's first process, if that runs. Until the exec is done,
+// execDone does it.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) show() {
+	if a.first == 0 || a.fds[pollExec].Fd >= 0 || a.execErrno != 0 {
+		return
+	}
+	// Only we reap it. So the pid can't be a stranger's.
+	pidfd, _, errno := unix.RawSyscall(unix.SYS_PIDFD_OPEN, uintptr(a.first), 0, 0)
+	if errno != 0 {
+		return
+	}
+	a.send(a.electorSock, ipc.SpawnerStarted, a.serial, a.first, 0, int32(pidfd))
+	rawCloseSpawn(pidfd)
 }
 
 // reap reaps children that have exited, and reports that to the guard and the elector.

@@ -136,8 +136,11 @@ func (in *Inbox) Fill(fd int) (bool, error) {
 		return false, ErrClosed
 	}
 	n, err := unix.Read(fd, in.buf[in.end:])
+	for err == unix.EINTR {
+		n, err = unix.Read(fd, in.buf[in.end:])
+	}
 	switch {
-	case err == unix.EAGAIN || err == unix.EINTR:
+	case err == unix.EAGAIN:
 		return false, nil
 	case err != nil || n == 0:
 		return false, ErrClosed

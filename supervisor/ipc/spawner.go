@@ -25,6 +25,9 @@ const (
 	// SpawnerKill from the guard asks to kill the job with this serial. From the elector it asks to
 	// kill every job, and to start nothing any more.
 	SpawnerKill
+	// SpawnerShow asks to send the elector a SpawnerStarted of the job's first process again: it is
+	// another elector.
+	SpawnerShow
 
 	// From the spawner.
 	SpawnerStarted // Value: pid of the first process; its pidfd comes along
