@@ -29,6 +29,7 @@ type jobCallbacks struct {
 	cfg        config.Config
 	log        *slog.Logger
 	margin     atomic.Int64
+	snapshot   func() election.Snapshot
 	// stopping reports whether the daemon was asked to stop: the job may have ended because of that
 	// before the term has ended.
 	stopping func() bool
@@ -36,9 +37,15 @@ type jobCallbacks struct {
 
 func (j *jobCallbacks) Leased(id int64, ttl time.Duration) { j.supervisor.Lease(id, ttl) }
 
-func (j *jobCallbacks) Entered(string, int64) {}
+// Entered also tells the guard which TTL was granted: that was not known before.
+func (j *jobCallbacks) Entered(key string, created int64) {
+	if s := j.snapshot(); s.LeaseID != 0 {
+		j.supervisor.Lease(s.LeaseID, s.TTL)
+	}
+	j.supervisor.Entered(key, created)
+}
 
-func (j *jobCallbacks) Releasing(int64) error { return nil }
+func (j *jobCallbacks) Releasing(lease int64) error { return j.supervisor.Releasing(lease) }
 
 func (j *jobCallbacks) Extended(d election.Deadlines) { j.supervisor.Extend(d.StopAt, d.KillBy) }
 
@@ -49,6 +56,7 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 	err := j.supervisor.Supervise(ctx, supervisor.Term{
 		Key: t.Key, Token: t.Token, LeaseID: t.LeaseID,
 		StopAt: t.Deadlines.StopAt, KillBy: t.Deadlines.KillBy, Lost: t.Lost,
+		Adopted: t.Adopted,
 	}, j.grace)
 	var resign *supervisor.ResignError
 	never := j.cfg.Restart == string(supervisor.RestartNever)
@@ -112,6 +120,7 @@ func runElector(build Build, args []string) int {
 	}
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
+	job.snapshot = func() election.Snapshot { return d.candidate.Snapshot() }
 	sc.TTL, sc.Margin = cfg.TTL.Duration, job.grantedMargin
 	sc.Restart, sc.RestartLimit = supervisor.Restart(cfg.Restart), cfg.RestartLimit.N
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
@@ -124,13 +133,17 @@ func runElector(build Build, args []string) int {
 		return exitInternal
 	}
 	job.supervisor = super
+	ended := job.ended()
 	guardGone := make(chan struct{})
 	d, err = wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version, registry: registry, changed: changed,
-		callbacks: job, authenticated: super.Token, status: super.Status, listen: inherit,
+		callbacks: job, configure: job.adopt, status: super.Status, listen: inherit,
 		job: func() health.Job { return healthJob(super.Snapshot()) },
 		campaign: func(c *election.Candidate) error {
-			return campaignWithJob(ctx, stop, c, super, guardGone)
+			if ended != nil { // give the lease back, if there is one
+				stop(ended)
+			}
+			return errors.Join(campaignWithJob(ctx, stop, c, super, guardGone), ended)
 		},
 	})
 	if err == nil {

@@ -27,12 +27,12 @@ type parts struct {
 	registry *prometheus.Registry
 	changed  chan struct{} // room for one: a snapshot has changed
 
-	callbacks     election.Callbacks
-	authenticated func(token string)              // may be nil
-	campaign      func(*election.Candidate) error // nil: the candidate's Run
-	job           func() health.Job               // nil: none is wanted
-	status        func(text string)               // one line at each change of its state
-	listen        func(address string) (net.Listener, error)
+	callbacks election.Callbacks
+	configure func(*election.Config)          // may be nil
+	campaign  func(*election.Candidate) error // nil: the candidate's Run
+	job       func() health.Job               // nil: none is wanted
+	status    func(text string)               // one line at each change of its state
+	listen    func(address string) (net.Listener, error)
 }
 
 // A daemon is what the elector and elect have in common: the candidate, the health server and the
@@ -48,8 +48,11 @@ type daemon struct {
 func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, error) {
 	d := &daemon{}
 	ec := p.cfg.ElectionConfig(p.log)
-	ec.Registerer, ec.Callbacks, ec.Authenticated = p.registry, p.callbacks, p.authenticated
+	ec.Registerer, ec.Callbacks = p.registry, p.callbacks
 	ec.Changed = func() { signalChange(p.changed) }
+	if p.configure != nil {
+		p.configure(&ec)
+	}
 	var err error
 	if d.candidate, err = election.New(ec); err != nil {
 		return nil, fmt.Errorf("%w: %w", errSetUp, err)

@@ -169,22 +169,21 @@ func (s *Supervisor) read(messages chan<- ipc.Message, stop <-chan struct{}) {
 	if err != nil {
 		return
 	}
-	var in ipc.Inbox
 	for {
-		var fillErr error
-		if err := conn.Read(func(fd uintptr) bool {
-			var more bool
-			more, fillErr = in.Fill(int(fd))
-			return more || fillErr != nil
-		}); err != nil || fillErr != nil {
-			return // end-of-file proves nothing: the guard's pidfd shows whether it has exited
-		}
-		for m, ok := in.Next(); ok; m, ok = in.Next() {
+		for m, ok := s.inbox.Next(); ok; m, ok = s.inbox.Next() {
 			select {
 			case messages <- m.Clone():
 			case <-stop:
 				return
 			}
+		}
+		var fillErr error
+		if err := conn.Read(func(fd uintptr) bool {
+			var more bool
+			more, fillErr = s.inbox.Fill(int(fd))
+			return more || fillErr != nil
+		}); err != nil || fillErr != nil {
+			return // end-of-file proves nothing: the guard's pidfd shows whether it has exited
 		}
 	}
 }
@@ -210,10 +209,7 @@ func (s *Supervisor) readSpawner() {
 		}
 		switch m.Kind {
 		case ipc.SpawnerStarted:
-			s.mu.Lock()
-			s.job.closePidfd()
-			s.job.pidfd, s.job.pidfdPid = receivedFd(control[:controlLen]), int(m.Value)
-			s.mu.Unlock()
+			s.firstProcess(m, receivedFd(control[:controlLen]))
 		case ipc.SpawnerGone:
 			select {
 			case <-s.spawnerDone:

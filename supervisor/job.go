@@ -86,8 +86,9 @@ type job struct {
 	// known is the last kill-by that the guard has read for sure: it has answered a later ping.
 	known time.Duration
 
-	pidfd     int // of the first process, from the spawner; -1: none
-	pidfdPid  int // its pid: the guard's message about the start may come later
+	serial    int32 // the spawner's messages about earlier starts are for an elector before us
+	pidfd     int   // of the first process, from the spawner; -1: none
+	pidfdPid  int   // its pid: the guard's message about the start may come later
 	guardLost bool
 }
 
@@ -146,6 +147,21 @@ func (s *Supervisor) startAsked(t Term) (<-chan outcome, error) {
 	return j.ended, nil
 }
 
+// firstProcess: the spawner has started the job, or shows its first process to a new elector.
+func (s *Supervisor) firstProcess(m ipc.SpawnerMessage, pidfd int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	if m.Serial < j.serial {
+		if pidfd >= 0 {
+			_ = unix.Close(pidfd)
+		}
+		return
+	}
+	j.closePidfd()
+	j.pidfd, j.pidfdPid = pidfd, int(m.Value)
+}
+
 // stopAsked: we asked the guard to have the job killed by due.
 func (s *Supervisor) stopAsked(why string, due time.Duration) {
 	s.mu.Lock()
@@ -158,13 +174,20 @@ func (s *Supervisor) stopAsked(why string, due time.Duration) {
 	s.transition(JobStopping, why)
 }
 
+// isOrdered reports whether the job is being stopped, and does not exit by itself.
+func (s *Supervisor) isOrdered() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.job.ordered
+}
+
 // started: the guard has started the job.
 func (s *Supervisor) started(m ipc.Started) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.metrics.starts.Inc()
 	j := &s.job
-	j.shown.PID, j.shown.StartedAt = m.PID, time.Now().UTC()
+	j.shown.PID, j.shown.StartedAt = m.PID, wallTime(m.At)
 	switch j.shown.State {
 	case JobStarting:
 		s.transition(JobRunning, "started")

@@ -16,6 +16,7 @@ type metrics struct {
 	kills        *prometheus.CounterVec
 	stops        prometheus.Histogram
 	timerLatency prometheus.Histogram
+	replacements *prometheus.CounterVec
 }
 
 func newMetrics(r prometheus.Registerer) metrics {
@@ -49,6 +50,10 @@ func newMetrics(r prometheus.Registerer) metrics {
 			Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .2, .5, 1, 5},
 		}),
 	}
+	m.replacements = f.NewCounterVec(prometheus.CounterOpts{
+		Name: "leasehold_elector_replacements_total",
+		Help: "Electors that were lost and replaced while the daemon went on, by reason.",
+	}, []string{"reason"})
 	for _, reason := range []string{"ok", "error", "signal", "stopped"} {
 		m.exits.WithLabelValues(reason)
 	}
@@ -56,4 +61,10 @@ func newMetrics(r prometheus.Registerer) metrics {
 		m.kills.WithLabelValues(reason.Label())
 	}
 	return m
+}
+
+// replaced counts the electors before this one, over the daemon's life.
+func (m *metrics) replaced(exited, silent int) {
+	m.replacements.WithLabelValues("exited").Add(float64(exited))
+	m.replacements.WithLabelValues("silent").Add(float64(silent))
 }

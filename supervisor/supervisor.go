@@ -7,9 +7,10 @@
 // started. It holds the deadlines and kills. The elector is its child. It has a Supervisor, with
 // which it asks for a start, extends the deadlines and learns of the job's end. The spawner is a
 // child of the guard too. It starts the job, and becomes the parent of all that the job leaves
-// behind. If one of the three is lost, the others kill the job.
+// behind. If guard or spawner is lost, the others kill the job. If the elector is lost, the guard
+// starts another one, and the job goes on.
 //
-// Promised: once a deadline has passed, or one of the three is lost, every process of the job is
+// Promised: once a deadline has passed, or guard or spawner is lost, every process of the job is
 // killed. The job is reported gone only when the kernel shows nothing of it: no child of the
 // spawner, nothing in the job's cgroup.
 //
@@ -17,8 +18,8 @@
 // sleep exits when that ends, and is not reported gone until then. If guard and spawner are killed
 // at the same moment, processes that have left the job's cgroup survive.
 //
-// Where to look: job.go is the state of the job, term.go runs it for a term, guard.go watches the
-// guard, guardlost.go kills in the guard's place.
+// Where to look: job.go is the state of the job, term.go runs it for a term, takeover.go takes over
+// a job from another elector, guard.go watches the guard, guardlost.go kills in the guard's place.
 package supervisor
 
 import (
@@ -73,7 +74,12 @@ type Supervisor struct {
 	metrics metrics
 	restart *restarter
 
+	record    ipc.Record
+	authToken string
+	ended     *ExitError // the job had ended for good before we began; nil: it had not
+
 	pipe    *os.File // In, for the netpoller
+	inbox   ipc.Inbox
 	spawner *os.File // SpawnerSock, the same
 	guardFd int      // pidfd
 	// killing is held while the cgroup is killed, which may take the kernel a while. mu would not
@@ -89,12 +95,13 @@ type Supervisor struct {
 	guardGone   chan struct{} // closed when the guard is lost and nothing of the job is left
 	spawnerDone chan struct{} // closed when the spawner reports that nothing is left
 
-	mu  sync.Mutex
-	job job
+	mu      sync.Mutex
+	job     job
+	decided restartDecision
 }
 
-// Connect opens the elector's end of the pipes. It fails with ErrGuardLost if the guard has exited
-// already.
+// Connect opens the elector's end of the pipes, and takes over what the guard knows of the daemon.
+// It fails with ErrGuardLost if the guard has exited already.
 func Connect(cfg Config) (*Supervisor, error) {
 	s := &Supervisor{
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer),
@@ -126,6 +133,13 @@ func Connect(cfg Config) (*Supervisor, error) {
 	}
 	s.pipe = os.NewFile(uintptr(cfg.In), "guard")
 	s.spawner = os.NewFile(uintptr(cfg.SpawnerSock), "spawner")
+	if err := s.readRecord(); err != nil {
+		return nil, err
+	}
+	s.takeOver()
+	for range s.record.StopSignals { // as if they had just come
+		cfg.Signal(unix.SIGTERM)
+	}
 	return s, nil
 }
 
@@ -135,11 +149,25 @@ func (s *Supervisor) Ready() { s.send(ipc.Ready{}) }
 // Status sends a status to systemd, through the guard: at most 512 bytes of the text.
 func (s *Supervisor) Status(text string) { s.send(ipc.Status{Text: text[:min(len(text), 512)]}) }
 
-// Lease tells the guard which lease to revoke if the elector is lost; 0: none.
+// Lease tells the guard which lease the daemon has; 0: none.
 func (s *Supervisor) Lease(id int64, ttl time.Duration) { s.send(ipc.Lease{ID: id, TTL: ttl}) }
 
-// Token passes etcd's authentication token to the guard, so that a revocation need not wait for
-// etcd to check the password. A token that does not fit into a message is not passed on.
+// Entered tells the guard that the key of the lease is put, and its create revision.
+func (s *Supervisor) Entered(key string, created int64) {
+	s.send(ipc.Entered{Key: key, Created: created})
+}
+
+// Releasing tells the guard that the lease is about to be given back. After an error no request for
+// that may be sent: the elector that follows would not know of it.
+func (s *Supervisor) Releasing(lease int64) error {
+	if err := s.trySend(ipc.Lease{ID: lease, Releasing: true}); err != nil {
+		return fmt.Errorf("tell the guard that the lease is given back: %w", err)
+	}
+	return nil
+}
+
+// Token passes etcd's authentication token to the guard, so that neither another elector nor a
+// revocation need wait for etcd to check the password. A token that does not fit into a message is not passed on.
 func (s *Supervisor) Token(token string) {
 	if len(token) > ipc.MaxText {
 		token = ""
@@ -167,12 +195,16 @@ func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 func (s *Supervisor) Exit(code int, why string) { s.send(ipc.Exiting{Code: code, Why: why}) }
 
 // send sends a message. If the guard does not take it, the guard counts as lost at the next ping.
-func (s *Supervisor) send(message any) {
+func (s *Supervisor) send(message any) { _ = s.trySend(message) }
+
+func (s *Supervisor) trySend(message any) error {
 	s.sending.Lock()
 	defer s.sending.Unlock()
-	if s.outbox.Send(message) != nil {
+	err := s.outbox.Send(message)
+	if err != nil {
 		s.unreachable.Store(true)
 	}
+	return err
 }
 
 // killNow kills the job's first process and its cgroup, which takes no scan of the process table.

@@ -22,6 +22,8 @@ type Term struct {
 	// Lost is closed when the lease or the key is gone: then the job is killed at once. It may be
 	// nil.
 	Lost <-chan struct{}
+	// Adopted means that the job of the term lives already, from an elector before this one.
+	Adopted bool
 }
 
 // ResignError means that the job failed too often here: another candidate should try.
@@ -35,16 +37,27 @@ func (e *ResignError) Error() string {
 		e.After.Round(time.Millisecond))
 }
 
-// Supervise runs the job for one term. It starts the job, starts it again as the restart policy
-// says, and has it stopped when ctx ends. It returns when nothing of the job is left: ErrGuardLost,
+// Supervise runs the job for one term. It starts the job, or takes it over if the term is adopted.
+// It starts it again as the restart policy says, and has it stopped when ctx ends. It returns when nothing of the job is left: ErrGuardLost,
 // an *ExitError or a *ResignError if one of these ended it, else nil. grace returns the job's time
 // to stop for the cause of ctx's end. Zero kills at once, because the lease is lost. Negative means
 // until kill-by.
 func (s *Supervisor) Supervise(
 	ctx context.Context, t Term, grace func(cause error) time.Duration,
 ) error {
-	for !over(ctx, t) {
-		began := boottime.Now()
+	began := boottime.Now()
+	if t.Adopted {
+		t, began = s.join(t)
+	} else if d, ok := s.decision(t); ok && !over(ctx, t) {
+		if d.err != nil {
+			return d.err
+		}
+		if err := s.backOff(ctx, t, d.exit, max(0, d.at-began)); err != nil {
+			return err
+		}
+		t, began = s.renewed(t), boottime.Now()
+	}
+	for t.Adopted || !over(ctx, t) {
 		run, err := s.runOnce(ctx, t, grace)
 		if err != nil || !run.byItself {
 			return err
@@ -56,25 +69,50 @@ func (s *Supervisor) Supervise(
 		if err := s.backOff(ctx, t, run.exit, delay); err != nil {
 			return err
 		}
-		s.mu.Lock()
-		t.StopAt, t.KillBy = s.job.term.StopAt, s.job.term.KillBy
-		s.mu.Unlock()
+		t, began = s.renewed(t), boottime.Now()
 	}
 	return nil
 }
 
-// runOnce runs the job once.
-func (s *Supervisor) runOnce(
-	ctx context.Context, t Term, grace func(cause error) time.Duration,
-) (outcome, error) {
+// renewed returns the term with its latest deadlines, for another start in it.
+func (s *Supervisor) renewed(t Term) Term {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.StopAt, t.KillBy = s.job.term.StopAt, s.job.term.KillBy
+	t.Adopted = false
+	return t
+}
+
+// beginRun asks the guard for a start, unless the job lives already. The outcome of the run is sent
+// to the channel.
+func (s *Supervisor) beginRun(t Term) (<-chan outcome, error) {
+	if t.Adopted {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.job.ended, nil
+	}
 	ended, err := s.startAsked(t)
 	if err != nil {
-		return outcome{}, err
+		return nil, err
 	}
 	s.pingSoon()
+	s.send(ipc.Restarts{
+		Count: s.Snapshot().Restarts, Failures: s.restart.failures, Backoff: s.restart.backoff,
+	})
 	s.send(ipc.Start{
 		Key: t.Key, Token: t.Token, LeaseID: t.LeaseID, StopAt: t.StopAt, KillBy: t.KillBy,
 	})
+	return ended, nil
+}
+
+// runOnce runs the job once, or sees a job that lives already to its end.
+func (s *Supervisor) runOnce(
+	ctx context.Context, t Term, grace func(cause error) time.Duration,
+) (outcome, error) {
+	ended, err := s.beginRun(t)
+	if err != nil {
+		return outcome{}, err
+	}
 	done, lost := ctx.Done(), t.Lost
 	for {
 		select {
@@ -88,14 +126,7 @@ func (s *Supervisor) runOnce(
 			s.pingSoon()
 		case <-done:
 			done = nil
-			cause := context.Cause(ctx)
-			g, due := grace(cause), forever
-			if g >= 0 {
-				due = boottime.Now() + g
-			}
-			s.stopAsked(cause.Error(), due)
-			s.send(ipc.Stop{Grace: max(g, ipc.UntilKillBy)})
-			s.pingSoon()
+			s.stopFor(context.Cause(ctx), grace)
 		case <-s.guardGone:
 			return outcome{}, ErrGuardLost
 		case run := <-ended:
@@ -104,6 +135,21 @@ func (s *Supervisor) runOnce(
 			return run, nil
 		}
 	}
+}
+
+// stopFor has the job stopped for this cause, unless it is being stopped already: also an elector
+// before this one may have asked for that, or the guard's own clock.
+func (s *Supervisor) stopFor(cause error, grace func(cause error) time.Duration) {
+	if s.isOrdered() {
+		return
+	}
+	g, due := grace(cause), forever
+	if g >= 0 {
+		due = boottime.Now() + g
+	}
+	s.stopAsked(cause.Error(), due)
+	s.send(ipc.Stop{Grace: max(g, ipc.UntilKillBy)})
+	s.pingSoon()
 }
 
 // backOff waits before the next start. It returns ErrGuardLost if the guard is.
