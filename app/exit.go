@@ -73,7 +73,8 @@ var exits = []struct {
 	},
 	{
 		exitInternal, "",
-		"internal error: elector or spawner lost; start the daemon again." +
+		"internal error: spawner lost, or the third elector within a minute;" +
+			" start the daemon again." +
 			" A lost guard ends by a signal and has no code",
 		nil,
 	},

@@ -20,6 +20,7 @@ import (
 
 	"leasehold/internal/boottime"
 	"leasehold/supervisor"
+	"leasehold/supervisor/ipc"
 )
 
 // dialTest connects to the test and says who is there. The connection stays open for the life of
@@ -35,7 +36,8 @@ func dialTest(hello string) net.Conn {
 }
 
 // testElector obeys the test: "lead STOP-AT KILL-BY" (durations from now), "extend STOP-AT
-// KILL-BY", "end planned|contact|lost", "again", "exit CODE".
+// KILL-BY", "end planned|contact|lost", "again", "release", "exit CODE". One that takes the place
+// of another tells what it has learned, and takes over the job if that lives.
 type testElector struct {
 	*supervisor.Supervisor
 	test  net.Conn
@@ -79,9 +81,14 @@ func electorMain(args []string) int {
 	}()
 	e := &testElector{Supervisor: s, test: test}
 	e.lease, _ = strconv.ParseInt(os.Getenv("TEST_LEASE"), 10, 64)
-	e.Lease(e.lease, testTTL)
-	e.Ready()
 	e.begin()
+	if s.Record().Lease.ID == 0 {
+		e.Lease(e.lease, testTTL)
+		e.Entered("election/abc", 7)
+	} else {
+		e.adopt()
+	}
+	e.Ready()
 	defer func() { e.end(nil) }()
 	lines := bufio.NewScanner(test)
 	for lines.Scan() {
@@ -99,6 +106,18 @@ func electorMain(args []string) int {
 	return 1
 }
 
+// adopt takes the place of another elector.
+func (e *testElector) adopt() {
+	r := e.Record()
+	fmt.Fprintf(e.test, "adopted job=%d pid=%d ordered=%v lease=%d releasing=%v key=%s created=%d "+
+		"starts=%d exit=%d signals=%d exited=%d silent=%d ended=%v\n",
+		r.Job, r.PID, r.Ordered, r.Lease.ID, r.Lease.Releasing, r.Entered.Key, r.Entered.Created,
+		r.Starts, r.LastExit.Code, r.StopSignals, r.Exited, r.Silent, e.Ended())
+	if r.Job != ipc.JobIdle {
+		go e.lead(e.term, supervisor.Term{Adopted: true})
+	}
+}
+
 func (e *testElector) begin() {
 	e.term, e.end = context.WithCancelCause(context.Background())
 }
@@ -113,22 +132,23 @@ func (e *testElector) obey(f []string) {
 	}
 	switch f[0] {
 	case "lead":
-		go e.lead(e.term, moment(1), moment(2))
+		go e.lead(e.term, supervisor.Term{StopAt: moment(1), KillBy: moment(2)})
 	case "again":
 		e.end(nil)
 		e.begin()
 	case "extend":
 		e.Extend(moment(1), moment(2))
 		fmt.Fprintln(e.test, "extended")
+	case "release":
+		fmt.Fprintln(e.test, "releasing", e.Releasing(e.lease))
 	case "end":
 		e.end(testCauses[f[1]])
 	}
 }
 
-func (e *testElector) lead(ctx context.Context, stopAt, killBy time.Duration) {
-	err := e.Supervise(ctx, supervisor.Term{
-		Key: "election/abc", Token: 7, LeaseID: e.lease, StopAt: stopAt, KillBy: killBy,
-	}, func(cause error) time.Duration {
+func (e *testElector) lead(ctx context.Context, t supervisor.Term) {
+	t.Key, t.Token, t.LeaseID = "election/abc", 7, e.lease
+	err := e.Supervise(ctx, t, func(cause error) time.Duration {
 		switch {
 		case errors.Is(cause, testCauses["planned"]):
 			return 10 * time.Second

@@ -76,7 +76,7 @@ func TestGuard_ElectorKilled(t *testing.T) {
 				if job == "daemonize" {
 					r.waitJobs(2)
 				}
-				_ = unix.Kill(r.pids["elector"], unix.SIGKILL)
+				r.loseElectors()
 				r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
 				r.requireDead()
 				r.waitExit(exitLost)
@@ -88,10 +88,11 @@ func TestGuard_ElectorKilled(t *testing.T) {
 func TestGuard_ElectorStoppedPastKillBy(t *testing.T) {
 	r := newRig(t, "stubborn", 0)
 	r.lead(1, 500*time.Millisecond, 700*time.Millisecond)
-	_ = unix.Kill(r.pids["elector"], unix.SIGSTOP)
-	r.waitSaid("revoke " + strconv.FormatInt(r.lease, 16))
-	r.requireDead()
-	r.waitExit(exitLost)
+	r.killElector(unix.SIGSTOP)
+	r.replaced(1)
+	r.wait("the job is killed", func() bool { return len(r.alive) == 0 })
+	r.tell("exit 76")
+	r.waitExit(76)
 }
 
 func TestGuard_JobEndsByItself(t *testing.T) {

@@ -38,7 +38,7 @@ func TestGuard_SleepsBesideZombies(t *testing.T) {
 		r := newRig(t, "plain", 0, "TEST_REVOKE=hang")
 		r.tell("lead 1h 2h")
 		r.waitJobs(1)
-		_ = unix.Kill(r.pids["elector"], unix.SIGKILL)
+		r.loseElectors()
 		release := hold(t, number(r.waitSaid("revoke"))) // until its time is up, and longer
 		time.Sleep(testTTL)
 		r.requireSleep()

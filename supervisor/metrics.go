@@ -54,6 +54,7 @@ func newMetrics(r prometheus.Registerer) metrics {
 		Name: "leasehold_elector_replacements_total",
 		Help: "Electors that were lost and replaced while the daemon went on, by reason.",
 	}, []string{"reason"})
+	m.replaced(0, 0)
 	for _, reason := range []string{"ok", "error", "signal", "stopped"} {
 		m.exits.WithLabelValues(reason)
 	}

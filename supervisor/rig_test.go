@@ -295,11 +295,48 @@ func (r *rig) children() (pids []int) {
 // spawner is the pid of the guard's child that is not the elector, while there is no other.
 func (r *rig) spawner() (pid int) {
 	for _, child := range r.children() {
-		if child != r.pids["elector"] {
+		if child != r.pid("elector") {
 			pid = child
 		}
 	}
 	return pid
+}
+
+// replaced waits until that many electors have taken the place of another, and returns what the
+// last one has learned. lead, end and the like are for that one then.
+func (r *rig) replaced(n int) (said string) {
+	r.t.Helper()
+	r.wait(fmt.Sprintf("elector %d takes another one's place", n), func() bool {
+		seen := 0
+		for _, s := range r.said {
+			if strings.HasPrefix(s, "adopted ") {
+				seen++
+				said = s
+			}
+		}
+		return seen >= n
+	})
+	return said
+}
+
+// pid is that of the elector, or of the job's first process, that said hello last.
+func (r *rig) pid(who string) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.pids[who]
+}
+
+// killElector sends a signal to the elector that runs now.
+func (r *rig) killElector(sig unix.Signal) { _ = unix.Kill(r.pid("elector"), sig) }
+
+// loseElectors kills as many electors as the guard does not replace any more.
+func (r *rig) loseElectors() {
+	r.t.Helper()
+	for n := range 2 {
+		r.killElector(unix.SIGKILL)
+		r.replaced(n + 1)
+	}
+	r.killElector(unix.SIGKILL)
 }
 
 // count counts what was said so. The mutex is held.
@@ -314,7 +351,10 @@ func (r *rig) count(line string) (n int) {
 
 func (r *rig) tell(format string, args ...any) {
 	r.t.Helper()
-	if _, err := fmt.Fprintf(r.elector, format+"\n", args...); err != nil {
+	r.mu.Lock()
+	elector := r.elector
+	r.mu.Unlock()
+	if _, err := fmt.Fprintf(elector, format+"\n", args...); err != nil {
 		r.t.Fatal(err)
 	}
 }

@@ -167,7 +167,8 @@ func (s *Supervisor) Releasing(lease int64) error {
 }
 
 // Token passes etcd's authentication token to the guard, so that neither another elector nor a
-// revocation need wait for etcd to check the password. A token that does not fit into a message is not passed on.
+// revocation need wait for etcd to check the password. A token that does not fit into a message is
+// not passed on.
 func (s *Supervisor) Token(token string) {
 	if len(token) > ipc.MaxText {
 		token = ""

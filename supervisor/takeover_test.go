@@ -138,24 +138,43 @@ func TestTakeOver_Restart(t *testing.T) {
 		decided bool
 		resigns bool
 	}{
-		{"never", RestartNever, ipc.Record{Lease: lease, Starts: 1, LastExit: exited(1)},
-			true, false, false},
-		{"never, lease given back", RestartNever, ipc.Record{LastExit: exited(1)},
-			true, false, false},
+		{
+			"never", RestartNever,
+			ipc.Record{Lease: lease, Starts: 1, LastExit: exited(1)},
+			true, false, false,
+		},
+		{
+			"never, lease given back", RestartNever,
+			ipc.Record{LastExit: exited(1)},
+			true, false, false,
+		},
 		{"never, being given back", RestartNever, ipc.Record{
-			Lease: releasing, Starts: 1, LastExit: exited(1)}, true, false, false},
-		{"success", RestartOnFailure, ipc.Record{Lease: lease, Starts: 1, LastExit: exited(0)},
-			true, false, false},
-		{"failure", RestartOnFailure, ipc.Record{Lease: lease, Starts: 1, LastExit: exited(1)},
-			false, true, false},
+			Lease: releasing, Starts: 1, LastExit: exited(1),
+		}, true, false, false},
+		{
+			"success", RestartOnFailure,
+			ipc.Record{Lease: lease, Starts: 1, LastExit: exited(0)},
+			true, false, false,
+		},
+		{
+			"failure", RestartOnFailure,
+			ipc.Record{Lease: lease, Starts: 1, LastExit: exited(1)},
+			false, true, false,
+		},
 		{"failure, lease being given back", RestartOnFailure, ipc.Record{
-			Lease: releasing, Starts: 1, LastExit: exited(1)}, false, false, false},
+			Lease: releasing, Starts: 1, LastExit: exited(1),
+		}, false, false, false},
 		{"failure, another lease", RestartOnFailure, ipc.Record{
-			Lease: lease, LastExit: exited(1)}, false, false, false},
-		{"stopped", RestartNever, ipc.Record{Lease: lease, Starts: 1, LastExit: ordered},
-			false, false, false},
+			Lease: lease, LastExit: exited(1),
+		}, false, false, false},
+		{
+			"stopped", RestartNever,
+			ipc.Record{Lease: lease, Starts: 1, LastExit: ordered},
+			false, false, false,
+		},
 		{"too many", RestartAlways, ipc.Record{
-			Lease: lease, Starts: 3, LastExit: exited(1), Restarts: failures}, false, true, true},
+			Lease: lease, Starts: 3, LastExit: exited(1), Restarts: failures,
+		}, false, true, true},
 		{"not started", RestartNever, ipc.Record{Lease: lease}, false, false, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {

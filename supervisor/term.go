@@ -38,10 +38,10 @@ func (e *ResignError) Error() string {
 }
 
 // Supervise runs the job for one term. It starts the job, or takes it over if the term is adopted.
-// It starts it again as the restart policy says, and has it stopped when ctx ends. It returns when nothing of the job is left: ErrGuardLost,
-// an *ExitError or a *ResignError if one of these ended it, else nil. grace returns the job's time
-// to stop for the cause of ctx's end. Zero kills at once, because the lease is lost. Negative means
-// until kill-by.
+// It starts it again as the restart policy says, and has it stopped when ctx ends. It returns when
+// nothing of the job is left: ErrGuardLost, an *ExitError or a *ResignError if one of these ended
+// it, else nil. grace returns the job's time to stop for the cause of ctx's end. Zero kills at
+// once, because the lease is lost. Negative means until kill-by.
 func (s *Supervisor) Supervise(
 	ctx context.Context, t Term, grace func(cause error) time.Duration,
 ) error {

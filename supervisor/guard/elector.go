@@ -99,7 +99,9 @@ func (g *guard) electorForked(p electorProcess) {
 	e.inbox, e.pipeEnded = ipc.Inbox{}, false
 	e.announced, e.exit, e.silent = false, Exit{}, false
 	e.transition(g, electorRunning, "forked")
-	g.heardFromElector(boottime.Now())
+	now := boottime.Now()
+	g.heardFromElector(now)
+	e.checkAt = max(e.checkAt, now+g.startTimeout()) // it has to start, on a busy machine
 	g.listChildren()
 	r := &g.known
 	r.Version, r.StopSignals = ipc.RecordVersion, g.stopSignals
@@ -260,7 +262,7 @@ func (g *guard) nextElectorDeadline() time.Duration {
 	case electorRunning:
 		next = e.checkAt
 	case electorGone:
-		if g.starter.busy { // see finished
+		if g.starter.busy && !g.job.alive() { // see finished
 			next = e.startBy
 		}
 	}
@@ -340,10 +342,13 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 		}
 		g.log.Warn(text, attrs...)
 	}
-	e.startBy = now + max(g.cfg.TTL/3, 2*time.Second)
+	e.startBy = now + g.startTimeout()
 	e.transition(g, electorStarting, "exited")
 	g.starter.ask()
 }
+
+// startTimeout is how long it may take to fork an elector, and then until it says something.
+func (g *guard) startTimeout() time.Duration { return max(g.cfg.TTL/3, 2*time.Second) }
 
 // readToEnd acts on all that an elector that has exited has sent. It reports whether the pipe was
 // read to its end, and had nothing but messages in it.

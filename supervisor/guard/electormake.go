@@ -3,6 +3,7 @@
 package guard
 
 import (
+	"errors"
 	"os"
 	"runtime"
 	"strconv"
@@ -83,7 +84,7 @@ func (g *guard) runStarter() {
 	var b [1]byte
 	for {
 		n, err := unix.Read(s.askR, b[:])
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if n != 1 {

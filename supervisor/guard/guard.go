@@ -16,8 +16,8 @@
 // Where to look: loop.go waits in one place and does everything in one order. job.go is the state
 // machine of the job: its serveDeadlines is where a job is killed on loss of contact. kill.go
 // kills, and proves that nothing is left. elector.go watches the elector, replaces it, and revokes
-// the lease if none follows. electormake.go forks it. spawner.go is the guard's end of the socket to the spawner, and
-// spawnloop.go is the spawner itself.
+// the lease if none follows. electormake.go forks it. spawner.go is the guard's end of the socket
+// to the spawner, and spawnloop.go is the spawner itself.
 package guard
 
 import (
