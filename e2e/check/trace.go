@@ -131,10 +131,11 @@ func (c Counts) Complete() error {
 
 // Trace checks what a daemon logged at level debug, and counts its transitions. Each must be one of
 // the model's, and begin where the machine's last one ended: at its first state before any. A
-// killed process may leave out its last lines. While the guard's job lives, the handle knows of it,
-// and while the handle's does, the candidate is in a term.
+// killed process may leave out its last lines, and the elector that takes its place begins with
+// what the guard knows. While the guard's job lives, the handle knows of it, and while the handle's
+// does, the candidate is in a term.
 func (r Relation) Trace(log string) (Counts, error) {
-	lines, lost := parseTrace(log)
+	lines, lost, replaced := parseTrace(log)
 	counts := Counts{}
 	var found []error
 	for m, all := range lines {
@@ -152,7 +153,10 @@ func (r Relation) Trace(log string) (Counts, error) {
 			lineLost := slices.ContainsFunc(lost, func(at time.Time) bool {
 				return !at.Before(since) && at.Before(t.At.Add(noticeDelay))
 			})
-			if t.From != state && !lineLost {
+			another := m != GuardMachine && slices.ContainsFunc(replaced, func(at time.Time) bool {
+				return !at.Before(since) && !at.After(t.At)
+			})
+			if t.From != state && !lineLost && !another {
 				found = append(found, fmt.Errorf("%v: it was %s", t, state))
 			}
 			state, since = t.To, t.At
@@ -212,11 +216,13 @@ var (
 		`^time=(\S+) level=\S+ msg=.*? from=(\S+) to=(\S+)(?: .*)?\n$`)
 	machineOf = regexp.MustCompile(` machine=(\S+) `)
 	linesLost = regexp.MustCompile(`^time=(\S+) .* msg="standard error was blocked: `)
+	takeOver  = regexp.MustCompile(`^(?:time=|\{"time":")([^ "]+).* ` +
+		`?(?:msg=|"msg":)"elector takes the place of another one"`)
 )
 
-// parseTrace finds the transitions in a log, in the order of each machine's lines, and when the
-// daemon wrote that it had to drop lines.
-func parseTrace(log string) (lines map[Machine][]Transition, lost []time.Time) {
+// parseTrace finds the transitions in a log, in the order of each machine's lines, when the daemon
+// wrote that it had to drop lines, and when an elector took the place of another one.
+func parseTrace(log string) (lines map[Machine][]Transition, lost, replaced []time.Time) {
 	lines = map[Machine][]Transition{}
 	for line := range strings.Lines(log) {
 		starts := begins.FindAllStringIndex(line, -1)
@@ -233,8 +239,13 @@ func parseTrace(log string) (lines map[Machine][]Transition, lost []time.Time) {
 				lost = append(lost, at)
 			}
 		}
+		if m := takeOver.FindStringSubmatch(line); m != nil {
+			if at, err := time.Parse(time.RFC3339Nano, m[1]); err == nil {
+				replaced = append(replaced, at)
+			}
+		}
 	}
-	return lines, lost
+	return lines, lost, replaced
 }
 
 func parseTransition(line string) (t Transition, found bool) {

@@ -58,6 +58,28 @@ const term = `
 	206 candidate stopping connecting
 `
 
+// tookOver is what an elector logs that takes the place of another one.
+const tookOver = `time=2026-01-02T03:04:05.110Z level=INFO ` +
+	`msg="elector takes the place of another one" election=jobs/a identity=a job=running`
+
+// replacedWhile is a term in which that happens.
+const replacedWhile = `
+	101 candidate connecting leading
+	102 handle none starting
+	103 guard idle forking
+	104 guard forking running
+	105 handle starting running
+	` + tookOver + `
+	115 candidate connecting leading
+	200 candidate leading stopping
+	201 handle running stopping
+	202 guard running stopping
+	203 guard stopping killing
+	204 guard killing idle
+	205 handle stopping exited
+	206 candidate stopping connecting
+`
+
 func TestTrace(t *testing.T) {
 	relation, err := check.ReadRelation()
 	if err != nil {
@@ -75,6 +97,11 @@ func TestTrace(t *testing.T) {
 			301 handle exited starting
 			302 guard idle forking
 		`), ""},
+		{"another elector", trace(replacedWhile), ""},
+		{
+			"and no word of it", trace(strings.Replace(replacedWhile, tookOver, "", 1)),
+			"connecting -> leading at 03:04:05.115: it was leading",
+		},
 		{"nothing", "", ""},
 		{
 			"a transition that the model does not know", trace(term + "300 guard idle running"),
