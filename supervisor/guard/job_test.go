@@ -54,10 +54,11 @@ func newTestGuard(t *testing.T) *testGuard {
 		t.Fatal(err)
 	}
 	g.wakeR, g.wakeW = pipes[0][0], pipes[0][1]
-	g.elector.in, g.elector.outbox.FD, g.elector.pipeEnded = pipes[1][0], pipes[2][1], false
-	g.elector.state = electorRunning
+	g.elector.state, g.elector.pipeEnded = electorRunning, false
+	g.elector.in, g.elector.outbox.FD = dup(t, pipes[1][0]), dup(t, pipes[2][1])
 	g.elector.pid, g.elector.pidfd = newSleeper(t)
-	g.spawner = &spawner{sock: sockets[0], elector: -1}
+	g.elector.pidfd = dup(t, g.elector.pidfd)
+	g.spawner = &spawner{sock: sockets[0], elector: sockets[1]}
 	if err := g.spawner.layOut(g.cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -67,6 +68,8 @@ func newTestGuard(t *testing.T) *testGuard {
 	g.heardFromElector(boottime.Now())
 	t.Cleanup(func() {
 		g.procs.Close()
+		g.elector.closeProcess()
+		g.closeStarter()
 		fds := []int{g.timer, sockets[0], sockets[1]}
 		for _, p := range pipes {
 			fds = append(fds, p[:]...)
@@ -77,6 +80,16 @@ func newTestGuard(t *testing.T) *testGuard {
 		_ = unix.Munmap(g.spawner.mem)
 	})
 	return &testGuard{guard: g, t: t, in: pipes[2][0], out: ipc.Outbox{FD: pipes[1][1]}}
+}
+
+// dup returns a copy of a descriptor, which the guard closes.
+func dup(t *testing.T, fd int) int {
+	t.Helper()
+	fd, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fd
 }
 
 // newSleeper starts a process that sleeps.
@@ -109,11 +122,7 @@ func (g *testGuard) start() {
 
 func (g *testGuard) started() {
 	pid, pidfd := newSleeper(g.t)
-	fd, err := unix.FcntlInt(uintptr(pidfd), unix.F_DUPFD_CLOEXEC, 0) // the guard closes it
-	if err != nil {
-		g.t.Fatal(err)
-	}
-	g.job.spawnerStarted(pid, fd)
+	g.job.spawnerStarted(pid, dup(g.t, pidfd))
 }
 
 func (g *testGuard) refused(errno int32) { g.job.childless = true; g.job.refused(errno) }
