@@ -89,6 +89,7 @@ func electorMain(args []string) int {
 		e.adopt()
 	}
 	e.Ready()
+	fmt.Fprintln(test, "ready")
 	defer func() { e.end(nil) }()
 	lines := bufio.NewScanner(test)
 	for lines.Scan() {

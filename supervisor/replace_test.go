@@ -159,6 +159,7 @@ func TestReplace_DeadlinesMeanwhile(t *testing.T) {
 				if late := boottime.Now() - ended; late > 300*time.Millisecond {
 					t.Errorf("the job was killed %v after kill-by", late)
 				}
+				time.Sleep(100 * time.Millisecond) // until the guard knows
 				release()
 				require(t, r.replaced(1), "job", int(ipc.JobIdle), "exit", code, "ended", "<nil>")
 				r.tell("exit 76")

@@ -193,7 +193,7 @@ func newRigIn(t *testing.T, cgroup *os.File, job string, uid int, env ...string)
 		r.exited <- r.guard.ProcessState.ExitCode()
 	}()
 	t.Cleanup(r.cleanUp)
-	r.waitSaid("elector")
+	r.waitSaid("ready")
 	return r
 }
 

@@ -51,7 +51,7 @@ func TestExitCode_TheLastLineSaysWhose(t *testing.T) {
 		}, 76, "leadership lost"},
 		{"daemon: 70", []change{shell("exec sleep 1000")}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
-			tr.must(c.signalElector(syscall.SIGKILL))
+			tr.loseElectors(c)
 		}, 70, "elector is lost"},
 		{"elector: 70", []change{shell("exec sleep 1000")}, func(c *candidate) {
 			tr.waitStatus(c, "/leader", http.StatusOK)
@@ -635,6 +635,7 @@ func TestNotify_WatchdogWhileBothTurn(t *testing.T) {
 		}
 		return beats
 	}
+	tr.ttl = 15 * time.Second // so that the elector is not replaced so soon
 	c := tr.start("a", "", variables("NOTIFY_SOCKET="+name, "WATCHDOG_USEC=900000"))
 	tr.waitJob(c)
 	if n := count(2 * time.Second); n < 2 {

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"os"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -40,7 +39,7 @@ func TestMemory_IsHidden(t *testing.T) {
 	tr.must(hidden(elector))
 
 	c.SetReachable(false) // so that the revocation takes its time
-	tr.must(syscall.Kill(elector, syscall.SIGKILL))
+	tr.loseElectors(c)
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		for _, pid := range harness.Children(c.Guard()) {
 			cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))

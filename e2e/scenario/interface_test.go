@@ -752,8 +752,8 @@ func TestHundredTerms(t *testing.T) {
 	tr.finish()
 }
 
-// As process 1 of a container the guard reaps what is handed to it, and its
-// elector's death costs no TTL.
+// As process 1 of a container the guard reaps what is handed to it, and the loss of
+// its electors costs no TTL.
 func TestPID1(t *testing.T) {
 	harness.NeedsRoot(t)
 	t.Parallel()
@@ -776,10 +776,15 @@ func TestPID1(t *testing.T) {
 		}
 		return nil
 	}))
-	for _, pid := range harness.Children(guard[0]) {
-		if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil &&
-			bytes.Contains(cmdline, []byte("\x00elector\x00")) {
-			tr.must(syscall.Kill(pid, syscall.SIGKILL))
+	for n := range 3 {
+		for _, pid := range harness.Children(guard[0]) {
+			if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil &&
+				bytes.Contains(cmdline, []byte("\x00elector\x00")) {
+				tr.must(syscall.Kill(pid, syscall.SIGKILL))
+			}
+		}
+		if n < 2 {
+			tr.waitReplaced(leader, float64(n+1))
 		}
 	}
 	tr.waitNext(job, revokeTimeout)

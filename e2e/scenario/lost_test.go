@@ -171,17 +171,17 @@ func TestNothingLeft(t *testing.T) {
 	ends := []struct {
 		name string
 		code int
-		do   func(c *candidate) error
+		do   func(tr *trial, c *candidate)
 	}{
-		{"SIGTERM", 0, func(c *candidate) error { return c.Signal(syscall.SIGTERM) }},
-		{"SIGINT", 0, func(c *candidate) error { return c.Signal(syscall.SIGINT) }},
-		{"two SIGTERM", 0, func(c *candidate) error {
-			return errors.Join(c.Signal(syscall.SIGTERM), c.Signal(syscall.SIGTERM))
+		{"SIGTERM", 0, func(tr *trial, c *candidate) { tr.must(c.Signal(syscall.SIGTERM)) }},
+		{"SIGINT", 0, func(tr *trial, c *candidate) { tr.must(c.Signal(syscall.SIGINT)) }},
+		{"two SIGTERM", 0, func(tr *trial, c *candidate) {
+			tr.must(errors.Join(c.Signal(syscall.SIGTERM), c.Signal(syscall.SIGTERM)))
 		}},
-		{"guard killed", 128 + 9, func(c *candidate) error { return c.Signal(syscall.SIGKILL) }},
-		{"elector killed", 70, func(c *candidate) error {
-			return c.signalElector(syscall.SIGKILL)
+		{"guard killed", 128 + 9, func(tr *trial, c *candidate) {
+			tr.must(c.Signal(syscall.SIGKILL))
 		}},
+		{"electors killed", 70, func(tr *trial, c *candidate) { tr.loseElectors(c) }},
 	}
 	for _, u := range users() {
 		for _, end := range ends {
@@ -190,7 +190,7 @@ func TestNothingLeft(t *testing.T) {
 				tr := newTrial(t, u, harness.ClusterConfig{})
 				tr.ttl = time.Minute
 				leader, standby, job := tr.pair("ignore-term")
-				tr.must(end.do(standby))
+				end.do(tr, standby)
 				tr.waitExit(standby, end.code)
 				tr.must(harness.Until(tr.waitContext(revokeTimeout), func() error {
 					leases, err := tr.etcd.Leases(tr.ctx)
@@ -199,7 +199,7 @@ func TestNothingLeft(t *testing.T) {
 					}
 					return err
 				}))
-				tr.must(end.do(leader))
+				end.do(tr, leader)
 				tr.waitExit(leader, end.code)
 				tr.waitDead(job)
 				tr.nothingLeft()

@@ -62,10 +62,8 @@ func killed(p harness.Process) func() fault.Fault {
 var (
 	plannedStop   = exits(fault.Stop, soon+500*time.Millisecond, 0) // and the grace
 	guardKilled   = exits(killed(harness.Guard), soon, 128+9)
-	electorKilled = exits(killed(harness.Elector), soon, 70)
 	spawnerKilled = exits(killed(harness.Spawner), soon, 70)
 	guardHung     = hangs(harness.Guard, 128+9)
-	electorHung   = hangs(harness.Elector, 70)
 
 	// Nobody needs the spawner before the job is to end.
 	spawnerHung = exits(func() fault.Fault {
@@ -74,6 +72,23 @@ var (
 	spawnerHungUnreachable = exits(func() fault.Fault {
 		return fault.HungUnreachable(harness.Spawner)
 	}, waitTimeout, 70)
+
+	// One elector alone is replaced: TestReplaced.
+	electorsKilled = loss{"electors-killed", func(
+		tr *trial, leader, _ *candidate, job harness.Life,
+	) {
+		tr.loseElectors(leader)
+		tr.waitNext(job, soon)
+		tr.waitExit(leader, 70)
+	}}
+	electorHungUnreachable = loss{"elector-hung-unreachable", func(
+		tr *trial, leader, _ *candidate, job harness.Life,
+	) {
+		end := tr.inject(fault.HungUnreachable(harness.Elector), leader)
+		tr.waitNext(job, waitTimeout)
+		end()
+		tr.waitStatus(leader, "/standby", http.StatusOK)
+	}}
 
 	unreachable = loss{"link-unreachable", func(tr *trial, leader, _ *candidate, job harness.Life) {
 		end := tr.inject(fault.Unreachable(), leader)
@@ -124,7 +139,7 @@ func TestNeverTwoJobs(t *testing.T) {
 		t.Skip("takes a minute")
 	}
 	losses := []loss{
-		plannedStop, guardKilled, electorKilled, guardHung, electorHung,
+		plannedStop, guardKilled, electorsKilled, guardHung, electorHungUnreachable,
 		spawnerKilled, spawnerHung, spawnerHungUnreachable, unreachable,
 		{"etcd stopped", etcdStopped},
 		{"standby's lease lost", standbyLeaseLost},
@@ -200,7 +215,7 @@ func TestNeverTwoJobs_OfTheUnruly(t *testing.T) {
 		{behaviour: "fork-bomb=10", alone: true},
 		{behaviour: "fill=200", alone: true},
 	}
-	losses := []loss{plannedStop, guardKilled, electorKilled, guardHung, unreachable}
+	losses := []loss{plannedStop, guardKilled, electorsKilled, guardHung, unreachable}
 	for _, u := range users() {
 		for _, job := range jobs {
 			for _, f := range losses {
@@ -230,7 +245,7 @@ func TestNeverTwoJobs_OfTheHidden(t *testing.T) {
 		t.Skip("takes half a minute")
 	}
 	losses := []loss{
-		plannedStop, guardKilled, guardHung, electorKilled,
+		plannedStop, guardKilled, guardHung, electorsKilled,
 		spawnerKilled, spawnerHungUnreachable, unreachable,
 	}
 	for _, u := range append(users(), user{name: "hidepid"}) {
@@ -284,7 +299,8 @@ func TestNeverTwoJobs_NoProcessLeft(t *testing.T) {
 		{"user/RLIMIT_NPROC", user{name: "user", uid: 65534}, limitProcesses},
 	}
 	faults := []func() fault.Fault{
-		fault.Stop, killed(harness.Guard), killed(harness.Elector),
+		fault.Stop, killed(harness.Guard),
+		func() fault.Fault { return fault.HungUnreachable(harness.Elector) },
 		func() fault.Fault { return fault.Unreachable() },
 	}
 	for _, limit := range limits {

@@ -14,8 +14,7 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// waitReplaced waits until n electors of a candidate were replaced, and the last one has renewed
-// the lease.
+// waitReplaced waits until n electors of a candidate were replaced.
 func (tr *trial) waitReplaced(c *candidate, n float64) {
 	tr.Helper()
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
@@ -25,7 +24,22 @@ func (tr *trial) waitReplaced(c *candidate, n float64) {
 		}
 		return err
 	}))
-	tr.waitRenewals(c, 2)
+}
+
+// lastElector kills as many electors of a candidate as its guard replaces within a minute.
+func (tr *trial) lastElector(c *candidate) {
+	tr.Helper()
+	for n := range 2 {
+		tr.must(c.signalElector(syscall.SIGKILL))
+		tr.waitReplaced(c, float64(n+1))
+	}
+}
+
+// loseElectors kills one more: the guard gives up.
+func (tr *trial) loseElectors(c *candidate) {
+	tr.Helper()
+	tr.lastElector(c)
+	tr.must(c.signalElector(syscall.SIGKILL))
 }
 
 // TestReplaced: an elector that is killed or hangs is replaced. The leader's job runs on in the
@@ -45,6 +59,7 @@ func TestReplaced(t *testing.T) {
 					began := time.Now()
 					tr.must(c.signalElector(sig))
 					tr.waitReplaced(c, 1)
+					tr.waitRenewals(c, 2)
 					t.Logf("the elector of %s is replaced, and has renewed twice, after %v",
 						c.Identity, time.Since(began))
 				}
@@ -82,11 +97,7 @@ func TestReplaced_TooOften(t *testing.T) {
 			t.Parallel()
 			tr := newTrial(t, u, harness.ClusterConfig{})
 			leader, standby, job := tr.pair("")
-			for n := range 2 {
-				tr.must(leader.signalElector(syscall.SIGKILL))
-				tr.waitReplaced(leader, float64(n+1))
-			}
-			tr.must(leader.signalElector(syscall.SIGKILL))
+			tr.loseElectors(leader)
 			if next := tr.waitNext(job, soon); next.Candidate != standby.Identity {
 				t.Errorf("%s leads, want %s", next.Candidate, standby.Identity)
 			}

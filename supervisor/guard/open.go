@@ -68,7 +68,7 @@ func (g *guard) open() error {
 		}()
 	}
 	go g.relaySignals()
-	warmThreads(4)
+	warmThreads(5)
 	err = g.openStarter()
 	if err == nil {
 		err = g.startFirst()
