@@ -158,9 +158,11 @@ func (s *Supervisor) Entered(key string, created int64) {
 }
 
 // Releasing tells the guard that the lease is about to be given back. After an error no request for
-// that may be sent: the elector that follows would not know of it.
+// that may be sent: the elector that follows would not know of it. If the guard has exited, none
+// follows.
 func (s *Supervisor) Releasing(lease int64) error {
-	if err := s.trySend(ipc.Lease{ID: lease, Releasing: true}); err != nil {
+	err := s.trySend(ipc.Lease{ID: lease, Releasing: true})
+	if err != nil && !errors.Is(err, ipc.ErrClosed) {
 		return fmt.Errorf("tell the guard that the lease is given back: %w", err)
 	}
 	return nil

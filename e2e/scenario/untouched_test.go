@@ -275,7 +275,7 @@ func TestAuth_RevokeTakesTheToken(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			tr := newTrial(t, users()[1], harness.ClusterConfig{})
-			tr.ttl = time.Minute
+			tr.ttl = 5 * time.Minute // etcd may take half a minute to restart
 			withAuth := tr.enableAuth()
 			leader := tr.start("a", "", withAuth)
 			job := tr.waitJob(leader)

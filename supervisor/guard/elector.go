@@ -204,14 +204,15 @@ func (g *guard) leased(l ipc.Lease) {
 
 // heardFromElector notes that a message has come. While a job lives, an elector that hangs must be
 // replaced before stop-at, with time for the next one to renew the lease. The elector pings every
-// thirtieth of the TTL then. Without a job it pings every second.
+// thirtieth of the TTL then. Without a job it pings every second, and is replaced before its lease
+// ends, unless that is very short.
 func (g *guard) heardFromElector(now time.Duration) {
 	e, ttl := &g.elector, g.cfg.TTL
 	e.heardAt, e.missedChecks = now, 0
 	if g.job.alive() {
 		e.checkAt = max(g.job.stopAt-ttl/3, now+ttl/10)
 	} else {
-		e.checkAt = now + max(ttl/2, 5*time.Second)
+		e.checkAt = now + max(ttl/3, 2*time.Second)
 	}
 }
 
