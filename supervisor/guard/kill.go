@@ -58,7 +58,7 @@ func (j *job) killRound() {
 	if now := boottime.Now(); now >= j.complainAt {
 		j.complainAt = now + 10*time.Second
 		text := "job can't be killed: the lease is kept until nothing of it is left"
-		if g.elector.gone {
+		if g.elector.givenUp {
 			text = "job can't be killed, and nobody renews its lease: another candidate may lead"
 		}
 		g.log.Error(text, "elapsed", (now - j.killAt).Round(time.Second).String(), "pid", j.pid)
