@@ -29,7 +29,6 @@ type jobCallbacks struct {
 	cfg        config.Config
 	log        *slog.Logger
 	margin     atomic.Int64
-	snapshot   func() election.Snapshot
 	// stopping reports whether the daemon was asked to stop: the job may have ended because of that
 	// before the term has ended.
 	stopping func() bool
@@ -37,13 +36,7 @@ type jobCallbacks struct {
 
 func (j *jobCallbacks) Leased(id int64, ttl time.Duration) { j.supervisor.Lease(id, ttl) }
 
-// Entered also tells the guard which TTL was granted: that was not known before.
-func (j *jobCallbacks) Entered(key string, created int64) {
-	if s := j.snapshot(); s.LeaseID != 0 {
-		j.supervisor.Lease(s.LeaseID, s.TTL)
-	}
-	j.supervisor.Entered(key, created)
-}
+func (j *jobCallbacks) Entered(key string, created int64) { j.supervisor.Entered(key, created) }
 
 func (j *jobCallbacks) Releasing(lease int64) error { return j.supervisor.Releasing(lease) }
 
@@ -120,7 +113,6 @@ func runElector(build Build, args []string) int {
 	}
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
-	job.snapshot = func() election.Snapshot { return d.candidate.Snapshot() }
 	sc.TTL, sc.Margin = cfg.TTL.Duration, job.grantedMargin
 	sc.Restart, sc.RestartLimit = supervisor.Restart(cfg.Restart), cfg.RestartLimit.N
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }

@@ -53,7 +53,7 @@ func (s *Supervisor) readRecord() error {
 			more, fillErr = s.inbox.Fill(int(fd))
 			return more || fillErr != nil
 		}); err != nil || fillErr != nil {
-			return fmt.Errorf("%w before it told what it knows", ErrGuardLost)
+			return fmt.Errorf("%w before it sent what it knows", ErrGuardLost)
 		}
 	}
 }

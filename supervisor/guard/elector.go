@@ -79,10 +79,14 @@ type elector struct {
 	revokeBy time.Duration
 }
 
-// mostReplaced bounds how many electors are replaced within replacedWithin.
 const (
+	// mostReplaced bounds how many electors are replaced within replacedWithin.
 	mostReplaced   = len(elector{}.replacedAt)
 	replacedWithin = time.Minute
+
+	// maxSilence bounds the elector's silence before the first check, however long the TTL is:
+	// systemd's watchdog (30 s in our unit) would end the whole daemon, and the job with it.
+	maxSilence = 12 * time.Second
 )
 
 // transition is the one place where the state of the elector changes, and where that is logged.
@@ -204,8 +208,8 @@ func (g *guard) leased(l ipc.Lease) {
 
 // heardFromElector notes that a message has come. While a job lives, an elector that hangs must be
 // replaced before stop-at, with time for the next one to renew the lease. The elector pings every
-// thirtieth of the TTL then. Without a job it pings every second, and is replaced before its lease
-// ends, unless that is very short.
+// thirtieth of the TTL then, or every second. Without a job it pings every second, and is replaced
+// before its lease ends, unless that is very short.
 func (g *guard) heardFromElector(now time.Duration) {
 	e, ttl := &g.elector, g.cfg.TTL
 	e.heardAt, e.missedChecks = now, 0
@@ -214,6 +218,7 @@ func (g *guard) heardFromElector(now time.Duration) {
 	} else {
 		e.checkAt = now + max(ttl/3, 2*time.Second)
 	}
+	e.checkAt = min(e.checkAt, now+maxSilence)
 }
 
 // serveElectorDeadlines replaces an elector that is silent. It gives up one that has not exited in
@@ -244,7 +249,7 @@ func (g *guard) serveElectorDeadlines(now time.Duration) {
 // of the guard, or of the host, does not count against it.
 func (g *guard) checkSilence(now time.Duration) {
 	e := &g.elector
-	e.checkAt = now + g.cfg.TTL/30
+	e.checkAt = now + min(g.cfg.TTL/30, time.Second)
 	if e.missedChecks++; e.missedChecks < 3 {
 		return
 	}
@@ -348,7 +353,9 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 }
 
 // startTimeout is how long it may take to fork an elector, and then until it says something.
-func (g *guard) startTimeout() time.Duration { return max(g.cfg.TTL/3, 2*time.Second) }
+func (g *guard) startTimeout() time.Duration {
+	return min(max(g.cfg.TTL/3, 2*time.Second), maxSilence)
+}
 
 // readToEnd acts on all that an elector that has exited has sent. It reports whether the pipe was
 // read to its end, and had nothing but messages in it.

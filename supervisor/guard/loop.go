@@ -221,9 +221,10 @@ func (g *guard) listChildren() {
 }
 
 // tidy does what can wait until a job has been gone for a while: it prepares the next start, and
-// collects the garbage, which must not happen while a job lives.
+// collects the garbage, which must not happen while a job lives. A collection would also wait for a
+// fork that is under way.
 func (g *guard) tidy(now time.Duration) {
-	if g.job.state != jobIdle || g.elector.state == electorGone || now < g.tidyAt {
+	if g.job.state != jobIdle || g.elector.state != electorRunning || now < g.tidyAt {
 		return
 	}
 	g.tidyAt = now + time.Minute
