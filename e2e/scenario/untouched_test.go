@@ -289,12 +289,14 @@ func TestAuth_RevokeTakesTheToken(t *testing.T) {
 			before := checked()
 			tr.lastElector(leader) // the token is handed on
 			if row.want > 0 {
-				tr.must(leader.signalElector(syscall.SIGSTOP))
+				tr.must(leader.signalElector(syscall.SIGSTOP)) // so that it gets no other token
+				tr.must(leader.Signal(syscall.SIGSTOP))        // nor another elector
 				tr.must(tr.etcd.Members[0].Restart(tr.ctx))
 				before = 0
 			}
 			killed := harness.Now()
 			tr.must(leader.signalElector(syscall.SIGKILL))
+			tr.must(leader.Signal(syscall.SIGCONT))
 			next := tr.waitNext(job, waitTimeout)
 			tr.Logf("the next job started %v after the elector was killed", next.Started-killed)
 			tr.waitExit(leader, 70)
