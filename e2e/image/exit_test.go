@@ -150,10 +150,10 @@ func TestExitCodes(t *testing.T) {
 			messages: []string{"leadership lost", "exit_code=76"},
 		},
 		{
-			what: "elector lost", alone: true, code: 70, args: []string{"--", "/testjob"},
+			what: "electors lost", alone: true, code: 70, args: []string{"--", "/testjob"},
 			during: func(s *testbed, b *box) {
 				s.waitJob(b)
-				s.must(syscall.Kill(b.elector(s), syscall.SIGKILL))
+				s.loseElectors(b)
 			},
 			messages: []string{"the elector is lost", "exit_code=70"},
 		},

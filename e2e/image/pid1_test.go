@@ -242,7 +242,8 @@ func TestStranger(t *testing.T) {
 	s.waitExit(b, 0)
 }
 
-// TestElectorKilled: the job dies and the lease, which has minutes to go, is revoked.
+// TestElectorKilled: another elector follows, and the job runs on under its lease. At the third
+// within a minute the job is killed and the lease, which has minutes to go, is revoked.
 func TestElectorKilled(t *testing.T) {
 	s := newTestbed(t)
 	leader := s.job("a", "ignore-term daemonize setsid")
@@ -250,6 +251,15 @@ func TestElectorKilled(t *testing.T) {
 	s.waitRoles(job, "job", "setsid", "daemon")
 	standby := s.job("b", "")
 	s.waitStatus(standby, "/standby", http.StatusOK)
+	s.replaceElector(leader, 1)
+	s.waitStatus(leader, "/leader", http.StatusOK)
+	s.replaceElector(leader, 2)
+	s.waitStatus(leader, "/leader", http.StatusOK)
+	for _, l := range s.witness.Lives() {
+		if l.Token != job.Token || !l.Alive() {
+			t.Errorf("another job, or one that has exited: %+v", l)
+		}
+	}
 	killed := harness.Now()
 	s.must(syscall.Kill(leader.elector(t), syscall.SIGKILL))
 	next := s.waitJob(standby)
@@ -356,8 +366,8 @@ func TestInstall(t *testing.T) {
 	job := s.waitJob(b)
 	// An upgrade while it runs, as when another pod on the node shares the volume.
 	s.waitExit(install("/shared", shared...), 0)
-	// The guard now runs the revocation from the file that was replaced.
-	s.must(syscall.Kill(b.elector(t), syscall.SIGKILL))
+	// The guard now runs electors, and then the revocation, from the file that was replaced.
+	s.loseElectors(b)
 	s.waitDead(job)
 	s.waitExit(b, 70)
 	if leases, err := s.etcd.Leases(s.ctx); err != nil || len(leases) > 0 {

@@ -422,3 +422,24 @@ func (b *box) elector(t testing.TB) int {
 	t.Fatalf("%s has no elector", b.Identity)
 	return 0
 }
+
+// replaceElector kills the elector, and waits until the guard has replaced as many as given.
+func (s *testbed) replaceElector(b *box, replaced float64) {
+	s.Helper()
+	s.must(syscall.Kill(b.elector(s), syscall.SIGKILL))
+	s.must(harness.Until(s.wait(waitTimeout), func() error {
+		n, err := b.Metric(s.ctx, "leasehold_elector_replacements_total")
+		if err == nil && n != replaced {
+			err = fmt.Errorf("%v electors of %s were replaced, want %v", n, b.Identity, replaced)
+		}
+		return err
+	}))
+}
+
+// loseElectors kills as many as the guard replaces within a minute, and one more.
+func (s *testbed) loseElectors(b *box) {
+	s.Helper()
+	s.replaceElector(b, 1)
+	s.replaceElector(b, 2)
+	s.must(syscall.Kill(b.elector(s), syscall.SIGKILL))
+}

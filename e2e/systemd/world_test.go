@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
@@ -296,4 +298,32 @@ func (w *world) processes(m *Machine) (guard, elector int) {
 	guard, elector, err := m.Processes(w.ctx, unit)
 	w.must(err)
 	return guard, elector
+}
+
+// waitOther waits until the unit has another elector, and returns that.
+func (w *world) waitOther(m *Machine, elector int) (other int) {
+	w.t.Helper()
+	w.until(waitTimeout, func() (err error) {
+		if _, other, err = m.Processes(w.ctx, unit); err == nil && other == elector {
+			err = fmt.Errorf("the elector on %s is still %d", m.Name, elector)
+		}
+		return err
+	})
+	return other
+}
+
+// replaceElector kills the elector, and returns the next one when it takes part.
+func (w *world) replaceElector(m *Machine) int {
+	w.t.Helper()
+	_, elector := w.processes(m)
+	said := strings.Count(m.Journal(w.ctx, unit), "another elector runs")
+	w.must(unix.Kill(elector, unix.SIGKILL))
+	other := w.waitOther(m, elector)
+	w.until(waitTimeout, func() error {
+		if strings.Count(m.Journal(w.ctx, unit), "another elector runs") == said {
+			return errors.New("the journal does not say that another elector runs")
+		}
+		return nil
+	})
+	return other
 }
