@@ -143,6 +143,27 @@ func TestElector_Silent(t *testing.T) {
 	}
 }
 
+// TestElector_SilentUnderALongTTL: it is killed in half the time of the unit's watchdog (30 s),
+// which would end the job too.
+func TestElector_SilentUnderALongTTL(t *testing.T) {
+	for _, idle := range []bool{false, true} {
+		g := newElectorGuard(t, idle)
+		g.cfg.TTL = time.Hour
+		g.job.stopAt, g.job.killBy = forever, forever
+		now := boottime.Now()
+		g.heardFromElector(now)
+		for range 3 {
+			g.serveElectorDeadlines(g.elector.checkAt)
+		}
+		if after := g.elector.checkAt - now; g.elector.state != electorEnding ||
+			after > 15*time.Second {
+			t.Errorf("idle %v: the elector is %s after %v", idle, g.elector.state, after)
+		}
+		g.electorDies()
+		g.until("replaced", func() bool { return g.elector.state == electorRunning })
+	}
+}
+
 // TestElector_NotInTime: if no elector can be forked in time, the guard gives up, and does not wait
 // for the fork. What is forked then is killed.
 func TestElector_NotInTime(t *testing.T) {
