@@ -69,6 +69,8 @@ func command(args []string) int {
 	if failed == nil {
 		return 0
 	}
+	fmt.Printf("seed %d: %s\nlooking for the shortest list of faults that fails\n",
+		failed.Seed, strings.Join(failed.Violations, "\n"))
 	fmt.Println(shrink(ctx, first, *failed, *procs))
 	return 1
 }

@@ -52,6 +52,11 @@ func (c child) run(ctx context.Context) (s sim.Summary) {
 			return s
 		}
 	}
+	if limited.Err() != nil && ctx.Err() == nil {
+		used := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+		err = fmt.Errorf("no end after %v, and %v on a CPU: it hangs, or the machine is too busy",
+			hangs, used)
+	}
 	rest := out.String()
 	return sim.Summary{
 		Seed: c.seed, Violations: []string{fmt.Sprintf("%v: %s", err, rest[:min(len(rest), 4000)])},
