@@ -105,6 +105,28 @@ bit earlyAnnounced, earlyExit, earlyLease;
 byte earlyUntil;
 #endif
 
+/* The process in place 0 as the guard has it. From its record on it runs. */
+#ifdef RECORD
+mtype = { starting, running, gone };
+mtype process = starting;
+c_decl {
+\#include "transitions.h"
+}
+#define record(from, to)	c_code { saw("elector", #from, #to); }
+#define becomes(to) \
+	if \
+	:: process == starting && to != starting -> record(starting, to) \
+	:: process == running -> record(running, to) \
+	:: process == ending && to != ending -> record(ending, to) \
+	:: else \
+	fi; \
+	process = to
+#define first(state)	process = state
+#else
+#define becomes(to)	skip
+#define first(state)	skip
+#endif
+
 /* The spawner and the job */
 bit fork;	/* the spawner is asked to start it */
 bit runs;
@@ -513,7 +535,8 @@ end:	do
 	/* The elector */
 	:: d_step { guard == up && (elector[0] == hung || faults && elector[0] == up) && !exiting ->
 		printf("@ %d a.guard kills the elector\n", tick);
-		elector[0] = down; renewal[0] = IDLE; worth[0] = 0 }
+		elector[0] = down; renewal[0] = IDLE; worth[0] = 0;
+		becomes(ending) }
 	:: d_step { guard == up && ended && !exiting && !gaveUp && drained ->
 		printf("@ %d a.guard starts another elector\n", tick);
 #if PLACES > 1
@@ -523,11 +546,13 @@ end:	do
 		askStart[1] = askStart[0]; askUntil[1] = askUntil[0];
 #endif
 		clearElector();
-		elector[0] = new }
+		elector[0] = new;
+		becomes(starting) }
 	:: d_step { guard == up && elector[0] == new ->
 		printf("@ %d a.guard hands the record to the new elector\n", tick);
 		elector[0] = up;
-		adopt()
+		adopt();
+		becomes(running)
 #ifdef RECORD_EARLY
 		;
 		early = 0; earlyJob = idle; earlyAnnounced = 0; earlyExit = 0; earlyLease = 0;
@@ -544,12 +569,14 @@ end:	do
 		printf("@ %d a.guard gives up\n", tick);
 		clearElector();
 		gaveUp = 1;
+		becomes(gone);
 		beginKill() }
 	:: d_step { guard == up && gaveUp && proven ->
 		printf("@ %d a.guard exits, and the lease is revoked\n", tick);
 		revoke = lease && knowsLease; guard = down }
 	:: d_step { guard == up && exiting && job == idle ->
 		printf("@ %d a.guard exits\n", tick);
+		becomes(gone);
 		guard = down }
 	od
 }
@@ -658,7 +685,9 @@ end:	do
 		clearElector();
 		setAdopts(0);
 		elector[0] = up; guard = up; job = idle; until = 0; gaveUp = 0; exiting = 0;
-		knowsLease = 0; announced = 0; exitKnown = 0; stop = 0 }
+		knowsLease = 0; announced = 0; exitKnown = 0; stop = 0;
+		first(starting);
+		becomes(running) }
 	od
 }
 

@@ -21,12 +21,16 @@ import (
 // Machine is one of a daemon's state machines, as its log names it.
 type Machine string
 
-// The machines. candidate and handle are the elector's, guard is the guard's.
+// The machines. Each elector has a candidate and a handle of its own. The others are the guard's.
 const (
 	CandidateMachine Machine = "candidate" // election/state.go
 	HandleMachine    Machine = "handle"    // supervisor/job.go: the job, as the elector knows it
 	GuardMachine     Machine = "guard"     // supervisor/guard/job.go
+	ElectorMachine   Machine = "elector"   // supervisor/guard/elector.go: the process
 )
+
+// ofElector reports whether the machine is one of the elector's own.
+func (m Machine) ofElector() bool { return m == CandidateMachine || m == HandleMachine }
 
 // machines have their first states here, and those in which they allow a job to live.
 var machines = map[Machine]struct {
@@ -36,6 +40,7 @@ var machines = map[Machine]struct {
 	CandidateMachine: {"connecting", []string{"leading", "stopping"}},
 	HandleMachine:    {"none", []string{"starting", "running", "stopping"}},
 	GuardMachine:     {"idle", []string{"forking", "running", "stopping", "killing"}},
+	ElectorMachine:   {"starting", nil},
 }
 
 // Transition is a line of a daemon's log that tells of one.
@@ -43,6 +48,8 @@ type Transition struct {
 	At       time.Time
 	Machine  Machine
 	From, To string
+	// another: it is none, but another elector begins, with the machine in the state To.
+	another bool
 }
 
 const clock = "15:04:05.000"
@@ -131,11 +138,11 @@ func (c Counts) Complete() error {
 
 // Trace checks what a daemon logged at level debug, and counts its transitions. Each must be one of
 // the model's, and begin where the machine's last one ended: at its first state before any. A
-// killed process may leave out its last lines, and the elector that takes its place begins with
-// what the guard knows. While the guard's job lives, the handle knows of it, and while the handle's
-// does, the candidate is in a term.
+// killed process may leave out its last lines. An elector that takes the place of another one was
+// started by the guard, and begins with what the guard knows of the job. While the guard's job
+// lives, the handle knows of it, and while the handle's does, the candidate is in a term.
 func (r Relation) Trace(log string) (Counts, error) {
-	lines, lost, replaced := parseTrace(log)
+	lines, lost := parseTrace(log)
 	counts := Counts{}
 	var found []error
 	for m, all := range lines {
@@ -144,30 +151,59 @@ func (r Relation) Trace(log string) (Counts, error) {
 			found = append(found, fmt.Errorf("%v: the model has no such machine", all[0]))
 			continue
 		}
-		counts[m] = len(all)
 		state, since := machine.first, time.Time{}
 		for _, t := range all {
-			if t.From != t.To && !r[m][[2]string{t.From, t.To}] {
-				found = append(found, fmt.Errorf("%v: the model has no such transition", t))
-			}
-			lineLost := slices.ContainsFunc(lost, func(at time.Time) bool {
-				return !at.Before(since) && at.Before(t.At.Add(noticeDelay))
-			})
-			another := m != GuardMachine && slices.ContainsFunc(replaced, func(at time.Time) bool {
-				return !at.Before(since) && !at.After(t.At)
-			})
-			if t.From != state && !lineLost && !another {
-				found = append(found, fmt.Errorf("%v: it was %s", t, state))
+			if !t.another {
+				counts[m]++
+				lineLost := slices.ContainsFunc(lost, func(at time.Time) bool {
+					return !at.Before(since) && at.Before(t.At.Add(noticeDelay))
+				})
+				found = append(found, r.check(t, state, lineLost))
 			}
 			state, since = t.To, t.At
 		}
 	}
 	if len(lost) == 0 {
-		found = append(found,
+		found = append(found, replacements(lines),
 			together(lines, GuardMachine, HandleMachine),
 			together(lines, HandleMachine, CandidateMachine))
 	}
 	return counts, errors.Join(found...)
+}
+
+// check checks one transition of a machine in a state. That is not known if a line was lost.
+func (r Relation) check(t Transition, state string, lineLost bool) error {
+	var found []error
+	if t.From != t.To && !r[t.Machine][[2]string{t.From, t.To}] {
+		found = append(found, fmt.Errorf("%v: the model has no such transition", t))
+	}
+	if t.From != state && !lineLost {
+		found = append(found, fmt.Errorf("%v: it was %s", t, state))
+	}
+	return errors.Join(found...)
+}
+
+// replacements checks that each elector that takes the place of another one is one that the guard
+// has started, and not the first.
+func replacements(lines map[Machine][]Transition) error {
+	before := 0 // the elector that did so last
+	for _, t := range lines[HandleMachine] {
+		if !t.another {
+			continue
+		}
+		started := -1
+		for _, e := range lines[ElectorMachine] {
+			if e.To == "running" && !e.At.After(t.At) {
+				started++
+			}
+		}
+		if started <= before {
+			return fmt.Errorf("an elector takes the place of another one at %s, and the guard has "+
+				"started none", t.At.Format(clock))
+		}
+		before = started
+	}
+	return nil
 }
 
 // together checks that the outer machine allows a job to live as long as the inner one does. It
@@ -185,25 +221,30 @@ func together(lines map[Machine][]Transition, inner, outer Machine) error {
 }
 
 // known is when a machine was in a state in which a job lives, or was not, since the Unix epoch.
-// The last line of its process is the end of what is known.
+// The last line of its process is the end of what is known. Of an elector that was replaced,
+// nothing is known after the last line of that machine.
 func known(lines map[Machine][]Transition, m Machine, lives bool) Intervals {
 	end := time.Duration(0)
 	for other, all := range lines {
-		if len(all) > 0 && (other == GuardMachine) == (m == GuardMachine) {
+		if len(all) > 0 && other.ofElector() == m.ofElector() {
 			end = max(end, sinceEpoch(all[len(all)-1]))
 		}
 	}
 	var all []Interval
-	from, state := time.Duration(0), machines[m].first
-	for _, t := range lines[m] {
-		if slices.Contains(machines[m].lives, state) == lives {
-			all = append(all, Interval{from, sinceEpoch(t)})
+	from, state, sure := time.Duration(0), machines[m].first, true
+	add := func(to time.Duration) {
+		if sure && slices.Contains(machines[m].lives, state) == lives {
+			all = append(all, Interval{from, to})
 		}
-		from, state = sinceEpoch(t), t.To
 	}
-	if slices.Contains(machines[m].lives, state) == lives {
-		all = append(all, Interval{from, end})
+	for _, t := range lines[m] {
+		if !t.another { // else the last line was that of a process that was killed
+			add(sinceEpoch(t))
+		}
+		// A new candidate takes a while until it is in the term that its job is in.
+		from, state, sure = sinceEpoch(t), t.To, !t.another || m == HandleMachine
 	}
+	add(end)
 	return Merge(all...)
 }
 
@@ -216,13 +257,13 @@ var (
 		`^time=(\S+) level=\S+ msg=.*? from=(\S+) to=(\S+)(?: .*)?\n$`)
 	machineOf = regexp.MustCompile(` machine=(\S+) `)
 	linesLost = regexp.MustCompile(`^time=(\S+) .* msg="standard error was blocked: `)
-	takeOver  = regexp.MustCompile(`^(?:time=|\{"time":")([^ "]+).* ` +
-		`?(?:msg=|"msg":)"elector takes the place of another one"`)
+	takeOver  = regexp.MustCompile(`^(?:time=|\{"time":")([^ "]+).*` +
+		`(?:msg=|"msg":)"elector takes the place of another one".*[ "]job"?[=:]"?(\w+)`)
 )
 
-// parseTrace finds the transitions in a log, in the order of each machine's lines, when the daemon
-// wrote that it had to drop lines, and when an elector took the place of another one.
-func parseTrace(log string) (lines map[Machine][]Transition, lost, replaced []time.Time) {
+// parseTrace finds the transitions in a log, in the order of each machine's lines, and when the
+// daemon wrote that it had to drop lines.
+func parseTrace(log string) (lines map[Machine][]Transition, lost []time.Time) {
 	lines = map[Machine][]Transition{}
 	for line := range strings.Lines(log) {
 		starts := begins.FindAllStringIndex(line, -1)
@@ -241,11 +282,14 @@ func parseTrace(log string) (lines map[Machine][]Transition, lost, replaced []ti
 		}
 		if m := takeOver.FindStringSubmatch(line); m != nil {
 			if at, err := time.Parse(time.RFC3339Nano, m[1]); err == nil {
-				replaced = append(replaced, at)
+				t := Transition{At: at, Machine: HandleMachine, To: m[2], another: true}
+				lines[t.Machine] = append(lines[t.Machine], t)
+				t.Machine, t.To = CandidateMachine, machines[CandidateMachine].first
+				lines[t.Machine] = append(lines[t.Machine], t)
 			}
 		}
 	}
-	return lines, lost, replaced
+	return lines, lost
 }
 
 func parseTransition(line string) (t Transition, found bool) {

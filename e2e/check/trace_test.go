@@ -43,6 +43,7 @@ func blocked(at string) string {
 
 // term is a term from its beginning to its end.
 const term = `
+	099 elector starting running
 	100 candidate connecting standby
 	101 candidate standby leading
 	102 handle none starting
@@ -60,17 +61,20 @@ const term = `
 
 // tookOver is what an elector logs that takes the place of another one.
 const tookOver = `time=2026-01-02T03:04:05.110Z level=INFO ` +
-	`msg="elector takes the place of another one" election=jobs/a identity=a job=running`
+	`msg="elector takes the place of another one" election=jobs/a identity=a lease=2a ` +
+	`job=running pid=7`
 
-// replacedWhile is a term in which that happens.
+// replacedWhile is a term in which that happens: the elector is killed before it writes that it has
+// asked for the job, and that this runs.
 const replacedWhile = `
-	101 candidate connecting leading
-	102 handle none starting
-	103 guard idle forking
-	104 guard forking running
-	105 handle starting running
+	099 elector starting running
+	100 candidate connecting leading
+	101 guard idle forking
+	102 guard forking running
+	103 elector running starting
+	104 elector starting running
 	` + tookOver + `
-	115 candidate connecting leading
+	120 candidate connecting leading
 	200 candidate leading stopping
 	201 handle running stopping
 	202 guard running stopping
@@ -100,7 +104,28 @@ func TestTrace(t *testing.T) {
 		{"another elector", trace(replacedWhile), ""},
 		{
 			"and no word of it", trace(strings.Replace(replacedWhile, tookOver, "", 1)),
-			"connecting -> leading at 03:04:05.115: it was leading",
+			"connecting -> leading at 03:04:05.120: it was leading",
+		},
+		{
+			"and it takes the job for another state",
+			trace(strings.Replace(replacedWhile, "job=running", "job=exited", 1)),
+			"running -> stopping at 03:04:05.201: it was exited",
+		},
+		{
+			"and it knows of no job", trace(strings.Replace(strings.Replace(replacedWhile,
+				"job=running", "job=none", 1), "201 handle running stopping", "", 1)),
+			"the job was alive for the guard, and the handle knew of none",
+		},
+		{
+			"and the guard has started none",
+			trace(strings.Replace(replacedWhile, "104 elector starting running", "", 1)),
+			"an elector takes the place of another one at 03:04:05.110, " +
+				"and the guard has started none",
+		},
+		{
+			"another elector, which takes no place",
+			trace(strings.Replace(replacedWhile, tookOver, "108 handle none starting", 1)),
+			"connecting -> leading at 03:04:05.120: it was leading",
 		},
 		{"nothing", "", ""},
 		{
@@ -185,6 +210,7 @@ func TestTrace(t *testing.T) {
 				t.Errorf("%v transitions, %v; want %q; the log:\n%s", n, err, c.guilty, c.log)
 			case c.name == "a term" && !maps.Equal(n, check.Counts{
 				check.CandidateMachine: 4, check.HandleMachine: 4, check.GuardMachine: 5,
+				check.ElectorMachine: 1,
 			}):
 				t.Errorf("%v transitions", n)
 			}
@@ -208,6 +234,26 @@ func TestTrace_JSON(t *testing.T) {
 	}
 }
 
+// So does an elector that takes the place of another one.
+func TestTrace_JSONOfAnother(t *testing.T) {
+	relation, err := check.ReadRelation()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const transition = `{"time":"2026-01-02T03:04:05.%sZ","level":"DEBUG","msg":"elector state",` +
+		`"machine":"%s","from":"%s","to":"%s","reason":"forked"}` + "\n"
+	log := fmt.Sprintf(transition, "101", "elector", "starting", "running") +
+		fmt.Sprintf(transition, "102", "elector", "running", "starting") +
+		fmt.Sprintf(transition, "103", "elector", "starting", "running") +
+		`{"time":"2026-01-02T03:04:05.110Z","level":"INFO",` +
+		`"msg":"elector takes the place of another one","election":"jobs/a","lease":"2a",` +
+		`"job":"running","pid":7}` + "\n" +
+		fmt.Sprintf(transition, "120", "handle", "running", "stopping")
+	if n, err := relation.Trace(log); err != nil || n[check.ElectorMachine] != 3 {
+		t.Errorf("%v transitions, %v", n, err)
+	}
+}
+
 // What logged nothing was not checked. Each machine has to log something, not all of them together.
 func TestCounts_Complete(t *testing.T) {
 	relation, err := check.ReadRelation()
@@ -221,7 +267,7 @@ func TestCounts_Complete(t *testing.T) {
 		}
 		return n
 	}
-	n := count("100 candidate connecting standby")
+	n := count("099 elector starting running\n100 candidate connecting standby")
 	n.Add(count("100 candidate connecting leading\n101 handle none starting"))
 	if err := n.Complete(); err == nil ||
 		err.Error() != "the guard has logged no transition" {

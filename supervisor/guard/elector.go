@@ -91,7 +91,8 @@ const (
 
 // transition is the one place where the state of the elector changes, and where that is logged.
 func (e *elector) transition(g *guard, to electorState, why string) {
-	g.log.Debug("elector "+string(to), "was", string(e.state), "reason", why)
+	g.log.Debug("elector state",
+		"machine", "elector", "from", string(e.state), "to", string(to), "reason", why)
 	e.state = to
 }
 
