@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"syscall"
+	"time"
 
 	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
@@ -39,6 +40,49 @@ func Killed(p harness.Process) Fault {
 		on.Begin() // to find it took milliseconds
 		return held.Kill()
 	}}
+}
+
+// ElectorsKilled kills so many electors, each when it has taken the place of the one before. The
+// fault begins with the last one.
+func ElectorsKilled(n int) Fault {
+	return Fault{Name: "electors-killed", Inject: func(ctx context.Context, on *Target) error {
+		for replaced := range n {
+			if replaced > 0 {
+				ctx, cancel := context.WithTimeout(ctx, harness.WaitTimeout)
+				err := on.Machine.WaitReplaced(ctx, float64(replaced))
+				cancel()
+				if err != nil {
+					return err
+				}
+			}
+			if err := Killed(harness.Elector).Inject(ctx, on); err != nil {
+				return err
+			}
+		}
+		return nil
+	}}
+}
+
+// StopElectorKilled asks the candidate to end, and kills its elector while the job stops. The fault
+// begins with the stop.
+func StopElectorKilled(after time.Duration) Fault {
+	return Fault{Name: "stop-elector-killed", Inject: func(ctx context.Context, on *Target) error {
+		began := harness.Now()
+		if err := on.Machine.Stop(); err != nil {
+			return err
+		}
+		if err := harness.Wait(ctx, after); err != nil {
+			return err
+		}
+		err := Killed(harness.Elector).Inject(ctx, on)
+		on.Began = began
+		return err
+	}}
+}
+
+// KilledUnreachable kills a process as soon as the machine is cut off from etcd.
+func KilledUnreachable(p harness.Process) Fault {
+	return Both(string(p)+"-killed-unreachable", Unreachable(), Killed(p))
 }
 
 // Hung stops one of the daemon's processes with SIGSTOP: it lives and does nothing.

@@ -71,6 +71,25 @@ func Both(name string, a, b Fault) Fault {
 	}
 }
 
+// OfStandby has a fault of the daemon hit the next in the queue, and not the leader.
+func OfStandby(f Fault) Fault {
+	hit := func(s Step) Step {
+		if s == nil {
+			return nil
+		}
+		return func(ctx context.Context, on *Target) error {
+			leader, others := on.Machine, on.Others
+			on.Machine, on.Others = others[0], append([]*harness.Machine{leader}, others[1:]...)
+			defer func() { on.Machine, on.Others = leader, others }()
+			return s(ctx, on)
+		}
+	}
+	f.Name += "-standby"
+	f.Prepare, f.Inject, f.Recover, f.Verify =
+		hit(f.Prepare), hit(f.Inject), hit(f.Recover), hit(f.Verify)
+	return f
+}
+
 // Target is what a fault breaks.
 type Target struct {
 	*harness.Testbed

@@ -215,11 +215,40 @@ func (c *Candidate) Metric(ctx context.Context, prefix string) (float64, error) 
 	return readMetric(ctx, 2*time.Second, "http://"+c.Listen, prefix)
 }
 
+// WaitReplaced waits until n electors of the daemon were replaced, and the last one has renewed the
+// lease: a renewal that counts. Each elector counts its own.
+func (c *Candidate) WaitReplaced(ctx context.Context, n float64) error {
+	for {
+		replaced, renewals, err := c.replaced(ctx)
+		if err == nil && replaced == n && renewals > 0 {
+			return nil
+		}
+		if Wait(ctx, time.Millisecond) != nil {
+			return errors.Join(fmt.Errorf("%w: candidate %s: %v electors were replaced, want %v; "+
+				"the last one has renewed the lease %v times",
+				context.Cause(ctx), c.Identity, replaced, n, renewals), err)
+		}
+	}
+}
+
+func (c *Candidate) replaced(ctx context.Context) (replaced, renewals float64, err error) {
+	text, err := getMetrics(ctx, 2*time.Second, "http://"+c.Listen)
+	if err != nil {
+		return 0, 0, err
+	}
+	replaced, err = addSamples(text, "leasehold_elector_replacements_total")
+	renewals, errRenewals := addSamples(text, renewed)
+	return replaced, renewals, errors.Join(err, errRenewals)
+}
+
+// renewed are the renewals that count.
+const renewed = `leasehold_lease_renewals_total{result="ok"}`
+
 // WaitRenewals waits for n more good renewals of the candidate's lease.
 func (c *Candidate) WaitRenewals(ctx context.Context, n float64) error {
 	before := math.Inf(1)
 	return Until(ctx, func() error {
-		now, err := c.Metric(ctx, `leasehold_lease_renewals_total{result="ok"}`)
+		now, err := c.Metric(ctx, renewed)
 		if err != nil {
 			return err
 		}

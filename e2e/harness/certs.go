@@ -55,7 +55,7 @@ func NewCerts(dir string) (*Certs, error) {
 	if err := writePEM(c.CAFile, "CERTIFICATE", der); err != nil {
 		return nil, err
 	}
-	if err := c.issue("server", 2, c.ServerCertFile, c.ServerKeyFile); err != nil {
+	if err := c.IssueServer(); err != nil {
 		return nil, err
 	}
 	return c, c.IssueClient(3)
@@ -74,13 +74,20 @@ func (c *Certs) ClientConfig() (*tls.Config, error) {
 	}, nil
 }
 
+// IssueServer replaces the server's certificate by one that names these nodes, too.
+func (c *Certs) IssueServer(nodes ...*Node) error {
+	return c.issue("server", 2, c.ServerCertFile, c.ServerKeyFile, nodes...)
+}
+
 // IssueClient replaces the client's certificate by a new one, as a renewal of certificates does:
 // each file is replaced at once, never half written.
 func (c *Certs) IssueClient(serial int64) error {
 	return c.issue("client", serial, c.ClientCertFile, c.ClientKeyFile)
 }
 
-func (c *Certs) issue(name string, serial int64, certFile, keyFile string) error {
+func (c *Certs) issue(
+	name string, serial int64, certFile, keyFile string, nodes ...*Node,
+) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -91,6 +98,9 @@ func (c *Certs) issue(name string, serial int64, certFile, keyFile string) error
 		x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth,
 	}
 	template.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)}
+	for _, node := range nodes {
+		template.IPAddresses = append(template.IPAddresses, net.ParseIP(node.Addr))
+	}
 	template.DNSNames = []string{"localhost"}
 	der, err := x509.CreateCertificate(rand.Reader, template, c.ca, key.Public(), c.caKey)
 	if err != nil {

@@ -86,6 +86,11 @@ func (c *Cluster) start(ctx context.Context) error {
 		}
 		initial = append(initial, m.Name+"="+m.peerURL)
 	}
+	if c.cfg.TLS != nil && c.cfg.Network != nil {
+		if err := c.cfg.TLS.IssueServer(c.Nodes()...); err != nil {
+			return err
+		}
+	}
 	for _, m := range c.Members {
 		m.flags = append([]string{
 			"--name", m.Name,
@@ -440,25 +445,38 @@ func Get(ctx context.Context, within time.Duration, url string) (code int, body 
 	return resp.StatusCode, string(data), err
 }
 
-// readMetric adds up the samples that begin with prefix, of those that a server shows in
-// Prometheus' text format.
+// readMetric adds up the samples that begin with prefix, of those that a server shows.
 func readMetric(
 	ctx context.Context, within time.Duration, url, prefix string,
 ) (sum float64, err error) {
-	code, body, err := Get(ctx, within, url+"/metrics")
+	text, err := getMetrics(ctx, within, url)
+	if err != nil {
+		return 0, err
+	}
+	return addSamples(text, prefix)
+}
+
+// getMetrics gets what a server shows in Prometheus' text format.
+func getMetrics(ctx context.Context, within time.Duration, url string) (text string, err error) {
+	code, text, err := Get(ctx, within, url+"/metrics")
 	if err == nil && code != http.StatusOK {
 		err = fmt.Errorf("status %d", code)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("read the metrics of %s: %w", url, err)
+		return "", fmt.Errorf("read the metrics of %s: %w", url, err)
 	}
+	return text, nil
+}
+
+// addSamples adds up the samples that begin with prefix.
+func addSamples(text, prefix string) (sum float64, err error) {
 	found := false
-	for line := range strings.Lines(body) {
+	for line := range strings.Lines(text) {
 		if !strings.HasPrefix(line, prefix) {
 			continue
 		}
-		text := strings.TrimSpace(line[strings.LastIndexByte(line, ' ')+1:])
-		value, err := strconv.ParseFloat(text, 64)
+		number := strings.TrimSpace(line[strings.LastIndexByte(line, ' ')+1:])
+		value, err := strconv.ParseFloat(number, 64)
 		if err != nil {
 			return 0, fmt.Errorf("read sample %q: %w", line, err)
 		}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -84,4 +85,79 @@ func noJobWithoutQuorum(t *Trial) error {
 		t.violated("the job ended %v after etcd had lost its quorum, after the lease's end", took)
 	}
 	return nil
+}
+
+// inBudget: the job of a leader that has lost contact gets the stop signal at stop-at, and has
+// exited by kill-by, whatever becomes of its elector.
+func inBudget(t *Trial) error {
+	if err := t.anotherElector(); err != nil {
+		return err
+	}
+	// The last renewal may be older than an interval. One that was under way may have counted.
+	least, most := t.TTL/4, t.TTL-t.TTL/10+200*time.Millisecond
+	if ended := t.sample.Dead; ended == nil || *ended < harness.Milliseconds(least) ||
+		*ended > harness.Milliseconds(most) {
+		t.violated("the job exited after %s, want %v to %v", duration(ended), least, most)
+	}
+	return nil
+}
+
+// gaveUp: a guard that replaces no elector any more has the lease revoked, so that the next job
+// waits for no TTL, and exits with 70.
+func gaveUp(t *Trial) error {
+	if t.Machine.Running() {
+		return errors.New("the leader's daemon has not exited")
+	}
+	t.exited(70)
+	t.startedWithin(time.Second)
+	return nil
+}
+
+// stoppedInOrder: the job has had its whole grace, and then the planned stop has gone on.
+func stoppedInOrder(t *Trial) error {
+	if err := t.anotherElector(); err != nil {
+		return err
+	}
+	if t.Machine.Running() {
+		return errors.New("the leader's daemon has not exited")
+	}
+	least := stopGrace - 50*time.Millisecond
+	if ended := t.sample.Dead; ended == nil || *ended < harness.Milliseconds(least) {
+		t.violated("the job exited after %s, before its grace of %v was over",
+			duration(ended), stopGrace)
+	}
+	t.exited(0)
+	t.startedWithin(stopGrace + time.Second)
+	return nil
+}
+
+// keptPlace: the standby's key, which is its place in the queue, is the one that it had.
+func keptPlace(t *Trial) error {
+	if next := t.next(); next != nil && next.Token != t.Standing {
+		t.violated("the standby's key was created at %d, and its job has the token %d",
+			t.Standing, next.Token)
+	}
+	return nil
+}
+
+// anotherElector returns an error until another elector of the leader's daemon runs.
+func (t *Trial) anotherElector() error {
+	if !strings.Contains(t.Machine.Log(), "elector takes the place of another one") {
+		return errors.New("the leader's log does not tell of another elector")
+	}
+	return nil
+}
+
+// startedWithin notes that the next job has not started so soon.
+func (t *Trial) startedWithin(d time.Duration) {
+	if next := t.sample.Next; next != nil && *next > harness.Milliseconds(d) {
+		t.violated("the next job started after %s, want %v at most", duration(next), d)
+	}
+}
+
+// exited notes that the leader's daemon, which has exited, has not done so with that code.
+func (t *Trial) exited(want int) {
+	if code, err := t.Machine.Wait(context.Background()); err != nil || code != want {
+		t.violated("the leader's daemon exited with %d, want %d", code, want)
+	}
 }

@@ -37,8 +37,8 @@ func run(args []string) int {
 	ci := flags.Bool("ci", false, "only those rows that CI runs")
 	parallel := flags.Int("parallel", 8, "trials side by side")
 	out := flags.String("json", "bin/faults.json", "where to write what was seen")
-	into := flags.String("into", "", "put the rows that are run in their place in such a file "+
-		"of an earlier run, of as many trials")
+	into := flags.String("into", "", "put the rows that are run into such a file of an earlier "+
+		"run, of as many trials")
 	docs := flags.String("docs", "",
 		"write the pages of such a file into the working directory, and run nothing")
 	if err := flags.Parse(args); err != nil {

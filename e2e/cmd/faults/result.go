@@ -286,8 +286,8 @@ func (r *Results) Headline() string {
 		a.Date, a.Etcd, a.Go, a.Kernel, a.CPUs, r.N, r.PeersN)
 }
 
-// replaceIn puts the rows of this run in the place of the same rows of an
-// earlier one of as many trials.
+// replaceIn puts the rows of this run in the place of the same rows of an earlier one of as many
+// trials, and those that it did not have where they stand in the table.
 func (r *Results) replaceIn(path string) error {
 	whole, err := harness.ReadJSON[Results](path)
 	if err != nil {
@@ -298,11 +298,7 @@ func (r *Results) replaceIn(path string) error {
 			path, whole.N, whole.PeersN, r.N, r.PeersN)
 	}
 	for _, row := range r.Rows {
-		i := slices.IndexFunc(whole.Rows, func(o RowInfo) bool { return o.Name == row.Name })
-		if i < 0 {
-			return fmt.Errorf("%s has no row %s", path, row.Name)
-		}
-		whole.Rows[i] = row
+		whole.put(row)
 		whole.Samples = slices.DeleteFunc(whole.Samples, func(s Sample) bool {
 			return s.Row == row.Name
 		})
@@ -312,6 +308,23 @@ func (r *Results) replaceIn(path string) error {
 	}
 	whole.Samples = append(whole.Samples, r.Samples...)
 	return whole.write(path)
+}
+
+// put puts a row in the place of the one of its name, or else before the first that comes later.
+func (r *Results) put(row RowInfo) {
+	place := func(name string) int {
+		return slices.IndexFunc(scenarios, func(s Scenario) bool { return s.Name == name })
+	}
+	i := slices.IndexFunc(r.Rows, func(o RowInfo) bool { return o.Name == row.Name })
+	if i >= 0 {
+		r.Rows[i] = row
+		return
+	}
+	i = slices.IndexFunc(r.Rows, func(o RowInfo) bool { return place(o.Name) > place(row.Name) })
+	if i < 0 {
+		i = len(r.Rows)
+	}
+	r.Rows = slices.Insert(r.Rows, i, row)
 }
 
 // writeText writes the table for a terminal.

@@ -32,6 +32,11 @@ type Scenario struct {
 	// meanwhile. It may be nil.
 	Stress func(*harness.Cgroup, *harness.Programs) fault.Fault
 
+	// Standby has the fault hit the standby's daemon, and not the leader's.
+	Standby bool
+	// Replaced: the fault takes the daemon's elector, and another one must take its place.
+	Replaced bool
+
 	Promise Promise
 	Expect  Expect
 	// Check looks, after Verify, at what else was promised, again and again until it
@@ -52,6 +57,7 @@ type etcd struct {
 	Members int
 	Flags   string // more flags for each of them
 	Auth    bool   // it asks for user and password
+	TLS     bool   // and for certificates
 }
 
 // job is the leader's. A standby's job behaves.
@@ -82,9 +88,13 @@ type Expect int
 
 // The expectations.
 const (
-	Failover    Expect = iota // another candidate must start it
-	NoFailover                // it must go on, and a planned hand-over must work afterwards
-	MayFailover               // either; what happens is reported
+	// Failover: another candidate must start it.
+	Failover Expect = iota
+	// NoFailover: it must go on, with the same pid, term, token and lease, and a planned hand-over
+	// must work afterwards.
+	NoFailover
+	// MayFailover: either; what happens is reported.
+	MayFailover
 )
 
 // Isolation says which trials must have the machine for themselves.

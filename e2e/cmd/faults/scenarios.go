@@ -72,15 +72,45 @@ var daemonScenarios = []Scenario{
 	{
 		Name: "elector-killed", About: "the elector, the guard's child, is killed with SIGKILL",
 		Fault: of(fault.Killed, harness.Elector), Without: noPeers,
+		Replaced: true, Expect: NoFailover, Isolation: OursAlone, CI: true, User: true,
+	},
+	{
+		Name: "elector-killed-tls-auth", About: "the same, with TLS, and with user and password",
+		Fault: of(fault.Killed, harness.Elector), Without: noPeers,
+		Etcd:     etcd{Members: 1, Auth: true, TLS: true},
+		Replaced: true, Expect: NoFailover, Isolation: OursAlone,
+	},
+	{
+		Name: "elector-killed-standby", About: "the elector of the standby is killed",
+		Fault: of(fault.Killed, harness.Elector), Without: noPeers, Check: keptPlace,
+		Standby: true, Replaced: true, Expect: NoFailover, User: true,
+	},
+	{
+		Name: "elector-killed-stopping", About: "the elector is killed while a job that ignores " +
+			"SIGTERM is stopped; planned stop, grace 0.5 s",
+		Job:   job{Words: []string{"ignore-term"}},
+		Fault: of(fault.StopElectorKilled, stopGrace/3), Without: noPeers, Check: stoppedInOrder,
+		Isolation: OursAlone, User: true,
+	},
+	{
+		Name: "elector-killed-unreachable", About: "the elector is killed, and etcd is unreachable",
+		Fault: of(fault.KilledUnreachable, harness.Elector), Without: noPeers, Check: inBudget,
+		User: true,
+	},
+	{
+		Name: "elector-killed-thrice", About: "three electors of the daemon are killed, each as " +
+			"soon as it has taken the place of the one before",
+		Fault: of(fault.ElectorsKilled, 3), Without: noPeers, Check: gaveUp,
 		Isolation: OursAlone, CI: true, User: true,
 	},
 	{
 		Name: "elector-hung", About: "the elector hangs (SIGSTOP)",
-		Fault: of(fault.Hung, harness.Elector), Without: noPeers, User: true,
+		Fault: of(fault.Hung, harness.Elector), Without: noPeers,
+		Replaced: true, Expect: NoFailover, User: true,
 	},
 	{
 		Name: "elector-hung-unreachable", About: "the elector hangs, and etcd is unreachable",
-		Fault: of(fault.HungUnreachable, harness.Elector), Without: noPeers,
+		Fault: of(fault.HungUnreachable, harness.Elector), Without: noPeers, Check: inBudget,
 	},
 	{
 		Name:  "spawner-killed",

@@ -133,11 +133,20 @@ func (r *runner) lane(ctx context.Context, waiting <-chan planned, stress fault.
 }
 
 func (r *runner) newTestbed(ctx context.Context, of etcd) (*harness.Testbed, error) {
+	cluster := harness.ClusterConfig{
+		Etcd: r.etcd, Size: of.Members, Flags: strings.Fields(of.Flags),
+	}
+	if of.TLS {
+		dir, err := harness.TempDir("certificates-") // removed with all that this program makes
+		if err != nil {
+			return nil, err
+		}
+		if cluster.TLS, err = harness.NewCerts(dir); err != nil {
+			return nil, err
+		}
+	}
 	return harness.NewTestbed(ctx, harness.TestbedConfig{
-		Cluster: harness.ClusterConfig{
-			Etcd: r.etcd, Size: of.Members, Flags: strings.Fields(of.Flags),
-		},
-		Programs: r.programs, Isolated: true, Prefix: prefix, Auth: of.Auth,
+		Cluster: cluster, Programs: r.programs, Isolated: true, Prefix: prefix, Auth: of.Auth,
 	})
 }
 

@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -15,6 +16,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"leasehold/e2e/check"
 	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
@@ -24,6 +27,8 @@ const (
 	settle  = 250 * time.Millisecond // from the standby's coming to the fault
 	observe = 3 * time.Second        // for how long two jobs are watched running at once
 	calm    = 2 * time.Second        // for how long a job is watched that must not move
+
+	stopGrace = 500 * time.Millisecond // of leasehold
 )
 
 // A Trial lets one pair of candidates, a leader with its job and a standby, have one fault.
@@ -33,6 +38,8 @@ type Trial struct {
 	Of       variant
 	Witness  *harness.Witness
 	Job      harness.Life // the first process of the leader's job
+	Term     status       // what the leader has shown of its term
+	Standing int64        // the create revision of the standby's key
 
 	runner   *runner
 	election string
@@ -56,9 +63,13 @@ var elections atomic.Int64 // keeps their names apart
 
 func (r *runner) newTrial(bed *harness.Testbed, p planned, stress fault.Fault) *Trial {
 	s := p.scenario
+	f := s.Fault()
+	if s.Standby {
+		f = fault.OfStandby(f)
+	}
 	return &Trial{
 		Target:   &fault.Target{Testbed: bed, TTL: s.TTL, Trial: p.index, Jumping: r.jumping},
-		Scenario: s, Of: p.of, runner: r, fault: s.Fault(), stress: stress,
+		Scenario: s, Of: p.of, runner: r, fault: f, stress: stress,
 		election: fmt.Sprintf("%s%d", prefix, elections.Add(1)),
 		sample:   Sample{Row: s.Name, Candidate: p.of.Title, TTL: s.TTL.Seconds()},
 	}
@@ -217,6 +228,9 @@ func (t *Trial) ready(ctx context.Context) error {
 	if err := t.until(ctx, "the job is not ready", t.Scenario.Job.Ready); err != nil {
 		return err
 	}
+	if err := t.note(ctx); err != nil {
+		return err
+	}
 	quiet := settle
 	if !t.Scenario.alone(t.Of) { // what follows may depend on how long ago the lease was renewed
 		quiet += rand.N(t.TTL / 4)
@@ -246,7 +260,7 @@ func (t *Trial) start(
 	}, func(cfg *harness.CandidateConfig) error {
 		cfg.UID = t.Of.uid
 		if t.Of.Ours() {
-			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE=500ms")
+			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String())
 		}
 		if configure == nil {
 			return nil
@@ -255,10 +269,48 @@ func (t *Trial) start(
 	})
 }
 
+// status is what leasehold shows of a term, and what must not change while that goes on.
+type status struct {
+	State  string
+	Leader struct{ Token int64 }
+	Lease  struct{ ID string }
+	Job    struct{ PID, Restarts int }
+}
+
+// note notes who leads, and who is next.
+func (t *Trial) note(ctx context.Context) (err error) {
+	if !t.Of.Ours() {
+		return nil
+	}
+	if t.Term, err = t.status(ctx); err != nil {
+		return err
+	}
+	got, err := t.Client.Get(ctx, t.election+"/", clientv3.WithPrefix())
+	if err != nil {
+		return err
+	}
+	for _, kv := range got.Kvs {
+		t.Standing = max(t.Standing, kv.CreateRevision)
+	}
+	return nil
+}
+
+// status asks the leader.
+func (t *Trial) status(ctx context.Context) (now status, err error) {
+	code, body, err := t.Machine.Get(ctx, "/status")
+	if err == nil && code != http.StatusOK {
+		err = fmt.Errorf("/status answers %d: %s", code, body)
+	}
+	if err == nil {
+		err = json.Unmarshal([]byte(body), &now)
+	}
+	return now, err
+}
+
 // outcome waits until it is clear what came of the fault.
 func (t *Trial) outcome(ctx context.Context) error {
 	if t.Scenario.Expect != Failover {
-		if err := t.calm(ctx); err != nil {
+		if err := errors.Join(t.replaced(ctx), t.calm(ctx)); err != nil {
 			return err
 		}
 		if !t.moved() {
@@ -294,7 +346,28 @@ func (t *Trial) waitDead(ctx context.Context, d time.Duration) error {
 	})
 }
 
-// calm waits until the leader renews its lease again, or else can't any more.
+// replaced waits until another elector has taken the place of the one that the fault took, and has
+// renewed the lease.
+func (t *Trial) replaced(ctx context.Context) error {
+	if !t.Scenario.Replaced {
+		return nil
+	}
+	hit := t.Machine
+	if t.Scenario.Standby {
+		hit = t.Others[0]
+	}
+	err := harness.Within(ctx, t.TTL, "no other elector", func(ctx context.Context) error {
+		return hit.WaitReplaced(ctx, 1)
+	})
+	if err == nil {
+		t.Figure("lease renewed again", harness.Now()-t.Began)
+	} else if ctx.Err() == nil {
+		t.violated("%v", err)
+	}
+	return ctx.Err()
+}
+
+// calm waits until the leader renews its lease again, in the same term, or else can't any more.
 func (t *Trial) calm(ctx context.Context) error {
 	if err := harness.Wait(ctx, calm); err != nil || !t.Of.Ours() {
 		return err
@@ -302,6 +375,12 @@ func (t *Trial) calm(ctx context.Context) error {
 	err := harness.Within(ctx, t.TTL, "no renewals", func(ctx context.Context) error {
 		return t.Machine.WaitRenewals(ctx, 2)
 	})
+	if err == nil && t.Scenario.Expect == NoFailover {
+		var now status
+		if now, err = t.status(ctx); err == nil && now != t.Term {
+			err = fmt.Errorf("the term was %+v, and is %+v", t.Term, now)
+		}
+	}
 	if err != nil && ctx.Err() == nil && !t.moved() {
 		t.violated("%v", err)
 	}

@@ -149,15 +149,15 @@ func TestResults_ReplaceIn(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "faults.json")
 	whole := Results{
 		N:       2,
-		Rows:    []RowInfo{{Name: "stop"}, {Name: "quiet", NoFailover: true}},
-		Samples: []Sample{{Row: "stop", Starts: 1}, {Row: "quiet", Starts: 1}},
+		Rows:    []RowInfo{{Name: "stop"}, {Name: "suspend", NoFailover: true}},
+		Samples: []Sample{{Row: "stop", Starts: 1}, {Row: "suspend", Starts: 1}},
 	}
 	if err := whole.write(path); err != nil {
 		t.Fatal(err)
 	}
 	again := Results{
-		N: 2, Rows: []RowInfo{{Name: "quiet", MayFailover: true}},
-		Samples: []Sample{{Row: "quiet"}},
+		N: 2, Rows: []RowInfo{{Name: "suspend", MayFailover: true}, {Name: "elector-killed"}},
+		Samples: []Sample{{Row: "suspend"}, {Row: "elector-killed", Starts: 3}},
 	}
 	if err := again.replaceIn(path); err != nil {
 		t.Fatal(err)
@@ -166,9 +166,10 @@ func TestResults_ReplaceIn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !got.Rows[1].MayFailover || len(got.Samples) != 2 ||
-		got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 ||
-		!slices.Equal(got.Again, []string{"quiet"}) {
+	// A row that is new stands where the table has it.
+	if len(got.Rows) != 3 || got.Rows[1].Name != "elector-killed" || !got.Rows[2].MayFailover ||
+		len(got.Samples) != 3 || got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 ||
+		!slices.Equal(got.Again, []string{"suspend", "elector-killed"}) {
 		t.Errorf("results are now %+v", got)
 	}
 	again.N = 3
