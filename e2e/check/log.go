@@ -18,7 +18,10 @@ type Entry struct {
 var (
 	timerLatency = regexp.MustCompile(`time=(\S+) .*timer_latency=(\S+)`)
 	termTaken    = regexp.MustCompile(`time=(\S+) .*(the lease|the leader's key) is gone from etcd`)
-	jobState     = regexp.MustCompile(`time=(\S+) .*msg="job (started|exited|killed)`)
+	replacement  = regexp.MustCompile(
+		`time=(\S+) .*msg="elector .*(exited|killing)\b.* starting another`)
+	crashed  = regexp.MustCompile(`msg="elector exited: [^"]*" .*\bexit_code=2\b`)
+	jobState = regexp.MustCompile(`time=(\S+) .*msg="job (started|exited|killed)`)
 )
 
 // JobStates lists when a daemon wrote that its job "started", "exited" or was "killed".
@@ -26,6 +29,13 @@ func JobStates(log string) []Entry { return entries(log, jobState) }
 
 // TermTaken lists when a daemon wrote that etcd had taken its term away.
 func TermTaken(log string) []Entry { return entries(log, termTaken) }
+
+// Replacements lists when a guard wrote that it replaces an elector that "exited" by itself, or one
+// that hangs and that it was "killing".
+func Replacements(log string) []Entry { return entries(log, replacement) }
+
+// Crashed reports whether a guard wrote that an elector exited as a Go program does after a panic.
+func Crashed(log string) bool { return crashed.MatchString(log) }
 
 func entries(log string, pattern *regexp.Regexp) []Entry {
 	var found []Entry

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"leasehold/e2e/check"
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 	"leasehold/e2e/store"
 )
@@ -242,4 +243,141 @@ func TestLockHistory_NamesWhoWasTaken(t *testing.T) {
 	if !maps.Equal(got, want) {
 		t.Errorf("taken are %v, want %v", got, want)
 	}
+}
+
+// A job whose elector was lost must live on, and be the same, for as long as nothing else is wrong.
+func TestKept(t *testing.T) {
+	const ms = time.Millisecond
+	for _, c := range []struct {
+		name    string
+		end     time.Duration // of the job, after the loss; 0: it lives on
+		again   time.Duration // another process in the role job, after the loss; 0: none
+		other   time.Duration // another fault, after the loss; 0: none
+		of      string        // whom it is for; "": etcd
+		action  bool          // an operator's action on the term
+		starved bool
+		guilty  bool
+	}{
+		{name: "lives on"},
+		{name: "killed with the elector", end: 20 * ms, guilty: true},
+		{
+			name: "killed with the elector, the machine starved", end: 20 * ms, starved: true,
+			guilty: true,
+		},
+		{name: "stopped at stop-at", end: 1500 * ms, guilty: true},
+		{name: "stopped at stop-at, the machine starved", end: 1500 * ms, starved: true},
+		{name: "later than a TTL", end: 3100 * ms},
+		{name: "etcd had a fault before", end: 800 * ms, other: 500 * ms},
+		{name: "the daemon had a fault before", end: 800 * ms, other: 500 * ms, of: "a"},
+		{name: "another daemon had one", end: 800 * ms, other: 500 * ms, of: "b", guilty: true},
+		{name: "etcd had a fault afterwards", end: 400 * ms, other: 500 * ms, guilty: true},
+		{name: "its key was deleted", end: 800 * ms, action: true},
+		{name: "started again", again: 300 * ms, guilty: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k, now := quietChecker(), harness.Now()
+			lost := now - 5*time.Second
+			job := lived("a", 5, lost-time.Second, 0)
+			k.saw(lost, []harness.Life{job})
+			loss := &injection{
+				drawn: drawn{kind: &kind{name: electorKilled}}, on: &fault.Target{Began: lost},
+				candidate: &candidate{name: "a"},
+			}
+			k.keeps(loss)
+			if c.other != 0 {
+				other := &injection{drawn: drawn{kind: &kind{name: "another"}}}
+				if c.of != "" {
+					other.candidate = &candidate{name: c.of}
+				}
+				for _, j := range k.kept {
+					if other.mayEnd(j.candidate) {
+						j.until = lost + c.other // as if it began then
+					}
+				}
+			}
+			if c.action {
+				k.did(&action{at: lost, until: now, token: 5, cause: "key-deleted"})
+			}
+			k.excuses.samples = nil
+			for at := lost - time.Second; at < now; at += 50 * ms {
+				waited := time.Hour
+				if c.starved {
+					waited += at - lost
+				}
+				k.excuses.samples = append(k.excuses.samples, sample{at, waited})
+			}
+			lives := []harness.Life{job}
+			if c.end != 0 {
+				lives[0].End = lost + c.end
+			}
+			if c.again != 0 {
+				another := lived("a", 5, lost+c.again, 0)
+				another.Pid++
+				lives = append(lives, another)
+			}
+			k.saw(now, lives)
+			if v := k.first.Load(); (v != nil) != c.guilty {
+				t.Errorf("the verdict is %v", v)
+			}
+			kept := !c.guilty && !c.action && !c.starved
+			if len(k.kept) > 0 || (k.counts.Kept == 1) != kept {
+				t.Errorf("%d are left, %d were kept", len(k.kept), k.counts.Kept)
+			}
+		})
+	}
+}
+
+// The guard gives up at the third loss within a minute, and another fault may end the job as well.
+func TestMustKeep(t *testing.T) {
+	now := harness.Now()
+	a, b := &candidate{name: "a"}, &candidate{name: "b"}
+	on := func(c *candidate, name string, target target, before, lasted time.Duration) *injection {
+		i := &injection{
+			drawn: drawn{kind: &kind{name: name, target: target}}, candidate: c,
+			on: &fault.Target{Machine: machineOf(c), Began: now - before},
+		}
+		i.From = now - before
+		i.To = i.From + lasted
+		return i
+	}
+	const s = time.Second
+	for _, c := range []struct {
+		name   string
+		before []*injection
+		want   bool
+	}{
+		{"nothing else", nil, true},
+		{"one loss before", []*injection{on(a, electorKilled, aDaemon, 20*s, 0)}, true},
+		{"two losses before", []*injection{
+			on(a, electorKilled, aDaemon, 50*s, 0), on(a, electorHung, aDaemon, 20*s, s),
+		}, false},
+		{"two losses of another daemon", []*injection{
+			on(b, electorKilled, aDaemon, 50*s, 0), on(b, electorHung, aDaemon, 20*s, s),
+		}, true},
+		{"one of two long ago", []*injection{
+			on(a, electorKilled, aDaemon, 70*s, 0), on(a, electorHung, aDaemon, 20*s, s),
+		}, true},
+		{"a link of its own", []*injection{on(a, "link-lossy", aLink, 3*s, 2*s)}, false},
+		{"a link of its own, long ago", []*injection{on(a, "link-lossy", aLink, 5*s, 2*s)}, true},
+		{"a link of another one", []*injection{on(b, "link-lossy", aLink, 3*s, 3*s)}, true},
+		{"an operator", []*injection{on(nil, "key-deleted", anElection, 3*s, 0)}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			loss := on(a, electorKilled, aDaemon, 0, 0)
+			r := &run{injected: append(c.before, loss)}
+			if got := r.mustKeep(loss); got != c.want {
+				t.Errorf("%v, want %v", got, c.want)
+			}
+		})
+	}
+}
+
+var machines = map[*candidate]*harness.Machine{}
+
+// machineOf is that of a candidate, whose daemon has logged nothing.
+func machineOf(c *candidate) *harness.Machine {
+	if machines[c] == nil {
+		machines[c] = &harness.Machine{Candidate: &harness.Candidate{Child: &harness.Child{}}}
+	}
+	return machines[c]
 }

@@ -59,6 +59,7 @@ type checker struct {
 	excuses  excuses
 	health   health
 	leases   leases
+	kept     []*kept
 }
 
 // counts are of checks and of what was seen.
@@ -73,6 +74,10 @@ type counts struct {
 	// Untold are of jobs that were killed before the witness heard of them.
 	Untold int `json:"leader_yes_untold"`
 	Leases int `json:"leases"`
+	// Kept are of jobs that lost their elector, and nothing else was wrong. KeptStarved are those
+	// whose next elector came too late, on a starved machine.
+	Kept        int `json:"jobs_kept"`
+	KeptStarved int `json:"jobs_not_kept_starved"`
 	// Transitions that daemons logged, by state machine.
 	Transitions check.Counts `json:"transitions"`
 }
@@ -219,6 +224,7 @@ func (k *checker) judge(now time.Duration, last bool) {
 	for _, both := range k.since(now - remembered).Overlaps(k.awake(now)) {
 		k.judgeOverlap(both, now, last)
 	}
+	k.judgeKept(now, last)
 	k.explain(now, last)
 	k.excuse(now, last)
 }

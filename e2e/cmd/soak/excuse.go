@@ -44,8 +44,9 @@ func (s settings) margin() time.Duration { return max(s.ttl/10, 200*time.Millise
 // action is a term taken away under its leader's feet, by an operator or by etcd.
 type action struct {
 	at    time.Duration
-	token int64 // 0: of whichever term it hit
-	hit   bool  // that term's job was alive
+	token int64  // 0: of whichever term it hit
+	whom  string // the candidate that led; "": nobody knows
+	hit   bool   // that term's job was alive
 	cause string
 	until time.Duration // when two jobs can last begin to live at once by it
 	// unreached is what may have kept the old leader from learning of it, or "".
@@ -67,6 +68,15 @@ func (k *checker) begins(i *injection) {
 	now := harness.Now()
 	k.noteAt(now, "#%d: %v", i.number, i.drawn)
 	k.excuses.last[[2]string{i.name, i.whom}] = now
+	k.disturbs(i.mayEnd)
+	if !i.losesElector() {
+		return
+	}
+	for _, a := range k.excuses.actions { // one that it has had no time to learn of
+		if a.whom == i.whom && a.unreached == "" && now < a.at+noticedIn {
+			a.unreached = "its elector was lost"
+		}
+	}
 }
 
 func (k *checker) freezes(candidate string) {

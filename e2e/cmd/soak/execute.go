@@ -99,6 +99,9 @@ func (r *run) begin(ctx context.Context, f drawn) error {
 	case f.lasts > 0:
 		i.To = check.Forever
 	}
+	if i.losesElector() && r.implementation.Ours() && r.mustKeep(i) {
+		r.check.keeps(i)
+	}
 	return nil
 }
 
@@ -188,11 +191,12 @@ func pick[T any](of *injection, all []*T, leads, free func(*T) bool) (picked *T)
 }
 
 // under reports whether a fault keeps somebody from hearing of things at once, or did until less
-// than that long ago.
+// than that long ago. Without an elector a daemon hears of nothing.
 func (r *run) under(victim any, since time.Duration) bool {
 	after := harness.Now() - since
 	return slices.ContainsFunc(r.injected, func(i *injection) bool {
-		return i.Length() > 0 && i.To > after && slices.Contains(i.victims, victim)
+		lasts := i.Length() > 0 || i.name == electorKilled
+		return lasts && i.To > after && slices.Contains(i.victims, victim)
 	})
 }
 
@@ -264,7 +268,7 @@ func (r *run) takeTerm(ctx context.Context, i *injection, unreached map[string]s
 	r.check.begins(i)
 	a := &action{
 		at: now, until: now + operatorWaits + etcdWorks + r.ttl,
-		token: key.CreateRevision, cause: i.name, unreached: unreached[leader],
+		token: key.CreateRevision, whom: leader, cause: i.name, unreached: unreached[leader],
 	}
 	r.check.did(a)
 	if err := i.made.Start(ctx, i.on); err != nil {

@@ -39,14 +39,17 @@ const (
 )
 
 // The checker looks for these by name.
-const guardKilled, guardHung = "guard-killed", "guard-hung"
+const (
+	guardKilled, guardHung     = "guard-killed", "guard-hung"
+	electorKilled, electorHung = "elector-killed", "elector-hung"
+)
 
 // Each has its weight, name, target, how long it lasts at least and at most, and what it does.
 var kinds = []kind{
 	{6, guardKilled, aDaemon, 0, 0, with(fault.Killed, harness.Guard), ""},
-	{6, "elector-killed", aDaemon, 0, 0, with(fault.Killed, harness.Elector), ""},
+	{6, electorKilled, aDaemon, 0, 0, with(fault.Killed, harness.Elector), ""},
 	{4, guardHung, aDaemon, 0.02, 1.2, with(fault.Hung, harness.Guard), ""},
-	{4, "elector-hung", aDaemon, 0.02, 1.4, with(fault.Hung, harness.Elector), ""},
+	{4, electorHung, aDaemon, 0.02, 1.4, with(fault.Hung, harness.Elector), ""},
 	{4, "spawner-killed", aDaemon, 0, 0, with(fault.Killed, harness.Spawner), ""},
 	{3, "spawner-hung", aDaemon, 0.02, 1.4, with(fault.Hung, harness.Spawner), ""},
 	{3, "suspend-briefly", aDaemon, 0.01, 0.08, suspended, ""}, // for less than the margin

@@ -285,6 +285,9 @@ func (r *results) lines() (lines []line) {
 		add("… still 200 after "+after, "%v", r.Late[excuse])
 	}
 	add("leases checked", "%d times; at most %d at once", c.Leases, r.MostLeases)
+	add("jobs whose elector was lost, and nothing else was wrong",
+		"%d, which all ran on; %d more were stopped at stop-at, the machine starved",
+		c.Kept, c.KeptStarved)
 	add("transitions checked against the model", "%v", c.Transitions)
 	add("a job after the last fault", "%v (bound: %v; a leader's wait to start a crashed job "+
 		"again apart)", r.Recovery, r.Bound)

@@ -333,6 +333,7 @@ func (r *run) jobWithin(ctx context.Context, from, bound time.Duration) (time.Du
 func (r *run) finish(ctx context.Context) error {
 	began := harness.Now()
 	r.check.note("all candidates are asked to end")
+	r.check.ends()
 	var asked []*daemon
 	for _, c := range r.candidates {
 		if d := c.started(); d != nil {

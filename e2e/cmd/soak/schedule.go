@@ -77,9 +77,11 @@ func draw(set settings) []drawn {
 			f.reach = f.reach[:1+rng.IntN(memberCount-1)]
 		}
 		slices.Sort(f.reach)
-		// Amid other faults the old leader may hear late of what an operator does to it. So that
-		// there are enough cases in which it must not, some wait for calm.
-		if calm := rng.IntN(3) == 0; calm && k.target == anElection {
+		// Amid other faults the old leader may hear late of what an operator does to it, and the
+		// job of a lost elector may be moved. So that there are enough cases in which it must not,
+		// some wait for calm.
+		calm := rng.IntN(3) == 0
+		if calm && (k.target == anElection || k.name == electorKilled || k.name == electorHung) {
 			for _, before := range schedule {
 				f.at = max(f.at, before.at+before.lasts+recovers+100*time.Millisecond)
 			}

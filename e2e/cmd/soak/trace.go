@@ -2,7 +2,11 @@
 
 package main
 
-import "slices"
+import (
+	"slices"
+
+	"leasehold/e2e/check"
+)
 
 // trace checks the log of a daemon that has ended against the model.
 func (r *run) trace(d *daemon) {
@@ -13,6 +17,10 @@ func (r *run) trace(d *daemon) {
 	if err != nil {
 		r.check.violate([]string{d.Name}, "the log of candidate %s, started at %s, "+
 			"does not follow the model: %v", d.Name, r.check.clock(d.began), err)
+	}
+	if check.Crashed(d.Log()) {
+		r.check.violate([]string{d.Name}, "an elector of candidate %s, started at %s, has crashed",
+			d.Name, r.check.clock(d.began))
 	}
 	r.check.mu.Lock()
 	defer r.check.mu.Unlock()
