@@ -7,8 +7,9 @@
 //	bin/bench [-n 50] [-only 'stop, plain|size']
 //
 // Times are from the fault to the next job's first instruction, both read from CLOCK_BOOTTIME;
-// whether the old job has exited by then is the witness's word. The programs measured are those
-// beside this one in bin/.
+// whether the old job has exited by then is the witness's word. An elector that is killed moves no
+// job: its time is until the next elector has renewed the lease, as /metrics shows that. The
+// programs measured are those beside this one in bin/.
 package main
 
 import (

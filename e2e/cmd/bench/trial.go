@@ -42,6 +42,9 @@ type row struct {
 	vias  []string
 }
 
+// killElector is the one fault that moves no job.
+const killElector = "kill-elector"
+
 // rows are in the order of the report. When the others are killed they wait for the TTL, so theirs
 // is short and they get few trials. Over TLS and with auth only what takes milliseconds is
 // measured; the naive client knows nothing of them.
@@ -52,7 +55,7 @@ var rows = []row{
 	{"kill", killed(harness.Guard), harness.Leasehold, longTTL, 0.4, vias},
 	{"kill", killed(harness.Guard), harness.NaiveClient, shortTTL, 1.0 / 16, plain},
 	{"kill", killed(harness.Guard), harness.EtcdctlLock, shortTTL, 1.0 / 16, plain},
-	{"kill-elector", killed(harness.Elector), harness.Leasehold, longTTL, 0.4, vias},
+	{killElector, killed(harness.Elector), harness.Leasehold, longTTL, 0.4, vias},
 }
 
 func killed(p harness.Process) func() fault.Fault {
@@ -89,7 +92,7 @@ func (b *bench) measureVia(ctx context.Context, via string) (err error) {
 		return err
 	}
 	defer t.Close()
-	for _, name := range []string{"stop", "kill", "kill-elector"} {
+	for _, name := range []string{"stop", "kill", killElector} {
 		if !b.only.MatchString(name + ", " + via) {
 			continue
 		}
@@ -209,6 +212,9 @@ func (p *pair) trial(ctx context.Context) (Sample, error) {
 	if err != nil {
 		return s, err
 	}
+	if p.name == killElector {
+		return p.replaced(ctx, s)
+	}
 	watching, cancel := context.WithTimeout(ctx, p.ttl+harness.WaitTimeout)
 	defer cancel()
 	watch := p.Client.Watch(watching, first.Key,
@@ -239,6 +245,31 @@ func (p *pair) trial(ctx context.Context) (Sample, error) {
 	end(p.leader)
 	p.leader, p.leading, p.standby = p.standby, next, nil
 	return s, nil
+}
+
+// replaced kills the leader's elector, and takes the time until the next one has renewed the lease.
+// The job must not notice. Then the leader ends, for its guard replaces two in a minute.
+func (p *pair) replaced(ctx context.Context, s Sample) (Sample, error) {
+	on := &fault.Target{Testbed: p.Testbed, Machine: p.leader, TTL: p.ttl}
+	if err := p.fault().Start(ctx, on); err != nil {
+		return s, err
+	}
+	err := harness.Within(ctx, p.ttl, "no renewal", func(ctx context.Context) error {
+		return p.leader.WaitReplaced(ctx, 1)
+	})
+	if err != nil {
+		return s, fmt.Errorf("%w; its log:\n%s", err, p.leader.Log())
+	}
+	s.Renewed = harness.Milliseconds(harness.Now() - on.Began)
+	for _, l := range p.witness.Lives() {
+		if l.Candidate == p.leader.Name && !l.Alive() || l.Candidate == p.standby.Name {
+			return s, errors.New("the job was moved")
+		}
+	}
+	end(p.leader)
+	p.leader, p.standby = p.standby, nil
+	p.leading, err = p.job(ctx, p.leader.Name, p.ttl+harness.WaitTimeout)
+	return s, err
 }
 
 // job waits for the job of a candidate.
