@@ -21,11 +21,13 @@ import (
 	"leasehold/health"
 	"leasehold/internal/quote"
 	"leasehold/supervisor"
+	"leasehold/supervisor/recovery"
 )
 
 // jobCallbacks runs the job for the candidate.
 type jobCallbacks struct {
 	supervisor *supervisor.Supervisor
+	keeper     *recovery.Keeper // nil: there is no state file
 	cfg        config.Config
 	log        *slog.Logger
 	margin     atomic.Int64
@@ -34,7 +36,10 @@ type jobCallbacks struct {
 	stopping func() bool
 }
 
-func (j *jobCallbacks) Leased(id int64, ttl time.Duration) { j.supervisor.Lease(id, ttl) }
+func (j *jobCallbacks) Leased(id int64, ttl time.Duration) {
+	j.supervisor.Lease(id, ttl)
+	j.keeper.Lease(id)
+}
 
 func (j *jobCallbacks) Entered(key string, created int64) { j.supervisor.Entered(key, created) }
 
@@ -124,7 +129,8 @@ func runElector(build Build, args []string) int {
 		log.Error("connect to the guard", "err", err)
 		return exitInternal
 	}
-	job.supervisor = super
+	job.supervisor, job.keeper = super, keep(cfg, super, log.Logger)
+	defer job.keeper.Close(flushTime)
 	ended := job.ended()
 	guardGone := make(chan struct{})
 	d, err = wire(ctx, stop, parts{
@@ -150,6 +156,25 @@ func runElector(build Build, args []string) int {
 	super.Status(quote.Printable("exiting: " + end.text)) // see jobsOwnCode
 	super.Exit(end.code, end.text)
 	return end.code
+}
+
+// stateFd is the elector's descriptor of the state file, if the guard uses one.
+const stateFd = 8
+
+// keep returns what writes the daemon's lease into the state file.
+func keep(cfg config.Config, super *supervisor.Supervisor, log *slog.Logger) *recovery.Keeper {
+	if _, err := unix.FcntlInt(stateFd, unix.F_GETFD, 0); err != nil || cfg.StateDir == "" {
+		return nil // the guard has said why
+	}
+	keeper, err := recovery.Keep(stateFd, log)
+	if err != nil {
+		log.Warn("the state file can't be used", "err", err)
+		return nil
+	}
+	if r := super.Record(); r.Lease.ID != 0 { // the elector before may not have come to it
+		keeper.Lease(r.Lease.ID)
+	}
+	return keeper
 }
 
 // supervisorConfig takes what the guard passes to its elector: the pids of guard and spawner and,

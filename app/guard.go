@@ -68,8 +68,9 @@ func runGuard(build Build, call cli.Call) error {
 		Revoke: func(lease int64, within time.Duration) []string {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
-		Listen:  bindInGuard(cfg.Listen, caught.signals),
-		Signals: caught.signals, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
+		StateDir: cfg.StateDir,
+		Listen:   bindInGuard(cfg.Listen, caught.signals),
+		Signals:  caught.signals, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
 		Children: children,
 		Notify:   systemd.notify, Stopping: stopping(cfg), Heartbeat: newWatchdog(),
 		Logger: log.Logger,

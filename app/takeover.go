@@ -11,6 +11,7 @@ import (
 // adopt makes the candidate go on with the lease of the elector before this one.
 func (j *jobCallbacks) adopt(ec *election.Config) {
 	r := j.supervisor.Record()
+	ec.Recovered = r.Recovered
 	ec.Authenticated, ec.AuthToken = j.supervisor.Token, j.supervisor.AuthToken()
 	ec.Adopt = adoption(*ec, r)
 	if ec.Adopt != nil {

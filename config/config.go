@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -59,6 +60,7 @@ type Config struct {
 	NoNewPrivs   string   `split_words:"true" default:"auto" desc:"auto: if the daemon lacks CAP_KILL, the job runs with no_new_privs. sudo and other set-user-id programs gain no privileges then, because the daemon could not kill them. off: they gain privileges, and one that can't be killed may run beside the next job"`
 	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
 	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
+	StateDir     string   `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; docs/recovery.md says where that works"`
 	Log          Log      `split_words:"true"`
 	TLS          TLS      `split_words:"true"`
 	Username     string   `split_words:"true" desc:"etcd user; needs LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE"`
@@ -170,6 +172,10 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 	if c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
 		p.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
 	}
+	if c.StateDir != "" && !filepath.IsAbs(c.StateDir) {
+		p.add("STATE_DIR", "%s is not absolute: write a path that begins with a slash",
+			quote.Value(c.StateDir))
+	}
 	p.add("LISTEN", "%w", listenProblem(c.Listen))
 	c.Log.Format = strings.ToLower(c.Log.Format)
 	if c.Log.Format != "text" && c.Log.Format != "json" {
@@ -179,7 +185,9 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 	c.validateAuth(p)
 
 	if p.use == ForElect {
-		for _, name := range []string{"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT"} {
+		for _, name := range []string{
+			"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT", "STATE_DIR",
+		} {
 			if set[name] {
 				p.add(name, "it is about a job, and elect runs none:"+
 					" unset it, or write leasehold -- COMMAND")

@@ -85,6 +85,10 @@ func (c *Candidate) Run(ctx context.Context) error {
 		outage:    &outage{log: c.log, now: c.cfg.Now},
 	}
 	defer r.leftovers.close()
+	if id := c.cfg.Recovered; id != 0 {
+		// The request may arrive at any time later. Our own lease has another id.
+		r.leftovers.add(&leaving{lease: id, key: c.cfg.keyOf(id)})
+	}
 	adoption := c.cfg.Adopt
 	for {
 		s := newSession(c, r)

@@ -228,6 +228,9 @@ type Config struct {
 	// Adopt is what the candidate begins with; nil: nothing. (Wait counts from the start of this
 	// Run, whatever it adopts.)
 	Adopt *Adoption
+	// Recovered is the lease of a candidate before this one, on this machine, whose job has exited.
+	// Run revokes it before it takes part in the election. 0: there is none.
+	Recovered int64
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
 	// Dial connects to an address. nil: by TCP.

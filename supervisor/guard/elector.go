@@ -461,7 +461,7 @@ func (g *guard) forkRevoke(argv []string) error {
 	_ = unix.Close(token[1])
 	var err error
 	e.revoker, err = syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
-		Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1, 2},
+		Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1, 2, uintptr(g.stateFd)},
 		Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	_ = unix.Close(token[0])

@@ -40,14 +40,17 @@ type starterAnswer struct {
 // electorProcess is an elector, and our ends of its pipes.
 type electorProcess struct{ pid, pidfd, in, out int }
 
-// The places of the elector's ends of the pipes among its descriptors.
+// The places of the elector's descriptors. What there is none of is closed.
 const (
-	electorIn  = 3
-	electorOut = 4
+	electorIn       = 3 // the pipe pair
+	electorOut      = 4
+	electorSpawner  = 5 // the socket to the spawner
+	electorPidfd    = 6 // of the spawner
+	electorListener = 7 // to serve on
+	electorFile     = 8 // the state file
 )
 
-// openStarter makes the starter and its thread. The elector gets the pipe pair, its socket to the
-// spawner, a pidfd of the spawner, and the socket to serve on.
+// openStarter makes the starter and its thread.
 func (g *guard) openStarter() error {
 	s := &g.starter
 	var err error
@@ -67,10 +70,8 @@ func (g *guard) openStarter() error {
 	}
 	s.files = []uintptr{
 		uintptr(s.null), 1, 2, electorIn: 0, electorOut: 0,
-		5: uintptr(g.spawner.elector), 6: uintptr(g.spawner.pidfd),
-	}
-	if g.listener >= 0 {
-		s.files = append(s.files, uintptr(g.listener))
+		electorSpawner: uintptr(g.spawner.elector), electorPidfd: uintptr(g.spawner.pidfd),
+		electorListener: uintptr(g.listener), electorFile: uintptr(g.stateFd),
 	}
 	go g.runStarter()
 	return nil

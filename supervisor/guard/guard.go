@@ -56,6 +56,10 @@ type Config struct {
 	// token from standard input.
 	Revoke func(lease int64, within time.Duration) []string
 
+	// StateDir is where the state file is, by which the next daemon need not wait for the lease of
+	// one that was killed whole; "": nowhere (package recovery).
+	StateDir string
+
 	// Listen binds the elector's socket; nil: it needs none. The guard never accepts on it.
 	Listen func() (fd int, err error)
 
@@ -109,6 +113,7 @@ type guard struct {
 	job     job
 	known   ipc.Record // what outlives an elector; the rest of it is filled in for the next one
 
+	stateFd  int      // the state file, which all processes of the daemon hold; -1: none
 	listener int      // the elector's socket, open while an elector may serve on it; -1: none
 	unlisten chan int // room for one: listener, to be closed
 
@@ -158,7 +163,7 @@ func Run(cfg Config) (Exit, error) {
 func newGuard(cfg Config) *guard {
 	g := &guard{
 		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 4),
-		listener: -1, unlisten: make(chan int, 1),
+		stateFd: -1, listener: -1, unlisten: make(chan int, 1),
 		timer: -1, wakeR: -1, wakeW: -1,
 		elector: elector{state: electorStarting, pidfd: -1, in: -1, pipeEnded: true},
 		starter: starter{null: -1, askR: -1, askW: -1},

@@ -25,6 +25,7 @@ func (g *guard) open() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fail("set dumpable", err)
 	}
+	old := g.openState() // before what a predecessor left is killed
 	var err error
 	if g.procs, err = proctree.NewScanner(); err != nil {
 		return fail("read /proc", err)
@@ -48,6 +49,9 @@ func (g *guard) open() error {
 	}
 	g.wakeR, g.wakeW = wake[0], wake[1]
 	g.noNewPrivs = g.wantsNoNewPrivs()
+	if err := g.claimState(old); err != nil {
+		return fail("empty the state file", err)
+	}
 	if hidden := proctree.ProcHidden(); hidden != "" {
 		g.log.Info("/proc hides processes: the job's are found as children of the spawner",
 			"mount_option", hidden)
@@ -56,7 +60,8 @@ func (g *guard) open() error {
 	if err := g.listen(); err != nil {
 		return err
 	}
-	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.noNewPrivs); err != nil {
+	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.stateFd,
+		g.noNewPrivs); err != nil {
 		return fail("start the spawner", err)
 	}
 	g.spawner.send(ipc.SpawnerPrepare, 0)
@@ -112,7 +117,7 @@ func (g *guard) close() {
 	}
 	g.elector.closeProcess()
 	g.closeStarter()
-	closeAll(g.listener, g.timer, g.wakeR, g.wakeW)
+	closeAll(g.stateFd, g.listener, g.timer, g.wakeR, g.wakeW)
 }
 
 // privileges makes the loop's thread real-time and locks the memory, if that is permitted.

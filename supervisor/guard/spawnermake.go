@@ -35,8 +35,11 @@ func termEnvironment(cfg Config, t ipc.Start) []string {
 }
 
 // newSpawner makes what guard and spawner share, and forks the spawner. It must be called on the
-// thread that lives as long as the guard. proc is a descriptor of /proc.
-func newSpawner(cfg Config, c *proctree.Cgroup, proc int, noNewPrivs bool) (*spawner, error) {
+// thread that lives as long as the guard. proc is a descriptor of /proc, and lock that of the state
+// file; -1: there is none.
+func newSpawner(
+	cfg Config, c *proctree.Cgroup, proc, lock int, noNewPrivs bool,
+) (*spawner, error) {
 	s := &spawner{sock: -1, elector: -1, pidfd: -1}
 	if err := s.layOut(cfg); err != nil {
 		return nil, err
@@ -59,7 +62,7 @@ func newSpawner(cfg Config, c *proctree.Cgroup, proc int, noNewPrivs bool) (*spa
 
 	a := s.area
 	a.guardSock, a.electorSock, a.procFd = int32(toGuard[1]), int32(toElector[1]), int32(proc)
-	a.cgroupFd = -1
+	a.cgroupFd, a.lockFd = -1, int32(lock)
 	if c != nil {
 		a.cgroupFd, a.leaf = int32(c.FD), int32(c.Leaves)
 	}

@@ -41,6 +41,7 @@ type spawnArea struct {
 
 	// What the spawner was made with.
 	guardPid, guardSock, electorSock, cgroupFd, procFd int32
+	lockFd                                             int32 // of the state file; -1: there is none
 	noNewPrivs                                         int32
 	nofile                                             [2]uint64
 	keepIgnored                                        uint64 // signals that stay ignored, 1<<(n-1)
@@ -182,7 +183,7 @@ func (a *spawnArea) resetSignals() {
 //go:nosplit
 //go:norace
 func (a *spawnArea) keepOwnDescriptors() {
-	next := max(a.guardSock, a.electorSock, a.procFd, a.cgroupFd) + 1
+	next := max(a.guardSock, a.electorSock, a.procFd, a.cgroupFd, a.lockFd) + 1
 	lowest := next
 	a.keep(&a.guardSock, &next)
 	a.keep(&a.electorSock, &next)
@@ -191,8 +192,13 @@ func (a *spawnArea) keepOwnDescriptors() {
 	if hasCgroup {
 		a.keep(&a.cgroupFd, &next)
 	}
+	hasLock := a.lockFd >= 0
+	if hasLock { // the forked child holds it too, until its exec
+		a.keep(&a.lockFd, &next)
+	}
 	// We exit if a descriptor could not be kept. The guard sees that.
-	for a.guardSock < 0 || a.electorSock < 0 || a.procFd < 0 || hasCgroup && a.cgroupFd < 0 {
+	for a.guardSock < 0 || a.electorSock < 0 || a.procFd < 0 || hasCgroup && a.cgroupFd < 0 ||
+		hasLock && a.lockFd < 0 {
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 1, 0, 0)
 	}
 	closeRange(next, 1<<31-1)

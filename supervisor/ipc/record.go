@@ -23,7 +23,7 @@ const (
 
 // Record is the guard's first message to each elector, after a Token. It is what the guard knows of
 // the daemon, and all that an elector may know of the one before it. For the first elector only
-// Version is set. Moments are readings of CLOCK_BOOTTIME.
+// Version and Recovered are set. Moments are readings of CLOCK_BOOTTIME.
 type Record struct {
 	Version int
 	Lease   Lease
@@ -47,6 +47,10 @@ type Record struct {
 
 	StopSignals    int // TERM and INT that the guard has received
 	Exited, Silent int // electors that were replaced, by reason
+
+	// Recovered is the lease of a daemon before this one, whose job has exited: it is to be
+	// revoked. 0: there is none.
+	Recovered int64
 }
 
 // RecordedExit is how a job ended.
@@ -59,7 +63,7 @@ type RecordedExit struct {
 }
 
 // recordLen is the length of a Record without the key, which follows.
-const recordLen = 26 * 8
+const recordLen = 27 * 8
 
 // encode writes the record without the key.
 func (r *Record) encode(b []byte) int {
@@ -76,7 +80,7 @@ func (r *Record) encode(b []byte) int {
 		int64(r.Restarts.Count), int64(r.Restarts.Failures), int64(r.Restarts.Backoff),
 		int64(r.LastExit.Code), int64(r.LastExit.Signal), int64(r.LastExit.Errno),
 		int64(r.LastExit.At), int64(r.LastExit.Ran), flag(r.LastExit.Ordered),
-		int64(r.StopSignals), int64(r.Exited), int64(r.Silent),
+		int64(r.StopSignals), int64(r.Exited), int64(r.Silent), r.Recovered,
 	}
 	for i, v := range numbers {
 		binary.LittleEndian.PutUint64(b[8*i:], uint64(v))
@@ -104,5 +108,6 @@ func (m Message) Record() Record {
 			At: time.Duration(n(20)), Ran: time.Duration(n(21)), Ordered: n(22) != 0,
 		},
 		StopSignals: int(n(23)), Exited: int(n(24)), Silent: int(n(25)),
+		Recovered: n(26),
 	}
 }

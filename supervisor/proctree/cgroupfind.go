@@ -11,19 +11,38 @@ import (
 
 // OwnCgroup finds the directory of this process's cgroup v2.
 func OwnCgroup() (string, error) {
-	cgroups, err := os.ReadFile("/proc/self/cgroup")
+	cgroups, mounts, err := readCgroups()
 	if err != nil {
 		return "", err
 	}
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return "", err
-	}
-	return findCgroup(string(cgroups), string(mounts))
+	return findCgroup(cgroups, mounts)
 }
 
-// findCgroup is OwnCgroup for a process whose /proc has these texts.
-func findCgroup(cgroups, mounts string) (string, error) {
+// CgroupRoot finds where the root of this process's cgroup namespace is mounted, and which of the
+// cgroups from there on is this process's.
+func CgroupRoot() (mount, own string, err error) {
+	cgroups, mounts, err := readCgroups()
+	if err != nil {
+		return "", "", err
+	}
+	if own, err = cgroupPath(cgroups); err != nil {
+		return "", "", err
+	}
+	mount, err = findCgroup("0::/", mounts)
+	return mount, own, err
+}
+
+func readCgroups() (cgroups, mounts string, err error) {
+	c, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return "", "", err
+	}
+	m, err := os.ReadFile("/proc/self/mountinfo")
+	return string(c), string(m), err
+}
+
+// cgroupPath is the path of a process's cgroup from the root of the cgroup namespace.
+func cgroupPath(cgroups string) (string, error) {
 	path := ""
 	for line := range strings.Lines(cgroups) {
 		if p, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
@@ -32,6 +51,15 @@ func findCgroup(cgroups, mounts string) (string, error) {
 	}
 	if path == "" || path == "/.." || strings.HasPrefix(path, "/../") {
 		return "", errors.New("this process is in no cgroup v2 that it can see")
+	}
+	return path, nil
+}
+
+// findCgroup is OwnCgroup for a process whose /proc has these texts.
+func findCgroup(cgroups, mounts string) (string, error) {
+	path, err := cgroupPath(cgroups)
+	if err != nil {
+		return "", err
 	}
 	for m := range eachMount(mounts) {
 		root := strings.TrimSuffix(m.root, "/")

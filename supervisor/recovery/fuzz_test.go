@@ -1,0 +1,39 @@
+//go:build linux
+
+package recovery
+
+import (
+	"bytes"
+	"testing"
+)
+
+// FuzzDecode: whatever the file holds, it is either refused, or it is just what its Record is
+// written as. It proves something only where this process runs.
+func FuzzDecode(f *testing.F) {
+	content := encoded(f, testRecord())
+	f.Add(content)
+	f.Add(content[:len(content)-1])
+	f.Add(content[headLen:])
+	f.Add([]byte(head))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, content []byte) {
+		r, err := decode(content)
+		if err != nil {
+			content = seal(content) // the checksum keeps the rest from being tried otherwise
+			r, err = decode(content)
+		}
+		if err != nil {
+			return
+		}
+		if again, err := r.encode(); err != nil || !bytes.Equal(again, content) {
+			t.Fatalf("%q is read as %+v, which is %q, %v", content, r, again, err)
+		}
+		now := Place{BootID: "b", MachineID: "m", PID: 1, PidNS: machinePidNS}
+		if r.Place.BootID == now.BootID || r.Place.MachineID == now.MachineID {
+			return // it may look at cgroups
+		}
+		if proof, err := r.prove(now); err == nil {
+			t.Fatalf("%+v proves on another machine: %s", r, proof)
+		}
+	})
+}
