@@ -92,6 +92,11 @@ func (j *jobCallbacks) grace(cause error) time.Duration {
 // The candidate and the supervisor are one actor, because their order at the end matters. The
 // candidate revokes its lease when nothing of the job is left. The supervisor listens until then.
 func runElector(build Build, args []string) int {
+	// A job may already run, as the same user.
+	if err := hideMemory(); err != nil {
+		fmt.Fprintln(os.Stderr, "leasehold: set dumpable:", err)
+		return exitInternal
+	}
 	// Only the guard acts on the user's signals. Those that reach us directly are dropped.
 	ossignal.Notify(make(chan os.Signal, 1),
 		unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGQUIT)

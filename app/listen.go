@@ -92,6 +92,15 @@ func bindUnlessStopped(address string, signals <-chan os.Signal) (net.Listener, 
 func inherit(string) (net.Listener, error) {
 	file := os.NewFile(listenFd, "listener")
 	defer func() { _ = file.Close() }()
+	return inheritFile(file)
+}
+
+func inheritFile(file *os.File) (net.Listener, error) {
+	// The elector before this one may have ended the listening, and may have been killed then.
+	const backlog = 1<<16 - 1 // the kernel takes net.core.somaxconn if that is less
+	if err := unix.Listen(int(file.Fd()), backlog); err != nil {
+		return nil, fmt.Errorf("listen on the health endpoint's socket: %w", err)
+	}
 	l, err := net.FileListener(file)
 	if err != nil {
 		return nil, fmt.Errorf("take over the health endpoint's socket: %w", err)

@@ -113,3 +113,39 @@ func TestInherited_CloseEndsTheGuardsCopy(t *testing.T) {
 	}
 	_ = next.Close()
 }
+
+// TestInherit_Again: an elector may end the listening and be killed then. The next one listens again.
+func TestInherit_Again(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A port that the kernel has chosen is chosen anew. A port of LISTEN is not.
+	_ = l.Close()
+	if l, err = net.Listen("tcp", l.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for range 2 {
+		file, err := l.(*net.TCPListener).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, err := inheritFile(file)
+		_ = file.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		client, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := next.Accept(); err != nil {
+			t.Fatal(err)
+		}
+		_ = client.Close()
+		if err := next.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

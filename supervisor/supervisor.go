@@ -111,9 +111,6 @@ func Connect(cfg Config) (*Supervisor, error) {
 		guardGone: make(chan struct{}), spawnerDone: make(chan struct{}),
 		job: job{shown: Job{State: JobNone}, pidfd: -1},
 	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return nil, fmt.Errorf("set dumpable: %w", err)
-	}
 	var err error
 	if s.guardFd, err = unix.PidfdOpen(cfg.Guard, 0); err != nil {
 		return nil, fmt.Errorf("open the guard: %w", err)

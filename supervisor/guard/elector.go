@@ -69,6 +69,7 @@ type elector struct {
 	announced bool // it is about to exit in good order
 	exit      Exit // as it announced it
 
+	askAt      time.Duration    // when one is to be forked; 0: it was asked for
 	startBy    time.Duration    // when the one that is being forked must run
 	lostAt     time.Duration    // when the one before it was lost; 0: the first one
 	replacedAt [2]time.Duration // of the last two that were replaced
@@ -83,6 +84,8 @@ const (
 	// mostReplaced bounds how many electors are replaced within replacedWithin.
 	mostReplaced   = len(elector{}.replacedAt)
 	replacedWithin = time.Minute
+	// askAgain is the pause after a fork that failed, as it does at the limit of processes.
+	askAgain = 500 * time.Millisecond
 
 	// maxSilence bounds the elector's silence before the first check, however long the TTL is:
 	// systemd's watchdog (30 s in our unit) would end the whole daemon, and the job with it.
@@ -147,7 +150,6 @@ func (g *guard) receiveFromElector() {
 func (g *guard) takeMessages() {
 	for m, ok := g.elector.inbox.Next(); ok; m, ok = g.elector.inbox.Next() {
 		g.message(m)
-		g.heardFromElector(boottime.Now())
 	}
 }
 
@@ -156,6 +158,7 @@ func (g *guard) message(m ipc.Message) {
 	now := boottime.Now()
 	switch m.Kind {
 	case ipc.KindPing:
+		g.heardFromElector(now)
 		g.send(ipc.Pong(m.Ping()))
 		g.cfg.Heartbeat()
 	case ipc.KindReady:
@@ -207,7 +210,8 @@ func (g *guard) leased(l ipc.Lease) {
 	r.Lease.Releasing = r.Lease.Releasing || l.Releasing
 }
 
-// heardFromElector notes that a message has come. While a job lives, an elector that hangs must be
+// heardFromElector notes that a ping has come. The elector sends none if a loop of it hangs, though
+// another may still send messages. While a job lives, an elector that hangs must be
 // replaced before stop-at, with time for the next one to renew the lease. The elector pings every
 // thirtieth of the TTL then, or every second. Without a job it pings every second, and is replaced
 // before its lease ends, unless that is very short.
@@ -234,6 +238,9 @@ func (g *guard) serveElectorDeadlines(now time.Duration) {
 			"elapsed", forceTimeout.String())
 		g.forced = true
 		g.giveUp("second signal")
+	case e.state == electorStarting && e.askAt != 0 && now >= e.askAt:
+		e.askAt = 0
+		g.starter.ask()
 	case e.state == electorStarting && now >= e.startBy:
 		g.log.Error("another elector does not start: killing the job and revoking the lease")
 		g.giveUp("it does not start")
@@ -264,7 +271,9 @@ func (g *guard) nextElectorDeadline() time.Duration {
 	e, next := &g.elector, forever
 	switch e.state {
 	case electorStarting:
-		next = e.startBy
+		if next = e.startBy; e.askAt != 0 {
+			next = min(next, e.askAt)
+		}
 	case electorRunning:
 		next = e.checkAt
 	case electorGone:
@@ -348,7 +357,7 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 		}
 		g.log.Warn(text, attrs...)
 	}
-	e.startBy = now + g.startTimeout()
+	e.startBy, e.askAt = now+g.startTimeout(), 0
 	e.transition(g, electorStarting, "exited")
 	g.starter.ask()
 }

@@ -191,6 +191,76 @@ func TestElector_NotInTime(t *testing.T) {
 	}
 }
 
+// TestElector_ForkFails: a fork that fails, as at the limit of processes, is tried again. The job
+// goes on meanwhile.
+func TestElector_ForkFails(t *testing.T) {
+	g := newElectorGuard(t, false)
+	ask := g.starter.askW
+	g.starter.askW = -1
+	g.electorDies()
+	g.until("lost", func() bool { return g.elector.state == electorStarting })
+	g.starter.answer.Store(&starterAnswer{err: unix.EAGAIN})
+	g.receiveFromStarter()
+	if g.elector.state != electorStarting || g.job.state != jobRunning {
+		t.Fatalf("the elector is %s, the job %s", g.elector.state, g.job.state)
+	}
+	g.starter.askW = ask
+	g.serveElectorDeadlines(g.nextElectorDeadline())
+	g.until("replaced", func() bool { return g.elector.state == electorRunning })
+}
+
+// TestElector_OnlyPingsCount: an elector whose loop hangs sends no pings. What another loop of it
+// sends does not keep it.
+func TestElector_OnlyPingsCount(t *testing.T) {
+	g := newElectorGuard(t, false)
+	for m, counts := range map[any]bool{
+		ipc.Extend{StopAt: 1, KillBy: 2}: false,
+		ipc.Ready{}:                      false,
+		ipc.Ping{Number: 1}:              true,
+	} {
+		g.elector.heardAt = 0
+		var pipe [2]int
+		if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+			t.Fatal(err)
+		}
+		out := ipc.Outbox{FD: pipe[1]}
+		if err := out.Send(m); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := g.elector.inbox.Fill(pipe[0]); err != nil {
+			t.Fatal(err)
+		}
+		closeAll(pipe[:]...)
+		g.takeMessages()
+		if heard := g.elector.heardAt != 0; heard != counts {
+			t.Errorf("%#v counts: %v", m, heard)
+		}
+	}
+}
+
+// TestElector_ExitsWithItsLease: the lease is revoked also if the elector that announced its exit
+// has not released it.
+func TestElector_ExitsWithItsLease(t *testing.T) {
+	for _, released := range []bool{false, true} {
+		g := newElectorGuard(t, true)
+		g.leased(ipc.Lease{ID: 8, TTL: time.Second, Releasing: released})
+		g.elector.announced = true
+		g.electorDies()
+		g.until("gone", func() bool { return g.elector.state == electorGone })
+		revoked := false
+		g.cfg.Revoke = func(lease int64, _ time.Duration) []string {
+			revoked = lease == 8
+			return []string{"revoke", "-test.list=^$"}
+		}
+		if g.finished() != released || revoked == released {
+			t.Errorf("released %v: revoked %v", released, revoked)
+		}
+		if g.elector.revoker != 0 {
+			_, _, _ = wait(g.elector.revoker)
+		}
+	}
+}
+
 // TestElector_Record: what the guard tells the next elector is what it got from the last one, and
 // what the job does.
 func TestElector_Record(t *testing.T) {

@@ -11,6 +11,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 // starter forks electors, on a thread of its own. A fork holds its thread until the exec has
@@ -160,9 +162,8 @@ func (g *guard) receiveFromStarter() {
 			closeAll(a.pidfd, a.in, a.out)
 		}
 	case a.err != nil:
-		g.log.Error("another elector can't be started: killing the job and revoking the lease",
-			"err", a.err)
-		g.giveUp("it can't be started")
+		g.log.Warn("another elector can't be started: trying again", "err", a.err)
+		e.askAt = boottime.Now() + askAgain
 	default:
 		g.electorForked(a.electorProcess)
 		// If it has exited already, the loop may have reaped it before it knew its pid.

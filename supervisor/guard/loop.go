@@ -63,7 +63,7 @@ func (g *guard) finished() bool {
 		return false
 	case e.revoker != 0:
 		return false
-	case e.announced || g.known.Lease.ID == 0:
+	case g.known.Lease.ID == 0, e.announced && g.known.Lease.Releasing:
 		return true
 	case g.starter.busy && boottime.Now() < e.startBy:
 		return false

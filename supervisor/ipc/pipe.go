@@ -23,7 +23,7 @@ const (
 // Both errors mean that the peer is lost, because nobody reads.
 var (
 	ErrClosed = errors.New("the pipe is closed")
-	ErrFull   = errors.New("the pipe is full") // the peer may still run
+	ErrFull   = errors.New("the pipe takes nothing") // the peer may still run
 )
 
 // Outbox writes messages into the pipe FD.
@@ -40,10 +40,10 @@ func (o *Outbox) Send(message any) error {
 		case nil:
 			return nil
 		case unix.EINTR:
-		case unix.EAGAIN:
-			return ErrFull
-		default:
+		case unix.EPIPE:
 			return ErrClosed
+		default: // EAGAIN; ENOMEM if the memory limit is reached
+			return ErrFull
 		}
 	}
 }

@@ -279,3 +279,22 @@ func TestMessage_AllocatesNothing(t *testing.T) {
 		t.Errorf("a round allocates %v times", allocs)
 	}
 }
+
+// TestOutbox_Errors: only a reader that has gone closes the pipe. After any other error the peer may
+// still run, and it must not be taken for gone.
+func TestOutbox_Errors(t *testing.T) {
+	out := Outbox{FD: -1}
+	if err := out.Send(Ready{}); !errors.Is(err, ErrFull) {
+		t.Errorf("a write that fails: %v", err)
+	}
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[1])
+	_ = unix.Close(pipe[0])
+	out.FD = pipe[1]
+	if err := out.Send(Ready{}); !errors.Is(err, ErrClosed) {
+		t.Errorf("no reader: %v", err)
+	}
+}
