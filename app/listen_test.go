@@ -114,7 +114,8 @@ func TestInherited_CloseEndsTheGuardsCopy(t *testing.T) {
 	_ = next.Close()
 }
 
-// TestInherit_Again: an elector may end the listening and be killed then. The next one listens again.
+// TestInherit_Again: an elector may end the listening, and be killed then. The next one listens
+// again.
 func TestInherit_Again(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

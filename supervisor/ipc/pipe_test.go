@@ -280,8 +280,8 @@ func TestMessage_AllocatesNothing(t *testing.T) {
 	}
 }
 
-// TestOutbox_Errors: only a reader that has gone closes the pipe. After any other error the peer may
-// still run, and it must not be taken for gone.
+// TestOutbox_Errors: only a reader that has gone closes the pipe. After any other error the peer
+// may still run, and it must not be taken for gone.
 func TestOutbox_Errors(t *testing.T) {
 	out := Outbox{FD: -1}
 	if err := out.Send(Ready{}); !errors.Is(err, ErrFull) {
