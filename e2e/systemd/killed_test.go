@@ -210,18 +210,22 @@ func (w *world) clearUpWith(m *Machine, commands string) {
 		"/usr/bin/before "+command+"\n")
 }
 
-// Where all of it is killed at once nobody revokes the lease, and the next job
-// waits until it has expired.
+// Where all of it is killed at once the unit's next start revokes the lease: the
+// next job need not wait until it has expired.
 func TestKilled_Everything(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize", "LEASEHOLD_TTL=5s")
+	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize", "LEASEHOLD_TTL=2m")
 	w.run(leader, "systemctl", "kill", "-s", "KILL", unit)
 	w.waitDead(life, waitTimeout)
 	if next := w.waitNext(life, waitTimeout); next.Candidate != standby.Name {
 		t.Errorf("the next job is of %s", next.Candidate)
 	}
 	w.waitStandby(leader, standby)
+	const says = "its cgroup is empty"
+	if journal := leader.Journal(w.ctx, unit); !strings.Contains(journal, says) {
+		t.Errorf("the journal does not say %q:\n%s", says, journal)
+	}
 	w.noOverlaps()
 }
 
