@@ -176,9 +176,11 @@ func (g *guard) message(m ipc.Message) {
 	case ipc.KindStart:
 		if !g.elector.givenUp {
 			g.job.startAsked(m.Start())
+			g.elector.checkAt = min(g.elector.checkAt, g.silentUntil(now))
 		}
 	case ipc.KindExtend:
 		g.job.extended(m.Extend(), now)
+		g.elector.checkAt = min(g.elector.checkAt, g.silentUntil(now))
 	case ipc.KindStop:
 		g.job.stopAsked(m.Stop(), now)
 	case ipc.KindExiting:
@@ -211,19 +213,23 @@ func (g *guard) leased(l ipc.Lease) {
 }
 
 // heardFromElector notes that a ping has come. The elector sends none if a loop of it hangs, though
-// another may still send messages. While a job lives, an elector that hangs must be
-// replaced before stop-at, with time for the next one to renew the lease. The elector pings every
-// thirtieth of the TTL then, or every second. Without a job it pings every second, and is replaced
-// before its lease ends, unless that is very short.
+// another may still send messages.
 func (g *guard) heardFromElector(now time.Duration) {
-	e, ttl := &g.elector, g.cfg.TTL
+	e := &g.elector
 	e.heardAt, e.missedChecks = now, 0
+	e.checkAt = g.silentUntil(now)
+}
+
+// silentUntil is until when an elector may be silent that has just sent a ping. While a job lives,
+// an elector that hangs must be replaced before stop-at, with time for the next one to renew the
+// lease. The elector pings every thirtieth of the TTL then, or every second. Without a job it pings
+// every second, and is replaced before its lease ends, unless that is very short.
+func (g *guard) silentUntil(now time.Duration) time.Duration {
+	ttl, limit := g.cfg.TTL, now+maxSilence
 	if g.job.alive() {
-		e.checkAt = max(g.job.stopAt-ttl/3, now+ttl/10)
-	} else {
-		e.checkAt = now + max(ttl/3, 2*time.Second)
+		return min(limit, max(g.job.stopAt-ttl/3, now+ttl/10))
 	}
-	e.checkAt = min(e.checkAt, now+maxSilence)
+	return min(limit, now+max(ttl/3, 2*time.Second))
 }
 
 // serveElectorDeadlines replaces an elector that is silent. It gives up one that has not exited in
