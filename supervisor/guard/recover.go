@@ -53,7 +53,7 @@ func (g *guard) claimState(s state) error {
 				"lease", lease, "reason", err.Error())
 		}
 	}
-	own, err := s.file.Claim(g.cfg.Election, g.cfg.Identity, g.noNewPrivs)
+	own, err := s.file.Claim(g.cfg.Election, g.cfg.Identity, g.noNewPrivs, g.known.Recovered)
 	if err != nil {
 		g.log.Warn("the state file is not used: "+notRecovered, "err", err)
 		err = s.file.Empty()
@@ -65,7 +65,7 @@ func (g *guard) claimState(s state) error {
 		g.log.Info("if all processes of the daemon are killed at once, its lease is revoked when "+
 			"it is started again", "proof", when)
 	} else {
-		g.log.Info(notRecovered+", unless the machine is started again", "reason", err.Error())
+		g.log.Info(notRecovered, "reason", err.Error())
 	}
 	return nil
 }

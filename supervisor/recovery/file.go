@@ -61,6 +61,8 @@ func (f *File) check() error {
 	switch {
 	case x.Mode&unix.S_IFMT != unix.S_IFREG:
 		return errors.New("it is not a regular file")
+	case x.Uid != uint32(unix.Geteuid()), x.Nlink != 1, x.Mode&0o022 != 0:
+		return errors.New("another user owns it or may write it, or it has another name")
 	case x.Mask&unix.STATX_BTIME == 0:
 		return errors.New("the file system knows no times of birth, so a copy would not be noticed")
 	}
@@ -105,13 +107,18 @@ func (f *File) Read(election, identity string) (*Record, error) {
 func (r *Record) Prove() (string, error) { return r.prove(here()) }
 
 // Claim writes that the daemon of this process has the file now. It must be called before the first
-// start. noNewPrivs is whether the job gets it from the daemon. The Record has no lease yet: the
-// elector writes that (Keeper).
+// start. noNewPrivs is whether the job gets it from the daemon. lease is that of the daemon before if
+// its job has exited, so that it is not forgotten if this daemon ends early; 0: none. The elector
+// writes its own over it (Keeper).
 //
 // What the job can do is decided here, because nothing in guard or spawner changes its rights
 // later. If Claim fails, the file must not be used: see Empty.
-func (f *File) Claim(election, identity string, noNewPrivs bool) (*Record, error) {
-	r := &Record{Place: here(), Election: election, Identity: identity, File: f.id}
+func (f *File) Claim(
+	election, identity string, noNewPrivs bool, lease int64,
+) (*Record, error) {
+	r := &Record{
+		Place: here(), Election: election, Identity: identity, File: f.id, Lease: leaseID(lease),
+	}
 	if r.CanLeave = canLeave(noNewPrivs); r.CanLeave == "" {
 		cgroup, err := r.Place.boundary()
 		if err == nil {
@@ -127,8 +134,7 @@ func (f *File) Claim(election, identity string, noNewPrivs bool) (*Record, error
 	return r, write(f.fd, r)
 }
 
-// Promise is when the next daemon can prove that a job of this one has exited, and an error: why it
-// can prove that only after the machine was started again, or not at all.
+// Promise is when the next daemon can prove that a job of this one has exited, or why it can't.
 func (r *Record) Promise() (string, error) {
 	switch {
 	case r.Place.BootID == "":

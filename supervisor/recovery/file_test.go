@@ -49,7 +49,7 @@ func claimed(t *testing.T, dir string, lease int64) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if _, err := f.Claim("election", "identity", true); err != nil {
+	if _, err := f.Claim("election", "identity", true, 0); err != nil {
 		t.Fatal(err)
 	}
 	k, err := Keep(f.FD(), slog.New(slog.DiscardHandler))
@@ -74,7 +74,7 @@ func TestFile(t *testing.T) {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	// A claim names no lease, and a longer Record leaves nothing behind.
-	if _, err := f.Claim("e", "i", true); err != nil {
+	if _, err := f.Claim("e", "i", true, 0); err != nil {
 		t.Fatal(err)
 	}
 	if r, err := f.Read("e", "i"); err != nil || r.Lease != 0 {
@@ -209,7 +209,7 @@ func TestWrite_Fails(t *testing.T) {
 	}
 	f := &File{fd: full, path: "/dev/full"}
 	defer f.Close()
-	if _, err := f.Claim("election", "identity", true); !errors.Is(err, unix.ENOSPC) {
+	if _, err := f.Claim("election", "identity", true, 0); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("claim: %v", err)
 	}
 	if err := f.Empty(); err == nil {

@@ -17,11 +17,10 @@ import (
 
 // Place is where a guard runs.
 type Place struct {
-	BootID    string `json:"boot_id"`
-	MachineID string `json:"machine_id"` // "": not known
-	PID       int    `json:"pid"`        // in its pid namespace
-	PidNS     uint64 `json:"pid_namespace"`
-	CgroupNS  uint64 `json:"cgroup_namespace"`
+	BootID   string `json:"boot_id"`
+	PID      int    `json:"pid"` // in its pid namespace
+	PidNS    uint64 `json:"pid_namespace"`
+	CgroupNS uint64 `json:"cgroup_namespace"`
 	// CgroupRoot is the inode of the root that the cgroup namespace shows; 0: not to be seen. The
 	// number of a namespace is used again for another one. That of a cgroup is not, while the
 	// machine runs.
@@ -31,17 +30,13 @@ type Place struct {
 	own   string // this process's cgroup, from there
 }
 
-// machinePidNS is the inode of the machine's own pid namespace (PROC_PID_INIT_INO in the kernel).
-const machinePidNS = 0xEFFFFFFC
-
 // here is the place of this process. What can't be found out is zero, and proves nothing.
 func here() Place {
 	p := Place{
-		BootID:    readLine("/proc/sys/kernel/random/boot_id"),
-		MachineID: readLine("/etc/machine-id"),
-		PID:       unix.Getpid(),
-		PidNS:     inode("/proc/self/ns/pid"),
-		CgroupNS:  inode("/proc/self/ns/cgroup"),
+		BootID:   readLine("/proc/sys/kernel/random/boot_id"),
+		PID:      unix.Getpid(),
+		PidNS:    inode("/proc/self/ns/pid"),
+		CgroupNS: inode("/proc/self/ns/cgroup"),
 	}
 	if mount, own, err := proctree.CgroupRoot(); err == nil && utf8.ValidString(own) {
 		p.mount, p.own, p.CgroupRoot = mount, own, inode(mount)

@@ -20,9 +20,8 @@ const exitTime = 200 * time.Millisecond
 // prove returns what proves that no job under the lease of r is left, or why that is not certain.
 // The lock of the file is ours.
 //
-// Another boot id proves it only on the same machine: a disk may be moved to another one while the
-// first runs on. (Whoever starts a virtual machine again has to wait for the end of the old one.) A
-// container does not know its machine, so there it proves nothing.
+// Another boot id proves nothing. The machine may have been started again, or this may be a clone of
+// it, or its disk in another one, while the first runs on. All marks of the file are the same then.
 //
 // Process 1 takes its whole pid namespace with it. The kernel closes its files, and so frees the
 // lock, a moment before it kills the rest. So whoever starts the next container has to wait for the
@@ -33,18 +32,13 @@ func (r *Record) prove(now Place) (string, error) {
 	case was.BootID == "" || now.BootID == "":
 		return "", errors.New("the boot id is not known")
 	case was.BootID != now.BootID:
-		sameMachine := was.MachineID != "" && was.MachineID == now.MachineID &&
-			was.PidNS == machinePidNS && now.PidNS == machinePidNS
-		if !sameMachine {
-			return "", errors.New("it may have run on another machine")
-		}
-		return "the machine was started again", nil
+		return "", errors.New("the boot id is another one: it may run on another machine")
 	case was.PID == 1:
 		return "the daemon was process 1 of its pid namespace", nil
 	case r.CanLeave != "" || r.Cgroup == "":
 		return "", fmt.Errorf("the job could leave its cgroup: %s", r.CanLeave)
-	case was.PidNS != now.PidNS || was.CgroupNS != now.CgroupNS || now.CgroupRoot == 0 ||
-		was.CgroupRoot != now.CgroupRoot:
+	case now.PidNS == 0 || now.CgroupNS == 0 || now.CgroupRoot == 0 || was.PidNS != now.PidNS ||
+		was.CgroupNS != now.CgroupNS || was.CgroupRoot != now.CgroupRoot:
 		return "", errors.New("it ran in other namespaces")
 	}
 	if err := r.cgroupEmpty(now); err != nil {

@@ -49,22 +49,15 @@ func TestProve(t *testing.T) {
 			now.BootID = "another"
 		}, empty, ""},
 
-		{"the machine was started again", func(r *Record, now *Place) {
-			r.CanLeave = "as root"
+		{"the machine was started again, or is a clone", func(_ *Record, now *Place) {
 			now.BootID = "another"
-		}, populated, "started again"},
-		{"another machine", func(_ *Record, now *Place) {
-			now.BootID, now.MachineID = "another", "another"
-		}, "", ""},
-		{"machines without an id", func(r *Record, now *Place) {
-			r.Place.MachineID, now.BootID, now.MachineID = "", "another", ""
-		}, "", ""},
-		{"a container before", func(r *Record, now *Place) {
-			r.Place.PidNS, now.BootID = 5, "another"
-		}, "", ""},
-		{"a container now", func(_ *Record, now *Place) {
-			now.PidNS, now.BootID = 5, "another"
-		}, "", ""},
+		}, empty, ""},
+		{"no pid namespace", func(r *Record, now *Place) {
+			r.Place.PidNS, now.PidNS = 0, 0
+		}, empty, ""},
+		{"no cgroup namespace", func(r *Record, now *Place) {
+			r.Place.CgroupNS, now.CgroupNS = 0, 0
+		}, empty, ""},
 		{"no boot id", func(r *Record, now *Place) {
 			r.Place.PID, r.Place.BootID, now.BootID = 1, "", ""
 		}, "", ""},

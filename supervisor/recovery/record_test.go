@@ -11,8 +11,7 @@ import (
 func testRecord() *Record {
 	return &Record{
 		Place: Place{
-			BootID: "b007", MachineID: "3ac41", PID: 7, PidNS: machinePidNS, CgroupNS: 12,
-			CgroupRoot: 1,
+			BootID: "b007", PID: 7, PidNS: 11, CgroupNS: 12, CgroupRoot: 1,
 		},
 		Cgroup: "/system.slice/a.service", CgroupIno: 13,
 		Election: "jobs/<a> & \"b\"", Identity: "host", Lease: 0x1f,
