@@ -20,8 +20,9 @@ const exitTime = 200 * time.Millisecond
 // prove returns what proves that no job under the lease of r is left, or why that is not certain.
 // The lock of the file is ours.
 //
-// Another boot id proves nothing. The machine may have been started again, or this may be a clone of
-// it, or its disk in another one, while the first runs on. All marks of the file are the same then.
+// Another boot id proves nothing. The machine may have been started again, or this may be a clone
+// of it, or its disk in another one, while the first runs on. All marks of the file are the same
+// then.
 //
 // Process 1 takes its whole pid namespace with it. The kernel closes its files, and so frees the
 // lock, a moment before it kills the rest. So whoever starts the next container has to wait for the
