@@ -108,8 +108,8 @@ func (r *Record) Prove() (string, error) { return r.prove(here()) }
 
 // Claim writes that the daemon of this process has the file now. It must be called before the first
 // start. noNewPrivs is whether the job gets it from the daemon. lease is that of the daemon before
-// if its job has exited, so that it is not forgotten if this daemon ends early; 0: none. The elector
-// writes its own over it (Keeper).
+// if its job has exited, so that it is not forgotten if this daemon ends early; 0: none. The
+// elector writes its own over it (Keeper).
 //
 // What the job can do is decided here, because nothing in guard or spawner changes its rights
 // later. If Claim fails, the file must not be used: see Empty.
