@@ -163,12 +163,14 @@ func runElector(build Build, args []string) int {
 	return end.code
 }
 
-// stateFd is the elector's descriptor of the state file, if the guard uses one.
+// stateFd is the elector's descriptor of the state file; /dev/null if the guard uses none.
 const stateFd = 8
 
 // keep returns what writes the daemon's lease into the state file.
 func keep(cfg config.Config, super *supervisor.Supervisor, log *slog.Logger) *recovery.Keeper {
-	if _, err := unix.FcntlInt(stateFd, unix.F_GETFD, 0); err != nil || cfg.StateDir == "" {
+	var st unix.Stat_t
+	if err := unix.Fstat(stateFd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG ||
+		cfg.StateDir == "" {
 		return nil // the guard has said why
 	}
 	keeper, err := recovery.Keep(stateFd, log)

@@ -15,11 +15,7 @@ func TestGuard_PlannedStop(t *testing.T) {
 		r := newRig(t, "plain", uid)
 		r.tell("lead 1h 2h")
 		r.waitJobs(1)
-		r.tell("end planned")
-		r.waitSaid("led <nil>")
-		r.requireDead()
-		r.tell("exit 0")
-		r.waitExit(0)
+		r.endPlanned()
 	})
 }
 

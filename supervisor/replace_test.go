@@ -69,11 +69,7 @@ func TestReplace_JobGoesOn(t *testing.T) {
 					if alive := r.countAlive(); alive != processes {
 						t.Fatalf("%d processes of the job are left", alive)
 					}
-					r.tell("end planned")
-					r.waitSaid("led <nil>")
-					r.requireDead()
-					r.tell("exit 0")
-					r.waitExit(0)
+					r.endPlanned()
 				})
 			}
 		}
@@ -87,11 +83,7 @@ func TestReplace_Standby(t *testing.T) {
 	require(t, r.replaced(1), "job", int(ipc.JobIdle), "lease", r.lease, "created", 7, "starts", 0)
 	r.tell("lead 1h 2h")
 	r.waitJobs(1)
-	r.tell("end planned")
-	r.waitSaid("led <nil>")
-	r.requireDead()
-	r.tell("exit 0")
-	r.waitExit(0)
+	r.endPlanned()
 }
 
 // TestReplace_Stopping: the job that is being stopped keeps its deadlines, and kill-by comes
@@ -197,11 +189,7 @@ func TestReplace_SignalMeanwhile(t *testing.T) {
 	release()
 	require(t, r.replaced(1), "job", int(ipc.JobRunning), "signals", 1)
 	r.waitSaid("signal 15")
-	r.tell("end planned")
-	r.waitSaid("led <nil>")
-	r.requireDead()
-	r.tell("exit 0")
-	r.waitExit(0)
+	r.endPlanned()
 }
 
 // TestReplace_GuardKilledMeanwhile: without guard and elector the spawner kills the job.

@@ -369,6 +369,16 @@ func (r *rig) lead(processes int, stopAt, killBy time.Duration) {
 	r.waitSaid("extended")
 }
 
+// endPlanned ends the term and then the daemon, and requires that nothing of the job is left.
+func (r *rig) endPlanned() {
+	r.t.Helper()
+	r.tell("end planned")
+	r.waitSaid("led <nil>")
+	r.requireDead()
+	r.tell("exit 0")
+	r.waitExit(0)
+}
+
 func (r *rig) waitExit(code int) {
 	r.t.Helper()
 	select {

@@ -151,6 +151,9 @@ func (r *recovery) waits(next *candidate, says string) {
 	r.Helper()
 	r.waitStatus(next, "/standby", http.StatusOK)
 	r.waitLogged(next, says)
+	if strings.Contains(next.Log(), "the state file can't be used") {
+		r.Error("the elector took another descriptor for the state file")
+	}
 	time.Sleep(500 * time.Millisecond) // a request to revoke would have arrived
 	leases, err := r.etcd.Leases(r.ctx)
 	r.must(err)

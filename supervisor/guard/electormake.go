@@ -42,7 +42,8 @@ type starterAnswer struct {
 // electorProcess is an elector, and our ends of its pipes.
 type electorProcess struct{ pid, pidfd, in, out int }
 
-// The places of the elector's descriptors. What there is none of is closed.
+// The places of the elector's descriptors. What there is none of is /dev/null, so that no other file
+// gets its number.
 const (
 	electorIn       = 3 // the pipe pair
 	electorOut      = 4
@@ -73,7 +74,13 @@ func (g *guard) openStarter() error {
 	s.files = []uintptr{
 		uintptr(s.null), 1, 2, electorIn: 0, electorOut: 0,
 		electorSpawner: uintptr(g.spawner.elector), electorPidfd: uintptr(g.spawner.pidfd),
-		electorListener: uintptr(g.listener), electorFile: uintptr(g.stateFd),
+		electorListener: uintptr(s.null), electorFile: uintptr(s.null),
+	}
+	if g.listener >= 0 {
+		s.files[electorListener] = uintptr(g.listener)
+	}
+	if g.stateFd >= 0 {
+		s.files[electorFile] = uintptr(g.stateFd)
 	}
 	go g.runStarter()
 	return nil
