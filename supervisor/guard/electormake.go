@@ -42,8 +42,8 @@ type starterAnswer struct {
 // electorProcess is an elector, and our ends of its pipes.
 type electorProcess struct{ pid, pidfd, in, out int }
 
-// The places of the elector's descriptors. What there is none of is /dev/null, so that no other file
-// gets its number.
+// The places of the elector's descriptors. What there is none of is /dev/null, so that no other
+// file gets its number.
 const (
 	electorIn       = 3 // the pipe pair
 	electorOut      = 4
