@@ -47,8 +47,11 @@ func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 			v, _ := s.queue.view()
 			s.state.queueChanged(v.leader(), v.blocker)
 		case err := <-led:
-			if s.cfg.Now() >= s.state.get().Deadlines.StopAt {
-				s.state.termEnded(ErrContactLost) // Lead's own clock was first
+			switch { // Lead may have learned of the end before we did
+			case ctx.Err() != nil:
+				s.state.termEnded(context.Cause(ctx))
+			case s.cfg.Now() >= s.state.get().Deadlines.StopAt:
+				s.state.termEnded(ErrContactLost)
 			}
 			cause := context.Cause(lctx)
 			s.state.leadReturned(cause)

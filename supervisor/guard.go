@@ -77,6 +77,9 @@ func (s *Supervisor) receive(m ipc.Message, p *pings) {
 	case ipc.KindPong:
 		p.answered = m.Pong().Number
 	case ipc.KindSignal:
+		s.mu.Lock()
+		s.stopped = true
+		s.mu.Unlock()
 		s.cfg.Signal(m.Signal().Signal)
 	case ipc.KindTimerLatency:
 		s.metrics.timerLatency.Observe(m.TimerLatency().By.Seconds())

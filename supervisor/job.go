@@ -220,7 +220,7 @@ func (s *Supervisor) firstExited(m ipc.Exited) {
 	j := &s.job
 	j.exit = ExitError{Exit: proctree.Exit(m)}
 	j.shown.PID, j.shown.LastExit = 0, &LastExit{j.exit.Exit, time.Now().UTC()}
-	s.metrics.exits.WithLabelValues(exitReason(j.exit.Exit, !j.ordered)).Inc()
+	s.metrics.exits.WithLabelValues(exitReason(j.exit.Exit, !j.ordered && !s.stopped)).Inc()
 	switch j.shown.State {
 	case JobStarting, JobRunning, JobStopping:
 		s.transition(JobStopping, "first process exited")

@@ -33,6 +33,13 @@ func jobMain(behaviour string) {
 		os.Exit(0)
 	case "stubborn":
 		ossignal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGINT)
+	case "counts":
+		stops := make(chan os.Signal, 10)
+		ossignal.Notify(stops, unix.SIGTERM)
+		test := dialTest("job counts")
+		for range stops {
+			fmt.Fprintln(test, "stop signal")
+		}
 	case "sudo":
 		cmd := exec.Command(os.Getenv("TEST_SETUID"), "job", "escape")
 		if err := cmd.Start(); err != nil {

@@ -178,18 +178,60 @@ func TestReplace_JobExitsMeanwhile(t *testing.T) {
 	r.waitExit(137)
 }
 
-// TestReplace_SignalMeanwhile: a stop that is asked for while there is no elector is not lost.
+// TestReplace_SignalMeanwhile: a stop that is asked for while there is no elector waits for none,
+// and the next one learns of it.
 func TestReplace_SignalMeanwhile(t *testing.T) {
 	r := newRig(t, "plain", 0)
 	r.tell("lead 1h 2h")
 	r.waitJobs(1)
 	release := r.withoutElector()
 	_ = unix.Kill(r.guard.Process.Pid, unix.SIGTERM)
-	time.Sleep(100 * time.Millisecond) // until the guard knows
+	for end := time.Now().Add(testWait); unix.Kill(r.pid("job"), 0) == nil; {
+		if time.Now().After(end) {
+			t.Fatal("the job does not exit")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	time.Sleep(50 * time.Millisecond) // until the guard knows that, too
 	release()
-	require(t, r.replaced(1), "job", int(ipc.JobRunning), "signals", 1)
+	require(t, r.replaced(1), "job", int(ipc.JobIdle), "signals", 1, "ended", "<nil>")
 	r.waitSaid("signal 15")
-	r.endPlanned()
+	r.tell("exit 0")
+	r.waitExit(0)
+}
+
+// TestStop_OneSignal: the guard asks the job to stop at once, whatever the elector does. The
+// elector asks for the same. The job gets one signal. A second signal of the user kills it.
+func TestStop_OneSignal(t *testing.T) {
+	for _, electorHangs := range []bool{false, true} {
+		t.Run(fmt.Sprintf("elector hangs %v", electorHangs), func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, "counts", 0)
+			r.tell("lead 1h 2h")
+			r.waitJobs(1)
+			if electorHangs {
+				r.killElector(unix.SIGSTOP)
+			}
+			_ = unix.Kill(r.guard.Process.Pid, unix.SIGTERM)
+			r.waitSaid("stop signal")
+			if electorHangs {
+				r.killElector(unix.SIGCONT)
+			}
+			r.waitSaid("signal 15")
+			r.tell("end planned")
+			time.Sleep(200 * time.Millisecond) // until the guard has read the elector's request
+			_ = unix.Kill(r.guard.Process.Pid, unix.SIGTERM)
+			r.waitSaid("led <nil>")
+			r.requireDead()
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			if n := r.count("stop signal"); n != 1 {
+				t.Errorf("the job got %d stop signals", n)
+			}
+			defer r.waitExit(0)
+			fmt.Fprintln(r.elector, "exit 0")
+		})
+	}
 }
 
 // TestReplace_GuardKilledMeanwhile: without guard and elector the spawner kills the job.

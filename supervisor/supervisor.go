@@ -96,6 +96,7 @@ type Supervisor struct {
 	spawnerDone chan struct{} // closed when the spawner reports that nothing is left
 
 	mu      sync.Mutex
+	stopped bool // the user has asked for the end: the guard stops the job, before we ask for that
 	job     job
 	decided restartDecision
 }

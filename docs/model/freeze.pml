@@ -74,6 +74,7 @@ byte askStop;	/* 1: stop, 2: kill at once */
 
 /* From the guard to the elector */
 bit tellGone, tellStop;
+bit goneFirst;	/* both are on the way, and tellGone was sent first */
 
 /* The guard */
 mtype guard = down;
@@ -373,14 +374,16 @@ end:	do
 		exiting = guard != down }
 
 	/* The guard's messages */
-	:: d_step { elector == up && tellGone -> tellGone = 0; hasJob = 0 }
-	:: d_step { elector == up && tellStop -> tellStop = 0; knowsStop = 1 }
+	:: d_step { elector == up && tellGone && (!tellStop || goneFirst) ->
+		tellGone = 0; goneFirst = 0; hasJob = 0 }
+	:: d_step { elector == up && tellStop && !goneFirst -> tellStop = 0; knowsStop = 1 }
 
 	/* The guard is lost. Spawner and elector kill the job. A guard that hangs is lost also while
 	   the job is frozen. */
 	:: d_step { elector == up && guard == down && (does == term || hasJob) && !someJob ->
 		printf("@ %d a.elector has proof that nothing of the job is left\n", tick);
-		hasJob = 0; does = ending; askStop = 0; askStart = 0; askExtend = 0; tellGone = 0 }
+		hasJob = 0; does = ending; askStop = 0; askStart = 0; askExtend = 0;
+		tellGone = 0; goneFirst = 0 }
 	:: d_step { elector == up && (mustStandIn || guard == hung && job == frozen) ->
 		printf("@ %d a.elector kills the job\n", tick);
 		printf("@ %d a.elector kills the guard, which hangs\n", tick);
@@ -447,7 +450,7 @@ inline adopt() {
 inline clearElector() {
 	does = out; left = 0; renewal = IDLE; worth = 0; hasJob = 0; knowsStop = 0;
 	askStart = 0; askExtend = 0; askUntil = 0; askStop = 0;
-	tellGone = 0; tellStop = 0
+	tellGone = 0; tellStop = 0; goneFirst = 0
 }
 
 /* Between the check of the deadlines and the thaw the guard does nothing else. */
@@ -458,7 +461,7 @@ end:	do
 	/* Messages. Those of an elector that has exited are read too. */
 	:: d_step { acts && job == idle && askStart && !tellGone ->
 		printf("@ %d a.guard asks the spawner for the job\n", tick);
-		askStart = 0; until = askUntil; job = alive; fork = 1 }
+		askStart = 0; until = askUntil; job = (stop -> stopping : alive); fork = 1 }
 	:: d_step { acts && askExtend && !askStart ->
 		askExtend = 0;
 		if
@@ -629,7 +632,15 @@ end:	do
 	/* The user asks for the end of the daemon. */
 	:: d_step { faults && acts && !stop ->
 		printf("@ %d operator asks the daemon to stop\n", tick);
-		stop = 1; tellStop = (elector != down) }
+		stop = 1; tellStop = (elector != down); goneFirst = tellStop && tellGone;
+		/* The guard does not wait for the elector. */
+		if
+		:: job == alive -> job = stopping
+#ifndef STOP_FORGOTTEN
+		:: job == freezing || job == frozen -> job = killing
+#endif
+		:: else
+		fi }
 #ifdef LIVE
 	:: d_step { !calm && mayEnd -> calm = 1 }
 #endif

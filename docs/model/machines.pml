@@ -414,6 +414,11 @@ end:	do
 		beginKill() }
 	:: d_step { guard == up && askStop && !askStart && !canEnd -> askStop = 0 }
 
+	/* The user asks for the end of the daemon. The elector learns of it meanwhile. */
+	:: d_step { faults && guard == up && (guardJob == forking || guardJob == running) ->
+		printf("@ %d a.guard sends the stop signal: the daemon stops\n", tick);
+		beginStop() }
+
 	/* Its own clock */
 	:: d_step { guard == up && (guardJob == forking || guardJob == running) && !inTime(until) ->
 		printf("@ %d a.guard sends the stop signal: stop-at has passed\n", tick);

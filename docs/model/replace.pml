@@ -85,6 +85,7 @@ bit saysLeaving[PLACES];	/* it is going to revoke its lease */
 
 /* From the guard to the elector in place 0 */
 bit tellGone, tellStop;
+bit goneFirst;	/* both are on the way, and tellGone was sent first */
 
 /* The guard */
 mtype guard = down;
@@ -358,19 +359,20 @@ end:	do
 		exiting = exiting || e == 0 && guard != down }
 
 	/* The guard's messages */
-	:: d_step { e == 0 && elector[e] == up && tellGone ->
-		tellGone = 0; hasJob[e] = 0;
+	:: d_step { e == 0 && elector[e] == up && tellGone && (!tellStop || goneFirst) ->
+		tellGone = 0; goneFirst = 0; hasJob[e] = 0;
 #ifndef RESTARTS
 		knowsExit[e] = 1
 #endif
 		}
-	:: d_step { e == 0 && elector[e] == up && tellStop -> tellStop = 0; knowsStop[e] = 1 }
+	:: d_step { e == 0 && elector[e] == up && tellStop && !goneFirst ->
+		tellStop = 0; knowsStop[e] = 1 }
 
 	/* The guard is lost. Spawner and elector kill the job. */
 	:: d_step { elector[e] == up && standsIn(e) && !someJob ->
 		who(e); printf("has proof that nothing of the job is left\n");
 		hasJob[e] = 0; does[e] = ending; askStop[e] = 0; askStart[e] = 0; askExtend[e] = 0;
-		tellGone = 0 }
+		tellGone = 0; goneFirst = 0 }
 	:: d_step { elector[e] == up && mustStandIn(e) ->
 		who(e); printf("kills the job\n");
 		who(e); printf("kills the guard, which hangs\n");
@@ -445,7 +447,7 @@ inline clearElector() {
 	does[0] = out; left[0] = 0; renewal[0] = IDLE; worth[0] = 0; hasJob[0] = 0;
 	knowsExit[0] = 0; knowsStop[0] = 0;
 	askStart[0] = 0; askExtend[0] = 0; askUntil[0] = 0; askStop[0] = 0; saysLeaving[0] = 0;
-	tellGone = 0; tellStop = 0
+	tellGone = 0; tellStop = 0; goneFirst = 0
 }
 
 #ifdef DEADLINES_WAIT
@@ -480,7 +482,7 @@ end:	do
 	/* Messages. Those of an elector that has exited are read too. */
 	:: d_step { guard == up && job == idle && askStart[0] && !tellGone ->
 		printf("@ %d a.guard asks the spawner for the job\n", tick);
-		askStart[0] = 0; until = askUntil[0]; job = alive; fork = 1 }
+		askStart[0] = 0; until = askUntil[0]; job = (stop -> stopping : alive); fork = 1 }
 #ifdef LATE_START
 	:: d_step { guard == up && job == idle && askStart[1] ->
 		printf("@ %d a.guard asks the spawner for the job, as the replaced elector wanted\n", tick);
@@ -672,7 +674,13 @@ end:	do
 	:: d_step { faults && guard == up && !stop ->
 		printf("@ %d operator asks the daemon to stop\n", tick);
 		stop = 1;
-		tellStop = (elector[0] == up || elector[0] == hung) }
+		/* The guard does not wait for the elector. */
+		if
+		:: job == alive -> job = stopping
+		:: else
+		fi;
+		tellStop = (elector[0] == up || elector[0] == hung);
+		goneFirst = tellStop && tellGone }
 #ifdef LIVE
 	:: d_step { !calm -> calm = 1 }
 #endif

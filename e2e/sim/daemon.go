@@ -196,6 +196,9 @@ func (d *daemon) stop() {
 	}
 	d.note("is asked to stop")
 	d.guard.stop = true
+	if j := d.job; j != nil && j.alive() { // the guard does not wait for the elector
+		j.stop(d.w.s.TTL, errStop.Error())
+	}
 	if d.elector != nil {
 		d.elector.stop(errStop)
 	}

@@ -53,6 +53,9 @@ func (d *daemon) startJob(t elect.Term) *job {
 	before := d.job
 	d.job = j
 	d.w.check.started(j, before)
+	if d.guard.stop {
+		j.stop(d.w.s.TTL, errStop.Error())
+	}
 	j.serve()
 	return j
 }
@@ -82,8 +85,8 @@ func (j *job) extend(d elect.Deadlines) {
 
 // stop sends the stop signal. The job is killed when the grace is over, or at kill-by.
 func (j *job) stop(grace time.Duration, why string) {
-	if grace != forever {
-		j.graceEnd = j.d.clock.now() + grace
+	if grace != forever { // guard and elector may both ask
+		j.graceEnd = min(j.graceEnd, j.d.clock.now()+grace)
 	}
 	if !j.stopping && !j.killing && j.alive() {
 		j.d.note("job %d is asked to stop: %s", j.token, why)

@@ -84,7 +84,7 @@ func TestElector_Lost(t *testing.T) {
 		{"garbage in the pipe", false, func(g *testGuard) {
 			_, _ = unix.Write(g.out.FD, []byte("\x01\x00"))
 		}, false, jobKilling},
-		{"one stop signal", false, func(g *testGuard) { g.signal(unix.SIGTERM) }, true, jobRunning},
+		{"one stop signal", false, (*testGuard).term, true, jobStopping},
 		{"two stop signals", false, func(g *testGuard) {
 			g.signal(unix.SIGTERM)
 			g.signal(unix.SIGTERM)
@@ -278,7 +278,6 @@ func TestElector_Record(t *testing.T) {
 	g.receiveFromElector()
 	g.start()
 	g.started()
-	g.signal(unix.SIGTERM)
 	record := func() ipc.Record {
 		t.Helper()
 		r := g.known

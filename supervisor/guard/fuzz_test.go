@@ -70,7 +70,8 @@ func newFuzzGuard(t *testing.T, w *fuzzWorld) *fuzzGuard {
 	t.Helper()
 	g := newGuard(Config{
 		TTL: time.Hour, Margin: time.Minute, StopSignal: unix.SIGTERM,
-		Notify: func(string) {}, Heartbeat: func() {}, Logger: slog.New(slog.DiscardHandler),
+		StopGrace: time.Minute,
+		Notify:    func(string) {}, Heartbeat: func() {}, Logger: slog.New(slog.DiscardHandler),
 	})
 	var pipes [2][2]int
 	for i := range pipes {

@@ -46,7 +46,9 @@ type Config struct {
 	TTL        time.Duration // as configured; bounds for how long the elector may be silent
 	Margin     time.Duration // of the lease; bounds for how long the spawner may be silent
 	StopSignal unix.Signal
-	NewPrivs   bool // the job may gain privileges; then the guard may be unable to kill it
+	// StopGrace is the time from the stop signal to the kill if the user ends the daemon.
+	StopGrace time.Duration
+	NewPrivs  bool // the job may gain privileges; then the guard may be unable to kill it
 	// Ignored is what the job ignores from its start; every other signal has its default.
 	Ignored []unix.Signal
 

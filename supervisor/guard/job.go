@@ -100,9 +100,7 @@ func (j *job) startAsked(m ipc.Start) {
 	}
 	atomic.StoreInt64(&g.spawner.area.stopAt, int64(j.stopAt))
 	g.spawner.send(ipc.SpawnerStart, j.serial)
-	if g.stopSignals > 1 {
-		j.kill(ipc.KilledSignal)
-	}
+	j.stopSignalled() // perhaps before this request came
 }
 
 // spawnerStarted: the spawner has executed the command.
@@ -229,6 +227,17 @@ func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
 	}
 }
 
+// stopSignalled: the user may have asked for the end of the daemon. The guard ends the job at once.
+// The elector learns of it meanwhile, and asks for the same. A second signal kills.
+func (j *job) stopSignalled() {
+	switch g := j.g; {
+	case g.stopSignals > 1:
+		j.kill(ipc.KilledSignal)
+	case g.stopSignals == 1:
+		j.stop(boottime.Now()+g.cfg.StopGrace, userAsked)
+	}
+}
+
 // serveDeadlines stops and kills the job on loss of contact: the elector has not moved the
 // deadlines. It asks nobody.
 func (j *job) serveDeadlines(now time.Duration) {
@@ -280,6 +289,7 @@ func (j *job) exitUnreported() {
 const (
 	noRenewal    = "no renewal by stop-at"
 	electorAsked = "its term ends"
+	userAsked    = "the daemon stops"
 )
 
 // exitTimeout is how long the spawner may take to report an exit that the guard sees.
@@ -312,7 +322,7 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 			proctree.SignalPidfd(j.pidfd, j.g.cfg.StopSignal)
 		}
 		j.transition(jobStopping, why)
-	case jobStopping: // another elector may ask again
+	case jobStopping: // the elector asks for it too, or another one does again
 		j.graceEnd = min(j.graceEnd, graceEnd)
 	case jobIdle, jobKilling: // there is nothing left to stop
 	default:

@@ -31,7 +31,8 @@ func newTestGuard(t *testing.T) *testGuard {
 	t.Helper()
 	g := newGuard(Config{
 		TTL: time.Hour, Margin: time.Minute, StopSignal: unix.SIGTERM,
-		Notify: func(string) {}, Heartbeat: func() {},
+		StopGrace: time.Minute,
+		Notify:    func(string) {}, Heartbeat: func() {},
 		Logger: slog.New(slog.DiscardHandler),
 	})
 	var err error
@@ -135,6 +136,9 @@ func (g *testGuard) lost() { g.job.stopAsked(ipc.Stop{}, boottime.Now()) }
 func (g *testGuard) stop(grace time.Duration) {
 	g.job.stopAsked(ipc.Stop{Grace: grace}, boottime.Now())
 }
+
+// term is the user's stop signal.
+func (g *testGuard) term() { g.signal(unix.SIGTERM) }
 
 func (g *testGuard) at(d time.Duration) { g.job.serveDeadlines(boottime.Now() + d) }
 
@@ -281,6 +285,47 @@ func TestJob_States(t *testing.T) {
 				g.start, g.started,
 				func(g g) { g.signal(unix.SIGTERM); g.signal(unix.SIGTERM) }, g.exited,
 				g.nothingLeft,
+			},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},
+		},
+		{"the user stops it", []func(g){g.start, g.started, g.term}, jobStopping, ipc.Gone{}},
+		{"the user stops it while forking", []func(g){g.start, g.term}, jobStopping, ipc.Gone{}},
+		{"the user stops it before the start", []func(g){g.term, g.start}, jobStopping, ipc.Gone{}},
+		{
+			"exits when the user stops it",
+			[]func(g){g.start, g.started, g.term, g.exited, g.nothingLeft},
+			jobIdle,
+			ipc.Gone{Ordered: true},
+		},
+		{
+			"the user stops it, and its grace is over",
+			[]func(g){
+				g.start, g.started, g.term, func(g g) { g.stop(time.Hour) },
+				func(g g) { g.at(time.Minute) }, g.exited, g.nothingLeft,
+			},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledGrace, Ordered: true},
+		},
+		{
+			"the user stops it after stop-at, and kill-by is later",
+			[]func(g){
+				g.start, g.started, func(g g) { g.at(time.Hour) }, g.term,
+				func(g g) { g.at(time.Minute) }, g.exited, g.nothingLeft,
+			},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledGrace, Ordered: true},
+		},
+		{
+			"the user stops it while it is killed",
+			[]func(g){g.start, g.started, g.lost, g.term, g.exited, g.nothingLeft},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledLost, Ordered: true},
+		},
+		{
+			"two signals before the start",
+			[]func(g){
+				g.term, g.term, g.start, func(g g) { g.refused(ipc.SpawnerTooLate) }, g.nothingLeft,
 			},
 			jobIdle,
 			ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},

@@ -52,13 +52,12 @@ func (g *guard) signal(s unix.Signal) {
 		g.stopSignals++
 		switch g.stopSignals {
 		case 1:
+			g.job.stopSignalled()
 			g.cfg.Notify(g.cfg.Stopping)
 		case 2:
 			g.forceBy = boottime.Now() + forceTimeout
 			g.elector.revokeBy = min(g.elector.revokeBy, g.forceBy+forceTimeout)
-		}
-		if g.stopSignals > 1 {
-			g.job.kill(ipc.KilledSignal)
+			g.job.stopSignalled()
 		}
 		g.send(ipc.Signal{Signal: s})
 	case unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT:
