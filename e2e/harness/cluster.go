@@ -100,7 +100,7 @@ func (c *Cluster) start(ctx context.Context) error {
 			"--listen-metrics-urls", m.MetricsURL,
 			"--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", c.dir,
 			"--unsafe-no-fsync", "--log-level", "info", "--log-outputs", "stderr",
-			"--logger", "zap", // the default since 3.5
+			"--logger", "zap", "--pre-vote", // the defaults since 3.5
 		}, c.cfg.Flags...)
 		if c.cfg.TLS != nil {
 			m.flags = append(m.flags, "--client-cert-auth", "--trusted-ca-file", c.cfg.TLS.CAFile,
