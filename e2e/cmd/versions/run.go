@@ -23,14 +23,13 @@ import (
 // directories are those of the packages whose tests are run: such a program is bin/NAME.test.
 var directories = map[string]string{"election": "election", "scenario": "e2e/scenario"}
 
-// shortTests are those of the short form: they touch grant, renewal, watch, compaction, changes of
-// etcd's leader, revoke, auth and TLS.
+// shortTests are those of the short form: they touch grant, watch, compaction, changes of etcd's
+// leader, revoke, auth and TLS. Tests that mostly wait are left to the long form.
 var shortTests = map[string]string{
 	"election": "^TestCandidate_(PlannedHandOver|KeyDeletedWhileLeading|LeaseRevokedWhileLeading|" +
-		"Compaction|LostGrantReply|NestedElections|" +
-		"StandbyOnAnUnreachableMember|Auth|TokensExpire|TLS)$",
-	"scenario": "^(TestStandby_OnAMemberWhoseDiskHangs|TestAuth_RevokeTakesTheToken|" +
-		"TestInterop_EtcdctlElect|TestUntouched_Upgrade|TestTLS_NewCertificates)$",
+		"Compaction|NestedElections|StandbyOnAnUnreachableMember|Auth|TLS)$",
+	"scenario": "^(TestAuth_RevokeTakesTheToken|TestInterop_EtcdctlElect|TestUntouched_Upgrade|" +
+		"TestTLS_NewCertificates)$",
 }
 
 // rows are the faults that are run: those in which etcd has a part.
