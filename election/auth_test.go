@@ -24,6 +24,7 @@ import (
 )
 
 func TestCandidate_Auth(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	ctx := t.Context()
 	password := "secret"
@@ -78,6 +79,7 @@ func TestCandidate_Auth(t *testing.T) {
 // Tokens that are not used for a second expire here, so that every renewal finds its own expired,
 // and so does every watch that is opened when a predecessor goes.
 func TestCandidate_TokensExpire(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
@@ -151,6 +153,7 @@ func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
 // A refused renewal says nothing of the member's watch: to open that again has etcd read the whole
 // queue.
 func TestCandidate_RefusedRenewalKeepsTheWatch(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/"); err != nil {
 		t.Fatal(err)
@@ -301,6 +304,7 @@ func TestCandidate_FleetAuthenticatesAfterARestart(t *testing.T) {
 // A member that hangs takes nothing from a leader that has to authenticate for each renewal, and
 // keeps nobody from joining.
 func TestCandidate_TokensExpireWhileAMemberHangs(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}

@@ -164,6 +164,7 @@ func TestCandidate_KeyDeletedWhileStandby(t *testing.T) {
 }
 
 func TestCandidate_LeadReturns(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	results := make(chan error)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testCallbacks) {
@@ -235,6 +236,7 @@ func TestCandidate_Wait(t *testing.T) {
 }
 
 func TestCandidate_EtcdDownAtStart(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	if err := cluster.Members[0].Stop(t.Context()); err != nil {
 		t.Fatal(err)

@@ -113,6 +113,7 @@ func TestCandidate_BlockersWithALease(t *testing.T) {
 
 // Whoever writes to a leader's key takes its lease from it. It must not stay and block the others.
 func TestCandidate_LeadersKeyOverwritten(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct {
 		name  string
 		flags func(t *testing.T, cluster *harness.Cluster) []string
@@ -164,6 +165,7 @@ func TestCandidate_LeadersKeyOverwritten(t *testing.T) {
 }
 
 func TestCandidate_StandbysKeyOverwritten(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	a.waitForTerm()

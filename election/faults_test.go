@@ -15,6 +15,7 @@ import (
 )
 
 func TestCandidate_BlackHole(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	proxies, endpoints := newTestProxies(t, cluster)
 	registry := prometheus.NewRegistry()
@@ -74,6 +75,7 @@ func TestCandidate_BlackHole(t *testing.T) {
 
 // Renewals go on after stop-at while Lead has not returned, and revive nothing.
 func TestCandidate_ContactComesBackAfterStopAt(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	proxies, endpoints := newTestProxies(t, cluster)
 	release := make(chan struct{})
@@ -112,6 +114,7 @@ func TestCandidate_ContactComesBackAfterStopAt(t *testing.T) {
 
 // Whatever etcd does not answer, Run returns.
 func TestCandidate_StopsWhileUnreachable(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	proxies, endpoints := newTestProxies(t, cluster)
 	a := newTestCandidate(t, endpoints, "a", nil)
@@ -131,6 +134,7 @@ func TestCandidate_StopsWhileUnreachable(t *testing.T) {
 }
 
 func TestCandidate_EtcdRestarted(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	slow := func(cfg *Config, _ *testCallbacks) { cfg.TTL = 10 * time.Second }
 	a := newTestCandidate(t, cluster.Endpoints(), "a", slow)
@@ -151,6 +155,7 @@ func TestCandidate_EtcdRestarted(t *testing.T) {
 // Where nobody writes to etcd a watch that was opened again has no progress to tell of. That is no
 // reason to open it once more.
 func TestCandidate_QuietAfterARestart(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	// A single member takes up to 3 s to lead again.
 	long := func(cfg *Config, _ *testCallbacks) { cfg.TTL = 10 * time.Second }
@@ -215,6 +220,7 @@ func TestCandidate_Compaction(t *testing.T) {
 // time again. The standby has kept its queue entry, and the old leader's lease, which nobody wants,
 // stands in nobody's way.
 func TestCandidate_OutageLongerThanTheLease(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	a.waitForTerm()

@@ -3,6 +3,7 @@ package election
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"path/filepath"
@@ -18,7 +19,15 @@ import (
 	"leasehold/e2e/harness"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	flag.Parse()
+	// The tests that run side by side wait for leases to run out most of the time, so that more of
+	// them fit than there are processors.
+	if err := flag.Set("test.parallel", "6"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // testTTL is the TTL of the candidates in these tests: the shortest of which losing one etcd member
 // takes nothing away.

@@ -74,6 +74,7 @@ func (n *testName) move(first int) (proxies []*harness.Proxy, closeAll func()) {
 
 // Whichever member of a name hangs, there is another to ask, and a leader moves with the name.
 func TestCandidate_NameOfSeveralMembers(t *testing.T) {
+	t.Parallel()
 	cluster := newTestCluster3(t)
 	name := newTestName(t, cluster)
 	a := newTestCandidate(

@@ -12,6 +12,7 @@ import (
 
 // A grant whose reply was lost leaves no lease behind.
 func TestCandidate_LostGrantReply(t *testing.T) {
+	t.Parallel()
 	t.Run("stopped", func(t *testing.T) { testLostGrantReply(t, true) })
 	t.Run("healed", func(t *testing.T) { testLostGrantReply(t, false) })
 }
@@ -64,6 +65,7 @@ func testLostGrantReply(t *testing.T, stop bool) {
 // What makes etcd refuse that here, and all else that a candidate does nothing of, is a role that
 // may only read for a while.
 func TestCandidate_LeaseNotRevoked(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	election := t.Name() + "/"
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", election); err != nil {
@@ -148,6 +150,7 @@ func TestCandidate_LeaseNotRevoked_CallbacksKnowIt(t *testing.T) {
 
 // A planned stop makes a last attempt to revoke what an earlier session left.
 func TestCandidate_LeaseNotRevoked_PlannedStop(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	proxies, endpoints := newTestProxies(t, cluster)
 	over := make(chan struct{})

@@ -12,6 +12,7 @@ import (
 
 // From a TTL of 5 s up, losing one member touches no term, whichever it is and however it is lost.
 func TestCandidate_MemberLost(t *testing.T) {
+	t.Parallel()
 	cluster := newTestCluster3(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	term := a.waitForTerm()
@@ -63,6 +64,7 @@ func TestCandidate_MemberLost(t *testing.T) {
 // a request can not. Nothing takes a TTL: not a planned stop, which has to revoke, nor to win, nor
 // to join again.
 func TestCandidate_HungMember_LongTTL(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("needs etcd")
 	}
@@ -161,6 +163,7 @@ func testHungMember(
 // A watch on a member that becomes unreachable tells nothing. The standby finds out and watches on
 // another.
 func TestCandidate_StandbyOnAnUnreachableMember(t *testing.T) {
+	t.Parallel()
 	cluster := newTestCluster3(t)
 	proxies, endpoints := newTestProxies(t, cluster)
 	b := newTestCandidate(t, endpoints, "b", nil)

@@ -119,6 +119,7 @@ func start(t *testing.T, cmd *exec.Cmd) {
 // Where etcd is down at start the check follows, and where the role does not reach the names around
 // the election, only those within it are looked for.
 func TestCandidate_NestedElections_Late(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	if err := cluster.EnableAuth(t.Context(), "candidate", "secret", t.Name()+"/in/"); err != nil {
 		t.Fatal(err)

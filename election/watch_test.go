@@ -60,6 +60,7 @@ func newRunningQueue(
 
 // A candidate must not wait for ever for an event that does not come.
 func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
+	t.Parallel()
 	q, own := newRunningQueue(t, newTestEtcd(t), time.Second, 0)
 	q.put(own)
 	waitForHead := func(key string) {
@@ -114,6 +115,7 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 
 // The watch of a queue of forty is opened again after 100 ms on average, with this TTL.
 func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
+	t.Parallel()
 	cluster := newTestEtcd(t)
 	q, own := newRunningQueue(t, cluster, time.Second, 40)
 	q.put(own)
