@@ -85,6 +85,44 @@ func KilledUnreachable(p harness.Process) Fault {
 	return Both(string(p)+"-killed-unreachable", Unreachable(), Killed(p))
 }
 
+// AllKilled kills everything of the machine at once: the daemon's processes, and the job.
+func AllKilled() Fault {
+	return Fault{Name: "all-killed", Inject: func(_ context.Context, on *Target) error {
+		return on.Machine.Cgroup.Kill()
+	}}
+}
+
+// AllKilledStarted is AllKilled of a candidate that has a state file, and is started again after a
+// while. The fault's figure is how long after its beginning that was.
+func AllKilledStarted(after time.Duration) Fault {
+	f := AllKilled()
+	f.Name += "-started"
+	f.Configure = func(on *Target, cfg *harness.CandidateConfig) error {
+		on.Machine.Fresh = true
+		dir, err := on.Machine.StateDir(cfg.UID)
+		cfg.Env = append(cfg.Env, "LEASEHOLD_STATE_DIR="+dir)
+		return err
+	}
+	kill := f.Inject
+	f.Inject = func(ctx context.Context, on *Target) error {
+		if err := kill(ctx, on); err != nil {
+			return err
+		}
+		if _, err := on.Machine.Wait(ctx); err != nil {
+			return err
+		}
+		if err := harness.Wait(ctx, after-(harness.Now()-on.Began)); err != nil {
+			return err
+		}
+		on.Figure(StartedAgain, harness.Now()-on.Began)
+		return on.Machine.StartAgain()
+	}
+	return f
+}
+
+// StartedAgain is the figure of AllKilledStarted.
+const StartedAgain = "daemon started again"
+
 // Hung stops one of the daemon's processes with SIGSTOP: it lives and does nothing.
 func Hung(p harness.Process) Fault {
 	var held *os.Process

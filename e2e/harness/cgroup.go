@@ -49,6 +49,14 @@ func CgroupAt(path string) (*Cgroup, error) {
 	return &Cgroup{Path: path, dir: dir}, nil
 }
 
+// fresh makes a new cgroup below, and removes what is empty there.
+func (c *Cgroup) fresh() (*Cgroup, error) {
+	for _, path := range slices.Backward(c.Children()) {
+		_ = os.Remove(path) // it fails while something runs there
+	}
+	return CgroupAt(filepath.Join(c.Path, fmt.Sprintf("run-%d", cgroups.Add(1))))
+}
+
 // RemoveLeftovers removes the cgroups that programs have left which were killed before they could
 // call Remove.
 func RemoveLeftovers(ctx context.Context, prefix string) error {

@@ -60,8 +60,12 @@ type Machine struct {
 	Node           *Node    // nil on 127.0.0.1
 	Proxies        []*Proxy // to each member of etcd; nil without
 	Cgroup         *Cgroup  // nil without
+	// Fresh has each start get a new cgroup below Cgroup, as systemd makes one.
+	Fresh bool
 
 	testbed *Testbed
+	cfg     CandidateConfig // with which the candidate was started last
+	state   string          // see StateDir; "" before
 }
 
 // MachineConfig says what a machine has.
@@ -114,7 +118,7 @@ func (m *Machine) Start(
 	cfg.Endpoints, cfg.Identity, cfg.Node = m.Endpoints(), m.Name, m.Node
 	cfg.Job = append([]string{m.testbed.Programs.Testjob}, cfg.Job...)
 	of.command(m, &cfg)
-	if m.Cgroup != nil {
+	if m.Cgroup != nil && !m.Fresh {
 		cfg.Prepare = m.Cgroup.Enter
 	}
 	if change != nil {
@@ -122,9 +126,34 @@ func (m *Machine) Start(
 			return err
 		}
 	}
+	m.cfg = cfg
+	return m.StartAgain()
+}
+
+// StartAgain starts the candidate as it was started before.
+func (m *Machine) StartAgain() error {
+	cfg := m.cfg
+	if m.Fresh {
+		below, err := m.Cgroup.fresh()
+		if err != nil {
+			return err
+		}
+		defer func() { _ = below.dir.Close() }()
+		cfg.Prepare = below.Enter
+	}
 	var err error
 	m.Candidate, err = StartCandidate(cfg)
 	return err
+}
+
+// StateDir makes a directory for the state file of a user's daemon. Close removes it.
+func (m *Machine) StateDir(uid uint32) (string, error) {
+	dir, err := TempDir("leasehold-state-")
+	if err != nil {
+		return "", err
+	}
+	m.state = dir
+	return dir, errors.Join(os.Chmod(dir, 0o700), os.Chown(dir, int(uid), int(uid)))
 }
 
 // Stop asks the candidate to end.
@@ -199,6 +228,9 @@ func (m *Machine) Close(ctx context.Context) error {
 	}
 	if m.Node != nil {
 		m.Node.Close()
+	}
+	if m.state != "" {
+		err = errors.Join(err, os.RemoveAll(m.state))
 	}
 	return err
 }

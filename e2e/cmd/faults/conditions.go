@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"leasehold/e2e/check"
+	"leasehold/e2e/fault"
 	"leasehold/e2e/harness"
 )
 
@@ -110,6 +111,21 @@ func gaveUp(t *Trial) error {
 	}
 	t.exited(70)
 	t.startedWithin(time.Second)
+	return nil
+}
+
+// recovered: a daemon whose job could not leave the machine's cgroup has the old lease revoked as
+// soon as it is started again. Root's job could have left it, so that the lease expires.
+func recovered(t *Trial) error {
+	if !t.Of.Ours() || t.sample.Next == nil {
+		return nil
+	}
+	started := t.Figures[fault.StartedAgain]
+	waited := t.next().Started - t.Began - started
+	t.Figure("next job after that", waited)
+	if t.Of.uid != 0 && waited > t.TTL/2 {
+		t.violated("the next job started %v after the daemon, want %v at most", waited, t.TTL/2)
+	}
 	return nil
 }
 

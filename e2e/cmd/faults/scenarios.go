@@ -20,6 +20,8 @@ const (
 	// depends on it has lost contact by then, at TTL 5 s.
 	overBudget = 5 * time.Second
 
+	startAgain = 500 * time.Millisecond // after a kill, as a supervisor would
+
 	memoryLeft = 400 // MiB: the kernel need kill nobody, and can't keep every program's pages
 )
 
@@ -121,6 +123,12 @@ var daemonScenarios = []Scenario{
 	{
 		Name: "spawner-hung-unreachable", About: "the spawner hangs, and etcd is unreachable",
 		Fault: of(fault.HungUnreachable, harness.Spawner), Without: noPeers, User: true,
+	},
+	{
+		Name: "all-killed", About: "the daemon with all its processes and the job are killed at " +
+			"once; the daemon is started again after 0.5 s, with its state file",
+		Fault: of(fault.AllKilledStarted, startAgain), Check: recovered,
+		Isolation: OursAlone, CI: true, User: true,
 	},
 }
 

@@ -52,6 +52,7 @@ var kinds = []kind{
 	{4, electorHung, aDaemon, 0.02, 1.4, with(fault.Hung, harness.Elector), ""},
 	{4, "spawner-killed", aDaemon, 0, 0, with(fault.Killed, harness.Spawner), ""},
 	{3, "spawner-hung", aDaemon, 0.02, 1.4, with(fault.Hung, harness.Spawner), ""},
+	{3, "all-killed", aDaemon, 0, 0, just(fault.AllKilled), ""},
 	{3, "suspend-briefly", aDaemon, 0.01, 0.08, suspended, ""}, // for less than the margin
 	{2, "suspend", aDaemon, 1, 1.5, suspended, ""},
 	{5, "stop", aDaemon, 0, 0, just(fault.Stop), ""},

@@ -6,7 +6,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -52,6 +54,7 @@ type candidate struct {
 	run  *run
 	// machine is where it runs. Each life of its daemon has a copy.
 	machine *harness.Machine
+	state   string // the directory of its state file
 	next    func() (words []string, pause time.Duration) // see behaviours
 	writes  func() bool                                  // see writes
 
@@ -118,9 +121,21 @@ func (r *run) open(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		c.machine.Fresh = true
 		r.candidates = append(r.candidates, c)
+		if c.state, err = c.machine.StateDir(c.uid()); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// uid is the user that runs its daemon.
+func (c *candidate) uid() uint32 {
+	if c.root {
+		return 0
+	}
+	return nobody
 }
 
 // copyPrograms copies what is under test, so that building it anew does not change it in the middle
@@ -149,6 +164,7 @@ func (r *run) close() {
 	}
 	for _, c := range r.candidates {
 		c.machine.Node.Close()
+		_ = os.RemoveAll(c.state)
 	}
 	if r.witness != nil {
 		r.witness.Close()
@@ -179,9 +195,8 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 		cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String(),
 			"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug",
 			store.LogVariable+"="+r.storeLog)
-		if !c.root {
-			cfg.UID = nobody
-		}
+		cfg.UID = c.uid()
+		cfg.Env = append(cfg.Env, "LEASEHOLD_STATE_DIR="+c.state)
 		return nil
 	})
 	if err != nil {
@@ -364,8 +379,10 @@ func (r *run) finish(ctx context.Context) error {
 	}
 	err := harness.Until(ctx, func() error {
 		for _, c := range r.candidates {
-			if below := c.machine.Cgroup.Children(); len(below) > 0 {
-				return fmt.Errorf("candidate %s has left cgroups: %q", c.name, below)
+			for _, path := range c.machine.Cgroup.Children() {
+				if strings.HasPrefix(filepath.Base(path), "leasehold-") {
+					return fmt.Errorf("candidate %s has left the cgroup %s", c.name, path)
+				}
 			}
 		}
 		if name := r.check.leading(); name != "" {
