@@ -54,7 +54,7 @@ type candidate struct {
 	run  *run
 	// machine is where it runs. Each life of its daemon has a copy.
 	machine *harness.Machine
-	state   string // the directory of its state file
+	state   string                                       // the directory of its state file
 	next    func() (words []string, pause time.Duration) // see behaviours
 	writes  func() bool                                  // see writes
 
