@@ -8,14 +8,14 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"leasehold/e2e/harness"
 )
@@ -67,12 +67,45 @@ func (tr *trial) sameJob(job harness.Life) {
 	}
 }
 
-// TestReplaced: an elector that is killed or hangs is replaced. The leader's job runs on in the
-// same term, under the same lease, and the standby keeps its place.
+// outOfMemory has the kernel kill a candidate's elector for its memory.
+func (tr *trial) outOfMemory(c *candidate) {
+	tr.Helper()
+	dir, err := os.MkdirTemp("/sys/fs/cgroup/memory", "e2e-")
+	tr.must(err)
+	tr.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), waitTimeout)
+		defer cancel()
+		if err := harness.Until(ctx, func() error { return os.Remove(dir) }); err != nil {
+			tr.Error(err)
+		}
+	})
+	write := func(file, text string) {
+		tr.must(os.WriteFile(filepath.Join(dir, file), []byte(text), 0))
+	}
+	write("memory.limit_in_bytes", "64k") // for what it asks for from now on
+	elector, err := c.Elector()
+	tr.must(err)
+	write("cgroup.procs", strconv.Itoa(elector))
+}
+
+// TestReplaced: an elector that is killed, crashes or hangs is replaced. The leader's job runs on
+// in the same term, under the same lease, and the standby keeps its place.
 func TestReplaced(t *testing.T) {
+	signalled := func(sig syscall.Signal) func(*trial, *candidate) {
+		return func(tr *trial, c *candidate) { tr.must(c.signalElector(sig)) }
+	}
+	ways := []struct {
+		name string
+		lose func(*trial, *candidate)
+	}{
+		{"killed", signalled(syscall.SIGKILL)},
+		{"hung", signalled(syscall.SIGSTOP)},
+		{"crashed", signalled(syscall.SIGABRT)}, // it writes the stacks of all goroutines first
+		{"out of memory", (*trial).outOfMemory},
+	}
 	for _, u := range users() {
-		for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP} {
-			t.Run(u.name+"/"+unix.SignalName(sig), func(t *testing.T) {
+		for _, way := range ways {
+			t.Run(u.name+"/"+way.name, func(t *testing.T) {
 				t.Parallel()
 				tr := newTrial(t, u, harness.ClusterConfig{})
 				tr.ttl = 5 * time.Second
@@ -82,7 +115,7 @@ func TestReplaced(t *testing.T) {
 				before, queue := tr.status(leader), tr.queue()
 				for _, c := range []*candidate{leader, standby} {
 					began := time.Now()
-					tr.must(c.signalElector(sig))
+					way.lose(tr, c)
 					tr.waitReplaced(c, 1)
 					tr.waitRenewals(c, 2)
 					t.Logf("the elector of %s is replaced, and has renewed twice, after %v",
