@@ -42,7 +42,7 @@ type lease struct {
 	// created is the create revision of our key from confirmFrom on, else 0.
 	created int64
 	// raftTerm is the raft term of the renewal that counted last. 0: it needs no confirmation,
-	// because a majority of etcd granted the lease.
+	// because a majority of etcd granted the lease, or because a read has confirmed it.
 	raftTerm atomic.Uint64
 	// demands asks for a renewal that is sent after the demand.
 	demands chan demand
@@ -143,13 +143,17 @@ func (l *lease) renewNow(ctx context.Context) <-chan struct{} {
 	return done
 }
 
-// confirmFrom says that we lead, or verify whether we do, with this create revision of our key.
-// From its return on, a renewal counts only after a read that shows the key.
+// confirmFrom says that we lead, verify whether we do, or are the next in line, with this create
+// revision of our key. From its return on, a renewal counts only after a read that shows the key.
 func (l *lease) confirmFrom(created int64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.created = created
 }
+
+// isConfirmed reports whether the renewal that counted last needs no further confirmation. From the
+// return of confirmFrom on, this stays so: the deadlines move only by renewals that are confirmed.
+func (l *lease) isConfirmed() bool { return l.raftTerm.Load() == 0 }
 
 // countAlone counts a renewal that no read has to confirm. For any other it returns the create
 // revision that the read must show.
@@ -363,6 +367,7 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 		l.cfg.metrics.renewals.WithLabelValues(renewalUnconfirmed).Inc()
 		l.next, l.prefer = now, a.endpoint
 	case a.confirming:
+		this.renewal.raftTerm = 0 // confirmed
 		l.count(now, a.endpoint, this.sent, this.renewal)
 	default:
 		if created := l.countAlone(now, a); created != 0 {

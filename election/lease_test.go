@@ -224,10 +224,14 @@ func TestLease_RenewsEveryInterval(t *testing.T) {
 		if l.endpoints[0].reads != 3 {
 			t.Errorf("%d confirming reads of 3 renewals", l.endpoints[0].reads)
 		}
+		if !l.isConfirmed() {
+			t.Error("the last renewal is not confirmed")
+		}
 	})
 }
 
-// A standby has nothing to lose: what it knows is confirmed by the read that tells it to lead.
+// Most standbys have nothing to lose: what they know is confirmed by the read that tells them to
+// lead.
 func TestLease_OfAStandbyIsNotConfirmed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newTestLease(t, 0, refuse, good(3))
@@ -238,6 +242,15 @@ func TestLease_OfAStandbyIsNotConfirmed(t *testing.T) {
 		}
 		if term := l.raftTerm.Load(); term != 3 {
 			t.Errorf("raft term %d, want that of the last renewal", term)
+		}
+		l.confirmFrom(7) // the next in line
+		l.endpoints[1].show = shows(7, 3)
+		if l.isConfirmed() {
+			t.Error("the last renewal is confirmed by none")
+		}
+		l.pass(7 * time.Second)
+		if !l.isConfirmed() {
+			t.Error("the next renewal is not confirmed")
 		}
 	})
 }

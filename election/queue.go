@@ -19,6 +19,7 @@ type view struct {
 	watched bool        // the watch is open: our key can be put
 	head    *queueEntry // whoever is first, leader or blocker
 	own     *queueEntry // nil until we know who is ahead of us
+	ahead   int         // how many keys are, if own is known
 	blocker *Blocker    // the first one ahead of our own key
 }
 
@@ -47,6 +48,7 @@ type queue struct {
 	// puts has room for one: our key has been put.
 	puts chan struct{}
 	// first is closed once no key is ahead of ours. That is final: keys made later are behind us.
+	// If our key was lost before that, lost has been called by then.
 	first chan struct{}
 
 	mu       sync.Mutex
@@ -251,7 +253,7 @@ func (q *queue) view() (view, error) {
 	defer q.mu.Unlock()
 	v := view{watched: q.watched}
 	if own, ok := q.entries[q.cfg.own]; ok {
-		v.own = &own
+		v.own, v.ahead = &own, len(q.entries)-1
 	}
 	var head, ahead queueEntry
 	for _, e := range q.entries {

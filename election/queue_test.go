@@ -94,8 +94,14 @@ func TestQueue_View(t *testing.T) {
 		t.Error("an old deletion counts against a key that was made anew")
 	}
 	q.apply(del("e/9", 11))
+	if v, _ = q.view(); v.isNext() {
+		t.Errorf("two keys ahead: %+v", v)
+	}
 	q.apply(del("e/hand", 12))
 	v, _ = q.view()
+	if !v.isNext() {
+		t.Errorf("one key ahead: %+v", v)
+	}
 	if l := v.leader(); l != nil || v.blocker == nil || v.blocker.Key != "e/n/b" ||
 		!strings.Contains(v.blocker.Why, "'e/n'") {
 		t.Errorf("leader %+v, blocker %+v", l, v.blocker)

@@ -49,6 +49,9 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 		if s.triesOnce() && v.isBehind() {
 			return 0, v.notElected()
 		}
+		if v.isNext() {
+			s.lease.confirmFrom(s.created.Load())
+		}
 		s.show(v, trouble)
 		if v.blocker != nil && v.blocker.Key != warned {
 			warned = v.blocker.Key
@@ -130,6 +133,9 @@ func (s *session) waitOver(v view, trouble error) error {
 // isBehind reports whether a key is ahead of ours.
 func (v view) isBehind() bool { return v.own != nil && v.head.key != v.own.key }
 
+// isNext reports whether only one key is ahead of ours, or none.
+func (v view) isNext() bool { return v.own != nil && v.ahead <= 1 }
+
 // notElected returns who or what is ahead.
 func (v view) notElected() error {
 	if v.blocker != nil {
@@ -148,8 +154,9 @@ func (s *session) waitForTurn(ctx context.Context, election *concurrency.Electio
 	return election.Campaign(clientv3.WithRequireLeader(ctx), s.cfg.Identity)
 }
 
-// campaign puts our key, waits until no key is ahead of it, and verifies that. It returns our key's
-// create revision when we have won, or 0 when we have lost the key or ctx has ended.
+// campaign puts our key, waits until no key is ahead of it, and verifies that, unless that is known
+// already. It returns our key's create revision when we have won, or 0 when we have lost the key or
+// ctx has ended.
 func (s *session) campaign(
 	ctx context.Context, election *concurrency.Election, renewNext func(),
 ) (created int64) {
@@ -174,6 +181,10 @@ func (s *session) campaign(
 		wait.sleep(ctx)
 	}
 	s.lease.confirmFrom(s.created.Load())
+	if s.startsEarly() {
+		renewNext()
+		return s.created.Load()
+	}
 	for ctx.Err() == nil {
 		got, err := s.verifyFirst(ctx, renewNext)
 		switch {
@@ -190,6 +201,22 @@ func (s *session) campaign(
 		pause(ctx, s.timing.repeatAfter())
 	}
 	return 0
+}
+
+// startsEarly reports whether the queue alone proves that we lead, so that nothing has to be read.
+// It has shown that no key is ahead of ours, and it shows the loss of our key no later than what
+// has happened after that. So our key was the oldest one, and still is: it goes with its lease, and
+// that holds if the last renewal is confirmed. docs/safety.md has the whole argument.
+//
+// It must be called after confirmFrom, and after the queue has shown that.
+func (s *session) startsEarly() bool {
+	return s.lease.isConfirmed() && s.isFresh() && !s.isLost()
+}
+
+// isFresh reports whether the last renewal that counts is recent.
+func (s *session) isFresh() bool {
+	sent := s.state.get().Deadlines.End - s.timing.TTL
+	return s.cfg.Now() < sent+s.timing.RenewInterval()*3/2
 }
 
 // verification is what a linearizable read shows of our key.
@@ -210,8 +237,7 @@ type verification struct {
 func (s *session) verifyFirst(ctx context.Context, renewNext func()) (verification, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
-	sent := s.state.get().Deadlines.End - s.timing.TTL // the last renewal that counts
-	fresh := s.cfg.Now() < sent+s.timing.RenewInterval()*3/2
+	fresh := s.isFresh()
 	var renewed <-chan struct{}
 	if !fresh {
 		renewed = s.lease.renewNow(ctx)

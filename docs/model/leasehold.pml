@@ -25,10 +25,10 @@
  * - The read that confirms a leader's renewal, and its counting, for the same reason.
  * - A former leader's acknowledgement of a leader's renewal, and the read that refuses it.
  *
- * -DEARLY_START is a change that the daemon does not have yet. A standby whose last renewal is
- * confirmed, as a leader's is, starts when its watch shows that nobody is ahead, without another
- * read. The first in the queue need not know yet that it is the first. From then on people treat it
- * as a leader.
+ * -DEARLY_START is what the daemon does if it can: a standby whose last renewal is confirmed, as a
+ * leader's is, starts when its watch shows that nobody is ahead, without another read. The first in
+ * the queue need not know yet that it is the first. From then on people treat it as a leader.
+ * Without -DEARLY_START each win is proven by the read.
  *
  * There is no bound on the number of leases, terms, renewals, faults, or etcd's leaders.
  *
