@@ -21,8 +21,9 @@ type checker struct {
 	recovery   time.Duration
 }
 
-// action is what an operator did to a candidate. It excuses the job of that candidate, for as long
-// as the job can live by its last renewal.
+// action is what an operator did to a candidate whose key was the oldest. It excuses the job of
+// that candidate, for as long as the job can live by its last renewal. The job may be started after
+// it: a candidate that has won learns of that later.
 type action struct {
 	lease int64 // the candidate's
 	deed  deed
@@ -38,10 +39,6 @@ const (
 	leaseRevoked deed = "lease revoked"
 )
 
-// winOnItsWay is how long after an action a job may still be started, by a win that was proven
-// before.
-const winOnItsWay = 5 * time.Second / 2
-
 func (c *checker) did(lease int64, what deed) {
 	c.actions = append(c.actions, action{lease, what, c.w.now()})
 }
@@ -50,7 +47,7 @@ func (c *checker) did(lease int64, what deed) {
 func (c *checker) excused(j *job, by ...deed) bool {
 	return slices.ContainsFunc(c.actions, func(a action) bool {
 		return a.lease == j.lease && slices.Contains(by, a.deed) &&
-			j.startedAt < a.at+winOnItsWay && c.w.now() <= a.at+c.w.s.TTL
+			c.w.now() <= a.at+c.w.s.TTL
 	})
 }
 
@@ -64,7 +61,6 @@ func (c *checker) violation(format string, args ...any) {
 // its term.
 func (c *checker) started(j, before *job) {
 	c.terms++
-	j.startedAt = c.w.now()
 	j.d.note("job %d starts, lease %x", j.token, j.lease)
 	again := before != nil && before.token == j.token && before.lease == j.lease
 	rises := j.token > c.token || again && j.token == c.token

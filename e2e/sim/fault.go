@@ -63,6 +63,7 @@ func init() {
 			bringBack((*simetcd.Cluster).Heal),
 		},
 		"member-lags":        {3, 1.5, lagMember, unlagMember},
+		"events-missed":      {5, 0, missEvents, nil},
 		"compacted":          {2, 0, func(w *world, _ *Fault) { w.cluster.Compact() }, nil},
 		"link-down":          {5, 1.6, downLink, upLink},
 		"link-lossy":         {4, 2, lossyLink, upLink},
@@ -206,18 +207,19 @@ func without(member int) []int {
 }
 
 // staleWin pauses etcd's leader as pauseLeader does. When it goes on, it is the only member that
-// the first standby's requests reach, so it acknowledges that standby's renewal. Then the leader's
-// key is deleted, which the standby hears from any member. In half of the cases no request of the
-// standby arrives any more. In the others the member has heard of its successor by then, and the
-// standby's requests reach it for a moment: perhaps the read of its win, and not the next renewal.
+// a standby's requests reach, so it acknowledges that standby's renewal. The standby is the next in
+// line, which lets no such renewal count, or the one behind it. Then all keys ahead are deleted,
+// which the standby hears from any member. In half of the cases no request of the standby arrives
+// any more. In the others the member has heard of its successor by then, and the standby's requests
+// reach it for a moment: perhaps the read of its win, and not the next renewal.
 func staleWin(w *world, f *Fault) {
 	pauseLeader(w, f)
 	w.later(max(0, f.Lasts-w.s.TTL/5), func() {
-		queue := w.queue()
-		if len(queue) < 2 {
+		queue, place := w.queue(), 1+f.Daemon&1
+		if len(queue) <= place {
 			return
 		}
-		leads, next, m := queue[0], w.daemons[queue[1]], w.member(f)
+		next, m := w.daemons[queue[place]], w.member(f)
 		part, lost := math.Mod(2*f.Level, 1), &link{requestsLost: 1}
 		w.network.set(next.name, without(m), lost)
 		resumed := min(f.Lasts, w.s.TTL/5)
@@ -229,10 +231,32 @@ func staleWin(w *world, f *Fault) {
 			w.linkLater(won, next, []int{m}, slow)
 			cut = won + time.Duration(math.Mod(100*f.Level, 1)*float64(w.s.TTL)/10)
 		}
-		w.later(won, func() { deleteKey(w, &Fault{Daemon: leads}) })
+		w.later(won, func() {
+			for ahead := place - 1; ahead >= 0; ahead-- {
+				deleteKey(w, &Fault{Daemon: queue[ahead]})
+			}
+		})
 		w.linkLater(cut, next, []int{m}, lost)
 		w.linkLater(won+w.s.TTL*3/2, next, []int{1, 2, 3}, nil)
 	})
+}
+
+// missEvents breaks the connections of the next in line. Before it is back, its key is deleted, and
+// then the leader's. It hears of both in one message, or by a read, if etcd has compacted the
+// events.
+func missEvents(w *world, f *Fault) {
+	queue := w.queue()
+	if len(queue) < 2 {
+		return
+	}
+	for m := range 3 {
+		resetLink(w, &Fault{Daemon: queue[1], Members: []int{m + 1}})
+	}
+	deleteKey(w, &Fault{Daemon: queue[1]})
+	deleteKey(w, &Fault{Daemon: queue[0]})
+	if f.Level < 0.5 {
+		w.cluster.Compact()
+	}
 }
 
 // queue returns the numbers of the daemons that have a key, the leader's first.

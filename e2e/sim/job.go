@@ -17,8 +17,6 @@ type job struct {
 	lease int64
 	key   string
 
-	startedAt time.Duration // by the world's clock
-
 	deadlines elect.Deadlines // by the daemon's clock
 	graceEnd  time.Duration   // the same
 	stopTakes time.Duration   // from the stop signal to the exit

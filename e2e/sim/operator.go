@@ -10,7 +10,8 @@ import (
 	elect "leasehold/election"
 )
 
-// operate lets an operator do something to the lease or key of the fault's daemon.
+// operate lets an operator do something to the lease or key of the fault's daemon. That excuses
+// what follows only if the daemon has a job, or the oldest key: nobody else can lead by it.
 func (w *world) operate(f *Fault, do func(lease int64, key string) bool, excuse ...deed) {
 	d := w.daemon(f)
 	w.mu.Lock()
@@ -19,12 +20,22 @@ func (w *world) operate(f *Fault, do func(lease int64, key string) bool, excuse 
 	if lease == 0 {
 		return
 	}
+	leads := w.isFirst(keyOf(lease)) || d.job != nil && d.job.lease == lease && d.job.alive()
 	if do(lease, keyOf(lease)) {
 		w.note("oper", "done to the lease %x of %s", lease, d.name)
 		for _, what := range excuse {
-			w.check.did(lease, what)
+			if leads {
+				w.check.did(lease, what)
+			}
 		}
 	}
+}
+
+// isFirst reports whether the key is the oldest one.
+func (w *world) isFirst(key string) bool {
+	created := w.cluster.Created(key)
+	return created != 0 && !slices.ContainsFunc(w.cluster.Keys(election+"/"),
+		func(other string) bool { return w.cluster.Created(other) < created })
 }
 
 func keyOf(lease int64) string { return fmt.Sprintf("%s/%x", election, lease) }
