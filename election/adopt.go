@@ -6,7 +6,8 @@ import (
 	"math"
 )
 
-// unconfirmed is a raft term that no read has: we know of no renewal that counts.
+// unconfirmed is a raft term that no read has: we know of no renewal that counts, or not by which
+// of etcd's leaders it was made.
 const unconfirmed = math.MaxUint64
 
 // adopt makes the session one with the lease and the key of a process before this one, and returns

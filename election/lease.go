@@ -41,7 +41,7 @@ type lease struct {
 	mu sync.Mutex
 	// created is the create revision of our key from confirmFrom on, else 0.
 	created int64
-	// raftTerm is the raft term of the renewal that counted last. 0: it needs no confirmation,
+	// raftTerm is that of the renewal that counted last. 0: it needs no confirmation,
 	// because a majority of etcd granted the lease, or because a read has confirmed it.
 	raftTerm atomic.Uint64
 	// demands asks for a renewal that is sent after the demand.

@@ -243,8 +243,8 @@ func TestLease_OfAStandbyIsNotConfirmed(t *testing.T) {
 		if term := l.raftTerm.Load(); term != 3 {
 			t.Errorf("raft term %d, want that of the last renewal", term)
 		}
-		l.confirmFrom(7) // the next in line
 		l.endpoints[1].show = shows(7, 3)
+		l.confirmFrom(7) // the next in line
 		if l.isConfirmed() {
 			t.Error("the last renewal is confirmed by none")
 		}

@@ -1,11 +1,13 @@
 package election
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -22,6 +24,8 @@ type member struct {
 	number   int   // of the member among those of the host
 	dial     func(more ...grpc.DialOption) (*clientv3.Client, error)
 	auth     *auth // shared by all members; nil: none
+	// connections counts how often one was made, or tried to be.
+	connections atomic.Int64
 
 	mu     sync.Mutex
 	client *clientv3.Client
@@ -99,7 +103,7 @@ func (m *member) renew(ctx context.Context, id int64) (renewal, error) {
 		}
 		r = renewal{
 			ttl:      time.Duration(resp.TTL) * time.Second,
-			raftTerm: resp.GetHeader().GetRaftTerm(),
+			raftTerm: cmp.Or(resp.GetHeader().GetRaftTerm(), unconfirmed),
 		}
 		return nil
 	})

@@ -86,7 +86,7 @@ func (ms *members) add(
 		}),
 		// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
-		grpc.WithTransportCredentials(transport),
+		grpc.WithTransportCredentials(counted{transport, &m.connections}),
 	}
 	switch {
 	case h != nil:

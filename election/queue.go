@@ -48,7 +48,7 @@ type queue struct {
 	// puts has room for one: our key has been put.
 	puts chan struct{}
 	// first is closed once no key is ahead of ours. That is final: keys made later are behind us.
-	// If our key was lost before that, lost has been called by then.
+	// If our key was lost before that, lost has been called by then, unless proven is false.
 	first chan struct{}
 
 	mu       sync.Mutex
@@ -56,6 +56,7 @@ type queue struct {
 	created  int64                 // our key's create revision; 0: not put yet
 	entries  map[string]queueEntry // our key and all keys ahead of it; nil: not read yet
 	revision int64                 // at which entries were read
+	proven   bool                  // when first is closed: no deletion can have been missed
 	err      error                 // why it is not being watched, or not read
 	conn     *watchConn            // the watch that is open, or the last one
 }
@@ -189,8 +190,17 @@ func (q *queue) waitUntilFirst(ctx context.Context) error {
 	}
 }
 
-// signalFirst wakes waitUntilFirst if no key is ahead of ours. q.mu is held.
-func (q *queue) signalFirst() {
+// isProven reports whether it is certain that no key is ahead of ours, and that ours was there when
+// the last one went. It is asked when waitUntilFirst has returned.
+func (q *queue) isProven() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.proven
+}
+
+// signalFirst wakes waitUntilFirst if no key is ahead of ours. complete: no deletion was missed.
+// q.mu is held.
+func (q *queue) signalFirst(complete bool) {
 	own, ok := q.entries[q.cfg.own]
 	if !ok || own.created != q.created || len(q.entries) > 1 {
 		return
@@ -198,6 +208,7 @@ func (q *queue) signalFirst() {
 	select {
 	case <-q.first:
 	default:
+		q.proven = complete
 		close(q.first)
 	}
 }
@@ -219,11 +230,11 @@ func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	}
 	poke(q.changed)
 	// Last: on one CPU the goroutine that is woken last runs first, and the job is waiting.
-	q.signalFirst()
+	q.signalFirst(true)
 }
 
-// apply removes the keys whose deletion the watch shows.
-func (q *queue) apply(events []*clientv3.Event) {
+// apply removes the keys whose deletion the watch shows. complete: it shows all deletions.
+func (q *queue) apply(events []*clientv3.Event, complete bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for _, event := range events {
@@ -237,7 +248,7 @@ func (q *queue) apply(events []*clientv3.Event) {
 			poke(q.changed)
 		}
 	}
-	q.signalFirst()
+	q.signalFirst(complete)
 }
 
 // suspect moves the watch to another member, if that member serves it.

@@ -38,21 +38,22 @@ func TestQueue_OwnKey(t *testing.T) {
 		q.put(6)
 		q.setAhead(append(keys, kv("e/9", 3, 9)), 9)
 	}
+	seen := func(q *queue, events []*clientv3.Event) { q.apply(events, true) }
 	own, gone := kv("e/a", 6, 10), del("e/a", 10)
 	others := append(del("e/9", 10), del("e/b", 11)...)
 	for name, test := range map[string]struct {
 		act  func(*queue)
 		lost bool
 	}{
-		"not there yet":               {func(q *queue) { q.apply(del("e/9", 6)) }, false},
+		"not there yet":               {func(q *queue) { seen(q, del("e/9", 6)) }, false},
 		"put":                         {func(q *queue) { ranked(q, own) }, false},
 		"put and deleted before read": {func(q *queue) { ranked(q) }, true},
 		"put, deleted and made anew":  {func(q *queue) { ranked(q, kv("e/a", 8, 10)) }, true},
-		"deleted":                     {func(q *queue) { ranked(q, own); q.apply(gone) }, true},
-		"deleted before ranked":       {func(q *queue) { q.put(6); q.apply(del("e/a", 7)) }, true},
+		"deleted":                     {func(q *queue) { ranked(q, own); seen(q, gone) }, true},
+		"deleted before ranked":       {func(q *queue) { q.put(6); seen(q, del("e/a", 7)) }, true},
 		"read again":                  {func(q *queue) { ranked(q, own); ranked(q, own) }, false},
 		"gone, seen late":             {func(q *queue) { ranked(q, own); ranked(q) }, true},
-		"others deleted":              {func(q *queue) { ranked(q, own); q.apply(others) }, false},
+		"others deleted":              {func(q *queue) { ranked(q, own); seen(q, others) }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			lost := false
@@ -89,15 +90,15 @@ func TestQueue_View(t *testing.T) {
 		t.Errorf("blocker %+v", v.blocker)
 	}
 	// What the watch tells late of a time before the read is known already.
-	q.apply(del("e/9", 2))
+	q.apply(del("e/9", 2), true)
 	if v, _ = q.view(); v.leader() == nil {
 		t.Error("an old deletion counts against a key that was made anew")
 	}
-	q.apply(del("e/9", 11))
+	q.apply(del("e/9", 11), true)
 	if v, _ = q.view(); v.isNext() {
 		t.Errorf("two keys ahead: %+v", v)
 	}
-	q.apply(del("e/hand", 12))
+	q.apply(del("e/hand", 12), true)
 	v, _ = q.view()
 	if !v.isNext() {
 		t.Errorf("one key ahead: %+v", v)
@@ -106,7 +107,7 @@ func TestQueue_View(t *testing.T) {
 		!strings.Contains(v.blocker.Why, "'e/n'") {
 		t.Errorf("leader %+v, blocker %+v", l, v.blocker)
 	}
-	q.apply(del("e/n/b", 13))
+	q.apply(del("e/n/b", 13), true)
 	if v, _ = q.view(); v.leader().Key != "e/a" || v.blocker != nil {
 		t.Errorf("view %+v", v)
 	}
@@ -161,9 +162,9 @@ func TestQueue_First(t *testing.T) {
 	expect(false, "not read")
 	q.setAhead([]*mvccpb.KeyValue{kv("e/9", 3, 9), kv("e/7", 6, 7), kv("e/a", 8, 10)}, 10)
 	expect(false, "two ahead")
-	q.apply(del("e/7", 11))
+	q.apply(del("e/7", 11), true)
 	expect(false, "one ahead")
-	q.apply(del("e/9", 12))
+	q.apply(del("e/9", 12), true)
 	expect(true, "none ahead")
 	q.setAhead([]*mvccpb.KeyValue{kv("e/a", 8, 10)}, 13)
 	expect(true, "read again")

@@ -204,13 +204,13 @@ func (s *session) campaign(
 }
 
 // startsEarly reports whether the queue alone proves that we lead, so that nothing has to be read.
-// It has shown that no key is ahead of ours, and it shows the loss of our key no later than what
-// has happened after that. So our key was the oldest one, and still is: it goes with its lease, and
-// that holds if the last renewal is confirmed. docs/safety.md has the whole argument.
+// It has shown that no key is ahead of ours. If it is proven, it shows the loss of our key no later
+// than what has happened after that. So our key was the oldest one, and still is: it goes with its
+// lease, and that holds if the last renewal is confirmed. docs/safety.md has the whole argument.
 //
 // It must be called after confirmFrom, and after the queue has shown that.
 func (s *session) startsEarly() bool {
-	return s.lease.isConfirmed() && s.isFresh() && !s.isLost()
+	return s.queue.isProven() && s.lease.isConfirmed() && s.isFresh() && !s.isLost()
 }
 
 // isFresh reports whether the last renewal that counts is recent.

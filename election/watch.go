@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -23,6 +24,7 @@ var (
 type watchConn struct {
 	queue    *queue
 	member   *member
+	client   *clientv3.Client // of the member
 	watcher  clientv3.Watcher
 	events   clientv3.WatchChan
 	interval time.Duration // of the tick; both halves of the liveness check take one
@@ -30,6 +32,9 @@ type watchConn struct {
 	seen       int64 // the latest revision that the member has reported
 	unanswered int   // ticks since its last answer
 	behind     bool  // our key has been put, and who is ahead of it could not be read
+	// complete is the number of the connection whose member is known to show all deletions; 0: it
+	// is not known; incomplete: it may have missed one.
+	complete atomic.Int64
 
 	looked  time.Duration   // when the first key was last read, once in a TTL
 	look    chan queueEntry // the result of such a read, while one is under way; else nil
@@ -51,11 +56,13 @@ func (q *queue) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	w.member, w.watcher, w.seen = from, clientv3.NewWatcher(client), answer.Header.Revision
+	w.member, w.client, w.watcher = from, client, clientv3.NewWatcher(client)
+	w.seen = answer.Header.Revision
 	defer q.cfg.members.closing.Go(func() { _ = w.watcher.Close() })
 	defer w.looking.Wait()
 	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
+	w.looking.Go(func() { w.askVersion(wctx) }) // meanwhile
 	// Watch returns when the member has answered. So what we read after that is at least as new as
 	// the beginning of the watch.
 	answered := time.AfterFunc(w.interval, cancel)
@@ -104,7 +111,7 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 				return fmt.Errorf("watch the queue: %w", err)
 			}
 			w.unanswered, w.seen = 0, max(w.seen, resp.Header.Revision)
-			q.apply(resp.Events)
+			q.apply(resp.Events, w.isComplete())
 		case <-tick.C:
 			if err := w.tick(ctx, wctx); err != nil {
 				return err
@@ -136,10 +143,11 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 	case w.behind:
 		w.load(ctx)
 	case w.look == nil && q.cfg.now()-w.looked > q.cfg.timing.TTL:
-		// In a goroutine of its own: the watch must not wait for it.
+		// In goroutines of their own: the watch must not wait for them.
 		found := make(chan queueEntry, 1)
 		w.look = found
 		w.looking.Go(func() { found <- q.lookAtHead(wctx, w.interval) })
+		w.looking.Go(func() { w.askVersion(wctx) })
 	}
 	q.heartbeat()
 	if w.unanswered++; w.unanswered > 1 {
@@ -174,7 +182,8 @@ func (w *watchConn) isUpToDate(ctx context.Context) bool {
 
 // lookAtHead reads the first key and our own, over all members. The leader may have given its key
 // another value. And anybody may have written to either key without its lease: such a key never
-// goes by itself. The watch shows neither, because it shows only deletions.
+// goes by itself. The watch shows neither, because it shows only deletions. (Old versions of etcd
+// do not even show all of these.)
 //
 // If the first key is gone, lookAtHead returns its entry. The watch should show the deletion by the
 // next tick. If it does not, its member lags behind the others although it answers. A read that
@@ -204,13 +213,17 @@ func (q *queue) lookAtHead(ctx context.Context, timeout time.Duration) (gone que
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(got.own) > 0 && got.own[0].CreateRevision == q.created &&
-		!newQueueEntry(q.cfg.prefix, got.own[0]).candidate {
+	switch {
+	case got.header.Revision < q.revision: // an old etcd may show the past
+		return queueEntry{}
+	case len(got.own) == 0 || got.own[0].CreateRevision != q.created:
+		q.cfg.lost(ErrKeyDeleted)
+	case !newQueueEntry(q.cfg.prefix, got.own[0]).candidate:
 		q.cfg.lost(ErrKeyOverwritten)
 	}
 	now, there := q.entries[v.head.key]
 	switch {
-	case !there || now.created != v.head.created || got.header.Revision < q.revision:
+	case !there || now.created != v.head.created:
 		return queueEntry{}
 	case len(got.head) == 0 || got.head[0].CreateRevision != now.created:
 		return now

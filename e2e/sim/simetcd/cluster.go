@@ -1,5 +1,6 @@
 // Package simetcd simulates a cluster of etcd in memory, for a testing/synctest bubble. It serves
-// the gRPC services that package election and etcd's package concurrency use: KV, Lease and Watch.
+// the gRPC services that package election and etcd's package concurrency use: KV, Lease, Watch, and
+// Maintenance's version.
 //
 // # What is real
 //
@@ -66,6 +67,8 @@ type Config struct {
 	Hear time.Duration
 	// Latency bounds the time that a message travels. 0: the constant Latency.
 	Latency time.Duration
+	// Version is what each member says is its own. "": 3.7.3.
+	Version string
 	// Rate is the rate of a member's clock, by which leases expire: 1.01 runs fast. nil: all 1.
 	Rate func(member int) float64
 	// Network decides about a message. method is gRPC's full method name, or Connect. nil: all
@@ -141,6 +144,7 @@ func New(cfg Config) *Cluster {
 	cfg.Members = cmp.Or(cfg.Members, 3)
 	cfg.Hear = cmp.Or(cfg.Hear, 20*time.Millisecond)
 	cfg.Latency = cmp.Or(cfg.Latency, Latency)
+	cfg.Version = cmp.Or(cfg.Version, "3.7.3")
 	if cfg.Log == nil {
 		cfg.Log = func(string, ...any) {}
 	}

@@ -18,6 +18,7 @@ func (m *member) serve() {
 	pb.RegisterKVServer(m.server, kvServer{member: m})
 	pb.RegisterLeaseServer(m.server, leaseServer{member: m})
 	pb.RegisterWatchServer(m.server, watchServer{member: m})
+	pb.RegisterMaintenanceServer(m.server, maintenanceServer{member: m})
 	go func() { _ = m.server.Serve(l) }()
 }
 
@@ -128,6 +129,22 @@ func (m *member) read(ctx context.Context, serializable bool, show func() error)
 		}
 		return true, show()
 	})
+}
+
+type maintenanceServer struct {
+	pb.UnimplementedMaintenanceServer
+	*member
+}
+
+// Status tells the version, and nothing else. It needs no leader.
+func (s maintenanceServer) Status(
+	ctx context.Context, _ *pb.StatusRequest,
+) (resp *pb.StatusResponse, err error) {
+	err = s.read(ctx, true, func() error {
+		resp = &pb.StatusResponse{Header: s.header(0), Version: s.c.cfg.Version}
+		return nil
+	})
+	return resp, err
 }
 
 type kvServer struct {
