@@ -23,7 +23,7 @@ type checker struct {
 
 // action is what an operator did to a candidate whose key was the oldest. It excuses the job of
 // that candidate, for as long as the job can live by its last renewal. The job may be started after
-// it: a candidate that has won learns of that later.
+// it, because the candidate learns of it later, but not long after it: see lateStart.
 type action struct {
 	lease int64 // the candidate's
 	deed  deed
@@ -39,16 +39,35 @@ const (
 	leaseRevoked deed = "lease revoked"
 )
 
-func (c *checker) did(lease int64, what deed) {
-	c.actions = append(c.actions, action{lease, what, c.w.now()})
+// did notes what was done to the lease or the key of a candidate that leads, as far as etcd knows.
+// What is done to the same candidate after that counts from the same moment.
+func (c *checker) did(lease int64, leads bool, what deed) {
+	at := c.w.now()
+	for _, a := range c.actions {
+		if a.lease == lease {
+			at, leads = a.at, true
+			break
+		}
+	}
+	if leads {
+		c.actions = append(c.actions, action{lease, what, at})
+	}
 }
 
 // excused reports whether such an action is the reason for what happens to the job now.
 func (c *checker) excused(j *job, by ...deed) bool {
 	return slices.ContainsFunc(c.actions, func(a action) bool {
 		return a.lease == j.lease && slices.Contains(by, a.deed) &&
-			c.w.now() <= a.at+c.w.s.TTL
+			j.started <= a.at+c.lateStart() && c.w.now() <= a.at+c.w.s.TTL
 	})
+}
+
+// lateStart is how long after it has lost its key a candidate may start a job. A candidate that
+// starts early has had a renewal confirmed within one and a half intervals, so its key was there
+// then. Any other has read its key in a request that took 2.5 s at most. The rest is for clocks and
+// for messages that travel.
+func (c *checker) lateStart() time.Duration {
+	return max(c.w.s.TTL*3/10, 2500*time.Millisecond) + 100*time.Millisecond
 }
 
 func (c *checker) violation(format string, args ...any) {
@@ -223,7 +242,7 @@ func (c *checker) deleteStandby(leads *job, from int) {
 func (c *checker) deleteLeader(leads *job) {
 	c.w.mu.Lock()
 	c.w.note("oper", "deletes the key of %s, which leads", leads.d.name)
-	c.did(leads.lease, keyDeleted)
+	c.did(leads.lease, true, keyDeleted)
 	c.w.cluster.DeleteKey(leads.key)
 	c.w.mu.Unlock()
 	time.Sleep(50 * time.Millisecond)

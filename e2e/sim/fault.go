@@ -64,6 +64,7 @@ func init() {
 		},
 		"member-lags":        {3, 1.5, lagMember, unlagMember},
 		"events-missed":      {5, 0, missEvents, nil},
+		"events-late":        {3, 0, delayEvents, nil},
 		"compacted":          {2, 0, func(w *world, _ *Fault) { w.cluster.Compact() }, nil},
 		"link-down":          {5, 1.6, downLink, upLink},
 		"link-lossy":         {4, 2, lossyLink, upLink},
@@ -257,6 +258,23 @@ func missEvents(w *world, f *Fault) {
 	if f.Level < 0.5 {
 		w.cluster.Compact()
 	}
+}
+
+// delayEvents delays all answers to the next in line, and loses its requests, so that its last
+// renewal gets old. Then the leader's key is deleted, and its own. It hears of both late.
+func delayEvents(w *world, f *Fault) {
+	queue := w.queue()
+	if len(queue) < 2 {
+		return
+	}
+	next, all := w.daemons[queue[1]], []int{1, 2, 3}
+	w.network.set(next.name, all, &link{
+		requestsLost: 1, leastDelay: 0.999,
+		answerDelay: time.Duration((0.2 + 0.5*f.Level) * float64(w.s.TTL)),
+	})
+	deleteKey(w, &Fault{Daemon: queue[0]})
+	deleteKey(w, &Fault{Daemon: queue[1]})
+	w.linkLater(w.s.TTL, next, all, nil)
 }
 
 // queue returns the numbers of the daemons that have a key, the leader's first.

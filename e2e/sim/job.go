@@ -17,6 +17,7 @@ type job struct {
 	lease int64
 	key   string
 
+	started   time.Duration   // by the world's clock
 	deadlines elect.Deadlines // by the daemon's clock
 	graceEnd  time.Duration   // the same
 	stopTakes time.Duration   // from the stop signal to the exit
@@ -37,7 +38,7 @@ func (d *daemon) startJob(t elect.Term) *job {
 		return nil
 	}
 	j := &job{
-		d: d, token: t.Token, lease: t.LeaseID, key: t.Key,
+		d: d, token: t.Token, lease: t.LeaseID, key: t.Key, started: d.w.now(),
 		deadlines: t.Deadlines, graceEnd: forever, exitAt: forever,
 		stopTakes: time.Duration(d.random.Float64() * float64(4*t.Timing.LossGrace)),
 		killTakes: time.Duration(d.random.Float64() * float64(killBound(t.Timing))),

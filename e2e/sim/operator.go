@@ -24,9 +24,7 @@ func (w *world) operate(f *Fault, do func(lease int64, key string) bool, excuse 
 	if do(lease, keyOf(lease)) {
 		w.note("oper", "done to the lease %x of %s", lease, d.name)
 		for _, what := range excuse {
-			if leads {
-				w.check.did(lease, what)
-			}
+			w.check.did(lease, leads, what)
 		}
 	}
 }
