@@ -20,8 +20,13 @@ import (
 // logWriter writes log lines to standard error, and never makes its callers wait. While standard
 // error blocks, it drops lines and counts them. It logs the count when standard error takes lines
 // again.
+//
+// The writer's goroutine also makes the text of the lines. In a process that has just begun to log
+// that takes a millisecond. The guard's loop would keep others waiting meanwhile, because its
+// thread has a high priority.
 type logWriter struct {
-	lines   chan []byte
+	fd      int
+	lines   chan func() // each writes a line
 	flush   chan chan struct{}
 	dropped atomic.Int64
 	notice  func(dropped int64) []byte
@@ -47,7 +52,9 @@ func (l *lastLine) String() string {
 // newLogWriter starts a writer. Its goroutine lives as long as the process, because a blocked write
 // cannot be cancelled.
 func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
-	w := &logWriter{lines: make(chan []byte, 256), flush: make(chan chan struct{}), notice: notice}
+	w := &logWriter{
+		fd: fd, lines: make(chan func(), 256), flush: make(chan chan struct{}), notice: notice,
+	}
 	go func() {
 		// A terminal with tostop sends SIGTTOU to a process that writes from the background, unless
 		// the thread blocks that signal. The guard catches it, and then the kernel would repeat the
@@ -58,11 +65,11 @@ func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
 		_ = unix.PthreadSigmask(unix.SIG_BLOCK, &ttou, nil)
 		for {
 			select {
-			case line := <-w.lines:
-				w.write(fd, line)
+			case write := <-w.lines:
+				write()
 			case done := <-w.flush:
 				for len(w.lines) > 0 {
-					w.write(fd, <-w.lines)
+					(<-w.lines)()
 				}
 				close(done)
 			}
@@ -71,31 +78,52 @@ func newLogWriter(fd int, notice func(dropped int64) []byte) *logWriter {
 	return w
 }
 
-func (w *logWriter) write(fd int, line []byte) {
+// Write writes one line. The writer's goroutine calls it.
+func (w *logWriter) Write(line []byte) (int, error) {
+	length := len(line)
 	if n := w.dropped.Swap(0); n > 0 {
 		line = append(w.notice(n), line...)
 	}
 	for len(line) > 0 {
-		n, err := unix.Write(fd, line)
+		n, err := unix.Write(w.fd, line)
 		switch {
 		case err == unix.EINTR:
 		case err == unix.EAGAIN: // somebody made it non-blocking
-			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, -1)
+			_, _ = unix.Poll([]unix.PollFd{{Fd: int32(w.fd), Events: unix.POLLOUT}}, -1)
 		case err != nil:
-			return // nobody reads any more
+			return 0, err // nobody reads any more
 		}
 		line = line[max(n, 0):]
 	}
+	return length, nil
 }
 
-// Write takes one line.
-func (w *logWriter) Write(line []byte) (int, error) {
+// later has a line written by the writer's goroutine.
+func (w *logWriter) later(write func()) {
 	select {
-	case w.lines <- append([]byte(nil), line...):
+	case w.lines <- write:
 	default:
 		w.dropped.Add(1)
 	}
-	return len(line), nil
+}
+
+// laterHandler has the goroutine of the writer handle all records.
+type laterHandler struct {
+	slog.Handler
+	writer *logWriter
+}
+
+func (h laterHandler) Handle(ctx context.Context, r slog.Record) error {
+	h.writer.later(func() { _ = h.Handler.Handle(ctx, r) })
+	return nil
+}
+
+func (h laterHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return laterHandler{h.Handler.WithAttrs(attrs), h.writer}
+}
+
+func (h laterHandler) WithGroup(name string) slog.Handler {
+	return laterHandler{h.Handler.WithGroup(name), h.writer}
 }
 
 // Flush waits until what was logged is written, for d at most.
@@ -123,7 +151,9 @@ type daemonLog struct {
 	final *slog.Logger // keeps its line in last, whatever the level
 }
 
-func newLog(cfg config.Config) *daemonLog {
+func newLog(cfg config.Config) *daemonLog { return newLogTo(2, cfg) }
+
+func newLogTo(fd int, cfg config.Config) *daemonLog {
 	with := func(h slog.Handler) *slog.Logger {
 		return slog.New(h).With("election", cfg.Election, "identity", cfg.Identity)
 	}
@@ -133,8 +163,8 @@ func newLog(cfg config.Config) *daemonLog {
 			Warn("standard error was blocked: log lines are lost", "dropped", dropped)
 		return line.Bytes()
 	}
-	l := &daemonLog{lines: newLogWriter(2, notice), last: &lastLine{}}
-	lines := cfg.Log.Handler(l.lines, cfg.Log.Level.Level)
+	l := &daemonLog{lines: newLogWriter(fd, notice), last: &lastLine{}}
+	lines := laterHandler{cfg.Log.Handler(l.lines, cfg.Log.Level.Level), l.lines}
 	l.Logger = with(slog.NewMultiHandler(lines, cfg.Log.Handler(l.last, slog.LevelError)))
 	l.final = with(slog.NewMultiHandler(lines, cfg.Log.Handler(l.last, slog.LevelInfo)))
 	return l
