@@ -123,7 +123,7 @@ func runElector(build Build, args []string) int {
 	}
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
-	sc.TTL, sc.Margin = cfg.TTL.Duration, job.grantedMargin
+	sc.TTL, sc.MaxPing, sc.Margin = cfg.TTL.Duration, maxPing(), job.grantedMargin
 	sc.Restart, sc.RestartLimit = supervisor.Restart(cfg.Restart), cfg.RestartLimit.N
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
 	sc.Running = func() bool { return live(d.candidate.Snapshot()) == nil }

@@ -5,6 +5,7 @@ package app
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"time"
 
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
@@ -83,4 +84,14 @@ func newWatchdog() func() {
 			}
 		}
 	}
+}
+
+// maxPing bounds the time between two pings of the elector to the guard: with them the guard
+// notifies systemd's watchdog.
+func maxPing() time.Duration {
+	usec, err := strconv.ParseInt(os.Getenv("WATCHDOG_USEC"), 10, 64)
+	if err != nil || usec <= 0 {
+		return time.Minute
+	}
+	return time.Duration(usec) * time.Microsecond / 4
 }

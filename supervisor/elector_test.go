@@ -62,7 +62,8 @@ func electorMain(args []string) int {
 	test := dialTest("elector")
 	s, err := supervisor.Connect(supervisor.Config{
 		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guard, Spawner: spawner,
-		CgroupDir: cgroupDir, TTL: testTTL, Margin: func() time.Duration { return testMargin },
+		CgroupDir: cgroupDir, TTL: testTTL, MaxPing: testTTL,
+		Margin:  func() time.Duration { return testMargin },
 		Restart: supervisor.RestartNever,
 		Signal:  func(s unix.Signal) { fmt.Fprintf(test, "signal %d\n", s) },
 		Running: func() bool { return true }, Changed: func() {},

@@ -21,6 +21,7 @@ import (
 type pings struct {
 	sent, answered int64
 	killBy         time.Duration // when the last ping was sent
+	at             time.Duration // when that was
 }
 
 // Run receives the guard's messages until ctx ends. Then it returns nil. If the guard is lost, Run
@@ -66,7 +67,8 @@ func (s *Supervisor) Run(ctx context.Context) error {
 			}
 			tick.Reset(s.pingInterval(boottime.Now()))
 		case <-s.pingDue:
-			tick.Reset(s.pingInterval(boottime.Now()))
+			now := boottime.Now()
+			tick.Reset(min(s.pingInterval(now), max(0, p.at+s.cfg.TTL/10-now)))
 		}
 	}
 }
@@ -75,7 +77,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 func (s *Supervisor) receive(m ipc.Message, p *pings) {
 	switch m.Kind {
 	case ipc.KindPong:
-		p.answered = m.Pong().Number
+		s.answered(m.Pong(), p)
 	case ipc.KindSignal:
 		s.mu.Lock()
 		s.stopped = true
@@ -94,10 +96,14 @@ func (s *Supervisor) receive(m ipc.Message, p *pings) {
 	}
 }
 
+// ping sends a ping. It wants no answer while there is no job: nothing depends on it.
 func (s *Supervisor) ping(p *pings) {
+	p.at = boottime.Now()
 	s.mu.Lock()
-	if p.sent == p.answered {
-		s.job.known = max(s.job.known, p.killBy)
+	if !s.job.alive() {
+		s.mu.Unlock()
+		s.send(ipc.Ping{})
+		return
 	}
 	p.killBy = s.job.term.KillBy
 	s.mu.Unlock()
@@ -105,7 +111,16 @@ func (s *Supervisor) ping(p *pings) {
 	s.send(ipc.Ping{Number: p.sent})
 }
 
-// pingSoon makes Run compute the time of the next ping again.
+// answered: the guard has read the ping, and all that was sent before.
+func (s *Supervisor) answered(m ipc.Pong, p *pings) {
+	if p.answered = m.Number; p.answered == p.sent {
+		s.mu.Lock()
+		s.job.known = max(s.job.known, p.killBy)
+		s.mu.Unlock()
+	}
+}
+
+// pingSoon makes Run send a ping, unless it has just done so.
 func (s *Supervisor) pingSoon() {
 	select {
 	case s.pingDue <- struct{}{}:
@@ -149,21 +164,31 @@ func (s *Supervisor) killOverdue() bool {
 	return overdue
 }
 
-// pingInterval is the time from now to the next ping. While the job lives it is a thirtieth of the
+// pingInterval is the time from now to the next ping. Pings are as frequent as deadlines need them.
+//
+// Most of the time a ping with each renewal is enough. If none counts, the guard replaces a silent
+// elector from a third of the TTL before stop-at on. From a margin before kill-by on, during a
+// start, and once the job is to end, guardHangs counts pings. For both it is a thirtieth of the
 // TTL, at most a second. From the moment on when the job is overdue, it is far less. Nothing of the
 // job should be left then, and within the rest of the margin we have to notice that the guard hangs
 // and to kill in its place.
 func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	margin := s.cfg.Margin()
-	switch overdue := s.job.overdue(margin); {
-	case !s.job.alive():
-		return time.Second
-	case now < overdue:
-		return min(s.cfg.TTL/30, time.Second, overdue-now)
+	seldom := max(min(s.cfg.TTL/5, s.cfg.MaxPing), time.Second)
+	often := min(s.cfg.TTL/30, time.Second)
+	j, margin := &s.job, s.cfg.Margin()
+	overdue := j.overdue(margin)
+	switch {
+	case !j.alive():
+		return seldom
+	case now >= overdue:
+		return max(min(max(margin/16, 25*time.Millisecond), margin/8), time.Millisecond)
+	case j.shown.State != JobRunning || j.due != forever || proctree.PidfdExited(j.pidfd):
+		return min(often, overdue-now)
 	}
-	return max(min(max(margin/16, 25*time.Millisecond), margin/8), time.Millisecond)
+	needed := min(j.term.StopAt-s.cfg.TTL/3, min(j.term.KillBy, j.known)-margin-5*often)
+	return min(max(often, min(seldom, needed-now)), overdue-now)
 }
 
 // read passes on the guard's messages.

@@ -48,6 +48,7 @@ type Config struct {
 	Spawner      int    // pid
 	CgroupDir    string // "": the job has none
 	TTL          time.Duration
+	MaxPing      time.Duration        // the longest time between two pings
 	Margin       func() time.Duration // of the lease as granted
 	Restart      Restart
 	RestartLimit int
@@ -189,6 +190,7 @@ func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 	}
 	s.mu.Unlock()
 	s.send(ipc.Extend{StopAt: stopAt, KillBy: killBy})
+	s.pingSoon() // both are awake now
 }
 
 // Exit tells the guard that the elector is about to exit, and with which code the daemon should

@@ -159,7 +159,9 @@ func (g *guard) message(m ipc.Message) {
 	switch m.Kind {
 	case ipc.KindPing:
 		g.heardFromElector(now)
-		g.send(ipc.Pong(m.Ping()))
+		if ping := m.Ping(); ping.Number != 0 { // else the elector wants no answer
+			g.send(ipc.Pong(ping))
+		}
 		g.cfg.Heartbeat()
 	case ipc.KindReady:
 		g.electorReady(now)
@@ -222,8 +224,9 @@ func (g *guard) heardFromElector(now time.Duration) {
 
 // silentUntil is until when an elector may be silent that has just sent a ping. While a job lives,
 // an elector that hangs must be replaced before stop-at, with time for the next one to renew the
-// lease. The elector pings every thirtieth of the TTL then, or every second. Without a job it pings
-// every second, and is replaced before its lease ends, unless that is very short.
+// lease. Until a third of the TTL before stop-at the elector pings every fifth of the TTL, then
+// every thirtieth, or every second. Without a job it pings every fifth, or every second if that is
+// longer, and is replaced before its lease ends, unless that is very short.
 func (g *guard) silentUntil(now time.Duration) time.Duration {
 	ttl, limit := g.cfg.TTL, now+maxSilence
 	if g.job.alive() {

@@ -447,8 +447,9 @@ func (g *guard) jobGone(now time.Duration) {
 	if g.stopSignals > 1 {
 		g.forceBy = now + forceTimeout // until now the elector had to renew the lease
 	}
-	// An elector without a job pings once a second.
-	g.elector.missedChecks, g.elector.checkAt = 0, max(g.elector.checkAt, now+3*time.Second)
+	// An elector without a job pings less often.
+	g.elector.missedChecks = 0
+	g.elector.checkAt = max(g.elector.checkAt, g.silentUntil(now))
 	g.tidyAt = now + time.Second
 }
 

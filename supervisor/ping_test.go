@@ -1,0 +1,97 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"testing"
+	"time"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/ipc"
+)
+
+// TestPingInterval: pings are rare while no deadline needs them, and frequent before one does.
+func TestPingInterval(t *testing.T) {
+	const ttl, margin = 15 * time.Second, 1500 * time.Millisecond
+	now := time.Hour
+	renewed := func(ago time.Duration) func(*job) {
+		return func(j *job) {
+			j.term.StopAt, j.term.KillBy = now-ago+10500*time.Millisecond, now-ago+ttl-margin
+			j.known = j.term.KillBy
+		}
+	}
+	for _, c := range []struct {
+		name  string
+		state JobState
+		set   func(*job)
+		least time.Duration
+		most  time.Duration
+	}{
+		{"no job", JobNone, renewed(0), 3 * time.Second, 3 * time.Second},
+		{"just renewed", JobRunning, renewed(0), 3 * time.Second, 3 * time.Second},
+		{"starting", JobStarting, renewed(0), 0, 500 * time.Millisecond},
+		{"stopping", JobStopping, renewed(0), 0, 500 * time.Millisecond},
+		{
+			"a third of the TTL before stop-at soon", JobRunning, renewed(4 * time.Second),
+			time.Second, 1500 * time.Millisecond,
+		},
+		{
+			"a third of the TTL before stop-at", JobRunning, renewed(6 * time.Second),
+			0, 500 * time.Millisecond,
+		},
+		{"kill-by soon", JobRunning, renewed(13 * time.Second), 0, 500 * time.Millisecond},
+		{"overdue", JobRunning, renewed(14 * time.Second), 0, 100 * time.Millisecond},
+		{
+			"the guard may not know", JobRunning, func(j *job) {
+				renewed(0)(j)
+				j.known = now + margin
+			}, 0, 500 * time.Millisecond,
+		},
+		{
+			"to be killed soon", JobRunning, func(j *job) {
+				renewed(0)(j)
+				j.due = now + 100*time.Millisecond
+			}, 0, 500 * time.Millisecond,
+		},
+	} {
+		s := newTestSupervisor(t)
+		s.cfg.TTL, s.cfg.MaxPing = ttl, time.Minute
+		s.cfg.Margin = func() time.Duration { return margin }
+		s.job.shown.State, s.job.due = c.state, forever
+		c.set(&s.job)
+		if d := s.pingInterval(now); d < c.least || d > c.most {
+			t.Errorf("%s: the next ping is sent after %v, want %v to %v", c.name, d, c.least, c.most)
+		}
+	}
+}
+
+// TestPing_Answered: what the guard knows for sure is what was sent before a ping that it has
+// answered. Without a job, it need not answer.
+func TestPing_Answered(t *testing.T) {
+	s := newTestSupervisor(t)
+	var p pings
+	s.ping(&p)
+	if p.sent != 0 {
+		t.Error("without a job, an answer is awaited")
+	}
+	at := boottime.Now()
+	if _, err := s.startAsked(Term{StopAt: at + time.Hour, KillBy: at + time.Hour}); err != nil {
+		t.Fatal(err)
+	}
+	s.job.term.KillBy = at + 2*time.Hour
+	s.ping(&p)
+	if s.job.known != at+time.Hour {
+		t.Error("the guard has not answered")
+	}
+	s.job.term.KillBy = at + 3*time.Hour // after the ping
+	s.answered(ipc.Pong{Number: p.sent}, &p)
+	if s.job.known != at+2*time.Hour {
+		t.Errorf("the guard knows of %v", s.job.known-at)
+	}
+	s.ping(&p)
+	s.ping(&p)
+	s.answered(ipc.Pong{Number: p.sent - 1}, &p)
+	if s.job.known != at+2*time.Hour {
+		t.Error("the answer to an earlier ping counts for the last one")
+	}
+}
