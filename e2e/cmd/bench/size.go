@@ -99,7 +99,7 @@ func (t *testbed) measureMemory(idlers []*idler, after time.Duration) error {
 		}
 		m := Memory{Implementation: i.Implementation.Name, When: "after " + after.String()}
 		for _, pid := range processes(i.Guard()) {
-			kib, err := pss(pid)
+			kib, own, err := memory(pid)
 			if errors.Is(err, os.ErrPermission) {
 				fmt.Fprintln(os.Stderr, "the memory of leasehold can be read by root only")
 				return nil
@@ -107,7 +107,7 @@ func (t *testbed) measureMemory(idlers []*idler, after time.Duration) error {
 			if err != nil {
 				return err
 			}
-			m.KiB = append(m.KiB, kib)
+			m.KiB, m.Own = append(m.KiB, kib), append(m.Own, own)
 		}
 		t.results.Memory = append(t.results.Memory, m)
 	}
@@ -117,17 +117,21 @@ func (t *testbed) measureMemory(idlers []*idler, after time.Duration) error {
 // processes are a daemon's, with its job.
 func processes(guard int) []int { return append([]int{guard}, harness.Descendants(guard)...) }
 
-// pss is the proportional set size of a process in KiB.
-func pss(pid int) (kib int64, err error) {
+// memory is the proportional set size of a process in KiB, and how much of that no other candidate
+// shares: all but the pages of files.
+func memory(pid int) (pss, own int64, err error) {
 	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	_, size, _ := strings.Cut(string(rollup), "\nPss:")
-	if _, err := fmt.Sscan(size, &kib); err != nil {
-		return 0, fmt.Errorf("read the Pss of pid %d: %w", pid, err)
+	var kib [3]int64
+	for i, name := range []string{"Pss:", "Pss_Anon:", "Pss_Shmem:"} {
+		_, size, _ := strings.Cut(string(rollup), "\n"+name)
+		if _, err := fmt.Sscan(size, &kib[i]); err != nil {
+			return 0, 0, fmt.Errorf("read %s of pid %d: %w", name, pid, err)
+		}
 	}
-	return kib, nil
+	return kib[0], kib[1] + kib[2], nil
 }
 
 // cpu is the time that each of a daemon's processes has run. Its job, among them, only waits.
