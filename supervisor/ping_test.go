@@ -60,7 +60,7 @@ func TestPingInterval(t *testing.T) {
 		s.job.shown.State, s.job.due = c.state, forever
 		c.set(&s.job)
 		if d := s.pingInterval(now); d < c.least || d > c.most {
-			t.Errorf("%s: the next ping is sent after %v, want %v to %v", c.name, d, c.least, c.most)
+			t.Errorf("%s: the next ping is after %v, want %v to %v", c.name, d, c.least, c.most)
 		}
 	}
 }
