@@ -21,9 +21,9 @@ import (
 // error blocks, it drops lines and counts them. It logs the count when standard error takes lines
 // again.
 //
-// The writer's goroutine also makes the text of the lines. In a process that has just begun to log
-// that takes a millisecond. The guard's loop would keep others waiting meanwhile, because its
-// thread has a high priority.
+// The writer's goroutine also makes the text of the lines, except for what lastLine keeps. In a
+// process that has just begun to log that takes a millisecond. The guard's loop would keep others
+// waiting meanwhile, because its thread has a high priority.
 type logWriter struct {
 	fd      int
 	lines   chan func() // each writes a line

@@ -175,11 +175,13 @@ func (s *Supervisor) killOverdue() bool {
 func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	seldom := max(min(s.cfg.TTL/5, s.cfg.MaxPing), time.Second)
+	seldom := min(max(s.cfg.TTL/5, time.Second), s.cfg.MaxPing, ipc.MaxSilence/3)
 	often := min(s.cfg.TTL/30, time.Second)
 	j, margin := &s.job, s.cfg.Margin()
 	overdue := j.overdue(margin)
 	switch {
+	case !j.alive() && s.stopped: // the guard waits for our release
+		return often
 	case !j.alive():
 		return seldom
 	case now >= overdue:
@@ -187,7 +189,8 @@ func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	case j.shown.State != JobRunning || j.due != forever || proctree.PidfdExited(j.pidfd):
 		return min(often, overdue-now)
 	}
-	needed := min(j.term.StopAt-s.cfg.TTL/3, min(j.term.KillBy, j.known)-margin-5*often)
+	silence := ipc.Silence(s.cfg.TTL, true, j.term.StopAt-now)
+	needed := min(now+silence-2*often, min(j.term.KillBy, j.known)-margin-5*often)
 	return min(max(often, min(seldom, needed-now)), overdue-now)
 }
 

@@ -33,7 +33,7 @@ func TestPingInterval(t *testing.T) {
 		{"stopping", JobStopping, renewed(0), 0, 500 * time.Millisecond},
 		{
 			"a third of the TTL before stop-at soon", JobRunning, renewed(4 * time.Second),
-			time.Second, 1500 * time.Millisecond,
+			500 * time.Millisecond, time.Second,
 		},
 		{
 			"a third of the TTL before stop-at", JobRunning, renewed(6 * time.Second),
@@ -61,6 +61,42 @@ func TestPingInterval(t *testing.T) {
 		c.set(&s.job)
 		if d := s.pingInterval(now); d < c.least || d > c.most {
 			t.Errorf("%s: the next ping is after %v, want %v to %v", c.name, d, c.least, c.most)
+		}
+	}
+}
+
+// TestPingInterval_BeforeTheGuardChecks: with any TTL a ping comes before the guard would check
+// whether a healthy elector is silent, and systemd's watchdog is served.
+func TestPingInterval_BeforeTheGuardChecks(t *testing.T) {
+	const now = time.Hour
+	for _, ttl := range []time.Duration{2, 3, 15, 60, 71, 300} {
+		ttl *= time.Second
+		margin, interval := max(ttl/10, 200*time.Millisecond), ttl/5
+		slack := ttl / 100
+		for _, watchdog := range []time.Duration{250 * time.Millisecond, time.Minute} {
+			s := newTestSupervisor(t)
+			s.cfg.TTL, s.cfg.MaxPing = ttl, watchdog
+			s.cfg.Margin = func() time.Duration { return margin }
+			check := func(what string, job bool, untilStopAt time.Duration) {
+				t.Helper()
+				d, most := s.pingInterval(now), max(watchdog, min(ttl/30, time.Second))
+				if limit := ipc.Silence(ttl, job, untilStopAt); d+slack > limit || d > most {
+					t.Errorf("%s, TTL %v: a ping after %v, and the guard checks after %v", what,
+						ttl, d, limit)
+				}
+			}
+			check("no job", false, 0)
+			s.job.shown.State, s.job.due = JobRunning, forever
+			for ago := time.Duration(0); ago < 4*interval; ago += interval / 10 {
+				s.job.term.KillBy = now - ago + ttl - margin
+				s.job.term.StopAt = s.job.term.KillBy - ttl/5
+				s.job.known = s.job.term.KillBy
+				check(ago.String()+" after a renewal", true, s.job.term.StopAt-now)
+			}
+			s.job.shown.State, s.stopped = JobExited, true
+			if d := s.pingInterval(now); d > time.Second {
+				t.Errorf("the guard waits for the release, and a ping comes after %v", d)
+			}
 		}
 	}
 }

@@ -77,6 +77,7 @@ func (s *Supervisor) Ended() error {
 func (s *Supervisor) takeOver() {
 	r, j := &s.record, &s.job
 	s.metrics.replaced(r.Exited, r.Silent)
+	s.stopped = r.StopSignals > 0
 	s.restart.failures, s.restart.backoff = r.Restarts.Failures, r.Restarts.Backoff
 	j.serial, j.shown.Restarts, j.shown.PID = r.Serial, r.Restarts.Count, r.PID
 	if r.StartedAt != 0 {

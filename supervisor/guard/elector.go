@@ -86,10 +86,6 @@ const (
 	replacedWithin = time.Minute
 	// askAgain is the pause after a fork that failed, as it does at the limit of processes.
 	askAgain = 500 * time.Millisecond
-
-	// maxSilence bounds the elector's silence before the first check, however long the TTL is:
-	// systemd's watchdog (30 s in our unit) would end the whole daemon, and the job with it.
-	maxSilence = 12 * time.Second
 )
 
 // transition is the one place where the state of the elector changes, and where that is logged.
@@ -228,11 +224,7 @@ func (g *guard) heardFromElector(now time.Duration) {
 // every thirtieth, or every second. Without a job it pings every fifth, or every second if that is
 // longer, and is replaced before its lease ends, unless that is very short.
 func (g *guard) silentUntil(now time.Duration) time.Duration {
-	ttl, limit := g.cfg.TTL, now+maxSilence
-	if g.job.alive() {
-		return min(limit, max(g.job.stopAt-ttl/3, now+ttl/10))
-	}
-	return min(limit, now+max(ttl/3, 2*time.Second))
+	return now + ipc.Silence(g.cfg.TTL, g.job.alive(), g.job.stopAt-now)
 }
 
 // serveElectorDeadlines replaces an elector that is silent. It gives up one that has not exited in
@@ -373,7 +365,7 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 
 // startTimeout is how long it may take to fork an elector, and then until it says something.
 func (g *guard) startTimeout() time.Duration {
-	return min(max(g.cfg.TTL/3, 2*time.Second), maxSilence)
+	return min(max(g.cfg.TTL/3, 2*time.Second), ipc.MaxSilence)
 }
 
 // readToEnd acts on all that an elector that has exited has sent. It reports whether the pipe was

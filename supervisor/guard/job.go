@@ -449,7 +449,11 @@ func (g *guard) jobGone(now time.Duration) {
 	}
 	// An elector without a job pings less often.
 	g.elector.missedChecks = 0
-	g.elector.checkAt = max(g.elector.checkAt, g.silentUntil(now))
+	limit := g.silentUntil(now)
+	if g.stopSignals > 0 { // it does not then, and the release waits for it
+		limit = now + 3*time.Second
+	}
+	g.elector.checkAt = max(g.elector.checkAt, limit)
 	g.tidyAt = now + time.Second
 }
 

@@ -365,6 +365,28 @@ func TestJob_States(t *testing.T) {
 	}
 }
 
+// TestJob_ElectorHangsAtTheEnd: an elector that hangs while the daemon ends is replaced soon.
+func TestJob_ElectorHangsAtTheEnd(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		g := newTestGuard(t)
+		g.start()
+		g.started()
+		if stopped {
+			g.term()
+		}
+		g.elector.checkAt = 0
+		g.exited()
+		g.nothingLeft()
+		limit := ipc.Silence(g.cfg.TTL, false, 0)
+		if stopped {
+			limit = 3 * time.Second
+		}
+		if wait := g.elector.checkAt - boottime.Now(); wait > limit || wait < limit-time.Second {
+			t.Errorf("asked to stop %v: the elector may be silent for %v", stopped, wait)
+		}
+	}
+}
+
 // TestGuard_AllocatesNothing: neither while the job runs and the elector renews, nor while the job
 // is killed and does not exit.
 func TestGuard_AllocatesNothing(t *testing.T) {

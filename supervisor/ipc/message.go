@@ -218,3 +218,16 @@ func (m Message) Signal() Signal { return Signal{Signal: unix.Signal(m.number[0]
 func (m Message) TimerLatency() TimerLatency {
 	return TimerLatency{By: time.Duration(m.number[0])}
 }
+
+// MaxSilence bounds the elector's silence before the guard's first check, however long the TTL is:
+// systemd's watchdog (30 s in our unit) would end the whole daemon, and the job with it.
+const MaxSilence = 12 * time.Second
+
+// Silence is for how long the guard lets an elector be silent that has just sent a ping, before it
+// checks. The elector has to ping sooner.
+func Silence(ttl time.Duration, job bool, untilStopAt time.Duration) time.Duration {
+	if job {
+		return min(MaxSilence, max(untilStopAt-ttl/3, ttl/10))
+	}
+	return min(MaxSilence, max(ttl/3, 2*time.Second))
+}
