@@ -157,7 +157,7 @@ func TestLeaks_OfTermsAndJobs(t *testing.T) {
 	tr.waitNext(job, waitTimeout)
 
 	// It does not wait.
-	for _, wait := range []string{"0s", "300ms"} {
+	for _, wait := range []string{"0s", "3s"} {
 		third := tr.start("waits-"+wait, "", variables("LEASEHOLD_WAIT="+wait))
 		tr.waitExit(third, 75)
 		tr.leasesAre(tr.lease(leader), tr.lease(standby))
