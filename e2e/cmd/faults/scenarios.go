@@ -128,7 +128,7 @@ var daemonScenarios = []Scenario{
 		Name: "all-killed", About: "the daemon with all its processes and the job are killed at " +
 			"once; the daemon is started again after 0.5 s, with its state file",
 		Fault: of(fault.AllKilledStarted, startAgain), Check: recovered,
-		Isolation: OursAlone, CI: true, User: true,
+		Isolation: OursAlone, User: true,
 	},
 }
 
