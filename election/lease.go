@@ -366,6 +366,9 @@ func (l *lease) answered(ctx context.Context, a answer) bool {
 		l.finish(a.endpoint)
 		l.cfg.metrics.renewals.WithLabelValues(renewalUnconfirmed).Inc()
 		l.next, l.prefer = now, a.endpoint
+		if this.renewal.raftTerm == unconfirmed { // none of its answers may have a raft term
+			l.next += l.timing.repeatAfter()
+		}
 	case a.confirming:
 		this.renewal.raftTerm = 0 // confirmed
 		l.count(now, a.endpoint, this.sent, this.renewal)

@@ -382,6 +382,20 @@ func TestLease_DeposedLeaderIsNotBelieved(t *testing.T) {
 	})
 }
 
+// Answers without a raft term confirm nothing. They are not asked for again without a pause.
+func TestLease_NoRaftTerm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newTestLease(t, 7, good(unconfirmed))
+		l.endpoints[0].mu.Lock()
+		l.endpoints[0].show = shows(7, 0)
+		l.endpoints[0].mu.Unlock()
+		l.pass(4*time.Second - time.Millisecond)
+		l.expect(t)
+		expectAsked(t, l.endpoints[0], 2*time.Second, 2500*time.Millisecond, 3*time.Second,
+			3500*time.Millisecond)
+	})
+}
+
 func TestLease_HungConfirmationIsAbandoned(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newTestLease(t, 7, good(1), good(1))
