@@ -122,6 +122,17 @@ func TestEarlyStart_OnlyTheNextConfirms(t *testing.T) {
 	})
 }
 
+// takesOver stops a, and fails unless b, the next in line, needs so many transactions to win.
+func (n *earlyNetwork) takesOver(t *testing.T, a, b *testCandidate, want int) {
+	t.Helper()
+	n.take("")
+	a.stop(nil)
+	b.waitForTerm()
+	if txns, _ := n.take("b"); txns != want {
+		t.Errorf("%d transactions to win, want %d", txns, want)
+	}
+}
+
 // If the watch may miss a deletion, or if that is not known, the next in line reads before it
 // starts.
 func TestEarlyStart_Version(t *testing.T) {
@@ -137,12 +148,7 @@ func TestEarlyStart_Version(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			earlyQueueAt(t, test.version, test.cut,
 				func(_ *adoptRig, n *earlyNetwork, a, b, _ *testCandidate) {
-					n.take("")
-					a.stop(nil)
-					b.waitForTerm()
-					if txns, _ := n.take("b"); txns != test.txns {
-						t.Errorf("%d transactions to win, want %d", txns, test.txns)
-					}
+					n.takesOver(t, a, b, test.txns)
 				})
 		})
 	}
@@ -160,12 +166,7 @@ func TestEarlyStart_VersionOfAnotherConnection(t *testing.T) {
 					r.etcd.Disconnect("b", m+1)
 				}
 				time.Sleep(test.pause)
-				n.take("")
-				a.stop(nil)
-				b.waitForTerm()
-				if txns, _ := n.take("b"); txns != test.txns {
-					t.Errorf("%d transactions to win, want %d", txns, test.txns)
-				}
+				n.takesOver(t, a, b, test.txns)
 			})
 		})
 	}
