@@ -22,6 +22,7 @@ type pings struct {
 	sent, answered int64
 	killBy         time.Duration // when the last ping was sent
 	at             time.Duration // when that was
+	due            time.Duration // when the next one is
 }
 
 // Run receives the guard's messages until ctx ends. Then it returns nil. If the guard is lost, Run
@@ -65,10 +66,14 @@ func (s *Supervisor) Run(ctx context.Context) error {
 			if overdue := s.killOverdue(); overdue || s.cfg.Running() {
 				s.ping(&p)
 			}
-			tick.Reset(s.pingInterval(boottime.Now()))
+			now := boottime.Now()
+			p.due = now + s.pingInterval(now)
+			tick.Reset(p.due - now)
 		case <-s.pingDue:
 			now := boottime.Now()
-			tick.Reset(min(s.pingInterval(now), max(0, p.at+s.cfg.TTL/10-now)))
+			soon := max(now, p.at+min(s.cfg.TTL/10, s.seldom()))
+			p.due = min(p.due, now+s.pingInterval(now), soon)
+			tick.Reset(p.due - now)
 		}
 	}
 }
@@ -83,6 +88,7 @@ func (s *Supervisor) receive(m ipc.Message, p *pings) {
 		s.stopped = true
 		s.mu.Unlock()
 		s.cfg.Signal(m.Signal().Signal)
+		s.pingSoon()
 	case ipc.KindTimerLatency:
 		s.metrics.timerLatency.Observe(m.TimerLatency().By.Seconds())
 	case ipc.KindStarted:
@@ -93,6 +99,7 @@ func (s *Supervisor) receive(m ipc.Message, p *pings) {
 		s.firstExited(m.Exited())
 	case ipc.KindGone:
 		s.gone(m.Gone())
+		s.pingSoon() // the guard may wait for our release
 	}
 }
 
@@ -164,6 +171,11 @@ func (s *Supervisor) killOverdue() bool {
 	return overdue
 }
 
+// seldom is the time between two pings that no deadline needs sooner.
+func (s *Supervisor) seldom() time.Duration {
+	return min(max(s.cfg.TTL/5, time.Second), s.cfg.MaxPing, ipc.MaxSilence/3)
+}
+
 // pingInterval is the time from now to the next ping. Pings are as frequent as deadlines need them.
 //
 // Most of the time a ping with each renewal is enough. If none counts, the guard replaces a silent
@@ -175,8 +187,7 @@ func (s *Supervisor) killOverdue() bool {
 func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	seldom := min(max(s.cfg.TTL/5, time.Second), s.cfg.MaxPing, ipc.MaxSilence/3)
-	often := min(s.cfg.TTL/30, time.Second)
+	seldom, often := s.seldom(), min(s.cfg.TTL/30, time.Second, s.cfg.MaxPing)
 	j, margin := &s.job, s.cfg.Margin()
 	overdue := j.overdue(margin)
 	switch {

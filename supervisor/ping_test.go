@@ -79,7 +79,7 @@ func TestPingInterval_BeforeTheGuardChecks(t *testing.T) {
 			s.cfg.Margin = func() time.Duration { return margin }
 			check := func(what string, job bool, untilStopAt time.Duration) {
 				t.Helper()
-				d, most := s.pingInterval(now), max(watchdog, min(ttl/30, time.Second))
+				d, most := s.pingInterval(now), watchdog
 				if limit := ipc.Silence(ttl, job, untilStopAt); d+slack > limit || d > most {
 					t.Errorf("%s, TTL %v: a ping after %v, and the guard checks after %v", what,
 						ttl, d, limit)

@@ -99,8 +99,11 @@ func (j *job) startAsked(m ipc.Start) {
 		return
 	}
 	atomic.StoreInt64(&g.spawner.area.stopAt, int64(j.stopAt))
+	if g.stopSignals > 0 { // the request was under way when the user ended the daemon
+		atomic.StoreInt32(&g.spawner.area.cancelled, j.serial)
+	}
 	g.spawner.send(ipc.SpawnerStart, j.serial)
-	j.stopSignalled() // perhaps before this request came
+	j.stopSignalled()
 }
 
 // spawnerStarted: the spawner has executed the command.
@@ -447,13 +450,13 @@ func (g *guard) jobGone(now time.Duration) {
 	if g.stopSignals > 1 {
 		g.forceBy = now + forceTimeout // until now the elector had to renew the lease
 	}
-	// An elector without a job pings less often.
+	// An elector without a job pings less often, unless the daemon stops: the release waits for it.
 	g.elector.missedChecks = 0
-	limit := g.silentUntil(now)
-	if g.stopSignals > 0 { // it does not then, and the release waits for it
-		limit = now + 3*time.Second
+	if g.stopSignals > 0 {
+		g.elector.checkAt = now + 3*time.Second
+	} else {
+		g.elector.checkAt = max(g.elector.checkAt, g.silentUntil(now))
 	}
-	g.elector.checkAt = max(g.elector.checkAt, limit)
 	g.tidyAt = now + time.Second
 }
 

@@ -374,10 +374,10 @@ func TestJob_ElectorHangsAtTheEnd(t *testing.T) {
 		if stopped {
 			g.term()
 		}
-		g.elector.checkAt = 0
+		g.heardFromElector(boottime.Now())
 		g.exited()
 		g.nothingLeft()
-		limit := ipc.Silence(g.cfg.TTL, false, 0)
+		limit := ipc.Silence(g.cfg.TTL, true, time.Hour)
 		if stopped {
 			limit = 3 * time.Second
 		}
