@@ -93,5 +93,6 @@ func maxPing() time.Duration {
 	if err != nil || usec <= 0 {
 		return time.Minute
 	}
-	return time.Duration(usec) * time.Microsecond / 4
+	quarter := time.Duration(min(usec, 1e12)) * time.Microsecond / 4
+	return min(max(quarter, 10*time.Millisecond), time.Minute)
 }
