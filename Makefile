@@ -65,12 +65,13 @@ build:
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o leasehold .
 
 # Packages run one after the other: they measure processes, and would disturb each other.
+# One package alone may take longer than the ten minutes that go gives by default.
 test: $(ETCD_TOOLS)
 ifeq ($(RACE),1)
-	CGO_ENABLED=1 $(GO) test -race -p 1 ./...
+	CGO_ENABLED=1 $(GO) test -race -timeout 30m -p 1 ./...
 else
 	@echo 'no C compiler found: testing without the race detector'
-	$(GO) test -p 1 ./...
+	$(GO) test -timeout 30m -p 1 ./...
 endif
 
 # The inputs in testdata/fuzz run with every `make test` too.
