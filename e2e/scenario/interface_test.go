@@ -615,6 +615,7 @@ func TestElect(t *testing.T) {
 	tr.waitExit(b, 0)
 	tr.nothingLeft()
 
+	tr.ttl = 3 * time.Second // to be out of reach for that long
 	c := tr.start("c", "", subcommand("elect"))
 	tr.waitStatus(c, "/leader", http.StatusOK)
 	c.SetReachable(false)

@@ -24,6 +24,7 @@ import (
 // away: the next leader is told at the same moment. The old job must be dead
 // almost at once all the same, and the next one must come.
 func TestLost_ByAnOperator(t *testing.T) {
+	t.Parallel()
 	losses := []struct {
 		name   string
 		args   func(s status) []string
@@ -78,6 +79,7 @@ func TestLost_ByAnOperator(t *testing.T) {
 // The exec of a job can hang (a file system that doesn't answer). If it comes
 // back after the deadline, the job must not have a life.
 func TestNeverTwoJobs_ExecHangsPastTheDeadline(t *testing.T) {
+	t.Parallel()
 	hang := func(
 		t *testing.T, u user, change func(tr *trial, cfg *harness.CandidateConfig),
 		hung func(tr *trial, c *candidate) (release func()),
@@ -168,6 +170,7 @@ func TestNeverTwoJobs_ExecHangsPastTheDeadline(t *testing.T) {
 // TestNothingLeft: whatever way a daemon ends, no lease and no key stays, with
 // a TTL so long that none can have run out.
 func TestNothingLeft(t *testing.T) {
+	t.Parallel()
 	ends := []struct {
 		name string
 		code int

@@ -138,6 +138,7 @@ func TestNeverTwoJobs(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes a minute")
 	}
+	t.Parallel()
 	losses := []loss{
 		plannedStop, guardKilled, electorsKilled, guardHung, electorHungUnreachable,
 		spawnerKilled, spawnerHung, spawnerHungUnreachable, unreachable,
@@ -163,6 +164,7 @@ func TestNeverTwoJobs(t *testing.T) {
 // TestNeverTwoJobs_GuardHangsAtTheLastMoment: while etcd is unreachable, just before it must
 // kill. The elector then has but the margin to notice it, and to kill.
 func TestNeverTwoJobs_GuardHangsAtTheLastMoment(t *testing.T) {
+	t.Parallel()
 	for _, u := range users() {
 		t.Run(u.name, func(t *testing.T) {
 			t.Parallel()
@@ -213,7 +215,7 @@ func TestNeverTwoJobs_OfTheUnruly(t *testing.T) {
 		{behaviour: "main-gone"},
 		{behaviour: "hold-pipes", roles: []string{"grandchild"}},
 		{behaviour: "fork-bomb=10", alone: true},
-		{behaviour: "fill=200", alone: true},
+		{behaviour: "fill=200"},
 	}
 	losses := []loss{plannedStop, guardKilled, electorsKilled, guardHung, unreachable}
 	for _, u := range users() {
@@ -244,6 +246,7 @@ func TestNeverTwoJobs_OfTheHidden(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
 	}
+	t.Parallel()
 	losses := []loss{
 		plannedStop, guardKilled, guardHung, electorsKilled,
 		spawnerKilled, spawnerHungUnreachable, unreachable,

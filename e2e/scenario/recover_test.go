@@ -226,6 +226,7 @@ const nobody = 65534
 // TestRecovered: after all processes of a daemon were killed at once, the next one leads without
 // waiting for the old lease, where it can prove that the job has exited.
 func TestRecovered(t *testing.T) {
+	t.Parallel()
 	const empty = "its cgroup is empty"
 	for _, delegated := range []bool{false, true} {
 		p := place{uid: nobody, delegated: delegated}

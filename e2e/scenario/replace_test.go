@@ -91,6 +91,7 @@ func (tr *trial) outOfMemory(c *candidate) {
 // TestReplaced: an elector that is killed, crashes or hangs is replaced. The leader's job runs on
 // in the same term, under the same lease, and the standby keeps its place.
 func TestReplaced(t *testing.T) {
+	t.Parallel()
 	signalled := func(sig syscall.Signal) func(*trial, *candidate) {
 		return func(tr *trial, c *candidate) { tr.must(c.signalElector(sig)) }
 	}
@@ -149,6 +150,7 @@ func TestReplaced(t *testing.T) {
 
 // TestReplaced_TooOften: at the third within a minute the daemon gives up, and another one leads.
 func TestReplaced_TooOften(t *testing.T) {
+	t.Parallel()
 	for _, u := range users() {
 		t.Run(u.name, func(t *testing.T) {
 			t.Parallel()
@@ -167,6 +169,7 @@ func TestReplaced_TooOften(t *testing.T) {
 // TestReplaced_TLSAndAuth: the next elector gets the certificates and the token. To check the
 // password would take etcd 79 ms, each time.
 func TestReplaced_TLSAndAuth(t *testing.T) {
+	t.Parallel()
 	for _, row := range []struct {
 		name      string
 		tls, auth bool
@@ -222,6 +225,7 @@ func TestReplaced_TLSAndAuth(t *testing.T) {
 // TestReplaced_Stopping: a stop that is under way goes on. It takes no longer than its grace, and
 // the daemon exits as if nothing had happened.
 func TestReplaced_Stopping(t *testing.T) {
+	t.Parallel()
 	const grace = 3 * time.Second
 	for _, u := range users() {
 		t.Run(u.name, func(t *testing.T) {
@@ -255,6 +259,7 @@ func TestReplaced_Stopping(t *testing.T) {
 // TestReplaced_Unreachable: the deadlines of the job do not wait for an elector that cannot reach
 // etcd, and it does not move them.
 func TestReplaced_Unreachable(t *testing.T) {
+	t.Parallel()
 	for _, u := range users() {
 		t.Run(u.name, func(t *testing.T) {
 			t.Parallel()

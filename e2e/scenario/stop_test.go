@@ -151,6 +151,7 @@ func holdsSocket(tr *trial, pid int, inode string) bool {
 // TestStop_ASecondSignalWaitsForNobody: neither for an elector that hangs,
 // nor for an etcd that does not answer it.
 func TestStop_ASecondSignalWaitsForNobody(t *testing.T) {
+	t.Parallel()
 	stopped := func(c *candidate) error { return c.signalElector(syscall.SIGSTOP) }
 	for _, delay := range []struct {
 		name string

@@ -22,6 +22,7 @@ import (
 // sleep, the daemon keeps the lease, so that nobody else leads, and says so every 10 s. So does the
 // elector that has taken the guard's place, even if the guard goes on.
 func TestUnkillable(t *testing.T) {
+	t.Parallel()
 	for _, u := range users() {
 		t.Run(u.name, func(t *testing.T) {
 			t.Parallel()
