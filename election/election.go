@@ -231,6 +231,9 @@ type Config struct {
 	// Recovered is the lease of a candidate before this one, on this machine, whose job has exited.
 	// Run revokes it before it takes part in the election. 0: there is none.
 	Recovered int64
+	// Near is how many keys may be ahead of the candidate's if it watches the whole queue. If there
+	// are more, it stands in a crowd, and watches two keys. 0: the constant Near.
+	Near int
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
 	// Dial connects to an address. nil: by TCP.

@@ -1,10 +1,12 @@
 package election
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -33,12 +35,19 @@ func (v view) leader() *Entry {
 
 // queue keeps in memory who is ahead of us. It reads that once, after our key has been put, and has
 // a watch that was opened before. Candidates that come later are behind us and never matter to us,
-// so the watch is only for deletions. So a candidate that joins costs the others nothing, and a
-// change of leader costs each an event. etcd's Election.Observe would cost each candidate a read
-// and a watch at each change, and it never reports that there is no leader.
+// so the watch is only for deletions. So a candidate that joins costs the others nothing. etcd's
+// Election.Observe would cost each candidate a read and a watch at each change of leader, and it
+// never reports that there is no leader.
 //
-// Only for this one read of a join does etcd read the whole queue, as for every request that sorts
-// or filters.
+// If all of a thousand candidates watched the whole queue, a change of leader would be a thousand
+// events, and the next in line would get its own somewhere among them. So a candidate with many
+// keys ahead of it, which stands in a crowd, watches two keys only: its own, and its marker, which
+// is the last key that may be ahead of it without its being near the front. When the marker goes,
+// it looks where it stands. Meanwhile it looks now and then who leads: it knows the keys ahead of
+// it in their order, so the first one that is still there is the leader's.
+//
+// Only when it joins, and when it comes near the front, does etcd read the whole queue for it, as
+// for every request that sorts or filters.
 type queue struct {
 	cfg queueConfig
 	// changed has room for one: the view has changed.
@@ -51,19 +60,25 @@ type queue struct {
 	// If our key was lost before that, lost has been called by then, unless proven is false.
 	first chan struct{}
 
-	mu       sync.Mutex
-	watched  bool                  // it has been, at least once
-	created  int64                 // our key's create revision; 0: not put yet
-	entries  map[string]queueEntry // our key and all keys ahead of it; nil: not read yet
-	revision int64                 // at which entries were read
-	proven   bool                  // when first is closed: no deletion can have been missed
-	err      error                 // why it is not being watched, or not read
-	conn     *watchConn            // the watch that is open, or the last one
+	mu      sync.Mutex
+	watched bool  // it has been, at least once
+	created int64 // our key's create revision; 0: not put yet
+	// entries are all keys ahead of ours in their order, and our own, the last one; nil: not read
+	// yet. In a crowd, some of them may be gone.
+	entries  []queueEntry
+	revision int64      // at which entries were read
+	proven   bool       // when first is closed: no deletion can have been missed
+	err      error      // why it is not being watched, or not read
+	conn     *watchConn // the watch that is open, or the last one
 }
+
+// Near is how many keys may be ahead of a candidate's that watches the whole queue, by default.
+const Near = 8
 
 type queueConfig struct {
 	prefix    string // with the slash
 	own       string // our key
+	near      int    // see Near; 0: by default
 	members   *members
 	timing    Timing
 	timeout   time.Duration // of reading who is ahead: a long queue takes its time
@@ -74,6 +89,7 @@ type queueConfig struct {
 }
 
 func newQueue(cfg queueConfig) *queue {
+	cfg.near = cmp.Or(cfg.near, Near)
 	return &queue{
 		cfg: cfg, changed: make(chan struct{}, 1), suspects: make(chan *member, 1),
 		puts: make(chan struct{}, 1), first: make(chan struct{}),
@@ -106,8 +122,7 @@ func (q *queue) run(ctx context.Context) {
 func (q *queue) heartbeat() { q.cfg.heartbeat.mark(q.cfg.now()) }
 
 // spread returns a random time to wait before the queue is read again after its watch has ended.
-// The watches of all others may have ended too, and each candidate reads as many keys as are ahead
-// of it. The first ones in the queue hardly wait.
+// The watches of all others may have ended too. The first ones in the queue hardly wait.
 func (q *queue) spread() time.Duration {
 	q.mu.Lock()
 	keys := len(q.entries)
@@ -198,11 +213,43 @@ func (q *queue) isProven() bool {
 	return q.proven
 }
 
+// ownEntry returns our own entry, if it is known who is ahead of it. q.mu is held.
+func (q *queue) ownEntry() (own queueEntry, ok bool) {
+	if n := len(q.entries); n > 0 {
+		own = q.entries[n-1]
+	}
+	return own, own.key == q.cfg.own && own.created == q.created
+}
+
+// isCrowd reports whether too many keys are ahead of ours to watch the whole queue. q.mu is held.
+func (q *queue) isCrowd() bool { return len(q.entries)-1 > q.cfg.near }
+
+// marker returns the key to watch in a crowd; else "".
+func (q *queue) marker() string {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.isCrowd() {
+		return ""
+	}
+	return q.entries[len(q.entries)-1-q.cfg.near].key
+}
+
+// fits reports whether what is watched is what has to be: that marker, or "" for the whole queue.
+func (q *queue) fits(marker string) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.isCrowd() == (marker != "") && (marker == "" || q.index(marker) >= 0)
+}
+
+// index returns where in entries the key is, or -1. q.mu is held.
+func (q *queue) index(key string) int {
+	return slices.IndexFunc(q.entries, func(e queueEntry) bool { return e.key == key })
+}
+
 // signalFirst wakes waitUntilFirst if no key is ahead of ours. complete: no deletion was missed.
 // q.mu is held.
 func (q *queue) signalFirst(complete bool) {
-	own, ok := q.entries[q.cfg.own]
-	if !ok || own.created != q.created || len(q.entries) > 1 {
+	if _, ok := q.ownEntry(); !ok || len(q.entries) > 1 {
 		return
 	}
 	select {
@@ -217,13 +264,14 @@ func (q *queue) signalFirst(complete bool) {
 func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.err, q.revision, q.entries = nil, revision, make(map[string]queueEntry, len(kvs))
+	q.err, q.revision, q.entries = nil, revision, make([]queueEntry, 0, len(kvs))
 	for _, kv := range kvs {
-		e := newQueueEntry(q.cfg.prefix, kv)
-		q.entries[e.key] = e
+		q.entries = append(q.entries, newQueueEntry(q.cfg.prefix, kv))
 	}
-	switch own := q.entries[q.cfg.own]; {
-	case own.created != q.created:
+	slices.SortFunc(q.entries,
+		func(a, b queueEntry) int { return cmp.Compare(a.created, b.created) })
+	switch own, ok := q.ownEntry(); {
+	case !ok:
 		q.cfg.lost(ErrKeyDeleted)
 	case !own.candidate:
 		q.cfg.lost(ErrKeyOverwritten)
@@ -243,8 +291,8 @@ func (q *queue) apply(events []*clientv3.Event, complete bool) {
 			q.cfg.lost(ErrKeyDeleted)
 		}
 		// The key may have been deleted and made again before it was read.
-		if _, ahead := q.entries[key]; ahead && event.Kv.ModRevision > q.revision {
-			delete(q.entries, key)
+		if i := q.index(key); i >= 0 && event.Kv.ModRevision > q.revision {
+			q.entries = slices.Delete(q.entries, i, i+1)
 			poke(q.changed)
 		}
 	}
@@ -263,24 +311,26 @@ func (q *queue) view() (view, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	v := view{watched: q.watched}
-	if own, ok := q.entries[q.cfg.own]; ok {
-		v.own, v.ahead = &own, len(q.entries)-1
-	}
-	var head, ahead queueEntry
-	for _, e := range q.entries {
-		if head.created == 0 || e.created < head.created {
-			head = e
-		}
-		if v.own != nil && e.created < v.own.created && !e.candidate &&
-			(ahead.created == 0 || e.created < ahead.created) {
-			ahead = e
-		}
-	}
-	if head.created != 0 {
+	if len(q.entries) > 0 {
+		head := q.entries[0]
 		v.head = &head
 	}
-	if ahead.created != 0 {
-		v.blocker = ahead.blocker()
+	if own, ok := q.ownEntry(); ok {
+		v.own, v.ahead = &own, len(q.entries)-1
+		if blocker := q.firstBlocker(); blocker.key != own.key {
+			v.blocker = blocker.blocker()
+		}
 	}
 	return v, q.err
+}
+
+// firstBlocker returns the first entry that is no candidate's, or our own if there is none ahead of
+// it. q.mu is held, and our own entry is the last one.
+func (q *queue) firstBlocker() queueEntry {
+	for _, e := range q.entries {
+		if !e.candidate {
+			return e
+		}
+	}
+	return q.entries[len(q.entries)-1]
 }

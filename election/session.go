@@ -151,7 +151,7 @@ func (s *session) triesOnce() bool { return s.cfg.Wait == 0 && !s.run.elected }
 func (s *session) startQueue(ctx context.Context) {
 	heartbeat := &s.candidate.heartbeats.queue
 	s.queue = newQueue(queueConfig{
-		prefix: s.cfg.prefix(), own: s.key, members: s.members,
+		prefix: s.cfg.prefix(), own: s.key, near: s.cfg.Near, members: s.members,
 		timing:  NewTiming(s.cfg.TTL, s.cfg.LossGrace, s.cfg.Margin),
 		timeout: s.cfg.requestTimeout(),
 		now:     s.cfg.Now, heartbeat: heartbeat, lost: s.lost,

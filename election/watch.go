@@ -9,7 +9,6 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -26,8 +25,13 @@ type watchConn struct {
 	member   *member
 	client   *clientv3.Client // of the member
 	watcher  clientv3.Watcher
-	events   clientv3.WatchChan
 	interval time.Duration // of the tick; both halves of the liveness check take one
+
+	// What is watched: the whole queue or, in a crowd, our own key and the marker.
+	marker string             // "": the whole queue
+	events clientv3.WatchChan // of the queue, or of our own key
+	marked clientv3.WatchChan // of the marker; nil: there is none
+	stop   context.CancelFunc // ends both
 
 	seen       int64 // the latest revision that the member has reported
 	unanswered int   // ticks since its last answer
@@ -36,8 +40,8 @@ type watchConn struct {
 	// is not known; incomplete: it may have missed one.
 	complete atomic.Int64
 
-	looked  time.Duration   // when the first key was last read, once in a TTL
-	look    chan queueEntry // the result of such a read, while one is under way; else nil
+	looked  time.Duration // when the last look at the queue ended: once in a TTL, or at each tick
+	look    chan look     // its result, while one is under way; else nil
 	looking sync.WaitGroup
 }
 
@@ -62,25 +66,81 @@ func (q *queue) follow(ctx context.Context) error {
 	defer w.looking.Wait()
 	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
+	w.stop = func() {}
 	w.looking.Go(func() { w.askVersion(wctx) }) // meanwhile
-	// Watch returns when the member has answered. So what we read after that is at least as new as
-	// the beginning of the watch.
-	answered := time.AfterFunc(w.interval, cancel)
-	w.events = w.watcher.Watch(wctx, q.cfg.prefix,
-		clientv3.WithPrefix(), clientv3.WithFilterPut(), clientv3.WithFragment())
+	if err := w.watch(ctx, wctx); err != nil {
+		return err
+	}
+	q.mu.Lock()
+	q.watched, q.err, q.conn = true, nil, w
+	poke(q.changed)
+	q.mu.Unlock()
+	return w.run(ctx, wctx)
+}
+
+// watch watches what has to be watched, in place of what is, and reads what has happened before.
+// Meanwhile no event is received.
+func (w *watchConn) watch(ctx, wctx context.Context) error {
+	q := w.queue
+	for {
+		if err := w.open(wctx, q.marker()); err != nil {
+			return err
+		}
+		q.heartbeat()
+		if err := w.read(ctx); err != nil {
+			return err
+		}
+		w.unanswered = 0
+		if q.fits(w.marker) {
+			return nil
+		}
+	}
+}
+
+// open opens the watch of the whole queue or, with a marker, those of our own key and of the
+// marker. It returns when the member has answered. So what is read after that is at least as new as
+// the beginning of the watch.
+func (w *watchConn) open(wctx context.Context, marker string) error {
+	q := w.queue
+	ctx, stop := context.WithCancel(wctx)
+	answered := time.AfterFunc(w.interval, stop)
+	watch := func(key string, more ...clientv3.OpOption) clientv3.WatchChan {
+		return w.watcher.Watch(ctx, key,
+			append(more, clientv3.WithFilterPut(), clientv3.WithFragment())...)
+	}
+	var events, marked clientv3.WatchChan
+	if marker == "" {
+		events = watch(q.cfg.prefix, clientv3.WithPrefix())
+	} else {
+		events, marked = watch(q.cfg.own), watch(marker)
+	}
 	if !answered.Stop() {
-		q.cfg.members.reset(from)
+		q.cfg.members.reset(w.member)
 		return errUnanswered
+	}
+	w.stop() // not earlier: etcd's client ends a stream without a watch
+	w.marker, w.events, w.marked, w.stop = marker, events, marked, stop
+	return nil
+}
+
+// read reads who is ahead of us. In a crowd it looks whether the marker and our own key are there.
+// It reads all only if that marker is gone, and we are not near the front.
+func (w *watchConn) read(ctx context.Context) error {
+	q := w.queue
+	if w.marker != "" {
+		l, err := q.look(ctx, w.interval, w.marker)
+		w.seen = max(w.seen, l.revision)
+		if err != nil || q.fits(w.marker) || q.marker() == "" {
+			return err
+		}
 	}
 	if err := q.loadAhead(ctx); err != nil {
 		return err
 	}
 	q.mu.Lock()
-	q.watched, q.err, q.conn = true, nil, w
+	defer q.mu.Unlock()
 	w.seen = max(w.seen, q.revision)
-	poke(q.changed)
-	q.mu.Unlock()
-	return w.run(ctx, wctx)
+	return nil
 }
 
 // run follows the watch. ctx is the queue's, wctx the watch's own.
@@ -91,6 +151,7 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 	w.looked = q.cfg.now()
 	for {
 		q.heartbeat()
+		var err error
 		select {
 		case <-ctx.Done():
 			return nil
@@ -101,55 +162,100 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 			}
 		case <-q.puts:
 			if !q.isLoaded() {
-				w.load(ctx)
+				err = w.load(ctx, wctx)
 			}
 		case resp, ok := <-w.events:
-			if !ok {
-				return errors.New("the watch has ended")
+			err = w.receive(resp, ok)
+		case resp, ok := <-w.marked:
+			if err = w.receive(resp, ok); err == nil && !q.fits(w.marker) {
+				err = w.advance(ctx, wctx)
 			}
-			if err := resp.Err(); err != nil {
-				return fmt.Errorf("watch the queue: %w", err)
-			}
-			w.unanswered, w.seen = 0, max(w.seen, resp.Header.Revision)
-			q.apply(resp.Events, w.isComplete())
 		case <-tick.C:
-			if err := w.tick(ctx, wctx); err != nil {
-				return err
-			}
+			err = w.tick(ctx, wctx)
+		}
+		if err != nil {
+			return err
 		}
 	}
 }
 
-// load reads who is ahead of us. Meanwhile no event is received, so the liveness check begins
-// again.
-func (w *watchConn) load(ctx context.Context) {
-	w.behind = w.queue.loadAhead(ctx) != nil
-	w.unanswered = 0
+// receive takes what the watch shows.
+func (w *watchConn) receive(resp clientv3.WatchResponse, ok bool) error {
+	if !ok {
+		return errors.New("the watch has ended")
+	}
+	if err := resp.Err(); err != nil {
+		return fmt.Errorf("watch the queue: %w", err)
+	}
+	w.unanswered, w.seen = 0, max(w.seen, resp.Header.Revision)
+	w.queue.apply(resp.Events, w.marker == "" && w.isComplete())
+	return nil
 }
 
-// tick reads the first key now and then, and asks whether the watch is still served.
+// advance looks where we stand when the marker is gone.
+func (w *watchConn) advance(ctx, wctx context.Context) error {
+	if w.queue.marker() != "" {
+		_, _ = w.queue.look(ctx, w.interval, "") // after an error we watch more keys than necessary
+		w.queue.heartbeat()
+	}
+	return w.watch(ctx, wctx)
+}
+
+// load reads who is ahead of us for the first time. Meanwhile no event is received, so the liveness
+// check begins again.
+func (w *watchConn) load(ctx, wctx context.Context) error {
+	w.behind = w.queue.loadAhead(ctx) != nil
+	w.unanswered = 0
+	return w.fit(ctx, wctx)
+}
+
+// fit watches something else if it has to be something else by now.
+func (w *watchConn) fit(ctx, wctx context.Context) error {
+	if w.queue.fits(w.marker) {
+		return nil
+	}
+	return w.watch(ctx, wctx)
+}
+
+// tick looks at the queue now and then, and asks whether the watch is still served.
 func (w *watchConn) tick(ctx, wctx context.Context) error {
 	q := w.queue
+	shown := false // the member has answered, and has shown all that the watch would show
 	select {
-	case gone := <-w.look:
-		if gone != (queueEntry{}) && q.isAhead(gone) {
+	case l := <-w.look:
+		if l.gone != (queueEntry{}) && q.isAhead(l.gone) {
 			q.cfg.members.reset(w.member)
 			return errBehind
 		}
 		w.looked, w.look = q.cfg.now(), nil
+		if shown = w.marker != "" && l.from == w.member; shown {
+			w.seen = max(w.seen, l.revision)
+		}
 	default:
 	}
+	err := w.fit(ctx, wctx)
 	switch {
+	case err != nil:
+		return err
 	case w.behind:
-		w.load(ctx)
-	case w.look == nil && q.cfg.now()-w.looked > q.cfg.timing.TTL:
+		if err := w.load(ctx, wctx); err != nil {
+			return err
+		}
+	case w.look == nil && (w.marker != "" || q.cfg.now()-w.looked > q.cfg.timing.TTL):
 		// In goroutines of their own: the watch must not wait for them.
-		found := make(chan queueEntry, 1)
+		found, marker := make(chan look, 1), w.marker
 		w.look = found
-		w.looking.Go(func() { found <- q.lookAtHead(wctx, w.interval) })
+		w.looking.Go(func() {
+			l, _ := q.look(wctx, w.interval, marker) // an error does no harm: another look follows
+			found <- l
+		})
 		w.looking.Go(func() { w.askVersion(wctx) })
 	}
 	q.heartbeat()
+	if shown {
+		w.unanswered = 0
+		return nil
+	}
 	if w.unanswered++; w.unanswered > 1 {
 		// etcd does not answer a request for progress while nothing was written since the watch
 		// began (with the revision after the read; so does the client's after a broken connection).
@@ -178,66 +284,4 @@ func (w *watchConn) isUpToDate(ctx context.Context) bool {
 	resp, err := pb.NewKVClient(conn).Range(ctx,
 		&pb.RangeRequest{Key: []byte(w.queue.cfg.own), KeysOnly: true, Serializable: true})
 	return err == nil && resp.Header.Revision <= w.seen
-}
-
-// lookAtHead reads the first key and our own, over all members. The leader may have given its key
-// another value. And anybody may have written to either key without its lease: such a key never
-// goes by itself. The watch shows neither, because it shows only deletions. (Old versions of etcd
-// do not even show all of these.)
-//
-// If the first key is gone, lookAtHead returns its entry. The watch should show the deletion by the
-// next tick. If it does not, its member lags behind the others although it answers. A read that
-// fails does no harm, because another one follows.
-func (q *queue) lookAtHead(ctx context.Context, timeout time.Duration) (gone queueEntry) {
-	v, _ := q.view()
-	if !v.isBehind() {
-		return queueEntry{}
-	}
-	type answer struct {
-		header    *pb.ResponseHeader
-		head, own []*mvccpb.KeyValue
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	got, err := hedge(ctx, q.cfg.members, q.cfg.timing.hedgeDelay(),
-		func(ctx context.Context, m *member) (answer, error) {
-			header, kvs, err := m.readAll(ctx,
-				&pb.RangeRequest{Key: []byte(v.head.key)}, &pb.RangeRequest{Key: []byte(q.cfg.own)})
-			if err != nil {
-				return answer{}, err
-			}
-			return answer{header, kvs[0], kvs[1]}, nil
-		})
-	if err != nil {
-		return queueEntry{}
-	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	switch {
-	case got.header.Revision < q.revision: // an old etcd may show the past
-		return queueEntry{}
-	case len(got.own) == 0 || got.own[0].CreateRevision != q.created:
-		q.cfg.lost(ErrKeyDeleted)
-	case !newQueueEntry(q.cfg.prefix, got.own[0]).candidate:
-		q.cfg.lost(ErrKeyOverwritten)
-	}
-	now, there := q.entries[v.head.key]
-	switch {
-	case !there || now.created != v.head.created:
-		return queueEntry{}
-	case len(got.head) == 0 || got.head[0].CreateRevision != now.created:
-		return now
-	}
-	if found := newQueueEntry(q.cfg.prefix, got.head[0]); found != now {
-		q.entries[v.head.key] = found
-		poke(q.changed)
-	}
-	return queueEntry{}
-}
-
-// isAhead reports whether the entry is still ahead of us, as far as we know.
-func (q *queue) isAhead(e queueEntry) bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.entries[e.key] == e
 }

@@ -3,6 +3,7 @@ package election
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -76,7 +77,7 @@ func TestQueue_NoticesWhatTheWatchHasMissed(t *testing.T) {
 	}
 	waitForHead("e/a")
 	q.mu.Lock()
-	q.entries["e/gone"] = queueEntry{key: "e/gone", created: 1}
+	q.entries = slices.Insert(q.entries, 0, queueEntry{key: "e/gone", created: 1})
 	q.mu.Unlock()
 	waitForHead("e/a")
 }
@@ -96,10 +97,7 @@ func TestQueue_ComesBackSpread(t *testing.T) {
 	} {
 		q := newTestQueue(func(error) {})
 		q.cfg.timing.TTL = test.ttl
-		q.entries = map[string]queueEntry{}
-		for i := range test.keys {
-			q.entries[fmt.Sprint(i)] = queueEntry{}
-		}
+		q.entries = make([]queueEntry, test.keys)
 		least, most := time.Hour, time.Duration(0)
 		for range 1000 {
 			d := q.spread()
