@@ -20,6 +20,7 @@ type adoptRig struct {
 	t     *testing.T
 	etcd  *simetcd.Cluster
 	start time.Time
+	near  int // Config.Near
 }
 
 func inBubble(t *testing.T, test func(t *testing.T, r *adoptRig)) {
@@ -40,7 +41,7 @@ func (r *adoptRig) run(name string, adopt *Adoption, gone <-chan struct{}) *test
 	r.t.Helper()
 	return newTestCandidate(r.t, r.etcd.Endpoints(), name, func(cfg *Config, h *testCallbacks) {
 		cfg.Election, cfg.Dial, cfg.Now = "jobs", r.etcd.Dialer(name), r.now
-		cfg.Adopt = adopt
+		cfg.Adopt, cfg.Near = adopt, r.near
 		h.lead = func(ctx context.Context, t Term) error {
 			if t.Adopted && gone != nil {
 				<-gone

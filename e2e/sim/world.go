@@ -32,6 +32,7 @@ import (
 	"time"
 
 	"leasehold/e2e/sim/simetcd"
+	elect "leasehold/election"
 )
 
 // Result is what a run has shown.
@@ -61,6 +62,7 @@ type world struct {
 	s       Schedule
 	start   time.Time
 	hear    time.Duration // until a leader of etcd that was deposed meanwhile hears of that
+	near    int           // how many keys may be ahead of a candidate that watches the whole queue
 	cluster *simetcd.Cluster
 	network *network
 	daemons []*daemon
@@ -95,6 +97,7 @@ func Run(t *testing.T, s Schedule) (r Result) {
 func newWorld(s Schedule) *world {
 	s.Faults = slices.Clone(s.Faults) // a fault keeps what it has hit
 	w := &world{s: s, start: time.Now()}
+	w.near = []int{elect.Near, 1}[s.Seed%2]
 	w.check = &checker{w: w}
 	w.network = newNetwork(s.Seed)
 	r := w.random("etcd")
