@@ -126,16 +126,16 @@ func reportChanges(b *bytes.Buffer, r *results) {
 		"both, by etcd's count of the whole time", "watch events per change")
 	for _, t := range r.Trials {
 		ch, n := t.Change, float64(len(t.Change.Times))
-		stop, back := small(ch.Stops.caused()/n), small(ch.Returns.caused()/n)
-		if t.Shape.Elections > 1 { // the other leaders' reads are among them
-			stop, back = "-", "-"
-		}
-		besides, whole := t.Steady.Count.caused()*ch.All.At/t.Steady.Count.At, "-"
-		if besides/n < 5 { // else the difference says little
-			whole = small((ch.All.caused() - besides) / n)
+		more := func(c count) string { // requests for each change
+			besides := t.Steady.Count.caused() * c.At / t.Steady.Count.At
+			if besides/n > 5 { // the difference says little
+				return "-"
+			}
+			return small((c.caused() - besides) / n)
 		}
 		p50, p99, _ := harness.Spans(ch.Times)
-		harness.TableRow(b, t.Shape.String(), p50, p99, stop, back, whole, small(ch.Stops.Events/n))
+		harness.TableRow(b, t.Shape.String(), p50, p99, more(ch.Stops), more(ch.Returns),
+			more(ch.All), small(ch.Stops.Events/n))
 	}
 }
 
