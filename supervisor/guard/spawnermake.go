@@ -102,8 +102,9 @@ func (a *spawnArea) prepareMessages() {
 		len: unsafe.Offsetof(a.control.fd) + 4, level: unix.SOL_SOCKET, kind: unix.SCM_RIGHTS,
 	}
 	a.clone = spawnClone{
-		flags:      unix.CLONE_PIDFD | unix.CLONE_INTO_CGROUP,
 		pidfd:      uint64(uintptr(unsafe.Pointer(&a.pidfd))),
+		stack:      uint64(uintptr(unsafe.Pointer(&a.stack))),
+		stackSize:  uint64(unsafe.Sizeof(a.stack)),
 		exitSignal: uint64(unix.SIGCHLD),
 	}
 	a.urgent = unix.SchedAttr{
