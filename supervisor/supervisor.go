@@ -74,6 +74,8 @@ type Supervisor struct {
 	log     *slog.Logger
 	metrics metrics
 	restart *restarter
+	// restarts is what the guard knows of the restart policy. Only Supervise uses it.
+	restarts ipc.Restarts
 
 	record    ipc.Record
 	authToken string

@@ -78,6 +78,7 @@ func (s *Supervisor) takeOver() {
 	r, j := &s.record, &s.job
 	s.metrics.replaced(r.Exited, r.Silent)
 	s.stopped = r.StopSignals > 0
+	s.restarts = r.Restarts
 	s.restart.failures, s.restart.backoff = r.Restarts.Failures, r.Restarts.Backoff
 	j.serial, j.shown.Restarts, j.shown.PID = r.Serial, r.Restarts.Count, r.PID
 	if r.StartedAt != 0 {

@@ -95,13 +95,17 @@ func (s *Supervisor) beginRun(t Term) (<-chan outcome, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.pingSoon()
-	s.send(ipc.Restarts{
+	restarts := ipc.Restarts{
 		Count: s.Snapshot().Restarts, Failures: s.restart.failures, Backoff: s.restart.backoff,
-	})
+	}
+	if restarts != s.restarts { // each message to the guard delays the start
+		s.restarts = restarts
+		s.send(restarts)
+	}
 	s.send(ipc.Start{
 		Key: t.Key, Token: t.Token, LeaseID: t.LeaseID, StopAt: t.StopAt, KillBy: t.KillBy,
 	})
+	s.pingSoon()
 	return ended, nil
 }
 

@@ -27,6 +27,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"sync/atomic"
 	"time"
 
@@ -132,7 +133,8 @@ type guard struct {
 	sweep      chan int // cgroups before this one are not needed any more
 	starts     int32    // serial of the last start
 	tidyAt     time.Duration
-	latency    time.Duration // the largest timer latency of this job
+	heap       [1]metrics.Sample // what tidy reads
+	latency    time.Duration     // the largest timer latency of this job
 
 	pending     [65]atomic.Int32 // signals that were caught and wait for the loop, by number
 	stopSignals int              // TERM and INT received
@@ -169,6 +171,7 @@ func newGuard(cfg Config) *guard {
 		timer: -1, wakeR: -1, wakeW: -1,
 		elector: elector{state: electorStarting, pidfd: -1, in: -1, pipeEnded: true},
 		starter: starter{null: -1, askR: -1, askW: -1},
+		heap:    [1]metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}},
 	}
 	g.elector.outbox.FD = -1
 	g.job = job{g: g, state: jobIdle}

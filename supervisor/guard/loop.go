@@ -5,6 +5,7 @@ package guard
 import (
 	"fmt"
 	"runtime"
+	"runtime/metrics"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -24,9 +25,9 @@ func (g *guard) loop() (Exit, error) {
 		if g.finished() {
 			return g.exit()
 		}
+		g.tidy(now)
 		g.poll()
 		g.receive()
-		g.tidy(now)
 	}
 }
 
@@ -222,7 +223,8 @@ func (g *guard) listChildren() {
 
 // tidy does what can wait until a job has been gone for a while: it prepares the next start, and
 // collects the garbage, which must not happen while a job lives. A collection would also wait for a
-// fork that is under way.
+// fork that is under way. What is due is done after the next ping, long before another message
+// asks for a start.
 func (g *guard) tidy(now time.Duration) {
 	if g.job.state != jobIdle || g.elector.state != electorRunning || now < g.tidyAt {
 		return
@@ -233,9 +235,7 @@ func (g *guard) tidy(now time.Duration) {
 	case g.sweep <- int(atomic.LoadInt32(&g.spawner.area.leaf)):
 	default: // it has not come to the last one yet
 	}
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	if m.HeapAlloc > 4<<20 {
+	if metrics.Read(g.heap[:]); g.heap[0].Value.Uint64() > 4<<20 { // this stops no other thread
 		runtime.GC()
 	}
 }

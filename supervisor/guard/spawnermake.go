@@ -5,6 +5,7 @@ package guard
 import (
 	"fmt"
 	"os"
+	"reflect"
 	"strconv"
 	"unsafe"
 
@@ -93,7 +94,7 @@ func receiveInto(m *ipc.SpawnerMessage) [2]uintptr {
 // prepareMessages fills in what the spawner passes to the kernel, because the spawner may not store
 // a pointer.
 func (a *spawnArea) prepareMessages() {
-	a.guardPid = int32(unix.Getpid())
+	a.guardPid, a.run = int32(unix.Getpid()), reflect.ValueOf(execJob).Pointer()
 	a.nofile = [2]uint64{nofile.Original.Soft, nofile.Original.Hard}
 	a.message = ipc.SpawnerMessage{}
 	a.iov = receiveInto(&a.message)

@@ -28,6 +28,9 @@ func runtimeAfterFork()
 
 // spawnArea is memory that the guard and the spawner share. The guard fills it before the fork.
 type spawnArea struct {
+	// stack is that of the job's first process until its exec. There is one such process at a time.
+	stack [4096]byte
+
 	// The guard writes these at any time.
 	stopAt    int64 // atomic; no start after this time since boot
 	cancelled int32 // atomic; serial of the start that is cancelled
@@ -47,6 +50,7 @@ type spawnArea struct {
 	keepIgnored                                        uint64 // signals that stay ignored, 1<<(n-1)
 	titleAt                                            unsafe.Pointer
 	titleLen                                           int32
+	run                                                uintptr // the code of execJob
 
 	// The rest is the spawner's own.
 	fds       [5]unix.PollFd // in the order of poll
@@ -84,11 +88,7 @@ type spawnArea struct {
 	title     [24]byte
 	number    [16]byte
 	buf       [4096]byte
-	stack     [4096]byte // of the job's first process until its exec; there is one at a time
 }
-
-// The kernel wants a stack at a multiple of 16.
-const _ = -(unsafe.Offsetof(spawnArea{}.stack) % 16)
 
 // The places in spawnArea.fds.
 const (
@@ -504,19 +504,19 @@ func (a *spawnArea) fork(share uint64) (pid, errno uintptr) {
 		a.clone.flags |= unix.CLONE_INTO_CGROUP
 		a.clone.cgroup = uint64(a.leafFd)
 		return cloneJob(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)),
-			unsafe.Sizeof(a.clone), 0, a)
+			unsafe.Sizeof(a.clone), 0, a, a.run)
 	}
 	// If there is no cgroup, there may be no clone3 either: some seccomp filters refuse it, because
 	// they can't check its arguments.
 	return cloneJob(unix.SYS_CLONE, uintptr(a.clone.flags)|uintptr(unix.SIGCHLD),
 		uintptr(unsafe.Pointer(&a.stack))+unsafe.Sizeof(a.stack),
-		uintptr(unsafe.Pointer(&a.pidfd)), a)
+		uintptr(unsafe.Pointer(&a.pidfd)), a, a.run)
 }
 
-// cloneJob makes a system call, clone or clone3, whose child runs execJob.
+// cloneJob makes a system call, clone or clone3, whose child calls the function at run.
 //
 //go:noescape
-func cloneJob(trap, arg1, arg2, arg3 uintptr, a *spawnArea) (pid, errno uintptr)
+func cloneJob(trap, arg1, arg2, arg3 uintptr, a *spawnArea, run uintptr) (pid, errno uintptr)
 
 // readClock returns nanoseconds since boot.
 //
