@@ -113,6 +113,8 @@ func (l *leaseCallbacks) Entered(string, int64)         {}
 func (l *leaseCallbacks) Releasing(int64) error         { return nil }
 func (l *leaseCallbacks) Extended(d election.Deadlines) { l.end.Store(int64(d.KillBy)) }
 
+func (l *leaseCallbacks) Suspend() bool { return false }
+
 func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {
 	l.end.Store(max(l.end.Load(), int64(t.Deadlines.KillBy)))
 	<-ctx.Done()

@@ -47,6 +47,8 @@ func (j *jobCallbacks) Releasing(lease int64) error { return j.supervisor.Releas
 
 func (j *jobCallbacks) Extended(d election.Deadlines) { j.supervisor.Extend(d.StopAt, d.KillBy) }
 
+func (j *jobCallbacks) Suspend() bool { return j.supervisor.Suspend() }
+
 func (j *jobCallbacks) grantedMargin() time.Duration { return time.Duration(j.margin.Load()) }
 
 func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
@@ -124,6 +126,7 @@ func runElector(build Build, args []string) int {
 	job.margin.Store(int64(cfg.Timing().Margin))
 	var d *daemon
 	sc.TTL, sc.MaxPing, sc.Margin = cfg.TTL.Duration, maxPing(), job.grantedMargin
+	sc.Freeze = cfg.Freezes()
 	sc.Restart, sc.RestartLimit = supervisor.Restart(cfg.Restart), cfg.RestartLimit.N
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
 	sc.Running = func() bool { return live(d.candidate.Snapshot()) == nil }
@@ -141,7 +144,8 @@ func runElector(build Build, args []string) int {
 	d, err = wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version, registry: registry, changed: changed,
 		callbacks: job, configure: job.adopt, status: super.Status, listen: inherit,
-		job: func() health.Job { return healthJob(super.Snapshot()) },
+		suspends: super.Suspend,
+		job:      func() health.Job { return healthJob(super.Snapshot()) },
 		campaign: func(c *election.Candidate) error {
 			if ended != nil { // give the lease back, if there is one
 				stop(ended)

@@ -97,8 +97,9 @@ var exits = []struct {
 	},
 	{
 		exitConfig, "",
-		"wrong configuration; the election lies within another live one, or around it",
-		either(as[*config.Error], as[*election.NestedError], is(errSetUp)),
+		"wrong configuration; the election lies within another live one, or around it;" +
+			" LEASEHOLD_CONTACT_LOSS=freeze, and the job can't be frozen",
+		either(as[*config.Error], as[*election.NestedError], is(errSetUp, guard.ErrNoFreezer)),
 	},
 	{exitNotExec, "", "COMMAND can't be executed", is(errNotExecutable)},
 	{exitNotFound, "", "COMMAND is not found", is(errNotFound)},

@@ -24,6 +24,7 @@ func (h *grantCallbacks) Leased(id int64, _ time.Duration) {
 func (h *grantCallbacks) Entered(string, int64)       {}
 func (h *grantCallbacks) Releasing(int64) error       { return nil }
 func (h *grantCallbacks) Extended(election.Deadlines) {}
+func (h *grantCallbacks) Suspend() bool               { return false }
 func (h *grantCallbacks) Lead(ctx context.Context, _ election.Term) error {
 	<-ctx.Done()
 	return nil

@@ -63,9 +63,9 @@ func runGuard(build Build, call cli.Call) error {
 		Election: cfg.Election, Identity: cfg.Identity,
 		TTL: cfg.TTL.Duration, Margin: cfg.Timing().Margin,
 		StopSignal: cfg.StopSignal.Signal, StopGrace: cfg.StopGrace.Duration,
-		NewPrivs: cfg.NoNewPrivs == "off",
-		Elector:  []string{"leasehold", roleElector},
-		Probe:    []string{"leasehold", roleProbe},
+		NewPrivs: cfg.NoNewPrivs == "off", Freeze: cfg.Freezes(),
+		Elector: []string{"leasehold", roleElector},
+		Probe:   []string{"leasehold", roleProbe},
 		Revoke: func(lease int64, within time.Duration) []string {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},

@@ -32,6 +32,7 @@ type parts struct {
 	configure func(*election.Config)          // may be nil
 	campaign  func(*election.Candidate) error // nil: the candidate's Run
 	job       func() health.Job               // nil: none is wanted
+	suspends  func() bool                     // whether a term outlasts stop-at; nil: no
 	status    func(text string)               // one line at each change of its state
 	listen    func(address string) (net.Listener, error)
 }
@@ -65,6 +66,7 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 		s := healthSnapshot(p.cfg, d.candidate.Snapshot())
 		if p.job != nil {
 			s.JobWanted, s.Job = true, p.job()
+			s.Suspends = p.suspends != nil && p.suspends()
 		}
 		return s
 	}
@@ -136,6 +138,9 @@ func statusText(s election.Snapshot) string {
 		return "standby, no leader is known"
 	case s.State == election.Leading && s.Leader != nil:
 		return fmt.Sprintf("leading, token %d", s.Leader.Token)
+	}
+	if s.State == election.Suspended && s.Leader != nil {
+		return fmt.Sprintf("frozen: %s, token %d", s.Reason, s.Leader.Token)
 	}
 	return string(s.State)
 }

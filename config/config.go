@@ -54,6 +54,7 @@ type Config struct {
 	StopSignal   Signal   `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
 	StopGrace    Duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL; elect: from /leader's 503 until the lease is revoked"`
 	LossGrace    Duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, while the lease still holds; 0s: SIGKILL at once. elect: from /leader's 503 until another can lead"`
+	ContactLoss  string   `split_words:"true" default:"stop" desc:"loss of contact with etcd: stop the job; or freeze it, if it has a cgroup of its own, until etcd has renewed the lease. It is killed if it can't be frozen within LEASEHOLD_LOSS_GRACE, or if the lease or the key is lost"`
 	Margin       Duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, CPU starvation, imprecise clocks"`
 	Restart      string   `split_words:"true" default:"on-failure" desc:"whether the job is started again after it has ended by itself: always, on-failure or never. If it is not, the daemon exits with the job's code"`
 	RestartLimit Count    `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`
@@ -172,6 +173,7 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 	if c.NoNewPrivs != "auto" && c.NoNewPrivs != "off" {
 		p.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
 	}
+	c.validateContactLoss(p)
 	if c.StateDir != "" && !filepath.IsAbs(c.StateDir) {
 		p.add("STATE_DIR", "%s is not absolute: write a path that begins with a slash",
 			quote.Value(c.StateDir))
@@ -186,13 +188,33 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 
 	if p.use == ForElect {
 		for _, name := range []string{
-			"NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT", "STATE_DIR",
+			"CONTACT_LOSS", "NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT", "STATE_DIR",
 		} {
 			if set[name] {
 				p.add(name, "it is about a job, and elect runs none:"+
 					" unset it, or write leasehold -- COMMAND")
 			}
 		}
+	}
+}
+
+// What LEASEHOLD_CONTACT_LOSS may be.
+const (
+	stopOnLoss   = "stop"
+	freezeOnLoss = "freeze"
+)
+
+// Freezes reports whether the job is frozen on loss of contact with etcd.
+func (c *Config) Freezes() bool { return c.ContactLoss == freezeOnLoss }
+
+// validateContactLoss checks what becomes of the job on loss of contact.
+func (c *Config) validateContactLoss(p *problems) {
+	switch c.ContactLoss = strings.ToLower(c.ContactLoss); {
+	case c.ContactLoss != stopOnLoss && c.ContactLoss != freezeOnLoss:
+		p.add("CONTACT_LOSS", "%s is unknown: write stop or freeze", quote.Value(c.ContactLoss))
+	case c.Freezes() && c.LossGrace.given && c.LossGrace.err == nil && c.LossGrace.Duration == 0:
+		p.add("LOSS_GRACE", "0s leaves no time to freeze the job:"+
+			" write for example 1s, unset it, or write %s_CONTACT_LOSS=stop", Prefix)
 	}
 }
 

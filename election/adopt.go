@@ -74,7 +74,7 @@ func (s *session) leadOn(ctx, sctx context.Context, a Adoption) error {
 	case s.isLost(): // the watch was faster
 		s.state.termEnded(s.lostCause)
 	case s.cfg.Now() >= a.Deadlines.StopAt:
-		s.state.termEnded(ErrContactLost)
+		s.contactLost()
 	case a.Ending:
 		s.state.termEnded(ErrEnded)
 	}

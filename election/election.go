@@ -10,7 +10,7 @@
 // other candidate leads, unless somebody deletes the key or the lease. A renewal sent at s and
 // granted for T holds the lease at least until s+T, however late its reply comes, so every deadline
 // is counted from the moment of sending. Renewals move the deadlines; once Deadlines.StopAt has
-// passed the term is over, and nothing revives it.
+// passed the term is over, and nothing revives it, unless it is suspended (Callbacks.Suspend).
 //
 // What it does not promise: if somebody else removes the leader's key or lease, the leader may
 // learn of it only after the next leader has started. Only the fencing token protects against that.
@@ -99,9 +99,15 @@ type Callbacks interface {
 	// an error, the request is not sent, and Run returns that error.
 	Releasing(lease int64) error
 	// Extended is called with the new deadlines after each renewal while a term runs and stop-at
-	// has not passed. It must not block. A call may come just before Lead's own; the latest
-	// deadlines are those that count.
+	// has not passed, or the term is suspended. It must not block. A call may come just before
+	// Lead's own; the latest deadlines are those that count.
 	Extended(Deadlines)
+	// Suspend is called when stop-at passes in a term. If it returns true, the leader's work is
+	// frozen, or killed by Deadlines.KillBy, without any help of ours. Then the term does not end
+	// yet. It goes on with the next renewal that counts, for which Extended is called, however late
+	// that is. It ends as any other: with the lease, with the key, or as planned. It also ends if
+	// Lead returns. It must not block.
+	Suspend() bool
 	// Lead is called when a term begins. It does the leader's work, and returns when nothing of
 	// that runs any more. Its context ends when the term does: with the cause with which Run's
 	// context ended (a planned stop), ErrContactLost, ErrLeaseLost, ErrKeyDeleted or
@@ -141,6 +147,7 @@ const (
 	Connecting State = "connecting" // not in the election: Snapshot.Reason says why
 	Standby    State = "standby"    // its key is in the queue
 	Leading    State = "leading"    // a term runs
+	Suspended  State = "suspended"  // stop-at has passed, and the term may go on
 	Stopping   State = "stopping"   // the term is over, or Run's context is; Lead has not returned
 )
 
@@ -172,8 +179,8 @@ type Snapshot struct {
 	LeaseID   int64
 	TTL       time.Duration
 	Deadlines Deadlines
-	// Leading is true while a term runs that is neither lost nor given up. The reader has to
-	// compare Deadlines.StopAt with the present time.
+	// Leading is true while a term runs that is neither lost nor given up, also while it is
+	// suspended. The reader has to compare Deadlines.StopAt with the present time.
 	Leading bool
 	Blocker *Blocker // nil: there is none
 	// LastHeartbeat is the last heartbeat of the loop that was silent longest, in time since boot.

@@ -50,6 +50,7 @@ type testCallbacks struct {
 	releasing      []int64
 	releasingFails error
 	extended       Deadlines
+	suspends       bool
 	calls          int
 }
 
@@ -87,6 +88,8 @@ func (h *testCallbacks) Extended(d Deadlines) {
 	h.calls++
 	h.mu.Unlock()
 }
+
+func (h *testCallbacks) Suspend() bool { return h.suspends }
 
 func (h *testCallbacks) extensions() (int, Deadlines) {
 	h.mu.Lock()

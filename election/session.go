@@ -327,7 +327,9 @@ func (s *session) renewed(d Deadlines) {
 
 // contactLost implements leaseEvents.
 func (s *session) contactLost() {
-	s.state.termEnded(ErrContactLost)
+	if !s.cfg.Callbacks.Suspend() || !s.state.suspended() {
+		s.state.termEnded(ErrContactLost)
+	}
 	poke(s.changed)
 }
 

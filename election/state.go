@@ -20,6 +20,10 @@ import (
 //	    ^                       │                      │                       ^
 //	    └─ connecting, entryLost┘                      └──── leadReturned ─────┘
 //
+//	                  suspended
+//	         Leading <─────────> Suspended ── termEnded, leadReturned ──> Stopping
+//	                  renewed
+//
 // adopted leads from Connecting to Leading. runEnded leads to Stopping from everywhere but Leading:
 // Lead returns first. A candidate whose lease could not be renewed is Connecting while its key is
 // still in the queue, and may be elected from there; one that has won too late campaigns again from
@@ -76,7 +80,7 @@ func (m *machine) transition(c change) {
 	if isNew {
 		m.snapshot.Since = time.Now()
 	}
-	if isNew && c.to == Leading && !c.adopted {
+	if isNew && c.to == Leading && from != Suspended && !c.adopted {
 		m.metrics.terms.Inc()
 	}
 	if !isNew && c.warn == "" {
@@ -240,6 +244,27 @@ func (m *machine) adopted(t *term, self Entry) {
 	}
 }
 
+// suspended: stop-at has passed, and the leader's work is frozen. It returns false, and does
+// nothing, if no term runs, or if the term is over.
+func (m *machine) suspended() bool {
+	m.mu.Lock()
+	defer m.unlock()
+	if m.term == nil || m.term.over {
+		return false
+	}
+	switch m.snapshot.State {
+	case Leading:
+		m.transition(change{
+			to: Suspended, reason: ErrContactLost.Error(),
+			warn: "term suspended: it goes on if etcd renews the lease",
+		})
+	case Suspended: // also the lease that was taken over finds that out
+	default:
+		m.impossible("suspended")
+	}
+	return true
+}
+
 // termEnded: the term is over for this cause, if one runs. The first cause counts. But Lead also
 // learns later that the lease or the key is lost.
 func (m *machine) termEnded(cause error) {
@@ -249,7 +274,7 @@ func (m *machine) termEnded(cause error) {
 	if t == nil {
 		return
 	}
-	if errors.Is(cause, ErrContactLost) {
+	if errors.Is(cause, ErrContactLost) || m.snapshot.State == Suspended {
 		t.contactLost = true
 	}
 	first := !t.over
@@ -263,7 +288,7 @@ func (m *machine) termEnded(cause error) {
 		close(t.lost)
 	}
 	switch m.snapshot.State {
-	case Leading:
+	case Leading, Suspended:
 		m.transition(change{to: Stopping, reason: cause.Error(), loss: lossReasons[cause]})
 	case Stopping:
 	default:
@@ -281,7 +306,7 @@ func (m *machine) leadReturned(cause error) {
 		reason = cause.Error()
 	}
 	switch m.snapshot.State {
-	case Leading, Stopping:
+	case Leading, Suspended, Stopping:
 		m.transition(change{to: Stopping, reason: reason})
 	default:
 		m.impossible("lead returned")
@@ -314,12 +339,22 @@ func (m *machine) leased(id int64, ttl time.Duration, d Deadlines) {
 }
 
 // renewed keeps the new deadlines, for the caller to publish. It reports whether they extend a
-// term. They don't if stop-at has ended it.
+// term. They don't if stop-at has ended it. A term that is suspended goes on, unless the new
+// deadlines have passed, too.
 func (m *machine) renewed(d Deadlines) (extends bool) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
+	defer m.unlock()
 	m.snapshot.Deadlines = d
-	return m.term != nil && !m.term.contactLost && !m.term.gone
+	if m.term == nil || m.term.contactLost || m.term.gone {
+		return false
+	}
+	if m.snapshot.State == Suspended {
+		if m.now() >= d.StopAt {
+			return false
+		}
+		m.transition(change{to: Leading, attrs: []any{"token", m.snapshot.Leader.Token}})
+	}
+	return true
 }
 
 // queueChanged publishes who leads, and what keeps the candidate waiting.

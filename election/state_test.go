@@ -27,10 +27,13 @@ func newTestMachine(t *testing.T, state State) *machine {
 	case Connecting:
 	case Standby:
 		m.queued()
-	case Leading, Stopping:
+	case Leading, Suspended, Stopping:
 		m.elected(&term{end: func(error) {}, lost: make(chan struct{})}, Entry{})
 		if state == Stopping {
 			m.termEnded(errors.New("planned"))
+		}
+		if state == Suspended {
+			m.suspended()
 		}
 	}
 	return m
@@ -45,21 +48,28 @@ func TestMachine(t *testing.T) {
 		"entry lost":        func(m *machine) { m.entryLost(ErrKeyDeleted) },
 		"elected":           func(m *machine) { m.elected(&term{}, Entry{}) },
 		"adopted":           func(m *machine) { m.adopted(&term{}, Entry{}) },
+		"suspended":         func(m *machine) { m.suspended() },
+		"renewed":           func(m *machine) { m.renewed(Deadlines{StopAt: time.Second}) },
+		"renewed too late":  func(m *machine) { m.renewed(Deadlines{}) },
 		"term ended":        func(m *machine) { m.termEnded(ErrContactLost) },
 		"lead returned":     func(m *machine) { m.leadReturned(nil) },
 		"run ended":         (*machine).runEnded,
 	}
-	states := []State{Connecting, Standby, Leading, Stopping}
+	states := []State{Connecting, Standby, Leading, Suspended, Stopping}
 	for name, next := range map[string][]State{
-		"connecting":        {Connecting, Connecting, "", Connecting},
-		"campaigning again": {Connecting, Connecting, "", Connecting},
-		"queued":            {Standby, Standby, "", ""},
-		"entry lost":        {Connecting, Connecting, "", ""},
-		"elected":           {Leading, Leading, "", ""},
-		"adopted":           {Leading, "", "", ""},
-		"term ended":        {Connecting, Standby, Stopping, Stopping}, // none runs, at first
-		"lead returned":     {"", "", Stopping, Stopping},
-		"run ended":         {Stopping, Stopping, "", Stopping},
+		"connecting":        {Connecting, Connecting, "", "", Connecting},
+		"campaigning again": {Connecting, Connecting, "", "", Connecting},
+		"queued":            {Standby, Standby, "", "", ""},
+		"entry lost":        {Connecting, Connecting, "", "", ""},
+		"elected":           {Leading, Leading, "", "", ""},
+		"adopted":           {Leading, "", "", "", ""},
+		"suspended":         {Connecting, Standby, Suspended, Suspended, Stopping},
+		"renewed":           {Connecting, Standby, Leading, Leading, Stopping},
+		"renewed too late":  {Connecting, Standby, Leading, Suspended, Stopping},
+		// No term runs, at first.
+		"term ended":    {Connecting, Standby, Stopping, Stopping, Stopping},
+		"lead returned": {"", "", Stopping, Stopping, Stopping},
+		"run ended":     {Stopping, Stopping, "", "", Stopping},
 	} {
 		for i, want := range next {
 			m := newTestMachine(t, states[i])
@@ -152,5 +162,24 @@ func TestMachine_LostAfterItsEnd(t *testing.T) {
 	case <-running.lost:
 	default:
 		t.Error("the loss is not passed on")
+	}
+}
+
+// A term that is suspended goes on with a renewal, and does so no more once it is over.
+func TestMachine_Suspended(t *testing.T) {
+	m := newTestMachine(t, Suspended)
+	if !m.get().Leading {
+		t.Error("a term that is suspended counts as lost or given up")
+	}
+	if m.renewed(Deadlines{}) {
+		t.Error("a renewal extends the term, and its stop-at has passed")
+	}
+	if !m.renewed(Deadlines{StopAt: time.Second}) {
+		t.Error("a renewal does not extend the term")
+	}
+	m.suspended()
+	m.termEnded(errors.New("planned"))
+	if m.renewed(Deadlines{StopAt: time.Second}) || m.suspended() {
+		t.Error("the term goes on after its end")
 	}
 }

@@ -22,6 +22,7 @@ const (
 	Connecting = "connecting"
 	Standby    = "standby"
 	Leading    = "leading"
+	Suspended  = "suspended"
 	Stopping   = "stopping"
 )
 
@@ -33,7 +34,7 @@ const JobRunning = "running"
 type Snapshot struct {
 	Election string
 	Identity string
-	State    string // Connecting, Standby, Leading or Stopping.
+	State    string // Connecting, Standby, Leading, Suspended or Stopping.
 	Reason   string // Why the candidate is not in the election, for people. Holds no secrets.
 	Since    time.Time
 	Leader   *Leader // Nil when none is known.
@@ -42,6 +43,7 @@ type Snapshot struct {
 	TTL         time.Duration
 	StopAt, End time.Duration // Zero without a lease.
 	Leading     bool          // A term runs, neither lost nor resigned; StopAt may have passed.
+	Suspends    bool          // StopAt does not end the term: the job is frozen then.
 
 	JobWanted bool // False if the daemon runs no job.
 	Job       Job
@@ -59,7 +61,7 @@ type Leader struct {
 
 // Job is the state of the job.
 type Job struct {
-	State     string    // none, starting, running, stopping, backoff or exited.
+	State     string    // none, starting, running, frozen, stopping, backoff or exited.
 	PID       int       // 0 when no process runs.
 	StartedAt time.Time // Zero before the first start.
 	Restarts  int
@@ -88,6 +90,9 @@ func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
 	switch {
 	case s.State == Leading && s.Leading && over(s.StopAt):
 		s.State, s.Since = Stopping, wall.Add(s.StopAt-now)
+		if s.Suspends {
+			s.State = Suspended
+		}
 		s.Reason = "contact with etcd lost: stop-at has passed"
 	case s.State == Standby && over(s.End):
 		s.State, s.Since = Connecting, wall.Add(s.End-now)

@@ -78,6 +78,19 @@ func TestTruth(t *testing.T) {
 			"", "stop-at has passed", "stop-at has passed", "stopping",
 		},
 		{
+			"at stop-at, and the job is frozen", 110 * time.Second,
+			leading(func(s *Snapshot) { s.Suspends = true }),
+			"", "suspended: contact with etcd lost", "suspended", "suspended",
+		},
+		{
+			"suspended", 200 * time.Second, leading(func(s *Snapshot) { s.State = Suspended }),
+			"", "suspended", "suspended", "suspended",
+		},
+		{
+			"not yet thawed", at, leading(func(s *Snapshot) { s.Job.State = "frozen" }),
+			"", "", "the job is not running: frozen", "leading",
+		},
+		{
 			"past the lease's end", 200 * time.Second, leading(),
 			"", "stopping", "stopping", "stopping",
 		},
@@ -157,7 +170,7 @@ func TestTruth(t *testing.T) {
 func TestTruth_NeverTwo(t *testing.T) {
 	for _, state := range []string{"", Connecting, Standby, Leading, Stopping, "nonsense"} {
 		for _, job := range []string{
-			"", "none", "starting", JobRunning, "stopping", "backoff", "exited",
+			"", "none", "starting", JobRunning, "frozen", "stopping", "backoff", "exited",
 		} {
 			for _, isLeading := range []bool{true, false} {
 				for _, second := range []time.Duration{0, 109, 110, 115} {

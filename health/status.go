@@ -16,7 +16,7 @@ type status struct {
 	Name     string    `json:"name" desc:"the leader's identity; \"\" where none is known"`
 	Election string    `json:"election" desc:"the election's key prefix"`
 	Identity string    `json:"identity" desc:"this candidate's name"`
-	State    string    `json:"state" desc:"connecting, standby, leading or stopping"`
+	State    string    `json:"state" desc:"connecting, standby, leading, suspended or stopping"`
 	Reason   *string   `json:"reason" desc:"why the candidate is not in the election"`
 	Leader   *Leader   `json:"leader" desc:"the leader; behind more than eight others, as it was at most 2.5 s ago"`
 	Lease    *lease    `json:"lease" desc:"this candidate's lease"`
@@ -33,7 +33,8 @@ type lease struct {
 }
 
 type jobStatus struct {
-	State     string      `json:"state" desc:"none, starting, running, stopping, backoff or exited"`
+	State string `json:"state" desc:"none, starting, running, frozen, stopping, backoff or exited"`
+
 	PID       *int        `json:"pid" desc:"of its first process"`
 	StartedAt *string     `json:"started_at" desc:"when it was last started"`
 	Restarts  int         `json:"restarts" desc:"how often it was started again"`

@@ -95,6 +95,11 @@ func (s *Supervisor) receive(m ipc.Message, p *pings) {
 		s.started(m.Started())
 	case ipc.KindRefused:
 		s.refused(m.Refused())
+	case ipc.KindFrozen:
+		s.frozen(m.Frozen())
+		s.pingSoon()
+	case ipc.KindThawed:
+		s.thawed()
 	case ipc.KindExited:
 		s.firstExited(m.Exited())
 	case ipc.KindGone:

@@ -24,6 +24,10 @@ import (
 //	  +---------------------- stopping <-----------+
 //	   gone: exited; then backoff, if the job is to be started again
 //
+//	running <--- the guard has frozen the job, or has thawed it ---> frozen
+//
+// From frozen, the same leads to stopping as from running.
+//
 // Every method below with the name of an event takes it in any state. transition is the one place
 // where the state changes. The guard's own states are in package guard.
 type JobState string
@@ -33,6 +37,7 @@ const (
 	JobNone     JobState = "none"     // never started in this process
 	JobStarting JobState = "starting" // asked for
 	JobRunning  JobState = "running"
+	JobFrozen   JobState = "frozen"   // no instruction of it runs until the lease is renewed
 	JobStopping JobState = "stopping" // it has its stop signal, or is being killed
 	JobBackoff  JobState = "backoff"  // exited by itself, to be started again
 	JobExited   JobState = "exited"   // nothing of it is left
@@ -85,6 +90,9 @@ type job struct {
 	due time.Duration
 	// known is the last kill-by that the guard has read for sure: it has answered a later ping.
 	known time.Duration
+	// frozen means that no instruction of the job runs, and that we have not asked for its thaw. So
+	// it may outlast kill-by. (A guard that hangs is taken over all the same.)
+	frozen bool
 
 	serial    int32 // the spawner's messages about earlier starts are for an elector before us
 	pidfd     int   // of the first process, from the spawner; -1: none
@@ -101,15 +109,22 @@ type outcome struct {
 // alive reports whether something of the job may run.
 func (j *job) alive() bool {
 	switch j.shown.State {
-	case JobStarting, JobRunning, JobStopping:
+	case JobStarting, JobRunning, JobFrozen, JobStopping:
 		return true
 	}
 	return false
 }
 
-// overdue is when the guard should have killed the job.
+// overdue is when the guard should have killed the job; forever: it need not.
 func (j *job) overdue(margin time.Duration) time.Duration {
-	return min(j.term.KillBy, j.due) + margin/4
+	due := j.due
+	if !j.frozen {
+		due = min(due, j.term.KillBy)
+	}
+	if due == forever {
+		return forever
+	}
+	return due + margin/4
 }
 
 func (j *job) closePidfd() {
@@ -127,7 +142,8 @@ func (s *Supervisor) Snapshot() Job {
 	j := &s.job
 	shown := j.shown
 	known := j.pidfd >= 0 && j.pidfdPid == shown.PID
-	if shown.State == JobRunning && known && proctree.PidfdExited(j.pidfd) {
+	runs := shown.State == JobRunning || shown.State == JobFrozen
+	if runs && known && proctree.PidfdExited(j.pidfd) {
 		shown.State = JobStopping
 	}
 	return shown
@@ -142,7 +158,7 @@ func (s *Supervisor) startAsked(t Term) (<-chan outcome, error) {
 		return nil, ErrGuardLost
 	}
 	j.term, j.askedAt, j.due, j.known = t, boottime.Now(), forever, t.KillBy
-	j.exit, j.ordered, j.ended = ExitError{}, false, make(chan outcome, 1)
+	j.exit, j.ordered, j.frozen, j.ended = ExitError{}, false, false, make(chan outcome, 1)
 	s.transition(JobStarting, "elected")
 	return j.ended, nil
 }
@@ -198,6 +214,36 @@ func (s *Supervisor) started(m ipc.Started) {
 	}
 }
 
+// frozen: the guard has frozen the job.
+func (s *Supervisor) frozen(m ipc.Frozen) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	// Else it gets, or has got, new deadlines, and runs.
+	j.frozen = j.alive() && m.StopAt == j.term.StopAt
+	switch j.shown.State {
+	case JobRunning:
+		s.metrics.freezes.Inc()
+		s.transition(JobFrozen, "no renewal by stop-at")
+	case JobFrozen, JobStopping: // the guard says so again; or a stop was asked for
+	default:
+		s.invalid("frozen")
+	}
+}
+
+// thawed: the guard has thawed the job.
+func (s *Supervisor) thawed() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch s.job.shown.State {
+	case JobFrozen:
+		s.transition(JobRunning, "thawed")
+	case JobRunning, JobStopping: // the same
+	default:
+		s.invalid("thawed")
+	}
+}
+
 // refused: the guard could not start the job.
 func (s *Supervisor) refused(m ipc.Refused) {
 	s.mu.Lock()
@@ -222,7 +268,7 @@ func (s *Supervisor) firstExited(m ipc.Exited) {
 	j.shown.PID, j.shown.LastExit = 0, &LastExit{j.exit.Exit, time.Now().UTC()}
 	s.metrics.exits.WithLabelValues(exitReason(j.exit.Exit, !j.ordered && !s.stopped)).Inc()
 	switch j.shown.State {
-	case JobStarting, JobRunning, JobStopping:
+	case JobStarting, JobRunning, JobFrozen, JobStopping:
 		s.transition(JobStopping, "first process exited")
 	default:
 		s.invalid("first process exited")
@@ -312,7 +358,7 @@ func (s *Supervisor) transition(to JobState, why string) {
 	if from != to {
 		s.log.Debug("job state",
 			"machine", "handle", "from", string(from), "to", string(to), "reason", why)
-		if to == JobRunning {
+		if to == JobRunning && from != JobFrozen {
 			s.log.Info("job started", "pid", j.shown.PID, "token", j.term.Token)
 		}
 	}

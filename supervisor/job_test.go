@@ -9,10 +9,12 @@ import (
 	"path/filepath"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
+	"leasehold/internal/boottime"
 	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
 )
@@ -40,6 +42,7 @@ func TestSupervisor_States(t *testing.T) {
 	exited := func(s s) { s.firstExited(ipc.Exited{Code: 5}) }
 	stop := func(s s) { s.stopAsked("planned", forever) }
 	gone := func(s s) { s.gone(ipc.Gone{}) }
+	frozen := func(s s) { s.frozen(ipc.Frozen{}) }
 	for _, c := range []struct {
 		name   string
 		events []func(s)
@@ -80,6 +83,20 @@ func TestSupervisor_States(t *testing.T) {
 		{"term over", []func(s){started, exited, gone, s.restarting, s.termOver}, JobExited, nil},
 		{"stop after the end", []func(s){started, exited, gone, stop}, JobExited, nil},
 		{"gone twice", []func(s){started, exited, gone, gone}, JobExited, nil},
+		{"frozen", []func(s){started, frozen}, JobFrozen, nil},
+		{"thawed", []func(s){started, frozen, s.thawed}, JobRunning, nil},
+		{"frozen while stopping", []func(s){started, stop, frozen}, JobStopping, nil},
+		{
+			"killed while frozen",
+			[]func(s){started, frozen, exited, gone},
+			JobExited,
+			&outcome{exit: ExitError{Exit: proctree.Exit{Code: 5}}, byItself: true},
+		},
+		{
+			"guard lost while frozen",
+			[]func(s){started, frozen, func(s s) { s.guardIsLost("guard hangs") }},
+			JobStopping, nil,
+		},
 		{
 			"guard lost",
 			[]func(s){started, func(s s) { s.guardIsLost("guard exited") }},
@@ -182,4 +199,54 @@ func TestSupervisor_KillWaits(t *testing.T) {
 		_, err = unix.Read(fifo, make([]byte, 4096))
 	}
 	<-killed
+}
+
+// TestSupervisor_Frozen: a frozen job may outlast kill-by, until we ask for its thaw. From then on
+// it counts as one that runs: also if the guard's report of an earlier freeze comes only then.
+func TestSupervisor_Frozen(t *testing.T) {
+	s := newTestSupervisor(t)
+	s.cfg.Freeze, s.cfg.Margin = true, func() time.Duration { return 0 }
+	now := boottime.Now()
+	if _, err := s.startAsked(Term{StopAt: now - 2, KillBy: now - 1}); err != nil {
+		t.Fatal(err)
+	}
+	s.started(ipc.Started{PID: 7})
+	overdue := func(want bool, when string) {
+		t.Helper()
+		if got := s.killOverdue(); got != want {
+			t.Errorf("%s: overdue %v, want %v", when, got, want)
+		}
+	}
+	overdue(true, "running past kill-by")
+	if !s.Suspend() {
+		t.Error("the term can't be suspended while the job runs")
+	}
+	s.frozen(ipc.Frozen{StopAt: now - 2})
+	overdue(false, "frozen")
+	s.Extend(now-1, now)
+	overdue(true, "asked to be thawed, and past the new kill-by")
+	s.frozen(ipc.Frozen{StopAt: now - 2})
+	overdue(true, "the guard says that it was frozen before")
+	s.frozen(ipc.Frozen{StopAt: now - 1})
+	overdue(false, "frozen again")
+	s.stopAsked("planned", now)
+	overdue(true, "frozen, and to be killed")
+	if s.Suspend() {
+		t.Error("the term can be suspended while the job is being stopped")
+	}
+}
+
+// TestSupervisor_OverPastStopAt: in a term that is suspended nothing is started.
+func TestSupervisor_OverPastStopAt(t *testing.T) {
+	s := newTestSupervisor(t)
+	s.cfg.Freeze = true
+	now := boottime.Now()
+	past, ahead := Term{Token: 1, StopAt: now}, Term{Token: 2, StopAt: forever}
+	if s.job.term = ahead; s.over(t.Context(), ahead) || !s.over(t.Context(), past) {
+		t.Error("a term is over, or is not, because of another one")
+	}
+	s.job.term.StopAt = now // the deadlines of the job are those that count
+	if !s.over(t.Context(), ahead) {
+		t.Error("a term is not over past stop-at")
+	}
 }

@@ -12,6 +12,7 @@ import (
 type metrics struct {
 	up           prometheus.Gauge
 	starts       prometheus.Counter
+	freezes      prometheus.Counter
 	exits        *prometheus.CounterVec
 	kills        *prometheus.CounterVec
 	stops        prometheus.Histogram
@@ -29,6 +30,10 @@ func newMetrics(r prometheus.Registerer) metrics {
 		starts: f.NewCounter(prometheus.CounterOpts{
 			Name: "leasehold_job_starts_total",
 			Help: "Starts of the job.",
+		}),
+		freezes: f.NewCounter(prometheus.CounterOpts{
+			Name: "leasehold_job_freezes_total",
+			Help: "Times that the job was frozen on loss of contact with etcd.",
 		}),
 		exits: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "leasehold_job_exits_total",

@@ -50,6 +50,7 @@ type Config struct {
 	TTL          time.Duration
 	MaxPing      time.Duration        // the longest time between two pings
 	Margin       func() time.Duration // of the lease as granted
+	Freeze       bool                 // the guard freezes the job at stop-at
 	Restart      Restart
 	RestartLimit int
 
@@ -179,20 +180,32 @@ func (s *Supervisor) Token(token string) {
 	s.send(ipc.Token{Value: []byte(token)})
 }
 
-// Extend passes later deadlines to the guard. They change nothing once stop-at has passed or the
-// guard is lost.
+// Extend passes later deadlines to the guard. They change nothing once stop-at has passed, unless
+// the job is frozen: then they have it thawed, and from this moment on it may run. They change
+// nothing if the guard is lost.
 func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 	s.mu.Lock()
-	if s.job.guardLost {
+	j := &s.job
+	if j.guardLost {
 		s.mu.Unlock()
 		return
 	}
-	if boottime.Now() < s.job.term.StopAt {
-		s.job.term.StopAt, s.job.term.KillBy = stopAt, killBy
+	if s.cfg.Freeze || boottime.Now() < j.term.StopAt {
+		j.term.StopAt, j.term.KillBy, j.frozen = stopAt, killBy, false
 	}
 	s.mu.Unlock()
 	s.send(ipc.Extend{StopAt: stopAt, KillBy: killBy})
 	s.pingSoon() // both are awake now
+}
+
+// Suspend reports whether the term may go on although stop-at has passed: the guard freezes the
+// job, or kills it at kill-by if it can't. It does so by itself.
+func (s *Supervisor) Suspend() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	return s.cfg.Freeze && !j.guardLost && !j.ordered && !s.stopped &&
+		(j.shown.State == JobRunning || j.shown.State == JobFrozen)
 }
 
 // Exit tells the guard that the elector is about to exit, and with which code the daemon should

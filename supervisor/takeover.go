@@ -111,6 +111,8 @@ func (s *Supervisor) takeOverJob() {
 	case ipc.JobRunning:
 		j.shown.State = JobRunning
 		s.metrics.up.Set(1)
+	case ipc.JobFrozen:
+		j.shown.State, j.frozen = JobFrozen, true
 	default:
 		j.shown.State = JobStopping
 	}

@@ -48,7 +48,7 @@ func (s *Supervisor) Supervise(
 	began := boottime.Now()
 	if t.Adopted {
 		t, began = s.join(t)
-	} else if d, ok := s.decision(t); ok && !over(ctx, t) {
+	} else if d, ok := s.decision(t); ok && !s.over(ctx, t) {
 		if d.err != nil {
 			return d.err
 		}
@@ -57,7 +57,7 @@ func (s *Supervisor) Supervise(
 		}
 		t, began = s.renewed(t), boottime.Now()
 	}
-	for t.Adopted || !over(ctx, t) {
+	for t.Adopted || !s.over(ctx, t) {
 		run, err := s.runOnce(ctx, t, grace)
 		if err != nil || !run.byItself {
 			return err
@@ -78,7 +78,9 @@ func (s *Supervisor) Supervise(
 func (s *Supervisor) renewed(t Term) Term {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t.StopAt, t.KillBy = s.job.term.StopAt, s.job.term.KillBy
+	if last := s.job.term; last.Token == t.Token {
+		t.StopAt, t.KillBy = last.StopAt, last.KillBy
+	}
 	t.Adopted = false
 	return t
 }
@@ -135,7 +137,7 @@ func (s *Supervisor) runOnce(
 			return outcome{}, ErrGuardLost
 		case run := <-ended:
 			// The term may have ended in the same instant, and we may have seen the job first.
-			run.byItself = run.byItself && !over(ctx, t)
+			run.byItself = run.byItself && !s.over(ctx, t)
 			return run, nil
 		}
 	}
@@ -175,20 +177,21 @@ func (s *Supervisor) backOff(
 	case <-s.guardGone:
 		return ErrGuardLost
 	}
-	if over(ctx, t) {
+	if s.over(ctx, t) {
 		s.termOver()
 	}
 	return nil
 }
 
-// over reports whether the term has ended: nothing may be started in it any more.
-func over(ctx context.Context, t Term) bool {
+// over reports whether the term has ended: nothing may be started in it any more. Past stop-at a
+// term goes on only for the sake of a job that is frozen.
+func (s *Supervisor) over(ctx context.Context, t Term) bool {
 	select {
 	case <-ctx.Done():
 		return true
 	case <-t.Lost:
 		return true
 	default:
-		return false
+		return s.cfg.Freeze && boottime.Now() >= s.renewed(t).StopAt
 	}
 }

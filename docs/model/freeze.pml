@@ -7,11 +7,15 @@
  * lease, reads its key, and sends the guard the new deadlines. That is the request to thaw: there
  * is no other. If the key is gone, the job is killed while it is frozen.
  *
+ * The freezer is a thread of the guard. The kernel may make it wait at any step, also between its
+ * check of the clock and the thaw, and also while the rest of the guard hangs. Meanwhile the guard
+ * goes on: it takes the job for one that runs.
+ *
  * replace.pml has the guard that replaces its elector, with all that may go wrong there. Here the
  * guard replaces it too, at any time, or gives up. The announcement of a release is one step with
  * the decision to release, and all messages of an elector that has exited are read: replace.pml has
  * the rest. As there, the spawner does not hang, and nothing has to happen. Only time waits, for
- * kills that are due, and for a guard between its check of the deadlines and the thaw.
+ * kills that are due, also of a job that is about to be thawed.
  *
  * An etcd that cannot be reached, has no leader, or is stopped, is one that takes no step. A lease
  * is dropped at some time after its end, or never: a new leader of etcd may have given it its
@@ -39,7 +43,7 @@ mtype = { down, up, hung };
 /* What the elector does. */
 mtype = { out, waiting, term, ending, leaving };
 
-/* The job as the guard has it. thawing: the deadlines are checked, and cgroup.freeze not written */
+/* The job as the guard has it. thawing: the freezer is asked to thaw it */
 mtype = { idle, alive, freezing, frozen, thawing, stopping, killing };
 
 /* A renewal */
@@ -90,6 +94,7 @@ bit stop;	/* the user has asked for the end of the daemon */
 bit fork;	/* the spawner is asked to start it */
 bit runs;	/* it has not exited */
 bit freezer;	/* cgroup.freeze has 1 */
+bit checked;	/* the freezer has checked the deadlines, and is about to write 0 */
 bit isFrozen;	/* all of the cgroup is frozen */
 
 /* A former leader of etcd may still answer. */
@@ -111,6 +116,16 @@ hidden int tick;
 #else
 #define tick	0
 #define oneTick	skip
+#endif
+
+/* Changes of a state that only a frozen job has. Those seen are no part of the state. */
+#ifdef RECORD
+c_decl {
+\#include "transitions.h"
+}
+#define record(m, from, to)	c_code { saw(#m, #from, #to); }
+#else
+#define record(m, from, to)	skip
 #endif
 
 /*
@@ -233,11 +248,26 @@ end:	do
 
 /* ---- the elector ---- */
 
+#define isSuspended	(elector == up && does == term && hasJob && !inTime(left))
+
+/* The term is over, or lost. */
+inline endTerm() {
+	if
+	:: isSuspended -> record(candidate, suspended, stopping)
+	:: else
+	fi;
+	does = ending
+}
+
 inline count() {
 #ifdef THAW_FROM_ANSWER
 	worth = (job == frozen -> TTL : worth);
 #endif
 	printf("@ %d a.elector counts the renewal: the lease holds for %d ticks\n", tick, worth);
+	if
+	:: isSuspended && inTime(worth) -> record(candidate, suspended, leading)
+	:: else
+	fi;
 	if
 	:: worth > left -> left = worth
 	:: else
@@ -327,7 +357,7 @@ end:	do
 		printf("@ %d a.elector learns that its key is gone\n", tick);
 		if
 		:: does == waiting -> leave()
-		:: does != waiting && hasJob -> does = ending; askStop = 2
+		:: does != waiting && hasJob -> endTerm(); askStop = 2
 		:: else -> does = ending
 		fi }
 
@@ -348,7 +378,7 @@ end:	do
 	:: d_step { elector == up && does == term &&
 		(faults || knowsStop || !hasJob && !inTime(left) || guard == down) ->
 		printf("@ %d a.elector ends its term\n", tick);
-		does = ending;
+		endTerm();
 		if
 		:: hasJob && askStop == 0 -> askStop = 1
 		:: else
@@ -396,36 +426,48 @@ end:	do
 
 /* ---- the guard ---- */
 
-#define canEnd	(job == alive || job == freezing || job == frozen || job == stopping)
+#define canEnd	(job == alive || job == freezing || job == frozen || job == thawing || \
+	job == stopping)
 
 inline beginKill() {
+	if
+	:: job == freezing -> record(guard, freezing, killing)
+	:: job == frozen -> record(guard, frozen, killing); record(handle, frozen, stopping)
+	:: job == thawing -> record(guard, thawing, killing); record(handle, frozen, stopping)
+	:: else
+	fi;
 	if
 	:: canEnd -> job = killing
 	:: else
 	fi
 }
 
-/* New deadlines for a job that is frozen, or is being frozen: the check before the thaw. */
+#define freezeFrom(state) \
+	record(guard, state, freezing); \
+	job = freezing; freezer = 1
+
+/* New deadlines for a job that is frozen, or is being frozen. The guard checks them when they
+   come, and the freezer before the thaw. */
 #ifdef THAW_UNTIMED
-#define ahead	true
+#define ahead(t)	true
 #elif defined(THAWS_PAST_STOP_AT)
-#define ahead	(!pastKillBy(askUntil))
+#define ahead(t)	(!pastKillBy(t))
 #else
-#define ahead	(inTime(askUntil))
+#define ahead(t)	(inTime(t))
 #endif
 #ifdef STOP_FORGOTTEN
-#define mayThaw	ahead
+#define mayThaw	ahead(askUntil)
 #elif defined(THAW_REFUSED)
 #define mayThaw	false
 #else
-#define mayThaw	(ahead && !stop)
+#define mayThaw	(ahead(askUntil) && !stop)
 #endif
 
 /* The guard takes the job for frozen. */
 #ifdef FREEZE_UNSEEN
 #define seenFrozen	true
 #else
-#define seenFrozen	isFrozen
+#define seenFrozen	(isFrozen && !checked)
 #endif
 #ifdef FREEZER_AWAITED
 #define freezeFails	false
@@ -453,8 +495,7 @@ inline clearElector() {
 	tellGone = 0; tellStop = 0; goneFirst = 0
 }
 
-/* Between the check of the deadlines and the thaw the guard does nothing else. */
-#define acts	(guard == up && job != thawing)
+#define acts	(guard == up)
 
 proctype Guard() {
 end:	do
@@ -465,27 +506,44 @@ end:	do
 	:: d_step { acts && askExtend && !askStart ->
 		askExtend = 0;
 		if
-		:: (job == alive || job == stopping) && inTime(until) ->
+		:: (job == alive || job == stopping || job == thawing) && inTime(until) ->
 			printf("@ %d a.guard extends the job's deadlines\n", tick);
 			until = askUntil
 		:: (job == freezing || job == frozen) && mayThaw ->
-			printf("@ %d a.guard is about to thaw the job: it has new deadlines\n", tick);
+			printf("@ %d a.guard asks for the thaw of the job: it has new deadlines\n", tick);
+			if
+			:: job == freezing -> record(guard, freezing, thawing)
+			:: else -> record(guard, frozen, thawing)
+			fi;
 			until = askUntil; job = thawing
 		:: else
 		fi }
-	:: d_step { guard == up && job == thawing ->
+
+	/* The freezer. */
+	:: d_step { acts && job == thawing && freezer && !checked && ahead(until) ->
+		printf("@ %d a.guard is about to thaw the job\n", tick);
+		checked = 1 }
+	:: d_step { guard != down && checked ->
 		printf("@ %d a.guard thaws the job\n", tick);
-		assert(!stop);	/* never thawed after a stop */
-		freezer = 0; job = alive;
+		if
+		:: job == freezing || job == thawing -> assert(!stop)	/* never thawed after a stop */
+		:: else
+		fi;
+		checked = 0; freezer = (job == freezing);
 		if
 		:: runs && isFrozen -> thaw()
 		:: else
 		fi }
+	:: d_step { acts && job == thawing && !freezer ->
+		printf("@ %d a.guard has seen that the job is thawed\n", tick);
+		record(guard, thawing, running); record(handle, frozen, running);
+		job = alive }
+
 	:: d_step { acts && askStop && !askStart && !askExtend ->
 		if
 		:: askStop == 1 && job == alive -> printf("@ %d a.guard sends the stop signal\n", tick);
 			job = stopping
-		:: askStop == 1 && (job == freezing || job == frozen) ->
+		:: askStop == 1 && (job == freezing || job == frozen || job == thawing) ->
 			printf("@ %d a.guard begins the kill: the frozen job's term is over\n", tick);
 			beginKill()
 		:: askStop == 2 -> printf("@ %d a.guard begins the kill: the lease is lost\n", tick);
@@ -498,27 +556,34 @@ end:	do
 	:: d_step { acts && job == alive && !inTime(until) ->
 		if
 		:: runs -> printf("@ %d a.guard freezes the job: stop-at has passed\n", tick);
-			job = freezing; freezer = 1
+			freezeFrom(running)
 		:: else -> job = stopping
 		fi }
+#ifndef THAW_UNTIMED
+	:: d_step { acts && job == thawing && !inTime(until) ->
+		printf("@ %d a.guard freezes the job again: stop-at has passed\n", tick);
+		freezeFrom(thawing) }
+#endif
 	:: d_step { acts && job == freezing && seenFrozen && !pastKillBy(until) ->
 		printf("@ %d a.guard has seen that the job is frozen\n", tick);
+		record(guard, freezing, frozen); record(handle, running, frozen);
 		job = frozen }
-	:: d_step { acts && ((job == alive || job == stopping) && pastKillBy(until) || freezeFails) ->
+	:: d_step { acts && ((job == alive || job == stopping || job == thawing) &&
+		pastKillBy(until) || freezeFails) ->
 		printf("@ %d a.guard begins the kill: kill-by has passed\n", tick);
-		job = killing }
+		beginKill() }
 	:: d_step { acts && job == stopping ->
 		printf("@ %d a.guard begins the kill: the grace is over\n", tick);
 		job = killing }
 
 	/* The job exits by itself, the start is refused, or the kill is under way. */
-	:: d_step { acts && canEnd && !someJob -> job = killing }
+	:: d_step { acts && canEnd && !someJob -> beginKill() }
 	:: d_step { acts && job == killing && runs ->
 		printf("@ %d a.guard kills the job\n", tick);
 		jobEnds() }
 	:: d_step { acts && job == killing && !someJob ->
 		printf("@ %d a.guard has proof that nothing of the job is left\n", tick);
-		job = idle; until = 0; freezer = 0;
+		job = idle; until = 0; freezer = checked;
 		tellGone = (elector != down) }
 
 	/* The elector */
@@ -595,9 +660,10 @@ end:	do
 #define canWait	(job == frozen)
 #endif
 #define guardOwes	(guard == up && job != idle && !canWait && pastKillBy(until) && \
-	(fork || canRun || job == thawing || job == freezing))
+	(fork || canRun || job == thawing || job == freezing || checked))
 #define spawnerOwes	(guard == down && (fork || canRun))
-#define electorOwes	(elector == up && (mustStandIn && (fork || canRun || job == thawing) || \
+#define electorOwes	(elector == up && (mustStandIn && \
+	(fork || canRun || job == thawing || checked) || \
 	guard == down && (fork || canRun)))
 #define prompt	(!guardOwes && !(until < MARGIN && (spawnerOwes || electorOwes)))
 
@@ -607,6 +673,11 @@ proctype World() {
 end:	do
 	:: d_step { nothingElse && prompt ->
 		oneTick;
+		if
+		:: elector == up && does == term && hasJob && left == MARGIN + LOSS + 1 ->
+			record(candidate, leading, suspended)
+		:: else
+		fi;
 		oneLess(remains); oneLess(until); oneLess(left); oneLess(worth); oneLess(askUntil) }
 
 	/* A new elector crashes, too, or the guard while it replaces it. */
@@ -637,7 +708,7 @@ end:	do
 		if
 		:: job == alive -> job = stopping
 #ifndef STOP_FORGOTTEN
-		:: job == freezing || job == frozen -> job = killing
+		:: job == freezing || job == frozen || job == thawing -> beginKill()
 #endif
 		:: else
 		fi }
@@ -649,7 +720,7 @@ end:	do
 	:: d_step { elector == down && guard == down && !someJob ->
 		printf("@ %d world a's daemon starts\n", tick);
 		clearElector();
-		elector = up; guard = up; job = idle; until = 0; freezer = 0; gaveUp = 0; exiting = 0;
+		elector = up; guard = up; job = idle; until = 0; freezer = 0; checked = 0; gaveUp = 0; exiting = 0;
 		knowsLease = 0; announced = 0; stop = 0 }
 	od
 }

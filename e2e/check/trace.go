@@ -37,10 +37,12 @@ var machines = map[Machine]struct {
 	first string
 	lives []string
 }{
-	CandidateMachine: {"connecting", []string{"leading", "stopping"}},
-	HandleMachine:    {"none", []string{"starting", "running", "stopping"}},
-	GuardMachine:     {"idle", []string{"forking", "running", "stopping", "killing"}},
-	ElectorMachine:   {"starting", nil},
+	CandidateMachine: {"connecting", []string{"leading", "suspended", "stopping"}},
+	HandleMachine:    {"none", []string{"starting", "running", "frozen", "stopping"}},
+	GuardMachine: {"idle", []string{
+		"forking", "running", "freezing", "frozen", "thawing", "stopping", "killing",
+	}},
+	ElectorMachine: {"starting", nil},
 }
 
 // Transition is a line of a daemon's log that tells of one.

@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,6 +35,8 @@ type Hello struct {
 	// Forked is the kernel's account of when the process came to be, rounded down to hundredths of
 	// a second. Until Started it has executed nothing of its own.
 	Forked time.Duration `json:"forked"`
+	// Heartbeat is how often the process tells the witness that it runs; 0: never.
+	Heartbeat time.Duration `json:"heartbeat,omitempty"`
 
 	Args        []string          `json:"args,omitempty"`
 	Env         []string          `json:"env,omitempty"`
@@ -45,9 +48,33 @@ type Hello struct {
 // that holds it has ended, and in no other way: a process forked without exec holds its parent's.
 type Life struct {
 	Hello
-	End  time.Duration // zero while it lives
-	conn int
+	End time.Duration // zero while it lives
+	// Heartbeats are the process' own readings of Now, from just before it sent them.
+	Heartbeats []time.Duration
+	conn       int
 }
+
+// Pauses are the times in which the process sent no heartbeat for far too long: from, to, from, …
+// Until now, if it lives. A frozen process sends none.
+func (l Life) Pauses(now time.Duration) (pauses []time.Duration) {
+	if l.Heartbeat == 0 {
+		return nil
+	}
+	if !l.Alive() {
+		now = l.End
+	}
+	last := l.Started
+	for _, at := range append(l.Heartbeats[:len(l.Heartbeats):len(l.Heartbeats)], now) {
+		if from := last + l.Heartbeat; at-from >= missedHeartbeats*l.Heartbeat {
+			pauses = append(pauses, from, at)
+		}
+		last = at
+	}
+	return pauses
+}
+
+// missedHeartbeats in a row are a pause.
+const missedHeartbeats = 20
 
 // Alive reports whether the connection is still held.
 func (l Life) Alive() bool { return l.End == 0 }
@@ -75,7 +102,7 @@ type socket struct {
 	listens bool
 	node    *Node  // where it listens
 	life    *Life  // of the process, once that has said hello
-	said    []byte // until then
+	said    []byte // the line that is not yet complete
 }
 
 var witnesses atomic.Int64 // keeps addresses apart
@@ -221,14 +248,16 @@ func (w *Witness) read(fd int, s *socket, now time.Duration) {
 	for {
 		n, err := unix.Read(fd, buf)
 		switch {
-		case n > 0 && s.life == nil:
-			s.said = append(s.said, buf[:n]...)
-			line, _, whole := bytes.Cut(s.said, []byte("\n"))
-			if hello := (Hello{}); whole && json.Unmarshal(line, &hello) == nil {
-				s.life = &Life{Hello: hello, conn: fd}
-				w.lives = append(w.lives, s.life)
-			}
 		case n > 0:
+			s.said = append(s.said, buf[:n]...)
+			for {
+				line, rest, whole := bytes.Cut(s.said, []byte("\n"))
+				if !whole {
+					break
+				}
+				w.hear(fd, s, line)
+				s.said = rest
+			}
 		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR):
 			return
 		default: // end of file or reset: its holders have ended
@@ -239,6 +268,20 @@ func (w *Witness) read(fd int, s *socket, now time.Duration) {
 			delete(w.sockets, fd)
 			return
 		}
+	}
+}
+
+// hear takes a line that a process has said.
+func (w *Witness) hear(fd int, s *socket, line []byte) {
+	if s.life == nil {
+		if hello := (Hello{}); json.Unmarshal(line, &hello) == nil {
+			s.life = &Life{Hello: hello, conn: fd}
+			w.lives = append(w.lives, s.life)
+		}
+		return
+	}
+	if at, err := strconv.ParseInt(string(line), 10, 64); err == nil {
+		s.life.Heartbeats = append(s.life.Heartbeats, time.Duration(at))
 	}
 }
 

@@ -93,12 +93,23 @@ func (c *checker) started(j, before *job) {
 	c.overlaps(j)
 }
 
-// overlaps checks that no other job is alive beside this one. Only the job with the lower token may
-// be, if an operator has ended its term: by that the other one has won.
+// thawed is called when a job runs again.
+func (c *checker) thawed(j *job) {
+	if j.token < c.token && !c.excused(j, keyDeleted, leaseRevoked) {
+		c.violation("%v is thawed after one with the token %d has started", j, c.token)
+	}
+	if j.d.guard.stop {
+		c.violation("%v is thawed, and the daemon was asked to stop", j)
+	}
+	c.look(j.d)
+}
+
+// overlaps checks that no other job runs beside this one. Only the job with the lower token may, if
+// an operator has ended its term: by that the other one has won.
 func (c *checker) overlaps(j *job) {
 	for _, d := range c.w.daemons {
 		other := d.job
-		if other == nil || other == j || !other.alive() {
+		if other == nil || other == j || !other.runs() {
 			continue
 		}
 		older := j
@@ -142,7 +153,7 @@ func (c *checker) watch(stop chan struct{}) {
 
 // look checks one daemon.
 func (c *checker) look(d *daemon) {
-	if j := d.job; j != nil && j.alive() {
+	if j := d.job; j != nil && j.runs() {
 		c.overlaps(j)
 		if !c.w.cluster.HasLease(j.lease) && !c.excused(j, leaseRevoked) {
 			c.once(j, "etcd has dropped the lease %x, and %v is alive", j.lease, j)
@@ -291,7 +302,7 @@ func (c *checker) order() (leads *job, why string) {
 			continue
 		}
 		s := d.elector.candidate.Snapshot()
-		if s.State == elect.Leading && d.job.alive() && leads == nil {
+		if s.State == elect.Leading && d.job.runs() && leads == nil {
 			leads = d.job
 		} else if s.State != elect.Standby || s.Leader == nil || s.Blocker != nil {
 			wrong = append(wrong, fmt.Sprintf("%s is %s %s", d.name, s.State, s.Reason))

@@ -58,6 +58,8 @@ type daemon struct {
 	name   string
 	clock  clock
 	random *rand.Rand
+	// freezes: its guard freezes the job at stop-at.
+	freezes bool
 
 	// The world's lock guards what follows.
 	wanted    bool // it is to run
@@ -82,6 +84,7 @@ func newDaemon(w *world, name string) *daemon {
 	d.clock.at = time.Now()
 	d.clock.rate = drift(d.random)
 	d.clock.then = time.Hour + time.Duration(d.random.Int64N(int64(time.Hour)))
+	d.freezes = w.random("freezes "+name).IntN(2) == 0
 	return d
 }
 
@@ -343,6 +346,15 @@ func (e *elector) Extended(deadlines elect.Deadlines) {
 	if j := e.d.job; j != nil && j.alive() && !e.hasCrashed() {
 		j.extend(deadlines)
 	}
+}
+
+// Suspend implements election.Callbacks.
+func (e *elector) Suspend() bool {
+	e.d.w.mu.Lock()
+	defer e.d.w.mu.Unlock()
+	j := e.d.job
+	return e.d.freezes && !e.hasCrashed() && !e.d.guard.stop && j != nil && j.alive() &&
+		!j.stopping && !j.killing
 }
 
 // Lead implements election.Callbacks. It does what the supervisor does.

@@ -77,6 +77,8 @@ func init() {
 		"elector-crashed":    {4, 0.5, crashElector, startDaemon},
 		"elector-replaced":   {6, 0, replaceElector, nil},
 		"replaced-releasing": {6, 1, replaceReleasing, restartReleasing},
+		"suspended-stale":    {5, 0, suspendedStale, nil},
+		"suspended-twice":    {5, 0, suspendedTwice, nil},
 		"replaced-stale":     {5, 1, replaceStale, resumeMember},
 		"replaced-winning":   {3, 0, replaceWinning, nil},
 		"machine-crashed":    {3, 1, crashMachine, startDaemon},
@@ -413,6 +415,32 @@ func replaceStale(w *world, f *Fault) {
 	d := w.daemon(f)
 	after := time.Duration(f.Level * 0.1 * float64(w.s.TTL))
 	w.later(max(0, f.Lasts-after), func() { d.replace(after + 1) })
+}
+
+// suspendedStale cuts a daemon off until its term is suspended, if its job can be frozen. Meanwhile
+// another leader of etcd is elected. Then the former one goes on, and for a moment the daemon
+// reaches it alone.
+func suspendedStale(w *world, f *Fault) {
+	pauseLeader(w, f)
+	m, d := w.member(f), w.daemon(f)
+	all, down := []int{1, 2, 3}, &link{requestsLost: 1, answersLost: 1}
+	w.network.set(d.name, all, down)
+	resumed := time.Duration((0.6 + 0.3*f.Level) * float64(w.s.TTL))
+	w.linkLater(resumed-w.s.TTL/50, d, []int{m}, nil)
+	w.later(resumed, func() { resumeMember(w, f) })
+	w.linkLater(resumed+2*w.hear, d, []int{m}, down)
+	w.linkLater(resumed+w.s.TTL*3/2, d, all, nil)
+}
+
+// suspendedTwice cuts a daemon off until its term is suspended, if its job can be frozen. Then it
+// reaches etcd for about as long as a renewal needs, and no more for a while.
+func suspendedTwice(w *world, f *Fault) {
+	d, all, down := w.daemon(f), []int{1, 2, 3}, &link{requestsLost: 1, answersLost: 1}
+	w.network.set(d.name, all, down)
+	back := time.Duration((0.7 + 0.25*f.Level) * float64(w.s.TTL))
+	w.linkLater(back, d, all, nil)
+	w.linkLater(back+w.s.TTL*3/20, d, all, down)
+	w.linkLater(back+2*w.s.TTL, d, all, nil)
 }
 
 // replaceWinning deletes the leader's key, and replaces the elector of the next one in the queue

@@ -25,6 +25,7 @@ func (leads) Leased(int64, time.Duration) {}
 func (leads) Entered(string, int64)       {}
 func (leads) Releasing(int64) error       { return nil }
 func (leads) Extended(elect.Deadlines)    {}
+func (leads) Suspend() bool               { return false }
 func (l leads) Lead(ctx context.Context, t elect.Term) error {
 	l.began <- t
 	<-ctx.Done()

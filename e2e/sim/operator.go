@@ -68,7 +68,7 @@ func revokeStandby(w *world, f *Fault) {
 func (d *daemon) fail(backoff time.Duration) {
 	d.w.mu.Lock()
 	defer d.w.mu.Unlock()
-	if j := d.job; j != nil && j.alive() && !j.stopping && !j.killing {
+	if j := d.job; j != nil && j.runs() && !j.stopping && !j.killing {
 		d.note("job %d fails", j.token)
 		j.result = &elect.Backoff{For: backoff}
 		j.exitAt = 0

@@ -50,6 +50,8 @@ type Config struct {
 	// StopGrace is the time from the stop signal to the kill if the user ends the daemon.
 	StopGrace time.Duration
 	NewPrivs  bool // the job may gain privileges; then the guard may be unable to kill it
+	// Freeze means that the job is frozen at stop-at, and not stopped. It needs the job's cgroup.
+	Freeze bool
 	// Ignored is what the job ignores from its start; every other signal has its default.
 	Ignored []unix.Signal
 
@@ -88,6 +90,9 @@ type Exit struct {
 // is left, and the lease is revoked or expires. Whoever started the daemon should start it again.
 var ErrLost = errors.New("lost")
 
+// ErrNoFreezer means that the job can't be frozen, although Config.Freeze is set.
+var ErrNoFreezer = errors.New("the job can't be frozen")
+
 // SetupError means that the guard could not be set up. Nothing that it has started is left.
 type SetupError struct {
 	Op  string
@@ -113,6 +118,7 @@ type guard struct {
 	spawner *spawner
 	elector elector
 	starter starter
+	freezer freezer
 	job     job
 	known   ipc.Record // what outlives an elector; the rest of it is filled in for the next one
 
@@ -143,8 +149,8 @@ type guard struct {
 }
 
 // Run runs the guard until the elector has exited and nothing of the job is left. The error wraps
-// ErrLost, is a *SetupError, or is that of Config.Listen. Run must be called once, from the main
-// goroutine.
+// ErrLost or ErrNoFreezer, is a *SetupError, or is that of Config.Listen. Run must be called once,
+// from the main goroutine.
 func Run(cfg Config) (Exit, error) {
 	// A garbage collection starts threads and makes the loop wait. The guard allocates little, and
 	// collects it while no job lives.
@@ -152,7 +158,7 @@ func Run(cfg Config) (Exit, error) {
 	debug.SetMemoryLimit(math.MaxInt64) // GOMEMLIMIT, meant for the job, would turn it on again
 	// With a spare processor (P) for each goroutine, the loop never waits for one when a system
 	// call returns.
-	runtime.GOMAXPROCS(6)
+	runtime.GOMAXPROCS(7)
 	runtime.LockOSThread()
 	g := newGuard(cfg)
 	if err := g.open(); err != nil {
@@ -172,6 +178,7 @@ func newGuard(cfg Config) *guard {
 		elector: elector{state: electorStarting, pidfd: -1, in: -1, pipeEnded: true},
 		starter: starter{null: -1, askR: -1, askW: -1},
 		heap:    [1]metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}},
+		freezer: freezer{askR: -1, askW: -1},
 	}
 	g.elector.outbox.FD = -1
 	g.job = job{g: g, state: jobIdle}

@@ -31,6 +31,21 @@ import (
 //	  nothing is left     from each of the three: lease lost, kill-by passed, second signal,
 //	                      elector given up, spawner lost, start refused, first process exited
 //
+// With Config.Freeze, a job that runs at stop-at is frozen. It is not stopped:
+//
+//	              stop-at passed             seen frozen
+//	running ----------------------> freezing ------------> frozen
+//	   ^                             |    ^                |    |
+//	   |             new deadlines   |    |                |    |
+//	   | thawed                      v    | stop-at passed |    | stop asked, and what leads
+//	   +--------------------------- thawing <--------------+    | from stopping to killing,
+//	                                 new deadlines              | except kill-by
+//	                                                            v
+//	freezing, thawing ---- the same, or kill-by passed ----> killing
+//
+// A frozen job runs no instruction. So it may outlast its lease, and kill-by does not concern it.
+// From the state thawing on, it counts as one that runs.
+//
 // Every method below with the name of an event takes it in any state. transition is the one place
 // where the state changes.
 type jobState string
@@ -40,6 +55,9 @@ const (
 	jobForking  jobState = "forking"  // the spawner was asked to start it
 	jobRunning  jobState = "running"  // its first process runs
 	jobStopping jobState = "stopping" // it has its stop signal, or gets it once it has started
+	jobFreezing jobState = "freezing" // its cgroup is being frozen; something of it may run
+	jobFrozen   jobState = "frozen"   // it was seen frozen, and nothing of it outside its cgroup
+	jobThawing  jobState = "thawing"  // it has new deadlines, and may run
 	jobKilling  jobState = "killing"  // SIGKILL goes out until nothing of it is left
 )
 
@@ -59,8 +77,10 @@ type job struct {
 	childless  bool            // the spawner has reported that nothing of the job is left
 
 	stopAt, killBy time.Duration // the elector moves them until stop-at
+	readStopAt     time.Duration // of the last message that could move them
 	graceEnd       time.Duration // of a stop that was asked for
 	endAt          time.Duration // when the stop signal went out or the kill began; 0: neither
+	frozenAt       time.Duration // when the last freeze began
 	ordered        bool          // the guard ends it: it does not exit by itself
 	lost           bool          // the next leader may be starting
 
@@ -92,6 +112,7 @@ func (j *job) startAsked(m ipc.Start) {
 	*j = job{
 		g: g, state: jobIdle, serial: g.starts, unanswered: true, pidfd: -1,
 		askedAt: boottime.Now(), stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
+		readStopAt: m.StopAt,
 	}
 	j.transition(jobForking, "start asked")
 	if err := g.spawner.setTerm(termEnvironment(g.cfg, m)); err != nil {
@@ -195,11 +216,14 @@ func (j *job) record(r *ipc.Record) {
 	}
 	r.PID, r.Due, r.Ordered = j.pid, forever, j.ordered
 	r.StopAt, r.KillBy, r.Serial = j.stopAt, j.killBy, j.serial
+	j.readStopAt = j.stopAt
 	switch j.state {
 	case jobForking:
 		r.Job = ipc.JobForking
-	case jobRunning:
+	case jobRunning, jobFreezing, jobThawing:
 		r.Job = ipc.JobRunning
+	case jobFrozen:
+		r.Job = ipc.JobFrozen
 	case jobStopping:
 		r.Job, r.Due = ipc.JobEnding, j.graceEnd
 	default:
@@ -208,13 +232,35 @@ func (j *job) record(r *ipc.Record) {
 }
 
 // extended: the elector has renewed the lease. Once stop-at has passed, nothing moves the deadlines
-// of this job any more.
+// of this job any more, unless it is frozen then. New deadlines that are still ahead are the only
+// reason to thaw it.
 func (j *job) extended(m ipc.Extend, now time.Duration) {
-	if !j.alive() || now >= j.stopAt {
+	j.serveDeadlines(now) // stop-at may have passed just now
+	j.readStopAt = m.StopAt
+	switch j.state {
+	case jobFreezing, jobFrozen:
+		if now >= m.StopAt {
+			if j.state == jobFrozen { // the elector takes it for thawed
+				j.g.send(ipc.Frozen{StopAt: m.StopAt})
+			}
+			return
+		}
+	case jobForking, jobRunning, jobThawing, jobStopping:
+		if now >= j.stopAt {
+			return
+		}
+	default:
 		return
 	}
 	j.stopAt, j.killBy = m.StopAt, m.KillBy
 	atomic.StoreInt64(&j.g.spawner.area.stopAt, int64(j.stopAt)) // for a start that is under way
+	switch j.state {
+	case jobFreezing, jobFrozen:
+		j.g.freezer.thaw(j.stopAt)
+		j.transition(jobThawing, "new deadlines")
+	case jobThawing:
+		j.g.freezer.thaw(j.stopAt)
+	}
 }
 
 // stopAsked: the elector asks for the end of the job.
@@ -245,16 +291,17 @@ func (j *job) stopSignalled() {
 // deadlines. It asks nobody.
 func (j *job) serveDeadlines(now time.Duration) {
 	switch j.state {
-	case jobForking, jobRunning, jobStopping:
+	case jobForking, jobRunning, jobStopping, jobFreezing, jobFrozen, jobThawing:
 	default:
 		return
 	}
 	switch {
+	case j.state == jobFrozen:
 	case now >= j.killBy:
 		j.killByPassed(now)
 	case j.state == jobStopping && now >= j.graceEnd:
 		j.graceOver(now)
-	case j.state != jobStopping && now >= j.stopAt:
+	case j.state != jobStopping && j.state != jobFreezing && now >= j.stopAt:
 		j.stopAtPassed(now)
 	}
 	if j.state != jobKilling && j.exitSeen != 0 && now >= j.exitSeen+exitTimeout {
@@ -262,10 +309,31 @@ func (j *job) serveDeadlines(now time.Duration) {
 	}
 }
 
-// stopAtPassed: no renewal has moved stop-at. The job has until kill-by to stop.
+// stopAtPassed: no renewal has moved stop-at. The job has until kill-by to stop, or to be frozen. A
+// start that is not yet answered is stopped.
 func (j *job) stopAtPassed(now time.Duration) {
-	j.stop(forever, noRenewal)
+	switch {
+	case j.g.cfg.Freeze && (j.state == jobRunning || j.state == jobThawing):
+		j.g.freezer.freeze()
+		j.transition(jobFreezing, noRenewal)
+	default:
+		j.stop(forever, noRenewal)
+	}
 	j.g.missed(now - j.stopAt)
+}
+
+// freezerDone: the freezer may have done what it was asked for. A job that is seen frozen only
+// after kill-by is killed, as one that is not.
+func (j *job) freezerDone(now time.Duration) {
+	switch {
+	case !j.g.freezer.isDone():
+	case j.state == jobFreezing && now < j.killBy:
+		j.transition(jobFrozen, "seen frozen")
+		j.g.send(ipc.Frozen{StopAt: j.readStopAt})
+	case j.state == jobThawing:
+		j.transition(jobRunning, "thawed")
+		j.g.send(ipc.Thawed{})
+	}
 }
 
 // killByPassed: no renewal has moved kill-by. When the margin is over too, another candidate may
@@ -302,8 +370,11 @@ const exitTimeout = time.Second
 func (j *job) nextDeadline() time.Duration {
 	next := forever
 	switch j.state {
-	case jobForking, jobRunning:
+	case jobForking, jobRunning, jobThawing:
 		next = min(j.killBy, j.stopAt)
+	case jobFreezing:
+		next = j.killBy
+	case jobFrozen:
 	case jobStopping:
 		next = min(j.killBy, j.graceEnd)
 	default:
@@ -327,6 +398,8 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 		j.transition(jobStopping, why)
 	case jobStopping: // the elector asks for it too, or another one does again
 		j.graceEnd = min(j.graceEnd, graceEnd)
+	case jobFreezing, jobFrozen, jobThawing: // it can't act on the signal, and is thawed no more
+		j.kill(ipc.KilledFrozen)
 	case jobIdle, jobKilling: // there is nothing left to stop
 	default:
 		j.invalid(why)
@@ -338,7 +411,7 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 // the next round on we do too.
 func (j *job) kill(reason ipc.KillReason) {
 	switch j.state {
-	case jobForking, jobRunning, jobStopping:
+	case jobForking, jobRunning, jobStopping, jobFreezing, jobFrozen, jobThawing:
 	case jobIdle, jobKilling: // there is nothing left to kill, or it is under way
 		return
 	default:
@@ -355,6 +428,9 @@ func (j *job) kill(reason ipc.KillReason) {
 	if reason != ipc.KilledLeftover {
 		j.killNow()
 	}
+	if j.frozenAt != 0 {
+		g.freezer.rest()
+	}
 	j.reason = reason
 	j.transition(jobKilling, reason.String())
 }
@@ -365,7 +441,8 @@ func (j *job) invalid(event string) {
 	j.g.log.Error("event in a state that can't have it: killing the job",
 		"event", event, "state", string(j.state))
 	switch j.state {
-	case jobIdle, jobForking, jobRunning, jobStopping, jobKilling:
+	case jobIdle, jobForking, jobRunning, jobStopping, jobFreezing, jobFrozen, jobThawing,
+		jobKilling:
 	default:
 		j.state = jobRunning // there is no such state
 	}
@@ -380,7 +457,19 @@ func (j *job) transition(to jobState, why string) {
 	j.g.log.Debug("job state",
 		"machine", "guard", "from", string(from), "to", string(to), "reason", why)
 	switch to {
-	case jobForking, jobRunning:
+	case jobForking:
+	case jobRunning:
+		if from == jobThawing {
+			j.g.log.Info("job thawed: the lease is renewed",
+				"elapsed", (now - j.frozenAt).Round(time.Millisecond).String())
+		}
+	case jobFreezing:
+		j.frozenAt = now
+		j.g.log.Warn("job is being frozen: "+why,
+			"kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
+	case jobFrozen:
+		j.g.log.Info("job frozen", "elapsed", (now - j.frozenAt).String())
+	case jobThawing:
 	case jobStopping:
 		j.endAt, j.ordered = now, true
 		level := slog.LevelInfo
@@ -398,6 +487,9 @@ func (j *job) transition(to jobState, why string) {
 		j.ordered = j.ordered || j.reason != ipc.KilledLeftover
 	case jobIdle:
 		j.reportGone(now)
+		if j.frozenAt != 0 { // the next one is started in the same cgroup
+			j.g.freezer.thaw(forever)
+		}
 		*j = job{g: j.g, state: jobIdle}
 		j.g.jobGone(now)
 	default:

@@ -150,6 +150,40 @@ func (g *testGuard) nothingLeft() {
 	g.job.killRound()
 }
 
+// freezing lets stop-at pass.
+func (g *testGuard) freezing() {
+	g.cfg.Freeze = true
+	g.start()
+	g.started()
+	g.at(time.Hour)
+}
+
+// seenFrozen lets the freezer see, so much later, that the job is frozen.
+func (g *testGuard) seenFrozen(d time.Duration) {
+	g.freezer.done.Store(g.freezer.asked.Load())
+	g.job.freezerDone(boottime.Now() + d)
+}
+
+func (g *testGuard) freezerDone() { g.seenFrozen(0) }
+
+func (g *testGuard) frozen() { g.freezing(); g.freezerDone() }
+
+// saidFrozen fails unless the guard has just said that the job is frozen, after a message with that
+// stop-at.
+func (g *testGuard) saidFrozen(stopAt time.Duration) {
+	g.t.Helper()
+	if m, said := g.said(ipc.KindFrozen); !said || m.Frozen().StopAt != stopAt {
+		g.t.Errorf("said that the job is frozen: %v, after the stop-at %v, want %v",
+			said, m.Frozen().StopAt, stopAt)
+	}
+}
+
+func (g *testGuard) extendHour() {
+	g.job.extended(ipc.Extend{
+		StopAt: boottime.Now() + time.Hour, KillBy: boottime.Now() + 2*time.Hour,
+	}, boottime.Now())
+}
+
 // said returns what the guard said last of the given kind.
 func (g *testGuard) said(kind ipc.Kind) (last ipc.Message, ok bool) {
 	g.t.Helper()
@@ -329,6 +363,112 @@ func TestJob_States(t *testing.T) {
 			},
 			jobIdle,
 			ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},
+		},
+		{"frozen", []func(g){g.frozen}, jobFrozen, ipc.Gone{}},
+		{"not yet frozen", []func(g){g.freezing}, jobFreezing, ipc.Gone{}},
+		{
+			"frozen too late",
+			[]func(g){g.freezing, func(g g) { g.seenFrozen(2 * time.Hour) }},
+			jobFreezing,
+			ipc.Gone{},
+		},
+		{
+			"not frozen at kill-by",
+			[]func(g){g.freezing, func(g g) { g.at(2 * time.Hour) }, g.exited, g.nothingLeft},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledKillBy, Ordered: true},
+		},
+		{
+			"frozen at kill-by",
+			[]func(g){g.frozen, func(g g) { g.at(100 * time.Hour) }},
+			jobFrozen,
+			ipc.Gone{},
+		},
+		{"thawing", []func(g){g.frozen, g.extend}, jobThawing, ipc.Gone{}},
+		{"thawing before it was frozen", []func(g){g.freezing, g.extend}, jobThawing, ipc.Gone{}},
+		{"thawed", []func(g){g.frozen, g.extend, g.freezerDone}, jobRunning, ipc.Gone{}},
+		{
+			"deadlines that have passed",
+			[]func(g){
+				g.frozen, func(g g) { g.saidFrozen(g.job.stopAt) },
+				func(g g) { g.job.extended(ipc.Extend{KillBy: forever}, boottime.Now()) },
+				func(g g) { g.saidFrozen(0) },
+			},
+			jobFrozen,
+			ipc.Gone{},
+		},
+		{
+			"deadlines that have passed, before it is seen frozen",
+			[]func(g){
+				g.freezing,
+				func(g g) { g.job.extended(ipc.Extend{KillBy: forever}, boottime.Now()) },
+				g.freezerDone, func(g g) { g.saidFrozen(0) },
+			},
+			jobFrozen,
+			ipc.Gone{},
+		},
+		{
+			"stop-at passes before it is thawed",
+			[]func(g){g.frozen, g.extendHour, func(g g) { g.at(time.Hour) }},
+			jobFreezing,
+			ipc.Gone{},
+		},
+		{
+			"kill-by passes before it is thawed",
+			[]func(g){g.frozen, g.extendHour, func(g g) { g.at(2 * time.Hour) }},
+			jobKilling,
+			ipc.Gone{},
+		},
+		{
+			"stop-at passes just before the deadlines come",
+			[]func(g){
+				func(g g) { g.cfg.Freeze = true }, g.start, g.started,
+				func(g g) {
+					g.job.extended(ipc.Extend{StopAt: forever, KillBy: forever},
+						boottime.Now()+time.Hour)
+				},
+			},
+			jobThawing,
+			ipc.Gone{},
+		},
+		{
+			"stop-at passes while forking",
+			[]func(g){
+				func(g g) { g.cfg.Freeze = true }, g.start, func(g g) { g.at(time.Hour) },
+			},
+			jobStopping,
+			ipc.Gone{},
+		},
+		{
+			"the user stops it while it is frozen",
+			[]func(g){g.frozen, g.term, g.extend, g.exited, g.nothingLeft},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledFrozen, Ordered: true},
+		},
+		{"the user stops it while freezing", []func(g){g.freezing, g.term}, jobKilling, ipc.Gone{}},
+		{
+			"the user stops it while thawing",
+			[]func(g){g.frozen, g.extend, g.term},
+			jobKilling,
+			ipc.Gone{},
+		},
+		{
+			"its term ends while it is frozen",
+			[]func(g){g.frozen, func(g g) { g.stop(time.Hour) }},
+			jobKilling,
+			ipc.Gone{},
+		},
+		{
+			"lease lost while frozen",
+			[]func(g){g.frozen, g.lost, g.extend, g.exited, g.nothingLeft},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledLost, Ordered: true},
+		},
+		{
+			"it is killed by others while it is frozen",
+			[]func(g){g.frozen, g.exited, g.nothingLeft},
+			jobIdle,
+			ipc.Gone{},
 		},
 		{
 			"nothing to stop",

@@ -49,6 +49,7 @@ func (g *guard) receive() {
 	}
 	g.receiveFromSpawner()
 	g.receiveFromStarter()
+	g.job.freezerDone(boottime.Now())
 	g.reap()
 }
 

@@ -4,6 +4,7 @@ package guard
 
 import (
 	"errors"
+	"fmt"
 	"runtime"
 	"sync"
 	"time"
@@ -31,11 +32,14 @@ func (g *guard) open() error {
 		return fail("read /proc", err)
 	}
 	g.procs.Yield = g.receiveFromElector // a ping must not wait for the end of a long kill
-	g.cgroup, err = proctree.NewCgroup(g.cfg.Probe)
-	if errors.Is(err, proctree.ErrLeftover) {
+	g.cgroup, err = proctree.NewCgroup(g.cfg.Probe, g.cfg.Freeze)
+	switch {
+	case errors.Is(err, proctree.ErrLeftover):
 		return fail("kill what a predecessor left", err)
-	}
-	if err != nil {
+	case err != nil && g.cfg.Freeze:
+		return fmt.Errorf("LEASEHOLD_CONTACT_LOSS=freeze: %w: it gets no cgroup of its own that "+
+			"freezes it: %w", ErrNoFreezer, err)
+	case err != nil:
 		g.log.Info("the job gets no cgroup of its own; its processes are found by their parentage",
 			"reason", err.Error())
 	}
@@ -73,7 +77,10 @@ func (g *guard) open() error {
 		}()
 	}
 	go g.relaySignals()
-	warmThreads(5)
+	warmThreads(6)
+	if err := g.openFreezer(); err != nil {
+		return fail("make a pipe", err)
+	}
 	err = g.openStarter()
 	if err == nil {
 		err = g.startFirst()
@@ -117,6 +124,7 @@ func (g *guard) close() {
 	}
 	g.elector.closeProcess()
 	g.closeStarter()
+	g.closeFreezer()
 	closeAll(g.stateFd, g.listener, g.timer, g.wakeR, g.wakeW)
 }
 
@@ -137,9 +145,13 @@ func (g *guard) privileges() {
 		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO,
 		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: 1,
 	}
-	if unix.SchedSetAttr(0, &fifo, 0) == nil {
-		return
+	if unix.SchedSetAttr(0, &fifo, 0) != nil {
+		raisePriority()
 	}
+}
+
+// raisePriority raises the priority of this thread, if that is permitted.
+func raisePriority() {
 	nice := unix.SchedAttr{
 		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL,
 		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Nice: -10,

@@ -41,6 +41,8 @@ const (
 	KindPong
 	KindSignal
 	KindTimerLatency
+	KindFrozen
+	KindThawed
 )
 
 // What the elector sends. Moments are readings of CLOCK_BOOTTIME.
@@ -79,7 +81,7 @@ type (
 		Token, LeaseID int64
 		StopAt, KillBy time.Duration
 	}
-	// Extend moves the deadlines of the job.
+	// Extend moves the deadlines of the job. One that is frozen is thawed.
 	Extend struct{ StopAt, KillBy time.Duration }
 	// Stop asks for the end of the job. Grace 0 kills it at once, because the lease is lost and the
 	// next leader may be starting. UntilKillBy leaves it the time until kill-by.
@@ -125,6 +127,11 @@ type (
 	Signal struct{ Signal unix.Signal }
 	// TimerLatency is by how much the guard missed a deadline.
 	TimerLatency struct{ By time.Duration }
+	// Frozen means that the job is frozen. StopAt is that of the last Start, Record or Extend by
+	// then. If the elector has sent another Extend since, the job may run again by now.
+	Frozen struct{ StopAt time.Duration }
+	// Thawed means that the job runs again.
+	Thawed struct{}
 )
 
 // Message is a message as it was received. Kind tells which of its methods decodes it.
@@ -218,6 +225,9 @@ func (m Message) Signal() Signal { return Signal{Signal: unix.Signal(m.number[0]
 func (m Message) TimerLatency() TimerLatency {
 	return TimerLatency{By: time.Duration(m.number[0])}
 }
+
+// Frozen decodes a KindFrozen.
+func (m Message) Frozen() Frozen { return Frozen{StopAt: time.Duration(m.number[0])} }
 
 // MaxSilence bounds the elector's silence before the guard's first check, however long the TTL is:
 // systemd's watchdog (30 s in our unit) would end the whole daemon, and the job with it.

@@ -105,6 +105,10 @@ func (o *Outbox) encode(message any) int {
 		kind, number = KindSignal, [4]int64{int64(m.Signal)}
 	case TimerLatency:
 		kind, number = KindTimerLatency, [4]int64{int64(m.By)}
+	case Frozen:
+		kind, number = KindFrozen, [4]int64{int64(m.StopAt)}
+	case Thawed:
+		kind = KindThawed
 	default:
 		panic("ipc: this is no message")
 	}

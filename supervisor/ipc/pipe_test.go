@@ -64,6 +64,10 @@ func decode(m Message) any {
 		return m.Signal()
 	case KindTimerLatency:
 		return m.TimerLatency()
+	case KindFrozen:
+		return m.Frozen()
+	case KindThawed:
+		return Thawed{}
 	}
 	return nil
 }
@@ -93,6 +97,8 @@ func eachMessage() []any {
 		Pong{Number: 12},
 		Signal{Signal: unix.SIGTERM},
 		TimerLatency{By: 13},
+		Frozen{StopAt: 14},
+		Thawed{},
 	}
 }
 

@@ -17,6 +17,7 @@ const (
 	KilledGuard               // the guard is lost: the elector killed the job in its place
 	KilledSpawner             // the spawner is lost
 	KilledFault               // internal error: an event came in a state that can't have it
+	KilledFrozen              // a stop was asked for while it was frozen
 )
 
 // The labels are public.
@@ -31,6 +32,7 @@ var reasons = [...]struct{ label, text string }{
 	KilledGuard:    {"guard_gone", "guard lost"},
 	KilledSpawner:  {"spawner_gone", "spawner lost"},
 	KilledFault:    {"internal_fault", "internal error"},
+	KilledFrozen:   {"frozen", "asked to stop while it was frozen"},
 }
 
 // KillReasons returns all reasons but NotKilled.

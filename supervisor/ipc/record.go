@@ -8,7 +8,7 @@ import (
 )
 
 // RecordVersion is that of the messages between guard and elector.
-const RecordVersion = 1
+const RecordVersion = 2
 
 // JobPhase is what the job does when an elector begins.
 type JobPhase int
@@ -19,6 +19,7 @@ const (
 	JobForking                 // a start is under way
 	JobRunning
 	JobEnding // it is stopped or killed, or its first process has exited
+	JobFrozen // it runs no instruction until new deadlines come
 )
 
 // Record is the guard's first message to each elector, after a Token. It is what the guard knows of

@@ -31,18 +31,20 @@ const cgroupPrefix = "leasehold-"
 // cloned into a cgroup that was ever killed by cgroup.kill (seen with 6.18: the fork compares the
 // kill counts of two different cgroups).
 type Cgroup struct {
-	Dir    string
-	FD     int // the directory, locked by its maker
-	Leaves int // number of the newest leaf that was made here
-	kill   int // cgroup.kill
-	events int // cgroup.events
-	buf    [256]byte
+	Dir     string
+	FD      int      // the directory, locked by its maker
+	Leaves  int      // number of the newest leaf that was made here
+	Freezer *Freezer // nil: it was not asked for
+	kill    int      // cgroup.kill
+	events  int      // cgroup.events
+	buf     [256]byte
 }
 
 // NewCgroup makes a cgroup below our own. A probe process proves that a process can be started in
 // it and killed with it. First, NewCgroup kills and removes what lost predecessors have left beside
-// it. The error wraps ErrLeftover if that fails.
-func NewCgroup(probe []string) (*Cgroup, error) {
+// it. The error wraps ErrLeftover if that fails. With freezer set, the probe also proves that the
+// process can be frozen, and killed while it is, and there is a Freezer.
+func NewCgroup(probe []string, freezer bool) (*Cgroup, error) {
 	parent, err := OwnCgroup()
 	if err != nil {
 		return nil, err
@@ -54,7 +56,16 @@ func NewCgroup(probe []string) (*Cgroup, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := c.probe(probe); err != nil {
+	if freezer {
+		err = c.openFreezer()
+	}
+	if err == nil {
+		err = c.probe(probe)
+	}
+	if err != nil {
+		if c.Freezer != nil {
+			c.Freezer.close()
+		}
 		c.Remove()
 		return nil, err
 	}
@@ -118,7 +129,8 @@ func (c *Cgroup) close() {
 	}
 }
 
-// Remove removes and closes the cgroup and those that the job made inside it. It must be empty.
+// Remove removes and closes the cgroup and those that the job made inside it. It must be empty. The
+// Freezer stays open, because a thread may be in it.
 func (c *Cgroup) Remove() {
 	removeTree(c.Dir)
 	c.close() // and with it the lock
@@ -216,6 +228,10 @@ func (c *Cgroup) probe(argv []string) error {
 		return fmt.Errorf("start a process in %s: %w", c.Dir, err)
 	}
 	runs := c.receives(pipe[0], 5*time.Second) && c.Populated()
+	var freezerErr error
+	if runs && c.Freezer != nil {
+		freezerErr = c.Freezer.probe(pid)
+	}
 	empty := c.waitEmpty(2 * time.Second)
 	if !empty {
 		_ = unix.Kill(pid, unix.SIGKILL)
@@ -229,8 +245,12 @@ func (c *Cgroup) probe(argv []string) error {
 	switch {
 	case !runs:
 		return fmt.Errorf("a process in %s does not run", c.Dir)
+	case freezerErr != nil:
+		return fmt.Errorf("freeze a process in %s: %w", c.Dir, freezerErr)
 	case !empty || !ws.Signaled() || ws.Signal() != unix.SIGKILL:
 		return fmt.Errorf("%s does not kill the processes in it", c.Dir)
+	case c.Freezer != nil:
+		return c.Freezer.Set(false)
 	}
 	return nil
 }

@@ -45,16 +45,21 @@ func needCgroup(t *testing.T) string {
 	return parent
 }
 
-func newTestCgroup(t *testing.T) *Cgroup {
+func newTestCgroup(t *testing.T) *Cgroup { return newTestCgroupWith(t, false) }
+
+func newTestCgroupWith(t *testing.T, freezer bool) *Cgroup {
 	t.Helper()
 	needCgroup(t)
-	c, err := NewCgroup([]string{"leasehold", "probe"})
+	c, err := NewCgroup([]string{"leasehold", "probe"}, freezer)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		if !c.waitEmpty(testWait) {
 			t.Error("the cgroup is not empty")
+		}
+		if c.Freezer != nil {
+			c.Freezer.close()
 		}
 		c.Remove()
 	})

@@ -122,6 +122,9 @@ func (c *candidate) Leased(int64, time.Duration) {}
 // Extended implements election.Callbacks.
 func (c *candidate) Extended(election.Deadlines) {}
 
+// Suspend implements election.Callbacks.
+func (c *candidate) Suspend() bool { return false }
+
 // Entered implements election.Callbacks.
 func (c *candidate) Entered(string, int64) {}
 

@@ -133,7 +133,7 @@ func changeRuntime(ctx context.Context, dir string, replace map[string]string) e
 	return nil
 }
 
-// mutate applies the patch to a copy of the election package.
+// mutate applies the patch to a copy of the election package, and of the simulated guard.
 func mutate(ctx context.Context, dir, patch string, replace map[string]string) error {
 	text, err := os.ReadFile(patch)
 	if err != nil {
@@ -143,12 +143,16 @@ func mutate(ctx context.Context, dir, patch string, replace map[string]string) e
 	if err != nil {
 		return err
 	}
-	files, err := filepath.Glob("election/*.go")
-	if err != nil {
-		return err
-	}
-	if err := os.CopyFS(filepath.Join(dir, "election"), os.DirFS("election")); err != nil {
-		return err
+	var files []string
+	for _, pkg := range []string{"election", "e2e/sim"} {
+		found, err := filepath.Glob(pkg + "/*.go")
+		if err == nil {
+			err = os.CopyFS(filepath.Join(dir, pkg), os.DirFS(pkg))
+		}
+		if err != nil {
+			return err
+		}
+		files = append(files, found...)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "patch"), text, 0o600); err != nil {
 		return err

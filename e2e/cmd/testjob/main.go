@@ -54,6 +54,7 @@ func behaviours() []behaviour {
 		{"orphans=N", greeted, starting("parent"), nil},  // N idle ones whose parents have exited
 		{"daemonize", greeted, starting("between"), nil}, // one that forked twice, with setsid
 		{"run=PROGRAM", greeted, runProgram, nil},        // a child that executes it
+		{"heartbeat=DUR", 0, nil, nil},                   // each process says so while it runs
 		{"wipe-env", 0, nil, wipe},                       // descendants without its environment
 		{"huge-env", 0, nil, fillUp},                     // descendants with 400 KiB of environment
 		{"undumpable", hiding, undumpable, nil},          // descendants of which /proc shows little
@@ -125,10 +126,13 @@ func (p *process) run() error {
 		return err
 	}
 	var err error
-	if p.witness, err = greet(p.role, started); err != nil {
+	if p.witness, err = greet(p.role, started, p.duration("heartbeat")); err != nil {
 		return fmt.Errorf("greet the witness: %w", err)
 	}
 	if p.witness != nil {
+		if every := p.duration("heartbeat"); every > 0 {
+			go sendHeartbeats(p.witness, every)
+		}
 		go obey(p.witness)
 	}
 	role := roleOf(p.role)

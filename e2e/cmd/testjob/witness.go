@@ -7,11 +7,14 @@ import (
 	"encoding/json"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
 
 func candidate() string { return os.Getenv("LEASEHOLD_IDENTITY") + os.Getenv("TESTJOB_CANDIDATE") }
@@ -31,6 +34,7 @@ type hello struct {
 	Role        string            `json:"role"`
 	Started     time.Duration     `json:"started"`
 	Forked      time.Duration     `json:"forked"`
+	Heartbeat   time.Duration     `json:"heartbeat"`
 	Args        []string          `json:"args"`
 	Env         []string          `json:"env"`
 	Status      map[string]string `json:"status"`
@@ -38,7 +42,7 @@ type hello struct {
 }
 
 // greet returns nil without a witness to greet.
-func greet(role string, started time.Duration) (*os.File, error) {
+func greet(role string, started, heartbeat time.Duration) (*os.File, error) {
 	addr := os.Getenv("WITNESS")
 	if addr == "" {
 		return nil, nil
@@ -53,9 +57,20 @@ func greet(role string, started time.Duration) (*os.File, error) {
 	conn := os.NewFile(uintptr(fd), addr)
 	return conn, json.NewEncoder(conn).Encode(hello{
 		Candidate: candidate(), Token: number(token()), Pid: os.Getpid(), Role: role,
-		Started: started, Forked: forked(),
+		Started: started, Forked: forked(), Heartbeat: heartbeat,
 		Args: os.Args, Env: os.Environ(), Status: status(), Descriptors: descriptors(),
 	})
+}
+
+// sendHeartbeats tells the witness again and again what this process's clock shows, as a line.
+func sendHeartbeats(witness *os.File, every time.Duration) {
+	var line []byte
+	for range time.Tick(every) {
+		line = append(strconv.AppendInt(line[:0], int64(boottime.Now()), 10), '\n')
+		if _, err := witness.Write(line); err != nil {
+			return
+		}
+	}
 }
 
 // forked is when this process was forked, rounded down to the kernel's hundredths of a second.
