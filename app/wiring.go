@@ -18,6 +18,7 @@ import (
 	"leasehold/health"
 	"leasehold/internal/boottime"
 	"leasehold/internal/quote"
+	"leasehold/supervisor"
 )
 
 // parts are what differs between the elector and elect.
@@ -115,7 +116,8 @@ func (d *daemon) addStatus(p parts) {
 	d.group.Add(func() error {
 		last := ""
 		for {
-			if text := quote.Printable(statusText(d.candidate.Snapshot())); text != last {
+			text := quote.Printable(statusText(d.candidate.Snapshot(), p.isFrozen()))
+			if text != last {
 				p.status(text)
 				last = text
 			}
@@ -128,8 +130,15 @@ func (d *daemon) addStatus(p parts) {
 	}, func(error) { close(stop) })
 }
 
-func statusText(s election.Snapshot) string {
+// isFrozen reports whether there is a job that is frozen.
+func (p *parts) isFrozen() bool {
+	return p.job != nil && p.job().State == string(supervisor.JobFrozen)
+}
+
+func statusText(s election.Snapshot, frozen bool) string {
 	switch {
+	case s.State == election.Suspended && frozen && s.Leader != nil:
+		return fmt.Sprintf("frozen: %s, token %d", s.Reason, s.Leader.Token)
 	case s.State == election.Connecting:
 		return "connecting to etcd: " + s.Reason
 	case s.State == election.Standby && s.Leader != nil:
@@ -138,9 +147,6 @@ func statusText(s election.Snapshot) string {
 		return "standby, no leader is known"
 	case s.State == election.Leading && s.Leader != nil:
 		return fmt.Sprintf("leading, token %d", s.Leader.Token)
-	}
-	if s.State == election.Suspended && s.Leader != nil {
-		return fmt.Sprintf("frozen: %s, token %d", s.Reason, s.Leader.Token)
 	}
 	return string(s.State)
 }

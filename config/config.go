@@ -53,7 +53,7 @@ type Config struct {
 	TTL          Duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, from 2s to 5m"`
 	StopSignal   Signal   `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
 	StopGrace    Duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL; elect: from /leader's 503 until the lease is revoked"`
-	LossGrace    Duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, while the lease still holds; 0s: SIGKILL at once. elect: from /leader's 503 until another can lead"`
+	LossGrace    Duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, while the lease still holds; 0s: SIGKILL at once. With LEASEHOLD_CONTACT_LOSS=freeze, the time to freeze the job. elect: from /leader's 503 until another can lead"`
 	ContactLoss  string   `split_words:"true" default:"stop" desc:"loss of contact with etcd: stop the job; or freeze it, if it has a cgroup of its own, until etcd has renewed the lease. It is killed if it can't be frozen within LEASEHOLD_LOSS_GRACE, or if the lease or the key is lost"`
 	Margin       Duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, CPU starvation, imprecise clocks"`
 	Restart      string   `split_words:"true" default:"on-failure" desc:"whether the job is started again after it has ended by itself: always, on-failure or never. If it is not, the daemon exits with the job's code"`

@@ -102,11 +102,11 @@ type Callbacks interface {
 	// has not passed, or the term is suspended. It must not block. A call may come just before
 	// Lead's own; the latest deadlines are those that count.
 	Extended(Deadlines)
-	// Suspend is called when stop-at passes in a term. If it returns true, the leader's work is
-	// frozen, or killed by Deadlines.KillBy, without any help of ours. Then the term does not end
-	// yet. It goes on with the next renewal that counts, for which Extended is called, however late
-	// that is. It ends as any other: with the lease, with the key, or as planned. It also ends if
-	// Lead returns. It must not block.
+	// Suspend is called when stop-at passes, also if no term runs. If it returns true, the leader's
+	// work is frozen, or killed by Deadlines.KillBy, without any help of ours. Then the term does
+	// not end yet. It is called again when a renewal counts, however late that is. If it returns
+	// true again, the term goes on, and Extended is called. Else the term ends. It also ends as any
+	// other: with the lease, with the key, as planned, or if Lead returns. Suspend must not block.
 	Suspend() bool
 	// Lead is called when a term begins. It does the leader's work, and returns when nothing of
 	// that runs any more. Its context ends when the term does: with the cause with which Run's

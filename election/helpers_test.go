@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,7 +51,7 @@ type testCallbacks struct {
 	releasing      []int64
 	releasingFails error
 	extended       Deadlines
-	suspends       bool
+	suspends       atomic.Bool
 	calls          int
 }
 
@@ -89,7 +90,7 @@ func (h *testCallbacks) Extended(d Deadlines) {
 	h.mu.Unlock()
 }
 
-func (h *testCallbacks) Suspend() bool { return h.suspends }
+func (h *testCallbacks) Suspend() bool { return h.suspends.Load() }
 
 func (h *testCallbacks) extensions() (int, Deadlines) {
 	h.mu.Lock()

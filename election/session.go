@@ -317,6 +317,9 @@ func (s *session) renewed(d Deadlines) {
 	s.mu.Lock()
 	s.trouble = nil
 	s.mu.Unlock()
+	if s.state.get().State == Suspended && !s.cfg.Callbacks.Suspend() {
+		s.state.termEnded(ErrContactLost)
+	}
 	if s.state.renewed(d) {
 		s.cfg.Callbacks.Extended(d)
 	}

@@ -12,7 +12,8 @@ func (r *adoptRig) suspends(name string, adopt *Adoption) *testCandidate {
 	r.t.Helper()
 	return newTestCandidate(r.t, r.etcd.Endpoints(), name, func(cfg *Config, h *testCallbacks) {
 		cfg.Election, cfg.Dial, cfg.Now = "jobs", r.etcd.Dialer(name), r.now
-		cfg.Adopt, h.suspends = adopt, true
+		cfg.Adopt = adopt
+		h.suspends.Store(true)
 	})
 }
 
@@ -126,6 +127,25 @@ func TestSuspend_Refused(t *testing.T) {
 	})
 }
 
+// A renewal does not revive a term whose work could not be frozen.
+func TestSuspend_NotFrozen(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *adoptRig) {
+		a := r.suspends("a", nil)
+		a.waitForTerm()
+		r.stop()
+		a.waitForState(Suspended)
+		a.suspends.Store(false)
+		calls, _ := a.extensions()
+		r.startEtcd()
+		if end := a.waitForEnd(); !errors.Is(end.cause, ErrContactLost) {
+			t.Errorf("the term ended with %v", end.cause)
+		}
+		if now, d := a.extensions(); now != calls {
+			t.Errorf("extended to %+v", d)
+		}
+	})
+}
+
 // The next process finds the term suspended, and goes on with it.
 func TestSuspend_Adopted(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *adoptRig) {
@@ -152,7 +172,7 @@ func TestSuspend_LeadReturns(t *testing.T) {
 		gone := make(chan struct{})
 		a := newTestCandidate(t, r.etcd.Endpoints(), "a", func(cfg *Config, h *testCallbacks) {
 			cfg.Election, cfg.Dial, cfg.Now = "jobs", r.etcd.Dialer("a"), r.now
-			h.suspends = true
+			h.suspends.Store(true)
 			h.lead = func(ctx context.Context, _ Term) error {
 				select {
 				case <-gone:

@@ -58,6 +58,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 		case m := <-messages:
 			s.receive(m, &p)
 		case <-tick.C:
+			s.receiveWaiting(messages, &p) // the job may be frozen, and not overdue
 			if s.unreachable.Load() || s.guardHangs(p.sent-p.answered) {
 				return s.guardLost("guard hangs", messages)
 			}
@@ -100,11 +101,25 @@ func (s *Supervisor) receive(m ipc.Message, p *pings) {
 		s.pingSoon()
 	case ipc.KindThawed:
 		s.thawed()
+	case ipc.KindEnding:
+		s.ending()
 	case ipc.KindExited:
 		s.firstExited(m.Exited())
 	case ipc.KindGone:
 		s.gone(m.Gone())
 		s.pingSoon() // the guard may wait for our release
+	}
+}
+
+// receiveWaiting acts on the messages that have come by now.
+func (s *Supervisor) receiveWaiting(messages <-chan ipc.Message, p *pings) {
+	for {
+		select {
+		case m := <-messages:
+			s.receive(m, p)
+		default:
+			return
+		}
 	}
 }
 

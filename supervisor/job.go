@@ -244,6 +244,19 @@ func (s *Supervisor) thawed() {
 	}
 }
 
+// ending: the guard stops or kills the job, maybe by its own clock.
+func (s *Supervisor) ending() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch s.job.shown.State {
+	case JobStarting, JobRunning, JobFrozen:
+		s.transition(JobStopping, "the guard ends it")
+	case JobStopping:
+	default:
+		s.invalid("ending")
+	}
+}
+
 // refused: the guard could not start the job.
 func (s *Supervisor) refused(m ipc.Refused) {
 	s.mu.Lock()

@@ -218,11 +218,14 @@ func TestSupervisor_Frozen(t *testing.T) {
 		}
 	}
 	overdue(true, "running past kill-by")
-	if !s.Suspend() {
-		t.Error("the term can't be suspended while the job runs")
+	if s.Suspend() {
+		t.Error("the term goes on past kill-by, and the job is not known to be frozen")
 	}
 	s.frozen(ipc.Frozen{StopAt: now - 2})
 	overdue(false, "frozen")
+	if !s.Suspend() {
+		t.Error("the term can't be suspended while the job is frozen")
+	}
 	s.Extend(now-1, now)
 	overdue(true, "asked to be thawed, and past the new kill-by")
 	s.frozen(ipc.Frozen{StopAt: now - 2})
@@ -234,6 +237,29 @@ func TestSupervisor_Frozen(t *testing.T) {
 	if s.Suspend() {
 		t.Error("the term can be suspended while the job is being stopped")
 	}
+}
+
+// TestSupervisor_Suspend: a term can be suspended while the job runs or is frozen, and not once the
+// guard stops it or kills it by its own clock.
+func TestSupervisor_Suspend(t *testing.T) {
+	s := newTestSupervisor(t)
+	s.cfg.Freeze = true
+	if _, err := s.startAsked(Term{StopAt: forever, KillBy: forever}); err != nil {
+		t.Fatal(err)
+	}
+	suspends := func(want bool, when string) {
+		t.Helper()
+		if got := s.Suspend(); got != want {
+			t.Errorf("%s: %v, want %v", when, got, want)
+		}
+	}
+	suspends(false, "starting")
+	s.started(ipc.Started{PID: 7})
+	suspends(true, "running")
+	s.frozen(ipc.Frozen{StopAt: forever})
+	suspends(true, "frozen")
+	s.ending()
+	suspends(false, "the guard ends it")
 }
 
 // TestSupervisor_OverPastStopAt: in a term that is suspended nothing is started.

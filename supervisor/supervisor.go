@@ -199,13 +199,15 @@ func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 }
 
 // Suspend reports whether the term may go on although stop-at has passed: the guard freezes the
-// job, or kills it at kill-by if it can't. It does so by itself.
+// job, or kills it at kill-by if it can't. It does so by itself. Past kill-by it must have said
+// that the job is frozen.
 func (s *Supervisor) Suspend() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	j := &s.job
 	return s.cfg.Freeze && !j.guardLost && !j.ordered && !s.stopped &&
-		(j.shown.State == JobRunning || j.shown.State == JobFrozen)
+		(j.shown.State == JobFrozen ||
+			j.shown.State == JobRunning && boottime.Now() < j.term.KillBy)
 }
 
 // Exit tells the guard that the elector is about to exit, and with which code the daemon should

@@ -28,16 +28,11 @@ func (t *Term) Alive() bool { return t.End == 0 }
 // Of reports whether a process is one of the term.
 func (t *Term) Of(l harness.Life) bool { return t.Token == l.Token && t.Candidate == l.Candidate }
 
-// Intervals returns when at least one process of the job lived, for the living until now. Without
-// its pauses, if it sends heartbeats: a frozen process runs no instruction.
+// Intervals returns when at least one process of the job lived, for the living until now.
 func (t *Term) Intervals(now time.Duration) Intervals {
 	all := make([]Interval, 0, len(t.Lives))
 	for _, l := range t.Lives {
-		lived, pauses := Intervals{{l.Started, End(l, now)}}, l.Pauses(now)
-		for i := 0; i < len(pauses); i += 2 {
-			lived = lived.Without(Intervals{{pauses[i], pauses[i+1]}})
-		}
-		all = append(all, lived...)
+		all = append(all, Interval{l.Started, End(l, now)})
 	}
 	return Merge(all...)
 }

@@ -54,28 +54,6 @@ type Life struct {
 	conn       int
 }
 
-// Pauses are the times in which the process sent no heartbeat for far too long: from, to, from, …
-// Until now, if it lives. A frozen process sends none.
-func (l Life) Pauses(now time.Duration) (pauses []time.Duration) {
-	if l.Heartbeat == 0 {
-		return nil
-	}
-	if !l.Alive() {
-		now = l.End
-	}
-	last := l.Started
-	for _, at := range append(l.Heartbeats[:len(l.Heartbeats):len(l.Heartbeats)], now) {
-		if from := last + l.Heartbeat; at-from >= missedHeartbeats*l.Heartbeat {
-			pauses = append(pauses, from, at)
-		}
-		last = at
-	}
-	return pauses
-}
-
-// missedHeartbeats in a row are a pause.
-const missedHeartbeats = 20
-
 // Alive reports whether the connection is still held.
 func (l Life) Alive() bool { return l.End == 0 }
 

@@ -3,7 +3,6 @@
 package scenario_test
 
 import (
-	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -123,20 +122,7 @@ func (tr *trial) frozenPair(behaviour string) (f frozenPair) {
 	f.recover = tr.inject(fault.Unreachable(), f.leader)
 	tr.waitJobState(f.leader, "frozen")
 	f.since = harness.Now()
-	tr.waitPaused(f.job)
 	return f
-}
-
-// waitPaused waits until the witness can tell that a job is frozen.
-func (tr *trial) waitPaused(job harness.Life) {
-	tr.Helper()
-	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		now := harness.Now()
-		if p := tr.now(job).Pauses(now); len(p) == 0 || p[len(p)-1] != now {
-			return errors.New("the job sends heartbeats")
-		}
-		return nil
-	}))
 }
 
 type frozenPair struct {
@@ -147,15 +133,23 @@ type frozenPair struct {
 }
 
 // neverThawed fails unless the job was killed without having run again, and no other ran beside it.
+// It is frozen, or has been killed, since f.since. Until then it counts as running.
 func (tr *trial) neverThawed(f frozenPair) {
 	tr.Helper()
 	tr.waitDead(f.job)
-	for _, at := range tr.now(f.job).Heartbeats {
-		if at > f.since {
-			tr.Errorf("the job ran %v after it was frozen", at-f.since)
+	lives := tr.witness.Lives()
+	for i, l := range lives {
+		if l.Token != f.job.Token || l.Candidate != f.job.Candidate {
+			continue
 		}
+		for _, at := range l.Heartbeats {
+			if at > f.since {
+				tr.Errorf("the job ran %v after it was frozen", at-f.since)
+			}
+		}
+		lives[i].End = min(l.End, f.since)
 	}
-	if both := check.Overlaps(tr.witness.Lives()); len(both) > 0 {
+	if both := check.Overlaps(lives); len(both) > 0 {
 		tr.Error(both)
 	}
 }
@@ -310,17 +304,92 @@ func TestFreeze_NotInTime(t *testing.T) {
 	}
 }
 
-// TestFreeze_Refused: a job without a cgroup can't be frozen. That is known at the start.
-func TestFreeze_Refused(t *testing.T) {
+// TestFreeze_ThawedByOthers: somebody else thaws the job. It is killed at once.
+func TestFreeze_ThawedByOthers(t *testing.T) {
 	t.Parallel()
-	tr := newTrial(t, users()[1], harness.ClusterConfig{})
-	c := tr.start("a", "", freezes)
-	tr.waitExit(c, 78)
-	if log := c.Log(); !strings.Contains(log, "LEASEHOLD_CONTACT_LOSS=freeze") ||
-		!strings.Contains(log, "cgroup") {
-		t.Errorf("it says: %s", log)
+	tr := newTrial(t, root(), harness.ClusterConfig{})
+	tr.ttl = 20 * time.Second
+	f := tr.frozenPair("")
+	dir, err := f.leader.jobCgroup()
+	tr.must(err)
+	thawed := harness.Now()
+	tr.must(os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0))
+	if took := tr.waitDead(f.job) - thawed; took > soon {
+		t.Errorf("the job was dead %v after somebody had thawed it", took)
 	}
-	tr.nothingLeft()
+	waitLogged(tr, f.leader, "job killed: somebody else has thawed it")
+	f.recover()
+	tr.waitNext(f.job, waitTimeout)
+	tr.finish()
+}
+
+// TestFreeze_Unkillable: a job that could not be frozen, and can't be killed, is no leader's job,
+// although etcd answers again and renews the lease.
+func TestFreeze_Unkillable(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, root(), harness.ClusterConfig{})
+	tr.ttl = 5 * time.Second
+	leader, standby, job := tr.pair(heartbeat, freezes)
+	wake := sleepUninterruptibly(tr, job.Pid)
+	start := tr.stopEtcd()
+	waitLogged(tr, leader, "job could not be frozen in time")
+	tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
+	time.Sleep(2 * tr.ttl)
+	start()
+	for range 3 {
+		tr.waitRenewals(leader, 1)
+		if s := tr.status(leader); s.State != "stopping" || s.Job.State != "stopping" {
+			t.Errorf("the job can't be killed, and the candidate is %+v", s)
+		}
+		if code, body, err := leader.Get(tr.ctx, "/leader"); err != nil ||
+			code != http.StatusServiceUnavailable {
+			t.Errorf("/leader: %d %s %v", code, body, err)
+		}
+	}
+	if !tr.alive(job) {
+		t.Fatal("the job has exited")
+	}
+	wake()
+	tr.sameLeader(standby, tr.waitNext(job, waitTimeout))
+	if both := check.Overlaps(tr.witness.Lives()); len(both) > 0 {
+		t.Error(both)
+	}
+	tr.finish()
+}
+
+// TestFreeze_Refused: a job without a cgroup can't be frozen. Where /proc hides processes, nobody
+// knows whether one has left it. Both are known at the start.
+func TestFreeze_Refused(t *testing.T) {
+	for _, way := range []struct {
+		name string
+		user user
+		with func(*trial, *harness.CandidateConfig)
+		says string
+	}{
+		{"no cgroup", users()[1], func(*trial, *harness.CandidateConfig) {}, "cgroup"},
+		{"hidepid", root(), func(tr *trial, cfg *harness.CandidateConfig) {
+			tr.wrap(cfg, "unshare", "--mount", "sh", "-c",
+				`mount -t proc -o hidepid=2 proc /proc && exec "$0" "$@"`)
+		}, "hidepid"},
+	} {
+		t.Run(way.name, func(t *testing.T) {
+			t.Parallel()
+			tr := newTrial(t, way.user, harness.ClusterConfig{})
+			c := tr.start("a", "", freezes, func(cfg *harness.CandidateConfig) {
+				way.with(tr, cfg)
+			})
+			tr.waitExit(c, 78)
+			for _, text := range []string{
+				"LEASEHOLD_CONTACT_LOSS=freeze", way.says, "Delegate=yes",
+				"set LEASEHOLD_CONTACT_LOSS=stop",
+			} {
+				if log := c.Log(); !strings.Contains(log, text) {
+					t.Errorf("without %q: %s", text, log)
+				}
+			}
+			tr.nothingLeft()
+		})
+	}
 }
 
 // ran fails unless the job ran before and after an interval, and never within.

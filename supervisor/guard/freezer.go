@@ -4,6 +4,7 @@ package guard
 
 import (
 	"runtime"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -25,7 +26,15 @@ type freezer struct {
 	asked      atomic.Int64 // the last request: a number, and what is asked for
 	thawBy     atomic.Int64 // no thaw from this time since boot on
 	done       atomic.Int64 // the last request that was carried out
+	// obstacle is what has kept the job from being seen frozen: the pid of a process outside its
+	// cgroup, or one of the numbers below.
+	obstacle atomic.Int64
 }
+
+const (
+	notFrozen  = 0  // cgroup.events does not show it
+	unreadable = -1 // /proc can't be read
+)
 
 // What the freezer is asked for.
 const (
@@ -64,13 +73,20 @@ func (f *freezer) thaw(before time.Duration) {
 	f.ask(askedThaw)
 }
 
+// thawAgain repeats a thaw that the kernel has refused, before a start in the same cgroup.
+func (f *freezer) thawAgain() {
+	if !f.isDone() {
+		f.thaw(forever)
+	}
+}
+
 func (f *freezer) ask(kind int64) {
 	f.asked.Store((f.asked.Load()/askedKinds+1)*askedKinds + kind)
 	_, _ = unix.Write(f.askW, wakeByte) // a full pipe wakes it just as well
 }
 
-// isDone reports whether the last request was carried out. After a freeze that means: the job was
-// seen frozen, and nothing of it outside its cgroup.
+// isDone reports whether the last request was carried out, and nobody has undone that. After a
+// freeze that means: the job was seen frozen, and nothing of it outside its cgroup.
 func (f *freezer) isDone() bool { return f.done.Load() == f.asked.Load() }
 
 // run carries out what is asked for, until the pipe is closed.
@@ -80,8 +96,13 @@ func (f *freezer) run(wakeW int) {
 	for last := int64(0); ; {
 		next := f.asked.Load()
 		if next == last {
-			if !f.wait(-1) {
+			watches := next%askedKinds == askedFreeze && f.isDone()
+			if !f.wait(-1, watches) {
 				return
+			}
+			if watches && !f.staysFrozen() {
+				f.done.Store(0)
+				_, _ = unix.Write(wakeW, wakeByte)
 			}
 			continue
 		}
@@ -93,11 +114,14 @@ func (f *freezer) run(wakeW int) {
 	}
 }
 
-// wait waits for a request, or for so many milliseconds; -1: for ever. It returns false when the
-// pipe is closed.
-func (f *freezer) wait(ms int) bool {
-	fds := [1]unix.PollFd{{Fd: int32(f.askR), Events: unix.POLLIN}}
-	if n, _ := unix.Poll(fds[:], ms); n < 1 {
+// wait waits for a request, or for so many milliseconds; -1: for ever. If it watches, it also waits
+// for a change of the cgroup. It returns false when the pipe is closed.
+func (f *freezer) wait(ms int, watches bool) bool {
+	fds := [2]unix.PollFd{{Fd: int32(f.askR), Events: unix.POLLIN}, {Fd: -1}}
+	if watches {
+		fds[1] = unix.PollFd{Fd: int32(f.cgroup.Events), Events: unix.POLLPRI}
+	}
+	if n, _ := unix.Poll(fds[:], ms); n < 1 || fds[0].Revents == 0 {
 		return true
 	}
 	var b [16]byte
@@ -106,6 +130,18 @@ func (f *freezer) wait(ms int) bool {
 		return false
 	}
 	return true
+}
+
+// staysFrozen reports whether the job is frozen still. A process of it that is killed counts as not
+// frozen until it has exited, so this waits for a moment.
+func (f *freezer) staysFrozen() bool {
+	for range 20 {
+		if f.cgroup.Frozen() {
+			return true
+		}
+		_, _ = unix.Poll(nil, 1)
+	}
+	return f.cgroup.Frozen()
 }
 
 // carryOut reports whether it has done what was asked for.
@@ -126,17 +162,33 @@ func (f *freezer) carryOut(request int64) bool {
 // find nothing. (What is frozen leaves no cgroup, and forks nothing.)
 func (f *freezer) seeFrozen(request int64) bool {
 	for pause, clean := 1, 0; f.asked.Load() == request; {
-		if f.cgroup.Frozen() && !f.cgroup.Outside(f.spawner) {
-			if clean++; clean == 2 {
-				return true
+		obstacle := notFrozen
+		if f.cgroup.Frozen() {
+			if obstacle = f.cgroup.Outside(f.spawner); obstacle == 0 {
+				if clean++; clean == 2 {
+					return true
+				}
+				continue
 			}
-			continue
 		}
 		clean = 0
-		if !f.wait(pause) {
+		f.obstacle.Store(int64(obstacle))
+		if !f.wait(pause, false) {
 			return false
 		}
 		pause = min(2*pause, 20)
 	}
 	return false
+}
+
+// why is why the job is not seen frozen, for the log.
+func (f *freezer) why() string {
+	switch obstacle := f.obstacle.Load(); obstacle {
+	case notFrozen:
+		return "a process is in uninterruptible sleep, or the kernel is slow"
+	case unreadable:
+		return "the process table can't be read"
+	default:
+		return "a process has left the job's cgroup: pid " + strconv.FormatInt(obstacle, 10)
+	}
 }

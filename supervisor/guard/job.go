@@ -81,6 +81,7 @@ type job struct {
 	graceEnd       time.Duration // of a stop that was asked for
 	endAt          time.Duration // when the stop signal went out or the kill began; 0: neither
 	frozenAt       time.Duration // when the last freeze began
+	thawAsked      time.Duration // when the last thaw did
 	ordered        bool          // the guard ends it: it does not exit by itself
 	lost           bool          // the next leader may be starting
 
@@ -114,6 +115,7 @@ func (j *job) startAsked(m ipc.Start) {
 		askedAt: boottime.Now(), stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
 		readStopAt: m.StopAt,
 	}
+	g.freezer.thawAgain()
 	j.transition(jobForking, "start asked")
 	if err := g.spawner.setTerm(termEnvironment(g.cfg, m)); err != nil {
 		j.refused(int32(unix.E2BIG))
@@ -235,7 +237,9 @@ func (j *job) record(r *ipc.Record) {
 // of this job any more, unless it is frozen then. New deadlines that are still ahead are the only
 // reason to thaw it.
 func (j *job) extended(m ipc.Extend, now time.Duration) {
-	j.serveDeadlines(now) // stop-at may have passed just now
+	if j.g.cfg.Freeze {
+		j.serveDeadlines(now) // stop-at may have passed just now
+	}
 	j.readStopAt = m.StopAt
 	switch j.state {
 	case jobFreezing, jobFrozen:
@@ -304,6 +308,11 @@ func (j *job) serveDeadlines(now time.Duration) {
 	case j.state != jobStopping && j.state != jobFreezing && now >= j.stopAt:
 		j.stopAtPassed(now)
 	}
+	if j.state == jobThawing && now >= j.complainAt {
+		j.complainAt = now + 10*time.Second
+		j.g.log.Error("job is not thawed: the kernel does not carry it out",
+			"elapsed", (now - j.thawAsked).Round(time.Millisecond).String())
+	}
 	if j.state != jobKilling && j.exitSeen != 0 && now >= j.exitSeen+exitTimeout {
 		j.exitUnreported()
 	}
@@ -323,10 +332,14 @@ func (j *job) stopAtPassed(now time.Duration) {
 }
 
 // freezerDone: the freezer may have done what it was asked for. A job that is seen frozen only
-// after kill-by is killed, as one that is not.
+// after kill-by is killed, as one that is not. Or the freezer has seen that somebody else has
+// thawed the job.
 func (j *job) freezerDone(now time.Duration) {
+	done := j.g.freezer.isDone()
 	switch {
-	case !j.g.freezer.isDone():
+	case j.state == jobFrozen && !done:
+		j.kill(ipc.KilledThawed)
+	case !done:
 	case j.state == jobFreezing && now < j.killBy:
 		j.transition(jobFrozen, "seen frozen")
 		j.g.send(ipc.Frozen{StopAt: j.readStopAt})
@@ -339,7 +352,11 @@ func (j *job) freezerDone(now time.Duration) {
 // killByPassed: no renewal has moved kill-by. When the margin is over too, another candidate may
 // lead.
 func (j *job) killByPassed(now time.Duration) {
+	freezing := j.state == jobFreezing
 	j.kill(ipc.KilledKillBy)
+	if freezing {
+		j.g.log.Warn("job could not be frozen in time", "reason", j.g.freezer.why())
+	}
 	j.g.missed(now - j.killBy)
 }
 
@@ -370,8 +387,10 @@ const exitTimeout = time.Second
 func (j *job) nextDeadline() time.Duration {
 	next := forever
 	switch j.state {
-	case jobForking, jobRunning, jobThawing:
+	case jobForking, jobRunning:
 		next = min(j.killBy, j.stopAt)
+	case jobThawing:
+		next = min(j.killBy, j.stopAt, j.complainAt)
 	case jobFreezing:
 		next = j.killBy
 	case jobFrozen:
@@ -470,8 +489,10 @@ func (j *job) transition(to jobState, why string) {
 	case jobFrozen:
 		j.g.log.Info("job frozen", "elapsed", (now - j.frozenAt).String())
 	case jobThawing:
+		j.thawAsked, j.complainAt = now, now+j.killBy-j.stopAt
 	case jobStopping:
 		j.endAt, j.ordered = now, true
+		j.g.send(ipc.Ending{})
 		level := slog.LevelInfo
 		if why == noRenewal {
 			level = slog.LevelWarn
@@ -481,6 +502,7 @@ func (j *job) transition(to jobState, why string) {
 			"kill_by_in", (j.killBy - now).Round(time.Millisecond).String())
 	case jobKilling:
 		j.killAt, j.complainAt = now, now+10*time.Second
+		j.g.send(ipc.Ending{})
 		if j.endAt == 0 {
 			j.endAt = now
 		}

@@ -168,6 +168,13 @@ func (g *testGuard) freezerDone() { g.seenFrozen(0) }
 
 func (g *testGuard) frozen() { g.freezing(); g.freezerDone() }
 
+func (g *testGuard) saidEnding() {
+	g.t.Helper()
+	if _, said := g.said(ipc.KindEnding); !said {
+		g.t.Error("the elector does not know that the guard ends the job")
+	}
+}
+
 // saidFrozen fails unless the guard has just said that the job is frozen, after a message with that
 // stop-at.
 func (g *testGuard) saidFrozen(stopAt time.Duration) {
@@ -364,6 +371,18 @@ func TestJob_States(t *testing.T) {
 			jobIdle,
 			ipc.Gone{Reason: ipc.KilledSignal, Ordered: true},
 		},
+		{
+			"the elector learns that kill-by has passed",
+			[]func(g){g.freezing, func(g g) { g.at(2 * time.Hour) }, g.saidEnding},
+			jobKilling,
+			ipc.Gone{},
+		},
+		{
+			"the elector learns that stop-at has passed",
+			[]func(g){g.start, g.started, func(g g) { g.at(time.Hour) }, g.saidEnding},
+			jobStopping,
+			ipc.Gone{},
+		},
 		{"frozen", []func(g){g.frozen}, jobFrozen, ipc.Gone{}},
 		{"not yet frozen", []func(g){g.freezing}, jobFreezing, ipc.Gone{}},
 		{
@@ -451,6 +470,15 @@ func TestJob_States(t *testing.T) {
 			[]func(g){g.frozen, g.extend, g.term},
 			jobKilling,
 			ipc.Gone{},
+		},
+		{
+			"somebody else thaws it",
+			[]func(g){
+				g.frozen, func(g g) { g.freezer.done.Store(0) },
+				func(g g) { g.job.freezerDone(boottime.Now()) }, g.exited, g.nothingLeft,
+			},
+			jobIdle,
+			ipc.Gone{Reason: ipc.KilledThawed, Ordered: true},
 		},
 		{
 			"its term ends while it is frozen",

@@ -36,9 +36,12 @@ func (g *guard) open() error {
 	switch {
 	case errors.Is(err, proctree.ErrLeftover):
 		return fail("kill what a predecessor left", err)
+	case err != nil && g.cfg.Freeze && !proctree.IsLasting(err):
+		return fail("make a cgroup that freezes the job", err)
 	case err != nil && g.cfg.Freeze:
-		return fmt.Errorf("LEASEHOLD_CONTACT_LOSS=freeze: %w: it gets no cgroup of its own that "+
-			"freezes it: %w", ErrNoFreezer, err)
+		return fmt.Errorf("LEASEHOLD_CONTACT_LOSS=freeze: %w: %w: give the daemon a delegated "+
+			"cgroup v2 (Delegate=yes; a container needs a writable /sys/fs/cgroup), "+
+			"or set LEASEHOLD_CONTACT_LOSS=stop", ErrNoFreezer, err)
 	case err != nil:
 		g.log.Info("the job gets no cgroup of its own; its processes are found by their parentage",
 			"reason", err.Error())

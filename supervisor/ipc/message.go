@@ -43,6 +43,7 @@ const (
 	KindTimerLatency
 	KindFrozen
 	KindThawed
+	KindEnding
 )
 
 // What the elector sends. Moments are readings of CLOCK_BOOTTIME.
@@ -132,6 +133,9 @@ type (
 	Frozen struct{ StopAt time.Duration }
 	// Thawed means that the job runs again.
 	Thawed struct{}
+	// Ending means that the job is being stopped or killed, whoever has asked for that. Gone
+	// follows.
+	Ending struct{}
 )
 
 // Message is a message as it was received. Kind tells which of its methods decodes it.

@@ -109,6 +109,8 @@ func (o *Outbox) encode(message any) int {
 		kind, number = KindFrozen, [4]int64{int64(m.StopAt)}
 	case Thawed:
 		kind = KindThawed
+	case Ending:
+		kind = KindEnding
 	default:
 		panic("ipc: this is no message")
 	}

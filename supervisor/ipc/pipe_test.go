@@ -68,6 +68,8 @@ func decode(m Message) any {
 		return m.Frozen()
 	case KindThawed:
 		return Thawed{}
+	case KindEnding:
+		return Ending{}
 	}
 	return nil
 }
@@ -99,6 +101,7 @@ func eachMessage() []any {
 		TimerLatency{By: 13},
 		Frozen{StopAt: 14},
 		Thawed{},
+		Ending{},
 	}
 }
 

@@ -18,6 +18,7 @@ const (
 	KilledSpawner             // the spawner is lost
 	KilledFault               // internal error: an event came in a state that can't have it
 	KilledFrozen              // a stop was asked for while it was frozen
+	KilledThawed              // somebody else has thawed it
 )
 
 // The labels are public.
@@ -33,6 +34,7 @@ var reasons = [...]struct{ label, text string }{
 	KilledSpawner:  {"spawner_gone", "spawner lost"},
 	KilledFault:    {"internal_fault", "internal error"},
 	KilledFrozen:   {"frozen", "asked to stop while it was frozen"},
+	KilledThawed:   {"thawed", "somebody else has thawed it"},
 }
 
 // KillReasons returns all reasons but NotKilled.

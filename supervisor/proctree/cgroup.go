@@ -267,6 +267,17 @@ func (c *Cgroup) receives(fd int, d time.Duration) bool {
 	return false
 }
 
+// ErrUnavailable means that the system has no such cgroup, and will not have it at the next start.
+var ErrUnavailable = errors.New("not available here")
+
+// IsLasting reports whether an error of NewCgroup would be the same at the next start.
+func IsLasting(err error) bool {
+	var path *os.PathError
+	missing := errors.As(err, &path) && path.Op == "open" && errors.Is(err, unix.ENOENT)
+	return missing || errors.Is(err, ErrUnavailable) || errors.Is(err, os.ErrPermission) ||
+		errors.Is(err, unix.EROFS) || errors.Is(err, unix.ENOSYS)
+}
+
 // ErrLeftover means that a predecessor's job may be alive, so that no other job may be started.
 var ErrLeftover = errors.New("a job whose guard is gone may be alive")
 

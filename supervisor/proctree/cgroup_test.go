@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -19,8 +20,19 @@ import (
 
 const testWait = 20 * time.Second
 
+func isLeaver() bool { return len(os.Args) == 3 && os.Args[1] == "leaver" }
+
+func init() {
+	if isLeaver() {
+		runtime.LockOSThread() // the main goroutine, to the main thread
+	}
+}
+
 // The test binary is also the probe process of NewCgroup.
 func TestMain(m *testing.M) {
+	if isLeaver() {
+		leaver(os.Args[2])
+	}
 	if len(os.Args) > 1 && os.Args[1] == "probe" {
 		fmt.Print("\n")
 		time.Sleep(10 * time.Second)

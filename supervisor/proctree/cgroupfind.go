@@ -3,7 +3,7 @@
 package proctree
 
 import (
-	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -50,7 +50,7 @@ func cgroupPath(cgroups string) (string, error) {
 		}
 	}
 	if path == "" || path == "/.." || strings.HasPrefix(path, "/../") {
-		return "", errors.New("this process is in no cgroup v2 that it can see")
+		return "", fmt.Errorf("%w: this process is in no cgroup v2 that it can see", ErrUnavailable)
 	}
 	return path, nil
 }
@@ -68,5 +68,6 @@ func findCgroup(cgroups, mounts string) (string, error) {
 			return filepath.Join(m.point, rel), nil
 		}
 	}
-	return "", errors.New("no cgroup v2 is mounted where this process's is to be seen")
+	return "", fmt.Errorf("%w: no cgroup v2 is mounted where this process's is to be seen",
+		ErrUnavailable)
 }

@@ -21,7 +21,7 @@ import (
 // (cgroup_mutex). One goroutine at a time may use it.
 type Freezer struct {
 	freeze int // cgroup.freeze
-	events int // cgroup.events
+	Events int // cgroup.events: POLLPRI shows a change
 	// inside is how /proc/PID/cgroup begins for a process in the cgroup.
 	inside []byte
 	procs  *Scanner
@@ -30,7 +30,7 @@ type Freezer struct {
 
 // openFreezer opens the cgroup's freezer.
 func (c *Cgroup) openFreezer() error {
-	f := &Freezer{freeze: -1, events: -1}
+	f := &Freezer{freeze: -1, Events: -1}
 	var err error
 	if f.procs, err = NewScanner(); err != nil {
 		return err
@@ -42,7 +42,7 @@ func (c *Cgroup) openFreezer() error {
 		flags int
 	}{
 		{&f.freeze, "cgroup.freeze", unix.O_WRONLY}, // Linux 5.2
-		{&f.events, "cgroup.events", unix.O_RDONLY},
+		{&f.Events, "cgroup.events", unix.O_RDONLY},
 	} {
 		path := filepath.Join(c.Dir, file.name)
 		fd, err := unix.Open(path, file.flags|unix.O_CLOEXEC, 0)
@@ -56,7 +56,7 @@ func (c *Cgroup) openFreezer() error {
 
 func (f *Freezer) close() {
 	f.procs.Close()
-	for _, fd := range []int{f.freeze, f.events} {
+	for _, fd := range []int{f.freeze, f.Events} {
 		if fd >= 0 {
 			_ = unix.Close(fd)
 		}
@@ -81,30 +81,51 @@ func (f *Freezer) Set(frozen bool) error {
 // is not. It runs no instruction of its own, but the kernel may still work for it, and it may go on
 // for a moment before it is frozen.
 func (f *Freezer) Frozen() bool {
-	n, err := unix.Pread(f.events, f.buf[:], 0)
+	n, err := unix.Pread(f.Events, f.buf[:], 0)
 	return err == nil && bytes.Contains(f.buf[:n], frozenOne)
 }
 
 var frozenOne = []byte("frozen 1")
 
-// Outside reports whether a process that descends from root is, or could be, outside the cgroup.
-// Such a process runs on. A single search that finds none proves nothing: see Scanner.
-func (f *Freezer) Outside(root int) bool {
+// Outside finds a process that descends from root, and of which a thread is, or could be, outside
+// the cgroup. Such a process runs on. It returns its pid, 0 if there is none, and -1 if something
+// could not be read. A single search that finds none proves nothing: see Scanner.
+func (f *Freezer) Outside(root int) int {
 	s := f.procs
 	s.scan()
 	s.markDescendants(root)
 	for i := range s.n {
 		if s.member[i] && s.alive[i] && !f.isInside(int(s.pid[i])) {
-			return true
+			return int(s.pid[i])
 		}
 	}
-	return s.broken
+	if s.broken {
+		return -1
+	}
+	return 0
 }
 
-// isInside reports whether the process is in the cgroup, or has exited.
+// isInside reports whether all threads of the process are in the cgroup, or have exited. If the
+// main thread has exited, the kernel moves only the others to another cgroup. And a thread may be
+// moved alone (cgroup.threads).
 func (f *Freezer) isInside(pid int) bool {
+	dir, errno := f.procs.openat(f.procs.procPath(pid, "/task", 0, ""), unix.O_RDONLY|
+		unix.O_DIRECTORY)
+	if errno != 0 {
+		return gone(errno)
+	}
+	inside := true
+	f.procs.eachThread(dir, func(_ *Scanner, tid int) bool {
+		inside = f.threadIsInside(pid, tid)
+		return inside
+	})
+	CloseRaw(dir)
+	return inside
+}
+
+func (f *Freezer) threadIsInside(pid, tid int) bool {
 	s := f.procs
-	fd, errno := s.openat(s.procPath(pid, "", 0, "/cgroup"), unix.O_RDONLY)
+	fd, errno := s.openat(s.procPath(pid, "/task/", tid, "/cgroup"), unix.O_RDONLY)
 	n := 0
 	if errno == 0 {
 		n, errno = rawRead(fd, f.buf[:])
@@ -126,7 +147,8 @@ func (f *Freezer) isInside(pid int) bool {
 // from it how /proc shows that a process is in the cgroup.
 func (f *Freezer) probe(pid int) error {
 	if hidden := ProcHidden(); hidden != "" {
-		return fmt.Errorf("/proc hides processes (%s), which may be outside the cgroup", hidden)
+		return fmt.Errorf("%w: /proc hides processes (%s), which may be outside the cgroup",
+			ErrUnavailable, hidden)
 	}
 	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
 	if err != nil {

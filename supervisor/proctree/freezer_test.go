@@ -3,9 +3,13 @@
 package proctree
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -61,7 +65,7 @@ func TestFreezer(t *testing.T) {
 	}
 	f.set(t, true)
 	until(t, "it is frozen", f.Frozen)
-	if f.Outside(self) {
+	if f.Outside(self) != 0 {
 		t.Error("something of it is outside its cgroup")
 	}
 	before := count()
@@ -105,14 +109,66 @@ func TestFreezer_Outside(t *testing.T) {
 	t.Cleanup(func() { _ = unix.Kill(pid, unix.SIGKILL) })
 	f.set(t, true)
 	until(t, "what is in it is frozen", f.Frozen)
-	if !f.Outside(self) {
-		t.Error("a process outside the cgroup is not found")
+	if found := f.Outside(self); found != pid {
+		t.Errorf("outside the cgroup, found pid %d, want %d", found, pid)
 	}
 	f.set(t, false)
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "nothing is outside any more", func() bool { return !f.Outside(self) })
+	until(t, "nothing is outside any more", func() bool { return f.Outside(self) == 0 })
+}
+
+// leaver leaves for a cgroup when its main thread has exited. Then the kernel moves only the other
+// threads, and shows the old cgroup for the process.
+func leaver(dir string) {
+	pid := strconv.Itoa(os.Getpid())
+	go func() {
+		for {
+			stat, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/stat")
+			if strings.Contains(string(stat), ") Z ") {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		if err := os.WriteFile(dir+"/cgroup.procs", []byte(pid), 0); err != nil {
+			panic(err)
+		}
+		time.Sleep(time.Minute)
+		os.Exit(0)
+	}()
+	_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)
+}
+
+// TestFreezer_OutsideWithoutMainThread: as a search that looks at the main thread only would not
+// find it.
+func TestFreezer_OutsideWithoutMainThread(t *testing.T) {
+	c := newTestCgroupWith(t, true)
+	parent, err := OwnCgroup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	test, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := c.leaf()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(leaf)
+	startIn(t, leaf, "exec "+test+" leaver "+parent)
+	f, self := c.Freezer, unix.Getpid()
+	f.set(t, true)
+	until(t, "it is found", func() bool {
+		f.set(t, false) // it may not have left yet
+		_, _ = unix.Poll(nil, 5)
+		f.set(t, true)
+		return f.Outside(self) > 0
+	})
+	if !f.Frozen() || c.Populated() {
+		t.Error("something is in the cgroup still")
+	}
 }
 
 // TestCgroup_RemovesFrozenLeftovers: what a daemon that was killed whole left frozen is killed.
@@ -128,5 +184,28 @@ func TestCgroup_RemovesFrozenLeftovers(t *testing.T) {
 	}
 	if _, err := os.Stat(left); !os.IsNotExist(err) {
 		t.Errorf("the leftover is still there: %v", err)
+	}
+}
+
+// TestIsLasting: what an administrator has to change is told from what another start may find
+// otherwise.
+func TestIsLasting(t *testing.T) {
+	_, noCgroup := findCgroup("1:name=systemd:/\n", "")
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{noCgroup, true},
+		{fmt.Errorf("probe: %w", ErrUnavailable), true},
+		{&os.PathError{Op: "open", Path: "cgroup.freeze", Err: unix.ENOENT}, true},
+		{&os.PathError{Op: "mkdir", Path: "leasehold-1", Err: unix.EACCES}, true},
+		{&os.PathError{Op: "mkdir", Path: "leasehold-1", Err: unix.EROFS}, true},
+		{&os.PathError{Op: "mkdir", Path: "leasehold-1", Err: unix.ENOENT}, false},
+		{fmt.Errorf("start a process: %w", unix.EAGAIN), false},
+		{errors.New("cgroup.events does not show it frozen"), false},
+	} {
+		if got := IsLasting(c.err); got != c.want {
+			t.Errorf("%v: %v, want %v", c.err, got, c.want)
+		}
 	}
 }
