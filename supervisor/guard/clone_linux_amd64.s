@@ -28,6 +28,7 @@ made:
 	MOVQ	CX, errno+56(FP)
 	RET
 child:
+	SUBQ	$64, SP // a compiled function may store its arguments in its caller's frame
 	MOVQ	R12, AX
 	XORPS	X15, X15
 	CALL	R13

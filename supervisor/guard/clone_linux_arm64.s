@@ -26,6 +26,7 @@ made:
 	MOVD	R1, errno+56(FP)
 	RET
 child:
+	SUB	$64, RSP // a compiled function may store its arguments in its caller's frame
 	MOVD	R19, R0
 	CALL	(R20)
 	BRK // it does not return
