@@ -178,6 +178,13 @@ func QuorumLost() Fault {
 	})
 }
 
+// AllStopped is an outage of all of etcd.
+func AllStopped() Fault {
+	return membersKilled("all-stopped", func(on *Target) []*harness.Member {
+		return on.Etcd.Members
+	})
+}
+
 func membersKilled(name string, which func(*Target) []*harness.Member) Fault {
 	return Fault{
 		Name: name,

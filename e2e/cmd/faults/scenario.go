@@ -34,6 +34,8 @@ type Scenario struct {
 
 	// Standby has the fault hit the standby's daemon, and not the leader's.
 	Standby bool
+	// Freeze has the leader's job frozen on loss of contact, and not stopped.
+	Freeze bool
 	// Replaced: the fault takes the daemon's elector, and another one must take its place.
 	Replaced bool
 
@@ -114,6 +116,7 @@ var groups = []struct{ Name, Title string }{
 	{"link", "the links to etcd"},
 	{"etcd", "etcd"},
 	{"operator", "an operator"},
+	{"freeze", "loss of contact, and the job is frozen (LEASEHOLD_CONTACT_LOSS=freeze)"},
 	{"machine", "the machine"},
 }
 

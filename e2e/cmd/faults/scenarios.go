@@ -48,10 +48,10 @@ func unreachable() fault.Fault { return fault.Unreachable() }
 func lossy() fault.Fault { return fault.Lossy(30) }
 
 // scenarios is the table.
-var scenarios = slices.Concat(
+var scenarios = withFreeze(slices.Concat(
 	in("daemon", one, daemonScenarios...), in("job", one, jobScenarios...),
 	in("link", three, linkScenarios...), in("etcd", three, etcdScenarios...),
-	in("operator", one, operatorScenarios...), in("machine", one, machineScenarios...))
+	in("operator", one, operatorScenarios...), in("machine", one, machineScenarios...)))
 
 var daemonScenarios = []Scenario{
 	{
@@ -275,6 +275,10 @@ var etcdScenarios = []Scenario{
 	{
 		Name: "quorum-lost", About: "two of three members are killed, and started again after 8 s",
 		Fault: fault.QuorumLost, Duration: longPause, Check: noJobWithoutQuorum,
+	},
+	{
+		Name: "all-stopped", About: "all members are killed, and started again after two TTLs",
+		Fault: fault.AllStopped, Duration: 10 * time.Second,
 	},
 	{
 		Name: "stale-acknowledgement", About: "the leader reaches only one member, " +

@@ -51,7 +51,9 @@ type Trial struct {
 	// killed, unless it is 0, is when the old job could run no instruction any more.
 	killed time.Duration
 	thawed time.Duration // when the fault was ended
-	sample Sample
+	// frozenAt is when the leader's job was first seen frozen; 0: it was not.
+	frozenAt atomic.Int64
+	sample   Sample
 }
 
 // violated notes what leasehold promises and did not keep.
@@ -108,7 +110,12 @@ func (t *Trial) run(ctx context.Context) error {
 	if t.moved() {
 		return errors.New("the job was moved before the fault")
 	}
-	if s.Job.ByThreads && s.Duration == 0 {
+	switch {
+	case s.Freeze:
+		if err := t.watchFrozen(ctx); err != nil {
+			return err
+		}
+	case s.Job.ByThreads && s.Duration == 0:
 		t.death = watchDeath(ctx, t.Job.Pid)
 	}
 	if err := t.fault.Start(ctx, t.Target); err != nil {
@@ -261,6 +268,9 @@ func (t *Trial) start(
 		cfg.UID = t.Of.uid
 		if t.Of.Ours() {
 			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String())
+			if t.Scenario.Freeze && name == "a" {
+				cfg.Env = append(cfg.Env, "LEASEHOLD_CONTACT_LOSS=freeze")
+			}
 		}
 		if configure == nil {
 			return nil
@@ -418,7 +428,9 @@ func (t *Trial) deathOfThreads() error {
 		return errors.New("SIGKILL was not seen at the job's threads")
 	}
 	figure := "its connection closed after"
-	if strings.HasPrefix(strings.Join(t.Scenario.Job.Words, " "), "memory=") {
+	if t.Scenario.Freeze {
+		figure = "frozen for"
+	} else if strings.HasPrefix(strings.Join(t.Scenario.Job.Words, " "), "memory=") {
 		figure = "memory freed after"
 	}
 	t.Figure(figure, term.End-t.killed)
