@@ -434,7 +434,7 @@ func (t *Trial) deathOfThreads() error {
 		figure = "memory freed after"
 	}
 	t.Figure(figure, term.End-t.killed)
-	if t.thawed != 0 {
+	if t.thawed != 0 && !t.Scenario.Freeze {
 		t.Figure("thaw to death", t.killed-t.thawed)
 	}
 	return nil
