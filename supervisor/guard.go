@@ -198,7 +198,8 @@ func (s *Supervisor) seldom() time.Duration {
 
 // pingInterval is the time from now to the next ping. Pings are as frequent as deadlines need them.
 //
-// Most of the time a ping with each renewal is enough. If none counts, the guard replaces a silent
+// Most of the time a ping with each renewal is enough, and while the job is frozen: nothing thaws
+// it before we ask for that. If none counts, the guard replaces a silent
 // elector from a third of the TTL before stop-at on. From a margin before kill-by on, during a
 // start, and once the job is to end, guardHangs counts pings. For both it is a thirtieth of the
 // TTL, at most a second. From the moment on when the job is overdue, it is far less. Nothing of the
@@ -213,7 +214,7 @@ func (s *Supervisor) pingInterval(now time.Duration) time.Duration {
 	switch {
 	case !j.alive() && s.stopped: // the guard waits for our release
 		return often
-	case !j.alive():
+	case !j.alive(), j.frozen && j.due == forever:
 		return seldom
 	case now >= overdue:
 		return max(min(max(margin/16, 25*time.Millisecond), margin/8), time.Millisecond)

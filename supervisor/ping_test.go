@@ -40,6 +40,13 @@ func TestPingInterval(t *testing.T) {
 			0, 500 * time.Millisecond,
 		},
 		{"kill-by soon", JobRunning, renewed(13 * time.Second), 0, 500 * time.Millisecond},
+		{
+			"frozen, and past kill-by", JobFrozen, func(j *job) {
+				renewed(time.Hour)(j)
+				j.frozen = true
+			}, 3 * time.Second, 3 * time.Second,
+		},
+		{"asked to be thawed", JobFrozen, renewed(0), 0, 500 * time.Millisecond},
 		{"overdue", JobRunning, renewed(14 * time.Second), 0, 100 * time.Millisecond},
 		{
 			"the guard may not know", JobRunning, func(j *job) {

@@ -555,6 +555,30 @@ func TestJob_ElectorHangsAtTheEnd(t *testing.T) {
 	}
 }
 
+// TestJob_ElectorIsSilentWhileFrozen: as long as without a job. On a busy machine an elector is
+// silent for a while, and the third one that is replaced costs the job.
+func TestJob_ElectorIsSilentWhileFrozen(t *testing.T) {
+	g := newTestGuard(t)
+	silent := func(want time.Duration, when string) {
+		t.Helper()
+		now := boottime.Now()
+		g.heardFromElector(now)
+		if got := g.elector.checkAt - now; got != want {
+			t.Errorf("%s: the elector may be silent for %v, want %v", when, got, want)
+		}
+	}
+	g.cfg.TTL = 5 * time.Second
+	g.freezing()
+	g.job.stopAt = boottime.Now()
+	silent(500*time.Millisecond, "freezing")
+	g.freezerDone()
+	silent(2*time.Second, "frozen")
+	g.job.extended(ipc.Extend{
+		StopAt: boottime.Now() + time.Second, KillBy: boottime.Now() + time.Hour,
+	}, boottime.Now())
+	silent(500*time.Millisecond, "thawing")
+}
+
 // TestGuard_AllocatesNothing: neither while the job runs and the elector renews, nor while the job
 // is killed and does not exit.
 func TestGuard_AllocatesNothing(t *testing.T) {

@@ -132,6 +132,7 @@ func (t *Trial) watchFrozen(ctx context.Context) error {
 				frozen = now
 				t.frozenAt.CompareAndSwap(0, int64(now))
 			}
+			t.frozenSince.Store(int64(frozen))
 		}
 	}()
 	return nil

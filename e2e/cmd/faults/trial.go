@@ -51,9 +51,10 @@ type Trial struct {
 	// killed, unless it is 0, is when the old job could run no instruction any more.
 	killed time.Duration
 	thawed time.Duration // when the fault was ended
-	// frozenAt is when the leader's job was first seen frozen; 0: it was not.
-	frozenAt atomic.Int64
-	sample   Sample
+	// frozenAt is when the leader's job was first seen frozen, and frozenSince since when it is;
+	// 0: it was not, or is not.
+	frozenAt, frozenSince atomic.Int64
+	sample                Sample
 }
 
 // violated notes what leasehold promises and did not keep.
@@ -440,12 +441,18 @@ func (t *Trial) deathOfThreads() error {
 	return nil
 }
 
+// over is when the old job could run no instruction any more, if that is known better than by the
+// end of its connection; else 0. A job that is frozen still can't either.
+func (t *Trial) over() time.Duration {
+	return cmp.Or(t.killed, time.Duration(t.frozenSince.Load()))
+}
+
 // alive is when the job of a term could run, until now.
 func (t *Trial) alive(now time.Duration) func(*check.Term) check.Intervals {
 	return func(term *check.Term) check.Intervals {
 		could := term.Intervals(now)
-		if t.killed != 0 && term.Of(t.Job) {
-			could = could.Without(check.Intervals{{From: t.killed, To: check.Forever}})
+		if over := t.over(); over != 0 && term.Of(t.Job) {
+			could = could.Without(check.Intervals{{From: over, To: check.Forever}})
 		}
 		if term.Candidate == t.Machine.Name {
 			could = could.Without(t.Frozen)
@@ -464,8 +471,8 @@ func (t *Trial) read() {
 	}
 	s.Until, s.Late = *ms(now), harness.Milliseconds(latency(t.Machine))
 	for _, term := range history {
-		if term.Of(t.Job) && !term.Alive() {
-			s.Dead = ms(cmp.Or(t.killed, term.End))
+		if over := t.over(); term.Of(t.Job) && (!term.Alive() || over != 0) {
+			s.Dead = ms(cmp.Or(over, term.End))
 		}
 		for _, l := range term.Lives {
 			if l.Role == "job" && l.Started > t.Began {
