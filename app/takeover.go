@@ -14,6 +14,11 @@ func (j *jobCallbacks) adopt(ec *election.Config) {
 	ec.Recovered = r.Recovered
 	ec.Authenticated, ec.AuthToken = j.supervisor.Token, j.supervisor.AuthToken()
 	ec.Adopt = adoption(*ec, r)
+	changed := ec.Changed
+	ec.Changed = func() { // also after each renewal
+		changed()
+		j.supervisor.Awake()
+	}
 	if ec.Adopt != nil {
 		timing := election.NewTiming(ec.Adopt.TTL, ec.LossGrace, ec.Margin)
 		j.margin.Store(int64(timing.Margin))

@@ -114,6 +114,10 @@ func (c *Candidate) Run(ctx context.Context) error {
 	}
 }
 
+// idleTick is for how long a loop has nothing to do before it wakes up for a heartbeat. A renewal
+// comes before, unless the TTL is long or etcd does not answer.
+const idleTick = HeartbeatInterval * 4 / 5
+
 // heartbeat marks a heartbeat of Run's loop.
 func (c *Candidate) heartbeat() { c.heartbeats.run.mark(c.cfg.Now()) }
 

@@ -32,11 +32,12 @@ func (s *session) lead(ctx context.Context, created int64) error {
 func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 	led := make(chan error, 1)
 	go func() { led <- s.cfg.Callbacks.Lead(lctx, t) }()
-	tick := time.NewTicker(HeartbeatInterval / 2)
+	tick := time.NewTimer(0)
 	defer tick.Stop()
 	stop := ctx.Done()
 	for {
 		s.candidate.heartbeat()
+		tick.Reset(idleTick)
 		select {
 		case <-stop:
 			stop = nil

@@ -34,6 +34,9 @@ type members struct {
 	closing sync.WaitGroup
 }
 
+// windowSize is how many bytes etcd may send before we have read the first of them.
+const windowSize = 1 << 20
+
 // errClosed is what a request gets after members.close.
 var errClosed = errors.New("connections to etcd are closed")
 
@@ -84,6 +87,8 @@ func (ms *members) add(
 			},
 			MinConnectTimeout: cfg.DialTimeout,
 		}),
+		// gRPC would measure the link with a ping for each answer. That would wake us up once more.
+		grpc.WithStaticConnWindowSize(windowSize), grpc.WithStaticStreamWindowSize(windowSize),
 		// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 		grpc.WithTransportCredentials(counted{transport, &m.connections}),

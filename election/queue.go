@@ -56,6 +56,8 @@ type queue struct {
 	suspects chan *member
 	// puts has room for one: our key has been put.
 	puts chan struct{}
+	// awake has room for one: the process is awake, because the lease was renewed.
+	awake chan struct{}
 	// first is closed once no key is ahead of ours. That is final: keys made later are behind us.
 	// If our key was lost before that, lost has been called by then, unless proven is false.
 	first chan struct{}
@@ -92,7 +94,7 @@ func newQueue(cfg queueConfig) *queue {
 	cfg.near = cmp.Or(cfg.near, Near)
 	return &queue{
 		cfg: cfg, changed: make(chan struct{}, 1), suspects: make(chan *member, 1),
-		puts: make(chan struct{}, 1), first: make(chan struct{}),
+		puts: make(chan struct{}, 1), awake: make(chan struct{}, 1), first: make(chan struct{}),
 	}
 }
 

@@ -326,6 +326,7 @@ func (s *session) renewed(d Deadlines) {
 	s.state.publish()
 	s.run.outage.over(leaseFails)
 	poke(s.changed)
+	poke(s.queue.awake)
 }
 
 // contactLost implements leaseEvents.

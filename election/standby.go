@@ -36,7 +36,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 			won <- created
 		}
 	}
-	tick := time.NewTicker(HeartbeatInterval / 2)
+	tick := time.NewTimer(0)
 	defer tick.Stop()
 	begun, warned := false, ""
 	for {
@@ -57,6 +57,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 			warned = v.blocker.Key
 			v.blocker.warn(s.log)
 		}
+		tick.Reset(idleTick)
 		select {
 		case <-ctx.Done():
 			return 0, s.waitOver(v, trouble)

@@ -21,11 +21,15 @@ var (
 
 // watchConn is a watch of the queue, which one member serves.
 type watchConn struct {
-	queue    *queue
-	member   *member
-	client   *clientv3.Client // of the member
-	watcher  clientv3.Watcher
-	interval time.Duration // of the tick; both halves of the liveness check take one
+	queue   *queue
+	member  *member
+	client  *clientv3.Client // of the member
+	watcher clientv3.Watcher
+	// interval is the longest time between two ticks. But the tick after a question comes within
+	// answerWait: both halves of the liveness check together never take longer than
+	// HeartbeatInterval.
+	interval, answerWait time.Duration
+	ticked               time.Duration // when the last tick was
 
 	// What is watched: the whole queue or, in a crowd, our own key and the marker.
 	marker string             // "": the whole queue
@@ -47,7 +51,11 @@ type watchConn struct {
 
 // follow watches the queue, until the watch ends or the member is suspect.
 func (q *queue) follow(ctx context.Context) error {
-	w := &watchConn{queue: q, interval: min(q.cfg.timing.RenewInterval(), HeartbeatInterval/2)}
+	interval := q.cfg.timing.RenewInterval()
+	w := &watchConn{
+		queue: q, interval: min(interval, HeartbeatInterval*3/5),
+		answerWait: min(interval, HeartbeatInterval*2/5),
+	}
 	// The member that answers first serves the watch. Any key will do. But the request asks for the
 	// whole prefix, because a candidate that may not read all keys must not join.
 	anyKey := wholePrefix(q.cfg.prefix)
@@ -146,9 +154,10 @@ func (w *watchConn) read(ctx context.Context) error {
 // run follows the watch. ctx is the queue's, wctx the watch's own.
 func (w *watchConn) run(ctx, wctx context.Context) error {
 	q := w.queue
-	tick := time.NewTicker(w.interval)
+	tick := time.NewTimer(w.interval)
 	defer tick.Stop()
 	w.looked = q.cfg.now()
+	w.ticked = w.looked
 	for {
 		q.heartbeat()
 		var err error
@@ -170,13 +179,27 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 			if err = w.receive(resp, ok); err == nil && !q.fits(w.marker) {
 				err = w.advance(ctx, wctx)
 			}
+		case <-q.awake:
+			if q.cfg.now()-w.ticked > w.interval*3/4 { // not to wake up again soon
+				err = w.tick(ctx, wctx)
+			}
 		case <-tick.C:
 			err = w.tick(ctx, wctx)
 		}
 		if err != nil {
 			return err
 		}
+		tick.Reset(w.untilTick())
 	}
+}
+
+// untilTick is the time until the next tick. Mostly a renewal comes before.
+func (w *watchConn) untilTick() time.Duration {
+	wait := w.interval
+	if w.unanswered > 0 {
+		wait = w.answerWait
+	}
+	return max(0, w.ticked+wait-w.queue.cfg.now())
 }
 
 // receive takes what the watch shows.
@@ -220,6 +243,7 @@ func (w *watchConn) fit(ctx, wctx context.Context) error {
 // tick looks at the queue now and then, and asks whether the watch is still served.
 func (w *watchConn) tick(ctx, wctx context.Context) error {
 	q := w.queue
+	w.ticked = q.cfg.now()
 	shown := false // the member has answered, and has shown all that the watch would show
 	select {
 	case l := <-w.look:

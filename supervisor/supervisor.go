@@ -145,6 +145,9 @@ func Connect(cfg Config) (*Supervisor, error) {
 	return s, nil
 }
 
+// Awake pings the guard if that would be due soon anyway: the process is awake for something else.
+func (s *Supervisor) Awake() { s.pingSoon() }
+
 // Ready tells the guard that the elector is up and its endpoint listens.
 func (s *Supervisor) Ready() { s.send(ipc.Ready{}) }
 
