@@ -46,6 +46,15 @@ func (n *earlyNetwork) take(client string) (txns, reads int) {
 	return txns, reads
 }
 
+// waitForLook waits until the candidate, a standby, has looked at the queue. It asks for the version
+// then too, and again in more than a TTL.
+func (n *earlyNetwork) waitForLook(client string) {
+	n.take("")
+	for txns := 0; txns == 0; txns, _ = n.take(client) {
+		time.Sleep(testTTL / 100)
+	}
+}
+
 func hex(lease int64) string { return strconv.FormatInt(lease, 16) }
 
 // earlyQueue runs three candidates. The first one leads.
@@ -162,6 +171,7 @@ func TestEarlyStart_VersionOfAnotherConnection(t *testing.T) {
 	}{"at once": {testTTL / 20, 1}, "asked again": {3 * testTTL / 2, 0}} {
 		t.Run(name, func(t *testing.T) {
 			earlyQueue(t, func(r *adoptRig, n *earlyNetwork, a, b, _ *testCandidate) {
+				n.waitForLook("b")
 				for m := range 3 {
 					r.etcd.Disconnect("b", m+1)
 				}
