@@ -231,8 +231,8 @@ func (w report) goals(r *results) {
 		return harness.Median(r.of(fault, implementation, "plain").column(next))
 	}
 	again := harness.Median(r.of(killElector, ours, "plain").column(renewed))
-	goal("planned hand-over, 1.5 × the naive client's", took("stop", ours),
-		1.5*took("stop", harness.NaiveClient.Name), harness.Span)
+	goal("planned hand-over, the naive client's", took("stop", ours),
+		took("stop", harness.NaiveClient.Name), harness.Span)
 	goal("guard killed", took("kill", ours), 25, harness.Span)
 	goal("elector killed: job untouched, lease renewed again", again, 250, harness.Span)
 	if len(r.Memory) > 0 {
