@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	ossignal "os/signal"
+	"runtime"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -115,6 +116,9 @@ func runElector(build Build, args []string) int {
 		return exitUsage
 	}
 
+	// More processors (P) only wake threads in vain. But one is too few: many clients of the health
+	// endpoint must not keep the election waiting.
+	runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	changed := make(chan struct{}, 1)

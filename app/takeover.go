@@ -15,7 +15,7 @@ func (j *jobCallbacks) adopt(ec *election.Config) {
 	ec.Authenticated, ec.AuthToken = j.supervisor.Token, j.supervisor.AuthToken()
 	ec.Adopt = adoption(*ec, r)
 	changed := ec.Changed
-	ec.Changed = func() { // also after each renewal
+	ec.Changed = func() { // at each change of the candidate's snapshot, so after each renewal too
 		changed()
 		j.supervisor.Awake()
 	}

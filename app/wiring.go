@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"runtime"
 	"time"
 
 	"github.com/oklog/run"
@@ -49,9 +48,6 @@ type daemon struct {
 // wire makes a daemon that runs until ctx ends; stop ends it. The health endpoint listens before
 // anything runs, so that an address in use is reported before any campaign.
 func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, error) {
-	// An event passes through a dozen goroutines before the job starts. To wake a thread for each
-	// takes longer than what they do.
-	runtime.GOMAXPROCS(1)
 	d := &daemon{}
 	ec := p.cfg.ElectionConfig(p.log)
 	ec.Registerer, ec.Callbacks = p.registry, p.callbacks

@@ -46,8 +46,8 @@ func (n *earlyNetwork) take(client string) (txns, reads int) {
 	return txns, reads
 }
 
-// waitForLook waits until the candidate, a standby, has looked at the queue. It asks for the version
-// then too, and again in more than a TTL.
+// waitForLook waits until the candidate, a standby, has looked at the queue. It asks for the
+// version then too, and again in more than a TTL.
 func (n *earlyNetwork) waitForLook(client string) {
 	n.take("")
 	for txns := 0; txns == 0; txns, _ = n.take(client) {

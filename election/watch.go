@@ -25,9 +25,8 @@ type watchConn struct {
 	member  *member
 	client  *clientv3.Client // of the member
 	watcher clientv3.Watcher
-	// interval is the longest time between two ticks. But the tick after a question comes within
-	// answerWait: both halves of the liveness check together never take longer than
-	// HeartbeatInterval.
+	// interval is the longest time between two ticks. But the tick after a question comes after
+	// answerWait: interval and answerWait together are never longer than HeartbeatInterval.
 	interval, answerWait time.Duration
 	ticked               time.Duration // when the last tick was
 
@@ -180,7 +179,8 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 				err = w.advance(ctx, wctx)
 			}
 		case <-q.awake:
-			if q.cfg.now()-w.ticked > w.interval*3/4 { // not to wake up again soon
+			// Not to wake up again soon. A question that is not answered yet keeps its time.
+			if w.unanswered == 0 && q.cfg.now()-w.ticked > w.interval*3/4 {
 				err = w.tick(ctx, wctx)
 			}
 		case <-tick.C:
@@ -291,7 +291,7 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		q.cfg.members.reset(w.member)
 		return errUnanswered
 	}
-	pctx, cancel := context.WithTimeout(wctx, w.interval)
+	pctx, cancel := context.WithTimeout(wctx, w.answerWait)
 	defer cancel()
 	_ = w.watcher.RequestProgress(pctx) // after an error no answer comes, and that is noticed
 	return nil
@@ -299,7 +299,7 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 
 // isUpToDate reports whether the member answers and has nothing newer than the watch has shown.
 func (w *watchConn) isUpToDate(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, w.interval)
+	ctx, cancel := context.WithTimeout(ctx, w.answerWait)
 	defer cancel()
 	conn, err := w.member.conn()
 	if err != nil {

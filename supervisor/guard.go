@@ -59,7 +59,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 			s.receive(m, &p)
 		case <-tick.C:
 			s.receiveWaiting(messages, &p) // the job may be frozen, and not overdue
-			if s.unreachable.Load() || s.guardHangs(p.sent-p.answered) {
+			if s.unreachable.Load() || s.guardHangs(&p) && !s.unread(messages, &p) {
 				return s.guardLost("guard hangs", messages)
 			}
 			// If the job should be gone by now, we ping the guard even if our own loops hang:
@@ -155,17 +155,34 @@ func (s *Supervisor) pingSoon() {
 	}
 }
 
+// unread takes the messages that have come, and reports whether these show the guard to be alive,
+// or there are more in the pipe. An answer that we have not read yet was sent all the same: our
+// other goroutines may have kept the reading one waiting.
+func (s *Supervisor) unread(messages <-chan ipc.Message, p *pings) bool {
+	for {
+		select {
+		case m := <-messages:
+			s.receive(m, p)
+			continue
+		default:
+		}
+		pipe := []unix.PollFd{{Fd: int32(s.cfg.In), Events: unix.POLLIN}}
+		_, err := unix.Poll(pipe, 0)
+		return err == nil && pipe[0].Revents&unix.POLLIN != 0 || !s.guardHangs(p)
+	}
+}
+
 // guardHangs reports whether the guard is taken for hung: more than three pings are unanswered
 // while the guard has something to do. It has to start the job, to follow the exit of the first
 // process, and to kill: from a margin before kill-by on, and from half a second after the end of a
 // stop or a loss. Otherwise its silence does no harm, since killOverdue kills sooner than that, and
 // a pause of the machine must not cost the daemon. Pings count only as we send them, so that a
 // pause of our own, or of the host, does not count against the guard.
-func (s *Supervisor) guardHangs(owed int64) bool {
+func (s *Supervisor) guardHangs(p *pings) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	j, now := &s.job, boottime.Now()
-	if !j.alive() || owed <= 3 {
+	if !j.alive() || p.sent-p.answered <= 3 {
 		return false
 	}
 	switch {

@@ -3,8 +3,11 @@
 package supervisor
 
 import (
+	"errors"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
 	"leasehold/supervisor/ipc"
@@ -136,5 +139,43 @@ func TestPing_Answered(t *testing.T) {
 	s.answered(ipc.Pong{Number: p.sent - 1}, &p)
 	if s.job.known != at+2*time.Hour {
 		t.Error("the answer to an earlier ping counts for the last one")
+	}
+}
+
+// TestGuardHangs_UnreadAnswers: answers that have come count, also if nobody has read them yet.
+func TestGuardHangs_UnreadAnswers(t *testing.T) {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = errors.Join(unix.Close(pipe[0]), unix.Close(pipe[1])) }()
+	s := newTestSupervisor(t)
+	s.cfg.In, s.cfg.TTL = pipe[0], time.Second
+	s.cfg.Margin = func() time.Duration { return 100 * time.Millisecond }
+	if _, err := s.startAsked(Term{StopAt: 1, KillBy: 1}); err != nil {
+		t.Fatal(err)
+	}
+	s.job.askedAt = 1
+	messages := make(chan ipc.Message, 1)
+	hangs := func(p *pings) bool { return s.guardHangs(p) && !s.unread(messages, p) }
+	p := &pings{sent: 5}
+	if !hangs(p) {
+		t.Error("five pings are unanswered, and the guard is not taken for hung")
+	}
+	out := ipc.Outbox{FD: pipe[1]}
+	if err := out.Send(ipc.Pong{Number: 5}); err != nil {
+		t.Fatal(err)
+	}
+	if hangs(p) {
+		t.Error("an answer is in the pipe, and the guard is taken for hung")
+	}
+	var inbox ipc.Inbox
+	if _, err := inbox.Fill(pipe[0]); err != nil {
+		t.Fatal(err)
+	}
+	m, _ := inbox.Next()
+	messages <- m
+	if hangs(p) || p.answered != 5 {
+		t.Error("an answer is read and not yet taken, and the guard is taken for hung")
 	}
 }

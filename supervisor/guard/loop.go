@@ -224,10 +224,14 @@ func (g *guard) listChildren() {
 
 // tidy does what can wait until a job has been gone for a while: it prepares the next start, and
 // collects the garbage, which must not happen while a job lives. A collection would also wait for a
-// fork that is under way. What is due is done after the next ping, long before another message
-// asks for a start.
+// fork that is under way. What is due is done after the next ping, long before another message asks
+// for a start.
 func (g *guard) tidy(now time.Duration) {
 	if g.job.state != jobIdle || g.elector.state != electorRunning || now < g.tidyAt {
+		return
+	}
+	pipe := []unix.PollFd{{Fd: int32(g.elector.in), Events: unix.POLLIN}}
+	if n, _ := unix.Poll(pipe, 0); n != 0 { // perhaps a start
 		return
 	}
 	g.tidyAt = now + time.Minute

@@ -15,8 +15,8 @@ import (
 	"leasehold/supervisor/ipc"
 )
 
-// Until its exec the job's first process shares the spawner's memory. The guard writes there at any
-// time: each renewal moves stop-at. Neither may disturb the other.
+// Until its exec the job's first process has the memory that guard and spawner share. The guard
+// writes there at any time: each renewal moves stop-at. Neither may disturb the other.
 func TestSpawner_RenewedDuringTheStart(t *testing.T) {
 	runtime.LockOSThread() // the spawner ends with the thread that forked it
 	proc, err := unix.Open("/proc", unix.O_PATH|unix.O_CLOEXEC, 0)

@@ -5,7 +5,6 @@ package guard
 import (
 	"fmt"
 	"os"
-	"reflect"
 	"strconv"
 	"unsafe"
 
@@ -94,7 +93,7 @@ func receiveInto(m *ipc.SpawnerMessage) [2]uintptr {
 // prepareMessages fills in what the spawner passes to the kernel, because the spawner may not store
 // a pointer.
 func (a *spawnArea) prepareMessages() {
-	a.guardPid, a.run = int32(unix.Getpid()), reflect.ValueOf(execJob).Pointer()
+	a.guardPid = int32(unix.Getpid())
 	a.nofile = [2]uint64{nofile.Original.Soft, nofile.Original.Hard}
 	a.message = ipc.SpawnerMessage{}
 	a.iov = receiveInto(&a.message)
@@ -103,9 +102,8 @@ func (a *spawnArea) prepareMessages() {
 		len: unsafe.Offsetof(a.control.fd) + 4, level: unix.SOL_SOCKET, kind: unix.SCM_RIGHTS,
 	}
 	a.clone = spawnClone{
+		flags:      unix.CLONE_PIDFD | unix.CLONE_INTO_CGROUP,
 		pidfd:      uint64(uintptr(unsafe.Pointer(&a.pidfd))),
-		stack:      uint64(uintptr(unsafe.Pointer(&a.stack))),
-		stackSize:  uint64(unsafe.Sizeof(a.stack)),
 		exitSignal: uint64(unix.SIGCHLD),
 	}
 	a.urgent = unix.SchedAttr{

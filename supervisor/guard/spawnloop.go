@@ -28,9 +28,6 @@ func runtimeAfterFork()
 
 // spawnArea is memory that the guard and the spawner share. The guard fills it before the fork.
 type spawnArea struct {
-	// stack is that of the job's first process until its exec. There is one such process at a time.
-	stack [4096]byte
-
 	// The guard writes these at any time.
 	stopAt    int64 // atomic; no start after this time since boot
 	cancelled int32 // atomic; serial of the start that is cancelled
@@ -50,14 +47,12 @@ type spawnArea struct {
 	keepIgnored                                        uint64 // signals that stay ignored, 1<<(n-1)
 	titleAt                                            unsafe.Pointer
 	titleLen                                           int32
-	run                                                uintptr // the code of execJob
 
 	// The rest is the spawner's own.
 	fds       [5]unix.PollFd // in the order of poll
 	listFd    int32
 	leafFd    int32
 	leafUsed  int32
-	self      int32 // pid
 	serial    int32 // of the last start
 	first     int32 // pid of the job's first process until it is reaped
 	execErrno int32 // why it could not be executed
@@ -453,11 +448,9 @@ func (a *spawnArea) prepare() int32 {
 	return 0
 }
 
-// start forks the job and returns 0, or an errno. execDone sees the result of the exec.
-//
-// Until its exec the child shares our memory and has a stack of its own. To copy the memory would
-// take longer than all else that a start needs. As in a vfork the child stores nothing that we use.
-// But we do not wait for it: a slow file system may delay the exec, and we may have to kill.
+// start forks the job and returns 0, or an errno. execDone sees the result of the exec. It is a
+// fork and not a vfork, because a vfork would keep the spawner from killing while a slow file
+// system delays the exec.
 //
 //go:nosplit
 //go:norace
@@ -473,16 +466,26 @@ func (a *spawnArea) start() int32 {
 		return int32(errno)
 	}
 	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
-	a.self = int32(self)
 	// The last check: everything that may take time is done.
 	if a.cancelled == a.serial || a.readClock() >= a.stopAt {
 		rawCloseSpawn(uintptr(a.pipe[0]))
 		rawCloseSpawn(uintptr(a.pipe[1]))
 		return ipc.SpawnerTooLate
 	}
-	pid, errno := a.fork(unix.CLONE_VM)
-	if errno == uintptr(unix.EINVAL) { // an emulator that knows only of threads and of forks
-		pid, errno = a.fork(0)
+	var pid uintptr
+	var errno unix.Errno
+	if a.leafFd >= 0 {
+		a.clone.cgroup = uint64(a.leafFd)
+		pid, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)),
+			unsafe.Sizeof(a.clone), 0)
+	} else {
+		// If there is no cgroup, there may be no clone3 either: some seccomp filters refuse it,
+		// because they can't check its arguments.
+		pid, _, errno = unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_PIDFD|uintptr(unix.SIGCHLD),
+			0, uintptr(unsafe.Pointer(&a.pidfd)), 0, 0, 0)
+	}
+	if errno == 0 && pid == 0 {
+		a.exec(self)
 	}
 	rawCloseSpawn(uintptr(a.pipe[1]))
 	if errno != 0 {
@@ -494,30 +497,6 @@ func (a *spawnArea) start() int32 {
 	return 0
 }
 
-// fork makes the child, which runs execJob.
-//
-//go:nosplit
-//go:norace
-func (a *spawnArea) fork(share uint64) (pid, errno uintptr) {
-	a.clone.flags = unix.CLONE_PIDFD | share
-	if a.leafFd >= 0 {
-		a.clone.flags |= unix.CLONE_INTO_CGROUP
-		a.clone.cgroup = uint64(a.leafFd)
-		return cloneJob(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)),
-			unsafe.Sizeof(a.clone), 0, a, a.run)
-	}
-	// If there is no cgroup, there may be no clone3 either: some seccomp filters refuse it, because
-	// they can't check its arguments.
-	return cloneJob(unix.SYS_CLONE, uintptr(a.clone.flags)|uintptr(unix.SIGCHLD),
-		uintptr(unsafe.Pointer(&a.stack))+unsafe.Sizeof(a.stack),
-		uintptr(unsafe.Pointer(&a.pidfd)), a, a.run)
-}
-
-// cloneJob makes a system call, clone or clone3, whose child calls the function at run.
-//
-//go:noescape
-func cloneJob(trap, arg1, arg2, arg3 uintptr, a *spawnArea, run uintptr) (pid, errno uintptr)
-
 // readClock returns nanoseconds since boot.
 //
 //go:nosplit
@@ -528,15 +507,15 @@ func (a *spawnArea) readClock() int64 {
 	return a.now.Sec*1e9 + a.now.Nsec
 }
 
-// execJob becomes the job, in the child. It does not return.
+// exec becomes the job, in the child. It does not return.
 //
 //go:nosplit
 //go:norace
-func execJob(a *spawnArea) {
+func (a *spawnArea) exec(spawner uintptr) {
 	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0,
 		0, 0)
-	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != uintptr(a.self) {
+	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != spawner {
 		// The spawner exited before PR_SET_PDEATHSIG, so no signal will come.
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0, 0)
 	}

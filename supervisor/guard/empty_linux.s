@@ -1,0 +1,1 @@
+// This file lets spawnloop.go declare functions without bodies.
