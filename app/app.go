@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -27,6 +28,8 @@ const (
 	roleElector = "elector"
 	roleRevoke  = "revoke"
 	roleProbe   = "probe"
+	// roleCheckReload is what the guard of an older binary runs, so its name stays.
+	roleCheckReload = "check-reload"
 )
 
 // Main runs leasehold and returns its exit code.
@@ -38,6 +41,8 @@ func Main(args []string, build Build) int {
 			return runElector(build, rest)
 		case name == roleRevoke && len(rest) == 2:
 			return revoke(rest)
+		case name == roleCheckReload && len(rest) > 0:
+			return checkReload(build, rest)
 		case name == roleProbe:
 			fmt.Print("\n")
 			time.Sleep(10 * time.Second) // until the guard kills it
@@ -61,20 +66,21 @@ func newProgram(build Build) *cli.Program {
 		Stdout: os.Stdout, Stderr: os.Stderr,
 		Run:       func(c cli.Call) error { return runGuard(build, c) },
 		Elect:     func(c cli.Call) error { return runElect(build, c) },
+		Reload:    askReload,
 		ExitCodes: exitEntries(), LastWords: lastWords,
 	}
 }
 
 // report writes why the command ended to standard error and to the file that Kubernetes shows, and
-// returns the exit code. The commands that a probe runs do not write to that file: it is for the
-// process that the container was started for.
+// returns the exit code. The commands that somebody runs beside the daemon do not write to that
+// file: it is for the process that the container was started for.
 func report(command string, err error) int {
 	var logged *loggedError
 	if errors.As(err, &logged) {
 		return logged.code
 	}
 	end := endingOf(err)
-	if end.code == exitOK || end.code == exitNo {
+	if end.code == exitOK || end.code == exitNo && command != "reload" { // status and check speak
 		return end.code
 	}
 	text := err.Error()
@@ -83,7 +89,7 @@ func report(command string, err error) int {
 	}
 	text = printable(text)
 	fmt.Fprint(os.Stderr, text)
-	if command != "status" && command != "check" {
+	if !slices.Contains([]string{"status", "check", "reload"}, command) {
 		leaveMessage(terminationLog, text, false)
 	}
 	return end.code
@@ -112,6 +118,13 @@ func closeOnExec() {
 			unix.CloseOnExec(fd)
 		}
 	}
+}
+
+// nameProcess gives a process that the guard has started a name in ps and pgrep. By itself it has
+// that of the descriptor by which its binary was executed. To set it, /proc has to show the process
+// as its user's: call it before hideMemory.
+func nameProcess(role string) {
+	_ = os.WriteFile("/proc/self/comm", []byte("leasehold-"+role), 0) // for people alone
 }
 
 // hideMemory keeps this process's memory, which holds secrets, from other processes of its user.

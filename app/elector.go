@@ -95,6 +95,7 @@ func (j *jobCallbacks) grace(cause error) time.Duration {
 // The candidate and the supervisor are one actor, because their order at the end matters. The
 // candidate revokes its lease when nothing of the job is left. The supervisor listens until then.
 func runElector(build Build, args []string) int {
+	nameProcess(roleElector)
 	// A job may already run, as the same user.
 	if err := hideMemory(); err != nil {
 		fmt.Fprintln(os.Stderr, "leasehold: set dumpable:", err)

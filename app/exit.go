@@ -14,6 +14,7 @@ import (
 	"leasehold/health"
 	"leasehold/supervisor"
 	"leasehold/supervisor/guard"
+	"leasehold/supervisor/reload"
 )
 
 // Exit codes: those of sysexits.h where it has one, and a shell's 126 and 127.
@@ -57,7 +58,11 @@ var exits = []struct {
 			" status: there is a leader; check: yes",
 		is(),
 	},
-	{exitNo, "", "status: there is no leader; check: no", is(cli.ErrNoLeader, health.ErrNo)},
+	{
+		exitNo, "",
+		"status: there is no leader; check: no; reload: refused or failed, the job goes on",
+		either(is(cli.ErrNoLeader, health.ErrNo), as[*reload.RefusedError]),
+	},
 	{
 		-1, "the job's, or 128+n",
 		"the job ended, by itself or by signal n, and is not restarted;" +
@@ -67,9 +72,10 @@ var exits = []struct {
 	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
 	{
 		exitUnavailable, "",
-		"status, check: nobody answers, or etcd refuses;" +
+		"status, check, reload: nobody answers, or etcd refuses;" +
 			" not elected within LEASEHOLD_WAIT, because etcd did not answer or refused",
-		is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable),
+		is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable,
+			reload.ErrNoAnswer),
 	},
 	{
 		exitInternal, "",
@@ -82,7 +88,8 @@ var exits = []struct {
 		exitOS, "",
 		"before any campaign: LEASEHOLD_LISTEN can't be bound," +
 			" elector or spawner can't be started," +
-			" or the job of a lost predecessor can't be killed; install: the copy can't be made",
+			" or the job of a lost predecessor can't be killed; install: the copy can't be made;" +
+			" reload: the system refuses",
 		either(is(errListen, errSystem, cli.ErrInstall), as[*guard.SetupError]),
 	},
 	{

@@ -20,6 +20,7 @@ import (
 	"leasehold/config"
 	"leasehold/internal/quote"
 	"leasehold/supervisor/guard"
+	"leasehold/supervisor/reload"
 )
 
 // runGuard is the process that the user starts. It starts the elector and the spawner, which starts
@@ -29,13 +30,15 @@ import (
 //	      ↑                       │  └───→ spawner ──→ job
 //	      └──── notifier, log ────┘
 func runGuard(build Build, call cli.Call) error {
-	caught := catchSignals(unix.SIGALRM) // what is neither handled nor passed on is dropped
+	// What is neither handled nor passed on is dropped.
+	caught := catchSignals(unix.SIGALRM, reload.Signal)
 	children := make(chan os.Signal, 1)
 	ossignal.Notify(children, unix.SIGCHLD)
 	// A crash ends us by a signal: the runtime's exit code for a crash, 2, would look like the
 	// job's.
 	debug.SetTraceback("crash")
 
+	environ := os.Environ()
 	if err := config.LoadFile(call.EnvFile); err != nil {
 		return err
 	}
@@ -71,6 +74,7 @@ func runGuard(build Build, call cli.Call) error {
 		},
 		StateDir: cfg.StateDir,
 		Listen:   bindInGuard(cfg.Listen, caught.signals),
+		Reload:   reloadConfig(build, cfg, environ, call.EnvFile),
 		Signals:  caught.signals, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
 		Children: children,
 		Notify:   systemd.notify, Stopping: stopping(cfg), Heartbeat: newWatchdog(),

@@ -18,6 +18,7 @@ import (
 // revoke revokes the lease of a lost elector. Its arguments are the lease in hex and how long to
 // try. It reads the token that etcd gave the elector, if any, from standard input.
 func revoke(args []string) int {
+	nameProcess(roleRevoke)
 	_ = hideMemory() // if that fails, the lease must still be revoked
 	lease, err := strconv.ParseInt(args[0], 16, 64)
 	within, err2 := time.ParseDuration(args[1])

@@ -38,7 +38,7 @@ func TestParse(t *testing.T) {
 	command := func(name string) Command { return Command{Name: name} }
 	run, elect, status := command("run"), command("elect"), command("status")
 	check, install := command("check"), command("install")
-	version, help := command("version"), command("help")
+	version, help, reload := command("version"), command("help"), command("reload")
 	for args, want := range map[string]Call{
 		"-- x -f y --help": {Command: run, Job: []string{"x", "-f", "y", "--help"}},
 		"run -- x -- y":    {Command: run, Job: []string{"x", "--", "y"}},
@@ -56,6 +56,8 @@ func TestParse(t *testing.T) {
 		"check":            {Command: check},
 		"check leader":     {Command: check, Args: []string{"leader"}},
 		"install /dest":    {Command: install, Args: []string{"/dest"}},
+		"reload 7":         {Command: reload, Args: []string{"7"}},
+		"reload 7 -- x y":  {Command: reload, Args: []string{"7"}, Job: []string{"x", "y"}},
 		"version":          {Command: version},
 		"--version":        {Command: version},
 		"status --version": {Command: version},
@@ -148,6 +150,9 @@ func TestParse_Hints(t *testing.T) {
 		{"check qwertyuiop", "but live, ready, leader, standby"},
 		{"check live ready", "check takes one argument"},
 		{"install", "an argument is missing: leasehold install DEST"},
+		{"reload", "an argument is missing: leasehold reload [--env] PID"},
+		{"reload 7 8", "reload takes one argument: leasehold reload [--env] PID"},
+		{"reload 7 --", "there is no command after --"},
 		{"install a b", "install takes one argument: leasehold install DEST"},
 		{"version x", "version takes no argument"},
 		{"help statsu", "help does not take statsu: did you mean status?"},

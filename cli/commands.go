@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"leasehold/config"
 	"leasehold/health"
 )
 
@@ -27,6 +28,7 @@ type Command struct {
 	Files       bool     // its argument is a path
 	Min, Max    int      // how many arguments it takes; the job's words don't count
 	Job         bool     // it takes a job, after --
+	MayJob      bool     // it may be given one
 	Run         func(Call) error
 }
 
@@ -52,6 +54,7 @@ type Call struct {
 	Args    []string // without flags
 	Flags   []string // those of the command that were given
 	Job     []string // what stands after --
+	HasJob  bool     // there is a --
 }
 
 // Has reports whether the flag was given.
@@ -64,6 +67,7 @@ type Program struct {
 	Stdout, Stderr io.Writer
 	Run            func(Call) error // the daemon with a job; it reads the call's EnvFile
 	Elect          func(Call) error // the daemon without one; it does too
+	Reload         func(Call) error
 	ExitCodes      []Entry
 	LastWords      string // of the termination message
 }
@@ -104,6 +108,23 @@ func (p *Program) Commands() []Command {
 			Run: p.check,
 		},
 		{
+			Name: "reload", Args: "[--env] PID [-- COMMAND [ARG...]]", Min: 1, Max: 1, MayJob: true,
+			Flags: []string{"--env"},
+			Summary: "have the daemon PID go on with the binary and the settings as they are now," +
+				" without touching the job",
+			Description: "PID is the process that was started. Only its elector is replaced." +
+				" The settings are those that the daemon was started with, and those in the file" +
+				" of its -f, which is read again. With --env the LEASEHOLD_* variables of this" +
+				" command take the place of those that the daemon was started with." +
+				" First the new binary and the settings are checked, and that the daemon's lease" +
+				" is in their etcd. If the new elector does not work, the one before it comes" +
+				" back. COMMAND must be the daemon's own, if it is given." +
+				" The command and LEASEHOLD_" + strings.Join(config.FixedNames(), ", ") +
+				" take a restart. Exit code 0: done; 1: refused or failed, the job goes on;" +
+				" 69: the daemon does not answer.",
+			Run: func(c Call) error { return p.Reload(c) },
+		},
+		{
 			Name: "install", Args: "DEST", Min: 1, Max: 1, Files: true,
 			Summary: "copy this binary to DEST, a directory or a file: for an init container," +
 				" which has no cp",
@@ -127,7 +148,10 @@ func (p *Program) Commands() []Command {
 }
 
 // commandNames repeats the names in the table, because the table can't refer to itself.
-var commandNames = [...]string{"run", "elect", "status", "check", "install", "version", "help"}
+var commandNames = [...]string{
+	"run", "elect", "status", "check", "reload", "install", "version",
+	"help",
+}
 
 // GlobalFlags are the flags that every command takes.
 func GlobalFlags() []Entry {

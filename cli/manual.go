@@ -59,6 +59,7 @@ At LEASEHOLD_LISTEN, for GET, HEAD and OPTIONS; 200, or 503 with the reason:
 	b.WriteString(`.SH SIGNALS
 TERM and INT stop the job and hand over; a second one kills the job at once.
 HUP, USR1, USR2, WINCH and QUIT go to the job's first process.
+RTMIN+1 is what leasehold reload sends.
 A terminal that hangs up stops the daemon as TERM does, unless HUP was ignored (nohup).
 HUP, INT and QUIT that were ignored at the start stay ignored, by the job too.
 .SH EXIT STATUS

@@ -114,7 +114,7 @@ func (l *line) parse() (call Call, hint string) {
 		}
 		call.Command, _ = l.find("run")
 	}
-	call.Job = l.job
+	call.Job, call.HasJob = l.job, l.hasJob
 	return call, l.arguments(call)
 }
 
@@ -127,9 +127,9 @@ func (l *line) arguments(call Call) string {
 			shown(call.Args[0]))
 	case c.Job && !l.hasJob:
 		return "say what to run: leasehold run -- COMMAND [ARG...]"
-	case c.Job && len(l.job) == 0:
+	case (c.Job || c.MayJob && l.hasJob) && len(l.job) == 0:
 		return "there is no command after --: leasehold -- COMMAND [ARG...]"
-	case !c.Job && l.hasJob:
+	case !c.Job && !c.MayJob && l.hasJob:
 		return fmt.Sprintf("%s runs no job: %s, or leasehold -- COMMAND [ARG...]",
 			c.Name, c.Usage())
 	case slices.Contains(call.Args, ""):

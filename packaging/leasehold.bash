@@ -29,14 +29,15 @@ _leasehold() {
     fi
     case $command in
     '')
-        choices='-- run elect status check install version help'
+        choices='-- run elect status check reload install version help'
         flags=--version
         ;;
     run) choices='--' ;;
     status) flags='--json' ;;
     check) choices='live ready leader standby' ;;
+    reload) flags='--env' ;;
     install) compopt -o default ;;
-    help) choices='run elect status check install version help' ;;
+    help) choices='run elect status check reload install version help' ;;
     esac
     ((words < 2)) || choices=
     [[ $word != -* ]] || choices+=" $flags -f --help"

@@ -57,9 +57,9 @@ func newMetrics(r prometheus.Registerer) metrics {
 	}
 	m.replacements = f.NewCounterVec(prometheus.CounterOpts{
 		Name: "leasehold_elector_replacements_total",
-		Help: "Electors that were lost and replaced while the daemon went on, by reason.",
+		Help: "Electors that were replaced while the daemon went on, by reason.",
 	}, []string{"reason"})
-	m.replaced(0, 0)
+	m.replaced(0, 0, 0)
 	for _, reason := range []string{"ok", "error", "signal", "stopped"} {
 		m.exits.WithLabelValues(reason)
 	}
@@ -70,7 +70,8 @@ func newMetrics(r prometheus.Registerer) metrics {
 }
 
 // replaced counts the electors before this one, over the daemon's life.
-func (m *metrics) replaced(exited, silent int) {
+func (m *metrics) replaced(exited, silent, reloaded int) {
 	m.replacements.WithLabelValues("exited").Add(float64(exited))
 	m.replacements.WithLabelValues("silent").Add(float64(silent))
+	m.replacements.WithLabelValues("reload").Add(float64(reloaded))
 }

@@ -76,7 +76,7 @@ func (s *Supervisor) Ended() error {
 // takeOver makes the Record our own.
 func (s *Supervisor) takeOver() {
 	r, j := &s.record, &s.job
-	s.metrics.replaced(r.Exited, r.Silent)
+	s.metrics.replaced(r.Exited, r.Silent, r.Reloaded)
 	s.stopped = r.StopSignals > 0
 	s.restarts = r.Restarts
 	s.restart.failures, s.restart.backoff = r.Restarts.Failures, r.Restarts.Backoff
@@ -96,7 +96,7 @@ func (s *Supervisor) takeOver() {
 	} else {
 		s.takeOverJob()
 	}
-	if r.Exited+r.Silent > 0 {
+	if r.Exited+r.Silent+r.Reloaded > 0 {
 		s.log.Info("elector takes the place of another one", "lease", fmt.Sprintf("%x", r.Lease.ID),
 			"job", string(j.shown.State), "pid", j.shown.PID)
 	}

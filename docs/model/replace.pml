@@ -10,8 +10,8 @@
  * spawner do not fail at the same moment: machines.pml has that.
  *
  * Nothing has to happen: see leasehold.pml. Only time waits, for kills that are due. The guard may
- * replace an elector at any time, also one that is well: that is a reload. A reload starts the new
- * process first, and it waits for its record. It does nothing before that, so it is not here. The
+ * replace an elector at any time, also one that is well: that is a reload. The process that checks
+ * a reload only renews the lease, and reads. So it is not here: see below for its renewal. The
  * guard may also give up at any time: it kills the job, and has the lease revoked. So replacements
  * are not counted.
  *

@@ -326,6 +326,9 @@ func (m *Member) Start() error {
 	return nil
 }
 
+// Flags are those that it is started with.
+func (m *Member) Flags() []string { return slices.Clone(m.flags) }
+
 // Stop asks the member to end and waits until it has. A leader hands its leadership over first.
 func (m *Member) Stop(ctx context.Context) error {
 	if !m.Running() {

@@ -155,6 +155,9 @@ func (c *Child) Output() string { return c.stdout.String() }
 // Log is what it wrote to standard error so far.
 func (c *Child) Log() string { return c.stderr.String() }
 
+// Pid is its process.
+func (c *Child) Pid() int { return c.cmd.Process.Pid }
+
 // Ended is closed when the process has ended.
 func (c *Child) Ended() <-chan struct{} { return c.ended }
 

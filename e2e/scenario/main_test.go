@@ -18,7 +18,7 @@ import (
 // when the first test asks for them.
 var built struct {
 	sync.Mutex
-	jobs, all *harness.Programs
+	jobs, all, reload *harness.Programs
 }
 
 // testPrograms builds the programs that are no daemon.
@@ -61,7 +61,7 @@ func TestMain(m *testing.M) {
 		panic(err)
 	}
 	code := m.Run()
-	for _, p := range []*harness.Programs{built.jobs, built.all} {
+	for _, p := range []*harness.Programs{built.jobs, built.all, built.reload} {
 		if p != nil {
 			p.Remove()
 		}

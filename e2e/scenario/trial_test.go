@@ -59,6 +59,7 @@ type trial struct {
 	election string
 	ttl      time.Duration
 
+	asking     []string // the environment of `leasehold reload`
 	candidates []*candidate
 	relation   check.Relation // that each of their logs is checked against
 }

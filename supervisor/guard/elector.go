@@ -4,7 +4,6 @@ package guard
 
 import (
 	"errors"
-	"os"
 	"strconv"
 	"sync/atomic"
 	"syscall"
@@ -104,7 +103,11 @@ func (g *guard) electorForked(p electorProcess) {
 	e.transition(g, electorRunning, "forked")
 	now := boottime.Now()
 	g.heardFromElector(now)
-	e.checkAt = max(e.checkAt, now+g.startTimeout()) // it has to start, on a busy machine
+	start := g.startTimeout() // it has to start, on a busy machine
+	if g.reload.state == reloadStarting {
+		start = min(start, g.readyTimeout(now)*2/3)
+	}
+	e.checkAt = max(e.checkAt, now+start)
 	g.listChildren()
 	r := &g.known
 	r.Version, r.StopSignals = ipc.RecordVersion, g.stopSignals
@@ -166,7 +169,11 @@ func (g *guard) message(m ipc.Message) {
 	case ipc.KindLease:
 		g.leased(m.Lease())
 	case ipc.KindEntered:
-		g.known.Entered = m.Entered()
+		entered := m.Entered()
+		if entered.Created != g.known.Entered.Created {
+			g.endTrial()
+		}
+		g.known.Entered = entered
 	case ipc.KindRestarts:
 		g.known.Restarts = m.Restarts()
 	case ipc.KindToken:
@@ -177,6 +184,7 @@ func (g *guard) message(m ipc.Message) {
 			g.elector.checkAt = min(g.elector.checkAt, g.silentUntil(now))
 		}
 	case ipc.KindExtend:
+		g.reload.renewed = true
 		g.job.extended(m.Extend(), now)
 		g.elector.checkAt = min(g.elector.checkAt, g.silentUntil(now))
 	case ipc.KindStop:
@@ -194,6 +202,7 @@ func (g *guard) electorReady(now time.Duration) {
 	if lost := g.elector.lostAt; lost != 0 {
 		g.log.Info("another elector runs", "elapsed", (now - lost).String())
 	}
+	g.reloadReady()
 }
 
 // leased: the elector has another lease, or knows more about it. A release is never taken back: the
@@ -201,6 +210,7 @@ func (g *guard) electorReady(now time.Duration) {
 func (g *guard) leased(l ipc.Lease) {
 	r := &g.known
 	if l.ID != r.Lease.ID {
+		g.endTrial()
 		r.Lease, r.Entered, r.Starts = l, ipc.Entered{}, 0
 		return
 	}
@@ -244,7 +254,7 @@ func (g *guard) serveElectorDeadlines(now time.Duration) {
 		g.giveUp("second signal")
 	case e.state == electorStarting && e.askAt != 0 && now >= e.askAt:
 		e.askAt = 0
-		g.starter.ask()
+		g.starter.ask(e.startBy)
 	case e.state == electorStarting && now >= e.startBy:
 		g.log.Error("another elector does not start: killing the job and revoking the lease")
 		g.giveUp("it does not start")
@@ -281,8 +291,8 @@ func (g *guard) nextElectorDeadline() time.Duration {
 	case electorRunning:
 		next = e.checkAt
 	case electorGone:
-		if g.starter.busy && !g.job.alive() { // see finished
-			next = e.startBy
+		if g.starter.busy > 0 && !g.job.alive() { // see finished
+			next = g.starter.busyBy
 		}
 	}
 	if g.forceBy != 0 && !g.job.alive() && !e.givenUp && e.state != electorGone {
@@ -316,6 +326,7 @@ func (g *guard) giveUp(why string) {
 	}
 	g.job.kill(ipc.KilledElector)
 	g.closeListener()
+	g.giveUpReload()
 }
 
 // closeListener closes the elector's socket, but not on the loop's thread: if thousands of clients
@@ -335,8 +346,12 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 	g.listChildren()
 	whole := g.readToEnd()
 	e.closeProcess()
+	if g.reload.state == reloadStarting { // it was never ready: the one before it comes back
+		e.announced = false
+	}
 	if e.announced && !g.job.alive() {
 		e.transition(g, electorGone, "exited as announced")
+		g.giveUpReload()
 		return
 	}
 	exit := proctree.ExitOf(ws)
@@ -355,6 +370,7 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 		return
 	}
 	g.countReplacement(now)
+	g.chooseImage()
 	if text := "elector exited: starting another"; !e.silent {
 		if g.job.alive() {
 			text += ", the job goes on"
@@ -363,7 +379,7 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 	}
 	e.startBy, e.askAt = now+g.startTimeout(), 0
 	e.transition(g, electorStarting, "exited")
-	g.starter.ask()
+	g.starter.ask(e.startBy)
 }
 
 // startTimeout is how long it may take to fork an elector, and then until it says something.
@@ -415,7 +431,7 @@ func (g *guard) irreplaceable(whole bool, now time.Duration) string {
 		return "second signal"
 	case g.spawnerClosed():
 		return "the spawner starts nothing any more"
-	case e.replacedAt[0] != 0 && now-e.replacedAt[0] < replacedWithin:
+	case g.lossCounts() && e.replacedAt[0] != 0 && now-e.replacedAt[0] < replacedWithin:
 		return "too many within " + replacedWithin.String()
 	}
 	return ""
@@ -428,12 +444,18 @@ func (g *guard) spawnerClosed() bool { return atomic.LoadInt32(&g.spawner.area.c
 // countReplacement counts the loss of an elector that is replaced.
 func (g *guard) countReplacement(now time.Duration) {
 	e := &g.elector
-	if e.silent {
+	switch {
+	case g.reload.state == reloadEnding:
+		g.known.Reloaded++
+	case e.silent:
 		g.known.Silent++
-	} else {
+	default:
 		g.known.Exited++
 	}
 	e.lostAt = now
+	if !g.lossCounts() {
+		return
+	}
 	copy(e.replacedAt[:], e.replacedAt[1:])
 	e.replacedAt[mostReplaced-1] = now
 }
@@ -449,7 +471,7 @@ func (g *guard) startRevoke() {
 		within = 2 * forceTimeout
 	}
 	var err error = unix.EBUSY // Go lets one fork wait for the other, and that one hangs
-	if !g.starter.busy {
+	if g.starter.busy == 0 {
 		err = g.forkRevoke(g.cfg.Revoke(lease.ID, within))
 	}
 	if err != nil {
@@ -473,8 +495,9 @@ func (g *guard) forkRevoke(argv []string) error {
 	_, _ = unix.Write(token[1], e.token) // without it the revoking process uses the password
 	_ = unix.Close(token[1])
 	var err error
-	e.revoker, err = syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
-		Env: os.Environ(), Files: []uintptr{uintptr(token[0]), 1, 2, uintptr(g.stateFd)},
+	image := g.starter.image
+	e.revoker, err = syscall.ForkExec(image.path(), argv, &syscall.ProcAttr{
+		Env: image.env, Files: []uintptr{uintptr(token[0]), 1, 2, uintptr(g.stateFd)},
 		Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	_ = unix.Close(token[0])

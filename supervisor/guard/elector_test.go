@@ -186,7 +186,7 @@ func TestElector_NotInTime(t *testing.T) {
 	}
 	g.starter.answer.Store(&starterAnswer{p, nil})
 	g.receiveFromStarter()
-	if g.elector.pid != 0 || g.starter.busy {
+	if g.elector.pid != 0 || g.starter.busy != 0 {
 		t.Errorf("an elector runs: %d", g.elector.pid)
 	}
 }

@@ -3,16 +3,20 @@
 package guard
 
 import (
+	"encoding/binary"
 	"errors"
 	"os"
 	"runtime"
 	"strconv"
 	"sync/atomic"
 	"syscall"
+	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
+	"leasehold/supervisor/reload"
 )
 
 // starter forks electors, on a thread of its own. A fork holds its thread until the exec has
@@ -24,14 +28,31 @@ import (
 // which is collected when no job lives.
 type starter struct {
 	argv  []string
-	env   []string
+	image image     // of electors; the loop changes it only while none is being forked
 	files []uintptr // of the elector; its two ends of the pipes are filled in
 
 	null       int
-	askR, askW int  // a byte asks for an elector
-	busy       bool // it was asked, and has not answered; the loop's own
+	askR, askW int           // a number says what is asked for
+	asked      [4]byte       // the last one; the loop's own
+	busy       int           // forks that were asked for, and not answered; the loop's own
+	busyBy     time.Duration // when the last of them should be over
 	answer     atomic.Pointer[starterAnswer]
+
+	checkArgv   []string // of the process that checks a reload
+	settings    int      // what it gets as descriptor 4; -1: nothing
+	result      int      // what it leaves is there; -1: there is none
+	checked     image    // its binary and, once it is read, what it has left
+	checkForked atomic.Pointer[checkAnswer]
+	checkRead   atomic.Pointer[checkAnswer]
 }
+
+// What the starter is asked for. From 0 on it is a descriptor to be closed: that of a binary, where
+// the kernel may have much to do if it was deleted.
+const (
+	askElector int32 = -1 - iota
+	askCheck         // a process that checks a reload
+	askRead          // what that has left
+)
 
 // starterAnswer is an elector that was forked, or why there is none.
 type starterAnswer struct {
@@ -65,7 +86,7 @@ func (g *guard) openStarter() error {
 		return err
 	}
 	s.askR, s.askW = ask[0], ask[1]
-	s.env = os.Environ()
+	s.image.env, s.image.version = os.Environ(), g.cfg.Reload.Version
 	s.argv = append(append([]string{}, g.cfg.Elector...), strconv.Itoa(unix.Getpid()),
 		strconv.Itoa(g.spawner.pid))
 	if g.cgroup != nil {
@@ -86,31 +107,59 @@ func (g *guard) openStarter() error {
 	return nil
 }
 
-// runStarter forks an elector for each byte, until the pipe is closed. The thread stays: its
-// children count as the guard's, whichever thread has forked them.
+// runStarter does what each number asks for, until the pipe is closed. The thread stays: its
+// children count as the guard's, whichever thread has forked them. With it the process ends that
+// checks a reload. By the thread's name whoever asks for a reload knows a guard.
 func (g *guard) runStarter() {
 	runtime.LockOSThread()
+	name := append([]byte(reload.ThreadName), 0)
+	_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&name[0])), 0, 0, 0)
 	s := &g.starter
-	var b [1]byte
+	var b [4]byte
 	for {
 		n, err := unix.Read(s.askR, b[:])
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
-		if n != 1 {
+		if n != len(b) {
 			_ = unix.Close(s.askR)
 			return
 		}
-		p, err := s.fork()
-		s.answer.Store(&starterAnswer{p, err})
+		switch what := int32(binary.NativeEndian.Uint32(b[:])); what {
+		case askElector:
+			p, err := s.fork()
+			s.answer.Store(&starterAnswer{p, err})
+		case askCheck:
+			s.checkForked.Store(s.forkCheck(g.cfg.Reload))
+		case askRead:
+			s.checkRead.Store(s.readCheck())
+		default:
+			_ = unix.Close(int(what))
+			continue
+		}
 		_, _ = unix.Write(g.wakeW, wakeByte)
 	}
 }
 
-// ask asks for an elector. It never blocks.
-func (s *starter) ask() {
-	s.busy = true
-	_, _ = unix.Write(s.askW, wakeByte)
+// ask asks for an elector. It never blocks, as all that follow.
+func (s *starter) ask(by time.Duration) { s.askFork(askElector, by) }
+
+func (s *starter) askFork(what int32, by time.Duration) {
+	s.busy++
+	s.busyBy = max(s.busyBy, by)
+	s.post(what)
+}
+
+// close has descriptors closed; -1: none.
+func (s *starter) close(fd int) {
+	if fd >= 0 {
+		s.post(int32(fd))
+	}
+}
+
+func (s *starter) post(what int32) {
+	binary.NativeEndian.PutUint32(s.asked[:], uint32(what))
+	_, _ = unix.Write(s.askW, s.asked[:])
 }
 
 // fork forks an elector.
@@ -125,8 +174,8 @@ func (s *starter) fork() (p electorProcess, err error) {
 	}
 	s.files[electorIn], s.files[electorOut] = uintptr(toElector[0]), uintptr(fromElector[1])
 	p = electorProcess{pidfd: -1, in: fromElector[0], out: toElector[1]}
-	p.pid, err = syscall.ForkExec("/proc/self/exe", s.argv, &syscall.ProcAttr{
-		Env: s.env, Files: s.files,
+	p.pid, err = syscall.ForkExec(s.image.path(), s.argv, &syscall.ProcAttr{
+		Env: s.image.env, Files: s.files,
 		Sys: &syscall.SysProcAttr{Setsid: true, PidFD: &p.pidfd},
 	})
 	closeAll(toElector[0], fromElector[1])
@@ -156,12 +205,13 @@ func (g *guard) startFirst() error {
 
 // receiveFromStarter takes the elector that was asked for.
 func (g *guard) receiveFromStarter() {
+	g.receiveCheck()
 	a := g.starter.answer.Swap(nil)
 	if a == nil {
 		return
 	}
 	e := &g.elector
-	g.starter.busy = false
+	g.starter.busy--
 	switch {
 	case e.state != electorStarting: // given up meanwhile; without a Record it does nothing
 		if a.err == nil {
@@ -170,6 +220,9 @@ func (g *guard) receiveFromStarter() {
 		}
 	case a.err != nil:
 		g.log.Warn("another elector can't be started: trying again", "err", a.err)
+		if g.reload.state == reloadStarting {
+			g.restore("can't be started: " + a.err.Error())
+		}
 		e.askAt = boottime.Now() + askAgain
 	default:
 		g.electorForked(a.electorProcess)
@@ -181,4 +234,6 @@ func (g *guard) receiveFromStarter() {
 }
 
 // closeStarter ends its thread, unless it hangs in a fork.
-func (g *guard) closeStarter() { closeAll(g.starter.null, g.starter.askW) }
+func (g *guard) closeStarter() {
+	closeAll(g.starter.null, g.starter.askW, g.starter.image.fd, g.reload.before.fd)
+}

@@ -68,6 +68,8 @@ type Config struct {
 	// Listen binds the elector's socket; nil: it needs none. The guard never accepts on it.
 	Listen func() (fd int, err error)
 
+	Reload ReloadConfig
+
 	Signals  <-chan os.Signal // every signal that the process catches
 	Children <-chan os.Signal // SIGCHLD alone, so that many of them displace no other signal
 
@@ -119,8 +121,11 @@ type guard struct {
 	elector elector
 	starter starter
 	freezer freezer
+	reload  reloading
 	job     job
 	known   ipc.Record // what outlives an elector; the rest of it is filled in for the next one
+
+	askerAddress string // where a reload is answered
 
 	stateFd  int      // the state file, which all processes of the daemon hold; -1: none
 	listener int      // the elector's socket, open while an elector may serve on it; -1: none
@@ -132,7 +137,7 @@ type guard struct {
 	wakeW    int
 	watched  [watchedLen]unix.PollFd
 	scratch  [64]byte
-	children []int // those that are not the job's: elector, spawner, revoke
+	children []int // those that are not the job's: elector, spawner, revoke, check
 	unreaped bool  // there may be more children to reap
 
 	noNewPrivs bool     // the job runs with no_new_privs
@@ -172,13 +177,17 @@ func Run(cfg Config) (Exit, error) {
 
 func newGuard(cfg Config) *guard {
 	g := &guard{
-		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 4),
+		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 5),
 		stateFd: -1, listener: -1, unlisten: make(chan int, 1),
 		timer: -1, wakeR: -1, wakeW: -1,
 		elector: elector{state: electorStarting, pidfd: -1, in: -1, pipeEnded: true},
-		starter: starter{null: -1, askR: -1, askW: -1},
-		heap:    [1]metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}},
 		freezer: freezer{askR: -1, askW: -1},
+		starter: starter{
+			null: -1, askR: -1, askW: -1, settings: -1, result: -1,
+			image: image{fd: -1}, checked: image{fd: -1},
+		},
+		reload: reloading{state: reloadNone, asker: -1, before: image{fd: -1}},
+		heap:   [1]metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}},
 	}
 	g.elector.outbox.FD = -1
 	g.job = job{g: g, state: jobIdle}

@@ -36,6 +36,7 @@ func (g *guard) act(now time.Duration) {
 	g.job.serveDeadlines(now)
 	g.serveSpawnerSilence(now)
 	g.serveElectorDeadlines(now)
+	g.serveReloadDeadlines(now)
 	if g.job.state == jobKilling {
 		g.job.killRound()
 	}
@@ -50,6 +51,7 @@ func (g *guard) receive() {
 	g.receiveFromSpawner()
 	g.receiveFromStarter()
 	g.job.freezerDone(boottime.Now())
+	g.receiveRequest()
 	g.reap()
 }
 
@@ -67,7 +69,7 @@ func (g *guard) finished() bool {
 		return false
 	case g.known.Lease.ID == 0, e.announced && g.known.Lease.Releasing:
 		return true
-	case g.starter.busy && boottime.Now() < e.startBy:
+	case g.starter.busy > 0 && boottime.Now() < g.starter.busyBy:
 		return false
 	}
 	g.startRevoke()
@@ -95,6 +97,7 @@ const (
 	watchElector // its exit
 	watchJob     // the exit of its first process
 	watchSpawner // its socket
+	watchAsker   // who wants a reload
 	watchedLen
 )
 
@@ -158,12 +161,13 @@ func (g *guard) watch(held bool) {
 		watchJob: watched(g.job.pidfd,
 			g.job.pid != 0 && g.job.exitSeen == 0), // otherwise it would wake us again and again
 		watchSpawner: watched(g.spawner.sock, g.spawner.pid != 0),
+		watchAsker:   watched(g.reload.asker, g.reload.state == reloadAsked),
 	}
 }
 
 // nextDeadline is the earliest moment at which act has something to do.
 func (g *guard) nextDeadline() time.Duration {
-	next := min(g.job.nextDeadline(), g.nextElectorDeadline())
+	next := min(g.job.nextDeadline(), g.nextElectorDeadline(), g.nextReloadDeadline())
 	if g.spawner.awaited && g.job.state != jobKilling {
 		next = min(next, g.spawner.checkedAt+g.spawnerTimeout(0)/3)
 	}
@@ -196,8 +200,12 @@ func (g *guard) reap() {
 			g.listChildren()
 		case g.elector.revoker:
 			g.revokerExited(ws)
+		case g.reload.pid:
+			g.checkExited(ws)
 		case g.job.pid:
 			g.job.firstExited(ws)
+		default:
+			g.reload.reaped, g.reload.status = pid, ws // it may be the check, just forked
 		}
 	}
 	g.unreaped = true
@@ -215,7 +223,7 @@ func wait(pid int) (int, unix.WaitStatus, unix.Errno) {
 func (g *guard) listChildren() {
 	g.children = g.children[:0]
 	e, s := &g.elector, g.spawner
-	for _, pid := range [...]int{e.pid, s.pid, s.zombie, e.revoker} {
+	for _, pid := range [...]int{e.pid, s.pid, s.zombie, e.revoker, g.reload.pid} {
 		if pid != 0 {
 			g.children = append(g.children, pid)
 		}
@@ -227,7 +235,8 @@ func (g *guard) listChildren() {
 // fork that is under way. What is due is done after the next ping, long before another message asks
 // for a start.
 func (g *guard) tidy(now time.Duration) {
-	if g.job.state != jobIdle || g.elector.state != electorRunning || now < g.tidyAt {
+	if g.job.state != jobIdle || g.elector.state != electorRunning || now < g.tidyAt ||
+		g.starter.busy > 0 {
 		return
 	}
 	pipe := []unix.PollFd{{Fd: int32(g.elector.in), Events: unix.POLLIN}}

@@ -14,6 +14,7 @@ import (
 	"leasehold/internal/boottime"
 	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
+	"leasehold/supervisor/reload"
 )
 
 // open makes everything that the loop needs, so that the loop need not make anything. After a
@@ -55,6 +56,9 @@ func (g *guard) open() error {
 		return fail("make a pipe", err)
 	}
 	g.wakeR, g.wakeW = wake[0], wake[1]
+	if g.askerAddress, err = reload.OwnAddress(); err != nil {
+		return fail("read /proc", err)
+	}
 	g.noNewPrivs = g.wantsNoNewPrivs()
 	if err := g.claimState(old); err != nil {
 		return fail("empty the state file", err)

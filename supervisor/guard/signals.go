@@ -11,6 +11,7 @@ import (
 	"leasehold/internal/boottime"
 	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
+	"leasehold/supervisor/reload"
 )
 
 // relaySignals passes the signals that the runtime catches to the loop. They wait in counters, so
@@ -60,6 +61,9 @@ func (g *guard) signal(s unix.Signal) {
 			g.job.stopSignalled()
 		}
 		g.send(ipc.Signal{Signal: s})
+		g.abortReload("the daemon stops")
+	case reload.Signal:
+		g.reloadAsked()
 	case unix.SIGHUP, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH, unix.SIGQUIT:
 		if g.job.pid != 0 {
 			proctree.SignalPidfd(g.job.pidfd, s)

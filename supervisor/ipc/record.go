@@ -7,8 +7,9 @@ import (
 	"time"
 )
 
-// RecordVersion is that of the messages between guard and elector.
-const RecordVersion = 2
+// RecordVersion is that of the messages between guard and elector, and of what the guard passes to
+// the internal commands of the binary: after a reload that may be another one.
+const RecordVersion = 3
 
 // JobPhase is what the job does when an elector begins.
 type JobPhase int
@@ -46,8 +47,9 @@ type Record struct {
 	Restarts Restarts
 	LastExit RecordedExit // of the job's first process; zero: none has exited
 
-	StopSignals    int // TERM and INT that the guard has received
-	Exited, Silent int // electors that were replaced, by reason
+	StopSignals int // TERM and INT that the guard has received
+	// Electors that were replaced, by reason.
+	Exited, Silent, Reloaded int
 
 	// Recovered is the lease of a daemon before this one, whose job has exited: it is to be
 	// revoked. 0: there is none.
@@ -64,7 +66,7 @@ type RecordedExit struct {
 }
 
 // recordLen is the length of a Record without the key, which follows.
-const recordLen = 27 * 8
+const recordLen = 28 * 8
 
 // encode writes the record without the key.
 func (r *Record) encode(b []byte) int {
@@ -82,6 +84,7 @@ func (r *Record) encode(b []byte) int {
 		int64(r.LastExit.Code), int64(r.LastExit.Signal), int64(r.LastExit.Errno),
 		int64(r.LastExit.At), int64(r.LastExit.Ran), flag(r.LastExit.Ordered),
 		int64(r.StopSignals), int64(r.Exited), int64(r.Silent), r.Recovered,
+		int64(r.Reloaded),
 	}
 	for i, v := range numbers {
 		binary.LittleEndian.PutUint64(b[8*i:], uint64(v))
@@ -109,6 +112,6 @@ func (m Message) Record() Record {
 			At: time.Duration(n(20)), Ran: time.Duration(n(21)), Ordered: n(22) != 0,
 		},
 		StopSignals: int(n(23)), Exited: int(n(24)), Silent: int(n(25)),
-		Recovered: n(26),
+		Recovered: n(26), Reloaded: int(n(27)),
 	}
 }
