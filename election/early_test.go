@@ -304,7 +304,7 @@ func TestQueue_OwnKeyMissed(t *testing.T) {
 		q.setAhead([]*mvccpb.KeyValue{
 			kv(leader.Key, leader.Token, leader.Token), kv("jobs/b", leader.Token+1, 0xb),
 		}, leader.Token)
-		if _, _ = q.look(t.Context(), time.Second, ""); !errors.Is(lost, ErrKeyDeleted) {
+		if _, _ = q.look(t.Context(), time.Second, "", false); !errors.Is(lost, ErrKeyDeleted) {
 			t.Errorf("lost: %v", lost)
 		}
 	})

@@ -15,15 +15,11 @@ type look struct {
 	from     *member    // that has answered; nil: none
 	revision int64      // of the answer
 	gone     queueEntry // the first key, if it is gone and the watch should show that; else zero
+	alone    bool       // the member has answered without asking the others
 }
 
-const (
-	// firstLook is how many keys a look in a crowd begins with: mostly the leader is the same as
-	// before, or the next one.
-	firstLook = 2
-	// mostLook bounds how many are read at once. etcd allows 128 requests in a transaction.
-	mostLook = 64
-)
+// mostLook bounds how many keys are read at once. etcd allows 128 requests in a transaction.
+const mostLook = 64
 
 var errPast = errors.New("etcd shows the past")
 
@@ -37,20 +33,24 @@ var errPast = errors.New("etcd shows the past")
 //
 // In a crowd the watch shows little. There, look goes on until it has found the first key that is
 // still there, which is the leader's. It also reads the marker and the blocker, and removes what is
-// gone.
-func (q *queue) look(ctx context.Context, timeout time.Duration, marker string) (look, error) {
+// gone. It begins with as many keys as have gone since the last look, and some more.
+//
+// alone: the member may answer by itself, which costs etcd less. It may lag behind the others.
+func (q *queue) look(
+	ctx context.Context, timeout time.Duration, marker string, alone bool,
+) (look, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	var l look
+	l := look{alone: alone}
 	var gone []queueEntry
-	for skip, n := 0, firstLook; ; skip, n = skip+n, min(4*n, mostLook) {
+	for skip, n := 0, q.firstLook(); ; skip, n = skip+n, min(4*n, mostLook) {
 		asked := q.toLookAt(skip, n, marker)
 		if len(asked.first) == 0 {
 			break
 		}
-		ranges := []*pb.RangeRequest{{Key: []byte(q.cfg.own)}}
-		for _, e := range slices.Concat(asked.first, asked.others) {
-			ranges = append(ranges, &pb.RangeRequest{Key: []byte(e.key)})
+		var ranges []*pb.RangeRequest
+		for _, key := range asked.keys(q.cfg.own) {
+			ranges = append(ranges, &pb.RangeRequest{Key: []byte(key), Serializable: alone})
 		}
 		got, err := hedge(ctx, q.cfg.members, q.cfg.timing.hedgeDelay(),
 			func(ctx context.Context, m *member) (lookAnswer, error) {
@@ -61,11 +61,11 @@ func (q *queue) look(ctx context.Context, timeout time.Duration, marker string) 
 				return lookAnswer{m, header.Revision, kvs}, nil
 			})
 		if err != nil {
-			return look{}, err
+			return look{alone: alone}, err
 		}
 		missing, err := q.compare(asked, got)
 		if err != nil {
-			return look{}, err
+			return look{alone: alone}, err
 		}
 		l.from, l.revision = got.from, got.revision
 		switch {
@@ -93,6 +93,22 @@ type lookAnswer struct {
 type lookedAt struct {
 	first, others []queueEntry
 	crowd         bool
+}
+
+// keys returns the keys to read.
+func (l lookedAt) keys(own string) []string {
+	keys := []string{own}
+	for _, e := range slices.Concat(l.first, l.others) {
+		keys = append(keys, e.key)
+	}
+	return keys
+}
+
+// firstLook returns how many keys a look in a crowd begins with.
+func (q *queue) firstLook() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return min(1+2*q.left, mostLook)
 }
 
 // toLookAt returns what to look at: in a crowd, the first n keys that follow those to be skipped.
@@ -153,6 +169,7 @@ func (q *queue) compare(asked lookedAt, got lookAnswer) (gone []queueEntry, err 
 func (q *queue) remove(gone []queueEntry) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.left = len(gone)
 	if len(gone) == 0 || !q.isCrowd() {
 		return
 	}

@@ -68,6 +68,7 @@ type queue struct {
 	// entries are all keys ahead of ours in their order, and our own, the last one; nil: not read
 	// yet. In a crowd, some of them may be gone.
 	entries  []queueEntry
+	left     int        // how many the last look in a crowd has found gone
 	revision int64      // at which entries were read
 	proven   bool       // when first is closed: no deletion can have been missed
 	err      error      // why it is not being watched, or not read

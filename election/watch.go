@@ -43,8 +43,8 @@ type watchConn struct {
 	// is not known; incomplete: it may have missed one.
 	complete atomic.Int64
 
-	looked  time.Duration // when the last look at the queue ended: once in a TTL, or at each tick
-	look    chan look     // its result, while one is under way; else nil
+	looked  time.Duration // when the last look over all members ended, once in a TTL
+	look    chan look     // the result of a look, while one is under way; else nil
 	looking sync.WaitGroup
 }
 
@@ -135,7 +135,7 @@ func (w *watchConn) open(wctx context.Context, marker string) error {
 func (w *watchConn) read(ctx context.Context) error {
 	q := w.queue
 	if w.marker != "" {
-		l, err := q.look(ctx, w.interval, w.marker)
+		l, err := q.look(ctx, w.interval, w.marker, false)
 		w.seen = max(w.seen, l.revision)
 		if err != nil || q.fits(w.marker) || q.marker() == "" {
 			return err
@@ -218,7 +218,7 @@ func (w *watchConn) receive(resp clientv3.WatchResponse, ok bool) error {
 // advance looks where we stand when the marker is gone.
 func (w *watchConn) advance(ctx, wctx context.Context) error {
 	if w.queue.marker() != "" {
-		_, _ = w.queue.look(ctx, w.interval, "") // after an error we watch more keys than necessary
+		_, _ = w.queue.look(ctx, w.interval, "", true) // after an error we watch more keys than necessary
 		w.queue.heartbeat()
 	}
 	return w.watch(ctx, wctx)
@@ -251,13 +251,16 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 			q.cfg.members.reset(w.member)
 			return errBehind
 		}
-		w.looked, w.look = q.cfg.now(), nil
+		w.look = nil
+		if !l.alone {
+			w.looked = q.cfg.now()
+		}
 		if shown = w.marker != "" && l.from == w.member; shown {
 			w.seen = max(w.seen, l.revision)
 		}
 	default:
 	}
-	err := w.fit(ctx, wctx)
+	err, due := w.fit(ctx, wctx), q.cfg.now()-w.looked > q.cfg.timing.TTL
 	switch {
 	case err != nil:
 		return err
@@ -265,12 +268,13 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		if err := w.load(ctx, wctx); err != nil {
 			return err
 		}
-	case w.look == nil && (w.marker != "" || q.cfg.now()-w.looked > q.cfg.timing.TTL):
+	case w.look == nil && (w.marker != "" || due):
 		// In goroutines of their own: the watch must not wait for them.
 		found, marker := make(chan look, 1), w.marker
 		w.look = found
 		w.looking.Go(func() {
-			l, _ := q.look(wctx, w.interval, marker) // an error does no harm: another look follows
+			// An error does no harm: another look follows.
+			l, _ := q.look(wctx, w.interval, marker, !due)
 			found <- l
 		})
 		w.looking.Go(func() { w.askVersion(wctx) })
