@@ -91,7 +91,7 @@ func earlyQueueAt(
 }
 
 // The next in line has confirmed its renewals, and starts without a read. The one behind it has
-// not, and so it reads.
+// not had the time for that, and so it reads.
 func TestEarlyStart(t *testing.T) {
 	earlyQueue(t, func(_ *adoptRig, n *earlyNetwork, a, b, c *testCandidate) {
 		s := b.Snapshot()
@@ -108,6 +108,21 @@ func TestEarlyStart(t *testing.T) {
 		c.waitForTerm()
 		if txns, _ := n.take("c"); txns != 1 {
 			t.Errorf("a candidate whose renewal is not confirmed made %d reads to win", txns)
+		}
+	})
+}
+
+// Whoever becomes the next in line confirms a renewal at once.
+func TestEarlyStart_NextInLine(t *testing.T) {
+	earlyQueue(t, func(_ *adoptRig, n *earlyNetwork, a, b, c *testCandidate) {
+		a.stop(nil)
+		b.waitForTerm()
+		time.Sleep(testTTL / 100)
+		n.take("")
+		b.stop(nil)
+		c.waitForTerm()
+		if txns, _ := n.take("c"); txns != 0 {
+			t.Errorf("%d reads to win, a moment after the last change", txns)
 		}
 	})
 }

@@ -38,7 +38,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 	}
 	tick := time.NewTimer(0)
 	defer tick.Stop()
-	begun, warned := false, ""
+	begun, next, warned := false, false, ""
 	for {
 		s.candidate.heartbeat()
 		v, trouble := s.look()
@@ -49,8 +49,12 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 		if s.triesOnce() && v.isBehind() {
 			return 0, v.notElected()
 		}
-		if v.isNext() {
+		if v.isNext() && !next {
+			next = true
 			s.lease.confirmFrom(s.created.Load())
+			if !s.lease.isConfirmed() {
+				renewNext() // the leader may go at any moment
+			}
 		}
 		s.show(v, trouble)
 		if v.blocker != nil && v.blocker.Key != warned {

@@ -23,6 +23,7 @@ var errPlannedStop = errors.New("asked to stop")
 // fleet is all candidates of a trial.
 type fleet struct {
 	endpoints []string
+	ttl       time.Duration
 	all       []*candidate
 	leaders   []atomic.Pointer[leader] // by election
 	terms     atomic.Int64             // begun
@@ -50,7 +51,7 @@ type candidate struct {
 
 func newFleet(endpoints []string, s shape) *fleet {
 	f := &fleet{
-		endpoints: endpoints, leaders: make([]atomic.Pointer[leader], s.Elections),
+		endpoints: endpoints, ttl: s.TTL, leaders: make([]atomic.Pointer[leader], s.Elections),
 		renewals: map[time.Duration]int64{}, lost: map[string]int{}, warnings: map[string]int{},
 	}
 	for i := range s.candidates() {
@@ -65,7 +66,7 @@ func (c *candidate) start() (err error) {
 		Endpoints: c.fleet.endpoints,
 		Election:  fmt.Sprintf("scale/%04d", c.election),
 		Identity:  fmt.Sprintf("machine-%04d.example.com", c.number),
-		TTL:       ttl, LossGrace: -1, Margin: -1, Wait: -1,
+		TTL:       c.fleet.ttl, LossGrace: -1, Margin: -1, Wait: -1,
 		DialTimeout: time.Second,
 		Now:         harness.Now,
 		Logger:      slog.New(warningCounter{c.fleet}),

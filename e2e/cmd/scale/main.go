@@ -1,12 +1,13 @@
 //go:build linux
 
 // Scale measures what many candidates cost etcd: one election with 10, 100 and 1,000 candidates,
-// and 1,000 elections with two. The candidates are those of package election, each with a lease
+// and 1,000 elections with two; or 5,000 elections with two. The candidates are those of package election, each with a lease
 // and a connection of its own as a daemon has it, but without a job, and all of a trial in one
 // process. etcd is one real member on loopback, a new one for each trial.
 //
 //	bin/scale [-candidates 1000] [-elections 1000]   measure and report
-//	bin/scale -doc docs/scale.md                     put the last report into the document
+//	bin/scale -large                                 the same of 10,000 candidates
+//	bin/scale -doc docs/scale.md                     put the last reports into the document
 //
 // Requests and events are those that etcd counts itself, in its /metrics.
 package main
@@ -26,8 +27,11 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// file is where the figures are kept.
-const file = "bin/scale.json"
+// Where the figures are kept.
+const (
+	file      = "bin/scale.json"
+	largeFile = "bin/scale-large.json"
+)
 
 func main() { os.Exit(run(os.Args[1:])) }
 
@@ -36,6 +40,8 @@ func run(args []string) int {
 	candidates := flags.Int("candidates", 1000,
 		"candidates in the largest election; 0: none of these trials")
 	elections := flags.Int("elections", 1000, "elections of two; 0: none")
+	large := flags.Bool("large", false,
+		"10,000 candidates in 5,000 elections, with a TTL of a minute, and nothing else")
 	doc := flags.String("doc", "",
 		"put the last figures into this file, between their markers, and measure nothing")
 	trial := flags.Int("trial", -1,
@@ -45,7 +51,10 @@ func run(args []string) int {
 	}
 	ctx, stop := harness.Interruptible()
 	defer stop()
-	all := shapes(*candidates, *elections)
+	all, to := shapes(*candidates, *elections), file
+	if *large {
+		all, to = []shape{{Elections: 5000, Size: 2, Full: true, TTL: time.Minute}}, largeFile
+	}
 	var err error
 	switch {
 	case *doc != "":
@@ -53,29 +62,32 @@ func run(args []string) int {
 	case *trial >= 0:
 		err = carryOut(ctx, all[*trial])
 	default:
-		err = measure(ctx, args, all)
+		err = measure(ctx, args, all, to)
 	}
 	return harness.ExitCode("scale", err)
 }
+
+// ttl is that of each lease, as a daemon has it by default.
+const ttl = 15 * time.Second
 
 // shapes are those of the trials.
 func shapes(candidates, elections int) []shape {
 	var all []shape
 	for n := 10; n < candidates; n *= 10 {
-		all = append(all, shape{Elections: 1, Size: n})
+		all = append(all, shape{Elections: 1, Size: n, TTL: ttl})
 	}
 	if candidates > 0 {
-		all = append(all, shape{Elections: 1, Size: candidates, Full: true})
+		all = append(all, shape{Elections: 1, Size: candidates, Full: true, TTL: ttl})
 	}
 	if elections > 0 {
-		all = append(all, shape{Elections: elections, Size: 2, Full: true})
+		all = append(all, shape{Elections: elections, Size: 2, Full: true, TTL: ttl})
 	}
 	return all
 }
 
 // measure carries out all trials, one after the other, and reports those that it has also when it
 // is interrupted.
-func measure(ctx context.Context, args []string, shapes []shape) error {
+func measure(ctx context.Context, args []string, shapes []shape, to string) error {
 	_, about, err := harness.FindEtcdAndAbout(ctx)
 	if err != nil {
 		return err
@@ -93,7 +105,7 @@ func measure(ctx context.Context, args []string, shapes []shape) error {
 	r.Seconds = time.Since(began).Seconds()
 	if len(r.Trials) > 0 {
 		fmt.Print(r.report())
-		err = errors.Join(err, harness.WriteJSON(file, r))
+		err = errors.Join(err, harness.WriteJSON(to, r))
 	}
 	return err
 }

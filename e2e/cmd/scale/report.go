@@ -219,5 +219,11 @@ func refresh(doc string) error {
 	if err != nil {
 		return err
 	}
-	return harness.Refresh(doc, map[string]string{"scale": r.report(), "capacity": capacity})
+	large, err := harness.ReadJSON[results](largeFile)
+	if err != nil {
+		return err
+	}
+	return harness.Refresh(doc, map[string]string{
+		"scale": r.report(), "capacity": capacity, "large": large.report(),
+	})
 }

@@ -22,7 +22,8 @@ type shape struct {
 	Elections int `json:"elections"`
 	Size      int `json:"size"` // candidates in each
 	// Full: with a restart of etcd and, in many elections, with all leaders stopped at once.
-	Full bool `json:"full"`
+	Full bool          `json:"full"`
+	TTL  time.Duration `json:"-"`
 }
 
 func (s shape) candidates() int { return s.Elections * s.Size }
@@ -89,10 +90,8 @@ type Change struct {
 	All     count `json:"all"`
 }
 
-const (
-	ttl     = 15 * time.Second
-	changes = 100 // how many leaders are stopped one after the other
-)
+// changes is how many leaders are stopped one after the other.
+const changes = 100
 
 // trial is what takes place.
 type trial struct {
@@ -113,7 +112,7 @@ func carryOut(ctx context.Context, s shape) error {
 	}
 	defer cluster.Close()
 	t := &trial{
-		Trial: Trial{Shape: s, TTL: ttl.Seconds()},
+		Trial: Trial{Shape: s, TTL: s.TTL.Seconds()},
 		fleet: newFleet(cluster.Endpoints(), s), member: cluster.Members[0],
 	}
 	defer func() { // each stops in bounded time, whatever etcd does
@@ -218,9 +217,9 @@ func (t *trial) leave(ctx context.Context) (err error) {
 func (t *trial) steady(to **Burst) func(context.Context) error {
 	return func(ctx context.Context) (err error) {
 		began := harness.Now()
-		*to, err = t.burst(ctx, func() error { return harness.Wait(ctx, ttl) }, t.sample)
+		*to, err = t.burst(ctx, func() error { return harness.Wait(ctx, t.Shape.TTL) }, t.sample)
 		if err == nil {
-			(*to).Peak = t.peak(began, began+ttl)
+			(*to).Peak = t.peak(began, began+t.Shape.TTL)
 		}
 		return err
 	}
@@ -249,6 +248,7 @@ func (t *trial) addMemory(factor float64) func(context.Context) error {
 // change stops one leader after the other, at an even pace: in the first half of each step the
 // leader goes, in the second a new candidate comes.
 func (t *trial) change(ctx context.Context) error {
+	ttl := t.Shape.TTL
 	step := ttl / changes
 	first, err := t.sample(ctx)
 	if err != nil {
