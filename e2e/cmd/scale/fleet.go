@@ -27,6 +27,7 @@ type fleet struct {
 	all       []*candidate
 	leaders   []atomic.Pointer[leader] // by election
 	terms     atomic.Int64             // begun
+	waiting   *candidate               // that was not in place when we last looked; to ask it first
 
 	mu       sync.Mutex
 	renewals map[time.Duration]int64 // by tenth of a second
@@ -165,18 +166,36 @@ func (f *fleet) peak(from, to time.Duration) (most int64) {
 	return most
 }
 
-// inPlace is an error unless each candidate stands by or leads, and each election has one leader.
+// inPlace is an error unless each candidate that was started stands by or leads, and each election
+// has one leader.
 func (f *fleet) inPlace() error {
+	if f.waiting != nil && !f.waiting.isInPlace() {
+		return fmt.Errorf("a candidate of election %d is not in the queue",
+			f.waiting.election)
+	}
 	states := map[election.State]int{}
+	elections, candidates := 0, 0
 	for _, c := range f.all {
+		if c.Candidate == nil { // it has not been started yet
+			continue
+		}
 		states[c.Snapshot().State]++
+		if !c.isInPlace() {
+			f.waiting = c
+		}
+		elections, candidates = c.election+1, candidates+1
 	}
 	leading, standby := states[election.Leading], states[election.Standby]
-	if leading != len(f.leaders) || leading+standby != len(f.all) {
+	if leading != elections || leading+standby != candidates {
 		return fmt.Errorf("%d leaders in %d elections, %d candidates not in the queue",
-			leading, len(f.leaders), len(f.all)-leading-standby)
+			leading, elections, candidates-leading-standby)
 	}
 	return nil
+}
+
+func (c *candidate) isInPlace() bool {
+	s := c.Snapshot().State
+	return s == election.Leading || s == election.Standby
 }
 
 // renewedSince is an error unless each candidate's lease was renewed by a request sent after that

@@ -150,7 +150,11 @@ func reportBursts(b *bytes.Buffer, r *results) {
 	}
 	for _, t := range r.Trials {
 		n, e := t.Shape.candidates(), t.Shape.Elections
-		row(t.Shape.String()+" join", t.Join, n, "")
+		at := ""
+		if t.Shape.Wave > 0 {
+			at = fmt.Sprintf(", %d at once", t.Shape.Wave)
+		}
+		row(t.Shape.String()+" join"+at, t.Join, n, "")
 		if a := t.AllLeaders; a != nil {
 			p50, p99, _ := harness.Spans(a.Times)
 			row(fmt.Sprintf("%d leaders stop", e), a, e, "hand-over p50 "+p50+", p99 "+p99)

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,7 +23,9 @@ type shape struct {
 	Elections int `json:"elections"`
 	Size      int `json:"size"` // candidates in each
 	// Full: with a restart of etcd and, in many elections, with all leaders stopped at once.
-	Full bool          `json:"full"`
+	Full bool `json:"full"`
+	// Wave is how many join at once; 0: all do.
+	Wave int           `json:"wave,omitempty"`
 	TTL  time.Duration `json:"-"`
 }
 
@@ -196,9 +199,16 @@ func (t *trial) burst(ctx context.Context, do func() error,
 	return &Burst{Seconds: took.Seconds(), Count: after.since(before)}, err
 }
 
-// join starts all candidates at once.
+// join starts all candidates, as many at once as a wave has.
 func (t *trial) join(ctx context.Context) (err error) {
-	t.Join, err = t.burst(ctx, func() error { return t.startAll(ctx, t.all...) }, t.settled)
+	t.Join, err = t.burst(ctx, func() error {
+		for wave := range slices.Chunk(t.all, cmp.Or(t.Shape.Wave, len(t.all))) {
+			if err := t.startAll(ctx, wave...); err != nil {
+				return err
+			}
+		}
+		return nil
+	}, t.settled)
 	return err
 }
 
