@@ -69,6 +69,7 @@ type queue struct {
 	// yet. In a crowd, some of them may be gone.
 	entries  []queueEntry
 	left     int        // how many the last look in a crowd has found gone
+	blocker  string     // in a crowd: the first one, if the last look has seen it
 	revision int64      // at which entries were read
 	proven   bool       // when first is closed: no deletion can have been missed
 	err      error      // why it is not being watched, or not read
@@ -244,6 +245,16 @@ func (q *queue) fits(marker string) bool {
 	return q.isCrowd() == (marker != "") && (marker == "" || q.index(marker) >= 0)
 }
 
+// entry returns the key's entry.
+func (q *queue) entry(key string) (e queueEntry, ok bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if i := q.index(key); i >= 0 {
+		return q.entries[i], true
+	}
+	return e, false
+}
+
 // index returns where in entries the key is, or -1. q.mu is held.
 func (q *queue) index(key string) int {
 	return slices.IndexFunc(q.entries, func(e queueEntry) bool { return e.key == key })
@@ -278,6 +289,9 @@ func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 		q.cfg.lost(ErrKeyDeleted)
 	case !own.candidate:
 		q.cfg.lost(ErrKeyOverwritten)
+	}
+	if len(q.entries) > 0 {
+		q.blocker = q.firstBlocker().key
 	}
 	poke(q.changed)
 	// Last: on one CPU the goroutine that is woken last runs first, and the job is waiting.
@@ -320,8 +334,9 @@ func (q *queue) view() (view, error) {
 	}
 	if own, ok := q.ownEntry(); ok {
 		v.own, v.ahead = &own, len(q.entries)-1
-		if blocker := q.firstBlocker(); blocker.key != own.key {
-			v.blocker = blocker.blocker()
+		b := q.firstBlocker()
+		if b.key != own.key && (!q.isCrowd() || b.key == q.blocker) {
+			v.blocker = b.blocker()
 		}
 	}
 	return v, q.err

@@ -36,9 +36,10 @@ type watchConn struct {
 	marked clientv3.WatchChan // of the marker; nil: there is none
 	stop   context.CancelFunc // ends both
 
-	seen       int64 // the latest revision that the member has reported
-	unanswered int   // ticks since its last answer
-	behind     bool  // our key has been put, and who is ahead of it could not be read
+	seen       int64         // the latest revision that the member has reported
+	unanswered int           // ticks since its last answer
+	heard      time.Duration // when the watch last showed or answered something
+	behind     bool          // our key has been put, and who is ahead of it is not known, or not any more
 	// complete is the number of the connection whose member is known to show all deletions; 0: it
 	// is not known; incomplete: it may have missed one.
 	complete atomic.Int64
@@ -75,7 +76,7 @@ func (q *queue) follow(ctx context.Context) error {
 	defer cancel()
 	w.stop = func() {}
 	w.looking.Go(func() { w.askVersion(wctx) }) // meanwhile
-	if err := w.watch(ctx, wctx); err != nil {
+	if err := w.watch(ctx, wctx, q.marker()); err != nil {
 		return err
 	}
 	q.mu.Lock()
@@ -85,22 +86,24 @@ func (q *queue) follow(ctx context.Context) error {
 	return w.run(ctx, wctx)
 }
 
-// watch watches what has to be watched, in place of what is, and reads what has happened before.
-// Meanwhile no event is received.
-func (w *watchConn) watch(ctx, wctx context.Context) error {
+// watch watches the marker, or the whole queue, in place of what is watched. Then it reads what that
+// does not show. If something else has to be watched by then, it goes on with that. Meanwhile no
+// event is received.
+func (w *watchConn) watch(ctx, wctx context.Context, marker string) error {
 	q := w.queue
 	for {
-		if err := w.open(wctx, q.marker()); err != nil {
+		if err := w.open(wctx, marker); err != nil {
 			return err
 		}
 		q.heartbeat()
 		if err := w.read(ctx); err != nil {
 			return err
 		}
-		w.unanswered = 0
+		w.unanswered, w.heard = 0, q.cfg.now()
 		if q.fits(w.marker) {
 			return nil
 		}
+		marker = q.marker()
 	}
 }
 
@@ -130,14 +133,17 @@ func (w *watchConn) open(wctx context.Context, marker string) error {
 	return nil
 }
 
-// read reads who is ahead of us. In a crowd it looks whether the marker and our own key are there.
-// It reads all only if that marker is gone, and we are not near the front.
+// read reads who is ahead of us. In a crowd it only looks whether the marker and our own key are
+// there, unless the marker is gone.
 func (w *watchConn) read(ctx context.Context) error {
 	q := w.queue
-	if w.marker != "" {
-		l, err := q.look(ctx, w.interval, w.marker, false)
-		w.seen = max(w.seen, l.revision)
-		if err != nil || q.fits(w.marker) || q.marker() == "" {
+	if marker, ok := q.entry(w.marker); ok {
+		cctx, cancel := context.WithTimeout(ctx, w.interval)
+		defer cancel()
+		got, err := q.check(cctx, []queueEntry{marker}, false)
+		q.heartbeat()
+		w.seen = max(w.seen, got.revision)
+		if err != nil || len(got.gone) == 0 && q.fits(w.marker) {
 			return err
 		}
 	}
@@ -176,7 +182,9 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 			err = w.receive(resp, ok)
 		case resp, ok := <-w.marked:
 			if err = w.receive(resp, ok); err == nil && !q.fits(w.marker) {
-				err = w.advance(ctx, wctx)
+				// We may be near the front. That one read shows, and if it is so, it is
+				// the one that has to follow the opening.
+				err = w.watch(ctx, wctx, "")
 			}
 		case <-q.awake:
 			// Not to wake up again soon. A question that is not answered yet keeps its time.
@@ -210,21 +218,13 @@ func (w *watchConn) receive(resp clientv3.WatchResponse, ok bool) error {
 	if err := resp.Err(); err != nil {
 		return fmt.Errorf("watch the queue: %w", err)
 	}
-	w.unanswered, w.seen = 0, max(w.seen, resp.Header.Revision)
+	w.unanswered, w.heard = 0, w.queue.cfg.now()
+	w.seen = max(w.seen, resp.Header.Revision)
 	w.queue.apply(resp.Events, w.marker == "" && w.isComplete())
 	return nil
 }
 
-// advance looks where we stand when the marker is gone.
-func (w *watchConn) advance(ctx, wctx context.Context) error {
-	if w.queue.marker() != "" {
-		_, _ = w.queue.look(ctx, w.interval, "", true) // after an error we watch more keys than necessary
-		w.queue.heartbeat()
-	}
-	return w.watch(ctx, wctx)
-}
-
-// load reads who is ahead of us for the first time. Meanwhile no event is received, so the liveness
+// load reads who is ahead of us. Meanwhile no event is received, so the liveness
 // check begins again.
 func (w *watchConn) load(ctx, wctx context.Context) error {
 	w.behind = w.queue.loadAhead(ctx) != nil
@@ -237,7 +237,7 @@ func (w *watchConn) fit(ctx, wctx context.Context) error {
 	if w.queue.fits(w.marker) {
 		return nil
 	}
-	return w.watch(ctx, wctx)
+	return w.watch(ctx, wctx, w.queue.marker())
 }
 
 // tick looks at the queue now and then, and asks whether the watch is still served.
@@ -255,9 +255,8 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		if !l.alone {
 			w.looked = q.cfg.now()
 		}
-		if shown = w.marker != "" && l.from == w.member; shown {
-			w.seen = max(w.seen, l.revision)
-		}
+		w.behind = w.behind || l.lost
+		shown = w.marker != "" && l.from == w.member
 	default:
 	}
 	err, due := w.fit(ctx, wctx), q.cfg.now()-w.looked > q.cfg.timing.TTL
@@ -280,7 +279,10 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		w.looking.Go(func() { w.askVersion(wctx) })
 	}
 	q.heartbeat()
-	if shown {
+	// In a crowd the looks suffice. But once in a TTL the watch itself has to answer. It may hang
+	// although its member answers. And etcd's client goes on with the last revision that it knows
+	// when a connection is back: it should not be an old one.
+	if shown && q.cfg.now()-w.heard < q.cfg.timing.TTL {
 		w.unanswered = 0
 		return nil
 	}
@@ -289,7 +291,7 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		// began (with the revision after the read; so does the client's after a broken connection).
 		// Then the watch can't have missed anything either.
 		if w.isUpToDate(wctx) {
-			w.unanswered = 0
+			w.unanswered, w.heard = 0, q.cfg.now()
 			return nil
 		}
 		q.cfg.members.reset(w.member)
