@@ -1,11 +1,18 @@
 package election
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"leasehold/e2e/sim/simetcd"
 )
@@ -101,22 +108,224 @@ func TestCrowd_Leaves(t *testing.T) {
 }
 
 // In a crowd, too, a candidate learns at once that its key is lost, also if its watch broke just
-// before.
+// before, or has to begin anew.
 func TestCrowd_KeyLost(t *testing.T) {
-	for name, broken := range map[string]bool{"watched": false, "not watched": true} {
-		t.Run(name, func(t *testing.T) {
-			crowd(t, func(r *adoptRig, _ *earlyNetwork, all []*testCandidate) {
+	for _, test := range []struct {
+		name              string
+		broken, compacted bool
+	}{{"watched", false, false}, {"broken", true, false}, {"compacted", true, true}} {
+		t.Run(test.name, func(t *testing.T) {
+			crowd(t, func(r *adoptRig, n *earlyNetwork, all []*testCandidate) {
 				f := all[5]
 				lost := f.Snapshot()
-				if broken {
+				if test.broken {
+					n.set("f")
 					for m := range 3 {
 						r.etcd.Disconnect("f", m+1)
 					}
 				}
 				r.etcd.DeleteKey("jobs/" + hex(lost.LeaseID))
+				if test.compacted {
+					r.etcd.Compact()
+				}
+				n.set("")
 				time.Sleep(testTTL / 10)
 				if s := f.Snapshot(); s.State != Standby || s.LeaseID == lost.LeaseID {
 					t.Errorf("the candidate has not queued again: %+v", s)
+				}
+			})
+		})
+	}
+}
+
+// crowdQueue is a queue that nobody follows: the leader, the keys m0 to m9, of which etcd has none,
+// and jobs/b. One key may be ahead of whoever watches the whole queue.
+func crowdQueue(
+	t *testing.T, r *adoptRig, leader Term, lost *error,
+) (q *queue, keys []*mvccpb.KeyValue) {
+	t.Helper()
+	cfg := testConfig(t, r.etcd.Endpoints(), "b")
+	cfg.Dial = r.etcd.Dialer("b")
+	ms, err := newMembers(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(ms.close)
+	q = newQueue(queueConfig{
+		prefix: "jobs/", own: "jobs/b", near: 1, members: ms, timing: NewTiming(testTTL, -1, -1),
+		now: r.now, heartbeat: new(heartbeat), lost: func(cause error) { *lost = cause },
+		timeout: time.Second,
+	})
+	keys = append(keys, kv(leader.Key, leader.Token, leader.LeaseID))
+	for i := range int64(10) {
+		keys = append(keys, kv(fmt.Sprintf("jobs/m%d", i), leader.Token+1+i, 0))
+	}
+	keys = append(keys, kv("jobs/b", leader.Token+20, 0xb))
+	q.put(leader.Token + 20)
+	return q, keys
+}
+
+// A look in a crowd shows that our own key is gone, that blockers are, and that a key is another
+// one by now.
+func TestCrowd_Look(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *adoptRig) {
+		leader := r.run("a", nil, nil).waitForTerm()
+		var lost error
+		q, keys := crowdQueue(t, r, leader, &lost)
+		q.setAhead(keys, leader.Token)
+		if v, _ := q.view(); v.blocker == nil || v.blocker.Key != "jobs/m0" {
+			t.Errorf("blocker %+v", v.blocker)
+		}
+		if _, err := q.look(t.Context(), time.Second, "jobs/m9", true); err != nil {
+			t.Error(err)
+		}
+		v, _ := q.view()
+		if v.blocker != nil || v.ahead != 1 || v.head.key != leader.Key {
+			t.Errorf("after the look: %+v, head %+v, blocker %+v", v, v.head, v.blocker)
+		}
+		if !errors.Is(lost, ErrKeyDeleted) {
+			t.Errorf("lost: %v", lost)
+		}
+		keys[0].CreateRevision--
+		q.setAhead(keys, leader.Token)
+		if l, err := q.look(t.Context(), time.Second, "", true); err != nil || l.lost {
+			t.Errorf("look: %+v, %v", l, err)
+		}
+		if v, _ := q.view(); v.ahead != 0 {
+			t.Errorf("a key that was made anew counts as the old one: %+v", v.head)
+		}
+		select {
+		case <-q.first:
+			t.Error("a look in a crowd has woken the campaign")
+		default:
+		}
+	})
+}
+
+// A watch in a crowd that begins anew reads whether our own key has gone meanwhile.
+func TestCrowd_BeginsAnew(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *adoptRig) {
+		leader := r.run("a", nil, nil).waitForTerm()
+		var lost error
+		q, keys := crowdQueue(t, r, leader, &lost)
+		q.setAhead(keys, leader.Token)
+		ctx, cancel := context.WithCancel(context.Background())
+		var running sync.WaitGroup
+		running.Go(func() { q.run(ctx) })
+		time.Sleep(testTTL / 10) // the first look follows after a fifth
+		cancel()
+		running.Wait()
+		if !errors.Is(lost, ErrKeyDeleted) {
+			t.Errorf("lost: %v", lost)
+		}
+	})
+}
+
+// If a hundred keys have gone, all are read. It does not matter how slowly etcd answers.
+func TestCrowd_ManyGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var delay atomic.Int64
+		r := &adoptRig{t: t, start: time.Now(), etcd: simetcd.New(simetcd.Config{
+			Network: func(_, _, _ string) simetcd.Verdict {
+				return simetcd.Verdict{AnswerDelay: time.Duration(delay.Load())}
+			},
+		})}
+		t.Cleanup(r.etcd.Close)
+		r.etcd.Elect(1)
+		a := r.run("a", nil, nil)
+		a.waitForTerm()
+		members, err := newMembers(a.cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer members.close()
+		client, err := members.all()[0].open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 900 {
+			if _, err := client.Put(t.Context(), fmt.Sprintf("jobs/n%d", i), ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b := r.run("b", nil, nil)
+		b.waitForState(Standby)
+		time.Sleep(2 * testTTL)
+		delay.Store(int64(60 * ms))
+		time.Sleep(2 * testTTL)
+		for i := range 900 {
+			r.etcd.DeleteKey(fmt.Sprintf("jobs/n%d", i))
+		}
+		began := r.now()
+		a.stop(nil)
+		b.waitForTerm()
+		if took := r.now() - began; took > testTTL {
+			t.Errorf("the next one leads after %v", took)
+		}
+	})
+}
+
+// In a crowd, too, a watch whose member or whose stream hangs is opened anew.
+func TestCrowd_WatchHangs(t *testing.T) {
+	for name, test := range map[string]struct {
+		cut    string
+		within time.Duration
+	}{
+		"stream": {"b" + pb.Watch_Watch_FullMethodName, 3 * testTTL},
+		"member": {"", testTTL * 4 / 5},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := &earlyNetwork{requests: map[string]int{}}
+				r := &adoptRig{
+					t: t, start: time.Now(),
+					etcd: simetcd.New(simetcd.Config{Network: n.verdict}),
+				}
+				t.Cleanup(r.etcd.Close)
+				r.etcd.Elect(1)
+				leader := r.run("a", nil, nil).waitForTerm()
+				var lost error
+				q, keys := crowdQueue(t, r, leader, &lost)
+				client, err := q.cfg.members.all()[0].open()
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, kv := range keys[1:] {
+					if _, err := client.Put(t.Context(), string(kv.Key), ""); err != nil {
+						t.Fatal(err)
+					}
+				}
+				q.put(leader.Token + int64(len(keys)) - 1)
+				ctx, cancel := context.WithCancel(context.Background())
+				var running sync.WaitGroup
+				running.Go(func() { q.run(ctx) })
+				defer running.Wait()
+				defer cancel()
+				time.Sleep(testTTL)
+				served := func() *watchConn {
+					q.mu.Lock()
+					defer q.mu.Unlock()
+					return q.conn
+				}
+				before := served()
+				if before == nil || before.marker == "" {
+					t.Fatalf("no watch in a crowd: %+v", before)
+				}
+				n.set(test.cut)
+				if test.cut == "" {
+					hung := slices.Index(q.cfg.members.all(), before.member)
+					r.etcd.Elect(1 + (hung+1)%3) // the others go on
+					r.etcd.Pause(1 + hung)
+				}
+				r.etcd.DeleteKey("jobs/other") // the revision moves by what the leader does too
+				r.run("c", nil, nil)
+				time.Sleep(test.within)
+				n.set("")
+				if test.cut != "" {
+					time.Sleep(testTTL) // now it can be opened anew
+				}
+				if served() == before {
+					t.Errorf("the same watch is in use after %v", test.within)
 				}
 			})
 		})
