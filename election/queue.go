@@ -43,8 +43,9 @@ func (v view) leader() *Entry {
 // events, and the next in line would get its own somewhere among them. So a candidate with many
 // keys ahead of it, which stands in a crowd, watches two keys only: its own, and its marker, which
 // is the last key that may be ahead of it without its being near the front. When the marker goes,
-// it looks where it stands. Meanwhile it looks now and then who leads: it knows the keys ahead of
-// it in their order, so the first one that is still there is the leader's.
+// it watches the whole queue, and reads where it stands. Meanwhile it looks now and then who leads:
+// it knows the keys ahead of it in their order, so the first one that is still there is the
+// leader's.
 //
 // Only when it joins, and when it comes near the front, does etcd read the whole queue for it, as
 // for every request that sorts or filters.

@@ -39,7 +39,7 @@ type watchConn struct {
 	seen       int64         // the latest revision that the member has reported
 	unanswered int           // ticks since its last answer
 	heard      time.Duration // when the watch last showed or answered something
-	behind     bool          // our key has been put, and who is ahead of it is not known, or not any more
+	behind     bool          // our key has been put, and who is ahead of it has to be read
 	// complete is the number of the connection whose member is known to show all deletions; 0: it
 	// is not known; incomplete: it may have missed one.
 	complete atomic.Int64
@@ -86,9 +86,9 @@ func (q *queue) follow(ctx context.Context) error {
 	return w.run(ctx, wctx)
 }
 
-// watch watches the marker, or the whole queue, in place of what is watched. Then it reads what that
-// does not show. If something else has to be watched by then, it goes on with that. Meanwhile no
-// event is received.
+// watch watches the marker, or the whole queue, in place of what is watched. Then it reads what
+// that does not show. If something else has to be watched by then, it goes on with that. Meanwhile
+// no event is received.
 func (w *watchConn) watch(ctx, wctx context.Context, marker string) error {
 	q := w.queue
 	for {
@@ -224,8 +224,8 @@ func (w *watchConn) receive(resp clientv3.WatchResponse, ok bool) error {
 	return nil
 }
 
-// load reads who is ahead of us. Meanwhile no event is received, so the liveness
-// check begins again.
+// load reads who is ahead of us. Meanwhile no event is received, so the liveness check begins
+// again.
 func (w *watchConn) load(ctx, wctx context.Context) error {
 	w.behind = w.queue.loadAhead(ctx) != nil
 	w.unanswered = 0

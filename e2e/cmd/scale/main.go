@@ -1,9 +1,9 @@
 //go:build linux
 
 // Scale measures what many candidates cost etcd: one election with 10, 100 and 1,000 candidates,
-// and 1,000 elections with two; or 5,000 elections with two. The candidates are those of package election, each with a lease
-// and a connection of its own as a daemon has it, but without a job, and all of a trial in one
-// process. etcd is one real member on loopback, a new one for each trial.
+// and 1,000 elections with two; or 5,000 elections with two. The candidates are those of package
+// election, each with a lease and a connection of its own as a daemon has it, but without a job,
+// and all of a trial in one process. etcd is one real member on loopback, a new one for each trial.
 //
 //	bin/scale [-candidates 1000] [-elections 1000]   measure and report
 //	bin/scale -large                                 the same of 10,000 candidates
