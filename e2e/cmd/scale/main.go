@@ -53,7 +53,8 @@ func run(args []string) int {
 	defer stop()
 	all, to := shapes(*candidates, *elections), file
 	if *large {
-		all, to = []shape{{Elections: 5000, Size: 2, Full: true, Wave: 200, TTL: time.Minute}}, largeFile
+		to = largeFile
+		all = []shape{{Elections: 5000, Size: 2, Full: true, Wave: 200, TTL: time.Minute}}
 	}
 	var err error
 	switch {
