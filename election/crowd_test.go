@@ -202,6 +202,30 @@ func TestCrowd_Look(t *testing.T) {
 	})
 }
 
+// If no look succeeds for longer than a TTL, the view says why.
+func TestCrowd_Unseen(t *testing.T) {
+	q, now := newTestQueue(func(error) {}), time.Duration(0)
+	q.cfg.now, q.cfg.timing.TTL = func() time.Duration { return now }, testTTL
+	for _, test := range []struct {
+		after time.Duration
+		crowd bool
+		err   error
+		want  bool
+	}{
+		{testTTL, true, errPast, false},
+		{2 * testTTL, true, errPast, true},
+		{3 * testTTL, true, nil, false},
+		{4 * testTTL, true, errPast, false},
+		{5 * testTTL, false, errPast, false},
+	} {
+		now = test.after
+		q.keepLook(test.crowd, test.err)
+		if v, _ := q.view(); v.unseen != nil != test.want {
+			t.Errorf("%+v: %v", test, v.unseen)
+		}
+	}
+}
+
 // A watch in a crowd that begins anew reads whether our own key has gone meanwhile.
 func TestCrowd_BeginsAnew(t *testing.T) {
 	inBubble(t, func(t *testing.T, r *adoptRig) {

@@ -45,7 +45,7 @@ var (
 	ErrLeaseLost = errors.New("the lease is gone from etcd")
 	// ErrKeyDeleted: the key was deleted, or deleted and made anew. The next leader may be
 	// starting.
-	ErrKeyDeleted = errors.New("the leader's key is gone from etcd")
+	ErrKeyDeleted = errors.New("the candidate's key is gone from etcd")
 	// ErrKeyOverwritten: somebody wrote to the key, and it is no longer bound to our lease. Nobody
 	// else can lead before the key is removed. The session removes it when Lead has returned.
 	ErrKeyOverwritten = errors.New(

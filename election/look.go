@@ -16,6 +16,7 @@ type look struct {
 	gone  queueEntry // the first key, if it is gone and the watch should show that; else zero
 	alone bool       // the member has answered without asking the others
 	lost  bool       // in a crowd: so many keys have gone that all have to be read
+	err   error
 }
 
 const (

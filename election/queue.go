@@ -23,6 +23,7 @@ type view struct {
 	own     *queueEntry // nil until we know who is ahead of us
 	ahead   int         // how many keys are, if own is known
 	blocker *Blocker    // the first one ahead of our own key
+	unseen  error       // why all of this may be older than a TTL; nil: it is not
 }
 
 // leader returns the leader: whoever is first, if that is a candidate.
@@ -69,12 +70,14 @@ type queue struct {
 	// entries are all keys ahead of ours in their order, and our own, the last one; nil: not read
 	// yet. In a crowd, some of them may be gone.
 	entries  []queueEntry
-	left     int        // how many the last look in a crowd has found gone
-	blocker  string     // in a crowd: the first one, if the last look has seen it
-	revision int64      // at which entries were read
-	proven   bool       // when first is closed: no deletion can have been missed
-	err      error      // why it is not being watched, or not read
-	conn     *watchConn // the watch that is open, or the last one
+	left     int           // how many the last look in a crowd has found gone
+	blocker  string        // in a crowd: the first one, if the last look has seen it
+	unseen   error         // in a crowd: why no look has succeeded for longer than a TTL
+	looked   time.Duration // when one did
+	revision int64         // at which entries were read
+	proven   bool          // when first is closed: no deletion can have been missed
+	err      error         // why it is not being watched, or not read
+	conn     *watchConn    // the watch that is open, or the last one
 }
 
 // Near is how many keys may be ahead of a candidate's that watches the whole queue, by default.
@@ -256,6 +259,19 @@ func (q *queue) entry(key string) (e queueEntry, ok bool) {
 	return e, false
 }
 
+// keepLook keeps how a look has ended.
+func (q *queue) keepLook(crowd bool, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch now := q.cfg.now(); {
+	case err == nil || !crowd:
+		q.looked, q.unseen = now, nil
+	case now-q.looked > q.cfg.timing.TTL:
+		q.unseen = err
+		poke(q.changed)
+	}
+}
+
 // index returns where in entries the key is, or -1. q.mu is held.
 func (q *queue) index(key string) int {
 	return slices.IndexFunc(q.entries, func(e queueEntry) bool { return e.key == key })
@@ -280,6 +296,7 @@ func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.err, q.revision, q.entries = nil, revision, make([]queueEntry, 0, len(kvs))
+	q.looked, q.unseen = q.cfg.now(), nil
 	for _, kv := range kvs {
 		q.entries = append(q.entries, newQueueEntry(q.cfg.prefix, kv))
 	}
@@ -328,7 +345,7 @@ func (q *queue) suspect(m *member) {
 func (q *queue) view() (view, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	v := view{watched: q.watched}
+	v := view{watched: q.watched, unseen: q.unseen}
 	if len(q.entries) > 0 {
 		head := q.entries[0]
 		v.head = &head

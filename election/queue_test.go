@@ -30,7 +30,9 @@ func del(key string, revision int64) []*clientv3.Event {
 }
 
 func newTestQueue(lost func(error)) *queue {
-	return newQueue(queueConfig{prefix: "e/", own: "e/a", lost: lost})
+	return newQueue(queueConfig{
+		prefix: "e/", own: "e/a", lost: lost, now: func() time.Duration { return 0 },
+	})
 }
 
 func TestQueue_OwnKey(t *testing.T) {

@@ -93,6 +93,10 @@ func (s *session) show(v view, trouble error) {
 	switch {
 	case s.cfg.Now() >= s.state.get().Deadlines.StopAt:
 		s.state.connecting(s.unrenewed())
+	case v.own != nil && v.unseen != nil:
+		s.state.queued()
+		outage.fails(queueFails, "who leads could not be read, trying again",
+			s.cfg.explain(v.unseen))
 	case v.own != nil:
 		s.state.queued()
 		outage.over(queueFails)

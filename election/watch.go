@@ -256,6 +256,7 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 			w.looked = q.cfg.now()
 		}
 		w.behind = w.behind || l.lost
+		q.keepLook(w.marker != "", l.err)
 		shown = w.marker != "" && l.from == w.member
 	default:
 	}
@@ -272,8 +273,8 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		found, marker := make(chan look, 1), w.marker
 		w.look = found
 		w.looking.Go(func() {
-			// An error does no harm: another look follows.
-			l, _ := q.look(wctx, w.interval, marker, !due)
+			l, err := q.look(wctx, w.interval, marker, !due) // another one follows
+			l.err = err
 			found <- l
 		})
 		w.looking.Go(func() { w.askVersion(wctx) })
