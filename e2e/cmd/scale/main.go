@@ -6,8 +6,8 @@
 // and all of a trial in one process. etcd is one real member on loopback, a new one for each trial.
 //
 //	bin/scale [-candidates 1000] [-elections 1000]   measure and report
-//	bin/scale -large                                 the same of 10,000 candidates
-//	bin/scale -doc docs/scale.md                     put the last reports into the document
+//	bin/scale -large                                 5,000 elections with two, and TTL 60 s
+//	bin/scale -doc docs/scale.md                     put the last report into the document
 //
 // Requests and events are those that etcd counts itself, in its /metrics.
 package main

@@ -223,11 +223,5 @@ func refresh(doc string) error {
 	if err != nil {
 		return err
 	}
-	large, err := harness.ReadJSON[results](largeFile)
-	if err != nil {
-		return err
-	}
-	return harness.Refresh(doc, map[string]string{
-		"scale": r.report(), "capacity": capacity, "large": large.report(),
-	})
+	return harness.Refresh(doc, map[string]string{"scale": r.report(), "capacity": capacity})
 }
