@@ -275,7 +275,7 @@ func TestCrowd_ManyGone(t *testing.T) {
 		b := r.run("b", nil, nil)
 		b.waitForState(Standby)
 		time.Sleep(2 * testTTL)
-		delay.Store(int64(60 * ms))
+		delay.Store(int64(150 * ms))
 		time.Sleep(2 * testTTL)
 		for i := range 900 {
 			r.etcd.DeleteKey(fmt.Sprintf("jobs/n%d", i))
