@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -58,6 +60,26 @@ func ElectorsKilled(n int) Fault {
 			if err := Killed(harness.Elector).Inject(ctx, on); err != nil {
 				return err
 			}
+		}
+		return nil
+	}}
+}
+
+// Reloaded has the daemon reload. Nothing is new, and its elector is replaced all the same.
+func Reloaded() Fault {
+	return Fault{Name: "reloaded", Inject: func(ctx context.Context, on *Target) error {
+		ctx, cancel := context.WithTimeout(ctx, harness.WaitTimeout)
+		defer cancel()
+		on.Begin()
+		// Where it can be answered: its socket is one of the machine's network.
+		reload, err := harness.StartChild("reload", on.Machine.Node,
+			exec.Command(on.Testbed.Programs.Leasehold, "reload", strconv.Itoa(on.Machine.Guard())))
+		if err != nil {
+			return err
+		}
+		defer reload.Kill()
+		if code, err := reload.Wait(ctx); err != nil || code != 0 {
+			return fmt.Errorf("leasehold reload ended with %d, %w: %s", code, err, reload.Log())
 		}
 		return nil
 	}}

@@ -115,6 +115,11 @@ var daemonScenarios = []Scenario{
 		Fault: of(fault.HungUnreachable, harness.Elector), Without: noPeers, Check: inBudget,
 	},
 	{
+		Name: "elector-reloaded", About: "leasehold reload replaces the elector",
+		Fault: fault.Reloaded, Without: noPeers,
+		Replaced: true, Expect: NoFailover, CI: true, User: true,
+	},
+	{
 		Name:  "spawner-killed",
 		About: "the spawner, between guard and job, is killed with SIGKILL",
 		Fault: of(fault.Killed, harness.Spawner), Without: noPeers,
