@@ -73,7 +73,7 @@ func Reloaded() Fault {
 		on.Begin()
 		// Where it can be answered: its socket is one of the machine's network.
 		reload, err := harness.StartChild("reload", on.Machine.Node,
-			exec.Command(on.Testbed.Programs.Leasehold, "reload", strconv.Itoa(on.Machine.Guard())))
+			exec.Command(on.Programs.Leasehold, "reload", strconv.Itoa(on.Machine.Guard())))
 		if err != nil {
 			return err
 		}
