@@ -138,24 +138,26 @@ func (in *installed) refuses(want string, command ...string) {
 	}
 }
 
-// look is what a reload changes, and what it must leave alone.
-func (in *installed) look() (l struct {
+// shown is what a reload changes, and what it must leave alone.
+type shown struct {
 	version, lease string
 	token          int64
 	job, elector   int
-},
-) {
-	in.tr.Helper()
+}
+
+func (in *installed) tryLook() (l shown, err error) {
 	_, body, err := in.Get(in.tr.ctx, "/status")
-	in.tr.must(err)
+	if err != nil {
+		return l, err
+	}
 	s := struct {
 		status
 		Version string
 	}{}
-	in.tr.must(json.Unmarshal([]byte(body), &s))
+	if err := json.Unmarshal([]byte(body), &s); err != nil {
+		return l, err
+	}
 	l.version = s.Version
-	l.elector, err = in.Elector()
-	in.tr.must(err)
 	if s.Lease != nil {
 		l.lease = s.Lease.ID
 	}
@@ -165,24 +167,30 @@ func (in *installed) look() (l struct {
 	if s.Job.PID != nil {
 		l.job = *s.Job.PID
 	}
+	l.elector, err = in.Elector()
+	return l, err
+}
+
+func (in *installed) look() shown {
+	in.tr.Helper()
+	l, err := in.tryLook()
+	in.tr.must(err)
 	return l
 }
 
-// waitSame waits until another elector shows the same job, token and lease as before.
-func (in *installed) waitSame(before struct {
-	version, lease string
-	token          int64
-	job, elector   int
-}, version string,
-) {
+// waitSame waits until another elector shows the same job, token and lease as before. A request may
+// be lost with the old one.
+func (in *installed) waitSame(before shown, version string) {
 	in.tr.Helper()
 	in.tr.must(harness.Until(in.tr.waitContext(waitTimeout), func() error {
-		got, want := in.look(), before
-		if got.elector == before.elector {
+		got, err := in.tryLook()
+		want := before
+		switch want.elector, want.version = got.elector, version; {
+		case err != nil:
+			return err
+		case got.elector == before.elector:
 			return errors.New("it is the same elector")
-		}
-		want.elector, want.version = got.elector, version
-		if got != want {
+		case got != want:
 			return fmt.Errorf("%s: %+v, want %+v", in.Identity, got, want)
 		}
 		return nil
