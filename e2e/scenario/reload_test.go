@@ -298,7 +298,8 @@ func TestReload_Refused(t *testing.T) {
 			for name, value := range map[string]string{
 				"ELECTION": "other", "IDENTITY": "other", "TTL": "9s", "MARGIN": "299ms",
 				"STOP_SIGNAL": "INT", "STOP_GRACE": "501ms", "NO_NEW_PRIVS": "off",
-				"LISTEN": "off", "STATE_DIR": "/var/lib/x", "CONTACT_LOSS": "freeze", "LOG_FORMAT": "json",
+				"LISTEN": "off", "STATE_DIR": "/var/lib/x", "CONTACT_LOSS": "freeze",
+				"LOG_FORMAT": "json",
 			} {
 				in.write("LEASEHOLD_" + name + "=" + value)
 				in.refuses("LEASEHOLD_" + name + " can't be changed by a reload")
