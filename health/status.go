@@ -18,7 +18,7 @@ type status struct {
 	Identity string    `json:"identity" desc:"this candidate's name"`
 	State    string    `json:"state" desc:"connecting, standby, leading, suspended or stopping"`
 	Reason   *string   `json:"reason" desc:"why the candidate is not in the election"`
-	Leader   *Leader   `json:"leader" desc:"the leader; behind more than eight others, it is looked for every 3 s"`
+	Leader   *Leader   `json:"leader" desc:"the leader; in a long queue, of up to some seconds ago"`
 	Lease    *lease    `json:"lease" desc:"this candidate's lease"`
 	Job      jobStatus `json:"job" desc:"the job of this candidate"`
 	Blocker  *Blocker  `json:"blocker" desc:"a key ahead of ours that will not go away by itself"`

@@ -233,8 +233,8 @@ func (g *guard) heardFromElector(now time.Duration) {
 // lease. Until a third of the TTL before stop-at the elector pings every fifth of the TTL, then
 // every thirtieth, or every second. Without a job it pings every fifth, or every second if that is
 // longer, and is replaced before its lease ends, unless that is very short. While a job is frozen,
-// the same: only a renewal is missed, and the job must not be killed because a busy machine has cost
-// it three electors.
+// the same: only a renewal is missed, and the job must not be killed because a busy machine has
+// cost it three electors.
 func (g *guard) silentUntil(now time.Duration) time.Duration {
 	runs := g.job.alive() && g.job.state != jobFrozen
 	return now + ipc.Silence(g.cfg.TTL, runs, g.job.stopAt-now)

@@ -17,8 +17,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// withFreeze adds the scenarios that lose contact with etcd, with a leader whose job is frozen then.
-// If another candidate leads, the fault ends, so that the leader learns of it.
+// withFreeze adds the scenarios that lose contact with etcd, with a leader whose job is frozen
+// then. If another candidate leads, the fault ends, so that the leader learns of it.
 func withFreeze(scenarios []Scenario) []Scenario {
 	all := slices.Clone(scenarios)
 	for _, row := range []struct {
