@@ -77,7 +77,6 @@ func (tr *trial) frozen(c *candidate) bool {
 // TestFreeze_EtcdStopped: all of etcd stops for two TTLs and starts again. That is one life of the
 // job, in one term. It runs no instruction while it is frozen.
 func TestFreeze_EtcdStopped(t *testing.T) {
-	t.Parallel()
 	tr := newTrial(t, root(), harness.ClusterConfig{})
 	tr.ttl = 5 * time.Second
 	leader, standby, job := tr.pair(heartbeat, freezes)
@@ -157,7 +156,6 @@ func (tr *trial) neverThawed(f frozenPair) {
 // TestFreeze_AnotherLeads: the lease expires while the job is frozen, and another candidate is
 // elected. When the first one reaches etcd again, its job is killed, and never thawed.
 func TestFreeze_AnotherLeads(t *testing.T) {
-	t.Parallel()
 	tr := newTrial(t, root(), harness.ClusterConfig{})
 	f := tr.frozenPair("")
 	next := tr.waitNext(f.job, waitTimeout)
@@ -185,7 +183,6 @@ func (tr *trial) sameLeader(c *candidate, job harness.Life) {
 
 // TestFreeze_KeyDeleted: somebody deletes the key while the job is frozen. The lease lives.
 func TestFreeze_KeyDeleted(t *testing.T) {
-	t.Parallel()
 	tr := newTrial(t, root(), harness.ClusterConfig{})
 	tr.ttl = 20 * time.Second
 	f := tr.frozenPair("")
@@ -201,7 +198,6 @@ func TestFreeze_KeyDeleted(t *testing.T) {
 // TestFreeze_Stopped: the user ends the daemon while the job is frozen. The job can't act on a
 // signal. It is killed at once, and never thawed.
 func TestFreeze_Stopped(t *testing.T) {
-	t.Parallel()
 	tr := newTrial(t, root(), harness.ClusterConfig{})
 	tr.ttl = 5 * time.Second
 	f := tr.frozenPair("ignore-term")
@@ -306,7 +302,6 @@ func TestFreeze_NotInTime(t *testing.T) {
 
 // TestFreeze_ThawedByOthers: somebody else thaws the job. It is killed at once.
 func TestFreeze_ThawedByOthers(t *testing.T) {
-	t.Parallel()
 	tr := newTrial(t, root(), harness.ClusterConfig{})
 	tr.ttl = 20 * time.Second
 	f := tr.frozenPair("")
@@ -326,7 +321,6 @@ func TestFreeze_ThawedByOthers(t *testing.T) {
 // TestFreeze_Unkillable: a job that could not be frozen, and can't be killed, is no leader's job,
 // although etcd answers again and renews the lease.
 func TestFreeze_Unkillable(t *testing.T) {
-	t.Parallel()
 	tr := newTrial(t, root(), harness.ClusterConfig{})
 	tr.ttl = 5 * time.Second
 	leader, standby, job := tr.pair(heartbeat, freezes)
