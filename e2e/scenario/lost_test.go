@@ -3,6 +3,7 @@
 package scenario_test
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -281,6 +282,8 @@ func TestInterop_EtcdctlElect(t *testing.T) {
 	}
 
 	other := tr.etcd.EtcdctlCommand(tr.etcd.Endpoints(), "elect", tr.election, "other")
+	says, err := other.StdoutPipe()
+	tr.must(err)
 	tr.must(other.Start())
 	t.Cleanup(func() { _ = other.Process.Kill(); _ = other.Wait() })
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
@@ -301,6 +304,9 @@ func TestInterop_EtcdctlElect(t *testing.T) {
 		}
 		return nil
 	}))
+	// Before it knows that it leads, it would leave its key behind.
+	_, err = bufio.NewReader(says).ReadString('\n')
+	tr.must(err)
 	tr.must(other.Process.Signal(os.Interrupt))
 	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
 		t.Errorf("the next job is of %s, want b", next.Candidate)
