@@ -127,6 +127,21 @@ type spawnControl struct {
 //go:norace
 //go:noinline
 func spawnerMain(a *spawnArea) {
+	a.begin()
+	a.keepOwnDescriptors()
+	a.heartbeats++
+	for {
+		a.round()
+	}
+}
+
+// begin gives the fork the attributes of a spawner. It is not part of spawnerMain, whose frame is
+// below all others: their sum must fit with the counters of a fuzz test too.
+//
+//go:nosplit
+//go:norace
+//go:noinline
+func (a *spawnArea) begin() {
 	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0, 0)
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_NAME, uintptr(unsafe.Pointer(&a.name)),
@@ -136,15 +151,6 @@ func spawnerMain(a *spawnArea) {
 	}
 	a.showTitle()
 	a.resetSignals()
-	a.keepOwnDescriptors()
-	if a.nofile[1] != 0 { // the limit may lie below our own descriptors
-		_, _, _ = unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE,
-			uintptr(unsafe.Pointer(&a.nofile)), 0, 0, 0)
-	}
-	a.heartbeats++
-	for {
-		a.round()
-	}
 }
 
 // showTitle overwrites the spawner's copy of the guard's arguments, which ps shows.
@@ -227,6 +233,10 @@ func (a *spawnArea) keepOwnDescriptors() {
 	a.leafFd = -1
 	if orphaned {
 		a.guardIsGone()
+	}
+	if a.nofile[1] != 0 { // the limit may lie below our own descriptors
+		_, _, _ = unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE,
+			uintptr(unsafe.Pointer(&a.nofile)), 0, 0, 0)
 	}
 }
 
