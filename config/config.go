@@ -18,6 +18,7 @@ import (
 
 	"github.com/kelseyhightower/envconfig"
 
+	"leasehold/control"
 	"leasehold/internal/quote"
 )
 
@@ -286,6 +287,9 @@ func electionProblem(name string) error {
 		return fmt.Errorf("%s ends with a slash: write it without", quote.Value(name))
 	case strings.Contains(name, "//"):
 		return fmt.Errorf("%s has two slashes in a row: write one", quote.Value(name))
+	case control.Reserved(name):
+		return fmt.Errorf("%s has keys of leasehold's own under its prefix: write another name",
+			quote.Value(name))
 	}
 	return nil
 }

@@ -202,6 +202,10 @@ func TestConfig_Refusals(t *testing.T) {
 		{"election begins with space", "ELECTION=·a", `ELECTION: " a" has white space`},
 		{"election ends with a slash", "ELECTION=jobs/", `ELECTION: "jobs/" ends with a slash`},
 		{"election is a slash", "ELECTION=/", `ELECTION: "/" ends with a slash`},
+		{
+			"election around our own keys", "ELECTION=leasehold",
+			`ELECTION: "leasehold" has keys of leasehold's own under its prefix`,
+		},
 		{"election with two slashes", "ELECTION=jobs//a", `ELECTION: "jobs//a" has two slashes`},
 		{"election not UTF-8", "ELECTION=a\xff", "ELECTION: not UTF-8"},
 		{"identity too long", "IDENTITY=" + strings.Repeat("x", 1025), "IDENTITY: 1025 bytes long"},

@@ -70,6 +70,11 @@ func (cfg *Config) explain(err error) string { return cfg.explainFor("readwrite"
 
 // explainFor does the same for a request that needs this permission.
 func (cfg *Config) explainFor(permission string, err error) string {
+	return cfg.explainKeys(err, permission, "the prefix "+quote.Value(cfg.prefix()))
+}
+
+// explainKeys does the same for a request that needs this permission on these keys.
+func (cfg *Config) explainKeys(err error, permission, keys string) string {
 	text := oneLine(err)
 	switch {
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
@@ -77,8 +82,8 @@ func (cfg *Config) explainFor(permission string, err error) string {
 		if cfg.Username != "" {
 			user += " " + quote.Value(cfg.Username)
 		}
-		return fmt.Sprintf("%s: %s needs a role with %s permission on the prefix %s",
-			text, user, permission, quote.Value(cfg.prefix()))
+		return fmt.Sprintf("%s: %s needs a role with %s permission on %s",
+			text, user, permission, keys)
 	case errors.Is(err, rpctypes.ErrAuthFailed):
 		return text + ": user name or password is wrong"
 	case errors.Is(err, rpctypes.ErrUserEmpty):

@@ -140,18 +140,14 @@ func (m *member) read(ctx context.Context, key string) (reading, error) {
 func (m *member) readAll(
 	ctx context.Context, ranges ...*pb.RangeRequest,
 ) (*pb.ResponseHeader, [][]*mvccpb.KeyValue, error) {
-	conn, err := m.conn()
-	if err != nil {
-		return nil, nil, err
-	}
 	txn := &pb.TxnRequest{}
 	for _, r := range ranges {
 		txn.Success = append(txn.Success,
 			&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}})
 	}
-	resp, err := pb.NewKVClient(conn).Txn(ctx, txn)
+	resp, err := m.txn(ctx, txn)
 	if err != nil {
-		return nil, nil, rpctypes.Error(err)
+		return nil, nil, err
 	}
 	var all [][]*mvccpb.KeyValue
 	for _, r := range resp.Responses {
@@ -160,12 +156,18 @@ func (m *member) readAll(
 	return resp.Header, all, nil
 }
 
-// remove deletes the key if it has that create revision; 0: whichever it has.
-func (m *member) remove(ctx context.Context, key string, created int64) error {
+// txn carries out a transaction.
+func (m *member) txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, error) {
 	conn, err := m.conn()
 	if err != nil {
-		return err
+		return nil, err
 	}
+	resp, err := pb.NewKVClient(conn).Txn(ctx, in)
+	return resp, rpctypes.Error(err)
+}
+
+// remove deletes the key if it has that create revision; 0: whichever it has.
+func (m *member) remove(ctx context.Context, key string, created int64) error {
 	var only []*pb.Compare
 	if created != 0 {
 		only = []*pb.Compare{{
@@ -176,9 +178,8 @@ func (m *member) remove(ctx context.Context, key string, created int64) error {
 	del := &pb.RequestOp_RequestDeleteRange{
 		RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
 	}
-	_, err = pb.NewKVClient(conn).Txn(ctx,
-		&pb.TxnRequest{Compare: only, Success: []*pb.RequestOp{{Request: del}}})
-	return rpctypes.Error(err)
+	_, err := m.txn(ctx, &pb.TxnRequest{Compare: only, Success: []*pb.RequestOp{{Request: del}}})
+	return err
 }
 
 // revoke revokes the lease. It also succeeds if etcd does not know the lease.

@@ -1,0 +1,76 @@
+package control
+
+import (
+	"reflect"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// FuzzKey: every election has keys of its own, each key has one spelling, and none lies under the
+// prefix of an election that may be used.
+func FuzzKey(f *testing.F) {
+	for _, name := range []string{"", ".", "..", "jobs/backup", "%", "a%2Fb", "\xff", "leasehold"} {
+		f.Add(name, int64(0x1f), HoldOf(name))
+	}
+	f.Add("jobs", int64(-1), "leasehold/v1/jobs/history/07")
+	f.Fuzz(func(t *testing.T, election string, number int64, foreign string) {
+		for key, want := range map[string]Key{
+			HoldOf(election):       {Election: election, Kind: HoldKey},
+			SwitchoverOf(election): {Election: election, Kind: SwitchoverKey},
+			CandidateOf(election, number): {
+				Election: election, Kind: CandidateKey, Lease: number,
+			},
+			TermOf(election, number): {Election: election, Kind: HistoryKey, Token: number},
+		} {
+			if got, err := ParseKey(key); err != nil || got != want {
+				t.Errorf("%q is read as %+v, %v, want %+v", key, got, err, want)
+			}
+			if !Reserved(election) && strings.HasPrefix(key, election+"/") {
+				t.Errorf("%q lies under the prefix of %q", key, election)
+			}
+			segment, _, _ := strings.Cut(strings.TrimPrefix(key, Root), "/")
+			if segment == "" || segment == "." || segment == ".." {
+				t.Errorf("%q has a segment that a path drops", key)
+			}
+		}
+		k, err := ParseKey(foreign)
+		if err != nil {
+			return
+		}
+		again := map[Kind]string{
+			HoldKey: HoldOf(k.Election), SwitchoverKey: SwitchoverOf(k.Election),
+			CandidateKey: CandidateOf(k.Election, k.Lease), HistoryKey: TermOf(k.Election, k.Token),
+		}[k.Kind]
+		if again != foreign {
+			t.Errorf("%q is read as %+v, whose key is %q", foreign, k, again)
+		}
+	})
+}
+
+// FuzzValue: anybody may write a value in etcd. What is read of it is bounded, valid UTF-8, and can
+// be written again.
+func FuzzValue(f *testing.F) {
+	for _, v := range []Value{
+		&Candidate{Identity: "a"}, &Hold{Reason: "r\x1b[2J"}, &Switchover{ID: "1"},
+		&Term{Token: 3, LastExit: &Exit{Signal: "SIGKILL"}},
+	} {
+		f.Add(Encode(v))
+	}
+	f.Add([]byte(`{"version":1,"reason":"` + strings.Repeat("ü", 200) + `"}`))
+	f.Add([]byte(`{"version":9,"identity":{},"priority":1e99,"since":"x","last_exit":[]}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		for _, v := range []Value{&Candidate{}, &Hold{}, &Switchover{}, &Term{}} {
+			err := Decode(text, v)
+			for _, field := range v.texts() {
+				if len(*field) > maxText || !utf8.ValidString(*field) {
+					t.Errorf("%T has the text %q", v, *field)
+				}
+			}
+			again := reflect.New(reflect.TypeOf(v).Elem()).Interface().(Value)
+			if e := Decode(Encode(v), again); e != nil {
+				t.Errorf("%q is read as %+v (%v) and can't be written again: %v", text, v, err, e)
+			}
+		}
+	})
+}

@@ -1,0 +1,132 @@
+package control
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+const (
+	// Format is the version of the values' format. A program reads a value of a later one as far as
+	// it knows the fields.
+	Format = 1
+	// maxValue is how many bytes of a value are read. etcd takes a megabyte.
+	maxValue = 16 << 10
+	// maxText is how many bytes are kept of each text in a value.
+	maxText = 256
+)
+
+// A Value is what a key holds, in JSON: a *Candidate, *Hold, *Switchover or *Term. Fields may be
+// added, never renamed.
+type Value interface {
+	header() *Header
+	// texts are the fields with text.
+	texts() []*string
+}
+
+// Header begins every value.
+type Header struct {
+	Version int `json:"version"` // Format
+}
+
+func (h *Header) header() *Header { return h }
+
+// Candidate is what a candidate says of itself.
+type Candidate struct {
+	Header
+	Identity  string    `json:"identity"`  // as in its key in the queue
+	Priority  int       `json:"priority"`  // 0 to 100
+	Leasehold string    `json:"leasehold"` // its version
+	URL       string    `json:"url"`       // of its health endpoint; "": others can't reach it
+	Since     time.Time `json:"since"`     // when it joined the queue
+	Ready     bool      `json:"ready"`     // it may lead
+}
+
+func (c *Candidate) texts() []*string { return []*string{&c.Identity, &c.Leasehold, &c.URL} }
+
+// Hold keeps every candidate from becoming leader.
+type Hold struct {
+	Header
+	Reason string    `json:"reason"`
+	By     string    `json:"by"` // who asked: user@host
+	Since  time.Time `json:"since"`
+	Stop   bool      `json:"stop"` // the leader resigns, too
+}
+
+func (h *Hold) texts() []*string { return []*string{&h.Reason, &h.By} }
+
+// Switchover asks the leader to hand over.
+type Switchover struct {
+	Header
+	ID string `json:"id"` // of the request
+	To string `json:"to"` // the identity of a candidate; "": the next one
+	By string `json:"by"` // who asked: user@host
+}
+
+func (s *Switchover) texts() []*string { return []*string{&s.ID, &s.To, &s.By} }
+
+// Term is one leadership, in the history.
+type Term struct {
+	Header
+	Token    int64     `json:"token"` // the fencing token
+	Identity string    `json:"identity"`
+	Started  time.Time `json:"started"`
+	Ended    time.Time `json:"ended,omitzero"` // zero: it goes on, or nobody knows
+	Why      string    `json:"why"`            // it ended; "": it has not
+	Starts   int       `json:"starts"`         // of the job
+	LastExit *Exit     `json:"last_exit"`      // of the job; nil: none is known
+}
+
+func (t *Term) texts() []*string {
+	all := []*string{&t.Identity, &t.Why}
+	if t.LastExit != nil {
+		all = append(all, &t.LastExit.Signal)
+	}
+	return all
+}
+
+// Exit is how a job ended.
+type Exit struct {
+	Code   int       `json:"code"`             // 0 if a signal ended it
+	Signal string    `json:"signal,omitempty"` // that signal, for example SIGKILL
+	At     time.Time `json:"at,omitzero"`
+}
+
+// Encode returns the text of a value.
+func Encode(v Value) []byte {
+	v.header().Version = Format
+	bound(v)
+	text, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // Only a year beyond 9999 fails.
+	}
+	return text
+}
+
+// Decode reads a value that anybody may have written. It keeps what it can read of it, so v is
+// sound even if there is an error: texts are UTF-8 and bounded.
+func Decode(text []byte, v Value) error {
+	if len(text) > maxValue {
+		return fmt.Errorf("the value has %d bytes, more than %d", len(text), maxValue)
+	}
+	err := json.Unmarshal(text, v)
+	bound(v)
+	switch {
+	case err != nil:
+		return fmt.Errorf("read the value: %w", err)
+	case v.header().Version < 1:
+		return errors.New("the value has no version")
+	}
+	return nil
+}
+
+func bound(v Value) {
+	for _, text := range v.texts() {
+		*text = strings.ToValidUTF8(*text, "�")
+		if len(*text) > maxText {
+			*text = strings.ToValidUTF8((*text)[:maxText], "")
+		}
+	}
+}

@@ -1,0 +1,57 @@
+package election
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+)
+
+// Client makes requests to etcd that are not those of a candidate.
+type Client struct {
+	cfg     Config
+	members *members
+	timeout time.Duration // of a request
+}
+
+// Connect makes a client. Of cfg it needs the endpoints, and how to reach them. It connects when it
+// first makes a request.
+func Connect(cfg Config) (*Client, error) {
+	ms, timeout, err := queryMembers(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &Client{cfg: cfg, members: ms, timeout: timeout}, nil
+}
+
+// Close closes the connections.
+func (c *Client) Close() { c.members.close() }
+
+// Txn carries out a transaction. If a member does not answer soon, others are asked as well: so it
+// has to be harmless if it is carried out twice.
+func (c *Client) Txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	return hedge(ctx, c.members, queryDelay(c.timeout),
+		func(ctx context.Context, m *member) (*pb.TxnResponse, error) { return m.txn(ctx, in) })
+}
+
+// Explain returns the error of a request in one line, with a remedy if we know one. The request
+// needs a permission (read, write or readwrite) on keys: "the key x", "the prefix x/".
+func (c *Client) Explain(err error, permission, keys string) error {
+	return explained{c.cfg.explainKeys(err, permission, keys), err}
+}
+
+// explained is an error with a text of ours.
+type explained struct {
+	text string
+	error
+}
+
+func (e explained) Error() string { return e.text }
+func (e explained) Unwrap() error { return e.error }
+
+// IsPermission reports whether a request failed because a permission is missing.
+func IsPermission(err error) bool { return errors.Is(err, rpctypes.ErrPermissionDenied) }
