@@ -141,7 +141,8 @@ with ~LEASEHOLD_ENDPOINTS~, ~LEASEHOLD_LISTEN~ and ~LEASEHOLD_TLS_*~. So ~leaseh
 The endpoint listens on ~LEASEHOLD_LISTEN~. GET, HEAD and OPTIONS get the same status, because load
 balancers check with any of them. Other methods get 405. Answers come from memory. Probes get ~ok~,
 or 503 with the reason. At most 256 connections are open at once, or fewer if the limit of open
-files is low. A new connection replaces the one that was idle longest.
+files is low. A new connection replaces the one that was idle longest. Those of ~/events~ are
+counted apart: at most 1,024. [events.md](events.md) is about them.
 
 | path | answer |
 |---|---|

@@ -42,7 +42,8 @@ type parts struct {
 type daemon struct {
 	candidate *election.Candidate
 	group     run.Group
-	listening net.Addr // nil: the health endpoint is off
+	server    *health.Server // nil: the health endpoint is off
+	listening net.Addr       // of it
 }
 
 // wire makes a daemon that runs until ctx ends; stop ends it. The health endpoint listens before
@@ -96,22 +97,26 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 	}
 	d.listening = listener.Addr()
 	name, _, _ := net.SplitHostPort(p.cfg.Listen) // sound, or nothing could be bound
-	server := health.New(health.Config{
+	d.server = health.New(health.Config{
 		Logger: p.log, Registry: p.registry, Snapshot: snapshot, Now: boottime.Now,
 		Version: p.version, Name: name,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
-	d.group.Add(func() error { return server.Run(ctx, listener) }, func(error) { cancel() })
+	d.group.Add(func() error { return d.server.Run(ctx, listener) }, func(error) { cancel() })
 	return nil
 }
 
-// addStatus passes on what the candidate does, at each change. The text is one line: a leader may
+// addStatus passes on what the candidate does, at each change: to the subscribers of the health
+// endpoint, and as a text. The text is one line: a leader may
 // have any name, and systemd takes each line as a command.
 func (d *daemon) addStatus(p parts) {
 	stop := make(chan struct{})
 	d.group.Add(func() error {
 		last := ""
 		for {
+			if d.server != nil {
+				d.server.Changed()
+			}
 			text := quote.Printable(statusText(d.candidate.Snapshot(), p.isFrozen()))
 			if text != last {
 				p.status(text)

@@ -43,6 +43,7 @@ func FuzzRequest(f *testing.F) {
 		"GET http://evil.example/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
 		"GET /standby HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
 		"GET /%2fstatus HTTP/1.1\r\nHost:\r\n\r\n", "GET /%2f HTTP/1.0\r\n\r\n",
+		"GET /events HTTP/1.1\r\nHost: x\r\n\r\n", "OPTIONS /events HTTP/1.0\r\n\r\n",
 		"GET //?#%zz HTTP/1.0\r\n\r\n", "GET http:x HTTP/1.0\r\n\r\n",
 		"CONNECT /%2f HTTP/1.0\r\n\r\n", "HEAD /./%2f/..%2F HTTP/1.0\r\n\r\n",
 		"GET //" + strings.Repeat("\"", 3500) + " HTTP/1.0\r\n\r\n",
@@ -73,7 +74,7 @@ func FuzzRequest(f *testing.F) {
 			path = "/" // net/http's mux takes /%2f for / and does not clean it
 		}
 		known := slices.ContainsFunc(Endpoints(), func(e Endpoint) bool { return e.Path == path })
-		secret := path == "/" || path == "/status" || path == "/metrics"
+		secret := path == "/" || path == "/status" || path == "/metrics" || path == "/events"
 		ok := false
 		switch got.StatusCode {
 		case http.StatusOK:
@@ -81,6 +82,8 @@ func FuzzRequest(f *testing.F) {
 				got.Header.Get("Content-Type") != ""
 		case http.StatusServiceUnavailable:
 			ok = asked && path == "/standby" && got.Header.Get("Cache-Control") == "no-store"
+		case http.StatusNotImplemented: // The recorder has no connection.
+			ok = r.Method == "GET" && path == "/events"
 		case http.StatusMisdirectedRequest:
 			ok = asked && secret
 		case http.StatusMethodNotAllowed:

@@ -39,11 +39,13 @@ type Snapshot struct {
 	Since    time.Time
 	Leader   *Leader // Nil when none is known.
 
-	LeaseID     int64 // 0 without a lease.
-	TTL         time.Duration
-	StopAt, End time.Duration // Zero without a lease.
-	Leading     bool          // A term runs, neither lost nor resigned; StopAt may have passed.
-	Suspends    bool          // StopAt does not end the term: the job is frozen then.
+	LeaseID int64 // 0 without a lease.
+	TTL     time.Duration
+
+	StopAt, KillBy, End time.Duration // Zero without a lease.
+
+	Leading  bool // A term runs, neither lost nor resigned; StopAt may have passed.
+	Suspends bool // StopAt does not end the term: the job is frozen then.
 
 	JobWanted bool // False if the daemon runs no job.
 	Job       Job

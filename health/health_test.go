@@ -19,7 +19,7 @@ func leading(change ...func(*Snapshot)) Snapshot {
 		Since:   time.Date(2026, 1, 2, 3, 4, 5, 6e6, time.FixedZone("", 3600)),
 		Leader:  &Leader{Identity: "b", Key: "jobs/a/1f", Token: 17},
 		LeaseID: 0x1f, TTL: 20 * time.Second,
-		StopAt: 110 * time.Second, End: 115 * time.Second, Leading: true,
+		StopAt: 110 * time.Second, KillBy: 113 * time.Second, End: 115 * time.Second, Leading: true,
 		JobWanted: true,
 		Job: Job{
 			State: JobRunning, PID: 4711, StartedAt: time.Date(2026, 1, 2, 3, 4, 6, 0, time.UTC),
@@ -213,6 +213,7 @@ func TestStatus_JSON(t *testing.T) {
   "reason": "etcd says \"no\" <&>",
   "leader": null,
   "lease": null,
+  "deadlines": null,
   "job": {
     "state": "none",
     "pid": null,
@@ -246,6 +247,12 @@ func TestStatus_JSON(t *testing.T) {
     "id": "1f",
     "ttl_seconds": 20,
     "valid_for_seconds": 14.999
+  },
+  "deadlines": {
+    "now": 100,
+    "stop_at": 110,
+    "kill_by": 113,
+    "lease_end": 115
   },
   "job": {
     "state": "running",
@@ -281,6 +288,12 @@ func TestStatus_JSON(t *testing.T) {
     "ttl_seconds": 20,
     "valid_for_seconds": 0
   },
+  "deadlines": {
+    "now": 120,
+    "stop_at": 110,
+    "kill_by": 113,
+    "lease_end": 115
+  },
   "job": {
     "state": "running",
     "pid": 4711,
@@ -300,7 +313,7 @@ func TestStatus_JSON(t *testing.T) {
 		},
 	} {
 		wall := time.Date(2026, 2, 3, 4, 5, 5, 0, time.UTC)
-		if got := string(c.snapshot.update(c.now, wall).json(c.now, "v1")); got != c.want {
+		if got := encode(c.snapshot.update(c.now, wall).status(c.now, "v1"), "  "); got != c.want {
 			t.Errorf("%s:\n%s\nwant:\n%s", c.name, got, c.want)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -31,6 +32,7 @@ type Config struct {
 type Server struct {
 	cfg     Config
 	handler http.Handler
+	events  *events
 }
 
 // An Endpoint is a path that the server answers.
@@ -48,11 +50,16 @@ func Endpoints() []Endpoint {
 		{"/standby", "200 only while waiting in the queue"},
 		{
 			"/status",
-			"200 with JSON; 421, like the next two, to a request for a host name that is neither" +
-				" localhost nor that of LEASEHOLD_LISTEN",
+			"200 with JSON; 421, like the next three, to a request for a host name that is" +
+				" neither localhost nor that of LEASEHOLD_LISTEN",
 		},
 		{"/", "the same JSON; its name is the leader's identity"},
 		{"/metrics", "metrics for Prometheus"},
+		{
+			"/events",
+			"server-sent events: the JSON of /status, now and at each change;" +
+				" 503 if too many streams are open",
+		},
 	}
 }
 
@@ -68,6 +75,7 @@ func New(cfg Config) *Server {
 	cfg.Registry.MustRegister(build)
 
 	s := &Server{cfg: cfg}
+	s.events = newEvents(s.now, cfg.Version)
 	mux := http.NewServeMux()
 	// A pattern of GET matches HEAD too. HAProxy's checks are OPTIONS requests that look only at
 	// the status, so OPTIONS gets the status of GET. All other methods get 405 from the mux.
@@ -90,6 +98,7 @@ func New(cfg Config) *Server {
 		MaxRequestsInFlight: 4,
 	})
 	handle("/metrics", s.ours(metrics.ServeHTTP))
+	handle("/events", s.ours(s.events.serve))
 	s.handler = mux
 	return s
 }
@@ -116,7 +125,8 @@ func (s *Server) probe(rule func(Snapshot, time.Duration) error) http.HandlerFun
 
 func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	snapshot, now := s.now()
-	write(w, http.StatusOK, "application/json", snapshot.json(now, s.cfg.Version))
+	text := encode(snapshot.status(now, s.cfg.Version), "  ")
+	write(w, http.StatusOK, "application/json", []byte(text))
 }
 
 // ours answers 421 if the request is for a host name that is not ours. A web page can give its own
@@ -171,9 +181,17 @@ func (w *withoutBody) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// Changed has the subscribers of /events get the snapshot, if it has changed. It never waits.
+func (s *Server) Changed() { s.events.noteChange() }
+
 // Run serves on l until ctx ends, then lets the requests being served end, for a second at most. It
 // closes l.
 func (s *Server) Run(ctx context.Context, l net.Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	defer cancel()
+	sending.Go(func() { s.events.run(ctx) })
 	b := newBoundedListener(l)
 	srv := &http.Server{
 		Handler:           s.handler,
@@ -192,8 +210,8 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		return fmt.Errorf("serve health endpoint: %w", err)
 	case <-ctx.Done():
 	}
-	stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
+	stopping, stop := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer stop()
 	if err := srv.Shutdown(stopping); err != nil {
 		_ = srv.Close() // Clients that are still connected had a second.
 	}

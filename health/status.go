@@ -13,23 +13,34 @@ import (
 // status is the JSON of /status: a contract. Fields may be added, never renamed, and every one is
 // always present. The desc tags go into the reference.
 type status struct {
-	Name     string    `json:"name" desc:"the leader's identity; \"\" where none is known"`
-	Election string    `json:"election" desc:"the election's key prefix"`
-	Identity string    `json:"identity" desc:"this candidate's name"`
-	State    string    `json:"state" desc:"connecting, standby, leading, suspended or stopping"`
-	Reason   *string   `json:"reason" desc:"why the candidate is not in the election"`
-	Leader   *Leader   `json:"leader" desc:"the leader; in a long queue, of up to some seconds ago"`
-	Lease    *lease    `json:"lease" desc:"this candidate's lease"`
-	Job      jobStatus `json:"job" desc:"the job of this candidate"`
-	Blocker  *Blocker  `json:"blocker" desc:"a key ahead of ours that will not go away by itself"`
-	Since    *string   `json:"since" desc:"since when the state holds"`
-	Version  string    `json:"version" desc:"of leasehold"`
+	Name     string  `json:"name" desc:"the leader's identity; \"\" where none is known"`
+	Election string  `json:"election" desc:"the election's key prefix"`
+	Identity string  `json:"identity" desc:"this candidate's name"`
+	State    string  `json:"state" desc:"connecting, standby, leading, suspended or stopping"`
+	Reason   *string `json:"reason" desc:"why the candidate is not in the election"`
+	Leader   *Leader `json:"leader" desc:"the leader; in a long queue, of up to some seconds ago"`
+	Lease    *lease  `json:"lease" desc:"this candidate's lease"`
+
+	Deadlines *deadlines `json:"deadlines" desc:"of the lease, in seconds of CLOCK_BOOTTIME"`
+
+	Job     jobStatus `json:"job" desc:"the job of this candidate"`
+	Blocker *Blocker  `json:"blocker" desc:"a key ahead of ours that will not go away by itself"`
+	Since   *string   `json:"since" desc:"since when the state holds"`
+	Version string    `json:"version" desc:"of leasehold"`
 }
 
 type lease struct {
 	ID       string  `json:"id" desc:"in hex, as etcdctl shows it"`
 	TTL      float64 `json:"ttl_seconds" desc:"as etcd granted it"`
 	ValidFor float64 `json:"valid_for_seconds" desc:"how long it is sure to last; never negative"`
+}
+
+// deadlines are readings of the machine's clock that counts from its boot and that nobody sets.
+type deadlines struct {
+	Now    float64 `json:"now" desc:"what the clock shows in this moment"`
+	StopAt float64 `json:"stop_at" desc:"when a leader stops to lead, unless it renews the lease"`
+	KillBy float64 `json:"kill_by" desc:"when the guard kills a job that has not stopped by then"`
+	End    float64 `json:"lease_end" desc:"until when the lease is sure to last"`
 }
 
 type jobStatus struct {
@@ -61,10 +72,12 @@ func (s Snapshot) status(now time.Duration, version string) status {
 		st.Name = s.Leader.Identity
 	}
 	if s.LeaseID != 0 {
-		// Rounded down, so that the lease lasts at least as long as we report.
-		validFor := math.Floor(s.validFor(now).Seconds()*1000) / 1000
 		id := strconv.FormatUint(uint64(s.LeaseID), 16)
-		st.Lease = &lease{ID: id, TTL: s.TTL.Seconds(), ValidFor: validFor}
+		st.Lease = &lease{ID: id, TTL: s.TTL.Seconds(), ValidFor: seconds(s.validFor(now))}
+		st.Deadlines = &deadlines{
+			Now: seconds(now), StopAt: seconds(s.StopAt), KillBy: seconds(s.KillBy),
+			End: seconds(s.End),
+		}
 	}
 	if e := s.Job.LastExit; e != nil {
 		st.Job.LastExit = &exitStatus{Signal: orNull(e.Signal), At: timestamp(e.At)}
@@ -75,13 +88,27 @@ func (s Snapshot) status(now time.Duration, version string) status {
 	return st
 }
 
-func (s Snapshot) json(now time.Duration, version string) []byte {
-	text, err := quote.JSON(s.status(now, version), "  ")
+// withoutClock drops what changes with the clock alone.
+func (st status) withoutClock() status {
+	if st.Lease != nil {
+		l, d := *st.Lease, *st.Deadlines
+		l.ValidFor, d.Now = 0, 0
+		st.Lease, st.Deadlines = &l, &d
+	}
+	return st
+}
+
+// encode renders the status as JSON; without an indent on one line.
+func encode(st status, indent string) string {
+	text, err := quote.JSON(st, indent)
 	if err != nil {
 		panic(err) // No value of these types can fail.
 	}
-	return []byte(text)
+	return text
 }
+
+// seconds are rounded down to milliseconds, so that nothing lasts shorter than we report.
+func seconds(d time.Duration) float64 { return math.Floor(d.Seconds()*1000) / 1000 }
 
 func orNull[T comparable](v T) *T {
 	var none T

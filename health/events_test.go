@@ -1,0 +1,326 @@
+//go:build linux
+
+package health
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"leasehold/e2e/harness"
+)
+
+// newSubscriber subscribes to the server, by way of the address.
+func newSubscriber(t *testing.T, addr, lastID string) *harness.EventStream {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	s, err := harness.Subscribe(ctx, "http://"+addr+"/events", lastID)
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cancel(); s.Close() })
+	return s
+}
+
+// next returns the next event and the token in it.
+func next(t *testing.T, s *harness.EventStream) (id string, st status) {
+	t.Helper()
+	e, err := s.Next()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal([]byte(e.Data), &st); err != nil {
+		t.Fatalf("%q: %v", e.Data, err)
+	}
+	return e.ID, st
+}
+
+// lead makes the server's candidate the leader with that token.
+func (ts *testServer) lead(token int64) {
+	s := leading(func(s *Snapshot) { s.Leader.Token = token })
+	ts.snapshot.Store(&s)
+	ts.server.Changed()
+}
+
+func (ts *testServer) streams() int { return int(ts.server.events.count.Load()) }
+
+// TestEvents: a client gets the present status and each change of it, through a TCP proxy and
+// through an HTTP proxy that keeps what it gets for a while. The end of the server ends the stream.
+func TestEvents(t *testing.T) {
+	ts := newTestServer(t, leading())
+	tcp, err := harness.StartProxy("127.0.0.1:0", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(tcp.Close)
+	reverse := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: ts.addr})
+	reverse.FlushInterval = time.Hour
+	reverse.Transport = &http.Transport{DisableKeepAlives: true}
+	front := httptest.NewServer(reverse)
+	t.Cleanup(front.Close)
+
+	for name, addr := range map[string]string{
+		"direct": ts.addr, "TCP proxy": tcp.Addr(), "HTTP proxy": front.Listener.Addr().String(),
+	} {
+		ts.lead(17)
+		s := newSubscriber(t, addr, "")
+		seen := map[string]bool{}
+		for token := int64(17); token < 22; token++ {
+			id, st := next(t, s)
+			if st.State != Leading || st.Leader.Token != token || seen[id] {
+				t.Fatalf("%s: event %q: %+v, want token %d and a new id", name, id, st, token)
+			}
+			if d := st.Deadlines; d.Now != 100 || d.StopAt != 110 || d.End != 115 {
+				t.Errorf("%s: deadlines %+v", name, d)
+			}
+			seen[id] = true
+			ts.lead(token + 1)
+		}
+		// What is no change is no event.
+		id, _ := next(t, s)
+		ts.now.Add(int64(time.Millisecond))
+		ts.lead(22)
+		ts.lead(23)
+		if again, st := next(t, s); again == id || st.Leader.Token != 23 {
+			t.Errorf("%s: after %s comes %s, token %d", name, id, again, st.Leader.Token)
+		}
+		ts.now.Store(int64(100 * time.Second))
+		s.Close()
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	other := New(Config{
+		Logger: ts.server.cfg.Logger, Registry: prometheus.NewRegistry(),
+		Snapshot: ts.server.cfg.Snapshot, Now: ts.server.cfg.Now,
+	})
+	go func() { done <- other.Run(ctx, l) }()
+	s := newSubscriber(t, l.Addr().String(), "")
+	next(t, s)
+	cancel()
+	if e, err := s.Next(); !errors.Is(err, io.EOF) {
+		t.Errorf("after the server's end: %+v, %v", e, err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestEvents_Deadlines: that stop-at passes is an event, although nothing else changes.
+func TestEvents_Deadlines(t *testing.T) {
+	ts := newTestServer(t, leading())
+	ts.now.Store(int64(110*time.Second - 20*time.Millisecond))
+	s := newSubscriber(t, ts.addr, "")
+	if _, st := next(t, s); st.State != Leading {
+		t.Fatalf("state %s", st.State)
+	}
+	ts.now.Store(int64(110 * time.Second))
+	if _, st := next(t, s); st.State != Stopping {
+		t.Errorf("state %s after stop-at", st.State)
+	}
+}
+
+// TestEvents_LastEventID: whoever comes back gets the present status, unless it has that one. The
+// id of another process means nothing.
+func TestEvents_LastEventID(t *testing.T) {
+	ts := newTestServer(t, leading())
+	s := newSubscriber(t, ts.addr, "")
+	first, _ := next(t, s)
+	s.Close()
+	same := newSubscriber(t, ts.addr, first)
+	ts.lead(18)
+	second, st := next(t, same)
+	if second == first || st.Leader.Token != 18 {
+		t.Errorf("after %s comes %s, with token %d", first, second, st.Leader.Token)
+	}
+	ts.lead(19)
+	process, number, _ := strings.Cut(second, "-")
+	for _, lastID := range []string{first, second, "", "x", "00000000-" + number, process} {
+		if _, st := next(t, newSubscriber(t, ts.addr, lastID)); st.Leader.Token != 19 {
+			t.Errorf("after %q comes token %d", lastID, st.Leader.Token)
+		}
+	}
+}
+
+// TestEvents_Crowd: a thousand subscribers all get every event. No more than the limit are served,
+// probes are answered meanwhile, and whoever leaves makes room.
+func TestEvents_Crowd(t *testing.T) {
+	ts := newTestServer(t, leading())
+	if limit := ts.server.events.limit; limit < 1000 {
+		t.Skipf("with this limit of open files %d streams can be open", limit)
+	}
+	limit := ts.server.events.limit
+	began := time.Now()
+	ready := make(chan struct{}, limit)
+	slowest := make(chan time.Duration, limit)
+	changed := make(chan struct{})
+	var at time.Time
+	var all sync.WaitGroup
+	streams := make([]*harness.EventStream, limit)
+	for i := range limit {
+		all.Go(func() {
+			s, err := harness.Subscribe(t.Context(), "http://"+ts.addr+"/events", "")
+			for err != nil && t.Context().Err() == nil { // replaced in the rush
+				s, err = harness.Subscribe(t.Context(), "http://"+ts.addr+"/events", "")
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			streams[i] = s
+			for _, token := range []string{"17", "18"} {
+				e, err := s.Next()
+				if err != nil || !strings.Contains(e.Data, `"token":`+token) {
+					t.Errorf("subscriber %d gets %q, %v, want token %s", i, e.Data, err, token)
+				}
+				if token == "17" {
+					ready <- struct{}{}
+				}
+			}
+			<-changed
+			slowest <- time.Since(at)
+		})
+	}
+	for range limit {
+		<-ready
+	}
+	t.Logf("%d subscribers after %v", limit, time.Since(began))
+
+	resp, err := http.Get("http://" + ts.addr + "/events")
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" ||
+		!strings.Contains(string(body), "/status") {
+		t.Errorf("one subscriber too many: %s %v %s", resp.Status, resp.Header, body)
+	}
+	for _, path := range []string{"/livez", "/leader", "/status", "/metrics"} {
+		if got := ts.do(t, "GET", path); got.code != http.StatusOK {
+			t.Errorf("%s beside %d subscribers: %d %s", path, limit, got.code, got.body)
+		}
+	}
+	at = time.Now()
+	ts.lead(18)
+	took := time.Since(at)
+	close(changed)
+	all.Wait()
+	close(slowest)
+	worst := slices.Max(slices.Collect(func(yield func(time.Duration) bool) {
+		for d := range slowest {
+			if !yield(d) {
+				return
+			}
+		}
+	}))
+	t.Logf("noting a change took %v; the last of %d has it after %v", took, limit, worst)
+	for _, s := range streams[:limit/2] {
+		s.Close()
+	}
+	for token := int64(19); ts.streams() > limit/2; token++ {
+		ts.lead(token)
+		time.Sleep(time.Millisecond)
+	}
+	if _, st := next(t, newSubscriber(t, ts.addr, "")); st.Leader.Token < 19 {
+		t.Errorf("token %d", st.Leader.Token)
+	}
+	for _, s := range streams[limit/2:] {
+		s.Close()
+	}
+}
+
+// TestEvents_SlowReader: a subscriber that does not read is dropped. Another one gets every event
+// meanwhile, and nobody who notes a change waits.
+func TestEvents_SlowReader(t *testing.T) {
+	ts := newTestServer(t, leading())
+	slow, err := net.Dial("tcp", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slow.Close()
+	_ = slow.(*net.TCPConn).SetReadBuffer(4 << 10)
+	_, _ = io.WriteString(slow, "GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	s := newSubscriber(t, ts.addr, "")
+	next(t, s)
+	for ts.streams() < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	token := int64(17)
+	for ts.streams() == 2 {
+		token++
+		began := time.Now()
+		ts.lead(token)
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("noting a change took %v", took)
+		}
+		if _, st := next(t, s); st.Leader.Token != token {
+			t.Fatalf("token %d, want %d", st.Leader.Token, token)
+		}
+		if token > 100_000 {
+			t.Fatal("a subscriber that does not read is kept")
+		}
+	}
+	t.Logf("dropped after %d events", token-17)
+	// What it got is whole events, in order, and then the end.
+	_ = slow.SetReadDeadline(time.Now().Add(10 * time.Second))
+	text, _ := io.ReadAll(slow)
+	for i, want := 0, 17; want < 20; want++ {
+		at := strings.Index(string(text[i:]), fmt.Sprintf(`"token":%d`, want))
+		if at < 0 {
+			t.Fatalf("the slow subscriber has not got token %d: %.2000s", want, text)
+		}
+		i += at
+	}
+}
+
+// TestEvents_Quiet: a stream on which nothing happens has comments, so that no proxy closes it.
+func TestEvents_Quiet(t *testing.T) {
+	ts := newTestServer(t, Snapshot{State: Connecting})
+	s, err := net.Dial("tcp", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	_, _ = io.WriteString(s, "GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	for ts.streams() < 1 {
+		time.Sleep(time.Millisecond)
+	}
+	e := ts.server.events
+	e.mu.Lock()
+	e.sent = e.sent.Add(-quietTime)
+	e.mu.Unlock()
+	e.wake()
+	_ = s.SetReadDeadline(time.Now().Add(10 * time.Second))
+	var text strings.Builder
+	for !strings.HasSuffix(text.String(), "}\n\n:\n\n") {
+		b := make([]byte, 4096)
+		n, err := s.Read(b)
+		text.Write(b[:n])
+		if err != nil {
+			t.Fatalf("%v: %s", err, text.String())
+		}
+	}
+	if !strings.Contains(text.String(), "retry: ") {
+		t.Errorf("no time to wait before a client comes back: %s", text.String())
+	}
+}
