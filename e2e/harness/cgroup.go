@@ -100,6 +100,12 @@ func (c *Cgroup) Thaw(ctx context.Context) error {
 	return c.waitFor(ctx, "frozen 0")
 }
 
+// Frozen reports whether the cgroup itself was frozen, and not one above it, and nothing in it runs.
+func (c *Cgroup) Frozen() bool {
+	asked, _ := os.ReadFile(filepath.Join(c.Path, "cgroup.freeze")) // it may just have gone
+	return string(asked) == "1\n" && c.has("frozen 1") == nil
+}
+
 // WaitEmpty waits until no process is in the cgroup. Its error names those that are.
 func (c *Cgroup) WaitEmpty(ctx context.Context) error {
 	err := c.waitFor(ctx, "populated 0")
@@ -155,13 +161,16 @@ func (c *Cgroup) write(file, text string) error {
 
 // waitFor waits until the cgroup's events hold a line.
 func (c *Cgroup) waitFor(ctx context.Context, line string) error {
-	return Until(ctx, func() error {
-		events, err := os.ReadFile(filepath.Join(c.Path, "cgroup.events"))
-		if err == nil && !slices.Contains(strings.Split(string(events), "\n"), line) {
-			err = fmt.Errorf("%s is not %q but %q", c.Path, line, events)
-		}
-		return err
-	})
+	return Until(ctx, func() error { return c.has(line) })
+}
+
+// has returns an error unless the cgroup's events hold a line.
+func (c *Cgroup) has(line string) error {
+	events, err := os.ReadFile(filepath.Join(c.Path, "cgroup.events"))
+	if err == nil && !slices.Contains(strings.Split(string(events), "\n"), line) {
+		err = fmt.Errorf("%s is not %q but %q", c.Path, line, events)
+	}
+	return err
 }
 
 // tree lists the cgroup and all below, the outer ones first.

@@ -6,10 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -52,6 +50,9 @@ func withFreeze(scenarios []Scenario) []Scenario {
 			"stale-acknowledgement-isolated", "a member that was etcd's leader hangs, and when " +
 				"it wakes it acknowledges renewals for another second", nil, Failover,
 		},
+		{
+			"stale-acknowledgement-isolated-long", "the same with a long TTL", nil, Failover,
+		},
 		{"guard-hung-unreachable", "the guard hangs, and etcd is unreachable", nil, Failover},
 		{
 			"elector-killed-unreachable", "the elector is killed, and etcd is unreachable",
@@ -72,6 +73,13 @@ func withFreeze(scenarios []Scenario) []Scenario {
 		},
 		{
 			"starved-cpu", "64 busy loops on the machine, while etcd is unreachable", nil, Failover,
+		},
+		{
+			"starved-memory", "nearly all memory is taken, while etcd is unreachable",
+			nil, Failover,
+		},
+		{
+			"suspend", "the leader's machine is suspended past its TTL and resumed", nil, Failover,
 		},
 	} {
 		i := slices.IndexFunc(scenarios, func(s Scenario) bool { return s.Name == row.of })
@@ -104,7 +112,7 @@ func (t *Trial) watchFrozen(ctx context.Context) error {
 	if err != nil || len(found) != 1 {
 		return fmt.Errorf("the job's cgroup: %q, %w", found, err)
 	}
-	events := filepath.Join(found[0], "cgroup.events")
+	job := harness.Cgroup{Path: found[0]}
 	ended := make(chan time.Duration, 1) // closed when the watch has ended
 	t.death = ended
 	go func() {
@@ -113,16 +121,15 @@ func (t *Trial) watchFrozen(ctx context.Context) error {
 		pause, since := unix.NsecToTimespec(200_000), time.Duration(0)
 		for ctx.Err() == nil {
 			_ = unix.Nanosleep(&pause, nil)
-			text, _ := os.ReadFile(events)
-			now := harness.Now()
+			frozen, now := job.Frozen(), harness.Now()
 			switch {
-			case allKilled(t.Job.Pid):
+			case harness.Killed(t.Job.Pid):
 				if since == 0 {
 					since = now
 				}
 				ended <- since
 				return
-			case !strings.Contains(string(text), "frozen 1"):
+			case !frozen:
 				since = 0
 			case since == 0:
 				since = now

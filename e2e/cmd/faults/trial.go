@@ -429,13 +429,13 @@ func (t *Trial) deathOfThreads() error {
 		return errors.New("SIGKILL was not seen at the job's threads")
 	}
 	figure := "its connection closed after"
-	if t.Scenario.Freeze {
+	if t.frozenSince.Load() != 0 {
 		figure = "frozen for"
 	} else if strings.HasPrefix(strings.Join(t.Scenario.Job.Words, " "), "memory=") {
 		figure = "memory freed after"
 	}
 	t.Figure(figure, term.End-t.killed)
-	if t.thawed != 0 && !t.Scenario.Freeze {
+	if t.thawed != 0 && t.killed > t.thawed {
 		t.Figure("thaw to death", t.killed-t.thawed)
 	}
 	return nil
