@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -110,6 +111,63 @@ func TestFreeze_EtcdStopped(t *testing.T) {
 	if now := tr.queue(); now != queue {
 		t.Errorf("the queue was %s, and is %s", queue, now)
 	}
+	tr.finish()
+}
+
+// hangEtcd has all members of etcd hang (SIGSTOP), and returns what ends that.
+func (tr *trial) hangEtcd() (resume func()) {
+	tr.Helper()
+	for _, m := range tr.etcd.Members {
+		tr.must(m.Pause())
+	}
+	return func() {
+		tr.Helper()
+		for _, m := range tr.etcd.Members {
+			tr.must(m.Continue())
+		}
+	}
+}
+
+// TestFreeze_EtcdHangs: all of etcd hangs. For less than a TTL that is one life of the job. A reload
+// is refused meanwhile. After two TTLs etcd expires the lease as soon as it goes on: the frozen job
+// is killed without having run again, and the next one has another token.
+func TestFreeze_EtcdHangs(t *testing.T) {
+	tr := newTrial(t, root(), harness.ClusterConfig{Size: 3})
+	tr.ttl = 5 * time.Second
+	reloadPrograms(t) // to build them takes longer than etcd may hang
+	leader, standby, job := tr.pair(heartbeat, freezes)
+	before := tr.status(leader)
+	resume := tr.hangEtcd()
+	tr.waitJobState(leader, "frozen")
+	from := harness.Now()
+	code, said := tr.reload(0, strconv.Itoa(leader.Guard()))
+	if code != 1 || !strings.Contains(said, "the job is frozen: try again when it runs") {
+		t.Errorf("reload: %d, %q", code, said)
+	}
+	to := harness.Now()
+	resume()
+	tr.waitStatus(leader, "/leader", http.StatusOK)
+	tr.ran(job, from, to)
+	tr.sameJob(job)
+	if after := tr.status(leader); *after.Leader != *before.Leader ||
+		after.Lease.ID != before.Lease.ID || *after.Job.PID != *before.Job.PID {
+		t.Errorf("before %+v, after %+v", before, after)
+	}
+	if n := check.Replacements(leader.Log()); len(n) > 0 {
+		t.Errorf("the elector was replaced: %v", n)
+	}
+
+	f := frozenPair{leader: leader, standby: standby, job: job}
+	resume = tr.hangEtcd()
+	tr.waitJobState(leader, "frozen")
+	f.since = harness.Now()
+	time.Sleep(2 * tr.ttl)
+	if !tr.frozen(leader) || !tr.alive(job) {
+		t.Fatal("the job is not frozen any more")
+	}
+	resume()
+	tr.waitNext(job, waitTimeout)
+	tr.neverThawed(f)
 	tr.finish()
 }
 
