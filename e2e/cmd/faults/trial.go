@@ -27,6 +27,8 @@ const (
 	settle  = 250 * time.Millisecond // from the standby's coming to the fault
 	observe = 3 * time.Second        // for how long two jobs are watched running at once
 	calm    = 2 * time.Second        // for how long a job is watched that must not move
+	// readyTimeout: a virtual machine may have to get a job's gigabytes from its host first.
+	readyTimeout = 10 * harness.WaitTimeout
 
 	stopGrace = 500 * time.Millisecond // of leasehold
 )
@@ -99,8 +101,11 @@ func (t *Trial) make(ctx context.Context) {
 // run brings the pair up, injects the fault, and reads what follows off the witness.
 func (t *Trial) run(ctx context.Context) error {
 	s := t.Scenario
-	ctx, cancel := context.WithTimeoutCause(ctx,
-		4*harness.WaitTimeout+max(0, s.Duration), errors.New("the trial came to no end"))
+	bound := 4*harness.WaitTimeout + max(0, s.Duration)
+	if s.Job.Ready != nil {
+		bound += readyTimeout
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, bound, errors.New("the trial came to no end"))
 	defer cancel()
 	if err := t.ready(ctx); err != nil {
 		return fmt.Errorf("bring up a leader and a standby: %w", err)
@@ -180,16 +185,17 @@ func (t *Trial) verify(ctx context.Context) error {
 	if err := t.fault.Verify.Do(ctx, t.Target); err != nil {
 		return fmt.Errorf("verify the fault: %w", err)
 	}
-	return t.until(ctx, "no outcome", t.Scenario.Check)
+	return t.until(ctx, 3*harness.WaitTimeout, "no outcome", t.Scenario.Check)
 }
 
 // until waits until a condition, which may be nil, is met.
-func (t *Trial) until(ctx context.Context, otherwise string, met func(*Trial) error) error {
+func (t *Trial) until(
+	ctx context.Context, bound time.Duration, otherwise string, met func(*Trial) error,
+) error {
 	if met == nil {
 		return nil
 	}
-	const long = 3 * harness.WaitTimeout
-	return harness.UntilWithin(ctx, long, otherwise, func() error { return met(t) })
+	return harness.UntilWithin(ctx, bound, otherwise, func() error { return met(t) })
 }
 
 // handOver tries whether a planned stop still does what it should: what a fault did
@@ -233,7 +239,7 @@ func (t *Trial) ready(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := t.until(ctx, "the job is not ready", t.Scenario.Job.Ready); err != nil {
+	if err := t.until(ctx, readyTimeout, "the job is not ready", t.Scenario.Job.Ready); err != nil {
 		return err
 	}
 	if err := t.note(ctx); err != nil {
