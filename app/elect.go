@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"leasehold/cli"
@@ -47,7 +46,7 @@ func runElect(build Build, call cli.Call) error {
 	lease := &leaseCallbacks{grace: cfg.StopGrace.Duration, force: make(chan struct{})}
 	d, err := wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version,
-		registry: prometheus.NewRegistry(), changed: make(chan struct{}, 1),
+		metrics: newMetrics(cfg.Election), changed: make(chan struct{}, 1),
 		callbacks: lease,
 		status:    func(text string) { systemd.notify("STATUS=" + text) },
 		listen: func(address string) (net.Listener, error) {

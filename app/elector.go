@@ -14,7 +14,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"leasehold/config"
@@ -123,7 +122,7 @@ func runElector(build Build, args []string) int {
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	changed := make(chan struct{}, 1)
-	registry := prometheus.NewRegistry()
+	measured := newMetrics(cfg.Election)
 	job := &jobCallbacks{
 		cfg: cfg, log: log.Logger,
 		stopping: func() bool { return ctx.Err() != nil },
@@ -136,7 +135,7 @@ func runElector(build Build, args []string) int {
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
 	sc.Running = func() bool { return live(d.candidate.Snapshot()) == nil }
 	sc.Changed = func() { signalChange(changed) }
-	sc.Logger, sc.Registerer = log.Logger, registry
+	sc.Logger, sc.Registerer = log.Logger, measured
 	super, err := supervisor.Connect(sc)
 	if err != nil {
 		log.Error("connect to the guard", "err", err)
@@ -147,7 +146,7 @@ func runElector(build Build, args []string) int {
 	ended := job.ended()
 	guardGone := make(chan struct{})
 	d, err = wire(ctx, stop, parts{
-		cfg: cfg, log: log.Logger, version: build.Version, registry: registry, changed: changed,
+		cfg: cfg, log: log.Logger, version: build.Version, metrics: measured, changed: changed,
 		callbacks: job, configure: job.adopt, status: super.Status, listen: inherit,
 		suspends: super.Suspend,
 		job:      func() health.Job { return healthJob(super.Snapshot()) },

@@ -172,12 +172,14 @@ the leader's here, and the candidate's own there.
 	md(`
 ## Metrics
 
-~elect~ has no ~leasehold_job_*~ and no ~leasehold_guard_*~ metrics.
+Each metric also has the label ~election~. ~elect~ has no ~leasehold_job_*~, no ~leasehold_guard_*~
+and no ~leasehold_elector_*~ metrics. The usual ~go_*~ and ~process_*~ metrics are those of the
+elector's process.
 
 | metric | type | labels | meaning |
 |---|---|---|---|
 `)
-	for _, m := range metrics(t) {
+	for _, m := range listMetrics(t) {
 		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", m.name, m.kind, m.labels, m.help)
 	}
 	return b.String()
@@ -206,14 +208,14 @@ func fields(b *strings.Builder, list []health.Field) {
 
 type metric struct{ name, kind, labels, help string }
 
-// metrics gathers what every package registers.
-func metrics(t *testing.T) []metric {
+// listMetrics gathers what every package registers.
+func listMetrics(t *testing.T) []metric {
 	t.Helper()
 	registry := prometheus.NewRegistry()
 	now := func() time.Duration { return 0 }
 	logger := slog.New(slog.DiscardHandler)
 	health.New(health.Config{
-		Logger: logger, Registry: registry, Now: now, Version: "VERSION",
+		Logger: logger, Registerer: registry, Gatherer: registry, Now: now, Version: "VERSION",
 		Snapshot: func() health.Snapshot { return health.Snapshot{} },
 	})
 	if _, err := election.New(election.Config{
@@ -268,7 +270,7 @@ func metrics(t *testing.T) []metric {
 // TestMetrics: the names are a contract.
 func TestMetrics(t *testing.T) {
 	got := map[string]bool{}
-	for _, m := range metrics(t) {
+	for _, m := range listMetrics(t) {
 		got[m.name] = true
 		if m.help == "" {
 			t.Errorf("%s has no help", m.name)
@@ -278,7 +280,8 @@ func TestMetrics(t *testing.T) {
 		"leader", "lease_valid_seconds", "lease_renewals_total", "lease_renewal_duration_seconds",
 		"terms_total", "losses_total", "job_up", "job_starts_total", "job_exits_total",
 		"job_kills_total", "job_stop_duration_seconds", "guard_lateness_seconds", "build_info",
-		"elector_replacements_total",
+		"elector_replacements_total", "ready", "blocked", "lease_ttl_seconds", "fencing_token",
+		"last_transition_timestamp_seconds",
 	} {
 		if !got["leasehold_"+name] {
 			t.Errorf("leasehold_%s is not registered", name)

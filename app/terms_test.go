@@ -14,8 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"leasehold/config"
 	"leasehold/e2e/harness"
 	"leasehold/election"
@@ -61,8 +59,8 @@ func TestElect_HundredTerms(t *testing.T) {
 	told := make(chan struct{}, 1)
 	d, err := wire(running, stop, parts{
 		cfg: cfg, log: slog.New(slog.DiscardHandler), version: "VERSION",
-		registry: prometheus.NewRegistry(),
-		changed:  make(chan struct{}, 1), callbacks: &leaseCallbacks{force: make(chan struct{})},
+		metrics: newMetrics(cfg.Election),
+		changed: make(chan struct{}, 1), callbacks: &leaseCallbacks{force: make(chan struct{})},
 		status: func(string) { signalChange(told) },
 		listen: func(address string) (net.Listener, error) { return bind(ctx, address) },
 	})

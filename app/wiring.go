@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/oklog/run"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"leasehold/config"
 	"leasehold/election"
@@ -22,11 +24,11 @@ import (
 
 // parts are what differs between the elector and elect.
 type parts struct {
-	cfg      config.Config
-	log      *slog.Logger
-	version  string
-	registry *prometheus.Registry
-	changed  chan struct{} // room for one: a snapshot has changed
+	cfg     config.Config
+	log     *slog.Logger
+	version string
+	metrics metrics
+	changed chan struct{} // room for one: a snapshot has changed
 
 	callbacks election.Callbacks
 	configure func(*election.Config)          // may be nil
@@ -35,6 +37,25 @@ type parts struct {
 	suspends  func() bool                     // whether a term outlasts stop-at; nil: no
 	status    func(text string)               // one line at each change of its state
 	listen    func(address string) (net.Listener, error)
+}
+
+// metrics is what this process measures: its own use of the machine, and what is registered. Each
+// metric has the election as a label.
+type metrics struct {
+	prometheus.Registerer
+	registry *prometheus.Registry
+}
+
+func newMetrics(election string) metrics {
+	registry := prometheus.NewRegistry()
+	// Prometheus takes no other text, and etcd takes any.
+	name := strings.ToValidUTF8(election, "�")
+	m := metrics{
+		prometheus.WrapRegistererWith(prometheus.Labels{"election": name}, registry), registry,
+	}
+	m.MustRegister(collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
 }
 
 // A daemon is what the elector and elect have in common: the candidate, the health server and the
@@ -51,7 +72,7 @@ type daemon struct {
 func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, error) {
 	d := &daemon{}
 	ec := p.cfg.ElectionConfig(p.log)
-	ec.Registerer, ec.Callbacks = p.registry, p.callbacks
+	ec.Registerer, ec.Callbacks = p.metrics, p.callbacks
 	ec.Changed = func() { signalChange(p.changed) }
 	if p.configure != nil {
 		p.configure(&ec)
@@ -98,8 +119,8 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 	d.listening = listener.Addr()
 	name, _, _ := net.SplitHostPort(p.cfg.Listen) // sound, or nothing could be bound
 	d.server = health.New(health.Config{
-		Logger: p.log, Registry: p.registry, Snapshot: snapshot, Now: boottime.Now,
-		Version: p.version, Name: name,
+		Logger: p.log, Registerer: p.metrics, Gatherer: p.metrics.registry,
+		Snapshot: snapshot, Now: boottime.Now, Version: p.version, Name: name,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	d.group.Add(func() error { return d.server.Run(ctx, listener) }, func(error) { cancel() })

@@ -109,8 +109,9 @@ func TestEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	done := make(chan error, 1)
+	registry := prometheus.NewRegistry()
 	other := New(Config{
-		Logger: ts.server.cfg.Logger, Registry: prometheus.NewRegistry(),
+		Logger: ts.server.cfg.Logger, Registerer: registry, Gatherer: registry,
 		Snapshot: ts.server.cfg.Snapshot, Now: ts.server.cfg.Now,
 	})
 	go func() { done <- other.Run(ctx, l) }()

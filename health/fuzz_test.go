@@ -50,8 +50,9 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add([]byte(request))
 	}
+	registry := prometheus.NewRegistry()
 	handler := New(Config{
-		Logger: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry(),
+		Logger: slog.New(slog.DiscardHandler), Registerer: registry, Gatherer: registry,
 		Snapshot: func() Snapshot { return leading() },
 		Now:      func() time.Duration { return 100 * time.Second },
 		Version:  "v1", Name: "here.example",

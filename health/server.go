@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,12 +19,13 @@ import (
 
 // Config configures a Server. All fields except Version and Name are required.
 type Config struct {
-	Logger   *slog.Logger
-	Registry *prometheus.Registry // Of its own: what /metrics shows.
-	Snapshot func() Snapshot      // Called for each request. Must not block.
-	Now      func() time.Duration // The clock of the snapshot's deadlines.
-	Version  string
-	Name     string // The host of the address that it listens on, if that is a name.
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+	Gatherer   prometheus.Gatherer  // What /metrics shows.
+	Snapshot   func() Snapshot      // Called for each request. Must not block.
+	Now        func() time.Duration // The clock of the snapshot's deadlines.
+	Version    string
+	Name       string // The host of the address that it listens on, if that is a name.
 }
 
 // Server is the health endpoint.
@@ -63,19 +63,11 @@ func Endpoints() []Endpoint {
 	}
 }
 
-// New makes a server. It registers leasehold_build_info with the registry.
+// New makes a server, and registers the metrics of what it knows.
 func New(cfg Config) *Server {
-	build := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "leasehold_build_info",
-		Help: "Always 1; " +
-			"the labels are the version of leasehold and of the Go it was built with.",
-		ConstLabels: prometheus.Labels{"version": cfg.Version, "goversion": runtime.Version()},
-	})
-	build.Set(1)
-	cfg.Registry.MustRegister(build)
-
 	s := &Server{cfg: cfg}
 	s.events = newEvents(s.now, cfg.Version)
+	s.register(cfg.Registerer)
 	mux := http.NewServeMux()
 	// A pattern of GET matches HEAD too. HAProxy's checks are OPTIONS requests that look only at
 	// the status, so OPTIONS gets the status of GET. All other methods get 405 from the mux.
@@ -92,7 +84,7 @@ func New(cfg Config) *Server {
 	handle("/standby", s.probe(func(s Snapshot, _ time.Duration) error { return s.standby() }))
 	handle("/status", s.ours(s.status))
 	handle("/{$}", s.ours(s.status))
-	metrics := promhttp.HandlerFor(cfg.Registry, promhttp.HandlerOpts{
+	metrics := promhttp.HandlerFor(cfg.Gatherer, promhttp.HandlerOpts{
 		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn),
 		// Each scrape being served holds the whole text in memory.
 		MaxRequestsInFlight: 4,

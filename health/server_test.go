@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -43,9 +44,10 @@ func newTestServer(t *testing.T, s Snapshot) *testServer {
 		t.Fatal(err)
 	}
 	ts.addr = l.Addr().String()
+	registry := prometheus.NewRegistry()
 	ts.server = New(Config{
-		Logger:   slog.New(slog.NewTextHandler(&ts.log, nil)),
-		Registry: prometheus.NewRegistry(),
+		Logger:     slog.New(slog.NewTextHandler(&ts.log, nil)),
+		Registerer: registry, Gatherer: registry,
 		Snapshot: func() Snapshot { return *ts.snapshot.Load() },
 		Now:      func() time.Duration { return time.Duration(ts.now.Load()) },
 		Version:  "v1",
@@ -175,6 +177,43 @@ func TestServer_Answers(t *testing.T) {
 	want := fmt.Sprintf("leasehold_build_info{goversion=%q,version=\"v1\"} 1", runtime.Version())
 	if !strings.Contains(body, want) {
 		t.Errorf("/metrics has no %s: %s", want, body)
+	}
+}
+
+// TestServer_Metrics: the metrics are of the moment in which they are asked for.
+func TestServer_Metrics(t *testing.T) {
+	ts := newTestServer(t, leading())
+	for _, c := range []struct {
+		name     string
+		snapshot Snapshot
+		now      time.Duration
+		want     map[string]float64
+	}{
+		{"leading", leading(), 100 * time.Second, map[string]float64{
+			"ready": 1, "blocked": 0, "lease_ttl_seconds": 20, "fencing_token": 17,
+			"last_transition_timestamp_seconds": 1767319445.006,
+		}},
+		{"past stop-at", leading(), 110 * time.Second, map[string]float64{
+			"ready": 0, "fencing_token": 17,
+		}},
+		{"past the lease's end", leading(), 115 * time.Second, map[string]float64{
+			"ready": 0, "fencing_token": 0,
+		}},
+		{"nothing", Snapshot{State: Connecting, Blocker: &Blocker{}}, 0, map[string]float64{
+			"ready": 0, "blocked": 1, "lease_ttl_seconds": 0, "fencing_token": 0,
+			"last_transition_timestamp_seconds": 0,
+		}},
+	} {
+		ts.snapshot.Store(&c.snapshot)
+		ts.now.Store(int64(c.now))
+		body := ts.do(t, "GET", "/metrics").body
+		for name, want := range c.want {
+			_, after, _ := strings.Cut(body, "\nleasehold_"+name+" ")
+			text, _, _ := strings.Cut(after, "\n")
+			if got, err := strconv.ParseFloat(text, 64); err != nil || got != want {
+				t.Errorf("%s: leasehold_%s is %s, want %v", c.name, name, text, want)
+			}
+		}
 	}
 }
 
@@ -378,7 +417,10 @@ func TestServer_ListenerFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = l.Close()
-	server := New(Config{Logger: slog.New(slog.DiscardHandler), Registry: prometheus.NewRegistry()})
+	registry := prometheus.NewRegistry()
+	server := New(Config{
+		Logger: slog.New(slog.DiscardHandler), Registerer: registry, Gatherer: registry,
+	})
 	if err := server.Run(t.Context(), l); err == nil {
 		t.Error("no error from a closed listener")
 	}

@@ -471,11 +471,12 @@ func getMetrics(ctx context.Context, within time.Duration, url string) (text str
 	return text, nil
 }
 
-// addSamples adds up the samples that begin with prefix.
-func addSamples(text, prefix string) (sum float64, err error) {
+// addSamples adds up the samples whose name begins as what does, and that have its labels.
+func addSamples(text, what string) (sum float64, err error) {
 	found := false
+	name, labels, _ := strings.Cut(strings.TrimSuffix(what, "}"), "{")
 	for line := range strings.Lines(text) {
-		if !strings.HasPrefix(line, prefix) {
+		if !strings.HasPrefix(line, name) || !strings.Contains(line, labels) {
 			continue
 		}
 		number := strings.TrimSpace(line[strings.LastIndexByte(line, ' ')+1:])
@@ -486,7 +487,7 @@ func addSamples(text, prefix string) (sum float64, err error) {
 		sum, found = sum+value, true
 	}
 	if !found {
-		return 0, fmt.Errorf("no sample %s", prefix)
+		return 0, fmt.Errorf("no sample %s", what)
 	}
 	return sum, nil
 }

@@ -253,6 +253,42 @@ func TestStatusAndCheck(t *testing.T) {
 	tr.finish()
 }
 
+// TestMetrics: every metric names the election. There are also those of the process, which the
+// daemon may read although nobody may look into its memory.
+func TestMetrics(t *testing.T) {
+	tr := ordinary(t)
+	leader, standby, _ := tr.pair("")
+	elect := tr.start("c", "", subcommand("elect"))
+	tr.waitStatus(elect, "/standby", http.StatusOK)
+	for _, c := range []*candidate{leader, standby, elect} {
+		_, text, err := c.Get(tr.ctx, "/metrics")
+		tr.must(err)
+		for line := range strings.Lines(text) {
+			name, labels, _ := strings.Cut(line, "{")
+			if !strings.HasPrefix(name, "#") &&
+				!strings.Contains(labels, fmt.Sprintf("election=%q", tr.election)) {
+				t.Errorf("%s: %q does not name the election", c.Identity, line)
+			}
+		}
+		for name, want := range map[string]float64{
+			"leasehold_ready": 1, "leasehold_lease_ttl_seconds": tr.ttl.Seconds(),
+		} {
+			if got, err := c.Metric(tr.ctx, name); err != nil || got != want {
+				t.Errorf("%s: %s is %v, %v, want %v", c.Identity, name, got, err, want)
+			}
+		}
+		for _, name := range []string{
+			"process_resident_memory_bytes", "process_open_fds", "go_goroutines",
+			"leasehold_fencing_token", "leasehold_last_transition_timestamp_seconds",
+		} {
+			if got, err := c.Metric(tr.ctx, name+"{"); err != nil || got <= 0 {
+				t.Errorf("%s: %s is %v, %v", c.Identity, name, got, err)
+			}
+		}
+	}
+	tr.stop()
+}
+
 func TestWait(t *testing.T) {
 	tr := ordinary(t)
 	leader := tr.start("a", "", variables("LEASEHOLD_WAIT=0s")) // nobody else is there
