@@ -77,7 +77,7 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 // kill-by.
 func (j *jobCallbacks) grace(cause error) time.Duration {
 	switch {
-	case errors.Is(cause, errPlannedStop):
+	case errors.Is(cause, errPlannedStop), errors.Is(cause, election.ErrHeld):
 		return max(j.cfg.StopGrace.Duration, 1) // 0 would mean that the lease is lost
 	case errors.Is(cause, election.ErrContactLost):
 		return -1

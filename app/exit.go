@@ -55,7 +55,7 @@ var exits = []struct {
 	{
 		exitOK, "",
 		"planned stop, whatever the job's code; the job ended with 0 and is not restarted;" +
-			" status: there is a leader; check: yes",
+			" status: there is a leader; check: yes; hold, release: done",
 		is(),
 	},
 	{
@@ -72,10 +72,10 @@ var exits = []struct {
 	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
 	{
 		exitUnavailable, "",
-		"status, check, reload: nobody answers, or etcd refuses;" +
+		"status, hold, release, check, reload: nobody answers, or etcd refuses;" +
 			" not elected within LEASEHOLD_WAIT, because etcd did not answer or refused",
-		is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable,
-			reload.ErrNoAnswer),
+		either(is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable,
+			reload.ErrNoAnswer), as[*cli.EtcdError]),
 	},
 	{
 		exitInternal, "",

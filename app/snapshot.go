@@ -33,6 +33,12 @@ func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 			Key: c.Blocker.Key, Why: c.Blocker.Why, Remedy: c.Blocker.Remedy,
 		}
 	}
+	if h := c.Hold; h != nil {
+		s.Hold = &health.Hold{
+			By: h.By, Reason: h.Reason, Since: h.Since, Until: h.Until, Stop: h.Stop,
+		}
+	}
+	s.ControlProblem = c.ControlProblem
 	return s
 }
 

@@ -163,6 +163,8 @@ func statusText(s election.Snapshot, frozen bool) string {
 		return fmt.Sprintf("frozen: %s, token %d", s.Reason, s.Leader.Token)
 	case s.State == election.Connecting:
 		return "connecting to etcd: " + s.Reason
+	case s.State == election.Standby && s.Hold != nil && s.Leader == nil:
+		return "standby, held by " + s.Hold.By
 	case s.State == election.Standby && s.Leader != nil:
 		return "standby, leader is " + s.Leader.Identity
 	case s.State == election.Standby:

@@ -12,6 +12,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"leasehold/config"
 	"leasehold/health"
@@ -25,6 +26,7 @@ type Command struct {
 	Description string   // more, in sentences
 	Words       []string // the only words that may follow; nil: any
 	Flags       []string // of its own, such as --json
+	Options     []string // flags that take a value, such as --timeout
 	Files       bool     // its argument is a path
 	Min, Max    int      // how many arguments it takes; the job's words don't count
 	Job         bool     // it takes a job, after --
@@ -53,12 +55,27 @@ type Call struct {
 	EnvFile string   // of -f; "" for none
 	Args    []string // without flags
 	Flags   []string // those of the command that were given
+	Options map[string]string
 	Job     []string // what stands after --
 	HasJob  bool     // there is a --
 }
 
 // Has reports whether the flag was given.
 func (c Call) Has(flag string) bool { return slices.Contains(c.Flags, flag) }
+
+// Duration is the value of an option; none: it was not given.
+func (c Call) Duration(option string, none time.Duration) (time.Duration, error) {
+	text, given := c.Options[option]
+	if !given {
+		return none, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d <= 0 {
+		return 0, &UsageError{Hint: fmt.Sprintf(
+			"%s takes a time with its unit, such as 90s or 1h: %s", option, c.Command.Usage())}
+	}
+	return d, nil
+}
 
 // A Program is what the command line is made of.
 type Program struct {
@@ -97,6 +114,23 @@ func (p *Program) Commands() []Command {
 				" Exit code 0: there is a leader; 1: there is none;" +
 				" 69: etcd does not answer, or refuses.",
 			Run: p.status,
+		},
+		{
+			Name: "hold", Args: "[ELECTION] [--for TIME] [--reason TEXT] [--stop]", Max: 1,
+			Flags: []string{"--stop"}, Options: []string{"--for", "--reason"},
+			Summary: "let nobody become leader until release; whoever leads goes on",
+			Description: "With --stop the leader resigns in order, and nobody follows." +
+				" With --for the hold ends by itself." +
+				" It outlasts every daemon, and a restart of etcd." +
+				" Exit code 0: held; 69: etcd does not answer, or refuses.",
+			Run: p.hold,
+		},
+		{
+			Name: "release", Args: "[ELECTION]", Max: 1,
+			Summary: "end a hold",
+			Description: "Exit code 0: there is no hold any more;" +
+				" 69: etcd does not answer, or refuses.",
+			Run: p.release,
 		},
 		{
 			Name: "check", Args: "[" + strings.Join(health.Checks(), "|") + "]", Max: 1,
@@ -149,7 +183,7 @@ func (p *Program) Commands() []Command {
 
 // commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{
-	"run", "elect", "status", "check", "reload", "install", "version",
+	"run", "elect", "status", "hold", "release", "check", "reload", "install", "version",
 	"help",
 }
 

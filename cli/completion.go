@@ -4,6 +4,7 @@ package cli
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -52,8 +53,8 @@ func (p *Program) Completion() string {
 		if len(choices) > 0 {
 			sets = append(sets, "choices='"+strings.Join(choices, " ")+"'")
 		}
-		if len(c.Flags) > 0 {
-			sets = append(sets, "flags='"+strings.Join(c.Flags, " ")+"'")
+		if flags := slices.Concat(c.Flags, c.Options); len(flags) > 0 {
+			sets = append(sets, "flags='"+strings.Join(flags, " ")+"'")
 		}
 		if c.Files {
 			sets = append(sets, "compopt -o default")

@@ -54,6 +54,9 @@ func (c Call) again() []string {
 		args = append(args, "-f", c.EnvFile)
 	}
 	args = slices.Concat(args, c.Flags, c.Args)
+	for option, value := range c.Options {
+		args = append(args, option, value)
+	}
 	if c.Command.Job {
 		args = slices.Concat(args, []string{"--"}, c.Job)
 	}

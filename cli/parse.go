@@ -88,6 +88,16 @@ func (l *line) parse() (call Call, hint string) {
 			return Call{Command: version}, ""
 		case slices.Contains(call.Command.Flags, arg):
 			call.Flags = append(call.Flags, arg)
+		case call.Command.takes(arg):
+			option, value, assigned := strings.Cut(arg, "=")
+			if !assigned {
+				if i++; i < len(l.own) {
+					value = l.own[i]
+				}
+			}
+			if hint := call.set(option, value); hint != "" {
+				return call, hint
+			}
 		case strings.HasPrefix(arg, "-"):
 			return call, l.unknownFlag(call.Command, arg)
 		case !found:
@@ -116,6 +126,27 @@ func (l *line) parse() (call Call, hint string) {
 	}
 	call.Job, call.HasJob = l.job, l.hasJob
 	return call, l.arguments(call)
+}
+
+// takes reports whether the argument is an option of the command, perhaps with its value.
+func (c Command) takes(arg string) bool {
+	option, _, _ := strings.Cut(arg, "=")
+	return slices.Contains(c.Options, option)
+}
+
+// set keeps the value of an option, or says what is wrong with it.
+func (c *Call) set(option, value string) string {
+	if _, given := c.Options[option]; given {
+		return option + " is given twice"
+	}
+	if value == "" {
+		return option + " needs a value: " + c.Command.Usage()
+	}
+	if c.Options == nil {
+		c.Options = map[string]string{}
+	}
+	c.Options[option] = value
+	return ""
 }
 
 // arguments says what is wrong with the number and the kind of a call's arguments, or "".
@@ -186,10 +217,11 @@ func (l *line) unknownFlag(c Command, flag string) string {
 		return "-f FILE reads an env file: leasehold -f FILE ..."
 	case assigned && slices.Contains(valueless, name):
 		return name + " takes no value"
-	case c.Name == "" && slices.Contains(named.Flags, flag):
-		return fmt.Sprintf("write %s after %s: %s", flag, named.Name, named.Usage())
+	case c.Name == "" && (slices.Contains(named.Flags, flag) || named.takes(flag)):
+		return fmt.Sprintf("write %s after %s: %s", name, named.Name, named.Usage())
 	}
-	near := suggest.Nearest(name, append([]string{"--help", "--version"}, c.Flags...))
+	near := suggest.Nearest(name,
+		slices.Concat([]string{"--help", "--version"}, c.Flags, c.Options))
 	if near != "" {
 		return fmt.Sprintf("no such flag %s: did you mean %s?", quote.Word(name), near)
 	}

@@ -17,14 +17,16 @@ import (
 // shares the fields of the same name, it may gain fields and renames none. The desc tags go into
 // the reference.
 type statusReport struct {
-	Name     string            `json:"name" desc:"the leader's identity; \"\" without a leader"`
-	Election string            `json:"election" desc:"the election's key prefix"`
-	Leader   *statusCandidate  `json:"leader" desc:"the leader, as etcd has it"`
-	Lease    *statusLease      `json:"lease" desc:"the leader's lease"`
-	Queue    []statusCandidate `json:"queue" desc:"all candidates in their order, the leader first"`
-	Blocker  *statusBlocker    `json:"blocker" desc:"the first of the blockers"`
-	Blockers []statusBlocker   `json:"blockers" desc:"keys that no candidate made, and that stay"`
-	Version  string            `json:"version" desc:"of the leasehold that asks"`
+	Name     string             `json:"name" desc:"the leader's identity; \"\" without a leader"`
+	Election string             `json:"election" desc:"the election's key prefix"`
+	Leader   *statusCandidate   `json:"leader" desc:"the leader, as etcd has it"`
+	Lease    *statusLease       `json:"lease" desc:"the leader's lease"`
+	Queue    []statusCandidate  `json:"queue" desc:"all candidates in order, the leader first"`
+	Blocker  *statusBlocker     `json:"blocker" desc:"the first of the blockers"`
+	Blockers []statusBlocker    `json:"blockers" desc:"keys that no candidate made, and that stay"`
+	Hold     *health.HoldStatus `json:"hold" desc:"what keeps everybody from becoming leader"`
+	Control  *string            `json:"control_problem" desc:"why a hold can't be read"`
+	Version  string             `json:"version" desc:"of the leasehold that asks"`
 }
 
 type statusCandidate struct {
@@ -66,6 +68,14 @@ func reportJSON(name, version string, r election.Report) statusReport {
 	for _, b := range r.Blockers {
 		out.Blockers = append(out.Blockers, statusBlocker(b))
 	}
+	if r.ControlProblem != "" {
+		out.Control = &r.ControlProblem
+	}
+	if h := r.Hold; h != nil {
+		out.Hold = (&health.Hold{
+			By: h.By, Reason: h.Reason, Since: h.Since, Until: h.Until, Stop: h.Stop,
+		}).Status()
+	}
 	if len(out.Blockers) > 0 {
 		out.Blocker = &out.Blockers[0]
 	}
@@ -80,6 +90,12 @@ func reportText(name string, r election.Report) string {
 		fmt.Fprintf(&b, "%s: leader is %s, token %d, lease %x valid for %s\n",
 			quote.Printable(name), strconv.Quote(r.Leader.Identity),
 			r.Leader.Token, r.LeaseID, r.LeaseLeft)
+	}
+	if r.Hold != nil {
+		fmt.Fprintf(&b, "%s\n", election.HoldText(r.Hold))
+	}
+	if r.ControlProblem != "" {
+		fmt.Fprintf(&b, "whether it is held is not known: %s\n", r.ControlProblem)
 	}
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for i, c := range r.Queue {

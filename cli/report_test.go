@@ -47,7 +47,7 @@ func TestReport_JSON(t *testing.T) {
 		{
 			election.Report{},
 			`{"name":"","election":"e","leader":null,"lease":null,"queue":[],"blocker":null,` +
-				`"blockers":[],"version":"v1"}`,
+				`"blockers":[],"hold":null,"control_problem":null,"version":"v1"}`,
 		},
 		{
 			election.Report{
@@ -59,7 +59,8 @@ func TestReport_JSON(t *testing.T) {
 				`"lease":{"id":"1f","ttl_seconds":15,"valid_for_seconds":12},` +
 				`"queue":[{"identity":"a","key":"e/1f","token":7}],` +
 				`"blocker":{"key":"e/x","why":"why","remedy":"remedy"},` +
-				`"blockers":[{"key":"e/x","why":"why","remedy":"remedy"}],"version":"v1"}`,
+				`"blockers":[{"key":"e/x","why":"why","remedy":"remedy"}],` +
+				`"hold":null,"control_problem":null,"version":"v1"}`,
 		},
 	} {
 		got, err := json.Marshal(reportJSON("e", "v1", c.report))

@@ -52,7 +52,11 @@ type Hold struct {
 	Reason string    `json:"reason"`
 	By     string    `json:"by"` // who asked: user@host
 	Since  time.Time `json:"since"`
-	Stop   bool      `json:"stop"` // the leader resigns, too
+	Until  time.Time `json:"until,omitzero"` // zero: until it is released
+	Stop   bool      `json:"stop"`           // the leader resigns, too
+	// Token is the fencing token of who led when the hold was made, and goes on leading. 0: nobody
+	// did, or it is not known.
+	Token int64 `json:"token,omitempty"`
 }
 
 func (h *Hold) texts() []*string { return []*string{&h.Reason, &h.By} }

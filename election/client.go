@@ -38,6 +38,38 @@ func (c *Client) Txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, e
 		func(ctx context.Context, m *member) (*pb.TxnResponse, error) { return m.txn(ctx, in) })
 }
 
+// Grant asks for a lease of that time, in whole seconds. Nobody renews it.
+func (c *Client) Grant(ctx context.Context, ttl time.Duration) (int64, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	id := newLeaseID()
+	seconds := int64((ttl + time.Second - 1) / time.Second)
+	return hedge(ctx, c.members, queryDelay(c.timeout),
+		func(ctx context.Context, m *member) (int64, error) {
+			conn, err := m.conn()
+			if err != nil {
+				return 0, err
+			}
+			_, err = pb.NewLeaseClient(conn).LeaseGrant(ctx,
+				&pb.LeaseGrantRequest{TTL: seconds, ID: id})
+			if err = rpctypes.Error(err); errors.Is(err, rpctypes.ErrLeaseExist) {
+				err = nil // another member was faster
+			}
+			return id, err
+		})
+}
+
+// Revoke revokes a lease.
+func (c *Client) Revoke(ctx context.Context, id int64) error {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	_, err := hedge(ctx, c.members, queryDelay(c.timeout),
+		func(ctx context.Context, m *member) (struct{}, error) {
+			return struct{}{}, m.revoke(ctx, id)
+		})
+	return err
+}
+
 // Explain returns the error of a request in one line, with a remedy if we know one. The request
 // needs a permission (read, write or readwrite) on keys: "the key x", "the prefix x/".
 func (c *Client) Explain(err error, permission, keys string) error {

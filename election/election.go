@@ -34,6 +34,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"leasehold/control"
 	"leasehold/internal/quote"
 )
 
@@ -182,7 +183,10 @@ type Snapshot struct {
 	// Leading is true while a term runs that is neither lost nor given up, also while it is
 	// suspended. The reader has to compare Deadlines.StopAt with the present time.
 	Leading bool
-	Blocker *Blocker // nil: there is none
+	Blocker *Blocker      // nil: there is none
+	Hold    *control.Hold // nil: there is none, or it can't be read
+	// ControlProblem is why we can't read what people write beside the election, such as a hold.
+	ControlProblem string
 	// LastHeartbeat is the last heartbeat of the loop that was silent longest, in time since boot.
 	// Each loop has a heartbeat at least every HeartbeatInterval. 0: no loop runs.
 	LastHeartbeat time.Duration

@@ -28,10 +28,19 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	})
 }
 
+// obeyHold ends the term if a hold wants that.
+func (s *session) obeyHold(token int64) {
+	s.publishHold()
+	if !s.steering.mayLead(token) {
+		s.state.termEnded(ErrHeld)
+	}
+}
+
 // leadTerm calls Lead, and returns when the term has ended. lctx is the context of Lead.
 func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 	led := make(chan error, 1)
 	go func() { led <- s.cfg.Callbacks.Lead(lctx, t) }()
+	s.obeyHold(t.Token) // it may have come since the win
 	tick := time.NewTimer(0)
 	defer tick.Stop()
 	stop := ctx.Done()
@@ -44,6 +53,7 @@ func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 			s.state.termEnded(context.Cause(ctx))
 		case <-tick.C:
 		case <-s.changed:
+			s.obeyHold(t.Token)
 		case <-s.queue.changed:
 			v, _ := s.queue.view()
 			s.state.queueChanged(v.leader(), v.blocker)

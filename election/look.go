@@ -166,7 +166,7 @@ func (q *queue) check(
 	}
 	got, err := hedge(ctx, q.cfg.members, q.cfg.timing.hedgeDelay(),
 		func(ctx context.Context, m *member) (answer, error) {
-			header, kvs, err := m.readAll(ctx, ranges...)
+			header, kvs, err := q.cfg.steering.readAll(ctx, m, ranges...)
 			if err != nil {
 				return answer{}, err
 			}

@@ -26,6 +26,8 @@ type member struct {
 	auth     *auth // shared by all members; nil: none
 	// connections counts how often one was made, or tried to be.
 	connections atomic.Int64
+	// observer sees what the watches show.
+	observer atomic.Pointer[steering]
 
 	mu     sync.Mutex
 	client *clientv3.Client
@@ -128,11 +130,15 @@ func (m *member) read(ctx context.Context, key string) (reading, error) {
 	if err != nil {
 		return reading{}, rpctypes.Error(err)
 	}
-	r := reading{raftTerm: resp.GetHeader().GetRaftTerm()}
-	if len(resp.Kvs) > 0 {
-		r.created, r.lease = resp.Kvs[0].CreateRevision, resp.Kvs[0].Lease
+	return newReading(resp.GetHeader(), resp.Kvs), nil
+}
+
+func newReading(header *pb.ResponseHeader, kvs []*mvccpb.KeyValue) reading {
+	r := reading{raftTerm: header.GetRaftTerm()}
+	if len(kvs) > 0 {
+		r.created, r.lease = kvs[0].CreateRevision, kvs[0].Lease
 	}
-	return r, nil
+	return r
 }
 
 // readAll makes several reads in one transaction. It is linearizable, unless each read is

@@ -92,6 +92,7 @@ func (ms *members) add(
 		// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 		grpc.WithTransportCredentials(counted{transport, &m.connections}),
+		grpc.WithChainStreamInterceptor(m.observe),
 	}
 	switch {
 	case h != nil:

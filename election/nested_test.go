@@ -169,12 +169,18 @@ func TestCandidate_NestedElections_Cost(t *testing.T) {
 		}
 		return n
 	}
-	a.waitForTerm()
+	waitForConfirmed := func() {
+		t.Helper()
+		begun := a.waitForTerm().Deadlines
+		a.waitFor("confirmed", func(s Snapshot) bool { return s.Deadlines.StopAt > begun.StopAt })
+	}
+	waitForConfirmed()
 	first := txns()
 	resign <- struct{}{}
-	a.waitForTerm()
-	// Of each session: put, and the removal of the key. Of the first one: the check.
-	if second := txns() - first; first != 2 || second != 2 {
-		t.Errorf("%v requests for the first term, %v for the second, want 2 and 2", first, second)
+	waitForConfirmed()
+	// Of each session: put, a read of who is ahead, a confirming read, and the removal of the key.
+	// Of the first one: the check.
+	if second := txns() - first; first != 4 || second != 4 {
+		t.Errorf("%v requests for the first term, %v for the second, want 4 and 4", first, second)
 	}
 }

@@ -10,11 +10,14 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"leasehold/control"
 )
 
 // Report is an election as etcd has it at one moment.
 type Report struct {
-	// Leader is nil when there is none, which includes that a blocker is first.
+	// Leader is nil when there is none, which includes that a blocker is first, and that a hold
+	// keeps the first one from leading.
 	Leader *Entry
 	// LeaseID, LeaseTTL, as granted, and LeaseLeft, in whole seconds, are of the leader's lease.
 	LeaseID   int64
@@ -22,6 +25,10 @@ type Report struct {
 	LeaseLeft time.Duration
 	// Queue holds all candidates in their order, the leader first.
 	Queue []Entry
+	// Hold is what keeps everybody from becoming leader; nil: there is none, or it can't be read.
+	Hold *control.Hold
+	// ControlProblem is why it can't be read.
+	ControlProblem string
 	// Blockers are the keys under the prefix that no candidate made. Candidates behind them wait.
 	Blockers []Blocker
 }
@@ -52,23 +59,28 @@ func Query(ctx context.Context, cfg Config) (Report, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	report, err := hedge(ctx, ms, queryDelay(timeout),
-		func(ctx context.Context, m *member) (Report, error) { return m.query(ctx, cfg.prefix()) })
+		func(ctx context.Context, m *member) (Report, error) { return m.query(ctx, cfg) })
 	if err != nil {
 		return Report{}, fmt.Errorf("query etcd: %s", cfg.explainFor("read", err))
 	}
 	return report, nil
 }
 
-func (m *member) query(ctx context.Context, prefix string) (Report, error) {
+func (m *member) query(ctx context.Context, cfg Config) (Report, error) {
 	conn, err := m.conn()
 	if err != nil {
 		return Report{}, err
 	}
-	resp, err := pb.NewKVClient(conn).Range(ctx, wholePrefix(prefix))
+	s := newSteering(cfg.Election, func() {})
+	_, kvs, err := s.readAll(ctx, m, wholePrefix(cfg.prefix()))
 	if err != nil {
-		return Report{}, rpctypes.Error(err)
+		return Report{}, err
 	}
-	r := newReport(prefix, resp.Kvs)
+	r := newReport(cfg.prefix(), kvs[0])
+	r.Hold, r.ControlProblem = s.theHold(), cfg.controlProblem(s)
+	if r.Leader != nil && !s.mayLead(r.Leader.Token) {
+		r.Leader, r.LeaseID = nil, 0
+	}
 	if r.Leader != nil {
 		ttl, err := pb.NewLeaseClient(conn).LeaseTimeToLive(ctx,
 			&pb.LeaseTimeToLiveRequest{ID: r.LeaseID})

@@ -14,21 +14,24 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"leasehold/control"
 )
 
 // view is what the queue shows a candidate.
 type view struct {
-	watched bool        // the watch is open: our key can be put
-	head    *queueEntry // whoever is first, leader or blocker
-	own     *queueEntry // nil until we know who is ahead of us
-	ahead   int         // how many keys are, if own is known
-	blocker *Blocker    // the first one ahead of our own key
-	unseen  error       // why all of this may be older than a TTL; nil: it is not
+	watched bool          // the watch is open: our key can be put
+	head    *queueEntry   // whoever is first, leader or blocker
+	own     *queueEntry   // nil until we know who is ahead of us
+	ahead   int           // how many keys are, if own is known
+	blocker *Blocker      // the first one ahead of our own key
+	unseen  error         // why all of this may be older than a TTL; nil: it is not
+	hold    *control.Hold // that keeps whoever is first from leading; nil: there is none
 }
 
 // leader returns the leader: whoever is first, if that is a candidate.
 func (v view) leader() *Entry {
-	if v.head == nil || !v.head.candidate {
+	if v.head == nil || !v.head.candidate || v.hold != nil {
 		return nil
 	}
 	return v.head.entry()
@@ -88,6 +91,7 @@ type queueConfig struct {
 	own       string // our key
 	near      int    // see Near; 0: by default
 	members   *members
+	steering  *steering // nil: none
 	timing    Timing
 	timeout   time.Duration // of reading who is ahead: a long queue takes its time
 	now       func() time.Duration
@@ -176,15 +180,30 @@ func (q *queue) loadAhead(ctx context.Context) error {
 	}
 	ahead := wholePrefix(q.cfg.prefix)
 	ahead.MaxCreateRevision = created
-	_, resp, err := q.ask(ctx, q.cfg.timeout, ahead)
+	ctx, cancel := context.WithTimeout(ctx, q.cfg.timeout)
+	defer cancel()
+	type answer struct {
+		revision int64
+		kvs      []*mvccpb.KeyValue
+	}
+	got, err := hedge(ctx, q.cfg.members, q.cfg.timing.hedgeDelay(),
+		func(ctx context.Context, m *member) (answer, error) {
+			header, kvs, err := q.cfg.steering.readAll(ctx, m, ahead)
+			if err != nil {
+				return answer{}, err
+			}
+			return answer{header.Revision, kvs[0]}, nil
+		})
+	q.heartbeat()
 	if err != nil {
+		err = fmt.Errorf("read the queue: %w", err)
 		q.mu.Lock()
 		q.err = err
 		q.mu.Unlock()
 		poke(q.changed)
 		return err
 	}
-	q.setAhead(resp.Kvs, resp.Header.Revision)
+	q.setAhead(got.kvs, got.revision)
 	return nil
 }
 

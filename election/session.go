@@ -23,14 +23,17 @@ type session struct {
 	state     *machine
 	members   *members
 
-	id      int64
-	key     string
-	timing  Timing // zero until the lease is granted
-	lease   *lease
-	queue   *queue
-	changed chan struct{}  // room for one: a renewal counted, stop-at passed, the key was not put
-	running sync.WaitGroup // what ends with the session
-	created atomic.Int64   // our key's create revision; 0: it is not known to be put
+	id     int64
+	key    string
+	timing Timing // zero until the lease is granted
+	lease  *lease
+	queue  *queue
+	// steering is what people have written, and steered has room for one: that has changed.
+	steering *steering
+	steered  chan struct{}
+	changed  chan struct{}  // room for one: a renewal counted, stop-at passed, the key was not put
+	running  sync.WaitGroup // what ends with the session
+	created  atomic.Int64   // our key's create revision; 0: it is not known to be put
 	// adopted: the lease is that of a process before us. announced: that one has announced its
 	// release.
 	adopted, announced bool
@@ -47,7 +50,12 @@ func newSession(c *Candidate, r *run) *session {
 	s := &session{
 		candidate: c, run: r, cfg: &c.cfg, log: c.log, state: c.state, members: r.members,
 		id: newLeaseID(), changed: make(chan struct{}, 1), gone: make(chan struct{}),
+		steered: make(chan struct{}, 1),
 	}
+	s.steering = newSteering(s.cfg.Election, func() {
+		poke(s.changed)
+		poke(s.steered)
+	})
 	s.key = s.cfg.keyOf(s.id)
 	return s
 }
@@ -152,9 +160,10 @@ func (s *session) startQueue(ctx context.Context) {
 	heartbeat := &s.candidate.heartbeats.queue
 	s.queue = newQueue(queueConfig{
 		prefix: s.cfg.prefix(), own: s.key, near: s.cfg.Near, members: s.members,
-		timing:  NewTiming(s.cfg.TTL, s.cfg.LossGrace, s.cfg.Margin),
-		timeout: s.cfg.requestTimeout(),
-		now:     s.cfg.Now, heartbeat: heartbeat, lost: s.lost,
+		steering: s.steering,
+		timing:   NewTiming(s.cfg.TTL, s.cfg.LossGrace, s.cfg.Margin),
+		timeout:  s.cfg.requestTimeout(),
+		now:      s.cfg.Now, heartbeat: heartbeat, lost: s.lost,
 	})
 	s.running.Go(func() {
 		defer heartbeat.stop()
@@ -171,7 +180,7 @@ func (s *session) startLease(ctx context.Context, cfg leaseConfig) {
 	cfg.id, cfg.key, cfg.timing = s.id, s.key, s.timing
 	cfg.endpoints = func() (all []endpoint) {
 		for _, m := range s.members.all() {
-			all = append(all, m)
+			all = append(all, steered{m, s.steering})
 		}
 		return all
 	}

@@ -46,7 +46,8 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 			begun = true
 			campaigning.Go(campaign)
 		}
-		if s.triesOnce() && v.isBehind() {
+		v.hold = s.heldFor(v)
+		if s.triesOnce() && (v.isBehind() || v.own != nil && v.hold != nil) {
 			return 0, v.notElected()
 		}
 		if v.isNext() && !next {
@@ -88,6 +89,7 @@ func (s *session) look() (view, error) {
 // show publishes what the waiting candidate knows.
 func (s *session) show(v view, trouble error) {
 	outage := s.run.outage
+	s.publishHold()
 	// This comes first, so that a snapshot of a standby always has the leader too.
 	s.state.queueChanged(v.leader(), v.blocker)
 	switch {
@@ -128,7 +130,7 @@ func (s *session) waitOver(v view, trouble error) error {
 	switch {
 	case s.cfg.Now() >= s.state.get().Deadlines.StopAt:
 		return fmt.Errorf("%w: %s", ErrUnreachable, s.unrenewed())
-	case v.isBehind():
+	case v.isBehind(), v.own != nil && v.hold != nil:
 		return v.notElected()
 	case trouble != nil:
 		return fmt.Errorf("%w: join the queue: %s", ErrUnreachable, s.cfg.explain(trouble))
@@ -150,6 +152,9 @@ func (v view) notElected() error {
 	if v.blocker != nil {
 		return fmt.Errorf("%w: the key %s is ahead: %s",
 			ErrNotElected, v.blocker.Key, v.blocker.Why)
+	}
+	if v.hold != nil {
+		return fmt.Errorf("%w: %s", ErrNotElected, HoldText(v.hold))
 	}
 	return fmt.Errorf("%w: %s is ahead", ErrNotElected, quote.Shell(v.head.identity))
 }
@@ -190,11 +195,11 @@ func (s *session) campaign(
 		wait.sleep(ctx)
 	}
 	s.lease.confirmFrom(s.created.Load())
-	if s.startsEarly() {
+	if s.startsEarly() && s.steering.mayStart(s.created.Load()) {
 		renewNext()
 		return s.created.Load()
 	}
-	for ctx.Err() == nil {
+	for s.waitWhileHeld(ctx) == nil {
 		got, err := s.verifyFirst(ctx, renewNext)
 		switch {
 		case err != nil:
@@ -204,12 +209,26 @@ func (s *session) campaign(
 		case got.lease != s.id:
 			s.lost(ErrKeyOverwritten)
 			return 0
-		case got.first:
+		case got.first && s.steering.mayStart(got.created):
 			return got.created
+		case got.first:
+			continue // the same read has shown a hold
 		}
 		pause(ctx, s.timing.repeatAfter())
 	}
 	return 0
+}
+
+// waitWhileHeld waits until no hold keeps us from leading. It returns an error if ctx ends first.
+func (s *session) waitWhileHeld(ctx context.Context) error {
+	for !s.steering.mayStart(s.created.Load()) {
+		select {
+		case <-s.steered:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return ctx.Err()
 }
 
 // startsEarly reports whether the queue alone proves that we lead, so that nothing has to be read.
@@ -277,7 +296,7 @@ func (s *session) readFirst(ctx context.Context, m *member) (verification, error
 	oldest.KeysOnly, oldest.Limit = true, 1
 	oldest.SortTarget, oldest.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_ASCEND
 	own := &pb.RangeRequest{Key: []byte(s.key)} // with its lease: see read
-	header, kvs, err := m.readAll(ctx, oldest, own)
+	header, kvs, err := s.steering.readAll(ctx, m, oldest, own)
 	if err != nil {
 		return verification{}, err
 	}

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"leasehold/control"
 	"leasehold/internal/quote"
 )
 
@@ -372,6 +373,29 @@ func (m *machine) queueChanged(leader *Entry, blocker *Blocker) {
 		m.say(slog.LevelInfo, "leader changed",
 			"leader", quote.Printable(leader.Identity), "token", leader.Token)
 	}
+}
+
+// held publishes the hold, or why it can't be read.
+func (m *machine) held(hold *control.Hold, unreadable string) {
+	m.mu.Lock()
+	defer m.unlock()
+	s := &m.snapshot
+	if s.Hold == hold && s.ControlProblem == unreadable {
+		return
+	}
+	m.unpublished = true
+	switch {
+	case hold != nil && !same(s.Hold, hold):
+		m.say(slog.LevelInfo, "election held: nobody new becomes leader",
+			"by", quote.Printable(hold.By), "since", hold.Since,
+			"reason", quote.Printable(hold.Reason), "stop", hold.Stop)
+	case hold == nil && s.Hold != nil && unreadable == "":
+		m.say(slog.LevelInfo, "hold released")
+	}
+	if unreadable != "" && unreadable != s.ControlProblem {
+		m.say(slog.LevelInfo, "hold and switchover can't be used", "err", unreadable)
+	}
+	s.Hold, s.ControlProblem = hold, unreadable
 }
 
 // same compares what the pointers point to.

@@ -56,7 +56,14 @@ const incomplete = -1
 
 // isComplete reports whether the watch is known to have shown all deletions.
 func (w *watchConn) isComplete() bool {
-	return w.complete.Load() == w.member.connections.Load()
+	return w.complete.Load() == w.member.connections.Load() && w.isOrdered()
+}
+
+// isOrdered reports whether the watch shows a hold before all that has happened in the queue since,
+// or need not show it. After another connection was made, etcd sends what was missed in any order.
+func (w *watchConn) isOrdered() bool {
+	s := w.queue.cfg.steering
+	return s == nil || w.opened == w.member.connections.Load() || s.whyDenied() != nil
 }
 
 // askVersion asks the member for its version, unless that of this connection is known. After a

@@ -34,7 +34,12 @@ type watchConn struct {
 	marker string             // "": the whole queue
 	events clientv3.WatchChan // of the queue, or of our own key
 	marked clientv3.WatchChan // of the marker; nil: there is none
-	stop   context.CancelFunc // ends both
+	// steered is of what people have written, near the front. observe has seen what it brings. nil:
+	// it is not watched.
+	steered clientv3.WatchChan
+	// opened is the number of the connection before they were opened.
+	opened int64
+	stop   context.CancelFunc // ends all
 
 	seen       int64         // the latest revision that the member has reported
 	unanswered int           // ticks since its last answer
@@ -60,6 +65,7 @@ func (q *queue) follow(ctx context.Context) error {
 	// whole prefix, because a candidate that may not read all keys must not join.
 	anyKey := wholePrefix(q.cfg.prefix)
 	anyKey.Limit, anyKey.KeysOnly = 1, true
+	q.cfg.steering.tryAgain()
 	from, answer, err := q.ask(ctx, w.interval, anyKey)
 	if err != nil {
 		return err
@@ -118,8 +124,10 @@ func (w *watchConn) open(wctx context.Context, marker string) error {
 		return w.watcher.Watch(ctx, key,
 			append(more, clientv3.WithFilterPut(), clientv3.WithFragment())...)
 	}
-	var events, marked clientv3.WatchChan
+	opened := w.member.connections.Load()
+	var events, marked, steered clientv3.WatchChan
 	if marker == "" {
+		steered = w.watchSteering(ctx)
 		events = watch(q.cfg.prefix, clientv3.WithPrefix())
 	} else {
 		events, marked = watch(q.cfg.own), watch(marker)
@@ -130,7 +138,38 @@ func (w *watchConn) open(wctx context.Context, marker string) error {
 	}
 	w.stop() // not earlier: etcd's client ends a stream without a watch
 	w.marker, w.events, w.marked, w.stop = marker, events, marked, stop
+	w.steered, w.opened = steered, opened
 	return nil
+}
+
+// watchSteering watches what people have written, unless etcd's roles forbid that.
+func (w *watchConn) watchSteering(ctx context.Context) clientv3.WatchChan {
+	s := w.queue.cfg.steering
+	if s == nil || s.whyDenied() != nil {
+		return nil
+	}
+	w.member.observer.Store(s)
+	first, end := s.bounds()
+	return w.watcher.Watch(ctx, first, clientv3.WithRange(end), clientv3.WithFragment())
+}
+
+// receiveSteered takes the end of that watch. etcd ends it at once if its roles forbid it.
+func (w *watchConn) receiveSteered(
+	ctx context.Context, resp clientv3.WatchResponse, ok bool,
+) error {
+	if ok && resp.Err() == nil {
+		return nil
+	}
+	q := w.queue
+	w.steered = nil
+	ctx, cancel := context.WithTimeout(ctx, w.interval)
+	defer cancel()
+	_, _, err := q.cfg.steering.readAll(ctx, w.member, &pb.RangeRequest{Key: []byte(q.cfg.own)})
+	q.heartbeat()
+	if err == nil && q.cfg.steering.whyDenied() == nil {
+		err = errors.New("the watch of the hold has ended")
+	}
+	return err
 }
 
 // read reads who is ahead of us. In a crowd it only looks whether the marker and our own key are
@@ -180,6 +219,8 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 			}
 		case resp, ok := <-w.events:
 			err = w.receive(resp, ok)
+		case resp, ok := <-w.steered:
+			err = w.receiveSteered(wctx, resp, ok)
 		case resp, ok := <-w.marked:
 			if err = w.receive(resp, ok); err == nil && !q.fits(w.marker) {
 				// We may be near the front. That one read shows, and if it is so, it is
@@ -264,6 +305,8 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 	switch {
 	case err != nil:
 		return err
+	case w.marker == "" && !w.isOrdered():
+		return w.watch(ctx, wctx, "")
 	case w.behind:
 		if err := w.load(ctx, wctx); err != nil {
 			return err

@@ -52,6 +52,9 @@ type Snapshot struct {
 
 	Live    error // Nil while the elector's loops send heartbeats.
 	Blocker *Blocker
+	Hold    *Hold // Nil: there is none, or it can't be read.
+	// ControlProblem is why the keys beside the election can't be read. Holds no secrets.
+	ControlProblem string
 }
 
 // Leader is the candidate that leads, as etcd has it.
@@ -82,6 +85,13 @@ type Blocker struct {
 	Key    string `json:"key" desc:"that key"`
 	Why    string `json:"why" desc:"why it stays"`
 	Remedy string `json:"remedy" desc:"the command that ends the wait; \"\" while its lease lives"`
+}
+
+// Hold keeps everybody from becoming leader.
+type Hold struct {
+	By, Reason   string
+	Since, Until time.Time // Zero: not known; until it is released.
+	Stop         bool      // The leader resigns, too.
 }
 
 // update changes the state if a deadline has passed. The elector's own timers do the same. But a
@@ -148,6 +158,8 @@ func (s Snapshot) because(state string) error {
 	switch {
 	case s.Reason != "" && state != Standby && state != Leading:
 		return fmt.Errorf("%s: %s", state, s.Reason)
+	case s.Hold != nil && state == Standby && s.Leader == nil:
+		return fmt.Errorf("standby: held by %s", quote.Printable(cmp.Or(s.Hold.By, "somebody")))
 	case s.Leader != nil && state == Standby:
 		return fmt.Errorf("standby: %s leads", quote.Printable(s.Leader.Identity))
 	}

@@ -222,6 +222,8 @@ func TestStatus_JSON(t *testing.T) {
     "last_exit": null
   },
   "blocker": null,
+  "hold": null,
+  "control_problem": null,
   "since": null,
   "version": "v1"
 }
@@ -270,6 +272,8 @@ func TestStatus_JSON(t *testing.T) {
     "why": "it has no lease",
     "remedy": "etcdctl del jobs/a/x"
   },
+  "hold": null,
+  "control_problem": null,
   "since": "2026-01-02T02:04:05.006Z",
   "version": "v1"
 }
@@ -306,6 +310,8 @@ func TestStatus_JSON(t *testing.T) {
     }
   },
   "blocker": null,
+  "hold": null,
+  "control_problem": null,
   "since": "2026-02-03T04:04:55Z",
   "version": "v1"
 }

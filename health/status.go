@@ -18,15 +18,17 @@ type status struct {
 	Identity string  `json:"identity" desc:"this candidate's name"`
 	State    string  `json:"state" desc:"connecting, standby, leading, suspended or stopping"`
 	Reason   *string `json:"reason" desc:"why the candidate is not in the election"`
-	Leader   *Leader `json:"leader" desc:"the leader; in a long queue, of up to some seconds ago"`
+	Leader   *Leader `json:"leader" desc:"the leader; in a long queue, of some seconds ago"`
 	Lease    *lease  `json:"lease" desc:"this candidate's lease"`
 
 	Deadlines *deadlines `json:"deadlines" desc:"of the lease, in seconds of CLOCK_BOOTTIME"`
 
-	Job     jobStatus `json:"job" desc:"the job of this candidate"`
-	Blocker *Blocker  `json:"blocker" desc:"a key ahead of ours that will not go away by itself"`
-	Since   *string   `json:"since" desc:"since when the state holds"`
-	Version string    `json:"version" desc:"of leasehold"`
+	Job     jobStatus   `json:"job" desc:"the job of this candidate"`
+	Blocker *Blocker    `json:"blocker" desc:"a key ahead of ours that will not go away by itself"`
+	Hold    *HoldStatus `json:"hold" desc:"what keeps everybody from becoming leader"`
+	Control *string     `json:"control_problem" desc:"why hold and switchover can't be used"`
+	Since   *string     `json:"since" desc:"since when the state holds"`
+	Version string      `json:"version" desc:"of leasehold"`
 }
 
 type lease struct {
@@ -41,6 +43,15 @@ type deadlines struct {
 	StopAt float64 `json:"stop_at" desc:"when a leader stops to lead, unless it renews the lease"`
 	KillBy float64 `json:"kill_by" desc:"when the guard kills a job that has not stopped by then"`
 	End    float64 `json:"lease_end" desc:"until when the lease is sure to last"`
+}
+
+// HoldStatus is the JSON of a hold.
+type HoldStatus struct {
+	By     string  `json:"by" desc:"who asked for it"`
+	Reason string  `json:"reason" desc:"why"`
+	Since  *string `json:"since" desc:"when it was made"`
+	Until  *string `json:"until" desc:"when it ends by itself; null: it does not"`
+	Stop   bool    `json:"stop" desc:"the leader resigns, too"`
 }
 
 type jobStatus struct {
@@ -68,6 +79,8 @@ func (s Snapshot) status(now time.Duration, version string) status {
 			StartedAt: timestamp(s.Job.StartedAt), Restarts: s.Job.Restarts,
 		},
 	}
+	st.Control = orNull(s.ControlProblem)
+	st.Hold = s.Hold.Status()
 	if s.Leader != nil {
 		st.Name = s.Leader.Identity
 	}
@@ -86,6 +99,17 @@ func (s Snapshot) status(now time.Duration, version string) status {
 		}
 	}
 	return st
+}
+
+// Status returns the hold as JSON shows it.
+func (h *Hold) Status() *HoldStatus {
+	if h == nil {
+		return nil
+	}
+	return &HoldStatus{
+		By: h.By, Reason: h.Reason, Since: timestamp(h.Since), Until: timestamp(h.Until),
+		Stop: h.Stop,
+	}
 }
 
 // withoutClock drops what changes with the clock alone.

@@ -1,0 +1,124 @@
+package control
+
+import (
+	"context"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// SetHold holds the election. A hold that is there already is replaced, but who goes on leading
+// stays as it was. lease binds the hold; 0: it stays until it is released. It returns the hold as
+// it was written, and the identity of who goes on leading; "": nobody, or it is not known.
+func SetHold(
+	ctx context.Context, etcd Etcd, election string, h Hold, lease int64,
+) (Hold, string, error) {
+	for {
+		head, old, err := readHold(ctx, etcd, election)
+		if err != nil {
+			return h, "", err
+		}
+		var before Hold
+		if old != nil {
+			_ = Decode(old.Value, &before)
+		}
+		if old != nil && before.By == h.By && before.Since.Equal(h.Since) {
+			return before, identityOf(head, before.Token), nil // the last request has come through
+		}
+		mod := int64(0)
+		var compare []*pb.Compare
+		switch {
+		case old != nil:
+			h.Token, mod = before.Token, old.ModRevision
+		case head != nil && head.Lease != 0:
+			h.Token = head.CreateRevision
+			compare = append(compare, created(string(head.Key), head.CreateRevision))
+		default:
+			h.Token = 0
+		}
+		resp, err := etcd.Txn(ctx, &pb.TxnRequest{
+			Compare: append(compare, modified(HoldOf(election), mod)),
+			Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{
+				RequestPut: &pb.PutRequest{
+					Key: []byte(HoldOf(election)), Value: Encode(&h), Lease: lease,
+				},
+			}}},
+		})
+		if err != nil {
+			return h, "", err
+		}
+		if resp.Succeeded {
+			return h, identityOf(head, h.Token), nil
+		}
+	}
+}
+
+// identityOf is the identity in the key if that has the token.
+func identityOf(kv *mvccpb.KeyValue, token int64) string {
+	if kv == nil || kv.CreateRevision != token {
+		return ""
+	}
+	h := Hold{By: string(kv.Value)}
+	bound(&h)
+	return h.By
+}
+
+// readHold reads the oldest key of the election, and the hold; nil: there is none.
+func readHold(
+	ctx context.Context, etcd Etcd, election string,
+) (head, hold *mvccpb.KeyValue, err error) {
+	first := &pb.RangeRequest{
+		Key: []byte(election + "/"), Limit: 1,
+		RangeEnd:   []byte(clientv3.GetPrefixRangeEnd(election + "/")),
+		SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
+	}
+	resp, err := etcd.Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+		{Request: &pb.RequestOp_RequestRange{RequestRange: first}},
+		{Request: &pb.RequestOp_RequestRange{
+			RequestRange: &pb.RangeRequest{Key: []byte(HoldOf(election))},
+		}},
+	}})
+	if err != nil {
+		return nil, nil, err
+	}
+	if kvs := resp.Responses[0].GetResponseRange().Kvs; len(kvs) > 0 {
+		head = kvs[0]
+	}
+	if kvs := resp.Responses[1].GetResponseRange().Kvs; len(kvs) > 0 {
+		hold = kvs[0]
+	}
+	return head, hold, nil
+}
+
+// Release ends the hold. It returns it; nil: there was none.
+func Release(ctx context.Context, etcd Etcd, election string) (*Hold, error) {
+	_, kv, err := readHold(ctx, etcd, election)
+	if err != nil || kv == nil {
+		return nil, err
+	}
+	var h Hold
+	_ = Decode(kv.Value, &h)
+	_, err = etcd.Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+		{Request: &pb.RequestOp_RequestDeleteRange{
+			RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(HoldOf(election))},
+		}},
+	}})
+	return &h, err
+}
+
+// created compares the create revision of a key; 0: it is not there.
+func created(key string, revision int64) *pb.Compare {
+	return &pb.Compare{
+		Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
+		TargetUnion: &pb.Compare_CreateRevision{CreateRevision: revision},
+	}
+}
+
+// modified compares the mod revision of a key; 0: it is not there.
+func modified(key string, revision int64) *pb.Compare {
+	return &pb.Compare{
+		Key: []byte(key), Target: pb.Compare_MOD, Result: pb.Compare_EQUAL,
+		TargetUnion: &pb.Compare_ModRevision{ModRevision: revision},
+	}
+}

@@ -1,0 +1,244 @@
+//go:build linux
+
+package scenario_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+// command runs a subcommand of leasehold, and returns its exit code and what it says.
+func (tr *trial) command(args ...string) (code int, said string) {
+	tr.Helper()
+	var out bytes.Buffer
+	cmd := exec.CommandContext(tr.ctx, tr.programs.Leasehold, args...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Env = slices.Concat([]string{
+		"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=" + tr.election,
+		"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
+	}, tr.asking)
+	err := cmd.Run()
+	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
+		tr.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode(), out.String()
+}
+
+// commands runs a subcommand that has to succeed, and to say this.
+func (tr *trial) commands(want string, args ...string) string {
+	tr.Helper()
+	code, said := tr.command(args...)
+	if code != 0 || !strings.Contains(said, want) {
+		tr.Fatalf("leasehold %q: %d, %s; want %q", args, code, said, want)
+	}
+	return said
+}
+
+// candidates starts one after the other. The first one leads.
+func (tr *trial) startAll(identities string) (all []*candidate, job harness.Life) {
+	tr.Helper()
+	for identity := range strings.SplitSeq(identities, "") {
+		c := tr.start(identity, "")
+		if len(all) == 0 {
+			job = tr.waitJob(c)
+		}
+		tr.waitStatus(c, "/readyz", http.StatusOK)
+		all = append(all, c)
+	}
+	return all, job
+}
+
+// heldStatus is what /status and status show of a hold.
+type heldStatus struct {
+	Name   string
+	State  string
+	Leader *struct{ Identity string }
+	Hold   *struct {
+		By, Reason   string
+		Since, Until *time.Time
+		Stop         bool
+	}
+	Problem *string `json:"control_problem"`
+}
+
+// waitHeld waits until a candidate is a standby that knows the hold, or that there is none.
+func (tr *trial) waitHeld(c *candidate, held bool) (s heldStatus) {
+	tr.Helper()
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+		s = heldStatus{}
+		_, body, err := c.Get(tr.ctx, "/status")
+		if err == nil {
+			err = json.Unmarshal([]byte(body), &s)
+		}
+		if err == nil && (s.Hold != nil != held || held && s.State != "standby") {
+			err = fmt.Errorf("%s: %s", c.Identity, body)
+		}
+		return err
+	}))
+	return s
+}
+
+// expectNoJob fails if a job is alive, or one has been started after the given one.
+func (tr *trial) expectNoJob(after harness.Life) {
+	tr.Helper()
+	for _, l := range tr.witness.Lives() {
+		if l.Token > after.Token || l.Alive() {
+			tr.Errorf("a job of %s runs, token %d", l.Candidate, l.Token)
+		}
+	}
+}
+
+// Nobody becomes leader while the election is held: whatever happens to the leader, to every
+// daemon, and to etcd. When the hold is gone, somebody does.
+func TestHold(t *testing.T) {
+	tr := ordinary(t)
+	all, job := tr.startAll("abc")
+	tr.commands("held; a leads and goes on, token "+fmt.Sprint(job.Token),
+		"hold", "--reason", "new disk")
+	for _, c := range all[1:] {
+		s := tr.waitHeld(c, true)
+		if s.Hold.Reason != "new disk" || s.Hold.By == "" || s.Hold.Since == nil || s.Hold.Stop ||
+			s.Name != "a" {
+			t.Errorf("%s: %+v", c.Identity, s.Hold)
+		}
+		tr.waitStatus(c, "/readyz", http.StatusOK)
+	}
+	said := tr.commands("leader is \"a\"", "status")
+	if !strings.Contains(said, "the election is held by ") || !strings.Contains(said, "new disk") {
+		t.Errorf("status says %s", said)
+	}
+	tr.waitRenewals(all[0], 2)
+	if !job.Alive() {
+		t.Error("the leader's job has ended")
+	}
+
+	// A failover: nobody starts.
+	tr.must(all[0].Signal(syscall.SIGTERM))
+	tr.waitExit(all[0], 0)
+	tr.waitDead(job)
+	tr.waitRenewals(all[1], 3)
+	tr.expectNoJob(job)
+	for _, c := range all[1:] {
+		if s := tr.waitHeld(c, true); s.Leader != nil {
+			t.Errorf("%s names a leader: %+v", c.Identity, s.Leader)
+		}
+		tr.waitStatus(c, "/readyz", http.StatusOK)
+		tr.waitStatus(c, "/leader", http.StatusServiceUnavailable)
+	}
+	if code, said := tr.command("status"); code != 1 || !strings.Contains(said, "no leader") {
+		t.Errorf("status: %d, %s", code, said)
+	}
+
+	// A restart of every daemon, the last one without any.
+	tr.must(all[1].Signal(syscall.SIGTERM))
+	tr.must(all[2].Signal(syscall.SIGTERM))
+	tr.waitExit(all[1], 0)
+	tr.waitExit(all[2], 0)
+	d, e := tr.start("d", ""), tr.start("e", "")
+	tr.waitHeld(d, true)
+	tr.waitHeld(e, true)
+	tr.expectNoJob(job)
+
+	// A restart of etcd.
+	tr.must(tr.etcd.Members[0].Restart(tr.ctx))
+	tr.waitRenewals(d, 2)
+	tr.waitHeld(d, true)
+	tr.waitHeld(e, true)
+	tr.expectNoJob(job)
+
+	tr.commands("released; it was held by ", "release")
+	next := tr.waitNext(job, waitTimeout)
+	tr.commands("there was no hold", "release")
+	tr.waitHeld(d, false)
+	if log := d.Log() + e.Log(); !strings.Contains(log, "election held") ||
+		!strings.Contains(log, "hold released") {
+		t.Error("the logs do not say that it was held, and released")
+	}
+	t.Log(next)
+	tr.finish()
+}
+
+// The leader resigns in order, and nobody follows.
+func TestHold_Stop(t *testing.T) {
+	tr := ordinary(t)
+	all, job := tr.startAll("abc")
+	tr.commands("whoever leads resigns", "hold", "--stop")
+	tr.waitDead(job)
+	for _, c := range all {
+		tr.waitHeld(c, true)
+		tr.waitStatus(c, "/readyz", http.StatusOK)
+	}
+	tr.waitRenewals(all[1], 2)
+	tr.expectNoJob(job)
+	tr.commands("released", "release")
+	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
+		t.Errorf("%s leads next, want b", next.Candidate)
+	}
+	tr.finish()
+}
+
+// A hold ends by itself.
+func TestHold_For(t *testing.T) {
+	tr := ordinary(t)
+	all, job := tr.startAll("ab")
+	tr.commands("held", "hold", "--for", "5s")
+	if s := tr.waitHeld(all[1], true); s.Hold.Until == nil {
+		t.Error("it does not say until when")
+	}
+	tr.must(all[0].Signal(syscall.SIGKILL))
+	tr.waitDead(job)
+	tr.expectNoJob(job)
+	tr.waitNext(job, waitTimeout)
+	all[0].mayExit = true
+	tr.finish()
+}
+
+// Where etcd's roles forbid to read a hold, the election works as without one, and says so.
+func TestHold_Forbidden(t *testing.T) {
+	tr := ordinary(t)
+	tr.must(tr.etcd.EnableAuth(tr.ctx, "user", "secret", tr.election))
+	auth := []string{"LEASEHOLD_USERNAME=user", "LEASEHOLD_PASSWORD=secret"}
+	a := tr.start("a", "", variables(auth...))
+	job := tr.waitJob(a)
+	b := tr.start("b", "", variables(auth...))
+	tr.waitStatus(b, "/standby", http.StatusOK)
+	tr.asking = auth
+	code, said := tr.command("hold")
+	if code != 69 ||
+		!strings.Contains(said, "needs a role with readwrite permission on the prefix") {
+		t.Errorf("hold: %d, %s", code, said)
+	}
+	tr.asking = []string{"LEASEHOLD_USERNAME=root", "LEASEHOLD_PASSWORD=root-secret"}
+	tr.commands("held", "hold")
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+		s := heldStatus{}
+		_, body, err := b.Get(tr.ctx, "/status")
+		if err == nil {
+			err = json.Unmarshal([]byte(body), &s)
+		}
+		if err == nil && (s.Problem == nil ||
+			!strings.Contains(*s.Problem, "needs a role with read permission")) {
+			err = errors.New(body)
+		}
+		return err
+	}))
+	tr.waitRenewals(b, 3)
+	tr.must(a.Signal(syscall.SIGTERM))
+	tr.waitExit(a, 0)
+	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
+		t.Errorf("%s leads next, want b", next.Candidate)
+	}
+	tr.stop()
+}
