@@ -18,6 +18,7 @@ import (
 	"leasehold/cli"
 	"leasehold/config"
 	"leasehold/internal/quote"
+	"leasehold/supervisor/check"
 )
 
 // Build identifies the binary.
@@ -28,6 +29,7 @@ const (
 	roleElector = "elector"
 	roleRevoke  = "revoke"
 	roleProbe   = "probe"
+	roleCheck   = "run-check"
 	// roleCheckReload is what the guard of an older binary runs, so its name stays.
 	roleCheckReload = "check-reload"
 )
@@ -43,6 +45,8 @@ func Main(args []string, build Build) int {
 			return revoke(rest)
 		case name == roleCheckReload && len(rest) > 0:
 			return checkReload(build, rest)
+		case name == roleCheck:
+			return check.Run(rest)
 		case name == roleProbe:
 			fmt.Print("\n")
 			time.Sleep(10 * time.Second) // until the guard kills it

@@ -77,7 +77,8 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 // kill-by.
 func (j *jobCallbacks) grace(cause error) time.Duration {
 	switch {
-	case errors.Is(cause, errPlannedStop), errors.Is(cause, election.ErrHeld):
+	case errors.Is(cause, errPlannedStop), errors.Is(cause, election.ErrHeld),
+		errors.As(cause, new(*supervisor.UnhealthyError)):
 		return max(j.cfg.StopGrace.Duration, 1) // 0 would mean that the lease is lost
 	case errors.Is(cause, election.ErrContactLost):
 		return -1
@@ -132,6 +133,7 @@ func runElector(build Build, args []string) int {
 	sc.TTL, sc.MaxPing, sc.Margin = cfg.TTL.Duration, maxPing(), job.grantedMargin
 	sc.Freeze = cfg.Freezes()
 	sc.Restart, sc.RestartLimit = supervisor.Restart(cfg.Restart), cfg.RestartLimit.N
+	sc.Health = healthConfig(cfg)
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
 	sc.Running = func() bool { return live(d.candidate.Snapshot()) == nil }
 	sc.Changed = func() { signalChange(changed) }

@@ -55,6 +55,9 @@ func runGuard(build Build, call cli.Call) error {
 	defer systemd.flush()
 	path, err := lookCommand(call.Job[0])
 	if err == nil {
+		err = lookChecks(cfg)
+	}
+	if err == nil {
 		err = leaveStdin()
 	}
 	if err != nil {

@@ -62,6 +62,7 @@ type Config struct {
 	NoNewPrivs   string   `split_words:"true" default:"auto" desc:"auto: if the daemon lacks CAP_KILL, the job runs with no_new_privs. sudo and other set-user-id programs gain no privileges then, because the daemon could not kill them. off: they gain privileges, and one that can't be killed may run beside the next job"`
 	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
 	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
+	Health       Health   `split_words:"true"`
 	StateDir     string   `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; docs/recovery.md says where that works"`
 	Log          Log      `split_words:"true"`
 	TLS          TLS      `split_words:"true"`
@@ -69,6 +70,15 @@ type Config struct {
 	Password     Secret   `split_words:"true" desc:"its password"`
 	PasswordFile string   `split_words:"true" desc:"file with its password (a newline at the end is dropped); read again each time etcd asks for it"`
 	DialTimeout  Duration `split_words:"true" default:"1s" desc:"time limit for connecting to one endpoint"`
+}
+
+// Health says how the job's health is checked. The words are Docker's.
+type Health struct {
+	Cmd         Command  `split_words:"true" desc:"a command that checks the job's health: exit code 0 is healthy. It is split into words as by a shell, and no shell runs it"`
+	Interval    Duration `split_words:"true" default:"10s" desc:"from the end of a check to the next one; while the job is not ready, a second at most"`
+	Timeout     Duration `split_words:"true" default:"3s" desc:"a check that takes longer fails, and is killed with all that it has started"`
+	Retries     Count    `split_words:"true" default:"3" desc:"failed checks in a row after which the job is unhealthy: it is stopped, and counts as ended by itself with an error"`
+	StartPeriod Duration `split_words:"true" default:"0s" desc:"time that the job needs to start. It is unhealthy if it is not ready within this time and LEASEHOLD_HEALTH_RETRIES intervals"`
 }
 
 // Log says what is logged, and how. Logs go to standard error.
@@ -175,6 +185,7 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 		p.add("NO_NEW_PRIVS", "%s is unknown: write auto or off", quote.Value(c.NoNewPrivs))
 	}
 	c.validateContactLoss(p)
+	c.Health.validate(p)
 	if c.StateDir != "" && !filepath.IsAbs(c.StateDir) {
 		p.add("STATE_DIR", "%s is not absolute: write a path that begins with a slash",
 			quote.Value(c.StateDir))
@@ -190,6 +201,7 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 	if p.use == ForElect {
 		for _, name := range []string{
 			"CONTACT_LOSS", "NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT", "STATE_DIR",
+			"HEALTH_CMD", "HEALTH_INTERVAL", "HEALTH_START_PERIOD",
 		} {
 			if set[name] {
 				p.add(name, "it is about a job, and elect runs none:"+
@@ -216,6 +228,22 @@ func (c *Config) validateContactLoss(p *problems) {
 	case c.Freezes() && c.LossGrace.given && c.LossGrace.err == nil && c.LossGrace.Duration == 0:
 		p.add("LOSS_GRACE", "0s leaves no time to freeze the job:"+
 			" write for example 1s, unset it, or write %s_CONTACT_LOSS=stop", Prefix)
+	}
+}
+
+// validate checks that a check can pass, and that checks do not follow each other without end.
+func (h *Health) validate(p *problems) {
+	if h.Retries.err == nil && h.Retries.N == 0 {
+		p.add("HEALTH_RETRIES", "0 is too few: write 1 or more")
+	}
+	p.tooShort("HEALTH_INTERVAL", h.Interval, 100*time.Millisecond)
+	p.tooShort("HEALTH_TIMEOUT", h.Timeout, 10*time.Millisecond)
+}
+
+// tooShort notes a duration that is shorter than the shortest one.
+func (p *problems) tooShort(name string, d Duration, shortest time.Duration) {
+	if d.err == nil && d.Duration < shortest {
+		p.add(name, "%s is too short: write %s or more", d, shortest)
 	}
 }
 

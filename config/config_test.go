@@ -70,6 +70,11 @@ func TestConfig_Defaults(t *testing.T) {
 		{"NO_NEW_PRIVS", cfg.NoNewPrivs, "auto"},
 		{"WAIT", cfg.Wait.Or(-1), time.Duration(-1)},
 		{"LISTEN", cfg.Listen, "127.0.0.1:4040"},
+		{"HEALTH_CMD", strings.Join(cfg.Health.Cmd.Argv, " "), ""},
+		{"HEALTH_INTERVAL", cfg.Health.Interval.Duration, 10 * time.Second},
+		{"HEALTH_TIMEOUT", cfg.Health.Timeout.Duration, 3 * time.Second},
+		{"HEALTH_RETRIES", cfg.Health.Retries.N, 3},
+		{"HEALTH_START_PERIOD", cfg.Health.StartPeriod.Duration, time.Duration(0)},
 		{"LOG_LEVEL", cfg.Log.Level.Level, slog.LevelInfo},
 		{"LOG_FORMAT", cfg.Log.Format, "text"},
 		{"TLS", cfg.TLS, TLS{}},
@@ -92,7 +97,9 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 		"STOP_SIGNAL=sigusr1", "STOP_GRACE=0s", "LOSS_GRACE=0s", "MARGIN=500ms",
 		"RESTART=Always", "RESTART_LIMIT=0", "WAIT=0", "LISTEN=off", "LOG_LEVEL=WARN",
 		"LOG_FORMAT=json", "TLS_CA_FILE="+ca, "TLS_CERT_FILE="+ca, "TLS_KEY_FILE="+key,
-		"TLS_SERVER_NAME=etcd", "USERNAME=u", "PASSWORD_FILE="+password, "DIAL_TIMEOUT=250ms")
+		"TLS_SERVER_NAME=etcd", "USERNAME=u", "PASSWORD_FILE="+password, "DIAL_TIMEOUT=250ms",
+		`HEALTH_CMD=sh -c 'a "b" | $c' "d e" f\ g`, "HEALTH_INTERVAL=1s", "HEALTH_TIMEOUT=2s",
+		"HEALTH_RETRIES=1", "HEALTH_START_PERIOD=1m")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,6 +122,11 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 		{"RESTART_LIMIT", cfg.RestartLimit.N, 0},
 		{"WAIT", cfg.Wait.Or(-1), time.Duration(0)},
 		{"LISTEN", cfg.Listen, "off"},
+		{"HEALTH_CMD", strings.Join(cfg.Health.Cmd.Argv, ";"), `sh;-c;a "b" | $c;d e;f g`},
+		{"HEALTH_INTERVAL", cfg.Health.Interval.Duration, time.Second},
+		{"HEALTH_TIMEOUT", cfg.Health.Timeout.Duration, 2 * time.Second},
+		{"HEALTH_RETRIES", cfg.Health.Retries.N, 1},
+		{"HEALTH_START_PERIOD", cfg.Health.StartPeriod.Duration, time.Minute},
 		{"LOG_LEVEL", cfg.Log.Level.Level, slog.LevelWarn},
 		{"LOG_FORMAT", cfg.Log.Format, "json"},
 		{"TLS", cfg.TLS, TLS{CAFile: ca, CertFile: ca, KeyFile: key, ServerName: "etcd"}},
@@ -270,6 +282,18 @@ func TestConfig_Refusals(t *testing.T) {
 			"log level", "LOG_LEVEL=verbose",
 			`LOG_LEVEL: "verbose" is unknown: write debug, info, warn or error`,
 		},
+		{
+			"health command for a shell", "HEALTH_CMD=curl·-f·localhost·|·grep·ok",
+			`HEALTH_CMD: "curl -f localhost | grep ok" has a shell's operator`,
+		},
+		{"health command in backticks", "HEALTH_CMD=`true", "HEALTH_CMD: "},
+		{"health command unclosed", "HEALTH_CMD=sh·-c·'true", "is no command line: a quote"},
+		{"health command blank", "HEALTH_CMD=·", `HEALTH_CMD: " " has no command`},
+		{"health command empty word", "HEALTH_CMD=''", `HEALTH_CMD: "''" has no command`},
+		{"health retries", "HEALTH_RETRIES=0", "HEALTH_RETRIES: 0 is too few"},
+		{"health interval", "HEALTH_INTERVAL=1ms", "HEALTH_INTERVAL: 1ms is too short"},
+		{"health timeout", "HEALTH_TIMEOUT=0s", "HEALTH_TIMEOUT: 0s is too short"},
+
 		{"log format", "LOG_FORMAT=xml", `LOG_FORMAT: "xml" is unknown: write text or json`},
 
 		{"listen port alone", "LISTEN=4040", `LISTEN: "4040" is not host:port: write host:port`},

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/mattn/go-shellwords"
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/quote"
@@ -109,6 +110,35 @@ func (s *Signal) Decode(text string) error {
 }
 
 func (s *Signal) problem() error { return s.err }
+
+// Command is a command line, split into words as a shell does it. No shell runs it, so it has
+// neither variables nor operators.
+type Command struct {
+	Argv []string
+	err  error
+}
+
+// Decode implements envconfig.Decoder.
+func (c *Command) Decode(text string) error {
+	p := shellwords.NewParser()
+	argv, err := p.Parse(text)
+	switch {
+	case err == nil && p.Position < 0 && len(argv) > 0 && argv[0] != "":
+		*c = Command{Argv: argv}
+	case err == nil && p.Position >= 0 || strings.ContainsAny(text, "()`"):
+		*c = Command{err: fmt.Errorf("%s has a shell's operator outside of quotes: "+
+			"write sh -c '...'", quote.Value(text))}
+	case err != nil:
+		*c = Command{err: fmt.Errorf("%s is no command line: a quote or a backslash has no end",
+			quote.Value(text))}
+	default:
+		*c = Command{err: fmt.Errorf("%s has no command: write for example pg_isready -q",
+			quote.Value(text))}
+	}
+	return nil
+}
+
+func (c *Command) problem() error { return c.err }
 
 // Level is the level from which on lines are logged.
 type Level struct {

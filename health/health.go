@@ -71,7 +71,14 @@ type Job struct {
 	StartedAt time.Time // Zero before the first start.
 	Restarts  int
 	LastExit  *Exit
+	Health    string // starting, healthy or unhealthy; "" if it is not checked.
 }
+
+// Health of a job that is checked.
+const (
+	HealthStarting = "starting"
+	HealthGood     = "healthy"
+)
 
 // Exit is how a job ended.
 type Exit struct {
@@ -131,7 +138,8 @@ func (s Snapshot) ready() error {
 	}
 }
 
-// leader: a term runs, its stop-at has not passed, and the job runs, if the daemon has one.
+// leader: a term runs, its stop-at has not passed, and the job runs and is healthy, if the daemon
+// has one.
 func (s Snapshot) leader(now time.Duration) error {
 	switch {
 	case s.State != Leading:
@@ -142,8 +150,17 @@ func (s Snapshot) leader(now time.Duration) error {
 		return errors.New("stop-at has passed")
 	case s.JobWanted && s.Job.State != JobRunning:
 		return fmt.Errorf("leading, but the job is not running: %s", cmp.Or(s.Job.State, "none"))
+	case s.JobWanted && s.Job.Health == HealthStarting:
+		return errors.New("leading, but the job is not ready yet")
+	case s.JobWanted && !s.Job.ready():
+		return errors.New("leading, but the job is " + s.Job.Health)
 	}
 	return nil
+}
+
+// ready reports whether the job runs, is ready and is healthy, as far as that is checked.
+func (j Job) ready() bool {
+	return j.State == JobRunning && (j.Health == "" || j.Health == HealthGood)
 }
 
 // standby: waiting in the queue.

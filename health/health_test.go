@@ -219,7 +219,9 @@ func TestStatus_JSON(t *testing.T) {
     "pid": null,
     "started_at": null,
     "restarts": 0,
-    "last_exit": null
+    "last_exit": null,
+    "health": null,
+    "ready": false
   },
   "blocker": null,
   "hold": null,
@@ -265,7 +267,9 @@ func TestStatus_JSON(t *testing.T) {
       "code": 0,
       "signal": null,
       "at": "2026-01-02T03:04:05Z"
-    }
+    },
+    "health": null,
+    "ready": true
   },
   "blocker": {
     "key": "jobs/a/x",
@@ -307,7 +311,9 @@ func TestStatus_JSON(t *testing.T) {
       "code": null,
       "signal": "SIGKILL",
       "at": null
-    }
+    },
+    "health": null,
+    "ready": true
   },
   "blocker": null,
   "hold": null,

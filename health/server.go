@@ -45,7 +45,8 @@ func Endpoints() []Endpoint {
 		{"/readyz", "200 while the candidate is in the election, waiting or leading"},
 		{
 			"/leader",
-			"200 only while leading, before stop-at, with the job running (or none asked for)",
+			"200 only while leading, before stop-at, with the job running (or none asked for)," +
+				" ready and healthy",
 		},
 		{"/standby", "200 only while waiting in the queue"},
 		{

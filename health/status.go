@@ -61,6 +61,8 @@ type jobStatus struct {
 	StartedAt *string     `json:"started_at" desc:"when it was last started"`
 	Restarts  int         `json:"restarts" desc:"how often it was started again"`
 	LastExit  *exitStatus `json:"last_exit" desc:"how it last ended"`
+	Health    *string     `json:"health" desc:"starting, healthy or unhealthy; null: not checked"`
+	Ready     bool        `json:"ready" desc:"whether it runs, is ready, and is healthy"`
 }
 
 type exitStatus struct {
@@ -77,6 +79,7 @@ func (s Snapshot) status(now time.Duration, version string) status {
 		Job: jobStatus{
 			State: cmp.Or(s.Job.State, "none"), PID: orNull(s.Job.PID),
 			StartedAt: timestamp(s.Job.StartedAt), Restarts: s.Job.Restarts,
+			Health: orNull(s.Job.Health), Ready: s.Job.ready(),
 		},
 	}
 	st.Control = orNull(s.ControlProblem)
@@ -173,6 +176,8 @@ func appendFields(list []Field, prefix string, t reflect.Type) []Field {
 			kind, within, ft = "array", "[].", ft.Elem()
 		case reflect.String:
 			kind = "string"
+		case reflect.Bool:
+			kind = "boolean"
 		case reflect.Struct:
 			kind = "object"
 		}

@@ -31,6 +31,7 @@ type pings struct {
 func (s *Supervisor) Run(ctx context.Context) error {
 	var owned sync.WaitGroup
 	defer owned.Wait()
+	defer s.monitors.Wait() // no run is under way any more, so they end
 	defer func() { _ = errors.Join(s.pipe.Close(), s.spawner.Close()) }()
 	stop := make(chan struct{})
 	defer close(stop)

@@ -50,6 +50,7 @@ type Job struct {
 	StartedAt time.Time
 	Restarts  int
 	LastExit  *LastExit
+	Health    Health
 }
 
 // LastExit is how the job last exited.
@@ -62,12 +63,16 @@ type LastExit struct {
 type ExitError struct {
 	proctree.Exit
 	Refused string // why it could not be started; "": it was started
+	// Unhealthy is why it was stopped; "": it exited by itself. Then Code is not 0.
+	Unhealthy string
 }
 
 func (e *ExitError) Error() string {
 	switch {
 	case e.Refused != "":
 		return "the job could not be started: " + e.Refused
+	case e.Unhealthy != "":
+		return "the job was unhealthy: " + e.Unhealthy
 	case e.Signal != 0:
 		return fmt.Sprintf("the job was killed by signal %d", e.Signal)
 	}
@@ -94,6 +99,9 @@ type job struct {
 	// it may outlast kill-by. (A guard that hangs is taken over all the same.)
 	frozen bool
 
+	health    jobHealth
+	unhealthy *UnhealthyError // why we stop it; nil: for another reason, or not
+
 	serial    int32 // the spawner's messages about earlier starts are for an elector before us
 	pidfd     int   // of the first process, from the spawner; -1: none
 	pidfdPid  int   // its pid: the guard's message about the start may come later
@@ -102,8 +110,10 @@ type job struct {
 
 // outcome is how a run ended.
 type outcome struct {
-	exit     ExitError
-	byItself bool
+	exit      ExitError
+	byItself  bool
+	unhealthy *UnhealthyError // why it was stopped; nil: it was not, or for another reason
+	wellAt    time.Duration   // when it last was well, since boot; 0: never
 }
 
 // alive reports whether something of the job may run.
@@ -159,6 +169,8 @@ func (s *Supervisor) startAsked(t Term) (<-chan outcome, error) {
 	}
 	j.term, j.askedAt, j.due, j.known = t, boottime.Now(), forever, t.KillBy
 	j.exit, j.ordered, j.frozen, j.ended = ExitError{}, false, false, make(chan outcome, 1)
+	j.unhealthy = nil
+	s.healthBegins(false)
 	s.transition(JobStarting, "elected")
 	return j.ended, nil
 }
@@ -224,6 +236,7 @@ func (s *Supervisor) frozen(m ipc.Frozen) {
 	switch j.shown.State {
 	case JobRunning:
 		s.metrics.freezes.Inc()
+		j.health.freezes++
 		s.transition(JobFrozen, "no renewal by stop-at")
 	case JobFrozen, JobStopping: // the guard says so again; or a stop was asked for
 	default:
@@ -279,7 +292,11 @@ func (s *Supervisor) firstExited(m ipc.Exited) {
 	j := &s.job
 	j.exit = ExitError{Exit: proctree.Exit(m)}
 	j.shown.PID, j.shown.LastExit = 0, &LastExit{j.exit.Exit, time.Now().UTC()}
-	s.metrics.exits.WithLabelValues(exitReason(j.exit.Exit, !j.ordered && !s.stopped)).Inc()
+	reason := exitReason(j.exit.Exit, !j.ordered && !s.stopped)
+	if j.unhealthy != nil {
+		reason = "unhealthy"
+	}
+	s.metrics.exits.WithLabelValues(reason).Inc()
 	switch j.shown.State {
 	case JobStarting, JobRunning, JobFrozen, JobStopping:
 		s.transition(JobStopping, "first process exited")
@@ -305,7 +322,10 @@ func (s *Supervisor) gone(m ipc.Gone) {
 	j.closePidfd()
 	j.shown.PID = 0
 	s.transition(JobExited, "gone")
-	j.ended <- outcome{exit: j.exit, byItself: !j.ordered && !m.Ordered}
+	j.ended <- outcome{
+		exit: j.exit, byItself: !j.ordered && !m.Ordered,
+		unhealthy: j.unhealthy, wellAt: j.health.wellAt,
+	}
 }
 
 // restarting: the job exited by itself and is started again after a pause.
@@ -368,6 +388,7 @@ func (s *Supervisor) transition(to JobState, why string) {
 		up = 1
 	}
 	s.metrics.up.Set(up)
+	s.showHealth()
 	if from != to {
 		s.log.Debug("job state",
 			"machine", "handle", "from", string(from), "to", string(to), "reason", why)
@@ -375,7 +396,6 @@ func (s *Supervisor) transition(to JobState, why string) {
 			s.log.Info("job started", "pid", j.shown.PID, "token", j.term.Token)
 		}
 	}
-	s.cfg.Changed()
 }
 
 func exitReason(e proctree.Exit, byItself bool) string {

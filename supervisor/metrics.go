@@ -11,6 +11,7 @@ import (
 
 type metrics struct {
 	up           prometheus.Gauge
+	healthy      prometheus.Gauge
 	starts       prometheus.Counter
 	freezes      prometheus.Counter
 	exits        *prometheus.CounterVec
@@ -26,6 +27,10 @@ func newMetrics(r prometheus.Registerer) metrics {
 		up: f.NewGauge(prometheus.GaugeOpts{
 			Name: "leasehold_job_up",
 			Help: "1 while the job runs.",
+		}),
+		healthy: f.NewGauge(prometheus.GaugeOpts{
+			Name: "leasehold_job_healthy",
+			Help: "1 while the job runs, is ready and is healthy, as far as that is checked.",
 		}),
 		starts: f.NewCounter(prometheus.CounterOpts{
 			Name: "leasehold_job_starts_total",
@@ -60,7 +65,7 @@ func newMetrics(r prometheus.Registerer) metrics {
 		Help: "Electors that were replaced while the daemon went on, by reason.",
 	}, []string{"reason"})
 	m.replaced(0, 0, 0)
-	for _, reason := range []string{"ok", "error", "signal", "stopped"} {
+	for _, reason := range []string{"ok", "error", "signal", "stopped", "unhealthy"} {
 		m.exits.WithLabelValues(reason)
 	}
 	for _, reason := range ipc.KillReasons() {

@@ -53,6 +53,7 @@ type Config struct {
 	Freeze       bool                 // the guard freezes the job at stop-at
 	Restart      Restart
 	RestartLimit int
+	Health       HealthConfig
 
 	// None of these may block or call the Supervisor.
 	Signal  func(s unix.Signal) // called for each stop request that the guard received
@@ -95,6 +96,8 @@ type Supervisor struct {
 	outbox      ipc.Outbox
 	unreachable atomic.Bool // the guard does not take messages
 
+	jobChanged  chan struct{} // room for one: the job has changed, for its monitor
+	monitors    sync.WaitGroup
 	pingDue     chan struct{} // room for one: the next ping may be due earlier
 	guardGone   chan struct{} // closed when the guard is lost and nothing of the job is left
 	spawnerDone chan struct{} // closed when the spawner reports that nothing is left
@@ -112,7 +115,7 @@ func Connect(cfg Config) (*Supervisor, error) {
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer),
 		restart: newRestarter(cfg.Restart, cfg.RestartLimit),
 		guardFd: -1, outbox: ipc.Outbox{FD: cfg.Out},
-		pingDue:   make(chan struct{}, 1),
+		pingDue: make(chan struct{}, 1), jobChanged: make(chan struct{}, 1),
 		guardGone: make(chan struct{}), spawnerDone: make(chan struct{}),
 		job: job{shown: Job{State: JobNone}, pidfd: -1},
 	}
@@ -197,6 +200,9 @@ func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 		j.term.StopAt, j.term.KillBy, j.frozen = stopAt, killBy, false
 	}
 	s.mu.Unlock()
+	if s.cfg.Freeze {
+		s.wakeMonitor() // stop-at may have passed before
+	}
 	s.send(ipc.Extend{StopAt: stopAt, KillBy: killBy})
 	s.pingSoon() // both are awake now
 }

@@ -122,6 +122,7 @@ func (s *Supervisor) takeOverJob() {
 	}
 	j.askedAt, j.due, j.known, j.ordered = boottime.Now(), r.Due, r.KillBy, r.Ordered
 	j.ended = make(chan outcome, 1)
+	s.healthBegins(r.JobReady.Passed)
 }
 
 // decideRestart applies the restart policy to a job that ended by itself before this elector began.

@@ -62,11 +62,12 @@ func (s *Supervisor) Supervise(
 		if err != nil || !run.byItself {
 			return err
 		}
-		delay, err := s.restart.after(run.exit, boottime.Now()-began)
+		exit, ran := s.exitOf(run, began)
+		delay, err := s.restart.after(exit, ran)
 		if err != nil {
 			return err
 		}
-		if err := s.backOff(ctx, t, run.exit, delay); err != nil {
+		if err := s.backOff(ctx, t, exit, delay); err != nil {
 			return err
 		}
 		t, began = s.renewed(t), boottime.Now()
@@ -119,6 +120,8 @@ func (s *Supervisor) runOnce(
 	if err != nil {
 		return outcome{}, err
 	}
+	unhealthy, stop := s.startMonitor()
+	defer stop()
 	done, lost := ctx.Done(), t.Lost
 	for {
 		select {
@@ -133,11 +136,14 @@ func (s *Supervisor) runOnce(
 		case <-done:
 			done = nil
 			s.stopFor(context.Cause(ctx), grace)
+		case why := <-unhealthy:
+			s.unhealthy(why)
+			s.stopFor(why, grace)
 		case <-s.guardGone:
 			return outcome{}, ErrGuardLost
 		case run := <-ended:
 			// The term may have ended in the same instant, and we may have seen the job first.
-			run.byItself = run.byItself && !s.over(ctx, t)
+			run.byItself = (run.byItself || run.unhealthy != nil) && !s.over(ctx, t)
 			return run, nil
 		}
 	}
@@ -164,6 +170,9 @@ func (s *Supervisor) backOff(
 ) error {
 	s.restarting()
 	level, text := slog.LevelInfo, "job exited by itself: starting it again"
+	if exit.Unhealthy != "" {
+		level, text = slog.LevelWarn, "job was unhealthy: starting it again"
+	}
 	if s.restart.failures > 1 {
 		level, text = slog.LevelWarn, "job keeps failing: starting it again"
 	}

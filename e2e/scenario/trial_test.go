@@ -220,6 +220,8 @@ type status struct {
 		State    string
 		PID      *int
 		Restarts int
+		Health   *string
+		Ready    bool
 		LastExit *struct {
 			Code   *int
 			Signal *string

@@ -176,6 +176,8 @@ func (g *guard) message(m ipc.Message) {
 		g.known.Entered = entered
 	case ipc.KindRestarts:
 		g.known.Restarts = m.Restarts()
+	case ipc.KindJobReady:
+		g.known.JobReady = m.JobReady()
 	case ipc.KindToken:
 		g.elector.token = append(g.elector.tokenBuf[:0], m.Token().Value...)
 	case ipc.KindStart:

@@ -110,6 +110,7 @@ func (j *job) startAsked(m ipc.Start) {
 	}
 	g.starts++
 	g.known.Starts++
+	g.known.JobReady = ipc.JobReady{}
 	*j = job{
 		g: g, state: jobIdle, serial: g.starts, unanswered: true, pidfd: -1,
 		askedAt: boottime.Now(), stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
@@ -376,7 +377,7 @@ func (j *job) exitUnreported() {
 // Why the job gets its stop signal.
 const (
 	noRenewal    = "no renewal by stop-at"
-	electorAsked = "its term ends"
+	electorAsked = "the elector asks for it"
 	userAsked    = "the daemon stops"
 )
 

@@ -481,7 +481,7 @@ func TestJob_States(t *testing.T) {
 			ipc.Gone{Reason: ipc.KilledThawed, Ordered: true},
 		},
 		{
-			"its term ends while it is frozen",
+			"a stop is asked for while it is frozen",
 			[]func(g){g.frozen, func(g g) { g.stop(time.Hour) }},
 			jobKilling,
 			ipc.Gone{},

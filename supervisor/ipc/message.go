@@ -31,6 +31,7 @@ const (
 	KindExiting
 	KindEntered
 	KindRestarts
+	KindJobReady
 
 	// From the guard to the elector.
 	KindRecord
@@ -76,6 +77,8 @@ type (
 		Failures int // quick failures in a row
 		Backoff  time.Duration
 	}
+	// JobReady is what is known that makes the job ready. The guard passes it to the next elector.
+	JobReady struct{ Passed bool }
 	// Start asks for a start of the job.
 	Start struct {
 		Key            string
@@ -169,6 +172,9 @@ func (m Message) Restarts() Restarts {
 		Count: int(m.number[0]), Failures: int(m.number[1]), Backoff: time.Duration(m.number[2]),
 	}
 }
+
+// JobReady decodes a KindJobReady.
+func (m Message) JobReady() JobReady { return JobReady{Passed: m.number[0] != 0} }
 
 // Token decodes a KindToken.
 func (m Message) Token() Token { return Token{Value: m.text} }

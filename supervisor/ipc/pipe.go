@@ -61,15 +61,14 @@ func (o *Outbox) encode(message any) int {
 	case Ready:
 		kind = KindReady
 	case Lease:
-		kind, number = KindLease, [4]int64{m.ID, int64(m.TTL)}
-		if m.Releasing {
-			number[2] = 1
-		}
+		kind, number = KindLease, [4]int64{m.ID, int64(m.TTL), flag(m.Releasing)}
 	case Entered:
 		kind, number, text = KindEntered, [4]int64{m.Created}, m.Key
 	case Restarts:
 		kind = KindRestarts
 		number = [4]int64{int64(m.Count), int64(m.Failures), int64(m.Backoff)}
+	case JobReady:
+		kind, number = KindJobReady, [4]int64{flag(m.Passed)}
 	case Token:
 		kind, raw = KindToken, m.Value
 	case Start:
@@ -95,10 +94,8 @@ func (o *Outbox) encode(message any) int {
 	case Exited:
 		kind, number = KindExited, [4]int64{int64(m.Code), int64(m.Signal)}
 	case Gone:
-		kind, number = KindGone, [4]int64{int64(m.Elapsed), int64(m.Reason)}
-		if m.Ordered {
-			number[2] = 1
-		}
+		kind = KindGone
+		number = [4]int64{int64(m.Elapsed), int64(m.Reason), flag(m.Ordered)}
 	case Pong:
 		kind, number = KindPong, [4]int64{m.Number}
 	case Signal:
@@ -122,6 +119,13 @@ func (o *Outbox) encode(message any) int {
 		binary.LittleEndian.PutUint64(o.buf[4+8*i:], uint64(v))
 	}
 	return n
+}
+
+func flag(set bool) int64 {
+	if set {
+		return 1
+	}
+	return 0
 }
 
 // Inbox reads messages from a non-blocking pipe. The zero value is ready for use.

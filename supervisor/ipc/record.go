@@ -9,7 +9,7 @@ import (
 
 // RecordVersion is that of the messages between guard and elector, and of what the guard passes to
 // the internal commands of the binary: after a reload that may be another one.
-const RecordVersion = 3
+const RecordVersion = 4
 
 // JobPhase is what the job does when an elector begins.
 type JobPhase int
@@ -43,6 +43,8 @@ type Record struct {
 	// one are out of date.
 	Serial int32
 
+	JobReady JobReady // of the last job
+
 	Starts   int // of the job under this lease
 	Restarts Restarts
 	LastExit RecordedExit // of the job's first process; zero: none has exited
@@ -66,16 +68,10 @@ type RecordedExit struct {
 }
 
 // recordLen is the length of a Record without the key, which follows.
-const recordLen = 28 * 8
+const recordLen = 29 * 8
 
 // encode writes the record without the key.
 func (r *Record) encode(b []byte) int {
-	flag := func(set bool) int64 {
-		if set {
-			return 1
-		}
-		return 0
-	}
 	numbers := [recordLen / 8]int64{
 		int64(r.Version), r.Lease.ID, int64(r.Lease.TTL), flag(r.Lease.Releasing),
 		r.Entered.Created, int64(r.Job), int64(r.PID), int64(r.StartedAt), int64(r.StopAt),
@@ -84,7 +80,7 @@ func (r *Record) encode(b []byte) int {
 		int64(r.LastExit.Code), int64(r.LastExit.Signal), int64(r.LastExit.Errno),
 		int64(r.LastExit.At), int64(r.LastExit.Ran), flag(r.LastExit.Ordered),
 		int64(r.StopSignals), int64(r.Exited), int64(r.Silent), r.Recovered,
-		int64(r.Reloaded),
+		int64(r.Reloaded), flag(r.JobReady.Passed),
 	}
 	for i, v := range numbers {
 		binary.LittleEndian.PutUint64(b[8*i:], uint64(v))
@@ -113,5 +109,6 @@ func (m Message) Record() Record {
 		},
 		StopSignals: int(n(23)), Exited: int(n(24)), Silent: int(n(25)),
 		Recovered: n(26), Reloaded: int(n(27)),
+		JobReady: JobReady{Passed: n(28) != 0},
 	}
 }

@@ -1,0 +1,203 @@
+//go:build linux
+
+package scenario_test
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+)
+
+// A switchable is a check that passes while a file is there, and counts how often it has run.
+type switchable struct {
+	tr        *trial
+	file, log string
+}
+
+func (tr *trial) newCheck(t *testing.T) *switchable {
+	t.Helper()
+	dir, err := harness.TempDir("leasehold-health-")
+	tr.must(err)
+	tr.Cleanup(func() { _ = os.RemoveAll(dir) })
+	tr.must(os.Chmod(dir, 0o777))
+	c := &switchable{tr, filepath.Join(dir, "well"), filepath.Join(dir, "log")}
+	c.pass()
+	return c
+}
+
+func (c *switchable) pass() { c.tr.must(os.WriteFile(c.file, nil, 0o666)) }
+func (c *switchable) fail() { c.tr.must(os.Remove(c.file)) }
+
+// command is the check's command line.
+func (c *switchable) command() string {
+	return fmt.Sprintf("sh -c 'echo >> %s; test -e %s || { echo is ill; exit 1; }'", c.log, c.file)
+}
+
+func (c *switchable) runs() int {
+	text, _ := os.ReadFile(c.log)
+	return strings.Count(string(text), "\n")
+}
+
+// waitRuns waits until the check has run n times more.
+func (c *switchable) waitRuns(n int) {
+	c.tr.Helper()
+	before := c.runs()
+	c.tr.must(harness.Until(c.tr.waitContext(waitTimeout), func() error {
+		if got := c.runs(); got < before+n {
+			return fmt.Errorf("%d checks, want %d", got-before, n)
+		}
+		return nil
+	}))
+}
+
+// healthSettings are for tests: three failures in a row, soon after each other.
+func healthSettings(command string, more ...string) change {
+	return variables(append([]string{
+		"LEASEHOLD_HEALTH_CMD=" + command, "LEASEHOLD_HEALTH_INTERVAL=100ms",
+		"LEASEHOLD_HEALTH_TIMEOUT=1s",
+	}, more...)...)
+}
+
+// One failure, or two, do nothing. The third in a row has the job stopped and started again, in the
+// same term.
+func TestHealth_Flapping(t *testing.T) {
+	t.Parallel()
+	for _, u := range users() {
+		t.Run(u.name, func(t *testing.T) {
+			tr := newTrial(t, u, harness.ClusterConfig{})
+			check := tr.newCheck(t)
+			leader := tr.start("a", "", healthSettings(check.command()))
+			job := tr.waitJob(leader)
+			tr.waitStatus(leader, "/leader", http.StatusOK)
+			before := tr.status(leader)
+			if before.Job.Health == nil || *before.Job.Health != "healthy" || !before.Job.Ready {
+				t.Errorf("%+v", before.Job)
+			}
+			for range 2 {
+				check.fail()
+				tr.waitLog(leader, "failures=1")
+				check.pass()
+				tr.waitLog(leader, "health check passes again")
+				check.waitRuns(4)
+			}
+			tr.sameJob(job)
+			check.fail()
+			tr.waitDead(job)
+			tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
+			check.pass()
+			tr.waitStatus(leader, "/leader", http.StatusOK)
+			after := tr.status(leader)
+			if after.Job.Restarts == 0 || *after.Leader != *before.Leader {
+				t.Errorf("before %+v, after %+v", before, after)
+			}
+			if !strings.Contains(leader.Log(), "is ill") {
+				t.Error("the log does not say what the check has printed")
+			}
+			tr.finish()
+		})
+	}
+}
+
+// A job that hangs is found, killed at the end of its grace, and started again. After
+// LEASEHOLD_RESTART_LIMIT of these, another candidate leads.
+func TestHealth_HungJob(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[0], harness.ClusterConfig{})
+	// The check finds a job that is stopped by its state in /proc.
+	check := healthSettings(`sh -c 'for p in /proc/[0-9]*/stat; do `+
+		`read -r pid comm state rest < $p && [ "$comm" = "(testjob)" ] && [ "$state" = T ] && `+
+		`tr "\0" "\n" < /proc/$pid/environ | grep -qx "LEASEHOLD_ELECTION=$LEASEHOLD_ELECTION" && `+
+		`exit 1; done 2>/dev/null; exit 0'`,
+		"LEASEHOLD_RESTART_LIMIT=2", "LEASEHOLD_STOP_GRACE=200ms")
+	a := tr.start("a", "", check)
+	job := tr.waitJob(a)
+	b := tr.start("b", "", check)
+	tr.waitStatus(b, "/standby", http.StatusOK)
+	for n := range 2 {
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+			if s := tr.status(a); s.Job.Restarts != n || !s.Job.Ready {
+				return fmt.Errorf("%d restarts of %d", s.Job.Restarts, n)
+			}
+			return nil
+		}))
+		tr.must(syscall.Kill(*tr.status(a).Job.PID, syscall.SIGSTOP))
+		if n == 0 {
+			tr.waitDead(job)
+		}
+	}
+	tr.waitStatus(b, "/leader", http.StatusOK)
+	if log := a.Log(); !strings.Contains(log, "LEASEHOLD_RESTART_LIMIT is reached") {
+		t.Error("the log of a does not say why it has resigned")
+	}
+	tr.finish()
+}
+
+// Another elector takes over what is known: nothing waits, and a job that is ill is still found.
+func TestHealth_ElectorReplaced(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[0], harness.ClusterConfig{})
+	check := tr.newCheck(t)
+	a := tr.start("a", "", healthSettings(check.command(), "LEASEHOLD_HEALTH_START_PERIOD=1h"))
+	job := tr.waitJob(a)
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	tr.must(a.signalElector(syscall.SIGKILL))
+	tr.waitReplaced(a, 1)
+	if s := tr.status(a); s.Job.Health == nil || *s.Job.Health != "healthy" {
+		t.Errorf("after the replacement: %+v", s.Job)
+	}
+	check.waitRuns(3)
+	tr.sameJob(job)
+	check.fail()
+	tr.waitDead(job)
+	check.pass()
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	tr.finish()
+}
+
+// With LEASEHOLD_RESTART=never a job that is unhealthy ends the daemon, and not with 0.
+func TestHealth_RestartNever(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[0], harness.ClusterConfig{})
+	check := tr.newCheck(t)
+	a := tr.start("a", "stop-code=0",
+		healthSettings(check.command(), "LEASEHOLD_RESTART=never"))
+	tr.waitJob(a)
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	check.fail()
+	tr.waitExit(a, 1)
+	if !strings.Contains(a.Log(), "the job was unhealthy: exit code 1: is ill") {
+		t.Error("the log does not say why the daemon has exited")
+	}
+	tr.finish()
+}
+
+// A frozen job is not unhealthy: no check runs while it is frozen.
+func TestFreeze_HealthPauses(t *testing.T) {
+	tr := newTrial(t, root(), harness.ClusterConfig{})
+	tr.ttl = 5 * time.Second
+	check := tr.newCheck(t)
+	leader := tr.start("a", "", freezes, healthSettings(check.command()))
+	job := tr.waitJob(leader)
+	tr.waitStatus(leader, "/leader", http.StatusOK)
+	start := tr.stopEtcd()
+	tr.waitJobState(leader, "frozen")
+	check.fail()
+	before := check.runs()
+	time.Sleep(2 * tr.ttl)                       // without etcd
+	if after := check.runs(); after > before+1 { // one may have begun before
+		t.Errorf("%d checks of a frozen job", after-before)
+	}
+	check.pass()
+	start()
+	tr.waitStatus(leader, "/leader", http.StatusOK)
+	check.waitRuns(3)
+	tr.sameJob(job)
+	tr.finish()
+}

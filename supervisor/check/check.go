@@ -1,0 +1,179 @@
+//go:build linux
+
+// Package check runs commands that answer a question by their exit code: is the job healthy, is
+// this machine fit to lead?
+//
+// The process that asks starts a runner for each check, another process of the same binary. The
+// runner starts the command, and is a child subreaper. So all that descends from the command also
+// descends from the runner, until the runner has killed it. It kills it when the command has
+// exited, when the time is up, and when the process that asks has exited or does not want the
+// answer any more. It exits when wait4(2) shows that nothing is left.
+//
+// Not promised: if the runner itself is killed, the command is killed too, but not what it has
+// forked. A process in uninterruptible sleep exits when that ends. The runner waits for it, and no
+// other check of the same kind begins meanwhile.
+package check
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"leasehold/internal/quote"
+)
+
+// A Probe makes one check. It returns nil if the check passes, or why not. When ctx ends, it
+// returns soon, and what it returns means nothing.
+type Probe func(ctx context.Context) error
+
+// Command is a check that a command makes.
+type Command struct {
+	// Runner begins the argv of the runner, which is this binary. It has to call Run with the rest.
+	Runner  []string
+	Argv    []string // of the command; the first is looked for in the PATH of Env
+	Env     []string
+	Timeout time.Duration
+	// NewPrivs lets the command gain privileges also if the runner then can't kill it.
+	NewPrivs bool
+
+	running atomic.Bool
+}
+
+// killTimeout is how long a runner may take to kill what it has started, and to report.
+const killTimeout = 2 * time.Second
+
+// ErrStuck means that the check before this one has not exited, although it was killed.
+var ErrStuck = errors.New("the check before it was killed, and has not exited")
+
+// Probe implements Probe. One check of a command runs at a time.
+func (c *Command) Probe(ctx context.Context) error {
+	if !c.running.CompareAndSwap(false, true) {
+		return ErrStuck
+	}
+	r, err := c.start()
+	if err != nil {
+		c.running.Store(false)
+		return fmt.Errorf("the check can't be started: %w", err)
+	}
+	reported := make(chan report, 1)
+	go func() { // until the runner has exited, however long that takes
+		reported <- r.wait()
+		c.running.Store(false)
+	}()
+	timer := time.NewTimer(c.Timeout + killTimeout)
+	defer timer.Stop()
+	defer r.cancel()
+	select {
+	case got := <-reported:
+		return got.err(c.Timeout)
+	case <-timer.C:
+		return ErrStuck
+	case <-ctx.Done():
+	}
+	r.cancel()
+	select {
+	case <-reported:
+	case <-timer.C:
+	}
+	return ctx.Err()
+}
+
+// runner is a runner, and our ends of its pipes.
+type runner struct {
+	pid    int
+	report *os.File // what it writes when it is done; nobody else has the other end
+	wanted *os.File // it ends when this is closed
+}
+
+func (c *Command) start() (*runner, error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = null.Close() }()
+	report, reportW, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = reportW.Close() }()
+	wantedR, wanted, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(err, report.Close())
+	}
+	defer func() { _ = wantedR.Close() }()
+	argv := append(append([]string{}, c.Runner...), runOptions{c.Timeout, c.NewPrivs}.encode()...)
+	// Not os/exec: its Wait holds a thread, and the runtime would end this process if it needed
+	// another one while the job has used up the limit of processes.
+	pid, err := syscall.ForkExec("/proc/self/exe", append(argv, c.Argv...), &syscall.ProcAttr{
+		Env:   c.Env,
+		Files: []uintptr{null.Fd(), reportW.Fd(), 2, wantedR.Fd()},
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return nil, errors.Join(err, report.Close(), wanted.Close())
+	}
+	return &runner{pid: pid, report: report, wanted: wanted}, nil
+}
+
+// cancel has the runner kill what it has started. It may be called more than once.
+func (r *runner) cancel() { _ = r.wanted.Close() }
+
+// wait returns the report when the runner has exited.
+func (r *runner) wait() (got report) {
+	text, err := io.ReadAll(io.LimitReader(r.report, maxReport))
+	_ = r.report.Close()
+	if err == nil {
+		err = json.Unmarshal(text, &got)
+	}
+	if err != nil {
+		got = report{Fault: "the process that runs the check has left no report"}
+	}
+	for { // it exits at this moment, or has exited
+		if _, err := unix.Wait4(r.pid, nil, 0, nil); err != unix.EINTR {
+			return got
+		}
+	}
+}
+
+// report is what a runner writes when nothing of the check is left.
+type report struct {
+	Fault    string // why it was not run; "": it was
+	Code     int
+	Signal   int
+	TimedOut bool
+	Output   string // the end of it
+}
+
+const (
+	maxOutput = 200 // of the check's output, in bytes
+	maxReport = 16 << 10
+)
+
+// err is nil if the check has passed, or says why not. It can be shown in a terminal.
+func (r report) err(timeout time.Duration) error {
+	var why string
+	switch {
+	case r.Fault != "":
+		why = r.Fault
+	case r.TimedOut:
+		why = fmt.Sprintf("no result within %v", timeout)
+	case r.Signal != 0:
+		why = fmt.Sprintf("killed by signal %d", r.Signal)
+	case r.Code != 0:
+		why = fmt.Sprintf("exit code %d", r.Code)
+	default:
+		return nil
+	}
+	if r.Output != "" {
+		why += ": " + r.Output
+	}
+	return errors.New(quote.Line(why))
+}

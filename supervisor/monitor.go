@@ -1,0 +1,337 @@
+//go:build linux
+
+package supervisor
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"leasehold/internal/boottime"
+	"leasehold/supervisor/check"
+	"leasehold/supervisor/ipc"
+)
+
+// HealthConfig says how the health of the job is known. The zero value: the job is ready and
+// healthy while it runs.
+type HealthConfig struct {
+	Check       check.Probe   // nil: there is none
+	Interval    time.Duration // from the end of a check to the next one
+	Retries     int           // failures in a row that make a ready job unhealthy
+	StartPeriod time.Duration // the job needs to become ready, besides Retries intervals
+}
+
+func (c *HealthConfig) isNeeded() bool { return c.Check != nil }
+
+// Health is what is known of the job's health.
+type Health string
+
+// The states of the job's health. Without a check there is none.
+const (
+	HealthUnknown  Health = ""
+	HealthStarting Health = "starting" // not ready yet
+	HealthGood     Health = "healthy"
+	HealthBad      Health = "unhealthy" // it is being stopped, or was, because of that
+)
+
+// UnhealthyError means that the job is unhealthy. A run that it ends counts as one that the job has
+// ended by itself with an error.
+type UnhealthyError struct{ Why string }
+
+func (e *UnhealthyError) Error() string { return "job unhealthy: " + e.Why }
+
+// startingInterval is the longest time between two checks while the job is not ready: it should
+// count as ready soon after it is.
+const startingInterval = time.Second
+
+// monitor watches the health of one run of the job, from when it runs until the run ends.
+//
+// It says nothing while the job is frozen, and begins anew when it is thawed: a check that has
+// waited for a frozen job proves nothing. Past stop-at the job may be being frozen.
+type monitor struct {
+	s         *Supervisor
+	cfg       HealthConfig
+	unhealthy chan *UnhealthyError // room for one: why the job has to be stopped
+
+	readyBy  time.Time // when the job has to be ready
+	next     time.Time // when the next check is due
+	failures int       // in a row
+	last     error     // of the last check that failed
+	freezes  int       // of the job, as last seen
+	runs     bool      // the job runs, as last seen
+	pausedAt time.Time // when it was last seen not to run
+}
+
+// startMonitor starts a monitor for the run that begins. The channel is nil if there is nothing to
+// monitor. stop does not wait: a check may hang in the kernel, and what follows must not.
+func (s *Supervisor) startMonitor() (unhealthy <-chan *UnhealthyError, stop func()) {
+	if !s.cfg.Health.isNeeded() {
+		return nil, func() {}
+	}
+	m := &monitor{s: s, cfg: s.cfg.Health, unhealthy: make(chan *UnhealthyError, 1)}
+	ctx, stop := context.WithCancel(context.Background())
+	s.monitors.Go(func() { m.run(ctx) })
+	return m.unhealthy, stop
+}
+
+// run monitors until ctx ends, or until the job is unhealthy.
+func (m *monitor) run(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var checking checking
+	defer checking.stop()
+	for ctx.Err() == nil {
+		runs, changed := m.look()
+		if changed {
+			checking.stop()
+		}
+		if why := m.overdue(runs); why != nil {
+			m.unhealthy <- why
+			return
+		}
+		if runs && m.cfg.Check != nil && checking.result == nil && !time.Now().Before(m.next) {
+			checking.start(ctx, m.s, m.cfg.Check)
+		}
+		timer.Reset(m.untilNext(runs, checking.result != nil))
+		select {
+		case <-ctx.Done():
+		case <-m.s.jobChanged:
+		case <-timer.C:
+		case err := <-checking.result:
+			checking.result = nil
+			if runs, changed := m.look(); !runs || changed || ctx.Err() != nil {
+				continue // it was frozen meanwhile
+			}
+			if why := m.checked(err); why != nil {
+				m.unhealthy <- why
+				return
+			}
+		}
+	}
+}
+
+// checking is a check that runs.
+type checking struct {
+	result chan error // nil: none runs
+	cancel context.CancelFunc
+}
+
+func (c *checking) start(ctx context.Context, s *Supervisor, probe check.Probe) {
+	ctx, c.cancel = context.WithCancel(ctx)
+	result := make(chan error, 1)
+	c.result = result
+	s.monitors.Go(func() { result <- probe(ctx) }) // it ends soon after its context
+}
+
+func (c *checking) stop() {
+	if c.cancel != nil {
+		c.cancel()
+	}
+	c.result = nil
+}
+
+// look sees whether the job runs, and whether that has changed since, for a moment at least.
+func (m *monitor) look() (runs, changed bool) {
+	freezes, runs := m.s.judged()
+	now := time.Now()
+	changed = runs != m.runs || freezes != m.freezes
+	if changed && runs {
+		switch {
+		case m.readyBy.IsZero():
+			m.readyBy = now.Add(m.startPeriodLeft() + time.Duration(m.cfg.Retries)*m.cfg.Interval)
+		case !m.pausedAt.IsZero():
+			m.readyBy = m.readyBy.Add(now.Sub(m.pausedAt))
+		}
+		m.next, m.failures = now, 0
+	}
+	if !runs && m.pausedAt.IsZero() {
+		m.pausedAt = now
+	} else if runs {
+		m.pausedAt = time.Time{}
+	}
+	m.runs, m.freezes = runs, freezes
+	return runs, changed
+}
+
+// startPeriodLeft is what is left of the start period. It goes on if another elector takes over.
+func (m *monitor) startPeriodLeft() time.Duration {
+	return max(0, m.cfg.StartPeriod-time.Since(m.s.Snapshot().StartedAt))
+}
+
+// untilNext is the time until run has something to do.
+func (m *monitor) untilNext(runs, checking bool) time.Duration {
+	wait := time.Hour
+	if !runs { // jobChanged comes
+		return wait
+	}
+	if !checking && m.cfg.Check != nil {
+		wait = min(wait, time.Until(m.next))
+	}
+	if m.s.health() == HealthStarting {
+		wait = min(wait, time.Until(m.readyBy))
+	}
+	return max(wait, 0)
+}
+
+// overdue returns why the job is unhealthy, if it is not ready in time.
+func (m *monitor) overdue(runs bool) *UnhealthyError {
+	if !runs || m.s.health() != HealthStarting || time.Now().Before(m.readyBy) {
+		return nil
+	}
+	why := fmt.Sprintf("not ready within %v", m.cfg.StartPeriod+
+		time.Duration(m.cfg.Retries)*m.cfg.Interval)
+	if m.last != nil {
+		why += ": " + m.last.Error()
+	}
+	return &UnhealthyError{why}
+}
+
+// checked takes the result of a check. It returns why the job is unhealthy, if it is.
+func (m *monitor) checked(err error) *UnhealthyError {
+	m.next = time.Now().Add(m.cfg.Interval)
+	if err == nil {
+		if m.failures > 0 {
+			m.s.log.Info("health check passes again", "failures", m.failures)
+		}
+		m.failures = 0
+		m.s.checkPassed()
+		return nil
+	}
+	m.last = err
+	if !m.s.hasPassed() {
+		m.next = time.Now().Add(min(m.cfg.Interval, startingInterval))
+		m.s.log.Debug("health check failed: the job is not ready", "reason", err.Error())
+		return nil
+	}
+	m.failures++
+	m.s.log.Warn("health check failed", "reason", err.Error(),
+		"failures", m.failures, "retries", m.cfg.Retries)
+	if m.failures >= m.cfg.Retries {
+		return &UnhealthyError{err.Error()}
+	}
+	return nil
+}
+
+// What follows is the part of the job's state that is about its health. The mutex of the Supervisor
+// guards it.
+
+// jobHealth is the health of a run.
+type jobHealth struct {
+	state   Health
+	passed  bool          // a check has passed
+	wellAt  time.Duration // when the job last was well, since boot; 0: never
+	freezes int           // of the job
+}
+
+// judged reports whether the job runs, so that it can be asked for its health, and how often it was
+// frozen.
+func (s *Supervisor) judged() (freezes int, runs bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := &s.job
+	return j.health.freezes, j.shown.State == JobRunning &&
+		(!s.cfg.Freeze || boottime.Now() < j.term.StopAt)
+}
+
+func (s *Supervisor) health() Health {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.job.health.state
+}
+
+func (s *Supervisor) hasPassed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.job.health.passed
+}
+
+// checkPassed: a health check has passed.
+func (s *Supervisor) checkPassed() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := &s.job.health
+	h.wellAt = boottime.Now()
+	if s.job.shown.State != JobRunning || h.passed {
+		return
+	}
+	h.passed = true
+	s.readyChanged()
+}
+
+// readyChanged: one thing more is known that makes the job ready. The next elector has to know it,
+// too. The mutex is held.
+func (s *Supervisor) readyChanged() {
+	h := &s.job.health
+	s.send(ipc.JobReady{Passed: h.passed})
+	if h.state == HealthStarting && s.isReady() {
+		h.state = HealthGood
+		s.log.Info("job is ready", "elapsed",
+			time.Since(s.job.shown.StartedAt).Round(time.Millisecond).String())
+	}
+	s.showHealth()
+}
+
+// isReady reports whether all is known that makes the job ready. The mutex is held.
+func (s *Supervisor) isReady() bool {
+	return s.cfg.Health.Check == nil || s.job.health.passed
+}
+
+// healthBegins: a run begins, or is taken over. passed is what is known of that. The mutex is held.
+func (s *Supervisor) healthBegins(passed bool) {
+	h := &s.job.health
+	*h = jobHealth{passed: passed, freezes: h.freezes}
+	if s.cfg.Health.isNeeded() {
+		if h.state = HealthStarting; s.isReady() {
+			h.state, h.wellAt = HealthGood, boottime.Now()
+		}
+	}
+	s.showHealth()
+}
+
+// showHealth publishes the health of the job. The mutex is held.
+func (s *Supervisor) showHealth() {
+	j := &s.job
+	h := &j.health
+	j.shown.Health = h.state
+	healthy := 0.0
+	if j.shown.State == JobRunning && (h.state == HealthUnknown || h.state == HealthGood) {
+		healthy = 1
+	}
+	s.metrics.healthy.Set(healthy)
+	s.wakeMonitor()
+	s.cfg.Changed()
+}
+
+func (s *Supervisor) wakeMonitor() {
+	select {
+	case s.jobChanged <- struct{}{}:
+	default:
+	}
+}
+
+// unhealthy: the job is to be stopped for this reason, unless it is being stopped already.
+func (s *Supervisor) unhealthy(why *UnhealthyError) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.job.ordered || !s.job.alive() {
+		return
+	}
+	s.job.health.state = HealthBad
+	s.job.unhealthy = why
+	s.log.Warn("job is unhealthy: stopping it", "reason", why.Why)
+	s.showHealth()
+}
+
+// exitOf is how a run has ended for the restart policy, and how long it ran. A job that was
+// unhealthy has failed, whatever its exit code, and ran for as long as it was well.
+func (s *Supervisor) exitOf(run outcome, began time.Duration) (exit ExitError, ran time.Duration) {
+	exit = run.exit
+	if run.unhealthy == nil {
+		return exit, boottime.Now() - began
+	}
+	exit.Unhealthy = run.unhealthy.Why
+	if exit.Code == 0 {
+		exit.Code = 1
+	}
+	return exit, max(0, run.wellAt-began)
+}
