@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"leasehold/config"
+	"leasehold/health"
 	"leasehold/supervisor"
 	"leasehold/supervisor/check"
 )
@@ -17,8 +18,11 @@ func healthConfig(cfg config.Config) supervisor.HealthConfig {
 		Interval: cfg.Health.Interval.Duration, Retries: cfg.Health.Retries.N,
 		StartPeriod: cfg.Health.StartPeriod.Duration,
 	}
-	if cfg.Health.Cmd.Argv != nil {
+	switch {
+	case cfg.Health.Cmd.Argv != nil:
 		h.Check = checkCommand(cfg, cfg.Health.Cmd).Probe
+	case cfg.Health.URL != "":
+		h.Check = health.Probe(cfg.Health.URL, cfg.Health.Timeout.Duration)
 	}
 	return h
 }

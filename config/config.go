@@ -8,6 +8,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -75,6 +76,7 @@ type Config struct {
 // Health says how the job's health is checked. The words are Docker's.
 type Health struct {
 	Cmd         Command  `split_words:"true" desc:"a command that checks the job's health: exit code 0 is healthy. It is split into words as by a shell, and no shell runs it"`
+	URL         string   `split_words:"true" desc:"in place of LEASEHOLD_HEALTH_CMD: a URL that is asked by GET, http or https. A status from 200 to 399 is healthy. No redirect is followed, and no certificate is checked"`
 	Interval    Duration `split_words:"true" default:"10s" desc:"from the end of a check to the next one; while the job is not ready, a second at most"`
 	Timeout     Duration `split_words:"true" default:"3s" desc:"a check that takes longer fails, and is killed with all that it has started"`
 	Retries     Count    `split_words:"true" default:"3" desc:"failed checks in a row after which the job is unhealthy: it is stopped, and counts as ended by itself with an error"`
@@ -201,7 +203,7 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 	if p.use == ForElect {
 		for _, name := range []string{
 			"CONTACT_LOSS", "NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT", "STATE_DIR",
-			"HEALTH_CMD", "HEALTH_INTERVAL", "HEALTH_START_PERIOD",
+			"HEALTH_CMD", "HEALTH_URL", "HEALTH_INTERVAL", "HEALTH_START_PERIOD",
 		} {
 			if set[name] {
 				p.add(name, "it is about a job, and elect runs none:"+
@@ -233,11 +235,31 @@ func (c *Config) validateContactLoss(p *problems) {
 
 // validate checks that a check can pass, and that checks do not follow each other without end.
 func (h *Health) validate(p *problems) {
+	if h.URL != "" {
+		p.add("HEALTH_URL", "%w", urlProblem(h.URL))
+		if h.Cmd.Argv != nil {
+			p.add("HEALTH_URL", "LEASEHOLD_HEALTH_CMD is set too: unset one of them")
+		}
+	}
 	if h.Retries.err == nil && h.Retries.N == 0 {
 		p.add("HEALTH_RETRIES", "0 is too few: write 1 or more")
 	}
 	p.tooShort("HEALTH_INTERVAL", h.Interval, 100*time.Millisecond)
 	p.tooShort("HEALTH_TIMEOUT", h.Timeout, 10*time.Millisecond)
+}
+
+// urlProblem returns what is wrong with the URL of a check, or nil. It does not show the URL if a
+// password may be in it.
+func urlProblem(text string) error {
+	u, err := url.Parse(text)
+	switch {
+	case err != nil && strings.Contains(text, "@"), err == nil && u.User != nil:
+		return errors.New("it has a user name in it, which the log could show: write it without")
+	case err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "":
+		return fmt.Errorf("%s is no URL: write for example http://127.0.0.1:8080/healthz",
+			quote.Value(text))
+	}
+	return nil
 }
 
 // tooShort notes a duration that is shorter than the shortest one.

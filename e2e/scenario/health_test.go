@@ -5,9 +5,11 @@ package scenario_test
 import (
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -199,5 +201,30 @@ func TestFreeze_HealthPauses(t *testing.T) {
 	tr.waitStatus(leader, "/leader", http.StatusOK)
 	check.waitRuns(3)
 	tr.sameJob(job)
+	tr.finish()
+}
+
+// A job that answers by HTTP: it hangs, and is found.
+func TestHealth_URL(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[1], harness.ClusterConfig{})
+	var ill atomic.Bool
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if ill.Load() {
+			http.Error(w, "is ill", http.StatusInternalServerError)
+		}
+	}))
+	t.Cleanup(server.Close)
+	a := tr.start("a", "", variables("LEASEHOLD_HEALTH_URL="+server.URL,
+		"LEASEHOLD_HEALTH_INTERVAL=100ms"))
+	job := tr.waitJob(a)
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	ill.Store(true)
+	tr.waitDead(job)
+	ill.Store(false)
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	if !strings.Contains(a.Log(), "500 Internal Server Error: is ill") {
+		t.Error("the log does not say what was answered")
+	}
 	tr.finish()
 }
