@@ -70,7 +70,6 @@ func Reloaded() Fault {
 	return Fault{Name: "reloaded", Inject: func(ctx context.Context, on *Target) error {
 		ctx, cancel := context.WithTimeout(ctx, harness.WaitTimeout)
 		defer cancel()
-		on.Begin()
 		// Where it can be answered: its socket is one of the machine's network.
 		reload, err := harness.StartChild("reload", on.Machine.Node,
 			exec.Command(on.Programs.Leasehold, "reload", strconv.Itoa(on.Machine.Guard())))

@@ -100,10 +100,19 @@ func (c *Cgroup) Thaw(ctx context.Context) error {
 	return c.waitFor(ctx, "frozen 0")
 }
 
-// Frozen reports whether the cgroup itself was frozen, and not one above it, and nothing in it runs.
-func (c *Cgroup) Frozen() bool {
+// FreezeAsked reports whether the cgroup itself is to be frozen, and not one above it. What was
+// frozen stays so until then, or until SIGKILL reaches it.
+func (c *Cgroup) FreezeAsked() bool {
 	asked, _ := os.ReadFile(filepath.Join(c.Path, "cgroup.freeze")) // it may just have gone
-	return string(asked) == "1\n" && c.has("frozen 1") == nil
+	return string(asked) == "1\n"
+}
+
+// Frozen reports whether the cgroup itself was frozen, and nothing in it runs.
+func (c *Cgroup) Frozen() bool { return c.FreezeAsked() && c.has("frozen 1") == nil }
+
+// Killed reports whether SIGKILL has reached all that is in the cgroup: see Killed.
+func (c *Cgroup) Killed() bool {
+	return !slices.ContainsFunc(c.Processes(), func(pid int) bool { return !Killed(pid) })
 }
 
 // WaitEmpty waits until no process is in the cgroup. Its error names those that are.

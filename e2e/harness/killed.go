@@ -14,8 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Killed reports whether no thread of a process runs in user space any more: SIGKILL has reached each
-// of them, or they have exited. It asks first the first thread, which is cheap.
+// Killed reports whether no thread of a process runs in user space any more: SIGKILL has reached
+// each of them, or they have exited. It asks first the first thread, which is cheap.
 func Killed(pid int) bool {
 	tasks := fmt.Sprintf("/proc/%d/task", pid)
 	if !threadKilled(filepath.Join(tasks, strconv.Itoa(pid))) {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"testing"
@@ -351,6 +352,9 @@ func TestMustKeep(t *testing.T) {
 		{"two losses before", []*injection{
 			on(a, electorKilled, aDaemon, 50*s, 0), on(a, electorHung, aDaemon, 20*s, s),
 		}, false},
+		{"a reload is none", []*injection{
+			on(a, electorKilled, aDaemon, 50*s, 0), on(a, electorReloaded, aDaemon, 20*s, s),
+		}, true},
 		{"two losses of another daemon", []*injection{
 			on(b, electorKilled, aDaemon, 50*s, 0), on(b, electorHung, aDaemon, 20*s, s),
 		}, true},
@@ -367,6 +371,89 @@ func TestMustKeep(t *testing.T) {
 			r := &run{injected: append(c.before, loss)}
 			if got := r.mustKeep(loss); got != c.want {
 				t.Errorf("%v, want %v", got, c.want)
+			}
+		})
+	}
+}
+
+// A job that is frozen may live beside the next one. It must not run meanwhile, nor again when it
+// is killed, and it must have exited before it is thawed.
+func TestFrozen(t *testing.T) {
+	const ms = time.Millisecond
+	for _, c := range []struct {
+		name   string
+		frozen time.Duration // of the earlier job, from the start of the later one on
+		to     time.Duration
+		killed bool
+		beats  []time.Duration
+		of     string
+		guilty bool
+	}{
+		{name: "killed frozen", frozen: -500 * ms, to: 900 * ms, killed: true},
+		{
+			name: "ran before", frozen: -500 * ms, to: 900 * ms, killed: true,
+			beats: []time.Duration{-501 * ms},
+		},
+		{
+			name: "ran while it was frozen", frozen: -500 * ms, to: 900 * ms, killed: true,
+			beats: []time.Duration{-501 * ms, 300 * ms}, guilty: true,
+		},
+		{
+			name: "ran when it was killed", frozen: -500 * ms, to: 900 * ms, killed: true,
+			beats: []time.Duration{950 * ms}, guilty: true,
+		},
+		{name: "thawed beside the next one", frozen: -500 * ms, to: 900 * ms, guilty: true},
+		{name: "frozen too late", frozen: ms, to: 900 * ms, killed: true, guilty: true},
+		{name: "another's", frozen: -500 * ms, to: 900 * ms, killed: true, of: "c", guilty: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k, now := quietChecker(), harness.Now()
+			began := now - 5*time.Second
+			earlier := lived("a", 5, began-2*time.Second, began+time.Second)
+			for _, at := range c.beats {
+				earlier.Heartbeats = append(earlier.Heartbeats, began+at)
+			}
+			alive := earlier
+			alive.End = 0
+			k.saw(began, []harness.Life{alive, lived("c", 2, began-4*time.Second, 0)})
+			k.jobThawed(k.jobFrozen(cmp.Or(c.of, "a"), began+c.frozen), began+c.to, c.killed)
+			k.saw(now, []harness.Life{
+				earlier, lived("c", 2, began-4*time.Second, began-3*time.Second),
+				lived("b", 9, began, now),
+			})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+			if k.counts.Frozen != 1 {
+				t.Errorf("%d were frozen", k.counts.Frozen)
+			}
+		})
+	}
+}
+
+// Nobody leads whose job is frozen.
+func TestFrozen_Leader(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		sent   time.Duration // after the freeze
+		guilty bool
+	}{
+		{"just before it is frozen", -time.Millisecond, false},
+		{"frozen", time.Second, true},
+		{"being thawed", 2*time.Second - 20*time.Millisecond, false},
+		{"another job", 3 * time.Second, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k, now := quietChecker(), harness.Now()
+			from := now - 5*time.Second
+			job := lived("a", 5, from-time.Second, 0)
+			k.saw(from, []harness.Life{job})
+			k.jobThawed(k.jobFrozen("a", from), from+2*time.Second, false)
+			sent := from + c.sent
+			k.health.yes = append(k.health.yes, &yes{candidate: "a", sent: sent, received: sent})
+			k.saw(now, []harness.Life{job})
+			if v := k.first.Load(); (v != nil) != c.guilty {
+				t.Errorf("the verdict is %v", v)
 			}
 		})
 	}

@@ -60,6 +60,7 @@ type checker struct {
 	health   health
 	leases   leases
 	kept     []*kept
+	frozen   []*frozenJob
 }
 
 // counts are of checks and of what was seen.
@@ -78,6 +79,9 @@ type counts struct {
 	// whose next elector came too late, on a starved machine.
 	Kept        int `json:"jobs_kept"`
 	KeptStarved int `json:"jobs_not_kept_starved"`
+	// Frozen are of jobs on loss of contact. KilledFrozen are those that were not thawed.
+	Frozen       int `json:"jobs_frozen"`
+	KilledFrozen int `json:"jobs_killed_frozen"`
 	// Transitions that daemons logged, by state machine.
 	Transitions check.Counts `json:"transitions"`
 }
@@ -204,7 +208,7 @@ func endsByItself(t *check.Term) bool {
 // awake is when a term's job could run.
 func (k *checker) awake(now time.Duration) func(*check.Term) check.Intervals {
 	return func(t *check.Term) check.Intervals {
-		return t.Intervals(now).Without(k.excuses.frozen[t.Candidate])
+		return t.Intervals(now).Without(k.excuses.frozen[t.Candidate]).Without(k.frozenIn(t))
 	}
 }
 
@@ -225,6 +229,7 @@ func (k *checker) judge(now time.Duration, last bool) {
 		k.judgeOverlap(both, now, last)
 	}
 	k.judgeKept(now, last)
+	k.judgeFrozen(now, last)
 	k.explain(now, last)
 	k.excuse(now, last)
 }

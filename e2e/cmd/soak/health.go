@@ -213,12 +213,16 @@ const (
 	noticedIn = 250 * time.Millisecond
 )
 
-// explain checks that /leader said 200 only while the candidate's job lived.
+// explain checks that /leader said 200 only while the candidate's job lived, and was not frozen.
 func (k *checker) explain(now time.Duration, over bool) {
 	k.health.yes = slices.DeleteFunc(k.health.yes, func(y *yes) bool {
 		lives, last, of := k.jobBefore(y, now)
+		if k.heldFrozen(y, now) {
+			k.violate([]string{y.candidate}, "/leader of %s, asked at %v, says 200, and its job "+
+				"was frozen", y.candidate, y.sent-k.began)
+		}
 		if lives {
-			return true
+			return over || now > y.received+noticedIn
 		}
 		y.looked++
 		waits := y.received

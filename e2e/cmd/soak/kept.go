@@ -11,12 +11,13 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// A leader whose elector is killed, or hangs, keeps its job: another elector takes over. The job
-// may be moved only if something else is wrong, too:
+// A leader whose elector is killed, hangs, or is replaced by a reload, keeps its job: another
+// elector takes over. The job may be moved only if something else is wrong, too:
 //
 //   - another fault of that daemon, of its links or of etcd, an operator's action, or a starved
 //     machine: at the same time, until shortly before, or afterwards;
-//   - the third loss of an elector of that daemon within a minute, after which the guard gives up;
+//   - the third loss of an elector of that daemon within a minute, after which the guard gives up
+//     (a reload does not count);
 //   - the job ends by itself.
 
 // kept is a job that must live on.
@@ -32,7 +33,9 @@ type kept struct {
 const mostLost = 2
 
 // losesElector reports whether the fault takes a daemon's elector.
-func (i *injection) losesElector() bool { return i.name == electorKilled || i.name == electorHung }
+func (i *injection) losesElector() bool {
+	return i.name == electorKilled || i.name == electorHung || i.name == electorReloaded
+}
 
 // mayEnd reports whether a fault may be why the job of a candidate ends.
 func (i *injection) mayEnd(candidate string) bool {
@@ -53,7 +56,7 @@ func (r *run) mustKeep(of *injection) bool {
 		if i.To == check.Forever || i.To > of.on.Began-lasts {
 			return false
 		}
-		if i.losesElector() && i.on.Machine == of.on.Machine &&
+		if i.losesElector() && i.name != electorReloaded && i.on.Machine == of.on.Machine &&
 			i.From > of.on.Began-time.Minute {
 			lost++
 		}
@@ -62,7 +65,7 @@ func (r *run) mustKeep(of *injection) bool {
 	now := time.Now()
 	replaced := check.Between(check.Replacements(of.on.Machine.Log()),
 		now.Add(-time.Minute), now.Add(time.Second))
-	return max(lost, len(replaced)) < mostLost
+	return of.name == electorReloaded || max(lost, len(replaced)) < mostLost
 }
 
 // keeps notes that the job of a candidate must live on, if it has one that does not end by itself.

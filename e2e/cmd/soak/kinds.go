@@ -42,6 +42,7 @@ const (
 const (
 	guardKilled, guardHung     = "guard-killed", "guard-hung"
 	electorKilled, electorHung = "elector-killed", "elector-hung"
+	electorReloaded            = "elector-reloaded"
 )
 
 // Each has its weight, name, target, how long it lasts at least and at most, and what it does.
@@ -50,6 +51,7 @@ var kinds = []kind{
 	{6, electorKilled, aDaemon, 0, 0, with(fault.Killed, harness.Elector), ""},
 	{4, guardHung, aDaemon, 0.02, 1.2, with(fault.Hung, harness.Guard), ""},
 	{4, electorHung, aDaemon, 0.02, 1.4, with(fault.Hung, harness.Elector), ""},
+	{4, electorReloaded, aDaemon, 0.2, 0.5, reloaded, ""},
 	{4, "spawner-killed", aDaemon, 0, 0, with(fault.Killed, harness.Spawner), ""},
 	{3, "spawner-hung", aDaemon, 0.02, 1.4, with(fault.Hung, harness.Spawner), ""},
 	{3, "all-killed", aDaemon, 0, 0, just(fault.AllKilled), ""},
@@ -57,7 +59,7 @@ var kinds = []kind{
 	{2, "suspend", aDaemon, 1, 1.5, suspended, ""},
 	{5, "stop", aDaemon, 0, 0, just(fault.Stop), ""},
 	{2, "stop-twice", aDaemon, 0, 0, just(fault.StopTwice), ""},
-	{5, "link-unreachable", aLink, 0.1, 1.6, ofMembers(fault.Unreachable), ""},
+	{5, "link-unreachable", aLink, 0.1, 2, ofMembers(fault.Unreachable), ""},
 	{2, "link-one-way-out", aLink, 0.1, 1.6, ofMembers(fault.OutboundLost), ""},
 	{2, "link-one-way-in", aLink, 0.1, 1.6, ofMembers(fault.InboundLost), ""},
 	{3, "link-lossy", aLink, 0.3, 2, lossy, ", LOSS %"},
@@ -66,6 +68,7 @@ var kinds = []kind{
 	{4, "member-paused", aMember, 0.1, 1.5, memberPaused, ""},
 	{3, "member-isolated", aMember, 0.1, 1.2, with(fault.MemberIsolated, fault.Given), ""},
 	{1, "members-killed", allMembers, 0.05, 0.3, ofMembers(fault.MembersKilled), ""},
+	{2, "members-killed-long", allMembers, 0.8, 1.5, ofMembers(fault.MembersKilled), ""},
 	{3, "etcd-leader-moved", theCluster, 0, 0, just(fault.LeaderMoved), " to MEMBER"},
 	{3, "compacted", theCluster, 0, 0, compacted, "DEFRAG"},
 	{4, "key-deleted", anElection, 0, 0, just(fault.KeyDeleted), ""},
@@ -94,6 +97,28 @@ func compacted(_ *run, i *injection) fault.Fault {
 		i.on.Member = nil
 	}
 	return fault.Compacted()
+}
+
+// reloaded has the reload go on while the fault lasts, and then waits for its outcome. A daemon
+// whose etcd does not answer, or that is at its end, refuses it.
+func reloaded(r *run, i *injection) fault.Fault {
+	f, ended := fault.Reloaded(), make(chan error, 1)
+	reload := f.Inject
+	f.Inject = func(ctx context.Context, on *fault.Target) error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), i.lasts+operatorWaits)
+		go func() {
+			defer cancel()
+			ended <- reload(ctx, on)
+		}()
+		return nil
+	}
+	f.Recover = func(context.Context, *fault.Target) error {
+		if err := <-ended; err != nil {
+			r.idle(i, err)
+		}
+		return nil
+	}
+	return f
 }
 
 // suspended has nothing start on the machine meanwhile: a fork in there would wait for the thaw.

@@ -12,7 +12,8 @@
 //	bin/soak -from FILE [-summary docs/soak.md]   print a run's figures, or write the document
 //
 // Each candidate and each member of etcd is on a network node of its own. Two of the candidates are
-// an ordinary user's and have no cgroup for their job. The programs are those beside this one in
+// an ordinary user's and have no cgroup for their job. Two of the others freeze a job that has lost
+// contact. The programs are those beside this one in
 // bin/.
 package main
 

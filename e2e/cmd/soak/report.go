@@ -288,6 +288,8 @@ func (r *results) lines() (lines []line) {
 	add("jobs whose elector was lost, and nothing else was wrong",
 		"%d, which all ran on; %d more were stopped at stop-at, the machine starved",
 		c.Kept, c.KeptStarved)
+	add("jobs frozen on loss of contact", "%d, %d of them killed frozen; none ran meanwhile",
+		c.Frozen, c.KilledFrozen)
 	add("transitions checked against the model", "%v", c.Transitions)
 	add("a job after the last fault", "%v (bound: %v; a leader's wait to start a crashed job "+
 		"again apart)", r.Recovery, r.Bound)
@@ -340,12 +342,12 @@ func (r *results) summary() string {
 		"Written by `bin/soak -from FILE -summary docs/soak.md` from the figures of "+
 		"`make soak SEED=%d FAULTS=%d`. Not by hand.\n\n", r.Seed, r.Faults)
 	fmt.Fprintf(&text,
-		`%d candidates in one election, two of them an ordinary user's without a cgroup,
-and %d members of etcd, each on a network node of its own. Faults come one after another and
-overlapping; jobs ignore SIGTERM, daemonize, are fork bombs, crash. Checked all the time: lives of
-jobs, fencing tokens, /status, /leader, leases, processes and cgroups; the first promise broken
-would have ended the run. How soon a job comes back is checked after the last fault, and only shown
-before. %s.
+		`%d candidates in one election, two of them an ordinary user's without a cgroup, and two
+that freeze a job that has lost contact; %d members of etcd; each on a network node of its own.
+Faults come one after another and overlapping; jobs ignore SIGTERM, daemonize, are fork bombs,
+crash. Checked all the time: lives of jobs, that a frozen one does not run, fencing tokens,
+/status, /leader, leases, processes and cgroups; the first promise broken would have ended the
+run. How soon a job comes back is checked after the last fault, and only shown before. %s.
 
 `, candidateCount, memberCount, r.where())
 	if r.Violation != "" {

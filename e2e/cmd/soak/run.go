@@ -52,6 +52,8 @@ type candidate struct {
 	name string
 	root bool
 	run  *run
+	// freezes: its job is frozen on loss of contact (see frozen.go), and says that it runs.
+	freezes bool
 	// machine is where it runs. Each life of its daemon has a copy.
 	machine *harness.Machine
 	state   string                                       // the directory of its state file
@@ -109,8 +111,9 @@ func (r *run) open(ctx context.Context) error {
 	for i := range candidateCount {
 		root := i < 3
 		c := &candidate{
-			name: candidateName(i), root: root, run: r, exits: map[int]int{},
-			next: behaviours(r.seed, i, root), writes: writes(r.seed, i),
+			name: candidateName(i), root: root, freezes: i < freezeCount, run: r,
+			exits: map[int]int{},
+			next:  behaviours(r.seed, i, root), writes: writes(r.seed, i),
 		}
 		// An ordinary user can make no cgroup in there, so that the job has none.
 		cgroup, err := harness.CgroupAt(filepath.Join(r.cgroup.Path, c.name))
@@ -197,6 +200,9 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 			store.LogVariable+"="+r.storeLog)
 		cfg.UID = c.uid()
 		cfg.Env = append(cfg.Env, "LEASEHOLD_STATE_DIR="+c.state)
+		if c.freezes {
+			cfg.Env = append(cfg.Env, "LEASEHOLD_CONTACT_LOSS=freeze")
+		}
 		return nil
 	})
 	if err != nil {
@@ -226,6 +232,9 @@ func (c *candidate) supervise(ctx context.Context) error {
 		words, pause := c.next()
 		if c.writes() {
 			words = append(words, "run="+c.run.programs.Beside("writer"))
+		}
+		if c.freezes {
+			words = append(words, heartbeat)
 		}
 		d, err := c.start(ctx, words)
 		if d == nil || err != nil {
@@ -287,6 +296,9 @@ func (r *run) soak(ctx context.Context) error {
 			running.Go(func() { r.check.ask(watching, c.name, c.machine.Node.Addr+":4040") })
 		}
 		running.Go(func() { r.watchLeases(watching) })
+		for _, c := range r.candidates[:freezeCount] {
+			running.Go(func() { c.watchFrozen(watching) })
+		}
 	}
 
 	for _, url := range r.Etcd.Endpoints() {

@@ -12,6 +12,7 @@ import (
 
 const (
 	candidateCount = 5
+	freezeCount    = 2 // of the candidates, the first ones
 	memberCount    = 3
 	stopGrace      = 500 * time.Millisecond
 	// recovers is how long after a fault TCP and gRPC may need to work again.
@@ -81,7 +82,7 @@ func draw(set settings) []drawn {
 		// job of a lost elector may be moved. So that there are enough cases in which it must not,
 		// some wait for calm.
 		calm := rng.IntN(3) == 0
-		if calm && (k.target == anElection || k.name == electorKilled || k.name == electorHung) {
+		if calm && (k.target == anElection || (&injection{drawn: f}).losesElector()) {
 			for _, before := range schedule {
 				f.at = max(f.at, before.at+before.lasts+recovers+100*time.Millisecond)
 			}

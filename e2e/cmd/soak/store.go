@@ -137,9 +137,15 @@ func (k *checker) lockHistory() (all []store.Operation) {
 		all = append(all, store.Operation{
 			Kind: store.Acquire, Token: t.Token, Call: forked, Return: t.Start, Why: t.Candidate,
 		})
-		if !t.Alive() {
+		end := t.End
+		for _, f := range k.frozen {
+			if f.term == t && f.killed {
+				end = f.From // it never ran again
+			}
+		}
+		if end != 0 {
 			all = append(all, store.Operation{
-				Kind: store.Release, Token: t.Token, Call: t.End, Return: t.End, Why: t.Candidate,
+				Kind: store.Release, Token: t.Token, Call: end, Return: end, Why: t.Candidate,
 			})
 		}
 		for _, f := range k.excuses.frozen[t.Candidate] {
