@@ -75,6 +75,12 @@ func (tr *trial) frozen(c *candidate) bool {
 	return strings.Contains(string(events), "frozen 1")
 }
 
+// twoTTLs waits until two TTLs after a moment.
+func (tr *trial) twoTTLs(after time.Duration) {
+	tr.Helper()
+	tr.must(harness.Wait(tr.ctx, after+2*tr.ttl-harness.Now()))
+}
+
 // TestFreeze_EtcdStopped: all of etcd stops for two TTLs and starts again. That is one life of the
 // job, in one term. It runs no instruction while it is frozen.
 func TestFreeze_EtcdStopped(t *testing.T) {
@@ -82,24 +88,23 @@ func TestFreeze_EtcdStopped(t *testing.T) {
 	tr.ttl = 5 * time.Second
 	leader, standby, job := tr.pair(heartbeat, freezes)
 	before, queue := tr.status(leader), tr.queue()
-	for range 2 { // a second outage is no different
-		start := tr.stopEtcd()
-		tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
-		tr.waitJobState(leader, "frozen")
-		from := harness.Now()
-		if s := tr.status(leader); s.State != "suspended" || *s.Job.PID != *before.Job.PID {
-			t.Errorf("while the job is frozen: %+v", s)
-		}
-		tr.waitStatus(leader, "/readyz", http.StatusServiceUnavailable)
-		time.Sleep(2 * tr.ttl)
-		if !tr.frozen(leader) || !tr.alive(job) {
-			t.Fatal("the job is not frozen any more")
-		}
-		to := harness.Now()
-		start()
-		tr.waitStatus(leader, "/leader", http.StatusOK)
-		tr.ran(job, from, to)
+	stopped := harness.Now()
+	start := tr.stopEtcd()
+	tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
+	tr.waitJobState(leader, "frozen")
+	from := harness.Now()
+	if s := tr.status(leader); s.State != "suspended" || *s.Job.PID != *before.Job.PID {
+		t.Errorf("while the job is frozen: %+v", s)
 	}
+	tr.waitStatus(leader, "/readyz", http.StatusServiceUnavailable)
+	tr.twoTTLs(stopped)
+	if !tr.frozen(leader) || !tr.alive(job) {
+		t.Fatal("the job is not frozen any more")
+	}
+	to := harness.Now()
+	start()
+	tr.waitStatus(leader, "/leader", http.StatusOK)
+	tr.ran(job, from, to)
 	after := tr.status(leader)
 	if *after.Leader != *before.Leader || after.Lease.ID != before.Lease.ID ||
 		*after.Job.PID != *before.Job.PID || after.Job.State != "running" ||
@@ -128,9 +133,9 @@ func (tr *trial) hangEtcd() (resume func()) {
 	}
 }
 
-// TestFreeze_EtcdHangs: all of etcd hangs. For less than a TTL that is one life of the job. A reload
-// is refused meanwhile. After two TTLs etcd expires the lease as soon as it goes on: the frozen job
-// is killed without having run again, and the next one has another token.
+// TestFreeze_EtcdHangs: all of etcd hangs. For less than a TTL that is one life of the job. A
+// reload is refused meanwhile. After two TTLs etcd expires the lease as soon as it goes on: the
+// frozen job is killed without having run again, and the next one has another token.
 func TestFreeze_EtcdHangs(t *testing.T) {
 	tr := newTrial(t, root(), harness.ClusterConfig{Size: 3})
 	tr.ttl = 5 * time.Second
@@ -158,10 +163,11 @@ func TestFreeze_EtcdHangs(t *testing.T) {
 	}
 
 	f := frozenPair{leader: leader, standby: standby, job: job}
+	hung := harness.Now()
 	resume = tr.hangEtcd()
 	tr.waitJobState(leader, "frozen")
 	f.since = harness.Now()
-	time.Sleep(2 * tr.ttl)
+	tr.twoTTLs(hung)
 	if !tr.frozen(leader) || !tr.alive(job) {
 		t.Fatal("the job is not frozen any more")
 	}
@@ -242,7 +248,7 @@ func (tr *trial) sameLeader(c *candidate, job harness.Life) {
 // TestFreeze_KeyDeleted: somebody deletes the key while the job is frozen. The lease lives.
 func TestFreeze_KeyDeleted(t *testing.T) {
 	tr := newTrial(t, root(), harness.ClusterConfig{})
-	tr.ttl = 20 * time.Second
+	tr.ttl = 10 * time.Second
 	f := tr.frozenPair("")
 	_, err := tr.etcd.Etcdctl(tr.ctx, "del", tr.status(f.leader).Leader.Key)
 	tr.must(err)
@@ -292,6 +298,7 @@ func TestFreeze_ProcessLost(t *testing.T) {
 			tr.ttl = 5 * time.Second
 			leader, standby, job := tr.pair(heartbeat, freezes)
 			f := frozenPair{leader: leader, standby: standby, job: job}
+			stopped := harness.Now()
 			start := tr.stopEtcd()
 			tr.waitJobState(leader, "frozen")
 			f.since = harness.Now()
@@ -302,7 +309,7 @@ func TestFreeze_ProcessLost(t *testing.T) {
 				tr.waitReplaced(leader, 1)
 				tr.waitJobState(leader, "frozen")
 				tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
-				time.Sleep(2 * tr.ttl)
+				tr.twoTTLs(stopped)
 				to := harness.Now()
 				start()
 				tr.waitStatus(leader, "/leader", http.StatusOK)
@@ -361,7 +368,7 @@ func TestFreeze_NotInTime(t *testing.T) {
 // TestFreeze_ThawedByOthers: somebody else thaws the job. It is killed at once.
 func TestFreeze_ThawedByOthers(t *testing.T) {
 	tr := newTrial(t, root(), harness.ClusterConfig{})
-	tr.ttl = 20 * time.Second
+	tr.ttl = 5 * time.Second
 	f := tr.frozenPair("")
 	dir, err := f.leader.jobCgroup()
 	tr.must(err)
@@ -383,10 +390,11 @@ func TestFreeze_Unkillable(t *testing.T) {
 	tr.ttl = 5 * time.Second
 	leader, standby, job := tr.pair(heartbeat, freezes)
 	wake := sleepUninterruptibly(tr, job.Pid)
+	stopped := harness.Now()
 	start := tr.stopEtcd()
 	waitLogged(tr, leader, "job could not be frozen in time")
 	tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
-	time.Sleep(2 * tr.ttl)
+	tr.twoTTLs(stopped)
 	start()
 	for range 3 {
 		tr.waitRenewals(leader, 1)
