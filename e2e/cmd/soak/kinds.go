@@ -68,7 +68,7 @@ var kinds = []kind{
 	{4, "member-paused", aMember, 0.1, 1.5, memberPaused, ""},
 	{3, "member-isolated", aMember, 0.1, 1.2, with(fault.MemberIsolated, fault.Given), ""},
 	{1, "members-killed", allMembers, 0.05, 0.3, ofMembers(fault.MembersKilled), ""},
-	{2, "members-killed-long", allMembers, 0.8, 1.5, ofMembers(fault.MembersKilled), ""},
+	{3, "members-killed-long", allMembers, 0.8, 1.5, ofMembers(fault.MembersKilled), ""},
 	{3, "etcd-leader-moved", theCluster, 0, 0, just(fault.LeaderMoved), " to MEMBER"},
 	{3, "compacted", theCluster, 0, 0, compacted, "DEFRAG"},
 	{4, "key-deleted", anElection, 0, 0, just(fault.KeyDeleted), ""},
