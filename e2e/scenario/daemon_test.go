@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -124,6 +125,49 @@ func TestLog(t *testing.T) {
 		}
 	}
 	tr.finish()
+}
+
+// TestLog_Warnings: what nobody has planned is a warning, in both formats: a job that keeps failing,
+// an outage of etcd, the loss and the kill that follow. The end of the outage has a line, too.
+func TestLog_Warnings(t *testing.T) {
+	for format, line := range map[string]struct{ level, message, elapsed string }{
+		"text": {"level=%s ", `msg="?%s.*`, "elapsed=[0-9.]+m?s\\b"},
+		"json": {`"level":"%s",`, `"msg":"%s.*`, `"elapsed":"[0-9.]+m?s"`},
+	} {
+		t.Run(format, func(t *testing.T) {
+			tr := ordinary(t)
+			settings := variables("LEASEHOLD_LOG_FORMAT="+format, "LEASEHOLD_RESTART_LIMIT=2")
+			logs := func(c *candidate, level, message, rest string) {
+				t.Helper()
+				want := regexp.MustCompile(fmt.Sprintf(line.level+line.message, level, message) + rest)
+				tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+					if !want.MatchString(c.Log()) {
+						return fmt.Errorf("no line %s in the log of %s", want, c.Identity)
+					}
+					return nil
+				}))
+			}
+			failing := tr.start("a", "exit=1", settings)
+			logs(failing, "INFO", "job exited by itself: starting it again", "")
+			logs(failing, "WARN", "LEASEHOLD_RESTART_LIMIT is reached: resigning", "")
+			tr.must(failing.Signal(syscall.SIGTERM))
+			tr.waitExit(failing, 0)
+			failing = tr.start("b", "exit=1", settings, variables("LEASEHOLD_RESTART_LIMIT=0"))
+			logs(failing, "WARN", "job keeps failing: starting it again", "")
+			tr.must(failing.Signal(syscall.SIGTERM))
+			tr.waitExit(failing, 0)
+
+			c := tr.start("c", "ignore-term", settings)
+			tr.waitJob(c)
+			c.SetReachable(false)
+			logs(c, "WARN", "lease not renewed", "")
+			logs(c, "WARN", "leadership lost", "")
+			logs(c, "WARN", "job killed: kill-by has passed", line.elapsed)
+			c.SetReachable(true)
+			logs(c, "INFO", "etcd can be used again", line.elapsed)
+			tr.finish()
+		})
+	}
 }
 
 // A client that is slow to ask holds the end of the daemon up by a second, when
