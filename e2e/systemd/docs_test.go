@@ -169,11 +169,16 @@ func TestDocs(t *testing.T) {
 	if !strings.Contains(settings, "\nJOB=/usr/local/bin/backup --verbose\n") {
 		t.Fatal("the example has another command by now")
 	}
+	// That port is the other instance's.
+	settings = strings.ReplaceAll(settings, "127.0.0.1:4040", "127.0.0.1:4041")
 	w.must(m.Write("/usr/local/bin/backup", "#!/bin/sh\nexec sleep 3600\n"))
 	w.must(os.Chmod(m.Path("/usr/local/bin/backup"), 0o755))
 	w.must(m.Write("/etc/leasehold/example.env", settings))
 	// Ready with valid settings, though it may reach no etcd.
 	w.run(m, "systemctl", "start", "leasehold@example")
+	for _, address := range []string{"127.0.0.1:4040", "127.0.0.1:4041"} {
+		w.run(m, "env", "LEASEHOLD_LISTEN="+address, "leasehold", "check")
+	}
 }
 
 // capabilities are those that root may have on the machine.
