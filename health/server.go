@@ -54,7 +54,11 @@ func Endpoints() []Endpoint {
 			"200 with JSON; 421, like the next three, to a request for a host name that is" +
 				" neither localhost nor that of LEASEHOLD_LISTEN",
 		},
-		{"/", "the same JSON; its name is the leader's identity"},
+		{
+			"/",
+			"the same JSON; its name is the leader's identity. A browser (Accept: text/html)" +
+				" gets a page that shows it, and each change",
+		},
 		{"/metrics", "metrics for Prometheus"},
 		{
 			"/events",
@@ -84,7 +88,15 @@ func New(cfg Config) *Server {
 	handle("/leader", s.probe(Snapshot.leader))
 	handle("/standby", s.probe(func(s Snapshot, _ time.Duration) error { return s.standby() }))
 	handle("/status", s.ours(s.status))
-	handle("/{$}", s.ours(s.status))
+	page := newPage()
+	handle("/{$}", s.ours(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Vary", "Accept")
+		if wantsPage(r) {
+			page.serve(w)
+		} else {
+			s.status(w, r)
+		}
+	}))
 	metrics := promhttp.HandlerFor(cfg.Gatherer, promhttp.HandlerOpts{
 		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn),
 		// Each scrape being served holds the whole text in memory.

@@ -32,6 +32,7 @@ type testServer struct {
 	snapshot atomic.Pointer[Snapshot]
 	now      atomic.Int64
 	log      lockedBuffer
+	stop     func() // ends it; the end of the test does, too
 }
 
 func newTestServer(t *testing.T, s Snapshot) *testServer {
@@ -56,7 +57,7 @@ func newTestServer(t *testing.T, s Snapshot) *testServer {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- ts.server.Run(ctx, l) }()
-	t.Cleanup(func() {
+	ts.stop = sync.OnceFunc(func() {
 		cancel()
 		select {
 		case err := <-done:
@@ -67,6 +68,7 @@ func newTestServer(t *testing.T, s Snapshot) *testServer {
 			t.Error("Run does not end")
 		}
 	})
+	t.Cleanup(ts.stop)
 	return ts
 }
 
