@@ -127,7 +127,7 @@ func TestLog(t *testing.T) {
 	tr.finish()
 }
 
-// TestLog_Warnings: what nobody has planned is a warning, in both formats: a job that keeps failing,
+// TestLog_Warnings: in both formats, what nobody has planned is a warning: a job that keeps failing,
 // an outage of etcd, the loss and the kill that follow. The end of the outage has a line, too.
 func TestLog_Warnings(t *testing.T) {
 	for format, line := range map[string]struct{ level, message, elapsed string }{
@@ -139,7 +139,8 @@ func TestLog_Warnings(t *testing.T) {
 			settings := variables("LEASEHOLD_LOG_FORMAT="+format, "LEASEHOLD_RESTART_LIMIT=2")
 			logs := func(c *candidate, level, message, rest string) {
 				t.Helper()
-				want := regexp.MustCompile(fmt.Sprintf(line.level+line.message, level, message) + rest)
+				want := regexp.MustCompile(
+					fmt.Sprintf(line.level+line.message, level, message) + rest)
 				tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 					if !want.MatchString(c.Log()) {
 						return fmt.Errorf("no line %s in the log of %s", want, c.Identity)
