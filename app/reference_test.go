@@ -280,7 +280,8 @@ func TestMetrics(t *testing.T) {
 		"leader", "lease_valid_seconds", "lease_renewals_total", "lease_renewal_duration_seconds",
 		"terms_total", "losses_total", "job_up", "job_starts_total", "job_exits_total",
 		"job_kills_total", "job_stop_duration_seconds", "guard_lateness_seconds", "build_info",
-		"elector_replacements_total", "ready", "blocked", "lease_ttl_seconds", "fencing_token",
+		"elector_replacements_total", "ready", "blocked", "held", "lease_ttl_seconds",
+		"fencing_token",
 		"last_transition_timestamp_seconds",
 	} {
 		if !got["leasehold_"+name] {

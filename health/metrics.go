@@ -29,6 +29,9 @@ func (s *Server) register(r prometheus.Registerer) {
 	gauge("leasehold_blocked",
 		"1 while a key ahead of the candidate's will not go away by itself, else 0.",
 		func(s Snapshot) float64 { return oneIf(s.Blocker != nil) })
+	gauge("leasehold_held",
+		"1 while a hold keeps everybody from becoming leader, else 0.",
+		func(s Snapshot) float64 { return oneIf(s.Hold != nil) })
 	gauge("leasehold_lease_ttl_seconds",
 		"TTL of the candidate's lease, as etcd granted it, 0 without one.",
 		func(s Snapshot) float64 { return s.TTL.Seconds() })

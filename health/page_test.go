@@ -246,10 +246,18 @@ func pageStates() map[string]Snapshot {
 			s.Reason = "no answer from http://etcd-1:2379: connection refused"
 			s.Leading, s.StopAt, s.KillBy, s.End = false, 0, 0, 0
 		}),
+		"held": now(func(s *Snapshot) {
+			standby(s)
+			s.Leader = nil
+			s.Hold = &Hold{
+				By: "alice@laptop", Reason: "a new disk", Since: time.Now().Add(-5 * time.Minute),
+			}
+		}),
 		"foreign": now(func(s *Snapshot) {
 			standby(s)
 			s.Leader.Identity = foreign
 			s.Blocker = &Blocker{Key: foreign, Why: foreign, Remedy: foreign}
+			s.Hold = &Hold{By: foreign, Reason: foreign}
 		}),
 	}
 }
@@ -269,6 +277,9 @@ func TestPage(t *testing.T) {
 		"unreachable": {
 			"connecting", "no answer from http://etcd-1:2379", "nobody, as far as is known",
 			"There is no lease.",
+		},
+		"held": {
+			"held\nnode-1\nsince", "Held by alice@laptop since ", ": a new disk. Nobody new",
 		},
 		"foreign": {
 			`<img src=x onerror="document.title='owned'"></script>` + "\ufffd<b>x\ufffd[2J, token",

@@ -192,7 +192,7 @@ func TestServer_Metrics(t *testing.T) {
 		want     map[string]float64
 	}{
 		{"leading", leading(), 100 * time.Second, map[string]float64{
-			"ready": 1, "blocked": 0, "lease_ttl_seconds": 20, "fencing_token": 17,
+			"ready": 1, "blocked": 0, "held": 0, "lease_ttl_seconds": 20, "fencing_token": 17,
 			"last_transition_timestamp_seconds": 1767319445.006,
 		}},
 		{"past stop-at", leading(), 110 * time.Second, map[string]float64{
@@ -201,8 +201,10 @@ func TestServer_Metrics(t *testing.T) {
 		{"past the lease's end", leading(), 115 * time.Second, map[string]float64{
 			"ready": 0, "fencing_token": 0,
 		}},
-		{"nothing", Snapshot{State: Connecting, Blocker: &Blocker{}}, 0, map[string]float64{
-			"ready": 0, "blocked": 1, "lease_ttl_seconds": 0, "fencing_token": 0,
+		{"nothing", Snapshot{
+			State: Connecting, Blocker: &Blocker{}, Hold: &Hold{},
+		}, 0, map[string]float64{
+			"ready": 0, "blocked": 1, "held": 1, "lease_ttl_seconds": 0, "fencing_token": 0,
 			"last_transition_timestamp_seconds": 0,
 		}},
 	} {

@@ -127,8 +127,8 @@ func TestLog(t *testing.T) {
 	tr.finish()
 }
 
-// TestLog_Warnings: in both formats, what nobody has planned is a warning: a job that keeps failing,
-// an outage of etcd, the loss and the kill that follow. The end of the outage has a line, too.
+// TestLog_Warnings: what nobody has planned is a warning, in both formats: a job that keeps
+// failing, an outage of etcd, the loss and the kill that follow. The end of the outage has a line.
 func TestLog_Warnings(t *testing.T) {
 	for format, line := range map[string]struct{ level, message, elapsed string }{
 		"text": {"level=%s ", `msg="?%s.*`, "elapsed=[0-9.]+m?s\\b"},
