@@ -44,8 +44,8 @@ func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 
 func healthJob(j supervisor.Job) health.Job {
 	h := health.Job{
-		State: string(j.State), PID: j.PID, StartedAt: j.StartedAt, Restarts: j.Restarts,
-		Health: string(j.Health),
+		State: string(j.State), PID: j.PID, StartedAt: j.StartedAt,
+		Starts: j.Starts, Restarts: j.Restarts, Health: string(j.Health),
 	}
 	if j.LastExit != nil {
 		h.LastExit = &health.Exit{Code: j.LastExit.Code, At: j.LastExit.At}

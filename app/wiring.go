@@ -3,6 +3,7 @@
 package app
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -77,6 +78,7 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 	if p.configure != nil {
 		p.configure(&ec)
 	}
+	recorder := record(&ec, p)
 	var err error
 	if d.candidate, err = election.New(ec); err != nil {
 		return nil, fmt.Errorf("%w: %w", errSetUp, err)
@@ -87,6 +89,7 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 			s.JobWanted, s.Job = true, p.job()
 			s.Suspends = p.suspends != nil && p.suspends()
 		}
+		s.ControlProblem = cmp.Or(s.ControlProblem, recorder.Problem())
 		return s
 	}
 	if err := d.addServer(p, snapshot); err != nil {

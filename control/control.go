@@ -13,10 +13,40 @@ import (
 	"context"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// Etcd carries out requests. An election.Client is one. It may send a request twice, so each has to
-// be harmless then.
+// Etcd carries out requests. An election.Client is one.
 type Etcd interface {
+	// Txn may send the request twice, so it has to be harmless then.
 	Txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, error)
+	// Explain returns the error of a request that needs a permission (read, write or readwrite) on
+	// keys ("the key x", "the prefix x/"), in one line.
+	Explain(err error, permission, keys string) error
+}
+
+// put is a request to put a value. lease 0: it is bound to none.
+func put(key string, v Value, lease int64) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{
+		RequestPut: &pb.PutRequest{Key: []byte(key), Value: Encode(v), Lease: lease},
+	}}
+}
+
+// prefix is a request for all keys with the prefix.
+func prefix(of string) *pb.RangeRequest {
+	return &pb.RangeRequest{Key: []byte(of), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(of))}
+}
+
+// read reads keys, linearizably.
+func read(
+	ctx context.Context, etcd Etcd, keys *pb.RangeRequest,
+) ([]*mvccpb.KeyValue, error) {
+	resp, err := etcd.Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+		{Request: &pb.RequestOp_RequestRange{RequestRange: keys}},
+	}})
+	if err != nil {
+		return nil, err
+	}
+	return resp.Responses[0].GetResponseRange().Kvs, nil
 }

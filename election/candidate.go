@@ -79,6 +79,7 @@ func (c *Candidate) Run(ctx context.Context) error {
 	}
 	defer members.close()
 	defer c.heartbeats.run.stop()
+	defer c.startBeside(ctx, members)()
 	r := &run{
 		members: members, started: c.cfg.Now(),
 		leftovers: newLeftovers(context.WithoutCancel(ctx), members, &c.cfg),

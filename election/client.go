@@ -14,6 +14,7 @@ type Client struct {
 	cfg     Config
 	members *members
 	timeout time.Duration // of a request
+	delay   time.Duration // hedgeDelay
 }
 
 // Connect makes a client. Of cfg it needs the endpoints, and how to reach them. It connects when it
@@ -23,7 +24,28 @@ func Connect(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Client{cfg: cfg, members: ms, timeout: timeout}, nil
+	return &Client{cfg: cfg, members: ms, timeout: timeout, delay: queryDelay(timeout)}, nil
+}
+
+// startBeside calls Config.Beside, and returns what ends it.
+func (c *Candidate) startBeside(ctx context.Context, ms *members) (end func()) {
+	beside := c.cfg.Beside
+	if beside == nil {
+		return func() {}
+	}
+	client := &Client{
+		cfg: c.cfg, members: ms, timeout: c.cfg.requestTimeout(), delay: c.cfg.hedgeDelay(),
+	}
+	bctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		beside(bctx, client)
+	}()
+	return func() {
+		cancel()
+		<-ended
+	}
 }
 
 // Close closes the connections.
@@ -34,7 +56,7 @@ func (c *Client) Close() { c.members.close() }
 func (c *Client) Txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	return hedge(ctx, c.members, queryDelay(c.timeout),
+	return hedge(ctx, c.members, c.delay,
 		func(ctx context.Context, m *member) (*pb.TxnResponse, error) { return m.txn(ctx, in) })
 }
 
@@ -44,7 +66,7 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration) (int64, error) {
 	defer cancel()
 	id := newLeaseID()
 	seconds := int64((ttl + time.Second - 1) / time.Second)
-	return hedge(ctx, c.members, queryDelay(c.timeout),
+	return hedge(ctx, c.members, c.delay,
 		func(ctx context.Context, m *member) (int64, error) {
 			conn, err := m.conn()
 			if err != nil {
@@ -63,7 +85,7 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration) (int64, error) {
 func (c *Client) Revoke(ctx context.Context, id int64) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	_, err := hedge(ctx, c.members, queryDelay(c.timeout),
+	_, err := hedge(ctx, c.members, c.delay,
 		func(ctx context.Context, m *member) (struct{}, error) {
 			return struct{}{}, m.revoke(ctx, id)
 		})
@@ -84,6 +106,3 @@ type explained struct {
 
 func (e explained) Error() string { return e.text }
 func (e explained) Unwrap() error { return e.error }
-
-// IsPermission reports whether a request failed because a permission is missing.
-func IsPermission(err error) bool { return errors.Is(err, rpctypes.ErrPermissionDenied) }

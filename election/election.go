@@ -265,6 +265,9 @@ type Config struct {
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer // may be nil
 	Callbacks  Callbacks
+	// Beside runs beside the candidate, with a client that shares its connections. Its context ends
+	// when the candidate has left etcd. Then it must return soon, and Run does. It may be nil.
+	Beside func(ctx context.Context, etcd *Client)
 	// Changed is called after each change of Snapshot and must not block. It may be nil.
 	Changed func()
 }

@@ -53,7 +53,7 @@ type Snapshot struct {
 	Live    error // Nil while the elector's loops send heartbeats.
 	Blocker *Blocker
 	Hold    *Hold // Nil: there is none, or it can't be read.
-	// ControlProblem is why the keys beside the election can't be read. Holds no secrets.
+	// ControlProblem is why the keys beside the election can't be used. Holds no secrets.
 	ControlProblem string
 }
 
@@ -69,6 +69,7 @@ type Job struct {
 	State     string    // none, starting, running, frozen, stopping, backoff or exited.
 	PID       int       // 0 when no process runs.
 	StartedAt time.Time // Zero before the first start.
+	Starts    int       // In the term; not shown.
 	Restarts  int
 	LastExit  *Exit
 	Health    string // starting, healthy or unhealthy; "" if it is not checked.

@@ -48,6 +48,7 @@ type Job struct {
 	State     JobState
 	PID       int // 0: no first process
 	StartedAt time.Time
+	Starts    int // in the term, those that failed too
 	Restarts  int
 	LastExit  *LastExit
 	Health    Health
@@ -101,10 +102,10 @@ type job struct {
 
 	health    jobHealth
 	unhealthy *UnhealthyError // why we stop it; nil: for another reason, or not
-
-	serial    int32 // the spawner's messages about earlier starts are for an elector before us
-	pidfd     int   // of the first process, from the spawner; -1: none
-	pidfdPid  int   // its pid: the guard's message about the start may come later
+	startsOf  int64           // the lease of shown.Starts
+	serial    int32           // the spawner's messages about earlier starts are for an elector before us
+	pidfd     int             // of the first process, from the spawner; -1: none
+	pidfdPid  int             // its pid: the guard's message about the start may come later
 	guardLost bool
 }
 
@@ -171,6 +172,10 @@ func (s *Supervisor) startAsked(t Term) (<-chan outcome, error) {
 	j.exit, j.ordered, j.frozen, j.ended = ExitError{}, false, false, make(chan outcome, 1)
 	j.unhealthy = nil
 	s.healthBegins(false)
+	if j.startsOf != t.LeaseID {
+		j.startsOf, j.shown.Starts = t.LeaseID, 0
+	}
+	j.shown.Starts++
 	s.transition(JobStarting, "elected")
 	return j.ended, nil
 }

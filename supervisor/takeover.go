@@ -81,6 +81,7 @@ func (s *Supervisor) takeOver() {
 	s.restarts = r.Restarts
 	s.restart.failures, s.restart.backoff = r.Restarts.Failures, r.Restarts.Backoff
 	j.serial, j.shown.Restarts, j.shown.PID = r.Serial, r.Restarts.Count, r.PID
+	j.startsOf, j.shown.Starts = r.Lease.ID, r.Starts
 	if r.StartedAt != 0 {
 		j.shown.State, j.shown.StartedAt = JobExited, wallTime(r.StartedAt)
 	}

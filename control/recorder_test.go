@@ -1,0 +1,246 @@
+package control_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"leasehold/control"
+	"leasehold/e2e/harness"
+	"leasehold/election"
+)
+
+const testElection = "jobs/records"
+
+// newTestEtcd starts etcd and returns a client of ours, and one of etcd's own.
+func newTestEtcd(t *testing.T) (*election.Client, *clientv3.Client) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("needs etcd")
+	}
+	cluster := harness.NewTestCluster(t, harness.ClusterConfig{})
+	ours, err := election.Connect(election.Config{
+		Endpoints: cluster.Endpoints(), DialTimeout: time.Second,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(ours.Close)
+	theirs, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = theirs.Close() })
+	return ours, theirs
+}
+
+// newTestRecorder runs a recorder until stop is called.
+func newTestRecorder(
+	t *testing.T, etcd control.Etcd, identity string,
+) (r *control.Recorder, stop func()) {
+	t.Helper()
+	r = control.NewRecorder(control.RecorderConfig{
+		Election: testElection, Candidate: control.Candidate{Identity: identity, Ready: true},
+		Logger:  slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Changed: func() {},
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		r.Run(ctx, etcd)
+	}()
+	stop = func() {
+		cancel()
+		<-ended
+	}
+	t.Cleanup(stop)
+	return r, stop
+}
+
+// waitForTerms waits until the history is as wanted: token, identity, why and starts of each term.
+func waitForTerms(t *testing.T, etcd *clientv3.Client, want ...string) []control.Term {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	var terms []control.Term
+	if err := harness.Until(ctx, func() error {
+		resp, err := etcd.Get(ctx, control.History(testElection), clientv3.WithPrefix())
+		if err != nil {
+			return err
+		}
+		terms = nil
+		var got []string
+		for _, kv := range resp.Kvs {
+			var term control.Term
+			if err := control.Decode(kv.Value, &term); err != nil {
+				return err
+			}
+			if string(kv.Key) != control.TermOf(testElection, term.Token) ||
+				term.Ended.IsZero() != (term.Why == "") {
+				return fmt.Errorf("%s: %s", kv.Key, kv.Value)
+			}
+			terms = append(terms, term)
+			got = append(got, fmt.Sprintf("%d %s %q %d",
+				term.Token, term.Identity, term.Why, term.Starts))
+		}
+		if !slices.Equal(got, want) {
+			return fmt.Errorf("the history is\n%s\nwant\n%s",
+				strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return terms
+}
+
+// TestRecorder_History: a leader writes the beginning and the end of its term. What a leader could
+// not write, the next one does.
+func TestRecorder_History(t *testing.T) {
+	ours, theirs := newTestEtcd(t)
+	a, stopA := newTestRecorder(t, ours, "a")
+	a.Joined(1, false)
+	a.Began(11, false)
+	begun := waitForTerms(t, theirs, `11 a "" 0`)
+	a.Ended("stopped", 2, &control.Exit{Code: 3, At: time.Now()})
+	a.Left()
+	stopA() // as an exit does
+	ended := waitForTerms(t, theirs, `11 a "stopped" 2`)[0]
+	if !ended.Started.Equal(begun[0].Started) || ended.Ended.Before(ended.Started) ||
+		ended.LastExit == nil || ended.LastExit.Code != 3 {
+		t.Errorf("the term is %+v", ended)
+	}
+
+	b, stopB := newTestRecorder(t, ours, "b")
+	b.Began(12, false)
+	begun = waitForTerms(t, theirs, `11 a "stopped" 2`, `12 b "" 0`)
+	stopB() // it crashes
+	adopter, stopAdopter := newTestRecorder(t, ours, "b")
+	adopter.Began(12, true)
+	adopter.Ended("resigned", 1, nil)
+	adopter.Left()
+	again := waitForTerms(t, theirs, `11 a "stopped" 2`, `12 b "resigned" 1`)
+	if !again[1].Started.Equal(begun[1].Started) {
+		t.Errorf("the adopted term began at %v, and before that at %v",
+			again[1].Started, begun[1].Started)
+	}
+	adopter.Began(13, false)
+	waitForTerms(t, theirs, `11 a "stopped" 2`, `12 b "resigned" 1`, `13 b "" 0`)
+	stopAdopter() // it crashes
+
+	c, _ := newTestRecorder(t, ours, "c")
+	c.Began(14, false)
+	waitForTerms(t, theirs,
+		`11 a "stopped" 2`, `12 b "resigned" 1`, `13 b "lost" 0`, `14 c "" 0`)
+}
+
+// TestRecorder_LateEnd: a leader that could not write the end of its term in time still does, even
+// if the next one has called it lost.
+func TestRecorder_LateEnd(t *testing.T) {
+	ours, theirs := newTestEtcd(t)
+	a, _ := newTestRecorder(t, ours, "a")
+	a.Began(11, false)
+	waitForTerms(t, theirs, `11 a "" 0`)
+	a.Ended("contact lost", 1, nil)
+	b, _ := newTestRecorder(t, ours, "b")
+	b.Began(12, false)
+	waitForTerms(t, theirs, `11 a "lost" 0`, `12 b "" 0`)
+	a.Joined(2, false)
+	waitForTerms(t, theirs, `11 a "contact lost" 1`, `12 b "" 0`)
+}
+
+// TestRecorder_KeepsTerms: the last terms stay, and so do keys that are none of ours.
+func TestRecorder_KeepsTerms(t *testing.T) {
+	ours, theirs := newTestEtcd(t)
+	foreign := control.History(testElection) + "007"
+	put := func(key string, value []byte) {
+		if _, err := theirs.Put(t.Context(), key, string(value)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(foreign, []byte("x"))
+	put(control.TermOf(testElection, 1), []byte("\xff"))
+	for token := int64(2); token < control.KeepTerms+5; token++ {
+		put(control.TermOf(testElection, token), control.Encode(&control.Term{Token: token}))
+	}
+	r, _ := newTestRecorder(t, ours, "a")
+	r.Began(1000, false)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := harness.Until(ctx, func() error {
+		resp, err := theirs.Get(ctx, control.History(testElection), clientv3.WithPrefix())
+		if err != nil {
+			return err
+		}
+		kept := map[string]bool{}
+		for _, kv := range resp.Kvs {
+			kept[string(kv.Key)] = true
+		}
+		if len(kept) != control.KeepTerms+1 || !kept[foreign] ||
+			!kept[control.TermOf(testElection, 1000)] || kept[control.TermOf(testElection, 5)] ||
+			!kept[control.TermOf(testElection, 6)] {
+			return fmt.Errorf("%d terms: %v", len(kept), kept)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRecorder_Candidate: the record of a candidate is bound to its lease. The process that adopts
+// the lease says the same, and since when.
+func TestRecorder_Candidate(t *testing.T) {
+	ours, theirs := newTestEtcd(t)
+	ctx := t.Context()
+	grant := &pb.LeaseGrantRequest{ID: 31, TTL: 60}
+	leases := pb.NewLeaseClient(theirs.ActiveConnection())
+	if _, err := leases.LeaseGrant(ctx, grant); err != nil {
+		t.Fatal(err)
+	}
+	a, stop := newTestRecorder(t, ours, "a")
+	a.Joined(31, false)
+	first := waitForCandidate(t, theirs, 31, 1)
+	stop()
+	b, _ := newTestRecorder(t, ours, "b")
+	b.Joined(31, true)
+	if second := waitForCandidate(t, theirs, 31, 2); second.Identity != "b" ||
+		!second.Since.Equal(first.Since) {
+		t.Errorf("%+v became %+v", first, second)
+	}
+	b.Joined(32, false) // whose lease is gone by now: that is nobody's problem
+	b.Began(7, false)
+	waitForTerms(t, theirs, `7 b "" 0`)
+	if p := b.Problem(); p != "" {
+		t.Error(p)
+	}
+}
+
+// waitForCandidate waits for this version of a candidate's record.
+func waitForCandidate(
+	t *testing.T, etcd *clientv3.Client, lease, version int64,
+) (c control.Candidate) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := harness.Until(ctx, func() error {
+		resp, err := etcd.Get(ctx, control.CandidateOf(testElection, lease))
+		if err != nil {
+			return err
+		}
+		if len(resp.Kvs) == 0 || resp.Kvs[0].Version != version || resp.Kvs[0].Lease != lease {
+			return fmt.Errorf("the record is %v", resp.Kvs)
+		}
+		return control.Decode(resp.Kvs[0].Value, &c)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
