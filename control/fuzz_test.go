@@ -1,10 +1,13 @@
 package control
 
 import (
+	"encoding/json"
 	"reflect"
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
 // FuzzKey: every election has keys of its own, each key has one spelling, and none lies under the
@@ -59,6 +62,13 @@ func FuzzValue(f *testing.F) {
 	}
 	f.Add([]byte(`{"version":1,"reason":"` + strings.Repeat("ü", 200) + `"}`))
 	f.Add([]byte(`{"version":9,"identity":{},"priority":1e99,"since":"x","last_exit":[]}`))
+	for _, at := range []string{
+		"2026-01-01T00:00:00+24:00", "2026-01-01T00:00:00-24:60", "0000-01-01T00:00:00+24:00",
+		"9999-12-31T23:59:59-24:00", "2026-01-01T00:00:00+01:00",
+	} {
+		f.Add([]byte(`{"version":1,"since":"` + at + `"}`))
+		f.Add([]byte(`{"version":1,"started":"` + at + `","last_exit":{"at":"` + at + `"}}`))
+	}
 	f.Fuzz(func(t *testing.T, text []byte) {
 		for _, v := range []Value{&Candidate{}, &Hold{}, &Switchover{}, &Term{}} {
 			err := Decode(text, v)
@@ -67,10 +77,47 @@ func FuzzValue(f *testing.F) {
 					t.Errorf("%T has the text %q", v, *field)
 				}
 			}
+			if _, e := json.Marshal(v); e != nil {
+				t.Errorf("%q is read as %+v, which can't be written: %v", text, v, e)
+			}
 			again := reflect.New(reflect.TypeOf(v).Elem()).Interface().(Value)
 			if e := Decode(Encode(v), again); e != nil {
 				t.Errorf("%q is read as %+v (%v) and can't be written again: %v", text, v, err, e)
 			}
+		}
+	})
+}
+
+// FuzzHistory: anybody may write into the history. A new leader changes what it has to, and never
+// more than etcd takes in one transaction.
+func FuzzHistory(f *testing.F) {
+	f.Add("jobs", int64(7), []byte(`{"version":1,"started":"2026-01-01T00:00:00+24:00"}`), 300)
+	f.Add("jobs", int64(8), Encode(&Term{Token: 7}), 1)
+	f.Add("jobs", int64(9), []byte(`{"version":2}`), 3)
+	f.Fuzz(func(t *testing.T, election string, token int64, value []byte, n int) {
+		r := NewRecorder(RecorderConfig{Election: election})
+		var kvs []*mvccpb.KeyValue
+		for i := range min(max(n, 1), 2*KeepTerms) {
+			kvs = append(kvs, &mvccpb.KeyValue{
+				Key: []byte(TermOf(election, token-int64(i))), Value: value, ModRevision: 3,
+			})
+		}
+		for _, adopted := range []bool{false, true} {
+			own := &Term{Token: token, Started: now()}
+			txn := r.amend(kvs, own, adopted)
+			keys := map[string]bool{TermOf(election, token): true}
+			for _, op := range txn.Success {
+				key := string(op.GetRequestPut().GetKey()) +
+					string(op.GetRequestDeleteRange().GetKey())
+				if k, err := ParseKey(key); err != nil || k.Election != election || keys[key] {
+					t.Errorf("%q is changed", key)
+				}
+				keys[key] = true
+			}
+			if len(txn.Success) >= 128 || len(txn.Compare) >= 128 {
+				t.Errorf("%d changes, %d comparisons", len(txn.Success), len(txn.Compare))
+			}
+			_ = Encode(own)
 		}
 	})
 }

@@ -362,7 +362,7 @@ func (r *Recorder) amend(kvs []*mvccpb.KeyValue, own *Term, adopted bool) *pb.Tx
 		if err != nil || k.Kind != HistoryKey {
 			continue // it is none of ours
 		}
-		sound := Decode(kv.Value, &t) == nil
+		sound := Decode(kv.Value, &t) == nil && t.Version == Format // else we would lose fields
 		t.Token = k.Token
 		switch {
 		case t.Token == own.Token && adopted && sound:

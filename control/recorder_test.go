@@ -168,6 +168,8 @@ func TestRecorder_KeepsTerms(t *testing.T) {
 	}
 	put(foreign, []byte("x"))
 	put(control.TermOf(testElection, 1), []byte("\xff"))
+	put(control.TermOf(testElection, 999),
+		[]byte(`{"version":1,"started":"2026-01-01T00:00:00+24:00"}`))
 	for token := int64(2); token < control.KeepTerms+5; token++ {
 		put(control.TermOf(testElection, token), control.Encode(&control.Term{Token: token}))
 	}
@@ -185,8 +187,8 @@ func TestRecorder_KeepsTerms(t *testing.T) {
 			kept[string(kv.Key)] = true
 		}
 		if len(kept) != control.KeepTerms+1 || !kept[foreign] ||
-			!kept[control.TermOf(testElection, 1000)] || kept[control.TermOf(testElection, 5)] ||
-			!kept[control.TermOf(testElection, 6)] {
+			!kept[control.TermOf(testElection, 1000)] || kept[control.TermOf(testElection, 6)] ||
+			!kept[control.TermOf(testElection, 7)] {
 			return fmt.Errorf("%d terms: %v", len(kept), kept)
 		}
 		return nil

@@ -22,8 +22,9 @@ const (
 // added, never renamed.
 type Value interface {
 	header() *Header
-	// texts are the fields with text.
+	// texts and times are the fields of these types.
 	texts() []*string
+	times() []*time.Time
 }
 
 // Header begins every value.
@@ -44,7 +45,8 @@ type Candidate struct {
 	Ready     bool      `json:"ready"`     // it may lead
 }
 
-func (c *Candidate) texts() []*string { return []*string{&c.Identity, &c.Leasehold, &c.URL} }
+func (c *Candidate) texts() []*string    { return []*string{&c.Identity, &c.Leasehold, &c.URL} }
+func (c *Candidate) times() []*time.Time { return []*time.Time{&c.Since} }
 
 // Hold keeps every candidate from becoming leader.
 type Hold struct {
@@ -59,7 +61,8 @@ type Hold struct {
 	Token int64 `json:"token,omitempty"`
 }
 
-func (h *Hold) texts() []*string { return []*string{&h.Reason, &h.By} }
+func (h *Hold) texts() []*string    { return []*string{&h.Reason, &h.By} }
+func (h *Hold) times() []*time.Time { return []*time.Time{&h.Since, &h.Until} }
 
 // Switchover asks the leader to hand over.
 type Switchover struct {
@@ -69,7 +72,8 @@ type Switchover struct {
 	By string `json:"by"` // who asked: user@host
 }
 
-func (s *Switchover) texts() []*string { return []*string{&s.ID, &s.To, &s.By} }
+func (s *Switchover) texts() []*string    { return []*string{&s.ID, &s.To, &s.By} }
+func (s *Switchover) times() []*time.Time { return nil }
 
 // Term is one leadership, in the history.
 type Term struct {
@@ -91,6 +95,14 @@ func (t *Term) texts() []*string {
 	return all
 }
 
+func (t *Term) times() []*time.Time {
+	all := []*time.Time{&t.Started, &t.Ended}
+	if t.LastExit != nil {
+		all = append(all, &t.LastExit.At)
+	}
+	return all
+}
+
 // Exit is how a job ended.
 type Exit struct {
 	Code   int       `json:"code"`             // 0 if a signal ended it
@@ -103,14 +115,14 @@ func Encode(v Value) []byte {
 	v.header().Version = Format
 	bound(v)
 	text, err := json.Marshal(v)
-	if err != nil {
-		panic(err) // Only a year beyond 9999 fails.
+	if err != nil { // no bounded value fails
+		text = []byte(`{"version":1}`)
 	}
 	return text
 }
 
 // Decode reads a value that anybody may have written. It keeps what it can read of it, so v is
-// sound even if there is an error: texts are UTF-8 and bounded.
+// sound even if there is an error: see bound.
 func Decode(text []byte, v Value) error {
 	if len(text) > maxValue {
 		return fmt.Errorf("the value has %d bytes, more than %d", len(text), maxValue)
@@ -126,11 +138,19 @@ func Decode(text []byte, v Value) error {
 	return nil
 }
 
+// bound makes texts UTF-8, and cuts those that are too long. It makes times UTC, and those that JSON
+// can't have zero: Go reads an offset of 24 hours, but does not write it.
 func bound(v Value) {
 	for _, text := range v.texts() {
 		*text = strings.ToValidUTF8(*text, "�")
 		if len(*text) > maxText {
 			*text = strings.ToValidUTF8((*text)[:maxText], "")
+		}
+	}
+	for _, at := range v.times() {
+		*at = at.UTC()
+		if year := at.Year(); year < 1 || year > 9999 {
+			*at = time.Time{}
 		}
 	}
 }

@@ -17,8 +17,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"leasehold/control"
 )
 
 // ClusterConfig says which etcd to run.
@@ -265,14 +263,13 @@ func (c *Cluster) Etcdctl(ctx context.Context, args ...string) (string, error) {
 }
 
 // EnableAuth turns auth on with a user root and a user for candidates, who may do anything under
-// the given election prefix, and beside all elections. Etcdctl is root from then on.
+// the given election prefix. Etcdctl is root from then on.
 func (c *Cluster) EnableAuth(ctx context.Context, user, password, election string) error {
 	for _, args := range [][]string{
 		{"user", "add", "root:root-secret"},
 		{"user", "grant-role", "root", "root"},
 		{"role", "add", "candidates"},
 		{"role", "grant-permission", "--prefix", "candidates", "readwrite", election},
-		{"role", "grant-permission", "--prefix", "candidates", "readwrite", control.Root},
 		{"user", "add", user + ":" + password},
 		{"user", "grant-role", user, "candidates"},
 		{"auth", "enable"},
