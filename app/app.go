@@ -84,7 +84,8 @@ func report(command string, err error) int {
 		return logged.code
 	}
 	end := endingOf(err)
-	if end.code == exitOK || end.code == exitNo && command != "reload" { // status and check speak
+	speaks := command == "status" || command == "check" // they have printed the answer
+	if end.code == exitOK || end.code == exitNo && speaks {
 		return end.code
 	}
 	text := err.Error()
@@ -93,7 +94,8 @@ func report(command string, err error) int {
 	}
 	text = printable(text)
 	fmt.Fprint(os.Stderr, text)
-	if !slices.Contains([]string{"status", "check", "reload"}, command) {
+	beside := []string{"status", "hold", "release", "switchover", "check", "reload"}
+	if !slices.Contains(beside, command) {
 		leaveMessage(terminationLog, text, false)
 	}
 	return end.code

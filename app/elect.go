@@ -119,7 +119,8 @@ func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {
 	<-ctx.Done()
 	var hold time.Duration
 	switch cause := context.Cause(ctx); {
-	case errors.Is(cause, errPlannedStop), errors.Is(cause, election.ErrHeld):
+	case errors.Is(cause, errPlannedStop), errors.Is(cause, election.ErrHeld),
+		errors.Is(cause, election.ErrSwitchover):
 		hold = l.grace
 	case errors.Is(cause, election.ErrContactLost), errors.Is(cause, election.ErrKeyOverwritten):
 		// Nobody else can lead before the lease ends, or before the key is removed, which we do.

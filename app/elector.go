@@ -78,6 +78,7 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 func (j *jobCallbacks) grace(cause error) time.Duration {
 	switch {
 	case errors.Is(cause, errPlannedStop), errors.Is(cause, election.ErrHeld),
+		errors.Is(cause, election.ErrSwitchover),
 		errors.As(cause, new(*supervisor.UnhealthyError)):
 		return max(j.cfg.StopGrace.Duration, 1) // 0 would mean that the lease is lost
 	case errors.Is(cause, election.ErrContactLost):

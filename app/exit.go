@@ -55,13 +55,16 @@ var exits = []struct {
 	{
 		exitOK, "",
 		"planned stop, whatever the job's code; the job ended with 0 and is not restarted;" +
-			" status: there is a leader; check: yes; hold, release: done",
+			" status: there is a leader; check: yes; hold, release: done;" +
+			" switchover: another candidate leads",
 		is(),
 	},
 	{
 		exitNo, "",
-		"status: there is no leader; check: no; reload: refused or failed, the job goes on",
-		either(is(cli.ErrNoLeader, health.ErrNo), as[*reload.RefusedError]),
+		"status: there is no leader; check: no; reload: refused or failed, the job goes on;" +
+			" switchover: refused, the job goes on, or another candidate leads than was asked for",
+		either(is(cli.ErrNoLeader, health.ErrNo), as[*reload.RefusedError],
+			as[*cli.RefusedError]),
 	},
 	{
 		-1, "the job's, or 128+n",
@@ -72,7 +75,7 @@ var exits = []struct {
 	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
 	{
 		exitUnavailable, "",
-		"status, hold, release, check, reload: nobody answers, or etcd refuses;" +
+		"status, hold, release, switchover, check, reload: nobody answers, or etcd refuses;" +
 			" not elected within LEASEHOLD_WAIT, because etcd did not answer or refused",
 		either(is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable,
 			reload.ErrNoAnswer), as[*cli.EtcdError]),
@@ -94,8 +97,9 @@ var exits = []struct {
 	},
 	{
 		exitNotElected, "",
-		"not elected within LEASEHOLD_WAIT, because another candidate leads or is ahead",
-		is(election.ErrNotElected),
+		"not elected within LEASEHOLD_WAIT, because another candidate leads or is ahead;" +
+			" switchover: not done in time, and the request is withdrawn",
+		is(election.ErrNotElected, cli.ErrTimeout),
 	},
 	{
 		exitLost, "",

@@ -109,6 +109,8 @@ func termEnd(cause, err error) string {
 		return "stopped"
 	case errors.Is(cause, election.ErrHeld):
 		return "held"
+	case errors.Is(cause, election.ErrSwitchover):
+		return "switchover"
 	case errors.Is(cause, election.ErrContactLost):
 		return "contact lost"
 	case errors.Is(cause, election.ErrLeaseLost):

@@ -133,6 +133,20 @@ func (p *Program) Commands() []Command {
 			Run: p.release,
 		},
 		{
+			Name: "switchover", Args: "[ELECTION] [--to IDENTITY] [--timeout 60s]", Max: 1,
+			Options: []string{"--to", "--timeout"},
+			Summary: "let the leader stop its job in order, and another candidate lead",
+			Description: "Without --to that is the next one in the queue." +
+				" It prints who leads, and for how long nobody did." +
+				" Exit code 0: done; 1: refused, and the job goes on" +
+				" (nobody waits, there is no such candidate, it is not ready," +
+				" the election is held)," +
+				" or another candidate leads than was asked for;" +
+				" 69: etcd does not answer, or refuses;" +
+				" 75: not done in time (60s by default), and the request is withdrawn.",
+			Run: p.switchover,
+		},
+		{
 			Name: "check", Args: "[" + strings.Join(health.Checks(), "|") + "]", Max: 1,
 			Words: health.Checks(),
 			Summary: "ask the local daemon, at LEASEHOLD_LISTEN," +
@@ -183,7 +197,8 @@ func (p *Program) Commands() []Command {
 
 // commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{
-	"run", "elect", "status", "hold", "release", "check", "reload", "install", "version",
+	"run", "elect", "status", "hold", "release", "switchover", "check", "reload", "install",
+	"version",
 	"help",
 }
 

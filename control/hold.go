@@ -31,19 +31,18 @@ func SetHold(
 		switch {
 		case old != nil:
 			h.Token, mod = before.Token, old.ModRevision
-		case head != nil && head.Lease != 0:
+		case head != nil:
 			h.Token = head.CreateRevision
 			compare = append(compare, created(string(head.Key), head.CreateRevision))
 		default:
 			h.Token = 0
+			empty := created(election+"/", 0)
+			empty.RangeEnd = []byte(clientv3.GetPrefixRangeEnd(election + "/"))
+			compare = append(compare, empty)
 		}
 		resp, err := etcd.Txn(ctx, &pb.TxnRequest{
 			Compare: append(compare, modified(HoldOf(election), mod)),
-			Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{
-				RequestPut: &pb.PutRequest{
-					Key: []byte(HoldOf(election)), Value: Encode(&h), Lease: lease,
-				},
-			}}},
+			Success: []*pb.RequestOp{put(HoldOf(election), &h, lease)},
 		})
 		if err != nil {
 			return h, "", err
@@ -56,37 +55,26 @@ func SetHold(
 
 // identityOf is the identity in the key if that has the token.
 func identityOf(kv *mvccpb.KeyValue, token int64) string {
-	if kv == nil || kv.CreateRevision != token {
+	if kv == nil || kv.CreateRevision != token || kv.Lease == 0 {
 		return ""
 	}
-	h := Hold{By: string(kv.Value)}
-	bound(&h)
-	return h.By
+	return sound(string(kv.Value))
 }
 
 // readHold reads the oldest key of the election, and the hold; nil: there is none.
 func readHold(
 	ctx context.Context, etcd Etcd, election string,
 ) (head, hold *mvccpb.KeyValue, err error) {
-	first := &pb.RangeRequest{
-		Key: []byte(election + "/"), Limit: 1,
-		RangeEnd:   []byte(clientv3.GetPrefixRangeEnd(election + "/")),
-		SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
-	}
-	resp, err := etcd.Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
-		{Request: &pb.RequestOp_RequestRange{RequestRange: first}},
-		{Request: &pb.RequestOp_RequestRange{
-			RequestRange: &pb.RangeRequest{Key: []byte(HoldOf(election))},
-		}},
-	}})
+	kvs, err := readAll(ctx, etcd,
+		oldest(election), &pb.RangeRequest{Key: []byte(HoldOf(election))})
 	if err != nil {
 		return nil, nil, err
 	}
-	if kvs := resp.Responses[0].GetResponseRange().Kvs; len(kvs) > 0 {
-		head = kvs[0]
+	if len(kvs[0]) > 0 {
+		head = kvs[0][0]
 	}
-	if kvs := resp.Responses[1].GetResponseRange().Kvs; len(kvs) > 0 {
-		hold = kvs[0]
+	if len(kvs[1]) > 0 {
+		hold = kvs[1][0]
 	}
 	return head, hold, nil
 }

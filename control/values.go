@@ -67,12 +67,29 @@ func (h *Hold) times() []*time.Time { return []*time.Time{&h.Since, &h.Until} }
 // Switchover asks the leader to hand over.
 type Switchover struct {
 	Header
-	ID string `json:"id"` // of the request
-	To string `json:"to"` // the identity of a candidate; "": the next one
-	By string `json:"by"` // who asked: user@host
+	ID    string `json:"id"`              // of the request
+	To    string `json:"to"`              // the identity of a candidate; "": the next one
+	By    string `json:"by"`              // who asked: user@host
+	Token int64  `json:"token,omitempty"` // the fencing token of the leader that is asked
+
+	Answer Answer `json:"answer,omitempty"` // of the leader; "": none yet
+	Why    string `json:"why,omitempty"`    // it has refused
+	Key    string `json:"key,omitempty"`    // of the candidate to which it hands over
 }
 
-func (s *Switchover) texts() []*string    { return []*string{&s.ID, &s.To, &s.By} }
+// Answer is what the leader says to a request for a switchover.
+type Answer string
+
+// The answers.
+const (
+	Accepted Answer = "accepted" // the job is being stopped
+	Refused  Answer = "refused"  // the job goes on
+)
+
+func (s *Switchover) texts() []*string {
+	return []*string{&s.ID, &s.To, &s.By, &s.Why, (*string)(&s.Answer)}
+}
+
 func (s *Switchover) times() []*time.Time { return nil }
 
 // Term is one leadership, in the history.
@@ -142,10 +159,7 @@ func Decode(text []byte, v Value) error {
 // can't have zero: Go reads an offset of 24 hours, but does not write it.
 func bound(v Value) {
 	for _, text := range v.texts() {
-		*text = strings.ToValidUTF8(*text, "�")
-		if len(*text) > maxText {
-			*text = strings.ToValidUTF8((*text)[:maxText], "")
-		}
+		*text = sound(*text)
 	}
 	for _, at := range v.times() {
 		*at = at.UTC()
@@ -153,4 +167,13 @@ func bound(v Value) {
 			*at = time.Time{}
 		}
 	}
+}
+
+// sound makes a text valid UTF-8, and bounds it.
+func sound(text string) string {
+	text = strings.ToValidUTF8(text, "�")
+	if len(text) > maxText {
+		text = strings.ToValidUTF8(text[:maxText], "")
+	}
+	return text
 }

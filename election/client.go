@@ -92,6 +92,12 @@ func (c *Client) Revoke(ctx context.Context, id int64) error {
 	return err
 }
 
+// MayPass reports whether a request that has failed with this error may succeed later: etcd did not
+// answer, or could not serve it.
+func MayPass(err error) bool {
+	return unavailable(err) || errors.Is(err, context.DeadlineExceeded)
+}
+
 // Explain returns the error of a request in one line, with a remedy if we know one. The request
 // needs a permission (read, write or readwrite) on keys: "the key x", "the prefix x/".
 func (c *Client) Explain(err error, permission, keys string) error {

@@ -44,6 +44,8 @@ func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 	tick := time.NewTimer(0)
 	defer tick.Stop()
 	stop := ctx.Done()
+	plans := make(chan plan, 1)
+	planning := false
 	for {
 		s.candidate.heartbeat()
 		tick.Reset(idleTick)
@@ -54,6 +56,13 @@ func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 		case <-tick.C:
 		case <-s.changed:
 			s.obeyHold(t.Token)
+			if asked, ok := s.steering.requested(t.Token); ok && !planning {
+				planning = true
+				s.running.Go(func() { plans <- s.planSwitchover(lctx, asked) })
+			}
+		case p := <-plans:
+			planning = false
+			s.serve(lctx, p)
 		case <-s.queue.changed:
 			v, _ := s.queue.view()
 			s.state.queueChanged(v.leader(), v.blocker)

@@ -12,6 +12,8 @@ type leaving struct {
 	lease   int64
 	key     string // "": it was not put
 	created int64  // the key's create revision; 0: whichever it has
+	// handover is to whom the key's candidate hands over; nil: to whoever is next.
+	handover *handover
 	// announce is called before the first request; nil: it was.
 	announce func(lease int64) error
 }
@@ -44,7 +46,7 @@ func (l *leaving) revoke(
 		half, cancel := context.WithTimeout(ctx, timeout/2)
 		_, keyErr = hedge(half, ms, hedgeDelay,
 			func(ctx context.Context, m *member) (struct{}, error) {
-				return struct{}{}, m.remove(ctx, l.key, l.created)
+				return struct{}{}, l.remove(ctx, m)
 			})
 		cancel()
 	}
@@ -53,6 +55,16 @@ func (l *leaving) revoke(
 			return struct{}{}, m.revoke(ctx, l.lease)
 		})
 	return errors.Join(keyErr, err)
+}
+
+// remove deletes the key. If it can't be handed over, whoever is next leads.
+func (l *leaving) remove(ctx context.Context, m *member) error {
+	if l.handover != nil {
+		if done, err := m.handOver(ctx, l.key, l.created, l.handover); done || err != nil {
+			return err
+		}
+	}
+	return m.remove(ctx, l.key, l.created)
 }
 
 // leftovers revokes the leases that could not be revoked when their sessions ended. The key of such

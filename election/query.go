@@ -78,7 +78,7 @@ func (m *member) query(ctx context.Context, cfg Config) (Report, error) {
 	}
 	r := newReport(cfg.prefix(), kvs[0])
 	r.Hold, r.ControlProblem = s.theHold(), cfg.controlProblem(s)
-	if r.Leader != nil && !s.mayLead(r.Leader.Token) {
+	if r.Leader != nil && !s.mayBeLeading(r.Leader.Token) {
 		r.Leader, r.LeaseID = nil, 0
 	}
 	if r.Leader != nil {

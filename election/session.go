@@ -34,6 +34,8 @@ type session struct {
 	changed  chan struct{}  // room for one: a renewal counted, stop-at passed, the key was not put
 	running  sync.WaitGroup // what ends with the session
 	created  atomic.Int64   // our key's create revision; 0: it is not known to be put
+	// handover is to whom we hand over when the job has exited; nil: to whoever is next.
+	handover *handover
 	// adopted: the lease is that of a process before us. announced: that one has announced its
 	// release.
 	adopted, announced bool
@@ -277,7 +279,10 @@ func (s *session) release(ctx context.Context, stopQueue func()) error {
 	if s.timing.TTL != 0 {
 		timeout = min(timeout, s.timing.RenewInterval())
 	}
-	left := &leaving{lease: s.id, created: s.created.Load(), announce: s.cfg.Callbacks.Releasing}
+	left := &leaving{
+		lease: s.id, created: s.created.Load(), handover: s.handover,
+		announce: s.cfg.Callbacks.Releasing,
+	}
 	if s.announced {
 		left.announce = nil
 	}

@@ -50,7 +50,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 		if s.triesOnce() && (v.isBehind() || v.own != nil && v.hold != nil) {
 			return 0, v.notElected()
 		}
-		if v.isNext() && !next {
+		if (v.isNext() || s.steering.isTarget(s.key)) && !next {
 			next = true
 			s.lease.confirmFrom(s.created.Load())
 			if !s.lease.isConfirmed() {

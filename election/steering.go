@@ -105,6 +105,11 @@ func (s *steering) learn(revision int64, kvs []*mvccpb.KeyValue) {
 	})
 }
 
+// learnAsked takes what a read of the request has shown at that revision.
+func (s *steering) learnAsked(revision int64, kv *mvccpb.KeyValue) {
+	s.update(func() bool { return s.set(&s.askedKey, revision, kv) })
+}
+
 // observe takes what a watch shows, in the order of arrival.
 func (s *steering) observe(resp *pb.WatchResponse) {
 	s.update(func() (changed bool) {
@@ -164,10 +169,15 @@ func (s *steering) set(k *steeringKey, asOf int64, kv *mvccpb.KeyValue) bool {
 	return true
 }
 
+// deny notes that etcd's roles forbid us to read them. From now on nobody tells us of their end, so
+// they count as gone.
 func (s *steering) deny(err error) {
 	s.update(func() bool {
 		changed := s.denied == nil
 		s.denied = err
+		s.hold, s.asked = nil, nil
+		s.holdKey = steeringKey{name: s.holdKey.name}
+		s.askedKey = steeringKey{name: s.askedKey.name}
 		return changed
 	})
 }
@@ -195,6 +205,8 @@ func (s *steering) isKnown() bool {
 	return s.holdKey.asOf > 0 || s.denied != nil
 }
 
+func (s *steering) isDenied() bool { return s != nil && s.whyDenied() != nil }
+
 // theHold returns the hold; nil: there is none.
 func (s *steering) theHold() *control.Hold {
 	s.mu.Lock()
@@ -210,28 +222,41 @@ func (s *steering) mayStart(created int64) bool {
 	return s.hold == nil || !s.hold.Stop && s.hold.Token == created
 }
 
-// mayLead reports whether the candidate whose key has that create revision may go on leading. If
-// the hold does not say who led when it was made, all do whose key is older.
+// mayLead reports whether the candidate whose key has that create revision may go on leading.
 func (s *steering) mayLead(created int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch h := s.hold; {
-	case h == nil:
-		return true
-	case h.Stop:
-		return false
-	case h.Token == 0:
+	return s.hold == nil || !s.hold.Stop && s.names(created)
+}
+
+// mayBeLeading reports whether whoever is first in the queue may be leading, for those who look. A
+// leader that a hold asks to stop is shown until its key is gone: its job is alive until then.
+func (s *steering) mayBeLeading(created int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.hold == nil || s.names(created)
+}
+
+// names reports whether the hold says that the candidate whose key has that create revision led
+// when it was made. If a stranger has made it, nobody knows, and any older key will do. s.mu is
+// held.
+func (s *steering) names(created int64) bool {
+	if s.hold.Token == 0 {
 		return created < s.holdKey.created
-	default:
-		return h.Token == created
 	}
+	return s.hold.Token == created
 }
 
 // heldFor returns the hold that keeps whoever is first in the queue from leading; nil: there is
 // none.
 func (s *session) heldFor(v view) *control.Hold {
 	hold := s.steering.theHold()
-	if hold == nil || v.head != nil && s.steering.mayLead(v.head.created) {
+	switch {
+	case hold == nil, v.head == nil:
+		return hold
+	case v.head.key == s.key && !s.steering.mayStart(v.head.created):
+		return hold // it is us, and we wait
+	case s.steering.mayBeLeading(v.head.created):
 		return nil
 	}
 	return hold

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"leasehold/control"
 	"leasehold/e2e/sim/simetcd"
@@ -105,7 +106,9 @@ func TestHold_LeaderResigns(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			earlyQueue(t, func(r *adoptRig, _ *earlyNetwork, a, b, _ *testCandidate) {
 				operator := r.operator()
-				h.By, h.Version = "eve", control.Format
+				if h.Token == 0 {
+					h.Token = a.Snapshot().Leader.Token
+				}
 				_, err := operator.Txn(r.t.Context(), &pb.TxnRequest{Success: []*pb.RequestOp{
 					{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{
 						Key: []byte(control.HoldOf("jobs")), Value: control.Encode(&h),
@@ -145,4 +148,55 @@ func TestHold_OneInstant(t *testing.T) {
 			b.expectHeld()
 		})
 	}
+}
+
+// What etcd's roles forbid to read any more, counts as gone: nobody would tell us of its end.
+func TestHold_Denied(t *testing.T) {
+	s := newSteering("e", func() {})
+	s.learn(7, []*mvccpb.KeyValue{{
+		Key: []byte(control.HoldOf("e")), Value: control.Encode(&control.Hold{}),
+		CreateRevision: 5, ModRevision: 5,
+	}})
+	if s.mayStart(3) {
+		t.Error("may start in spite of the hold")
+	}
+	s.deny(errors.New("forbidden"))
+	if !s.mayStart(3) || s.theHold() != nil {
+		t.Error("still held")
+	}
+	s.tryAgain()
+	s.learn(6, []*mvccpb.KeyValue{{
+		Key: []byte(control.HoldOf("e")), Value: control.Encode(&control.Hold{}),
+		CreateRevision: 5, ModRevision: 5,
+	}})
+	if s.mayStart(3) {
+		t.Error("may start in spite of the hold, which can be read again")
+	}
+}
+
+// A stranger's hold names nobody. Whoever leads goes on, and whoever waits says that it is held.
+func TestHold_Stranger(t *testing.T) {
+	earlyQueue(t, func(r *adoptRig, _ *earlyNetwork, a, b, _ *testCandidate) {
+		r.etcd.PutKey(control.HoldOf("jobs"), []byte("by hand"), 0)
+		time.Sleep(testTTL)
+		if s := a.Snapshot(); s.State != Leading {
+			t.Errorf("the leader: %+v", s)
+		}
+		a.stop(nil)
+		b.expectHeld()
+		r.release(r.operator())
+		b.waitForTerm()
+	})
+}
+
+// In an empty queue nobody leads, so everybody who comes is held.
+func TestHold_EmptyQueue(t *testing.T) {
+	inBubble(t, func(_ *testing.T, r *adoptRig) {
+		operator := r.operator()
+		r.hold(operator, control.Hold{})
+		a := r.run("a", nil, nil)
+		a.expectHeld()
+		r.release(operator)
+		a.waitForTerm()
+	})
 }

@@ -63,7 +63,8 @@ func (w *watchConn) isComplete() bool {
 // or need not show it. After another connection was made, etcd sends what was missed in any order.
 func (w *watchConn) isOrdered() bool {
 	s := w.queue.cfg.steering
-	return s == nil || w.opened == w.member.connections.Load() || s.whyDenied() != nil
+	return s == nil || s.whyDenied() != nil ||
+		w.steered != nil && w.opened == w.member.connections.Load()
 }
 
 // askVersion asks the member for its version, unless that of this connection is known. After a

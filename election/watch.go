@@ -12,6 +12,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
+// forbiddenRetry is how often we look whether etcd's roles allow by now what they forbade.
+const forbiddenRetry = 5 * time.Minute
+
 // Why a watch is given up.
 var (
 	errUnanswered = errors.New("the watch is not answered")
@@ -37,6 +40,7 @@ type watchConn struct {
 	// steered is of what people have written, near the front. observe has seen what it brings. nil:
 	// it is not watched.
 	steered clientv3.WatchChan
+	asked   time.Duration // when we last tried to watch that
 	// opened is the number of the connection before they were opened.
 	opened int64
 	stop   context.CancelFunc // ends all
@@ -201,7 +205,7 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 	tick := time.NewTimer(w.interval)
 	defer tick.Stop()
 	w.looked = q.cfg.now()
-	w.ticked = w.looked
+	w.ticked, w.asked = w.looked, w.looked
 	for {
 		q.heartbeat()
 		var err error
@@ -305,6 +309,12 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 	switch {
 	case err != nil:
 		return err
+	case q.cfg.steering.isDenied() && q.cfg.now()-w.asked > forbiddenRetry:
+		w.asked = q.cfg.now()
+		q.cfg.steering.tryAgain()
+		if w.marker == "" {
+			return w.watch(ctx, wctx, "")
+		}
 	case w.marker == "" && !w.isOrdered():
 		return w.watch(ctx, wctx, "")
 	case w.behind:

@@ -26,7 +26,7 @@ type status struct {
 	Job     jobStatus   `json:"job" desc:"the job of this candidate"`
 	Blocker *Blocker    `json:"blocker" desc:"a key ahead of ours that will not go away by itself"`
 	Hold    *HoldStatus `json:"hold" desc:"what keeps everybody from becoming leader"`
-	Control *string     `json:"control_problem" desc:"why the keys beside the election can't be used"`
+	Control *string     `json:"control_problem" desc:"why hold and switchover are unusable"`
 	Since   *string     `json:"since" desc:"since when the state holds"`
 	Version string      `json:"version" desc:"of leasehold"`
 }

@@ -29,16 +29,17 @@ _leasehold() {
     fi
     case $command in
     '')
-        choices='-- run elect status hold release check reload install version help'
+        choices='-- run elect status hold release switchover check reload install version help'
         flags=--version
         ;;
     run) choices='--' ;;
     status) flags='--json' ;;
     hold) flags='--stop --for --reason' ;;
+    switchover) flags='--to --timeout' ;;
     check) choices='live ready leader standby' ;;
     reload) flags='--env' ;;
     install) compopt -o default ;;
-    help) choices='run elect status hold release check reload install version help' ;;
+    help) choices='run elect status hold release switchover check reload install version help' ;;
     esac
     ((words < 2)) || choices=
     [[ $word != -* ]] || choices+=" $flags -f --help"

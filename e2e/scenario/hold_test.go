@@ -173,8 +173,24 @@ func TestHold(t *testing.T) {
 // The leader resigns in order, and nobody follows.
 func TestHold_Stop(t *testing.T) {
 	tr := ordinary(t)
-	all, job := tr.startAll("abc")
+	a := tr.start("a", "ignore-term", variables("LEASEHOLD_STOP_GRACE=2s"))
+	job := tr.waitJob(a)
+	all := []*candidate{a}
+	for _, name := range []string{"b", "c"} {
+		c := tr.start(name, "")
+		tr.waitStatus(c, "/standby", http.StatusOK)
+		all = append(all, c)
+	}
 	tr.commands("whoever leads resigns", "hold", "--stop")
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error { // an operator waits like this
+		if code, said := tr.command("status"); code != 1 {
+			return fmt.Errorf("status: %d, %s", code, said)
+		}
+		return nil
+	}))
+	if tr.expectNoJob(job); t.Failed() {
+		t.Error("the job is alive, and status says that nobody leads")
+	}
 	tr.waitDead(job)
 	for _, c := range all {
 		tr.waitHeld(c, true)

@@ -36,6 +36,17 @@ func (c *Cluster) HasLease(id int64) bool {
 	return c.store.leases[id] != nil
 }
 
+// PutKey puts the key, bound to the lease; 0: to none. It reports whether that was done.
+func (c *Cluster) PutKey(key string, value []byte, lease int64) bool {
+	return c.operate(func(u *update) error {
+		if lease != 0 && u.leases[lease] == nil {
+			return rpctypes.ErrGRPCLeaseNotFound
+		}
+		u.put(&pb.PutRequest{Key: []byte(key), Value: value, Lease: lease})
+		return nil
+	})
+}
+
 // DeleteKey deletes the key if there is one. It reports whether that was done.
 func (c *Cluster) DeleteKey(key string) bool {
 	return c.operate(func(u *update) error {

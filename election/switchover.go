@@ -1,0 +1,261 @@
+package election
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"leasehold/control"
+	"leasehold/internal/quote"
+)
+
+// ErrSwitchover is the cause with which a term ends because people asked for that.
+var ErrSwitchover = errors.New("switchover")
+
+// mostPassed is how many candidates a switchover may pass. etcd allows 128 requests in a
+// transaction.
+const mostPassed = 100
+
+// handover is to whom a leader hands over.
+type handover struct {
+	target queueEntry
+	// passed are the keys between ours and the target's. Their candidates queue again.
+	passed []string
+}
+
+// plan is what becomes of a request for a switchover.
+type plan struct {
+	handover
+	asked   request
+	refused string // why; "": it is carried out
+	err     error  // why that could not be found out
+}
+
+// request is a request for a switchover, as it was at a mod revision.
+type request struct {
+	control.Switchover
+	mod int64
+}
+
+// requested returns the request that waits for the answer of the leader with that token.
+func (s *steering) requested(token int64) (r request, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.asked == nil || s.asked.Token != token || s.asked.Answer != "" {
+		return request{}, false
+	}
+	return request{*s.asked, s.askedKey.mod}, true
+}
+
+// isTarget reports whether the leader is about to hand over to the candidate with that key.
+func (s *steering) isTarget(key string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.asked != nil && s.asked.Answer == control.Accepted && s.asked.Key == key
+}
+
+// planSwitchover finds out whether to serve the request, and answers it. A plan is carried out only
+// if the answer has replaced the request: nobody has withdrawn it, or knows another answer.
+func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
+	p.asked = asked
+	if p.handover, p.refused, p.err = s.findTarget(ctx, asked.To); p.err != nil {
+		return p
+	}
+	answer := asked.Switchover
+	answer.Answer, answer.Why, answer.Key = control.Accepted, p.refused, p.target.key
+	if p.refused != "" {
+		answer.Answer = control.Refused
+	}
+	for {
+		// An answer may have come through although we did not learn that. So we try until we know.
+		p.err = s.answer(ctx, asked.mod, answer)
+		if p.err == nil || errors.Is(p.err, errWithdrawn) || ctx.Err() != nil {
+			return p
+		}
+		pause(ctx, s.timing.repeatAfter())
+	}
+}
+
+// errWithdrawn: somebody else has changed the request for a switchover.
+var errWithdrawn = errors.New("the request has changed meanwhile")
+
+// answer writes the answer into the request, unless that has changed.
+func (s *session) answer(ctx context.Context, mod int64, answer control.Switchover) error {
+	key := control.SwitchoverOf(s.cfg.Election)
+	read := &pb.RequestOp{Request: &pb.RequestOp_RequestRange{
+		RequestRange: &pb.RangeRequest{Key: []byte(key)},
+	}}
+	txn := &pb.TxnRequest{
+		Compare: []*pb.Compare{{
+			Key: []byte(key), Target: pb.Compare_MOD, Result: pb.Compare_EQUAL,
+			TargetUnion: &pb.Compare_ModRevision{ModRevision: mod},
+		}},
+		Success: []*pb.RequestOp{
+			{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{
+				Key: []byte(key), Value: control.Encode(&answer), IgnoreLease: true,
+			}}},
+			read,
+		},
+		Failure: []*pb.RequestOp{read},
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
+	defer cancel()
+	resp, err := hedge(ctx, s.members, s.timing.hedgeDelay(),
+		func(ctx context.Context, m *member) (*pb.TxnResponse, error) { return m.txn(ctx, txn) })
+	if err != nil {
+		return err
+	}
+	// The request may have been sent to two members: what is there now counts.
+	kvs := resp.Responses[len(resp.Responses)-1].GetResponseRange().Kvs
+	var now control.Switchover
+	if len(kvs) > 0 {
+		s.steering.learnAsked(resp.Header.Revision, kvs[0])
+		_ = control.Decode(kvs[0].Value, &now)
+	}
+	if now.ID != answer.ID || now.Answer != answer.Answer || now.Key != answer.Key {
+		return errWithdrawn
+	}
+	return nil
+}
+
+// findTarget reads who waits, and chooses whom to hand over to: the first that is ready or, with
+// an identity, the first of that name.
+func (s *session) findTarget(
+	ctx context.Context, to string,
+) (h handover, refused string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
+	defer cancel()
+	type answer struct{ queue, records []*mvccpb.KeyValue }
+	got, err := hedge(ctx, s.members, s.timing.hedgeDelay(),
+		func(ctx context.Context, m *member) (answer, error) {
+			_, kvs, err := s.steering.readAll(ctx, m, wholePrefix(s.cfg.prefix()),
+				wholePrefix(control.Candidates(s.cfg.Election)))
+			if err != nil {
+				return answer{}, err
+			}
+			return answer{kvs[0], kvs[1]}, nil
+		})
+	if err != nil {
+		return handover{}, "", err
+	}
+	if hold := s.steering.theHold(); hold != nil {
+		return handover{}, HoldText(hold), nil
+	}
+	h, refused = chooseTarget(s.cfg.prefix(), s.key, to, got.queue, readRecords(got.records))
+	return h, refused, nil
+}
+
+// readRecords returns what candidates say of themselves, by their leases.
+func readRecords(kvs []*mvccpb.KeyValue) map[int64]control.Candidate {
+	records := map[int64]control.Candidate{}
+	for _, kv := range kvs {
+		var c control.Candidate
+		key, err := control.ParseKey(string(kv.Key))
+		// Only its own lease removes it in time.
+		if err == nil && kv.Lease == key.Lease && control.Decode(kv.Value, &c) == nil {
+			records[key.Lease] = c
+		}
+	}
+	return records
+}
+
+// chooseTarget chooses among those behind the key own. Whoever stands between must be a leasehold:
+// another program would not notice that its key has gone, and later believe that it leads.
+func chooseTarget(
+	prefix, own, to string, queue []*mvccpb.KeyValue, records map[int64]control.Candidate,
+) (h handover, refused string) {
+	slices.SortFunc(queue, func(a, b *mvccpb.KeyValue) int {
+		return cmp.Compare(a.CreateRevision, b.CreateRevision)
+	})
+	if len(queue) == 0 || string(queue[0].Key) != own {
+		return handover{}, "this candidate is not the first in the queue"
+	}
+	var strangers []string
+	for _, kv := range queue[1:] {
+		e := newQueueEntry(prefix, kv)
+		record, known := records[e.lease]
+		chosen := e.candidate && e.identity == to
+		if to == "" {
+			chosen = e.candidate && (!known || record.Ready)
+		}
+		switch {
+		case chosen && known && !record.Ready:
+			return handover{}, quote.Value(to) + " is not ready"
+		case chosen && len(strangers) > 0:
+			return handover{}, "ahead of " + quote.Value(e.identity) +
+				" wait others that can't be passed, because they are no candidates of" +
+				" leasehold's: " + strings.Join(strangers, ", ")
+		case chosen && len(h.passed) > mostPassed:
+			return handover{}, quote.Value(e.identity) + " has more than " +
+				strconv.Itoa(mostPassed) + " others ahead of it"
+		case chosen:
+			h.target = e
+			return h, ""
+		}
+		h.passed = append(h.passed, e.key)
+		if !e.candidate || !known {
+			strangers = append(strangers, quote.Value(cmp.Or(e.identity, e.key)))
+		}
+	}
+	switch {
+	case len(queue) == 1:
+		return handover{}, "nobody waits"
+	case to != "":
+		return handover{}, "there is no candidate " + quote.Value(to) + " that waits"
+	}
+	return handover{}, "nobody that waits is ready"
+}
+
+// serve ends the term if the plan says so.
+func (s *session) serve(lctx context.Context, p plan) {
+	switch {
+	case lctx.Err() != nil: // the term has ended for another cause
+		return
+	case errors.Is(p.err, errWithdrawn):
+		return
+	case p.err != nil: // the next renewal wakes us again
+		s.log.Warn("request for a switchover not answered yet", "err", s.cfg.explain(p.err))
+		return
+	case p.refused != "":
+		s.log.Info("switchover refused", "by", quote.Printable(p.asked.By), "reason", p.refused)
+		return
+	}
+	s.handover = &p.handover
+	s.log.Info("handing over", "target", quote.Printable(p.target.identity),
+		"by", quote.Printable(p.asked.By), "passed", len(p.passed))
+	s.state.termEnded(fmt.Errorf("%w to %s, asked for by %s", ErrSwitchover,
+		quote.Value(p.target.identity), quote.Value(p.asked.By)))
+}
+
+// handOver deletes the key, and those of the candidates that are passed, in one transaction. It
+// does so only if the key is there at its create revision, so that none of the others has led, and
+// if the target is there. It reports whether it did, or has before.
+func (m *member) handOver(
+	ctx context.Context, key string, created int64, h *handover,
+) (bool, error) {
+	there := func(key string, created int64) *pb.Compare {
+		return &pb.Compare{
+			Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
+			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: created},
+		}
+	}
+	txn := &pb.TxnRequest{
+		Compare: []*pb.Compare{there(key, created), there(h.target.key, h.target.created)},
+	}
+	for _, key := range append([]string{key}, h.passed...) {
+		txn.Success = append(txn.Success, &pb.RequestOp{
+			Request: &pb.RequestOp_RequestDeleteRange{
+				RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
+			},
+		})
+	}
+	resp, err := m.txn(ctx, txn)
+	return err == nil && resp.Succeeded, err
+}

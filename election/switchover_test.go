@@ -1,0 +1,189 @@
+package election
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"leasehold/control"
+	"leasehold/e2e/sim/simetcd"
+)
+
+// queueRig runs candidates whose records are in etcd. The first one leads.
+func queueRig(
+	t *testing.T, identities string,
+	test func(r *adoptRig, n *earlyNetwork, operator *Client, c map[string]*testCandidate),
+) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		n := &earlyNetwork{requests: map[string]int{}}
+		r := &adoptRig{
+			t: t, start: time.Now(), etcd: simetcd.New(simetcd.Config{Network: n.verdict}),
+		}
+		t.Cleanup(r.etcd.Close)
+		r.etcd.Elect(1)
+		operator, all := r.operator(), map[string]*testCandidate{}
+		for name := range strings.SplitSeq(identities, "") {
+			c := r.run(name, nil, nil)
+			if len(all) == 0 {
+				c.waitForTerm()
+			}
+			c.waitFor("queued", func(s Snapshot) bool {
+				return s.State == Standby || s.State == Leading
+			})
+			r.put(operator, control.CandidateOf("jobs", c.Snapshot().LeaseID),
+				&control.Candidate{Identity: name, Ready: true}, c.Snapshot().LeaseID)
+			all[name] = c
+		}
+		time.Sleep(testTTL)
+		test(r, n, operator, all)
+	})
+}
+
+func (r *adoptRig) put(c *Client, key string, v control.Value, lease int64) {
+	r.t.Helper()
+	_, err := c.Txn(r.t.Context(), &pb.TxnRequest{Success: []*pb.RequestOp{{
+		Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{
+			Key: []byte(key), Value: control.Encode(v), Lease: lease,
+		}},
+	}}})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// ask asks for a switchover, and returns the answer.
+func (r *adoptRig) ask(c *Client, asked control.Switchover) control.Switchover {
+	r.t.Helper()
+	p, err := control.ReadProgress(r.t.Context(), c, "jobs")
+	if err == nil {
+		err = control.AskSwitchover(r.t.Context(), c, "jobs", asked, 0, p)
+	}
+	for err == nil && (p.Asked == nil || p.Asked.Answer == "") {
+		time.Sleep(time.Millisecond)
+		p, err = control.ReadProgress(r.t.Context(), c, "jobs")
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return *p.Asked
+}
+
+// The chosen candidate leads, although others were ahead of it. Those queue again, and so does who
+// led.
+func TestSwitchover(t *testing.T) {
+	queueRig(t, "abcde", func(
+		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
+	) {
+		before := map[string]int64{}
+		for name, x := range c {
+			before[name] = x.Snapshot().LeaseID
+		}
+		if got := r.ask(operator, control.Switchover{ID: "1", To: "d"}); got.Answer !=
+			control.Accepted {
+			t.Errorf("answer %+v", got)
+		}
+		if end := c["a"].waitForEnd(); !errors.Is(end.cause, ErrSwitchover) {
+			t.Errorf("the term ends with %v", end.cause)
+		}
+		c["d"].waitForTerm()
+		time.Sleep(2 * testTTL)
+		for name, x := range c {
+			s := x.Snapshot()
+			requeued := s.LeaseID != before[name]
+			if name != "d" && s.State != Standby || requeued != strings.Contains("abc", name) ||
+				s.Leader == nil || s.Leader.Identity != "d" || len(x.terms) > 0 {
+				t.Errorf("%s: %d terms, queued again: %v, %+v", name, len(x.terms), requeued, s)
+			}
+		}
+	})
+}
+
+// A refusal leaves everything as it is, and an answer is final.
+func TestSwitchover_Refused(t *testing.T) {
+	queueRig(t, "abc", func(
+		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
+	) {
+		if got := r.ask(operator, control.Switchover{ID: "1", To: "d"}); got.Answer !=
+			control.Refused {
+			t.Errorf("answer %+v", got)
+		}
+		r.run("d", nil, nil).waitForState(Standby) // now there is one
+		time.Sleep(2 * testTTL)
+		if s := c["a"].Snapshot(); s.State != Leading || len(c["a"].ended) > 0 {
+			t.Errorf("the leader: %+v", s)
+		}
+	})
+}
+
+// Nothing is deleted unless the leader's key is there, as it was: else another one may lead.
+func TestMember_HandOver(t *testing.T) {
+	queueRig(t, "abc", func(
+		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
+	) {
+		key := func(name string) string { return "jobs/" + hex(c[name].Snapshot().LeaseID) }
+		a, b, target := key("a"), key("b"), key("c")
+		m := operator.members.all()[0]
+		created := r.etcd.Created(a)
+		for _, h := range []struct {
+			created, target int64
+		}{{created - 1, r.etcd.Created(target)}, {created, 1}} {
+			done, err := m.handOver(r.t.Context(), a, h.created, &handover{
+				target: queueEntry{key: target, created: h.target}, passed: []string{b},
+			})
+			if done || err != nil || r.etcd.Created(a) == 0 || r.etcd.Created(b) == 0 {
+				t.Errorf("%+v: done %v, %v", h, done, err)
+			}
+		}
+	})
+}
+
+func TestChooseTarget(t *testing.T) {
+	candidate := func(lease int64, identity string) *mvccpb.KeyValue {
+		e := kv("e/"+hex(lease), lease, lease)
+		e.Value = []byte(identity)
+		return e
+	}
+	ready := func(leases ...int64) map[int64]control.Candidate {
+		records := map[int64]control.Candidate{}
+		for _, l := range leases {
+			records[l] = control.Candidate{Ready: true}
+		}
+		return records
+	}
+	notReady := ready(1, 2, 3)
+	notReady[2] = control.Candidate{}
+	handMade := []*mvccpb.KeyValue{candidate(1, "a"), kv("e/x", 9, 0), candidate(10, "d")}
+	abc := []*mvccpb.KeyValue{candidate(1, "a"), candidate(2, "b"), candidate(3, "c")}
+	for name, test := range map[string]struct {
+		own, to  string
+		queue    []*mvccpb.KeyValue
+		records  map[int64]control.Candidate
+		want     string
+		passed   int
+		refusing string
+	}{
+		"the next":             {"e/1", "", abc, ready(1, 2, 3), "b", 0, ""},
+		"a named one":          {"e/1", "c", abc, ready(1, 2, 3), "c", 1, ""},
+		"a stranger":           {"e/1", "", abc, ready(1), "b", 0, ""},
+		"behind a stranger":    {"e/1", "c", abc, ready(1, 3), "", 0, `that can't be passed`},
+		"behind a hand-made":   {"e/1", "d", handMade, ready(1, 10), "", 0, `"e/x"`},
+		"the first is unready": {"e/1", "", abc, notReady, "c", 1, ""},
+		"named and unready":    {"e/1", "b", abc, notReady, "", 0, `"b" is not ready`},
+		"alone":                {"e/1", "", abc[:1], ready(1), "", 0, "nobody waits"},
+		"unknown":              {"e/1", "x", abc, ready(1, 2, 3), "", 0, `no candidate "x"`},
+		"oneself":              {"e/1", "a", abc, ready(1, 2, 3), "", 0, `no candidate "a"`},
+		"not the first":        {"e/2", "", abc, ready(1, 2, 3), "", 0, "not the first"},
+	} {
+		h, refused := chooseTarget("e/", test.own, test.to, test.queue, test.records)
+		if h.target.identity != test.want || test.want != "" && len(h.passed) != test.passed ||
+			!strings.Contains(refused, test.refusing) || (refused == "") != (test.want != "") {
+			t.Errorf("%s: %+v, %q", name, h, refused)
+		}
+	}
+}
