@@ -89,6 +89,10 @@ func (c *checker) started(j, before *job) {
 	if !rises && !c.excused(j, keyDeleted, leaseRevoked) {
 		c.violation("%v starts after one with the token %d", j, c.token)
 	}
+	if hold := c.w.hold; hold != nil && hold.Token != j.token && !again &&
+		!c.excused(j, keyDeleted, leaseRevoked) {
+		c.violation("%v starts, and the hold names %d", j, hold.Token)
+	}
 	c.token = max(c.token, j.token)
 	c.overlaps(j)
 }

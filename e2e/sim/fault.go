@@ -88,6 +88,8 @@ func init() {
 		"lease-revoked":      {3, 0, revokeLease, nil},
 		"key-overwritten":    {2, 0, overwriteKey, nil},
 		"standby-revoked":    {3, 0, revokeStandby, nil},
+		"held":               {3, 2, holdElection, func(w *world, _ *Fault) { releaseElection(w) }},
+		"switchover":         {4, 1.5, switchOver, withdraw},
 		"clock-rate-changed": {2, 0, changeRate, nil},
 	}
 }

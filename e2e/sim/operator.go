@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"leasehold/control"
 	elect "leasehold/election"
 )
 
@@ -93,3 +94,59 @@ func (w *world) removeAbandoned() {
 		}
 	}
 }
+
+// head returns the create revision of the oldest key; 0: there is none.
+func (w *world) head() (created int64) {
+	for _, key := range w.cluster.Keys(election + "/") {
+		if c := w.cluster.Created(key); created == 0 || c < created {
+			created = c
+		}
+	}
+	return created
+}
+
+// holdElection holds the election. In some cases the leader resigns.
+func holdElection(w *world, f *Fault) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.hold != nil {
+		return
+	}
+	h := control.Hold{By: "operator", Stop: f.Level < 0.3, Token: w.head()}
+	if w.cluster.PutKey(control.HoldOf(election), control.Encode(&h), 0) {
+		w.note("oper", "holds, and names %d", h.Token)
+		w.hold = &h
+	}
+}
+
+// releaseElection reports whether there is no hold any more.
+func releaseElection(w *world) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.hold != nil && w.cluster.DeleteKey(control.HoldOf(election)) {
+		w.note("oper", "releases")
+		w.hold = nil
+	}
+	return w.hold == nil
+}
+
+// switchOver asks the leader to hand over to a daemon. The operator writes the records, too.
+func switchOver(w *world, f *Fault) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, d := range w.daemons {
+		if lease := d.guard.lease; lease != 0 {
+			w.cluster.PutKey(control.CandidateOf(election, lease),
+				control.Encode(&control.Candidate{Identity: d.name, Ready: true}), lease)
+		}
+	}
+	asked := control.Switchover{
+		ID: f.At.String(), To: w.daemons[int(f.Level*Daemons)].name, Token: w.head(),
+	}
+	if w.cluster.PutKey(control.SwitchoverOf(election), control.Encode(&asked), 0) {
+		w.note("oper", "asks for a switchover to %s", asked.To)
+	}
+}
+
+// withdraw ends what is left of a request.
+func withdraw(w *world, _ *Fault) { w.cluster.DeleteKey(control.SwitchoverOf(election)) }

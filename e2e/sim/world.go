@@ -31,6 +31,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"leasehold/control"
 	"leasehold/e2e/sim/simetcd"
 	elect "leasehold/election"
 )
@@ -72,8 +73,9 @@ type world struct {
 	away          int          // members that a fault has taken away, in bits
 	over          atomic.Bool  // all faults are over
 
-	mu  sync.Mutex // guards the guards, jobs and the checker
-	log struct {
+	mu   sync.Mutex    // guards the guards, jobs, the checker and the hold
+	hold *control.Hold // nil: there is none
+	log  struct {
 		sync.Mutex
 		bytes.Buffer
 	}
@@ -236,6 +238,10 @@ func (w *world) recover() {
 		w.cluster.Lag(m, 0)
 	}
 	w.network.recover()
+	for !releaseElection(w) { // etcd may have no leader
+		time.Sleep(100 * time.Millisecond)
+	}
+	withdraw(w, nil)
 	for _, d := range w.daemons {
 		d.start()
 	}
