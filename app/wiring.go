@@ -85,6 +85,9 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 	}
 	snapshot := func() health.Snapshot {
 		s := healthSnapshot(p.cfg, d.candidate.Snapshot())
+		if ahead, first, known := d.candidate.Ahead(shownAhead); known {
+			s.Queue = &health.Queue{Ahead: ahead, First: first}
+		}
 		if p.job != nil {
 			s.JobWanted, s.Job = true, p.job()
 			s.Suspends = p.suspends != nil && p.suspends()
@@ -103,6 +106,9 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 	d.addStatus(p)
 	return d, nil
 }
+
+// shownAhead is how many of the candidates ahead of ours /status names.
+const shownAhead = 8
 
 func signalChange(changed chan<- struct{}) {
 	select {

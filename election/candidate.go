@@ -26,6 +26,7 @@ type Candidate struct {
 	metrics    *metrics
 	state      *machine
 	heartbeats heartbeats
+	queue      atomic.Pointer[queue] // of the session that runs; nil: none does
 }
 
 // New checks the configuration, as far as that can be done without etcd.
@@ -55,6 +56,15 @@ func (c *Candidate) Snapshot() Snapshot {
 	s := c.state.get()
 	s.LastHeartbeat = c.heartbeats.oldest()
 	return s
+}
+
+// Ahead returns how many keys are ahead of ours, and the identities of the first ones, n at most.
+// known is false as long as that is not read. In a long queue it is of some seconds ago.
+func (c *Candidate) Ahead(n int) (count int, first []string, known bool) {
+	if q := c.queue.Load(); q != nil {
+		return q.ahead(n)
+	}
+	return 0, nil, false
 }
 
 // run is what one call of Run keeps from session to session.

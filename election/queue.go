@@ -248,6 +248,21 @@ func (q *queue) ownEntry() (own queueEntry, ok bool) {
 	return own, own.key == q.cfg.own && own.created == q.created
 }
 
+// ahead returns how many keys are ahead of ours, and the identities of the first n.
+func (q *queue) ahead(n int) (count int, first []string, known bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if _, ok := q.ownEntry(); !ok {
+		return 0, nil, false
+	}
+	entries := q.entries[:len(q.entries)-1]
+	first = []string{}
+	for _, e := range entries[:min(n, len(entries))] {
+		first = append(first, e.identity)
+	}
+	return len(entries), first, true
+}
+
 // isCrowd reports whether too many keys are ahead of ours to watch the whole queue. q.mu is held.
 func (q *queue) isCrowd() bool { return len(q.entries)-1 > q.cfg.near }
 

@@ -75,6 +75,13 @@ func TestQueue_View(t *testing.T) {
 	if v.own != nil {
 		t.Errorf("own place before it is known who is ahead: %+v", v)
 	}
+	ahead := func(want int, known bool) {
+		t.Helper()
+		if n, first, ok := q.ahead(2); n != want || len(first) != min(want, 2) || ok != known {
+			t.Errorf("%d keys are ahead, the first are %q, known %v, want %d", n, first, ok, want)
+		}
+	}
+	ahead(0, false)
 	q.setAhead(
 		[]*mvccpb.KeyValue{
 			kv("e/9", 3, 9),
@@ -84,6 +91,7 @@ func TestQueue_View(t *testing.T) {
 		},
 		10,
 	)
+	ahead(3, true)
 	v, _ = q.view()
 	if l := v.leader(); l == nil || l.Key != "e/9" || l.Token != 3 {
 		t.Errorf("leader %+v", l)
@@ -113,6 +121,7 @@ func TestQueue_View(t *testing.T) {
 	if v, _ = q.view(); v.leader().Key != "e/a" || v.blocker != nil {
 		t.Errorf("view %+v", v)
 	}
+	ahead(0, true)
 }
 
 // Why it could not be read who is ahead is shown until it is.

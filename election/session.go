@@ -94,6 +94,8 @@ func (s *session) open(
 	qctx, stopQueue := context.WithCancel(sctx)
 	defer stopQueue()
 	s.startQueue(qctx)
+	s.candidate.queue.Store(s.queue)
+	defer s.candidate.queue.Store(nil)
 
 	defer func() {
 		if failed := s.release(ctx, stopQueue); failed != nil {

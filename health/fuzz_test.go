@@ -43,6 +43,7 @@ func FuzzRequest(f *testing.F) {
 		"GET http://evil.example/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
 		"GET /standby HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
 		"GET /%2fstatus HTTP/1.1\r\nHost:\r\n\r\n", "GET /%2f HTTP/1.0\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: text/html\r\n\r\n",
 		"GET /events HTTP/1.1\r\nHost: x\r\n\r\n", "OPTIONS /events HTTP/1.0\r\n\r\n",
 		"GET //?#%zz HTTP/1.0\r\n\r\n", "GET http:x HTTP/1.0\r\n\r\n",
 		"CONNECT /%2f HTTP/1.0\r\n\r\n", "HEAD /./%2f/..%2F HTTP/1.0\r\n\r\n",

@@ -38,6 +38,7 @@ type Snapshot struct {
 	Reason   string // Why the candidate is not in the election, for people. Holds no secrets.
 	Since    time.Time
 	Leader   *Leader // Nil when none is known.
+	Queue    *Queue  // Nil when it is not known.
 
 	LeaseID int64 // 0 without a lease.
 	TTL     time.Duration
@@ -62,6 +63,12 @@ type Leader struct {
 	Identity string `json:"identity" desc:"its name"`
 	Key      string `json:"key" desc:"its key in etcd"`
 	Token    int64  `json:"token" desc:"its fencing token: that key's create revision"`
+}
+
+// Queue is what is ahead of the candidate's key. In a long queue it is of some seconds ago.
+type Queue struct {
+	Ahead int      `json:"ahead" desc:"how many keys are ahead of this candidate's"`
+	First []string `json:"first" desc:"the identities of the first of them, eight at most"`
 }
 
 // Job is the state of the job.
@@ -118,8 +125,11 @@ func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
 		s.State, s.Since = Connecting, wall.Add(s.End-now)
 		s.Reason = "contact with etcd lost: the lease has expired"
 	}
-	if s.Leading && over(s.End) {
-		s.Leader = nil // It was us. We can't know who leads now.
+	if over(s.End) {
+		s.Queue = nil // Our key is gone.
+		if s.Leading {
+			s.Leader = nil // It was us. We can't know who leads now.
+		}
 	}
 	return s
 }

@@ -18,6 +18,7 @@ func leading(change ...func(*Snapshot)) Snapshot {
 		Election: "jobs/a", Identity: "b", State: Leading,
 		Since:   time.Date(2026, 1, 2, 3, 4, 5, 6e6, time.FixedZone("", 3600)),
 		Leader:  &Leader{Identity: "b", Key: "jobs/a/1f", Token: 17},
+		Queue:   &Queue{First: []string{}},
 		LeaseID: 0x1f, TTL: 20 * time.Second,
 		StopAt: 110 * time.Second, KillBy: 113 * time.Second, End: 115 * time.Second, Leading: true,
 		JobWanted: true,
@@ -212,6 +213,7 @@ func TestStatus_JSON(t *testing.T) {
   "state": "connecting",
   "reason": "etcd says \"no\" <&>",
   "leader": null,
+  "queue": null,
   "lease": null,
   "deadlines": null,
   "job": {
@@ -246,6 +248,10 @@ func TestStatus_JSON(t *testing.T) {
     "identity": "b",
     "key": "jobs/a/1f",
     "token": 17
+  },
+  "queue": {
+    "ahead": 0,
+    "first": []
   },
   "lease": {
     "id": "1f",
@@ -291,6 +297,7 @@ func TestStatus_JSON(t *testing.T) {
   "state": "stopping",
   "reason": "contact with etcd lost: stop-at has passed",
   "leader": null,
+  "queue": null,
   "lease": {
     "id": "1f",
     "ttl_seconds": 20,

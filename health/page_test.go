@@ -239,9 +239,11 @@ func pageStates() map[string]Snapshot {
 		"standby": now(func(s *Snapshot) {
 			standby(s)
 			s.Leader = &Leader{Identity: "node-3", Key: "jobs/backup/1e", Token: 1742}
+			s.Queue = &Queue{Ahead: 4, First: []string{"node-3", "node-2"}}
 			s.Job.LastExit = &Exit{Signal: "SIGTERM", At: began}
 		}),
 		"unreachable": now(func(s *Snapshot) {
+			s.Queue = nil
 			s.State, s.Leader, s.LeaseID, s.TTL, s.Job = Connecting, nil, 0, 0, Job{State: "none"}
 			s.Reason = "no answer from http://etcd-1:2379: connection refused"
 			s.Leading, s.StopAt, s.KillBy, s.End = false, 0, 0, 0
@@ -273,7 +275,7 @@ func TestPage(t *testing.T) {
 	}
 	want := map[string][]string{
 		"leading": {"leading\nnode-1\nsince", "node-1, token 1742", "Sure to last", "running"},
-		"standby": {"standby", "node-3, token 1742", "SIGTERM"},
+		"standby": {"standby", "node-3, token 1742", "node-3, node-2, and 2", "SIGTERM"},
 		"unreachable": {
 			"connecting", "no answer from http://etcd-1:2379", "nobody, as far as is known",
 			"There is no lease.",

@@ -19,6 +19,7 @@ type status struct {
 	State    string  `json:"state" desc:"connecting, standby, leading, suspended or stopping"`
 	Reason   *string `json:"reason" desc:"why the candidate is not in the election"`
 	Leader   *Leader `json:"leader" desc:"the leader; in a long queue, of some seconds ago"`
+	Queue    *Queue  `json:"queue" desc:"what is ahead of this candidate's key in the queue"`
 	Lease    *lease  `json:"lease" desc:"this candidate's lease"`
 
 	Deadlines *deadlines `json:"deadlines" desc:"of the lease, in seconds of CLOCK_BOOTTIME"`
@@ -75,7 +76,8 @@ type exitStatus struct {
 func (s Snapshot) status(now time.Duration, version string) status {
 	st := status{
 		Election: s.Election, Identity: s.Identity, State: s.State, Reason: orNull(s.Reason),
-		Leader: s.Leader, Blocker: s.Blocker, Since: timestamp(s.Since), Version: version,
+		Leader: s.Leader, Queue: s.Queue, Blocker: s.Blocker,
+		Since: timestamp(s.Since), Version: version,
 		Job: jobStatus{
 			State: cmp.Or(s.Job.State, "none"), PID: orNull(s.Job.PID),
 			StartedAt: timestamp(s.Job.StartedAt), Restarts: s.Job.Restarts,
