@@ -5,10 +5,13 @@ package scenario_test
 import (
 	"context"
 	"encoding/json"
+	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"leasehold/e2e/harness"
 	"leasehold/internal/boottime"
@@ -27,6 +30,10 @@ type subscriber struct {
 // event is what the tests read of an event.
 type event struct {
 	status
+	Queue *struct {
+		Ahead int
+		First []string
+	}
 	Deadlines *struct {
 		StopAt float64 `json:"stop_at"`
 		KillBy float64 `json:"kill_by"`
@@ -83,7 +90,8 @@ func TestEvents(t *testing.T) {
 	s := &subscriber{tr: tr, url: "http://" + proxy.Addr() + "/events"}
 	waits := func(e event) bool {
 		return e.State == "standby" && e.Leader != nil && e.Leader.Identity == "a" &&
-			e.Leader.Token == job.Token && e.Job.State == "none"
+			e.Leader.Token == job.Token && e.Job.State == "none" &&
+			e.Queue != nil && e.Queue.Ahead == 1 && e.Queue.First[0] == "a"
 	}
 	before := s.until("a standby", waits)
 	// Each renewal is an event.
@@ -109,7 +117,8 @@ func TestEvents(t *testing.T) {
 
 	tr.must(leader.Signal(syscall.SIGTERM))
 	e := s.until("a leader whose job runs", func(e event) bool {
-		return e.State == "leading" && e.Job.State == "running"
+		return e.State == "leading" && e.Job.State == "running" &&
+			e.Queue != nil && e.Queue.Ahead == 0
 	})
 	now := boottime.Now().Seconds()
 	if d := e.Deadlines; e.Name != "b" || e.Leader.Token <= job.Token ||
@@ -123,5 +132,67 @@ func TestEvents(t *testing.T) {
 		t.Errorf("the term has ended at %v, before stop-at: %+v", now, e.Deadlines)
 	}
 	standby.SetReachable(true)
+	tr.stop()
+}
+
+// TestEvents_Crowd: a thousand subscribers of the next in line hold up neither its election nor
+// probes, and all get the news. So does a crowd that does not read.
+func TestEvents_Crowd(t *testing.T) {
+	tr := ordinary(t)
+	leader, standby, job := tr.pair("")
+	url := "http://" + standby.Listen + "/events"
+	const crowd = 1000
+	streams := make(chan *harness.EventStream, crowd)
+	var connecting sync.WaitGroup
+	for range 20 {
+		connecting.Go(func() {
+			for range crowd / 20 {
+				s, err := harness.Subscribe(tr.ctx, url, "")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				streams <- s
+			}
+		})
+	}
+	connecting.Wait()
+	close(streams)
+	var reading sync.WaitGroup
+	n := 0
+	for s := range streams {
+		if n++; n%10 == 0 { // it does not read
+			tr.Cleanup(s.Close)
+			continue
+		}
+		reading.Go(func() {
+			defer s.Close()
+			for {
+				e, err := s.Next()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if strings.Contains(e.Data, `"state":"leading"`) &&
+					strings.Contains(e.Data, `"state":"running"`) {
+					return
+				}
+			}
+		})
+	}
+	if n != crowd {
+		t.Fatalf("%d subscribers", n)
+	}
+	tr.waitStatus(standby, "/standby", http.StatusOK)
+	tr.must(leader.Signal(syscall.SIGTERM))
+	ended := tr.waitDead(job)
+	next := tr.waitNext(job, waitTimeout)
+	t.Logf("with %d subscribers the next job starts %v after the end of the one before",
+		n, next.Started-ended)
+	if next.Started-ended > time.Second {
+		t.Errorf("the hand-over took %v", next.Started-ended)
+	}
+	reading.Wait()
+	tr.waitStatus(standby, "/leader", http.StatusOK)
 	tr.stop()
 }
