@@ -299,22 +299,23 @@ func TestPrometheus(t *testing.T) {
 			return nil
 		})
 	}
-	rules, err := p.rules()
-	if err != nil {
-		t.Fatal(err)
-	}
-	seen := 0
-	for _, r := range rules {
-		if r.Health != "ok" || r.Type == "alerting" && r.State != "inactive" {
-			t.Errorf("in a healthy election: %+v", r)
+	want := len(alerts(t))
+	p.until(func() error { // at first nobody leads
+		rules, err := p.rules()
+		seen := 0
+		for _, r := range rules {
+			if r.Health != "ok" || r.Type == "alerting" && r.State != "inactive" {
+				return fmt.Errorf("in a healthy election: %+v", r)
+			}
+			if r.Type == "alerting" {
+				seen++
+			}
 		}
-		if r.Type == "alerting" {
-			seen++
+		if seen != want {
+			return errors.Join(fmt.Errorf("there are %d alerts, want %d", seen, want), err)
 		}
-	}
-	if want := len(alerts(t)); seen != want {
-		t.Errorf("Prometheus has %d alerts, want %d", seen, want)
-	}
+		return nil
+	})
 
 	link.Cut(harness.BothWays)
 	for _, alert := range []string{
