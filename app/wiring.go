@@ -47,10 +47,13 @@ type metrics struct {
 	registry *prometheus.Registry
 }
 
+// maxLabel is how many bytes of the election's name the metrics have.
+const maxLabel = 256
+
 func newMetrics(election string) metrics {
 	registry := prometheus.NewRegistry()
-	// Prometheus takes no other text, and etcd takes any.
-	name := strings.ToValidUTF8(election, "�")
+	// Prometheus takes no other text, and etcd takes any. It may refuse a long one, with all else.
+	name := strings.ToValidUTF8(election[:min(len(election), maxLabel)], "�")
 	m := metrics{
 		prometheus.WrapRegistererWith(prometheus.Labels{"election": name}, registry), registry,
 	}

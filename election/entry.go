@@ -16,6 +16,9 @@ import (
 // maxIdentity is how many bytes of a key's value we keep: anybody can write a megabyte there.
 const maxIdentity = 256
 
+// maxKey is how many bytes of a blocker's key we show: anybody can write one of a megabyte.
+const maxKey = 4 << 10
+
 // queueEntry is one key under the election's prefix.
 type queueEntry struct {
 	key      string
@@ -56,6 +59,13 @@ func (e queueEntry) election() string {
 // blocker returns why no candidate of this election will remove the key. It advises to delete only
 // a key that will never expire: whoever keeps a lease alive needs its keys.
 func (e queueEntry) blocker() *Blocker {
+	if len(e.key) > maxKey {
+		return &Blocker{
+			Key: quote.Printable(e.key[:maxKey]) + "…",
+			Why: fmt.Sprintf("it has %d bytes, which is not a candidate's; "+
+				"etcdctl get --prefix --keys-only shows it whole", len(e.key)),
+		}
+	}
 	b := &Blocker{Key: quote.Printable(e.key)}
 	nested := e.election()
 	switch {

@@ -200,3 +200,15 @@ func TestCandidate_StrangeIdentities(t *testing.T) {
 		}
 	}
 }
+
+// TestBlocker_LongKey: a key of any length, which anybody can write, is shown in part, and with no
+// command that would delete another key.
+func TestBlocker_LongKey(t *testing.T) {
+	for _, lease := range []int64{0, 7} {
+		e := newQueueEntry("e/", kv("e/"+strings.Repeat("ü\x00", 1<<19), 3, lease))
+		if b := e.blocker(); len(b.Key) > 4*maxKey || len(b.Why) > 200 || b.Remedy != "" ||
+			!strings.Contains(b.Why, "1572866 bytes") {
+			t.Errorf("the blocker has %d bytes of key, %q, %q", len(b.Key), b.Why, b.Remedy)
+		}
+	}
+}

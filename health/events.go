@@ -16,21 +16,26 @@ const (
 	// maxStreams bounds the subscribers of /events. They use at most a quarter of the files that
 	// may be open, and none of the connections that are kept for probes.
 	maxStreams = 1024
-	// streamBuffer is how many bytes the kernel keeps for a subscriber that does not read. Linux
-	// takes twice that.
-	streamBuffer = 32 << 10
+	// streamBuffer is how many bytes the kernel keeps for a subscriber that does not read, and
+	// receiveBuffer how many of what one sends, which is nothing. Linux takes twice that.
+	streamBuffer, receiveBuffer = 32 << 10, 4 << 10
 	// quietTime is how long a stream may be silent. Proxies close connections that are silent for
-	// a minute. A client that has gone is noticed at the second write.
+	// a minute, and a client can notice that a connection has died.
 	quietTime = 10 * time.Second
+	// settleTime is how long a change waits for others. The start of a job goes first.
+	settleTime = 5 * time.Millisecond
+	// vanishedAfter is after which time a client is dropped that takes nothing.
+	vanishedAfter = 30 * time.Second
 )
 
 // events sends each change of the status to the subscribers of /events, as server-sent events
 // (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 //
-// One goroutine writes to all of them, and waits for none: an event that does not fit into a
-// subscriber's buffer in the kernel closes its connection. So a subscriber gets every change in
-// order, or learns that it has to connect again. It then gets the present status. Nothing that it
-// has missed is sent again: an old "leading" must not look like a new one.
+// One goroutine writes to all of them, and waits for none. An event that does not fit into a
+// subscriber's buffer in the kernel closes its connection, and so does whatever it sends, because
+// nobody reads that. So a subscriber gets every change in order, except for what changes back within
+// milliseconds, or learns that it has to connect again. It then gets the present status. What it has
+// missed is not sent again: an old "leading" must not look like a new one.
 type events struct {
 	present func() (Snapshot, time.Duration)
 	version string
@@ -53,7 +58,7 @@ type stream struct {
 	raw  syscall.RawConn
 }
 
-func (s *stream) send(text []byte) bool { return writeNow(s.raw, text) }
+func (s *stream) send(text []byte) bool { return sendNow(s.raw, text) }
 
 func newEvents(present func() (Snapshot, time.Duration), version string) *events {
 	return &events{
@@ -86,17 +91,23 @@ func (e *events) run(ctx context.Context) {
 		timer := time.NewTimer(e.publish())
 		select {
 		case <-e.changed:
+			timer.Reset(settleTime)
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+			}
 		case <-timer.C:
 		case <-ctx.Done():
-			timer.Stop()
-			return
 		}
 		timer.Stop()
+		if ctx.Err() != nil {
+			return
+		}
 	}
 }
 
-// publish sends the status if it has changed, or a comment if nothing was sent for long. It returns
-// after which time to look again.
+// publish sends the status if it has changed, or a sign of life if nothing was sent for long. It
+// returns after which time to look again.
 func (e *events) publish() time.Duration {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -108,7 +119,7 @@ func (e *events) publish() time.Duration {
 	case event != nil:
 		e.broadcast(event)
 	case time.Since(e.sent) >= quietTime:
-		e.broadcast([]byte(":\n\n"))
+		e.broadcast([]byte("event: alive\ndata:\n\n"))
 	}
 	wait := quietTime - time.Since(e.sent)
 	// A deadline changes the status by itself (see Snapshot.update).
@@ -165,11 +176,6 @@ func (e *events) close() {
 // serve answers /events. It takes the connection from the HTTP server, so that a subscriber costs
 // neither a goroutine nor one of the connections that are for probes.
 func (e *events) serve(w http.ResponseWriter, r *http.Request) {
-	if r.Method != http.MethodGet {
-		w.Header().Set("Content-Type", "text/event-stream")
-		w.WriteHeader(http.StatusOK)
-		return
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed || len(e.streams) >= e.limit {
@@ -179,13 +185,18 @@ func (e *events) serve(w http.ResponseWriter, r *http.Request) {
 				len(e.streams)))
 		return
 	}
-	conn, _, err := http.NewResponseController(w).Hijack()
+	if r.Method != http.MethodGet {
+		w.Header().Set("Content-Type", "text/event-stream")
+		w.WriteHeader(http.StatusOK)
+		return
+	}
+	conn, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		write(w, http.StatusNotImplemented, "text/plain; charset=utf-8",
 			[]byte("events need a connection of HTTP/1\n"))
 		return
 	}
-	if !e.subscribe(conn, r.Header.Get("Last-Event-ID")) {
+	if buffered.Reader.Buffered() > 0 || !e.subscribe(conn, r.Header.Get("Last-Event-ID")) {
 		_ = conn.Close()
 	}
 }
@@ -194,11 +205,12 @@ func (e *events) serve(w http.ResponseWriter, r *http.Request) {
 // It reports whether it could. e.mu is held.
 func (e *events) subscribe(conn net.Conn, lastID string) bool {
 	tcp, ok := conn.(*net.TCPConn)
-	if !ok || tcp.SetDeadline(time.Time{}) != nil || tcp.SetWriteBuffer(streamBuffer) != nil {
+	if !ok || tcp.SetDeadline(time.Time{}) != nil || tcp.SetWriteBuffer(streamBuffer) != nil ||
+		tcp.SetReadBuffer(receiveBuffer) != nil {
 		return false
 	}
 	raw, err := tcp.SyscallConn()
-	if err != nil {
+	if err != nil || setUserTimeout(raw) != nil {
 		return false
 	}
 	snapshot, now := e.present()
@@ -219,6 +231,6 @@ func (e *events) subscribe(conn net.Conn, lastID string) bool {
 	}
 	e.streams[s] = struct{}{}
 	e.count.Store(int64(len(e.streams)))
-	e.wake() // The time until the next comment or deadline counts from now on.
+	e.wake() // The time until the next sign of life or deadline counts from now on.
 	return true
 }

@@ -294,7 +294,41 @@ func TestEvents_SlowReader(t *testing.T) {
 	}
 }
 
-// TestEvents_Quiet: a stream on which nothing happens has comments, so that no proxy closes it.
+// TestEvents_Talker: a subscriber that sends something is dropped, at once or with the next event,
+// and so is one that has closed its side. What it sends takes no memory.
+func TestEvents_Talker(t *testing.T) {
+	ts := newTestServer(t, leading())
+	const request = "GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
+	for name, talk := range map[string]func(*net.TCPConn){
+		"more":            func(c *net.TCPConn) { _, _ = io.WriteString(c, "x") },
+		"a megabyte":      func(c *net.TCPConn) { _, _ = c.Write(make([]byte, 1<<20)) },
+		"another request": func(c *net.TCPConn) { _, _ = io.WriteString(c, request) },
+		"the end":         func(c *net.TCPConn) { _ = c.CloseWrite() },
+	} {
+		conn, err := net.Dial("tcp", ts.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetDeadline(time.Now().Add(10 * time.Second))
+		_, _ = io.WriteString(conn, request)
+		for ts.streams() < 1 {
+			time.Sleep(time.Millisecond)
+		}
+		ended := make(chan struct{})
+		go func() { talk(conn.(*net.TCPConn)); close(ended) }()
+		for token := int64(18); ts.streams() > 0; token++ {
+			if token > 5000 {
+				t.Fatalf("%s: the subscriber is kept", name)
+			}
+			ts.lead(token)
+			time.Sleep(time.Millisecond)
+		}
+		<-ended // What does not fit is not taken: the write ends with an error.
+		_ = conn.Close()
+	}
+}
+
+// TestEvents_Quiet: a stream on which nothing happens has signs of life.
 func TestEvents_Quiet(t *testing.T) {
 	ts := newTestServer(t, Snapshot{State: Connecting})
 	s, err := net.Dial("tcp", ts.addr)
@@ -313,7 +347,7 @@ func TestEvents_Quiet(t *testing.T) {
 	e.wake()
 	_ = s.SetReadDeadline(time.Now().Add(10 * time.Second))
 	var text strings.Builder
-	for !strings.HasSuffix(text.String(), "}\n\n:\n\n") {
+	for !strings.HasSuffix(text.String(), "}\n\nevent: alive\ndata:\n\n") {
 		b := make([]byte, 4096)
 		n, err := s.Read(b)
 		text.Write(b[:n])

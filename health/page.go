@@ -2,12 +2,14 @@ package health
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	_ "embed" // for the page
 	"encoding/base64"
 	"fmt"
 	"mime"
 	"net/http"
+	"strconv"
 	"strings"
 )
 
@@ -41,16 +43,21 @@ func (p page) serve(w http.ResponseWriter) {
 }
 
 // wantsPage reports whether the client is a browser that shows a page to a person. Others, such as
-// curl, do not name text/html, or want JSON rather.
+// curl, do not name text/html, or prefer JSON.
 func wantsPage(r *http.Request) bool {
+	var page, json float64
 	for _, accepted := range strings.Split(strings.Join(r.Header.Values("Accept"), ","), ",") {
-		kind, _, _ := mime.ParseMediaType(accepted)
+		kind, params, _ := mime.ParseMediaType(accepted)
+		quality, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		if err != nil {
+			continue
+		}
 		switch kind {
 		case "text/html":
-			return true
+			page = quality
 		case "application/json":
-			return false
+			json = quality
 		}
 	}
-	return false
+	return page > json
 }

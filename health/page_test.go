@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"leasehold/e2e/harness"
 )
 
 // TestPage_Headers: a browser gets the page, and nobody else does. Its policy allows what is in it
@@ -30,9 +32,13 @@ func TestPage_Headers(t *testing.T) {
 		"":                             false,
 		"*/*":                          false,
 		"text/*":                       false,
-		"application/json, text/html":  false,
+		"application/json, text/html":  false, // no preference
 		"text/htmlx, application/json": false,
 		"nonsense;;;,\x01":             false,
+		"text/html;q=0.1, application/json;q=0.2": false,
+		"application/json;q=0.5, text/html":       true,
+		"text/html;q=0":                           false,
+		"text/html;q=x":                           false,
 	} {
 		req, err := http.NewRequest("GET", "http://"+ts.addr+"/", nil)
 		if err != nil {
@@ -179,16 +185,18 @@ func (b *browser) evaluate(expression string) string {
 	return got.Result.Value
 }
 
-// waitFor waits until the page shows the text.
-func (b *browser) waitFor(text string) {
+// waitFor waits until the page shows the text, and its note that there is no connection, or not.
+func (b *browser) waitFor(text string, connected bool) {
 	b.t.Helper()
+	const note = "No connection to the daemon since"
 	shown := ""
 	for began := time.Now(); time.Since(began) < time.Minute; time.Sleep(10 * time.Millisecond) {
-		if shown = b.evaluate("document.body.innerText"); strings.Contains(shown, text) {
+		shown = b.evaluate("document.body.innerText")
+		if strings.Contains(shown, text) && strings.Contains(shown, note) != connected {
 			return
 		}
 	}
-	b.t.Fatalf("the page does not show %q:\n%s", text, shown)
+	b.t.Fatalf("the page does not show %q, connected %v:\n%s", text, connected, shown)
 }
 
 // picture writes what the page looks like to a file. It checks that the page is as wide as the
@@ -293,7 +301,7 @@ func TestPage(t *testing.T) {
 		b.urls, b.faults = nil, nil
 		b.call("Page.navigate", map[string]any{"url": address}, nil)
 		for _, text := range want[name] {
-			b.waitFor(text)
+			b.waitFor(text, true)
 		}
 		if title := b.evaluate("document.title"); title != s.State+" · "+s.Election {
 			t.Errorf("%s: the title is %q", name, title)
@@ -306,10 +314,9 @@ func TestPage(t *testing.T) {
 		s.Leader.Token = 1743
 		ts.snapshot.Store(&s)
 		ts.server.Changed()
-		b.waitFor("node-1, token 1743")
+		b.waitFor("node-1, token 1743", true)
 		ts.stop()
-		b.waitFor("unknown, was leading")
-		b.waitFor("No connection to the daemon since")
+		b.waitFor("unknown, was leading", false)
 		b.picture(filepath.Join(dir, name+"-offline.png"), 390, 1100, false)
 
 		for _, fault := range b.faults {
@@ -323,5 +330,46 @@ func TestPage(t *testing.T) {
 			[]string{address, address + "events"}) {
 			t.Errorf("%s: the browser asked for %q", name, got)
 		}
+	}
+}
+
+// TestPage_Connection: the page says that it has lost the daemon, also where no packet says so, and
+// no longer when it has found it again, although nothing has changed.
+func TestPage_Connection(t *testing.T) {
+	b := newBrowser(t)
+	s := pageStates()["leading"]
+	s.StopAt = 101 * time.Second
+	ts := newTestServer(t, s)
+	proxy, err := harness.StartProxy("127.0.0.1:0", ts.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(proxy.Close)
+	s.State, s.Leading = Connecting, false
+	s.LeaseID, s.StopAt, s.KillBy, s.End, s.Queue = 0, 0, 0, 0, nil
+	still := newTestServer(t, s)
+	cut, err := harness.StartProxy("127.0.0.1:0", still.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(cut.Close)
+
+	b.call("Page.navigate", map[string]any{"url": "http://" + proxy.Addr() + "/"}, nil)
+	b.waitFor("leading\nnode-1", true)
+	proxy.Cut(harness.BothWays)
+	b.waitFor("unknown, was leading", false) // by the deadline of the lease
+	proxy.Recover()
+	b.waitFor("leading\nnode-1", true)
+
+	b.call("Page.navigate", map[string]any{"url": "http://" + cut.Addr() + "/"}, nil)
+	b.waitFor("connecting\nnode-1", true)
+	cut.Drop()
+	b.waitFor("unknown, was connecting", false)
+	b.waitFor("connecting\nnode-1", true) // it has the id of this status, so no event comes
+	began := time.Now()
+	cut.Cut(harness.BothWays)
+	b.waitFor("unknown, was connecting", false) // by the lack of signs of life
+	if took := time.Since(began); took < quietTime {
+		t.Errorf("the page gave the daemon up after %v", took)
 	}
 }

@@ -98,7 +98,8 @@ func New(cfg Config) *Server {
 		}
 	}))
 	metrics := promhttp.HandlerFor(cfg.Gatherer, promhttp.HandlerOpts{
-		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelWarn),
+		// A client that breaks a scrape off is an error, too, and anybody can.
+		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelDebug),
 		// Each scrape being served holds the whole text in memory.
 		MaxRequestsInFlight: 4,
 	})

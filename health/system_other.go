@@ -7,5 +7,5 @@ import "syscall"
 // openFiles is how many files this process may have open at once.
 func openFiles() uint64 { return 256 }
 
-// writeNow writes all of the text without waiting, or reports that it could not.
-func writeNow(syscall.RawConn, []byte) bool { return false }
+// sendNow writes all of the text without waiting, or reports that it could not.
+func sendNow(syscall.RawConn, []byte) bool { return false }

@@ -13,14 +13,18 @@ func openFiles() uint64 {
 	return uint64(limit.Cur) //nolint:unconvert // It is signed on some systems.
 }
 
-// writeNow writes all of the text without waiting, or reports that it could not.
-func writeNow(conn syscall.RawConn, text []byte) bool {
+// sendNow writes all of the text without waiting. It reports whether it could, and whether the
+// client has neither closed its side nor sent anything.
+func sendNow(conn syscall.RawConn, text []byte) bool {
 	written := 0
 	err := conn.Write(func(fd uintptr) bool {
+		var b [1]byte
+		_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		if err != syscall.EAGAIN { // bytes, the end, or an error
+			return true
+		}
 		for {
-			n, err := syscall.Write(int(fd), text)
-			if err != syscall.EINTR {
-				written = n
+			if written, err = syscall.Write(int(fd), text); err != syscall.EINTR {
 				return true
 			}
 		}

@@ -54,7 +54,7 @@ func (s *EventStream) Next() (Event, error) {
 			e.ID = value
 		case field == "data":
 			e.Data = value
-		case field == "" && value == "" && e.Data != "": // an empty line, and no comment
+		case field == "" && e.Data != "": // the empty line after a status
 			return e, nil
 		}
 	}
