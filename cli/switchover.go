@@ -9,8 +9,12 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
+	"os/signal"
 	"strconv"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"leasehold/control"
 	"leasehold/election"
@@ -37,7 +41,9 @@ func (p *Program) switchover(c Call) error {
 		return err
 	}
 	return p.ask(c, func(a asked) error {
-		ctx, cancel := context.WithTimeout(a.ctx, timeout)
+		ctx, stop := signal.NotifyContext(a.ctx, os.Interrupt, unix.SIGTERM)
+		defer stop()
+		ctx, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		lease, err := a.client.Grant(ctx, timeout+time.Second)
 		for err != nil && election.MayPass(err) && ctx.Err() == nil { // etcd elects a leader
@@ -91,23 +97,37 @@ func (s *switchover) run(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return s.timeout(trouble)
+			return s.timeout(ctx, trouble)
 		case <-tick.C:
 		}
 	}
 }
 
-// timeout says what is known when the time is over.
-func (s *switchover) timeout(trouble error) error {
-	switch {
-	case s.seen.ID == "" && trouble != nil:
+// timeout withdraws the request when the time is over, and says what has become of it.
+func (s *switchover) timeout(ctx context.Context, trouble error) error {
+	if s.seen.ID == "" && trouble != nil {
 		return s.failed(trouble)
-	case !s.accepted.IsZero():
-		return fmt.Errorf("%w: %s still stops its job, and hands over then",
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	for {
+		p, err := control.ReadProgress(ctx, s.client, s.name)
+		switch {
+		case err != nil:
+			return fmt.Errorf("%w: etcd does not answer; the request ends within a minute or two,"+
+				" unless %s serves it until then", ErrTimeout, quote.Value(s.from))
+		case p.Asked != nil && p.Asked.ID == s.want.ID && p.Asked.Answer == control.Accepted:
+			return fmt.Errorf("%w: %s still stops its job, and hands over then",
+				ErrTimeout, quote.Value(s.from))
+		case p.Asked != nil && p.Asked.ID == s.want.ID && p.Asked.Answer == "":
+			done, err := control.WithdrawSwitchover(ctx, s.client, s.name, p)
+			if err != nil || !done {
+				continue
+			}
+		}
+		return fmt.Errorf("%w: %s has not answered; the request is withdrawn",
 			ErrTimeout, quote.Value(s.from))
 	}
-	return fmt.Errorf("%w: %s has not answered; the request is withdrawn",
-		ErrTimeout, quote.Value(s.from))
 }
 
 // step looks how the request is served. It reports whether that has ended.

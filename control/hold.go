@@ -79,20 +79,31 @@ func readHold(
 	return head, hold, nil
 }
 
-// Release ends the hold. It returns it; nil: there was none.
-func Release(ctx context.Context, etcd Etcd, election string) (*Hold, error) {
-	_, kv, err := readHold(ctx, etcd, election)
-	if err != nil || kv == nil {
-		return nil, err
+// Release ends the hold. It returns the last one that it has read; nil: there was none.
+func Release(ctx context.Context, etcd Etcd, election string) (last *Hold, err error) {
+	for {
+		_, kv, err := readHold(ctx, etcd, election)
+		if err != nil || kv == nil {
+			return last, err
+		}
+		last = &Hold{}
+		_ = Decode(kv.Value, last)
+		// No other one: a request that is delayed must not end a hold that was made since.
+		if done, err := remove(ctx, etcd, HoldOf(election), kv.ModRevision); done || err != nil {
+			return last, err
+		}
 	}
-	var h Hold
-	_ = Decode(kv.Value, &h)
-	_, err = etcd.Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
-		{Request: &pb.RequestOp_RequestDeleteRange{
-			RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(HoldOf(election))},
-		}},
-	}})
-	return &h, err
+}
+
+// remove deletes the key if it has that mod revision. It reports whether it did.
+func remove(ctx context.Context, etcd Etcd, key string, mod int64) (bool, error) {
+	resp, err := etcd.Txn(ctx, &pb.TxnRequest{
+		Compare: []*pb.Compare{modified(key, mod)},
+		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{
+			RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
+		}}},
+	})
+	return err == nil && resp.Succeeded, err
 }
 
 // created compares the create revision of a key; 0: it is not there.

@@ -54,6 +54,14 @@ func AskSwitchover(
 	return err
 }
 
+// WithdrawSwitchover withdraws the request of that progress, if nobody has answered since. It
+// reports whether it did.
+func WithdrawSwitchover(
+	ctx context.Context, etcd Etcd, election string, p Progress,
+) (bool, error) {
+	return remove(ctx, etcd, SwitchoverOf(election), p.mod)
+}
+
 // oldest is a request for the first key in the queue of an election.
 func oldest(election string) *pb.RangeRequest {
 	keys := prefix(election + "/")

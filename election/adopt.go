@@ -57,7 +57,7 @@ func (s *session) queueAgain(ctx, sctx context.Context) error {
 	if ctx.Err() != nil || err != nil || created == 0 {
 		return unlessStopped(ctx, err)
 	}
-	return s.lead(ctx, created)
+	return s.lead(ctx, sctx, created)
 }
 
 // leadOn goes on with the term. Whatever has happened to it, its job may be alive. So Lead is
@@ -80,7 +80,7 @@ func (s *session) leadOn(ctx, sctx context.Context, a Adoption) error {
 	}
 	s.queue.put(a.Created)
 	s.adoptLease(sctx, a.Deadlines, a.Created)
-	return s.leadTerm(ctx, lctx, Term{
+	return s.leadTerm(ctx, lctx, sctx, Term{
 		Key: s.key, Token: a.Created, LeaseID: s.id, Adopted: true,
 		Deadlines: a.Deadlines, Timing: s.timing, Lost: t.lost,
 	})

@@ -7,7 +7,7 @@ import (
 )
 
 // lead begins a term, and returns when it has ended. Meanwhile the lease is renewed.
-func (s *session) lead(ctx context.Context, created int64) error {
+func (s *session) lead(ctx, sctx context.Context, created int64) error {
 	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	s.lease.confirmFrom(created)
@@ -22,7 +22,7 @@ func (s *session) lead(ctx context.Context, created int64) error {
 	if s.isLost() { // before the term began
 		s.state.termEnded(s.lostCause)
 	}
-	return s.leadTerm(ctx, lctx, Term{
+	return s.leadTerm(ctx, lctx, sctx, Term{
 		Key: s.key, Token: created, LeaseID: s.id,
 		Deadlines: deadlines, Timing: s.timing, Lost: t.lost,
 	})
@@ -36,8 +36,9 @@ func (s *session) obeyHold(token int64) {
 	}
 }
 
-// leadTerm calls Lead, and returns when the term has ended. lctx is the context of Lead.
-func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
+// leadTerm calls Lead, and returns when the term has ended. lctx is the context of Lead,
+// and sctx ends with the session.
+func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 	led := make(chan error, 1)
 	go func() { led <- s.cfg.Callbacks.Lead(lctx, t) }()
 	s.obeyHold(t.Token) // it may have come since the win
@@ -45,7 +46,7 @@ func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 	defer tick.Stop()
 	stop := ctx.Done()
 	plans := make(chan plan, 1)
-	planning := false
+	planning, served := false, false
 	for {
 		s.candidate.heartbeat()
 		tick.Reset(idleTick)
@@ -56,13 +57,14 @@ func (s *session) leadTerm(ctx, lctx context.Context, t Term) error {
 		case <-tick.C:
 		case <-s.changed:
 			s.obeyHold(t.Token)
-			if asked, ok := s.steering.requested(t.Token); ok && !planning {
+			asked, ok := s.steering.requested(t.Token, s.adopted && !served)
+			if ok && !planning {
 				planning = true
-				s.running.Go(func() { plans <- s.planSwitchover(lctx, asked) })
+				s.running.Go(func() { plans <- s.planSwitchover(sctx, asked) })
 			}
 		case p := <-plans:
 			planning = false
-			s.serve(lctx, p)
+			served = s.serve(p)
 		case <-s.queue.changed:
 			v, _ := s.queue.view()
 			s.state.queueChanged(v.leader(), v.blocker)

@@ -60,7 +60,8 @@ func (l *leaving) revoke(
 // remove deletes the key. If it can't be handed over, whoever is next leads.
 func (l *leaving) remove(ctx context.Context, m *member) error {
 	if l.handover != nil {
-		if done, err := m.handOver(ctx, l.key, l.created, l.handover); done || err != nil {
+		done, err := m.handOver(ctx, l.key, l.created, l.handover)
+		if done || err != nil && MayPass(err) {
 			return err
 		}
 	}

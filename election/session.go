@@ -134,7 +134,7 @@ func (s *session) takePart(ctx, sctx context.Context) error {
 	if ctx.Err() != nil || err != nil || created == 0 {
 		return unlessStopped(ctx, err)
 	}
-	return s.lead(ctx, created)
+	return s.lead(ctx, sctx, created)
 }
 
 // unlessStopped returns err, or nil if the context of Run has ended: that is a planned stop.

@@ -50,6 +50,10 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 		if s.triesOnce() && (v.isBehind() || v.own != nil && v.hold != nil) {
 			return 0, v.notElected()
 		}
+		if h := v.hold; h != nil && h.Stop && !v.isBehind() && v.own != nil &&
+			h.Token == v.own.created {
+			return 0, nil // it takes us for the leader: resign as one
+		}
 		if (v.isNext() || s.steering.isTarget(s.key)) && !next {
 			next = true
 			s.lease.confirmFrom(s.created.Load())

@@ -141,7 +141,7 @@ func (s *steering) update(change func() bool) {
 // set keeps the key as it was at that revision, unless a later one is known. It reports whether
 // that changes anything. s.mu is held.
 func (s *steering) set(k *steeringKey, asOf int64, kv *mvccpb.KeyValue) bool {
-	if asOf <= k.asOf {
+	if asOf <= k.asOf || s.denied != nil {
 		return false
 	}
 	k.asOf = asOf
@@ -318,6 +318,7 @@ func (m *member) observe(
 ) (grpc.ClientStream, error) {
 	stream, err := streamer(ctx, desc, conn, method, opts...)
 	if err == nil && method == pb.Watch_Watch_FullMethodName {
+		m.streams.Add(1)
 		stream = observed{stream, m}
 	}
 	return stream, err

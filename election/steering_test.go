@@ -200,3 +200,22 @@ func TestHold_EmptyQueue(t *testing.T) {
 		a.waitForTerm()
 	})
 }
+
+// A hold that asks the leader to resign may name one that has not started. It gives up its key.
+func TestHold_StopsWhoWaits(t *testing.T) {
+	earlyQueue(t, func(r *adoptRig, _ *earlyNetwork, a, b, _ *testCandidate) {
+		operator := r.operator()
+		r.hold(operator, control.Hold{})
+		a.stop(nil)
+		b.expectHeld()
+		before := b.Snapshot().LeaseID
+		r.release(operator)
+		r.put(operator, control.HoldOf("jobs"), &control.Hold{
+			Stop: true, Token: r.etcd.Created("jobs/" + hex(before)),
+		}, 0)
+		time.Sleep(2 * testTTL)
+		if s := b.Snapshot(); s.State != Standby || s.LeaseID == before || s.Leader != nil {
+			t.Errorf("%+v", s)
+		}
+	})
+}

@@ -44,14 +44,23 @@ type request struct {
 	mod int64
 }
 
-// requested returns the request that waits for the answer of the leader with that token.
-func (s *steering) requested(token int64) (r request, ok bool) {
+// requested returns the request that waits for the answer of the leader with that token. If the
+// process before us has accepted it, it waits to be served.
+func (s *steering) requested(token int64, adopted bool) (r request, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.asked == nil || s.asked.Token != token || s.asked.Answer != "" {
+	if s.asked == nil || s.asked.Token != token {
 		return request{}, false
 	}
-	return request{*s.asked, s.askedKey.mod}, true
+	ok = s.asked.Answer == "" || adopted && s.asked.Answer == control.Accepted
+	return request{*s.asked, s.askedKey.mod}, ok
+}
+
+// isAsked reports whether the request is there unchanged.
+func (s *steering) isAsked(r request) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.askedKey.mod == r.mod
 }
 
 // isTarget reports whether the leader is about to hand over to the candidate with that key.
@@ -65,7 +74,8 @@ func (s *steering) isTarget(key string) bool {
 // if the answer has replaced the request: nobody has withdrawn it, or knows another answer.
 func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 	p.asked = asked
-	if p.handover, p.refused, p.err = s.findTarget(ctx, asked.To); p.err != nil {
+	p.handover, p.refused, p.err = s.findTarget(ctx, asked.Switchover)
+	if p.err != nil || asked.Answer == control.Accepted {
 		return p
 	}
 	answer := asked.Switchover
@@ -76,10 +86,13 @@ func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 	for {
 		// An answer may have come through although we did not learn that. So we try until we know.
 		p.err = s.answer(ctx, asked.mod, answer)
-		if p.err == nil || errors.Is(p.err, errWithdrawn) || ctx.Err() != nil {
+		if p.err == nil || errors.Is(p.err, errWithdrawn) || !MayPass(p.err) || ctx.Err() != nil {
 			return p
 		}
-		pause(ctx, s.timing.repeatAfter())
+		if pause(ctx, s.timing.repeatAfter()); !s.steering.isAsked(asked) {
+			p.err = errWithdrawn
+			return p
+		}
 	}
 }
 
@@ -126,9 +139,9 @@ func (s *session) answer(ctx context.Context, mod int64, answer control.Switchov
 }
 
 // findTarget reads who waits, and chooses whom to hand over to: the first that is ready or, with
-// an identity, the first of that name.
+// an identity, the first of that name. If the request was accepted, it is who was chosen then.
 func (s *session) findTarget(
-	ctx context.Context, to string,
+	ctx context.Context, asked control.Switchover,
 ) (h handover, refused string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
@@ -145,10 +158,10 @@ func (s *session) findTarget(
 	if err != nil {
 		return handover{}, "", err
 	}
-	if hold := s.steering.theHold(); hold != nil {
+	if hold := s.steering.theHold(); hold != nil && asked.Answer == "" {
 		return handover{}, HoldText(hold), nil
 	}
-	h, refused = chooseTarget(s.cfg.prefix(), s.key, to, got.queue, readRecords(got.records))
+	h, refused = chooseTarget(s.cfg.prefix(), s.key, asked, got.queue, readRecords(got.records))
 	return h, refused, nil
 }
 
@@ -169,8 +182,10 @@ func readRecords(kvs []*mvccpb.KeyValue) map[int64]control.Candidate {
 // chooseTarget chooses among those behind the key own. Whoever stands between must be a leasehold:
 // another program would not notice that its key has gone, and later believe that it leads.
 func chooseTarget(
-	prefix, own, to string, queue []*mvccpb.KeyValue, records map[int64]control.Candidate,
+	prefix, own string, asked control.Switchover,
+	queue []*mvccpb.KeyValue, records map[int64]control.Candidate,
 ) (h handover, refused string) {
+	to := asked.To
 	slices.SortFunc(queue, func(a, b *mvccpb.KeyValue) int {
 		return cmp.Compare(a.CreateRevision, b.CreateRevision)
 	})
@@ -182,7 +197,10 @@ func chooseTarget(
 		e := newQueueEntry(prefix, kv)
 		record, known := records[e.lease]
 		chosen := e.candidate && e.identity == to
-		if to == "" {
+		switch {
+		case asked.Key != "":
+			chosen = e.key == asked.Key
+		case to == "":
 			chosen = e.candidate && (!known || record.Ready)
 		}
 		switch {
@@ -213,25 +231,27 @@ func chooseTarget(
 	return handover{}, "nobody that waits is ready"
 }
 
-// serve ends the term if the plan says so.
-func (s *session) serve(lctx context.Context, p plan) {
-	switch {
-	case lctx.Err() != nil: // the term has ended for another cause
-		return
+// serve ends the term if the plan says so. It reports whether it did.
+func (s *session) serve(p plan) (served bool) {
+	switch accepted := p.asked.Answer == control.Accepted; {
 	case errors.Is(p.err, errWithdrawn):
-		return
+		return false
 	case p.err != nil: // the next renewal wakes us again
 		s.log.Warn("request for a switchover not answered yet", "err", s.cfg.explain(p.err))
-		return
+		return false
+	case p.refused != "" && accepted: // who was chosen has gone since: whoever is next leads
 	case p.refused != "":
 		s.log.Info("switchover refused", "by", quote.Printable(p.asked.By), "reason", p.refused)
-		return
+		return false
 	}
-	s.handover = &p.handover
+	if p.refused == "" {
+		s.handover = &p.handover
+	}
 	s.log.Info("handing over", "target", quote.Printable(p.target.identity),
 		"by", quote.Printable(p.asked.By), "passed", len(p.passed))
 	s.state.termEnded(fmt.Errorf("%w to %s, asked for by %s", ErrSwitchover,
 		quote.Value(p.target.identity), quote.Value(p.asked.By)))
+	return true
 }
 
 // handOver deletes the key, and those of the candidates that are passed, in one transaction. It

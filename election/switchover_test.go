@@ -180,10 +180,39 @@ func TestChooseTarget(t *testing.T) {
 		"oneself":              {"e/1", "a", abc, ready(1, 2, 3), "", 0, `no candidate "a"`},
 		"not the first":        {"e/2", "", abc, ready(1, 2, 3), "", 0, "not the first"},
 	} {
-		h, refused := chooseTarget("e/", test.own, test.to, test.queue, test.records)
+		h, refused := chooseTarget("e/", test.own, control.Switchover{To: test.to},
+			test.queue, test.records)
 		if h.target.identity != test.want || test.want != "" && len(h.passed) != test.passed ||
 			!strings.Contains(refused, test.refusing) || (refused == "") != (test.want != "") {
 			t.Errorf("%s: %+v, %q", name, h, refused)
 		}
 	}
+}
+
+// Who takes over from an elector that had accepted a request serves it.
+func TestSwitchover_Adopted(t *testing.T) {
+	inBubble(t, func(_ *testing.T, r *adoptRig) {
+		operator, record := r.operator(), r.killLeader("a")
+		b, c := r.run("b", nil, nil), r.run("c", nil, nil)
+		b.waitForState(Standby)
+		c.waitForState(Standby)
+		for _, x := range []*testCandidate{b, c} {
+			r.put(operator, control.CandidateOf("jobs", x.Snapshot().LeaseID),
+				&control.Candidate{Ready: true}, x.Snapshot().LeaseID)
+		}
+		last := c
+		if r.etcd.Created("jobs/"+hex(b.Snapshot().LeaseID)) >
+			r.etcd.Created("jobs/"+hex(c.Snapshot().LeaseID)) {
+			last = b
+		}
+		r.put(operator, control.SwitchoverOf("jobs"), &control.Switchover{
+			ID: "1", Token: record.Created, Answer: control.Accepted,
+			Key: "jobs/" + hex(last.Snapshot().LeaseID),
+		}, 0)
+		a := r.run("a", &record, nil)
+		if end := a.waitForEnd(); !errors.Is(end.cause, ErrSwitchover) {
+			t.Errorf("the term ends with %v", end.cause)
+		}
+		last.waitForTerm()
+	})
 }

@@ -60,11 +60,11 @@ func (w *watchConn) isComplete() bool {
 }
 
 // isOrdered reports whether the watch shows a hold before all that has happened in the queue since,
-// or need not show it. After another connection was made, etcd sends what was missed in any order.
+// or need not show it. After another stream was opened, etcd sends what was missed in any order.
 func (w *watchConn) isOrdered() bool {
 	s := w.queue.cfg.steering
 	return s == nil || s.whyDenied() != nil ||
-		w.steered != nil && w.opened == w.member.connections.Load()
+		w.steered != nil && w.opened == w.member.streams.Load()
 }
 
 // askVersion asks the member for its version, unless that of this connection is known. After a

@@ -41,7 +41,7 @@ type watchConn struct {
 	// it is not watched.
 	steered clientv3.WatchChan
 	asked   time.Duration // when we last tried to watch that
-	// opened is the number of the connection before they were opened.
+	// opened is the number of their stream; 0: it is not sure that they have the same.
 	opened int64
 	stop   context.CancelFunc // ends all
 
@@ -128,7 +128,7 @@ func (w *watchConn) open(wctx context.Context, marker string) error {
 		return w.watcher.Watch(ctx, key,
 			append(more, clientv3.WithFilterPut(), clientv3.WithFragment())...)
 	}
-	opened := w.member.connections.Load()
+	before := w.member.streams.Load()
 	var events, marked, steered clientv3.WatchChan
 	if marker == "" {
 		steered = w.watchSteering(ctx)
@@ -142,7 +142,10 @@ func (w *watchConn) open(wctx context.Context, marker string) error {
 	}
 	w.stop() // not earlier: etcd's client ends a stream without a watch
 	w.marker, w.events, w.marked, w.stop = marker, events, marked, stop
-	w.steered, w.opened = steered, opened
+	w.steered, w.opened = steered, w.member.streams.Load()
+	if w.opened > before+1 {
+		w.opened = 0
+	}
 	return nil
 }
 
