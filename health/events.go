@@ -32,10 +32,10 @@ const (
 // (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 //
 // One goroutine writes to all of them, and waits for none. An event that does not fit into a
-// subscriber's buffer in the kernel closes its connection, and so does whatever it sends, because
-// nobody reads that. So a subscriber gets every change in order, except for what changes back within
-// milliseconds, or learns that it has to connect again. It then gets the present status. What it has
-// missed is not sent again: an old "leading" must not look like a new one.
+// subscriber's buffer in the kernel closes its connection. So does whatever a subscriber sends,
+// because nobody reads that. So it gets every change in order, except for what changes back within
+// milliseconds, or learns that it has to connect again. It then gets the present status. What it
+// has missed is not sent again: an old "leading" must not look like a new one.
 type events struct {
 	present func() (Snapshot, time.Duration)
 	version string

@@ -81,6 +81,24 @@ func TestRules(t *testing.T) {
 			t.Errorf("promtool %s: %v\n%s", args, err, out)
 		}
 	}
+	// The configuration on the page, beside the rules.
+	dir := t.TempDir()
+	page := read(t, "docs", "monitoring.md")
+	config := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindStringSubmatch(page)
+	if config == nil {
+		t.Fatal("docs/monitoring.md shows no configuration")
+	}
+	for name, text := range map[string]string{
+		"prometheus.yml": config[1], "rules.yml": read(t, "monitoring", "rules.yml"),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command(promtool, "check", "config",
+		filepath.Join(dir, "prometheus.yml")).CombinedOutput(); err != nil {
+		t.Errorf("the configuration in docs/monitoring.md: %v\n%s", err, out)
+	}
 	tests := read(t, "monitoring", "rules_test.yml")
 	for _, alert := range alerts(t) {
 		fires := regexp.MustCompile(`alertname: ` + alert + `\n\s+exp_alerts:\n\s+- exp_labels`)
