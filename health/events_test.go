@@ -129,14 +129,19 @@ func TestEvents(t *testing.T) {
 // TestEvents_Deadlines: that stop-at passes is an event, although nothing else changes.
 func TestEvents_Deadlines(t *testing.T) {
 	ts := newTestServer(t, leading())
-	ts.now.Store(int64(110*time.Second - 20*time.Millisecond))
+	ts.now.Store(int64(110*time.Second - 500*time.Millisecond))
 	s := newSubscriber(t, ts.addr, "")
 	if _, st := next(t, s); st.State != Leading {
 		t.Fatalf("state %s", st.State)
 	}
+	time.Sleep(100 * time.Millisecond) // Now it is no longer the new subscriber that is looked at.
+	began := time.Now()
 	ts.now.Store(int64(110 * time.Second))
 	if _, st := next(t, s); st.State != Stopping {
 		t.Errorf("state %s after stop-at", st.State)
+	}
+	if took := time.Since(began); took > quietTime/2 {
+		t.Errorf("the event came after %v, with a sign of life", took)
 	}
 }
 
@@ -317,11 +322,11 @@ func TestEvents_Talker(t *testing.T) {
 		ended := make(chan struct{})
 		go func() { talk(conn.(*net.TCPConn)); close(ended) }()
 		for token := int64(18); ts.streams() > 0; token++ {
-			if token > 5000 {
+			if token > 100 { // less than fills its buffer
 				t.Fatalf("%s: the subscriber is kept", name)
 			}
 			ts.lead(token)
-			time.Sleep(time.Millisecond)
+			time.Sleep(2 * settleTime)
 		}
 		<-ended // What does not fit is not taken: the write ends with an error.
 		_ = conn.Close()
