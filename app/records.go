@@ -30,7 +30,7 @@ func record(ec *election.Config, p parts) *control.Recorder {
 	recorder := control.NewRecorder(control.RecorderConfig{
 		Election: p.cfg.Election,
 		Candidate: control.Candidate{
-			Identity: p.cfg.Identity, Priority: control.DefaultPriority, Leasehold: p.version,
+			Identity: p.cfg.Identity, Priority: p.cfg.Priority.N, Leasehold: p.version,
 			URL: url(p.cfg.Listen), Ready: true,
 		},
 		Logger: p.log, Changed: func() { signalChange(p.changed) },

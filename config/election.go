@@ -19,8 +19,9 @@ func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 			CAFile: c.TLS.CAFile, CertFile: c.TLS.CertFile, KeyFile: c.TLS.KeyFile,
 			ServerName: c.TLS.ServerName,
 		},
-		Now:    boottime.Now,
-		Logger: log,
+		Failback: c.Failback.Or(-1),
+		Now:      boottime.Now,
+		Logger:   log,
 	}
 	if c.Username != "" {
 		ec.Username, ec.Password = c.Username, c.ReadPassword

@@ -53,6 +53,18 @@ func (d *Duration) Decode(text string) error {
 
 func (d *Duration) problem() error { return d.err }
 
+// Failback is a Duration, or never.
+type Failback struct{ Duration }
+
+// Decode implements envconfig.Decoder.
+func (f *Failback) Decode(text string) error {
+	if text == "never" {
+		*f = Failback{}
+		return nil
+	}
+	return f.Duration.Decode(text)
+}
+
 // MissesUnit reports whether text, where a Duration is wanted, is a number alone, such as 15 or
 // 0.5. It is short enough to be shown.
 func MissesUnit(text string) bool {

@@ -18,8 +18,6 @@ import (
 const (
 	// KeepTerms is how many terms stay in the history.
 	KeepTerms = 100
-	// DefaultPriority is a candidate's, unless it says another one.
-	DefaultPriority = 50
 	// Lost is why a term ended whose leader could not say so.
 	Lost = "lost"
 

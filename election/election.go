@@ -247,6 +247,9 @@ type Config struct {
 	Near int
 	// DialTimeout is for connecting to one endpoint.
 	DialTimeout time.Duration
+	// Failback is how long one with a higher priority must have been ready until the leader hands
+	// over to it. Negative: it never does.
+	Failback time.Duration
 	// Dial connects to an address. nil: by TCP.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 	// lookup finds the addresses of a host. nil: the system's resolver.

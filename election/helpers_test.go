@@ -134,6 +134,7 @@ func testConfig(t *testing.T, endpoints []string, identity string) Config {
 		LossGrace:   -1,
 		Margin:      -1,
 		Wait:        -1,
+		Failback:    -1,
 		DialTimeout: time.Second,
 		Now:         harness.Now,
 		Logger: slog.New(

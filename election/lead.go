@@ -47,6 +47,7 @@ func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 	stop := ctx.Done()
 	plans := make(chan plan, 1)
 	planning, served := false, false
+	order := s.newPriorities()
 	for {
 		s.candidate.heartbeat()
 		tick.Reset(idleTick)
@@ -61,6 +62,13 @@ func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 			if ok && !planning {
 				planning = true
 				s.running.Go(func() { plans <- s.planSwitchover(sctx, asked) })
+			}
+			if lctx.Err() == nil {
+				order.look(sctx, s)
+			}
+		case l := <-order.done:
+			if lctx.Err() == nil {
+				order.settle(sctx, s, l)
 			}
 		case p := <-plans:
 			planning = false

@@ -143,6 +143,21 @@ func (s *session) answer(ctx context.Context, mod int64, answer control.Switchov
 func (s *session) findTarget(
 	ctx context.Context, asked control.Switchover,
 ) (h handover, refused string, err error) {
+	queue, records, err := s.readQueue(ctx)
+	if err != nil {
+		return handover{}, "", err
+	}
+	if hold := s.steering.theHold(); hold != nil && asked.Answer == "" {
+		return handover{}, HoldText(hold), nil
+	}
+	h, refused = chooseTarget(s.cfg.prefix(), s.key, asked, queue, records)
+	return h, refused, nil
+}
+
+// readQueue reads the whole queue, and what the candidates say of themselves.
+func (s *session) readQueue(
+	ctx context.Context,
+) ([]*mvccpb.KeyValue, map[int64]control.Candidate, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
 	type answer struct{ queue, records []*mvccpb.KeyValue }
@@ -155,14 +170,7 @@ func (s *session) findTarget(
 			}
 			return answer{kvs[0], kvs[1]}, nil
 		})
-	if err != nil {
-		return handover{}, "", err
-	}
-	if hold := s.steering.theHold(); hold != nil && asked.Answer == "" {
-		return handover{}, HoldText(hold), nil
-	}
-	h, refused = chooseTarget(s.cfg.prefix(), s.key, asked, got.queue, readRecords(got.records))
-	return h, refused, nil
+	return got.queue, readRecords(got.records), err
 }
 
 // readRecords returns what candidates say of themselves, by their leases.
@@ -260,22 +268,5 @@ func (s *session) serve(p plan) (served bool) {
 func (m *member) handOver(
 	ctx context.Context, key string, created int64, h *handover,
 ) (bool, error) {
-	there := func(key string, created int64) *pb.Compare {
-		return &pb.Compare{
-			Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
-			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: created},
-		}
-	}
-	txn := &pb.TxnRequest{
-		Compare: []*pb.Compare{there(key, created), there(h.target.key, h.target.created)},
-	}
-	for _, key := range append([]string{key}, h.passed...) {
-		txn.Success = append(txn.Success, &pb.RequestOp{
-			Request: &pb.RequestOp_RequestDeleteRange{
-				RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
-			},
-		})
-	}
-	resp, err := m.txn(ctx, txn)
-	return err == nil && resp.Succeeded, err
+	return m.pass(ctx, key, created, h, append([]string{key}, h.passed...))
 }

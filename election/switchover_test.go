@@ -216,3 +216,93 @@ func TestSwitchover_Adopted(t *testing.T) {
 		last.waitForTerm()
 	})
 }
+
+// records writes what the candidates say of themselves.
+func (r *adoptRig) records(
+	operator *Client, c map[string]*testCandidate, priorities map[string]int,
+) {
+	r.t.Helper()
+	for name, x := range c {
+		lease := x.Snapshot().LeaseID
+		r.put(operator, control.CandidateOf("jobs", lease), &control.Candidate{
+			Identity: name, Priority: priorities[name], Ready: true,
+		}, lease)
+	}
+}
+
+// The leader lets those queue again that wait ahead of one with a higher priority. That one leads
+// next, and the leader goes on until then.
+func TestPriority(t *testing.T) {
+	queueRig(t, "abcd", func(
+		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
+	) {
+		r.records(operator, c, map[string]int{"a": 50, "b": 50, "c": 50, "d": 90})
+		b := c["b"].Snapshot().LeaseID
+		for c["b"].Snapshot().LeaseID == b { // until it queues again
+			time.Sleep(testTTL / 10)
+		}
+		time.Sleep(testTTL / 2)
+		if s := c["a"].Snapshot(); s.State != Leading || len(c["a"].ended) > 0 {
+			t.Errorf("the leader: %+v", s)
+		}
+		c["a"].stop(nil)
+		c["d"].waitForTerm()
+		for _, name := range []string{"b", "c"} {
+			if len(c[name].terms) > 0 {
+				t.Errorf("%s has led", name)
+			}
+		}
+	})
+}
+
+// Equal priorities move nobody, and neither does a candidate that comes and goes.
+func TestPriority_MovesNobody(t *testing.T) {
+	queueRig(t, "abc", func(
+		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
+	) {
+		r.records(operator, c, nil)
+		leases := func() (all [3]int64) {
+			for i, name := range []string{"a", "b", "c"} {
+				all[i] = c[name].Snapshot().LeaseID
+			}
+			return all
+		}
+		before := leases()
+		for range 20 {
+			x := r.run("x", nil, nil)
+			x.waitForState(Standby)
+			r.records(operator, map[string]*testCandidate{"x": x}, map[string]int{"x": 90})
+			time.Sleep(testTTL * 3 / 5)
+			x.stop(nil)
+			x.waitForReturn()
+		}
+		if after := leases(); after != before || len(c["a"].ended) > 0 {
+			t.Errorf("leases %x, then %x; %d terms have ended", before, after, len(c["a"].ended))
+		}
+	})
+}
+
+// The leader hands over to one with a higher priority once that has been ready for long enough.
+func TestPriority_Failback(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *adoptRig) {
+		operator, all := r.operator(), map[string]*testCandidate{}
+		for _, name := range []string{"a", "b", "c"} {
+			c := newTestCandidate(t, r.etcd.Endpoints(), name, func(cfg *Config, _ *testCallbacks) {
+				cfg.Election, cfg.Dial, cfg.Now = "jobs", r.etcd.Dialer(name), r.now
+				cfg.Failback = 2 * testTTL
+			})
+			c.waitFor("queued", func(s Snapshot) bool { return s.LeaseID != 0 && s.Leader != nil })
+			all[name] = c
+		}
+		began := time.Now()
+		r.records(operator, all, map[string]int{"a": 50, "b": 40, "c": 60})
+		all["c"].waitForTerm()
+		if took := time.Since(began); took < 2*testTTL {
+			t.Errorf("it took %v", took)
+		}
+		time.Sleep(20 * testTTL)
+		if len(all["c"].ended) > 0 || len(all["b"].terms) > 0 {
+			t.Error("the lead moved once more")
+		}
+	})
+}

@@ -87,7 +87,7 @@ func TestRecords(t *testing.T) {
 	c := tr.start("c", "")
 	candidates, _ := tr.waitRecords(etcd, "a b c", `a "" 0`)
 	for name, c := range candidates {
-		if !c.Ready || c.Priority != control.DefaultPriority || c.Leasehold == "" ||
+		if !c.Ready || c.Priority != 50 || c.Leasehold == "" ||
 			c.Since.IsZero() || c.URL != "" { // they listen on the loopback interface
 			t.Errorf("the record of %s is %+v", name, c)
 		}

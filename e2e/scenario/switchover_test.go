@@ -250,3 +250,47 @@ func TestSwitchover_EtcdLeaderChanges(t *testing.T) {
 	tr.noOverlap()
 	tr.finish()
 }
+
+// The candidate with the highest priority leads next, whatever the order in which they joined, and
+// gets the lead back once it has been ready for long enough.
+func TestPriority(t *testing.T) {
+	tr := ordinary(t)
+	start := func(identity, priority string) *candidate {
+		return tr.start(identity, "", variables(
+			"LEASEHOLD_PRIORITY="+priority, "LEASEHOLD_FAILBACK=20s"))
+	}
+	a := start("a", "90")
+	job := tr.waitJob(a)
+	for _, c := range []struct{ identity, priority string }{{"b", "50"}, {"c", "20"}, {"d", "70"}} {
+		tr.waitStatus(start(c.identity, c.priority), "/standby", http.StatusOK)
+	}
+	tr.waitNextInLine("d")
+	tr.must(a.Signal(syscall.SIGTERM))
+	tr.waitExit(a, 0)
+	next := tr.waitNext(job, waitTimeout)
+	if next.Candidate != "d" {
+		t.Errorf("%s leads, want d", next.Candidate)
+	}
+	began := harness.Now()
+	tr.waitStatus(start("e", "90"), "/standby", http.StatusOK)
+	last := tr.waitNext(next, waitTimeout)
+	if took := harness.Now() - began; last.Candidate != "e" || took < 20*time.Second {
+		t.Errorf("%s leads after %v, want e after 20s", last.Candidate, took)
+	}
+	tr.noOverlap()
+	tr.finish()
+}
+
+// waitNextInLine waits until this one is the second in the queue.
+func (tr *trial) waitNextInLine(want string) {
+	tr.Helper()
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+		_, said := tr.command("status")
+		for line := range strings.Lines(said) {
+			if f := strings.Fields(line); len(f) > 1 && f[0] == "2" && f[1] == `"`+want+`"` {
+				return nil
+			}
+		}
+		return fmt.Errorf("status: %s", said)
+	}))
+}

@@ -105,7 +105,8 @@ var errCrashed = errors.New("crashed")
 func (d *daemon) config(client string, callbacks elect.Callbacks) elect.Config {
 	return elect.Config{
 		Endpoints: d.w.cluster.Endpoints(), Election: election, Identity: d.name, TTL: d.w.s.TTL,
-		LossGrace: -1, Margin: -1, Wait: -1, DialTimeout: time.Second, Near: d.w.near,
+		LossGrace: -1, Margin: -1, Wait: -1, Failback: -1,
+		DialTimeout: time.Second, Near: d.w.near,
 		Dial: d.w.cluster.Dialer(client), Now: d.clock.now,
 		Logger: slog.New(d.w.handler(client)), Callbacks: callbacks,
 	}
