@@ -281,7 +281,7 @@ func TestMetrics(t *testing.T) {
 		"terms_total", "losses_total", "job_up", "job_starts_total", "job_exits_total",
 		"job_kills_total", "job_stop_duration_seconds", "guard_lateness_seconds", "build_info",
 		"elector_replacements_total", "ready", "blocked", "held", "lease_ttl_seconds",
-		"fencing_token",
+		"fencing_token", "candidates",
 		"last_transition_timestamp_seconds",
 	} {
 		if !got["leasehold_"+name] {

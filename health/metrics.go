@@ -32,6 +32,15 @@ func (s *Server) register(r prometheus.Registerer) {
 	gauge("leasehold_held",
 		"1 while a hold keeps everybody from becoming leader, else 0.",
 		func(s Snapshot) float64 { return oneIf(s.Hold != nil) })
+	gauge("leasehold_candidates",
+		"Keys in the queue up to the candidate's own, 0 while that is not known. "+
+			"The maximum over all candidates is how many there are.",
+		func(s Snapshot) float64 {
+			if s.Queue == nil {
+				return 0
+			}
+			return float64(s.Queue.Ahead) + 1
+		})
 	gauge("leasehold_lease_ttl_seconds",
 		"TTL of the candidate's lease, as etcd granted it, 0 without one.",
 		func(s Snapshot) float64 { return s.TTL.Seconds() })

@@ -193,14 +193,18 @@ func TestServer_Metrics(t *testing.T) {
 	}{
 		{"leading", leading(), 100 * time.Second, map[string]float64{
 			"ready": 1, "blocked": 0, "held": 0, "lease_ttl_seconds": 20, "fencing_token": 17,
+			"candidates": 1,
 			"last_transition_timestamp_seconds": 1767319445.006,
 		}},
 		{"past stop-at", leading(), 110 * time.Second, map[string]float64{
 			"ready": 0, "fencing_token": 17,
 		}},
 		{"past the lease's end", leading(), 115 * time.Second, map[string]float64{
-			"ready": 0, "fencing_token": 0,
+			"ready": 0, "fencing_token": 0, "candidates": 0,
 		}},
+		{"third in the queue", leading(standby, func(s *Snapshot) {
+			s.Queue = &Queue{Ahead: 2}
+		}), 100 * time.Second, map[string]float64{"candidates": 3}},
 		{"nothing", Snapshot{
 			State: Connecting, Blocker: &Blocker{}, Hold: &Hold{},
 		}, 0, map[string]float64{

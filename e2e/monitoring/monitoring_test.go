@@ -305,8 +305,9 @@ func TestPrometheus(t *testing.T) {
 		return nil
 	})
 	for expr, want := range map[string]int{
-		"election:leasehold_leader:sum == 1": 1, "election:leasehold_candidates:count == 3": 1,
+		"election:leasehold_leader:sum == 1": 1, "election:leasehold_ready:count == 3": 1,
 		"election:leasehold_ready:sum == 3":         1,
+		"election:leasehold_candidates:max == 3":    1,
 		"instance:leasehold_lease_valid:ratio > .7": 3,
 		"leasehold_job_healthy == 1":                1,
 	} {
