@@ -193,7 +193,7 @@ func TestServer_Metrics(t *testing.T) {
 	}{
 		{"leading", leading(), 100 * time.Second, map[string]float64{
 			"ready": 1, "blocked": 0, "held": 0, "lease_ttl_seconds": 20, "fencing_token": 17,
-			"candidates": 1,
+			"candidates":                        1,
 			"last_transition_timestamp_seconds": 1767319445.006,
 		}},
 		{"past stop-at", leading(), 110 * time.Second, map[string]float64{
