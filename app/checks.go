@@ -17,6 +17,7 @@ func healthConfig(cfg config.Config) supervisor.HealthConfig {
 	h := supervisor.HealthConfig{
 		Interval: cfg.Health.Interval.Duration, Retries: cfg.Health.Retries.N,
 		StartPeriod: cfg.Health.StartPeriod.Duration,
+		Notify:      cfg.Notify == "ready", Watchdog: cfg.Watchdog.Duration,
 	}
 	switch {
 	case cfg.Health.Cmd.Argv != nil:

@@ -134,7 +134,10 @@ func runElector(build Build, args []string) int {
 	sc.TTL, sc.MaxPing, sc.Margin = cfg.TTL.Duration, maxPing(), job.grantedMargin
 	sc.Freeze = cfg.Freezes()
 	sc.Restart, sc.RestartLimit = supervisor.Restart(cfg.Restart), cfg.RestartLimit.N
-	sc.Health = healthConfig(cfg)
+	sc.Health, sc.NotifySock = healthConfig(cfg), -1
+	if sc.Health.Notify || sc.Health.Watchdog > 0 {
+		sc.NotifySock = notifyFd
+	}
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
 	sc.Running = func() bool { return live(d.candidate.Snapshot()) == nil }
 	sc.Changed = func() { signalChange(changed) }
@@ -176,6 +179,9 @@ func runElector(build Build, args []string) int {
 
 // stateFd is the elector's descriptor of the state file; /dev/null if the guard uses none.
 const stateFd = 8
+
+// notifyFd is the elector's descriptor of the socket for the job's notifications.
+const notifyFd = 9
 
 // keep returns what writes the daemon's lease into the state file.
 func keep(cfg config.Config, super *supervisor.Supervisor, log *slog.Logger) *recovery.Keeper {

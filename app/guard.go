@@ -75,10 +75,12 @@ func runGuard(build Build, call cli.Call) error {
 		Revoke: func(lease int64, within time.Duration) []string {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},
-		StateDir: cfg.StateDir,
-		Listen:   bindInGuard(cfg.Listen, caught.signals),
-		Reload:   reloadConfig(build, cfg, environ, call.EnvFile),
-		Signals:  caught.signals, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
+		JobNotifies: cfg.Notify == "ready" || cfg.Watchdog.Duration > 0,
+		JobWatchdog: cfg.Watchdog.Duration,
+		StateDir:    cfg.StateDir,
+		Listen:      bindInGuard(cfg.Listen, caught.signals),
+		Reload:      reloadConfig(build, cfg, environ, call.EnvFile),
+		Signals:     caught.signals, Ignored: caught.ignoredByJob(cfg.StopSignal.Signal),
 		Children: children,
 		Notify:   systemd.notify, Stopping: stopping(cfg), Heartbeat: newWatchdog(),
 		Logger: log.Logger,

@@ -182,6 +182,9 @@ func canTakeOver(args []string) error {
 	if err := cfg.CompareFixed(fixed); err != nil {
 		return err
 	}
+	if err := lookChecks(cfg); err != nil {
+		return err
+	}
 	if lease == 0 {
 		return nil
 	}

@@ -126,7 +126,7 @@ func TestParse_Hints(t *testing.T) {
 		},
 		{
 			"--watch -- y",
-			"no such flag --watch, and settings are environment variables: leasehold help",
+			"no such flag --watch, and settings are environment variables: ",
 		},
 		{"-f=x -- y", "-f FILE reads an env file"},
 		{"--file x -- y", "-f FILE reads an env file"},

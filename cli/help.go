@@ -35,6 +35,12 @@ func JobVariables() []Entry {
 				" A later term has a greater one",
 		},
 		{config.Prefix + "_LEASE_ID", "the lease, in hex"},
+		{"NOTIFY_SOCKET", "with LEASEHOLD_NOTIFY or LEASEHOLD_WATCHDOG: see sd_notify(3)"},
+		{
+			"WATCHDOG_USEC, WATCHDOG_PID",
+			"with LEASEHOLD_WATCHDOG: that time in microseconds, and the pid of the job's first" +
+				" process; see sd_watchdog_enabled(3)",
+		},
 	}
 }
 

@@ -66,6 +66,8 @@ type Config struct {
 	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
 	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
 	Health       Health   `split_words:"true"`
+	Notify       string   `split_words:"true" default:"off" desc:"ready: the job is ready when it has sent READY=1 to NOTIFY_SOCKET, as a service does to systemd (sd_notify). It has LEASEHOLD_HEALTH_START_PERIOD and LEASEHOLD_HEALTH_RETRIES intervals for that"`
+	Watchdog     Duration `split_words:"true" default:"0s" desc:"a ready job that does not send WATCHDOG=1 to NOTIFY_SOCKET in this time is unhealthy; 0s: it need not"`
 	StateDir     string   `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; docs/recovery.md says where that works"`
 	Log          Log      `split_words:"true"`
 	TLS          TLS      `split_words:"true"`
@@ -190,6 +192,13 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 	}
 	c.validateContactLoss(p)
 	c.Health.validate(p)
+	c.Notify = strings.ToLower(c.Notify)
+	if c.Notify != "off" && c.Notify != "ready" {
+		p.add("NOTIFY", "%s is unknown: write off or ready", quote.Value(c.Notify))
+	}
+	if c.Watchdog.Duration != 0 {
+		p.tooShort("WATCHDOG", c.Watchdog, 100*time.Millisecond)
+	}
 	if c.StateDir != "" && !filepath.IsAbs(c.StateDir) {
 		p.add("STATE_DIR", "%s is not absolute: write a path that begins with a slash",
 			quote.Value(c.StateDir))
@@ -209,6 +218,7 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 		for _, name := range []string{
 			"CONTACT_LOSS", "NO_NEW_PRIVS", "STOP_SIGNAL", "RESTART", "RESTART_LIMIT", "STATE_DIR",
 			"HEALTH_CMD", "HEALTH_URL", "HEALTH_INTERVAL", "HEALTH_START_PERIOD",
+			"NOTIFY", "WATCHDOG",
 		} {
 			if set[name] {
 				p.add(name, "it is about a job, and elect runs none:"+

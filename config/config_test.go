@@ -74,6 +74,8 @@ func TestConfig_Defaults(t *testing.T) {
 		{"HEALTH_INTERVAL", cfg.Health.Interval.Duration, 10 * time.Second},
 		{"HEALTH_TIMEOUT", cfg.Health.Timeout.Duration, 3 * time.Second},
 		{"HEALTH_RETRIES", cfg.Health.Retries.N, 3},
+		{"NOTIFY", cfg.Notify, "off"},
+		{"WATCHDOG", cfg.Watchdog.Duration, time.Duration(0)},
 		{"HEALTH_START_PERIOD", cfg.Health.StartPeriod.Duration, time.Duration(0)},
 		{"LOG_LEVEL", cfg.Log.Level.Level, slog.LevelInfo},
 		{"LOG_FORMAT", cfg.Log.Format, "text"},
@@ -99,7 +101,7 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 		"LOG_FORMAT=json", "TLS_CA_FILE="+ca, "TLS_CERT_FILE="+ca, "TLS_KEY_FILE="+key,
 		"TLS_SERVER_NAME=etcd", "USERNAME=u", "PASSWORD_FILE="+password, "DIAL_TIMEOUT=250ms",
 		`HEALTH_CMD=sh -c 'a "b" | $c' "d e" f\ g`, "HEALTH_INTERVAL=1s", "HEALTH_TIMEOUT=2s",
-		"HEALTH_RETRIES=1", "HEALTH_START_PERIOD=1m")
+		"HEALTH_RETRIES=1", "HEALTH_START_PERIOD=1m", "NOTIFY=Ready", "WATCHDOG=30s")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,6 +128,8 @@ func TestConfig_AllValuesAreRead(t *testing.T) {
 		{"HEALTH_INTERVAL", cfg.Health.Interval.Duration, time.Second},
 		{"HEALTH_TIMEOUT", cfg.Health.Timeout.Duration, 2 * time.Second},
 		{"HEALTH_RETRIES", cfg.Health.Retries.N, 1},
+		{"NOTIFY", cfg.Notify, "ready"},
+		{"WATCHDOG", cfg.Watchdog.Duration, 30 * time.Second},
 		{"HEALTH_START_PERIOD", cfg.Health.StartPeriod.Duration, time.Minute},
 		{"LOG_LEVEL", cfg.Log.Level.Level, slog.LevelWarn},
 		{"LOG_FORMAT", cfg.Log.Format, "json"},
@@ -296,6 +300,8 @@ func TestConfig_Refusals(t *testing.T) {
 		{"health URL unix", "HEALTH_URL=unix:///x", "is no URL"},
 		{"health URL with a user", "HEALTH_URL=http://u:hunter2@a", "has a user name in it"},
 		{"health URL odd", "HEALTH_URL=http://u:hunter2@a:b", "has a user name in it"},
+		{"notify", "NOTIFY=main", `NOTIFY: "main" is unknown: write off or ready`},
+		{"watchdog", "WATCHDOG=1ms", "WATCHDOG: 1ms is too short: write 100ms or more"},
 		{"health retries", "HEALTH_RETRIES=0", "HEALTH_RETRIES: 0 is too few"},
 		{"health interval", "HEALTH_INTERVAL=1ms", "HEALTH_INTERVAL: 1ms is too short"},
 		{"health timeout", "HEALTH_TIMEOUT=0s", "HEALTH_TIMEOUT: 0s is too short"},

@@ -28,6 +28,8 @@ func (c *Config) Fixed() []string {
 		"STOP_SIGNAL=" + c.StopSignal.String(),
 		"STOP_GRACE=" + c.StopGrace.String(),
 		"NO_NEW_PRIVS=" + c.NoNewPrivs,
+		"NOTIFY=" + c.Notify,
+		"WATCHDOG=" + c.Watchdog.String(),
 		"LISTEN=" + c.Listen,
 		"STATE_DIR=" + c.StateDir,
 		"LOG_FORMAT=" + c.Log.Format,

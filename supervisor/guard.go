@@ -33,6 +33,10 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	defer owned.Wait()
 	defer s.monitors.Wait() // no run is under way any more, so they end
 	defer func() { _ = errors.Join(s.pipe.Close(), s.spawner.Close()) }()
+	if s.notify != nil {
+		owned.Go(s.readNotifications)
+		defer func() { _ = s.notify.Close() }()
+	}
 	stop := make(chan struct{})
 	defer close(stop)
 

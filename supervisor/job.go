@@ -171,7 +171,7 @@ func (s *Supervisor) startAsked(t Term) (<-chan outcome, error) {
 	j.term, j.askedAt, j.due, j.known = t, boottime.Now(), forever, t.KillBy
 	j.exit, j.ordered, j.frozen, j.ended = ExitError{}, false, false, make(chan outcome, 1)
 	j.unhealthy = nil
-	s.healthBegins(false)
+	s.healthBegins(ipc.JobReady{})
 	if j.startsOf != t.LeaseID {
 		j.startsOf, j.shown.Starts = t.LeaseID, 0
 	}

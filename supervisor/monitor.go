@@ -19,9 +19,11 @@ type HealthConfig struct {
 	Interval    time.Duration // from the end of a check to the next one
 	Retries     int           // failures in a row that make a ready job unhealthy
 	StartPeriod time.Duration // the job needs to become ready, besides Retries intervals
+	Notify      bool          // the job is not ready before it has sent READY=1
+	Watchdog    time.Duration // the longest time between two WATCHDOG=1 of a ready job; 0: any
 }
 
-func (c *HealthConfig) isNeeded() bool { return c.Check != nil }
+func (c *HealthConfig) isNeeded() bool { return c.Check != nil || c.Notify || c.Watchdog > 0 }
 
 // Health is what is known of the job's health.
 type Health string
@@ -60,6 +62,8 @@ type monitor struct {
 	freezes  int       // of the job, as last seen
 	runs     bool      // the job runs, as last seen
 	pausedAt time.Time // when it was last seen not to run
+	fedSince time.Time // since when the watchdog counts; zero: it does not
+	missedAt time.Time // when it was first seen that the job has missed it; zero: it has not
 }
 
 // startMonitor starts a monitor for the run that begins. The channel is nil if there is nothing to
@@ -142,7 +146,7 @@ func (m *monitor) look() (runs, changed bool) {
 		case !m.pausedAt.IsZero():
 			m.readyBy = m.readyBy.Add(now.Sub(m.pausedAt))
 		}
-		m.next, m.failures = now, 0
+		m.next, m.failures, m.fedSince = now, 0, time.Time{}
 	}
 	if !runs && m.pausedAt.IsZero() {
 		m.pausedAt = now
@@ -170,18 +174,60 @@ func (m *monitor) untilNext(runs, checking bool) time.Duration {
 	if m.s.health() == HealthStarting {
 		wait = min(wait, time.Until(m.readyBy))
 	}
+	switch {
+	case !m.missedAt.IsZero():
+		wait = min(wait, time.Until(m.missedAt.Add(missedTwice)))
+	case !m.fedSince.IsZero():
+		wait = min(wait, time.Until(m.fedSince.Add(m.cfg.Watchdog)))
+	}
 	return max(wait, 0)
 }
 
-// overdue returns why the job is unhealthy, if it is not ready in time.
+// missedTwice is the time between two looks at a watchdog that was missed. The first look may come
+// after a pause of our own: what the job has sent meanwhile is read before the second.
+const missedTwice = 200 * time.Millisecond
+
+// watchdogMissed returns why the job is unhealthy, if it does not send what the watchdog expects.
+func (m *monitor) watchdogMissed() *UnhealthyError {
+	state, fedAt, asks := m.s.watchdog()
+	now := time.Now()
+	switch {
+	case asks:
+		return &UnhealthyError{"it has sent WATCHDOG=trigger"}
+	case m.cfg.Watchdog <= 0 || state != HealthGood:
+		return nil
+	case m.fedSince.IsZero():
+		m.fedSince, m.missedAt = now, time.Time{}
+	case fedAt.After(m.fedSince):
+		m.fedSince, m.missedAt = fedAt, time.Time{}
+	}
+	switch {
+	case now.Before(m.fedSince.Add(m.cfg.Watchdog)):
+	case m.missedAt.IsZero():
+		m.missedAt = now
+	case now.Sub(m.missedAt) >= missedTwice:
+		return &UnhealthyError{fmt.Sprintf("no WATCHDOG=1 within %v", m.cfg.Watchdog)}
+	}
+	return nil
+}
+
+// overdue returns why the job is unhealthy, if it is not ready in time, or misses the watchdog.
 func (m *monitor) overdue(runs bool) *UnhealthyError {
+	if runs {
+		if why := m.watchdogMissed(); why != nil {
+			return why
+		}
+	}
 	if !runs || m.s.health() != HealthStarting || time.Now().Before(m.readyBy) {
 		return nil
 	}
 	why := fmt.Sprintf("not ready within %v", m.cfg.StartPeriod+
 		time.Duration(m.cfg.Retries)*m.cfg.Interval)
-	if m.last != nil {
+	switch {
+	case m.cfg.Check != nil && !m.s.hasPassed() && m.last != nil:
 		why += ": " + m.last.Error()
+	case m.cfg.Notify:
+		why += ": it has not sent READY=1"
 	}
 	return &UnhealthyError{why}
 }
@@ -217,10 +263,13 @@ func (m *monitor) checked(err error) *UnhealthyError {
 
 // jobHealth is the health of a run.
 type jobHealth struct {
-	state   Health
-	passed  bool          // a check has passed
-	wellAt  time.Duration // when the job last was well, since boot; 0: never
-	freezes int           // of the job
+	state    Health
+	passed   bool          // a check has passed
+	notified bool          // the job has sent READY=1
+	asks     bool          // it has sent WATCHDOG=trigger
+	fedAt    time.Time     // when it last sent READY=1 or WATCHDOG=1
+	wellAt   time.Duration // when the job last was well, since boot; 0: never
+	freezes  int           // of the job
 }
 
 // judged reports whether the job runs, so that it can be asked for its health, and how often it was
@@ -245,6 +294,13 @@ func (s *Supervisor) hasPassed() bool {
 	return s.job.health.passed
 }
 
+func (s *Supervisor) watchdog() (state Health, fedAt time.Time, asks bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := &s.job.health
+	return h.state, h.fedAt, h.asks
+}
+
 // checkPassed: a health check has passed.
 func (s *Supervisor) checkPassed() {
 	s.mu.Lock()
@@ -262,24 +318,31 @@ func (s *Supervisor) checkPassed() {
 // too. The mutex is held.
 func (s *Supervisor) readyChanged() {
 	h := &s.job.health
-	s.send(ipc.JobReady{Passed: h.passed})
+	s.send(ipc.JobReady{Passed: h.passed, Notified: h.notified})
 	if h.state == HealthStarting && s.isReady() {
 		h.state = HealthGood
-		s.log.Info("job is ready", "elapsed",
-			time.Since(s.job.shown.StartedAt).Round(time.Millisecond).String())
+		var attrs []any
+		if s.job.shown.State == JobRunning {
+			attrs = []any{
+				"elapsed",
+				time.Since(s.job.shown.StartedAt).Round(time.Millisecond).String(),
+			}
+		}
+		s.log.Info("job is ready", attrs...)
 	}
 	s.showHealth()
 }
 
 // isReady reports whether all is known that makes the job ready. The mutex is held.
 func (s *Supervisor) isReady() bool {
-	return s.cfg.Health.Check == nil || s.job.health.passed
+	h := &s.job.health
+	return (s.cfg.Health.Check == nil || h.passed) && (!s.cfg.Health.Notify || h.notified)
 }
 
-// healthBegins: a run begins, or is taken over. passed is what is known of that. The mutex is held.
-func (s *Supervisor) healthBegins(passed bool) {
+// healthBegins: a run begins, or is taken over, and this is known of it. The mutex is held.
+func (s *Supervisor) healthBegins(known ipc.JobReady) {
 	h := &s.job.health
-	*h = jobHealth{passed: passed, freezes: h.freezes}
+	*h = jobHealth{passed: known.Passed, notified: known.Notified, freezes: h.freezes}
 	if s.cfg.Health.isNeeded() {
 		if h.state = HealthStarting; s.isReady() {
 			h.state, h.wellAt = HealthGood, boottime.Now()

@@ -54,6 +54,7 @@ type Config struct {
 	Restart      Restart
 	RestartLimit int
 	Health       HealthConfig
+	NotifySock   int // from which the job's notifications come; -1: it has none
 
 	// None of these may block or call the Supervisor.
 	Signal  func(s unix.Signal) // called for each stop request that the guard received
@@ -86,6 +87,7 @@ type Supervisor struct {
 	pipe    *os.File // In, for the netpoller
 	inbox   ipc.Inbox
 	spawner *os.File // SpawnerSock, the same
+	notify  *os.File // NotifySock, the same; nil: there is none
 	guardFd int      // pidfd
 	// killing is held while the cgroup is killed, which may take the kernel a while. mu would not
 	// do, because the health endpoint waits for it.
@@ -138,6 +140,9 @@ func Connect(cfg Config) (*Supervisor, error) {
 	}
 	s.pipe = os.NewFile(uintptr(cfg.In), "guard")
 	s.spawner = os.NewFile(uintptr(cfg.SpawnerSock), "spawner")
+	if err := s.openNotify(); err != nil {
+		return nil, fmt.Errorf("open the job's notifications: %w", err)
+	}
 	if err := s.readRecord(); err != nil {
 		return nil, err
 	}

@@ -123,7 +123,7 @@ func (s *Supervisor) takeOverJob() {
 	}
 	j.askedAt, j.due, j.known, j.ordered = boottime.Now(), r.Due, r.KillBy, r.Ordered
 	j.ended = make(chan outcome, 1)
-	s.healthBegins(r.JobReady.Passed)
+	s.healthBegins(r.JobReady)
 }
 
 // decideRestart applies the restart policy to a job that ended by itself before this elector began.

@@ -72,6 +72,7 @@ const (
 	electorPidfd    = 6 // of the spawner
 	electorListener = 7 // to serve on
 	electorFile     = 8 // the state file
+	electorNotify   = 9 // the job's notifications
 )
 
 // openStarter makes the starter and its thread.
@@ -96,9 +97,13 @@ func (g *guard) openStarter() error {
 		uintptr(s.null), 1, 2, electorIn: 0, electorOut: 0,
 		electorSpawner: uintptr(g.spawner.elector), electorPidfd: uintptr(g.spawner.pidfd),
 		electorListener: uintptr(s.null), electorFile: uintptr(s.null),
+		electorNotify: uintptr(s.null),
 	}
 	if g.listener >= 0 {
 		s.files[electorListener] = uintptr(g.listener)
+	}
+	if g.notify >= 0 {
+		s.files[electorNotify] = uintptr(g.notify)
 	}
 	if g.stateFd >= 0 {
 		s.files[electorFile] = uintptr(g.stateFd)

@@ -52,6 +52,10 @@ type Config struct {
 	NewPrivs  bool // the job may gain privileges; then the guard may be unable to kill it
 	// Freeze means that the job is frozen at stop-at, and not stopped. It needs the job's cgroup.
 	Freeze bool
+	// JobNotifies gives the job a socket for notifications, as systemd does, and JobWatchdog has it
+	// expect that it is watched there; 0: it is not.
+	JobNotifies bool
+	JobWatchdog time.Duration
 	// Ignored is what the job ignores from its start; every other signal has its default.
 	Ignored []unix.Signal
 
@@ -128,6 +132,7 @@ type guard struct {
 	askerAddress string // where a reload is answered
 
 	stateFd  int      // the state file, which all processes of the daemon hold; -1: none
+	notify   int      // where the job's notifications come, for the elector; -1: it has none
 	listener int      // the elector's socket, open while an elector may serve on it; -1: none
 	unlisten chan int // room for one: listener, to be closed
 
@@ -178,7 +183,7 @@ func Run(cfg Config) (Exit, error) {
 func newGuard(cfg Config) *guard {
 	g := &guard{
 		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 5),
-		stateFd: -1, listener: -1, unlisten: make(chan int, 1),
+		stateFd: -1, notify: -1, listener: -1, unlisten: make(chan int, 1),
 		timer: -1, wakeR: -1, wakeW: -1,
 		elector: elector{state: electorStarting, pidfd: -1, in: -1, pipeEnded: true},
 		freezer: freezer{askR: -1, askW: -1},

@@ -5,7 +5,9 @@ package guard
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -71,6 +73,9 @@ func (g *guard) open() error {
 	if err := g.listen(); err != nil {
 		return err
 	}
+	if err := g.openNotify(); err != nil {
+		return fail("make a socket for the job's notifications", err)
+	}
 	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.stateFd,
 		g.noNewPrivs); err != nil {
 		return fail("start the spawner", err)
@@ -118,6 +123,33 @@ func (g *guard) listen() error {
 	return nil
 }
 
+// openNotify makes the socket to which the job sends its notifications. The elector reads them. The
+// socket is abstract: a job with another root directory reaches it, and it needs no place where the
+// daemon may write. A job in another network namespace does not reach it.
+func (g *guard) openNotify() error {
+	if !g.cfg.JobNotifies {
+		return nil
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	g.notify = fd
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1); err != nil {
+		return err
+	}
+	name := fmt.Sprintf("@leasehold-job-%d-%x", unix.Getpid(), rand.Uint64())
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: name}); err != nil {
+		return err
+	}
+	g.cfg.Env = append(slices.Clone(g.cfg.Env), "NOTIFY_SOCKET="+name)
+	if g.cfg.JobWatchdog > 0 {
+		g.cfg.Env = append(g.cfg.Env,
+			fmt.Sprintf("WATCHDOG_USEC=%d", g.cfg.JobWatchdog.Microseconds()), watchdogPid)
+	}
+	return nil
+}
+
 // close gives back what open made. Nothing of the job is left by now.
 func (g *guard) close() {
 	if g.spawner != nil {
@@ -132,7 +164,7 @@ func (g *guard) close() {
 	g.elector.closeProcess()
 	g.closeStarter()
 	g.closeFreezer()
-	closeAll(g.stateFd, g.listener, g.timer, g.wakeR, g.wakeW)
+	closeAll(g.stateFd, g.notify, g.listener, g.timer, g.wakeR, g.wakeW)
 }
 
 // privileges makes the loop's thread real-time and locks the memory, if that is permitted.

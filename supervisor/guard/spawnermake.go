@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,9 @@ const (
 	termVariables = 5
 	termBytes     = 8 << 10
 )
+
+// watchdogPid is an entry of the environment with room for a pid.
+const watchdogPid = "WATCHDOG_PID=          "
 
 // termEnvironment is the part of the job's environment that depends on the term.
 func termEnvironment(cfg Config, t ipc.Start) []string {
@@ -169,6 +173,9 @@ func (s *spawner) layOut(cfg Config) error {
 		argv[i] = put(arg)
 	}
 	for i, entry := range cfg.Env {
+		if entry == watchdogPid { // the child writes its pid over what follows the =
+			s.area.pidAt = unsafe.Pointer(&mem[texts+strings.IndexByte(entry, '=')+1])
+		}
 		envp[i] = put(entry)
 	}
 	s.area.argv, s.area.envp = uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envp[0]))

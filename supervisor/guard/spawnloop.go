@@ -46,6 +46,7 @@ type spawnArea struct {
 	nofile                                             [2]uint64
 	keepIgnored                                        uint64 // signals that stay ignored, 1<<(n-1)
 	titleAt                                            unsafe.Pointer
+	pidAt                                              unsafe.Pointer // see writePid; nil: nowhere
 	titleLen                                           int32
 
 	// The rest is the spawner's own.
@@ -532,12 +533,34 @@ func (a *spawnArea) exec(spawner uintptr) {
 	own := uint64(0) // on the stack: the area is shared with the spawner
 	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK,
 		uintptr(unsafe.Pointer(&own)), 0, 8, 0, 0)
+	if a.pidAt != nil {
+		a.writePid()
+	}
 	_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, a.path, a.argv, a.envp)
 	failed := int32(errno)
 	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(a.pipe[1]),
 		uintptr(unsafe.Pointer(&failed)), 4)
 	for {
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
+	}
+}
+
+// writePid writes the pid of this process, the job's first, into its environment. No other process
+// of the job is started meanwhile.
+//
+//go:nosplit
+//go:norace
+//go:nocheckptr
+func (a *spawnArea) writePid() {
+	pid, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
+	digits := 1
+	for rest := pid; rest >= 10; rest /= 10 {
+		digits++
+	}
+	*(*byte)(unsafe.Add(a.pidAt, digits)) = 0
+	for ; digits > 0; pid /= 10 {
+		digits--
+		*(*byte)(unsafe.Add(a.pidAt, digits)) = byte('0' + pid%10)
 	}
 }
 

@@ -78,7 +78,10 @@ type (
 		Backoff  time.Duration
 	}
 	// JobReady is what is known that makes the job ready. The guard passes it to the next elector.
-	JobReady struct{ Passed bool }
+	JobReady struct {
+		Passed   bool // a health check has passed
+		Notified bool // the job has sent READY=1
+	}
 	// Start asks for a start of the job.
 	Start struct {
 		Key            string
@@ -174,7 +177,9 @@ func (m Message) Restarts() Restarts {
 }
 
 // JobReady decodes a KindJobReady.
-func (m Message) JobReady() JobReady { return JobReady{Passed: m.number[0] != 0} }
+func (m Message) JobReady() JobReady {
+	return JobReady{Passed: m.number[0] != 0, Notified: m.number[1] != 0}
+}
 
 // Token decodes a KindToken.
 func (m Message) Token() Token { return Token{Value: m.text} }

@@ -68,7 +68,7 @@ func (o *Outbox) encode(message any) int {
 		kind = KindRestarts
 		number = [4]int64{int64(m.Count), int64(m.Failures), int64(m.Backoff)}
 	case JobReady:
-		kind, number = KindJobReady, [4]int64{flag(m.Passed)}
+		kind, number = KindJobReady, [4]int64{flag(m.Passed), flag(m.Notified)}
 	case Token:
 		kind, raw = KindToken, m.Value
 	case Start:

@@ -68,7 +68,7 @@ type RecordedExit struct {
 }
 
 // recordLen is the length of a Record without the key, which follows.
-const recordLen = 29 * 8
+const recordLen = 30 * 8
 
 // encode writes the record without the key.
 func (r *Record) encode(b []byte) int {
@@ -80,7 +80,7 @@ func (r *Record) encode(b []byte) int {
 		int64(r.LastExit.Code), int64(r.LastExit.Signal), int64(r.LastExit.Errno),
 		int64(r.LastExit.At), int64(r.LastExit.Ran), flag(r.LastExit.Ordered),
 		int64(r.StopSignals), int64(r.Exited), int64(r.Silent), r.Recovered,
-		int64(r.Reloaded), flag(r.JobReady.Passed),
+		int64(r.Reloaded), flag(r.JobReady.Passed), flag(r.JobReady.Notified),
 	}
 	for i, v := range numbers {
 		binary.LittleEndian.PutUint64(b[8*i:], uint64(v))
@@ -109,6 +109,6 @@ func (m Message) Record() Record {
 		},
 		StopSignals: int(n(23)), Exited: int(n(24)), Silent: int(n(25)),
 		Recovered: n(26), Reloaded: int(n(27)),
-		JobReady: JobReady{Passed: n(28) != 0},
+		JobReady: JobReady{Passed: n(28) != 0, Notified: n(29) != 0},
 	}
 }

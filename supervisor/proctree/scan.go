@@ -265,6 +265,23 @@ func (s *Scanner) scan() {
 	})
 }
 
+// Descends reports whether the process descends from ancestor, as /proc shows it. A process that
+// has been reaped descends from nobody.
+func Descends(pid, ancestor int) bool {
+	for range 3 { // a parent may exit between two reads: then its child has another one
+		for p, gone := pid, false; !gone && p > 0; {
+			text, err := os.ReadFile("/proc/" + strconv.Itoa(p) + "/stat")
+			if gone = err != nil; gone {
+				break
+			}
+			if p = parseStat(text).ppid; p == ancestor {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // index finds pid in the table, which is in the order of /proc: ascending.
 func (s *Scanner) index(pid int32) int {
 	lo, hi := 0, s.n
