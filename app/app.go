@@ -46,6 +46,7 @@ func Main(args []string, build Build) int {
 		case name == roleCheckReload && len(rest) > 0:
 			return checkReload(build, rest)
 		case name == roleCheck:
+			nameProcess("check")
 			return check.Run(rest)
 		case name == roleProbe:
 			fmt.Print("\n")

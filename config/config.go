@@ -259,6 +259,9 @@ func (h *Health) validate(p *problems) {
 	if h.Retries.err == nil && h.Retries.N == 0 {
 		p.add("HEALTH_RETRIES", "0 is too few: write 1 or more")
 	}
+	if h.Retries.err == nil && h.Retries.N > 100 {
+		p.add("HEALTH_RETRIES", "%d is too many: write 100 or less", h.Retries.N)
+	}
 	p.tooShort("HEALTH_INTERVAL", h.Interval, 100*time.Millisecond)
 	p.tooShort("HEALTH_TIMEOUT", h.Timeout, 10*time.Millisecond)
 }

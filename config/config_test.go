@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -288,7 +289,7 @@ func TestConfig_Refusals(t *testing.T) {
 		},
 		{
 			"health command for a shell", "HEALTH_CMD=curl·-f·localhost·|·grep·ok",
-			`HEALTH_CMD: "curl -f localhost | grep ok" has a shell's operator`,
+			`HEALTH_CMD: "curl -f localhost | grep ok" is for a shell: write sh -c`,
 		},
 		{"health command in backticks", "HEALTH_CMD=`true", "HEALTH_CMD: "},
 		{"health command unclosed", "HEALTH_CMD=sh·-c·'true", "is no command line: a quote"},
@@ -303,6 +304,7 @@ func TestConfig_Refusals(t *testing.T) {
 		{"notify", "NOTIFY=main", `NOTIFY: "main" is unknown: write off or ready`},
 		{"watchdog", "WATCHDOG=1ms", "WATCHDOG: 1ms is too short: write 100ms or more"},
 		{"health retries", "HEALTH_RETRIES=0", "HEALTH_RETRIES: 0 is too few"},
+		{"health retries many", "HEALTH_RETRIES=101", "HEALTH_RETRIES: 101 is too many"},
 		{"health interval", "HEALTH_INTERVAL=1ms", "HEALTH_INTERVAL: 1ms is too short"},
 		{"health timeout", "HEALTH_TIMEOUT=0s", "HEALTH_TIMEOUT: 0s is too short"},
 
@@ -606,5 +608,38 @@ func writeFile(t *testing.T, path, text string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A command line means to us what it means to sh, or is refused.
+func TestSplitCommand_AsSh(t *testing.T) {
+	for _, text := range []string{
+		`true`, `  a  b `, `a 'b c' "d e"`, `a"b"'c'd`, `'' ""`, `"a\"b\\c\$d\e\n"`, `a\ b\'c\"`,
+		`'a\'b`,
+		"a\tb\nc", `sh -c 'echo "$HOME" | grep x; exit 1'`, `grep -q "a\.b" x=y a#b a~b {a,b} !x`,
+		`ä '€'`, `"'" '"'`,
+	} {
+		words, err := splitCommand(text)
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		script := strings.ReplaceAll(text, "\n", " ")
+		want, err := exec.Command("sh", "-c", `printf '%s\0' `+script).Output()
+		if err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+		if got := strings.Join(words, "\x00") + "\x00"; got != string(want) {
+			t.Errorf("%s: %q, but sh has %q", text, got, want)
+		}
+	}
+	for _, text := range []string{
+		"a $HOME", `"$HOME"`, "`a`", "\"`a`\"", "a | b", "a > b", "a; b", "a & b", "(a)",
+		"*", "a?b", "[ab]",
+		"~/x", "# x", "a # x", "'", `"`, `"a\"`, `a\`,
+	} {
+		if words, err := splitCommand(text); err == nil {
+			t.Errorf("%s: accepted as %q", text, words)
+		}
 	}
 }

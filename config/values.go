@@ -3,13 +3,13 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"strconv"
 	"strings"
 	"time"
 
-	"github.com/mattn/go-shellwords"
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/quote"
@@ -123,8 +123,8 @@ func (s *Signal) Decode(text string) error {
 
 func (s *Signal) problem() error { return s.err }
 
-// Command is a command line, split into words as a shell does it. No shell runs it, so it has
-// neither variables nor operators.
+// Command is a command line, split into words as by a shell. No shell runs it. So what only a shell
+// could do is refused.
 type Command struct {
 	Argv []string
 	err  error
@@ -132,22 +132,70 @@ type Command struct {
 
 // Decode implements envconfig.Decoder.
 func (c *Command) Decode(text string) error {
-	p := shellwords.NewParser()
-	argv, err := p.Parse(text)
-	switch {
-	case err == nil && p.Position < 0 && len(argv) > 0 && argv[0] != "":
-		*c = Command{Argv: argv}
-	case err == nil && p.Position >= 0 || strings.ContainsAny(text, "()`"):
-		*c = Command{err: fmt.Errorf("%s has a shell's operator outside of quotes: "+
-			"write sh -c '...'", quote.Value(text))}
-	case err != nil:
-		*c = Command{err: fmt.Errorf("%s is no command line: a quote or a backslash has no end",
-			quote.Value(text))}
-	default:
-		*c = Command{err: fmt.Errorf("%s has no command: write for example pg_isready -q",
-			quote.Value(text))}
+	argv, err := splitCommand(text)
+	if err == nil && (len(argv) == 0 || argv[0] == "") {
+		err = errors.New("has no command: write for example pg_isready -q")
+	}
+	*c = Command{Argv: argv}
+	if err != nil {
+		*c = Command{err: fmt.Errorf("%s %w", quote.Value(text), err)}
 	}
 	return nil
+}
+
+var (
+	errNeedsShell = errors.New("is for a shell: write sh -c '...'")
+	errNoEnd      = errors.New("is no command line: a quote or a backslash has no end")
+)
+
+// splitCommand splits a command line into words. Quotes and backslashes mean what they mean in sh.
+func splitCommand(text string) (words []string, err error) {
+	var word []byte
+	begun := false // a word, which may be empty
+	for i := 0; i < len(text); i++ {
+		switch c := text[i]; {
+		case strings.IndexByte(" \t\r\n", c) >= 0:
+			if begun {
+				words, word, begun = append(words, string(word)), word[:0], false
+			}
+			continue
+		case c == '\'':
+			end := strings.IndexByte(text[i+1:], c)
+			if end < 0 {
+				return nil, errNoEnd
+			}
+			word = append(word, text[i+1:i+1+end]...)
+			i += 1 + end
+		case c == '"':
+			for i++; i < len(text) && text[i] != c; i++ {
+				switch {
+				case text[i] == '$' || text[i] == '`':
+					return nil, errNeedsShell
+				case text[i] == '\\' && i+1 < len(text) &&
+					strings.IndexByte("\\\"$`", text[i+1]) >= 0:
+					i++
+				}
+				word = append(word, text[i])
+			}
+			if i == len(text) {
+				return nil, errNoEnd
+			}
+		case c == '\\':
+			if i++; i == len(text) {
+				return nil, errNoEnd
+			}
+			word = append(word, text[i])
+		case strings.IndexByte("|&;<>()$`*?[", c) >= 0, !begun && (c == '#' || c == '~'):
+			return nil, errNeedsShell
+		default:
+			word = append(word, c)
+		}
+		begun = true
+	}
+	if begun {
+		words = append(words, string(word))
+	}
+	return words, nil
 }
 
 func (c *Command) problem() error { return c.err }

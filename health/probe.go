@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -16,10 +18,13 @@ import (
 // Probe returns what asks a URL, as kubelet's probes do. It returns nil for a status from 200 to
 // 399, else why not. It follows no redirect, uses no proxy, and does not check the certificate: it
 // asks whether something works, and sends no secret.
-func Probe(url string, timeout time.Duration) func(ctx context.Context) error {
+func Probe(address string, timeout time.Duration) func(ctx context.Context) error {
 	client := http.Client{
 		Timeout: timeout,
 		Transport: &http.Transport{
+			// Without these a connection outlives its request, and the next one adds another.
+			DialContext:         (&net.Dialer{Timeout: timeout}).DialContext,
+			TLSHandshakeTimeout: timeout, ResponseHeaderTimeout: timeout,
 			DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10,
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		},
@@ -28,13 +33,16 @@ func Probe(url string, timeout time.Duration) func(ctx context.Context) error {
 		},
 	}
 	return func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 		if err != nil {
 			return err
 		}
 		req.Header.Set("User-Agent", "leasehold")
 		resp, err := client.Do(req)
 		if err != nil {
+			if asked := (*url.Error)(nil); errors.As(err, &asked) {
+				err = asked.Err // without the URL, which may have a secret in it
+			}
 			return errors.New(quote.Line(err.Error())) // it may quote the answer
 		}
 		defer func() { _ = resp.Body.Close() }()

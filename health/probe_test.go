@@ -2,8 +2,10 @@ package health
 
 import (
 	"context"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +35,27 @@ func TestProbe(t *testing.T) {
 	defer plain.Close()
 	defer secure.Close()
 	defer close(hang)
+	// It accepts nothing.
+	silent, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = silent.Close() }()
+	before := runtime.NumGoroutine()
+	defer func() { // a connection that hangs ends with its request, or soon after
+		for end := time.Now().Add(20 * time.Second); runtime.NumGoroutine() > before+4; {
+			if time.Now().After(end) {
+				t.Errorf("%d goroutines, and %d before", runtime.NumGoroutine(), before)
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
+	for range 20 {
+		if Probe("https://"+silent.Addr().String(), 100*time.Millisecond)(t.Context()) == nil {
+			t.Error("one that says nothing passes")
+		}
+	}
 	for _, row := range []struct{ url, want string }{
 		{plain.URL + "/200", ""},
 		{secure.URL + "/200", ""},

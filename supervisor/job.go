@@ -328,7 +328,7 @@ func (s *Supervisor) gone(m ipc.Gone) {
 	j.shown.PID = 0
 	s.transition(JobExited, "gone")
 	j.ended <- outcome{
-		exit: j.exit, byItself: !j.ordered && !m.Ordered,
+		exit: j.exit, byItself: !m.Ordered && (!j.ordered || j.unhealthy != nil),
 		unhealthy: j.unhealthy, wellAt: j.health.wellAt,
 	}
 }

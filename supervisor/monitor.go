@@ -4,12 +4,14 @@ package supervisor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"leasehold/internal/boottime"
 	"leasehold/supervisor/check"
 	"leasehold/supervisor/ipc"
+	"leasehold/supervisor/proctree"
 )
 
 // HealthConfig says how the health of the job is known. The zero value: the job is ready and
@@ -54,6 +56,7 @@ type monitor struct {
 	s         *Supervisor
 	cfg       HealthConfig
 	unhealthy chan *UnhealthyError // room for one: why the job has to be stopped
+	changed   chan struct{}        // room for one: the job has changed
 
 	readyBy  time.Time // when the job has to be ready
 	next     time.Time // when the next check is due
@@ -72,7 +75,13 @@ func (s *Supervisor) startMonitor() (unhealthy <-chan *UnhealthyError, stop func
 	if !s.cfg.Health.isNeeded() {
 		return nil, func() {}
 	}
-	m := &monitor{s: s, cfg: s.cfg.Health, unhealthy: make(chan *UnhealthyError, 1)}
+	m := &monitor{
+		s: s, cfg: s.cfg.Health, unhealthy: make(chan *UnhealthyError, 1),
+		changed: make(chan struct{}, 1),
+	}
+	s.mu.Lock()
+	s.jobChanged = m.changed
+	s.mu.Unlock()
 	ctx, stop := context.WithCancel(context.Background())
 	s.monitors.Go(func() { m.run(ctx) })
 	return m.unhealthy, stop
@@ -89,7 +98,7 @@ func (m *monitor) run(ctx context.Context) {
 		if changed {
 			checking.stop()
 		}
-		if why := m.overdue(runs); why != nil {
+		if why := m.overdue(runs, checking.result != nil); why != nil {
 			m.unhealthy <- why
 			return
 		}
@@ -99,11 +108,13 @@ func (m *monitor) run(ctx context.Context) {
 		timer.Reset(m.untilNext(runs, checking.result != nil))
 		select {
 		case <-ctx.Done():
-		case <-m.s.jobChanged:
+		case <-m.changed:
 		case <-timer.C:
 		case err := <-checking.result:
+			stopped := checking.stopped
+			checking.stop()
 			checking.result = nil
-			if runs, changed := m.look(); !runs || changed || ctx.Err() != nil {
+			if runs, changed := m.look(); !runs || changed || stopped || ctx.Err() != nil {
 				continue // it was frozen meanwhile
 			}
 			if why := m.checked(err); why != nil {
@@ -116,11 +127,13 @@ func (m *monitor) run(ctx context.Context) {
 
 // checking is a check that runs.
 type checking struct {
-	result chan error // nil: none runs
-	cancel context.CancelFunc
+	result  chan error // nil: none runs
+	cancel  context.CancelFunc
+	stopped bool // its result means nothing
 }
 
 func (c *checking) start(ctx context.Context, s *Supervisor, probe check.Probe) {
+	c.stopped = false
 	ctx, c.cancel = context.WithCancel(ctx)
 	result := make(chan error, 1)
 	c.result = result
@@ -131,7 +144,7 @@ func (c *checking) stop() {
 	if c.cancel != nil {
 		c.cancel()
 	}
-	c.result = nil
+	c.stopped = true
 }
 
 // look sees whether the job runs, and whether that has changed since, for a moment at least.
@@ -165,13 +178,13 @@ func (m *monitor) startPeriodLeft() time.Duration {
 // untilNext is the time until run has something to do.
 func (m *monitor) untilNext(runs, checking bool) time.Duration {
 	wait := time.Hour
-	if !runs { // jobChanged comes
+	if !runs { // changed comes
 		return wait
 	}
 	if !checking && m.cfg.Check != nil {
 		wait = min(wait, time.Until(m.next))
 	}
-	if m.s.health() == HealthStarting {
+	if !checking && m.s.health() == HealthStarting {
 		wait = min(wait, time.Until(m.readyBy))
 	}
 	switch {
@@ -212,13 +225,14 @@ func (m *monitor) watchdogMissed() *UnhealthyError {
 }
 
 // overdue returns why the job is unhealthy, if it is not ready in time, or misses the watchdog.
-func (m *monitor) overdue(runs bool) *UnhealthyError {
+// A check that is under way decides: it may pass.
+func (m *monitor) overdue(runs, checking bool) *UnhealthyError {
 	if runs {
 		if why := m.watchdogMissed(); why != nil {
 			return why
 		}
 	}
-	if !runs || m.s.health() != HealthStarting || time.Now().Before(m.readyBy) {
+	if !runs || checking || m.s.health() != HealthStarting || time.Now().Before(m.readyBy) {
 		return nil
 	}
 	why := fmt.Sprintf("not ready within %v", m.cfg.StartPeriod+
@@ -234,7 +248,15 @@ func (m *monitor) overdue(runs bool) *UnhealthyError {
 
 // checked takes the result of a check. It returns why the job is unhealthy, if it is.
 func (m *monitor) checked(err error) *UnhealthyError {
-	m.next = time.Now().Add(m.cfg.Interval)
+	now := time.Now()
+	m.next = now.Add(m.cfg.Interval)
+	if errors.Is(err, check.ErrNoResult) {
+		m.s.log.Warn("health can't be checked: it counts as unchanged", "reason", err.Error())
+		if m.readyBy.Before(m.next) {
+			m.readyBy = m.next
+		}
+		return nil
+	}
 	if err == nil {
 		if m.failures > 0 {
 			m.s.log.Info("health check passes again", "failures", m.failures)
@@ -245,7 +267,7 @@ func (m *monitor) checked(err error) *UnhealthyError {
 	}
 	m.last = err
 	if !m.s.hasPassed() {
-		m.next = time.Now().Add(min(m.cfg.Interval, startingInterval))
+		m.next = now.Add(min(m.cfg.Interval, startingInterval))
 		m.s.log.Debug("health check failed: the job is not ready", "reason", err.Error())
 		return nil
 	}
@@ -306,12 +328,13 @@ func (s *Supervisor) checkPassed() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h := &s.job.health
-	h.wellAt = boottime.Now()
-	if s.job.shown.State != JobRunning || h.passed {
-		return
+	if s.job.shown.State == JobRunning && !h.passed {
+		h.passed = true
+		s.readyChanged()
 	}
-	h.passed = true
-	s.readyChanged()
+	if h.state == HealthGood {
+		h.wellAt = boottime.Now()
+	}
 }
 
 // readyChanged: one thing more is known that makes the job ready. The next elector has to know it,
@@ -320,7 +343,7 @@ func (s *Supervisor) readyChanged() {
 	h := &s.job.health
 	s.send(ipc.JobReady{Passed: h.passed, Notified: h.notified})
 	if h.state == HealthStarting && s.isReady() {
-		h.state = HealthGood
+		h.state, h.wellAt = HealthGood, boottime.Now()
 		var attrs []any
 		if s.job.shown.State == JobRunning {
 			attrs = []any{
@@ -355,7 +378,10 @@ func (s *Supervisor) healthBegins(known ipc.JobReady) {
 func (s *Supervisor) showHealth() {
 	j := &s.job
 	h := &j.health
-	j.shown.Health = h.state
+	j.shown.Health = HealthUnknown
+	if j.alive() || h.state == HealthBad && j.shown.State == JobBackoff {
+		j.shown.Health = h.state
+	}
 	healthy := 0.0
 	if j.shown.State == JobRunning && (h.state == HealthUnknown || h.state == HealthGood) {
 		healthy = 1
@@ -365,6 +391,7 @@ func (s *Supervisor) showHealth() {
 	s.cfg.Changed()
 }
 
+// wakeMonitor has the monitor look at the job again. The mutex is held.
 func (s *Supervisor) wakeMonitor() {
 	select {
 	case s.jobChanged <- struct{}{}:
@@ -372,25 +399,27 @@ func (s *Supervisor) wakeMonitor() {
 	}
 }
 
-// unhealthy: the job is to be stopped for this reason, unless it is being stopped already.
-func (s *Supervisor) unhealthy(why *UnhealthyError) {
+// unhealthy: the job is to be stopped for this reason, unless it is ending already: it may just
+// have exited with 0.
+func (s *Supervisor) unhealthy(why *UnhealthyError) (stop bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.job.ordered || !s.job.alive() {
-		return
+	j := &s.job
+	if j.ordered || j.shown.State != JobRunning || j.pidfd >= 0 && proctree.PidfdExited(j.pidfd) {
+		return false
 	}
-	s.job.health.state = HealthBad
-	s.job.unhealthy = why
+	j.health.state, j.unhealthy = HealthBad, why
 	s.log.Warn("job is unhealthy: stopping it", "reason", why.Why)
 	s.showHealth()
+	return true
 }
 
-// exitOf is how a run has ended for the restart policy, and how long it ran. A job that was
+// ended is how a run has ended for the restart policy, and how long it ran. A job that was
 // unhealthy has failed, whatever its exit code, and ran for as long as it was well.
-func (s *Supervisor) exitOf(run outcome, began time.Duration) (exit ExitError, ran time.Duration) {
+func (run outcome) ended(began, end time.Duration) (exit ExitError, ran time.Duration) {
 	exit = run.exit
 	if run.unhealthy == nil {
-		return exit, boottime.Now() - began
+		return exit, end - began
 	}
 	exit.Unhealthy = run.unhealthy.Why
 	if exit.Code == 0 {

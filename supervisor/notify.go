@@ -42,6 +42,10 @@ func (s *Supervisor) readNotifications() {
 		}); err != nil {
 			return
 		}
+		if received != nil && !errors.Is(received, unix.EINTR) {
+			s.log.Error("the job's notifications can't be read any more", "err", received)
+			return
+		}
 		if received == nil {
 			sender, fds := parseControl(control[:controlLen])
 			s.notification(string(text[:n]), sender)
@@ -98,11 +102,14 @@ func (s *Supervisor) notification(text string, sender int) {
 	h := &s.job.health
 	switch s.job.shown.State {
 	case JobStarting, JobRunning: // the guard's message about the start may come later
+	case JobFrozen: // it was sent before
 	default:
 		return
 	}
-	h.fedAt, h.wellAt = time.Now(), boottime.Now()
-	h.asks = h.asks || asks
+	h.fedAt, h.asks = time.Now(), h.asks || asks
+	if alive && h.state == HealthGood {
+		h.wellAt = boottime.Now()
+	}
 	if ready && !h.notified {
 		h.notified = true
 		s.readyChanged()

@@ -98,7 +98,6 @@ type Supervisor struct {
 	outbox      ipc.Outbox
 	unreachable atomic.Bool // the guard does not take messages
 
-	jobChanged  chan struct{} // room for one: the job has changed, for its monitor
 	monitors    sync.WaitGroup
 	pingDue     chan struct{} // room for one: the next ping may be due earlier
 	guardGone   chan struct{} // closed when the guard is lost and nothing of the job is left
@@ -108,6 +107,8 @@ type Supervisor struct {
 	stopped bool // the user has asked for the end: the guard stops the job, before we ask for that
 	job     job
 	decided restartDecision
+	// jobChanged wakes the monitor of the last run; nil: there was none.
+	jobChanged chan<- struct{}
 }
 
 // Connect opens the elector's end of the pipes, and takes over what the guard knows of the daemon.
@@ -117,7 +118,7 @@ func Connect(cfg Config) (*Supervisor, error) {
 		cfg: cfg, log: cfg.Logger, metrics: newMetrics(cfg.Registerer),
 		restart: newRestarter(cfg.Restart, cfg.RestartLimit),
 		guardFd: -1, outbox: ipc.Outbox{FD: cfg.Out},
-		pingDue: make(chan struct{}, 1), jobChanged: make(chan struct{}, 1),
+		pingDue:   make(chan struct{}, 1),
 		guardGone: make(chan struct{}), spawnerDone: make(chan struct{}),
 		job: job{shown: Job{State: JobNone}, pidfd: -1},
 	}
@@ -204,10 +205,10 @@ func (s *Supervisor) Extend(stopAt, killBy time.Duration) {
 	if s.cfg.Freeze || boottime.Now() < j.term.StopAt {
 		j.term.StopAt, j.term.KillBy, j.frozen = stopAt, killBy, false
 	}
-	s.mu.Unlock()
 	if s.cfg.Freeze {
 		s.wakeMonitor() // stop-at may have passed before
 	}
+	s.mu.Unlock()
 	s.send(ipc.Extend{StopAt: stopAt, KillBy: killBy})
 	s.pingSoon() // both are awake now
 }

@@ -92,6 +92,9 @@ func (s *Supervisor) takeOver() {
 		}
 		j.shown.State, j.shown.LastExit = JobExited, &LastExit{j.exit.Exit, wallTime(e.At)}
 	}
+	if r.Unhealthy {
+		j.unhealthy = &UnhealthyError{"an elector before this one has found that"}
+	}
 	if r.Job == ipc.JobIdle {
 		s.decideRestart()
 	} else {
@@ -133,13 +136,15 @@ func (s *Supervisor) decideRestart() {
 	if r.LastExit.At == 0 || r.LastExit.Ordered {
 		return
 	}
-	delay, err := s.restart.after(j.exit, r.LastExit.Ran)
+	run := outcome{exit: j.exit, unhealthy: j.unhealthy}
+	exit, ran := run.ended(r.LastExit.At-r.LastExit.Ran, r.LastExit.At)
+	delay, err := s.restart.after(exit, ran)
 	var final *ExitError
 	switch {
 	case errors.As(err, &final):
 		s.ended = final
 	case r.Starts > 0 && !r.Lease.Releasing: // else its term is over
-		s.decided = restartDecision{r.Lease.ID, j.exit, r.LastExit.At + delay, err}
+		s.decided = restartDecision{r.Lease.ID, exit, r.LastExit.At + delay, err}
 	}
 }
 

@@ -4,6 +4,7 @@ package supervisor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -62,7 +63,7 @@ func (s *Supervisor) Supervise(
 		if err != nil || !run.byItself {
 			return err
 		}
-		exit, ran := s.exitOf(run, began)
+		exit, ran := run.ended(began, boottime.Now())
 		delay, err := s.restart.after(exit, ran)
 		if err != nil {
 			return err
@@ -137,13 +138,14 @@ func (s *Supervisor) runOnce(
 			done = nil
 			s.stopFor(context.Cause(ctx), grace)
 		case why := <-unhealthy:
-			s.unhealthy(why)
-			s.stopFor(why, grace)
+			if s.unhealthy(why) {
+				s.stopFor(why, grace)
+			}
 		case <-s.guardGone:
 			return outcome{}, ErrGuardLost
 		case run := <-ended:
 			// The term may have ended in the same instant, and we may have seen the job first.
-			run.byItself = (run.byItself || run.unhealthy != nil) && !s.over(ctx, t)
+			run.byItself = run.byItself && !s.over(ctx, t)
 			return run, nil
 		}
 	}
@@ -160,7 +162,8 @@ func (s *Supervisor) stopFor(cause error, grace func(cause error) time.Duration)
 		due = boottime.Now() + g
 	}
 	s.stopAsked(cause.Error(), due)
-	s.send(ipc.Stop{Grace: max(g, ipc.UntilKillBy)})
+	unhealthy := errors.As(cause, new(*UnhealthyError))
+	s.send(ipc.Stop{Grace: max(g, ipc.UntilKillBy), Unhealthy: unhealthy})
 	s.pingSoon()
 }
 

@@ -228,3 +228,78 @@ func TestHealth_URL(t *testing.T) {
 	}
 	tr.finish()
 }
+
+// What an elector has decided is known to the next one: a job that it has stopped is started again in
+// the same term, as if nothing else had happened.
+func TestHealth_ElectorReplacedWhileItStops(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[0], harness.ClusterConfig{})
+	check := tr.newCheck(t)
+	a := tr.start("a", "ignore-term",
+		healthSettings(check.command(), "LEASEHOLD_STOP_GRACE=2s", "LEASEHOLD_RESTART_LIMIT=2"))
+	job := tr.waitJob(a)
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	token := tr.status(a).Leader.Token
+	check.fail()
+	tr.waitJobState(a, "stopping")
+	tr.must(a.signalElector(syscall.SIGKILL))
+	tr.waitReplaced(a, 1)
+	tr.waitDead(job)
+	tr.waitJobState(a, "backoff")
+	tr.must(a.signalElector(syscall.SIGKILL))
+	tr.waitReplaced(a, 2)
+	tr.waitJobState(a, "running")
+	if s := tr.status(a); s.Leader.Token != token {
+		t.Errorf("the token was %d, and is %d", token, s.Leader.Token)
+	}
+	tr.waitLog(a, "LEASEHOLD_RESTART_LIMIT is reached") // that was the second one
+	tr.finish()
+}
+
+// An elector that is lost while it starts a check leaves a child that holds its pipe for a moment.
+// The job runs on.
+func TestHealth_ElectorLostAtAFork(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[0], harness.ClusterConfig{})
+	check := tr.newCheck(t)
+	a := tr.start("a", "", healthSettings(check.command()))
+	job := tr.waitJob(a)
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	for n := range 2 { // the guard gives up at the third
+		elector, err := a.Elector()
+		tr.must(err)
+		tr.must(killWithChild(tr, elector))
+		tr.waitReplaced(a, float64(n+1))
+		check.waitRuns(2)
+	}
+	tr.sameJob(job)
+	tr.finish()
+}
+
+// killWithChild kills a process as soon as it has a child.
+func killWithChild(tr *trial, pid int) error {
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil {
+		return err
+	}
+	var lists []*os.File
+	for _, path := range tasks {
+		if f, err := os.Open(path); err == nil {
+			defer f.Close()
+			lists = append(lists, f)
+		}
+	}
+	busy := true // it may have one already
+	for buf := make([]byte, 64); tr.ctx.Err() == nil; {
+		has := false
+		for _, f := range lists {
+			n, _ := f.ReadAt(buf, 0)
+			has = has || n > 0
+		}
+		if has && !busy {
+			return syscall.Kill(pid, syscall.SIGKILL)
+		}
+		busy = has
+	}
+	return tr.ctx.Err()
+}

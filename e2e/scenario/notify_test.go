@@ -48,8 +48,8 @@ func (tr *trial) waitJobHealth(c *candidate, want string) {
 	tr.Helper()
 	tr.waitStatus(c, "/livez", http.StatusOK)
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-		if is := tr.status(c).Job.Health; is == nil || *is != want {
-			return fmt.Errorf("the job of %s is %v, not %s", c.Identity, is, want)
+		if is := tr.status(c).Job; is.PID == nil || is.Health == nil || *is.Health != want {
+			return fmt.Errorf("the job of %s is %+v, not %s", c.Identity, is, want)
 		}
 		return nil
 	}))

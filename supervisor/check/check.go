@@ -44,11 +44,17 @@ type Command struct {
 	// NewPrivs lets the command gain privileges also if the runner then can't kill it.
 	NewPrivs bool
 
-	running atomic.Bool
+	running, stuck atomic.Bool
 }
 
 // killTimeout is how long a runner may take to kill what it has started, and to report.
 const killTimeout = 2 * time.Second
+
+// cancelTimeout is how long a Probe that is cancelled waits for that.
+const cancelTimeout = 100 * time.Millisecond
+
+// ErrNoResult means that the check could not be made: that says nothing about what it checks.
+var ErrNoResult = errors.New("the check could not be made")
 
 // ErrStuck means that the check before this one has not exited, although it was killed.
 var ErrStuck = errors.New("the check before it was killed, and has not exited")
@@ -56,29 +62,36 @@ var ErrStuck = errors.New("the check before it was killed, and has not exited")
 // Probe implements Probe. One check of a command runs at a time.
 func (c *Command) Probe(ctx context.Context) error {
 	if !c.running.CompareAndSwap(false, true) {
-		return ErrStuck
+		if c.stuck.Load() {
+			return ErrStuck
+		}
+		return fmt.Errorf("%w: one that was cancelled is not over", ErrNoResult)
 	}
-	r, err := c.start()
+	r, err := newRunner()
 	if err != nil {
 		c.running.Store(false)
-		return fmt.Errorf("the check can't be started: %w", err)
+		return fmt.Errorf("%w: %w", ErrNoResult, err)
 	}
+	defer r.cancel()
 	reported := make(chan report, 1)
-	go func() { // until the runner has exited, however long that takes
-		reported <- r.wait()
-		c.running.Store(false)
+	go func() { // until the runner has exited, however long that takes, or an exec that hangs
+		got := r.run(c)
+		c.stuck.Store(false)
+		c.running.Store(false) // before the result is seen: the next one may follow at once
+		reported <- got
 	}()
 	timer := time.NewTimer(c.Timeout + killTimeout)
 	defer timer.Stop()
-	defer r.cancel()
 	select {
 	case got := <-reported:
 		return got.err(c.Timeout)
 	case <-timer.C:
+		c.stuck.Store(true)
 		return ErrStuck
 	case <-ctx.Done():
 	}
 	r.cancel()
+	timer.Reset(cancelTimeout)
 	select {
 	case <-reported:
 	case <-timer.C:
@@ -86,58 +99,65 @@ func (c *Command) Probe(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// runner is a runner, and our ends of its pipes.
+// runner is a runner and its pipes.
 type runner struct {
-	pid    int
-	report *os.File // what it writes when it is done; nobody else has the other end
-	wanted *os.File // it ends when this is closed
+	report, reportW *os.File // what it writes when it is done; nobody else has the other end
+	wanted, wantedR *os.File // it ends when this is closed
 }
 
-func (c *Command) start() (*runner, error) {
+func newRunner() (*runner, error) {
+	r := &runner{}
+	var err error
+	if r.report, r.reportW, err = os.Pipe(); err != nil {
+		return nil, err
+	}
+	if r.wantedR, r.wanted, err = os.Pipe(); err != nil {
+		return nil, errors.Join(err, r.report.Close(), r.reportW.Close())
+	}
+	return r, nil
+}
+
+// run starts the runner, and returns its report when it has exited.
+func (r *runner) run(c *Command) report {
+	defer func() { _ = r.report.Close() }()
+	pid, err := r.start(c)
+	_ = errors.Join(r.reportW.Close(), r.wantedR.Close())
+	if err != nil {
+		return report{Lost: "it can't be started: " + err.Error()}
+	}
+	return r.wait(pid)
+}
+
+func (r *runner) start(c *Command) (pid int, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	defer func() { _ = null.Close() }()
-	report, reportW, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = reportW.Close() }()
-	wantedR, wanted, err := os.Pipe()
-	if err != nil {
-		return nil, errors.Join(err, report.Close())
-	}
-	defer func() { _ = wantedR.Close() }()
 	argv := append(append([]string{}, c.Runner...), runOptions{c.Timeout, c.NewPrivs}.encode()...)
 	// Not os/exec: its Wait holds a thread, and the runtime would end this process if it needed
 	// another one while the job has used up the limit of processes.
-	pid, err := syscall.ForkExec("/proc/self/exe", append(argv, c.Argv...), &syscall.ProcAttr{
+	return syscall.ForkExec("/proc/self/exe", append(argv, c.Argv...), &syscall.ProcAttr{
 		Env:   c.Env,
-		Files: []uintptr{null.Fd(), reportW.Fd(), 2, wantedR.Fd()},
+		Files: []uintptr{null.Fd(), r.reportW.Fd(), 2, r.wantedR.Fd()},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
-	if err != nil {
-		return nil, errors.Join(err, report.Close(), wanted.Close())
-	}
-	return &runner{pid: pid, report: report, wanted: wanted}, nil
 }
 
 // cancel has the runner kill what it has started. It may be called more than once.
 func (r *runner) cancel() { _ = r.wanted.Close() }
 
 // wait returns the report when the runner has exited.
-func (r *runner) wait() (got report) {
+func (r *runner) wait(pid int) (got report) {
 	text, err := io.ReadAll(io.LimitReader(r.report, maxReport))
-	_ = r.report.Close()
 	if err == nil {
 		err = json.Unmarshal(text, &got)
 	}
 	if err != nil {
-		got = report{Fault: "the process that runs the check has left no report"}
+		got = report{Lost: "the process that runs it was killed"}
 	}
 	for { // it exits at this moment, or has exited
-		if _, err := unix.Wait4(r.pid, nil, 0, nil); err != unix.EINTR {
+		if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
 			return got
 		}
 	}
@@ -145,6 +165,7 @@ func (r *runner) wait() (got report) {
 
 // report is what a runner writes when nothing of the check is left.
 type report struct {
+	Lost     string // why the runner has left no report; "": it has
 	Fault    string // why it was not run; "": it was
 	Code     int
 	Signal   int
@@ -161,6 +182,8 @@ const (
 func (r report) err(timeout time.Duration) error {
 	var why string
 	switch {
+	case r.Lost != "":
+		return fmt.Errorf("%w: %s", ErrNoResult, r.Lost)
 	case r.Fault != "":
 		why = r.Fault
 	case r.TimedOut:

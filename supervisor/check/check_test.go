@@ -141,7 +141,7 @@ func TestCommand_Cancelled(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- c.Probe(ctx) }()
 	waitMarked(t, newMark(t), 4) // the runner, the shell and both sleeps
-	if err := c.Probe(ctx); !errors.Is(err, ErrStuck) {
+	if err := c.Probe(ctx); !errors.Is(err, ErrNoResult) {
 		t.Errorf("a second one beside it: %v", err)
 	}
 	cancel()

@@ -122,7 +122,7 @@ func (r *report) run(argv []string, timeout time.Duration) (wanted bool) {
 			fds[2].Fd = -1
 		}
 		// Nobody writes to wantedFd, so it shows its end only.
-		_, _ = unix.Poll(fds, int(left.Milliseconds())+1)
+		_, _ = unix.Poll(fds, int(min(left, time.Minute).Milliseconds())+1)
 		if fds[1].Revents != 0 {
 			wanted = false
 			break
@@ -146,6 +146,7 @@ func (r *report) run(argv []string, timeout time.Duration) (wanted bool) {
 // exited, which is a child.
 func killAll(pid int) (status unix.WaitStatus) {
 	var procs *proctree.Scanner
+	pause := 100 * time.Microsecond
 	for round := 0; ; round++ {
 		for {
 			var ws unix.WaitStatus
@@ -174,7 +175,8 @@ func killAll(pid int) (status unix.WaitStatus) {
 		if round > 3 { // what forks faster than the lists can be read
 			procs.KillDescendants(procs.Self)
 		}
-		time.Sleep(min(time.Duration(round+1)*100*time.Microsecond, 20*time.Millisecond))
+		time.Sleep(pause)
+		pause = min(pause*5/4, time.Second) // it may be in uninterruptible sleep for hours
 	}
 }
 

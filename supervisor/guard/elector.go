@@ -43,7 +43,7 @@ type electorState string
 const (
 	electorStarting electorState = "starting" // another thread forks it
 	electorRunning  electorState = "running"
-	electorEnding   electorState = "ending" // it has got SIGKILL, and has not exited yet
+	electorEnding   electorState = "ending" // it has got SIGKILL; or it has exited: see drain
 	electorGone     electorState = "gone"   // none runs, and none follows
 )
 
@@ -60,6 +60,8 @@ type elector struct {
 	inbox     ipc.Inbox
 	outbox    ipc.Outbox
 	pipeEnded bool
+	status    unix.WaitStatus // how it has exited
+	drainBy   time.Duration   // it has exited, and its pipe must end by then; 0: it has not
 
 	heardAt      time.Duration
 	checkAt      time.Duration // when its silence is checked next
@@ -137,6 +139,10 @@ func (g *guard) send(message any) {
 func (g *guard) receiveFromElector() {
 	e := &g.elector
 	if e.pipeEnded {
+		return
+	}
+	if e.drainBy != 0 {
+		g.drain(boottime.Now())
 		return
 	}
 	if _, err := e.inbox.Fill(e.in); err != nil {
@@ -262,6 +268,8 @@ func (g *guard) serveElectorDeadlines(now time.Duration) {
 		g.giveUp("it does not start")
 	case e.state == electorRunning && now >= e.checkAt:
 		g.checkSilence(now)
+	case e.drainBy != 0 && now >= e.drainBy:
+		g.drain(now)
 	}
 	if e.revoker != 0 && now >= e.revokeBy {
 		_ = unix.Kill(e.revoker, unix.SIGKILL)
@@ -292,6 +300,10 @@ func (g *guard) nextElectorDeadline() time.Duration {
 		}
 	case electorRunning:
 		next = e.checkAt
+	case electorEnding:
+		if e.drainBy != 0 {
+			next = e.drainBy
+		}
 	case electorGone:
 		if g.starter.busy > 0 && !g.job.alive() { // see finished
 			next = g.starter.busyBy
@@ -324,6 +336,7 @@ func (g *guard) giveUp(why string) {
 		proctree.SignalPidfd(e.pidfd, unix.SIGKILL)
 		e.transition(g, electorEnding, why)
 	default:
+		e.closeProcess()
 		e.transition(g, electorGone, why)
 	}
 	g.job.kill(ipc.KilledElector)
@@ -340,13 +353,27 @@ func (g *guard) closeListener() {
 	}
 }
 
-// electorExited: the elector is reaped, so nothing new leaves it any more. What it has sent counts
-// to the last message. Most of all, it may have announced that it gives the lease back.
+// electorExited: the elector is reaped, so nothing new leaves it any more.
 func (g *guard) electorExited(ws unix.WaitStatus) {
 	e, now := &g.elector, boottime.Now()
-	e.pid = 0
+	e.pid, e.status, e.drainBy = 0, ws, now+g.startTimeout()
 	g.listChildren()
+	g.drain(now)
+}
+
+// drain acts on what an elector has sent that has exited. That counts to the last message: it may
+// have announced that it gives the lease back. It may have been forking a process. Until that has
+// executed its binary, it holds the other end of the pipe. So the pipe may end only a little later,
+// and drain is called again.
+func (g *guard) drain(now time.Duration) {
+	e := &g.elector
 	whole := g.readToEnd()
+	if !e.pipeEnded && now < e.drainBy {
+		if e.state != electorEnding {
+			e.transition(g, electorEnding, "exited, and its pipe is still held")
+		}
+		return
+	}
 	e.closeProcess()
 	if g.reload.state == reloadStarting { // it was never ready: the one before it comes back
 		e.announced = false
@@ -356,7 +383,7 @@ func (g *guard) electorExited(ws unix.WaitStatus) {
 		g.giveUpReload()
 		return
 	}
-	exit := proctree.ExitOf(ws)
+	exit := proctree.ExitOf(e.status)
 	attrs := []any{"exit_code", exit.Code, "signal", exit.Signal}
 	if e.silent {
 		attrs = nil // we have killed it
@@ -408,7 +435,7 @@ func (g *guard) readToEnd() bool {
 
 // closeProcess closes what belongs to an elector that has exited.
 func (e *elector) closeProcess() {
-	e.pipeEnded = true
+	e.pipeEnded, e.drainBy = true, 0
 	for _, fd := range []*int{&e.in, &e.outbox.FD, &e.pidfd} {
 		if *fd >= 0 {
 			_ = unix.Close(*fd)

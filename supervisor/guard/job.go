@@ -110,7 +110,7 @@ func (j *job) startAsked(m ipc.Start) {
 	}
 	g.starts++
 	g.known.Starts++
-	g.known.JobReady = ipc.JobReady{}
+	g.known.JobReady, g.known.Unhealthy = ipc.JobReady{}, false
 	*j = job{
 		g: g, state: jobIdle, serial: g.starts, unanswered: true, pidfd: -1,
 		askedAt: boottime.Now(), stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
@@ -277,6 +277,11 @@ func (j *job) stopAsked(m ipc.Stop, now time.Duration) {
 	case ipc.UntilKillBy:
 		j.stop(forever, electorAsked)
 	default:
+		if m.Unhealthy && (j.state == jobForking || j.state == jobRunning) {
+			j.g.known.Unhealthy = true
+			j.stop(now+m.Grace, isUnhealthy)
+			return
+		}
 		j.stop(now+m.Grace, electorAsked)
 	}
 }
@@ -379,6 +384,7 @@ const (
 	noRenewal    = "no renewal by stop-at"
 	electorAsked = "the elector asks for it"
 	userAsked    = "the daemon stops"
+	isUnhealthy  = "it is unhealthy" // as if it exited by itself: another start may follow
 )
 
 // exitTimeout is how long the spawner may take to report an exit that the guard sees.
@@ -417,6 +423,7 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 		}
 		j.transition(jobStopping, why)
 	case jobStopping: // the elector asks for it too, or another one does again
+		j.ordered = true
 		j.graceEnd = min(j.graceEnd, graceEnd)
 	case jobFreezing, jobFrozen, jobThawing: // it can't act on the signal, and is thawed no more
 		j.kill(ipc.KilledFrozen)
@@ -492,7 +499,7 @@ func (j *job) transition(to jobState, why string) {
 	case jobThawing:
 		j.thawAsked, j.complainAt = now, now+j.killBy-j.stopAt
 	case jobStopping:
-		j.endAt, j.ordered = now, true
+		j.endAt, j.ordered = now, j.ordered || why != isUnhealthy
 		j.g.send(ipc.Ending{})
 		level := slog.LevelInfo
 		if why == noRenewal {
@@ -507,7 +514,8 @@ func (j *job) transition(to jobState, why string) {
 		if j.endAt == 0 {
 			j.endAt = now
 		}
-		j.ordered = j.ordered || j.reason != ipc.KilledLeftover
+		graceOver := j.reason == ipc.KilledGrace && j.g.known.Unhealthy
+		j.ordered = j.ordered || j.reason != ipc.KilledLeftover && !graceOver
 	case jobIdle:
 		j.reportGone(now)
 		if j.frozenAt != 0 { // the next one is started in the same cgroup

@@ -91,8 +91,12 @@ type (
 	// Extend moves the deadlines of the job. One that is frozen is thawed.
 	Extend struct{ StopAt, KillBy time.Duration }
 	// Stop asks for the end of the job. Grace 0 kills it at once, because the lease is lost and the
-	// next leader may be starting. UntilKillBy leaves it the time until kill-by.
-	Stop struct{ Grace time.Duration }
+	// next leader may be starting. UntilKillBy leaves it the time until kill-by. Unhealthy: the job
+	// is stopped because of what it does. That counts as if it exited by itself with an error.
+	Stop struct {
+		Grace     time.Duration
+		Unhealthy bool
+	}
 	// Ping wants a Pong with its number.
 	Ping struct{ Number int64 }
 	// Status is what systemd shows.
@@ -198,7 +202,9 @@ func (m Message) Extend() Extend {
 }
 
 // Stop decodes a KindStop.
-func (m Message) Stop() Stop { return Stop{Grace: time.Duration(m.number[0])} }
+func (m Message) Stop() Stop {
+	return Stop{Grace: time.Duration(m.number[0]), Unhealthy: m.number[1] != 0}
+}
 
 // Ping decodes a KindPing.
 func (m Message) Ping() Ping { return Ping{Number: m.number[0]} }

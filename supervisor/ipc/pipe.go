@@ -77,7 +77,7 @@ func (o *Outbox) encode(message any) int {
 	case Extend:
 		kind, number = KindExtend, [4]int64{int64(m.StopAt), int64(m.KillBy)}
 	case Stop:
-		kind, number = KindStop, [4]int64{int64(m.Grace)}
+		kind, number = KindStop, [4]int64{int64(m.Grace), flag(m.Unhealthy)}
 	case Ping:
 		kind, number = KindPing, [4]int64{m.Number}
 	case Status:

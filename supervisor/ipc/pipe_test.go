@@ -116,7 +116,7 @@ func fullRecord() Record {
 			Exited: Exited{Code: 15, Signal: 16}, Errno: 17, At: 18, Ran: 19, Ordered: true,
 		},
 		StopSignals: 20, Exited: 21, Silent: 22, Recovered: 23, Reloaded: 24,
-		JobReady: JobReady{Passed: true, Notified: true},
+		JobReady: JobReady{Passed: true, Notified: true}, Unhealthy: true,
 	}
 }
 

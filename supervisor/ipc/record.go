@@ -39,6 +39,8 @@ type Record struct {
 	// job does not exit by itself.
 	Due     time.Duration
 	Ordered bool
+	// Unhealthy: the job, or the last one, is stopped because of that.
+	Unhealthy bool
 	// Serial is that of the job's start, or of the next one. The spawner's messages with a lower
 	// one are out of date.
 	Serial int32
@@ -68,7 +70,7 @@ type RecordedExit struct {
 }
 
 // recordLen is the length of a Record without the key, which follows.
-const recordLen = 30 * 8
+const recordLen = 31 * 8
 
 // encode writes the record without the key.
 func (r *Record) encode(b []byte) int {
@@ -81,6 +83,7 @@ func (r *Record) encode(b []byte) int {
 		int64(r.LastExit.At), int64(r.LastExit.Ran), flag(r.LastExit.Ordered),
 		int64(r.StopSignals), int64(r.Exited), int64(r.Silent), r.Recovered,
 		int64(r.Reloaded), flag(r.JobReady.Passed), flag(r.JobReady.Notified),
+		flag(r.Unhealthy),
 	}
 	for i, v := range numbers {
 		binary.LittleEndian.PutUint64(b[8*i:], uint64(v))
@@ -109,6 +112,7 @@ func (m Message) Record() Record {
 		},
 		StopSignals: int(n(23)), Exited: int(n(24)), Silent: int(n(25)),
 		Recovered: n(26), Reloaded: int(n(27)),
-		JobReady: JobReady{Passed: n(28) != 0, Notified: n(29) != 0},
+		JobReady:  JobReady{Passed: n(28) != 0, Notified: n(29) != 0},
+		Unhealthy: n(30) != 0,
 	}
 }
