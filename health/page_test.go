@@ -256,6 +256,12 @@ func pageStates() map[string]Snapshot {
 			s.Reason = "no answer from http://etcd-1:2379: connection refused"
 			s.Leading, s.StopAt, s.KillBy, s.End = false, 0, 0, 0
 		}),
+		"failing": now(func(s *Snapshot) {
+			s.Job = Job{
+				State: "backoff", StartedAt: time.Now().Add(-time.Minute), Restarts: 3,
+				LastExit: &Exit{Code: 7, At: time.Now()},
+			}
+		}),
 		"held": now(func(s *Snapshot) {
 			standby(s)
 			s.Leader = nil
@@ -288,6 +294,7 @@ func TestPage(t *testing.T) {
 			"connecting", "no answer from http://etcd-1:2379", "nobody, as far as is known",
 			"There is no lease.",
 		},
+		"failing": {"leading, job not ready", "backoff", "code 7"},
 		"held": {
 			"held\nnode-1\nsince", "Held by alice@laptop since ", ": a new disk. Nobody new",
 		},
@@ -298,6 +305,8 @@ func TestPage(t *testing.T) {
 	for name, s := range pageStates() {
 		ts := newTestServer(t, s)
 		address := "http://" + ts.addr + "/"
+		// The page before looks for its server.
+		b.call("Page.navigate", map[string]any{"url": "about:blank"}, nil)
 		b.urls, b.faults = nil, nil
 		b.call("Page.navigate", map[string]any{"url": address}, nil)
 		for _, text := range want[name] {
