@@ -90,6 +90,7 @@ func init() {
 		"standby-revoked":    {3, 0, revokeStandby, nil},
 		"held":               {3, 2, holdElection, func(w *world, _ *Fault) { releaseElection(w) }},
 		"switchover":         {4, 1.5, switchOver, withdraw},
+		"switchover-lost":    {3, 1.5, loseSwitchover, withdraw},
 		"clock-rate-changed": {2, 0, changeRate, nil},
 	}
 }

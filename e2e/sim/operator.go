@@ -148,5 +148,12 @@ func switchOver(w *world, f *Fault) {
 	}
 }
 
+// loseSwitchover asks for a switchover, and deletes the leader's key while its job stops.
+func loseSwitchover(w *world, f *Fault) {
+	switchOver(w, f)
+	f.Daemon = -1
+	w.later(time.Duration(f.Level*0.05*float64(w.s.TTL)), func() { deleteKey(w, f) })
+}
+
 // withdraw ends what is left of a request.
 func withdraw(w *world, _ *Fault) { w.cluster.DeleteKey(control.SwitchoverOf(election)) }
