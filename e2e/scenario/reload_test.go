@@ -361,7 +361,7 @@ func TestReload_Restored(t *testing.T) {
 			for _, in := range []*installed{leader, standby} {
 				before := in.look()
 				in.putStandin(mode)
-				for range 4 { // more often than a guard replaces electors that are lost
+				for range 3 { // more often than a guard replaces electors that are lost
 					code, said := tr.reload(0, strconv.Itoa(in.Guard()))
 					if code != 1 || !strings.Contains(said, "lost before it was ready") {
 						t.Errorf("reload of %s: %d, %q", in.Identity, code, said)
