@@ -77,8 +77,8 @@ func newProgram(build Build) *cli.Program {
 }
 
 // report writes why the command ended to standard error and to the file that Kubernetes shows, and
-// returns the exit code. The commands that somebody runs beside the daemon do not write to that
-// file: it is for the process that the container was started for.
+// returns the exit code. The other commands, which somebody runs beside the daemon, do not write to
+// that file: it is for the process that the container was started for.
 func report(command string, err error) int {
 	var logged *loggedError
 	if errors.As(err, &logged) {
@@ -95,8 +95,7 @@ func report(command string, err error) int {
 	}
 	text = printable(text)
 	fmt.Fprint(os.Stderr, text)
-	beside := []string{"status", "hold", "release", "switchover", "check", "reload"}
-	if !slices.Contains(beside, command) {
+	if slices.Contains([]string{"", "run", "elect", "install"}, command) {
 		leaveMessage(terminationLog, text, false)
 	}
 	return end.code

@@ -48,6 +48,16 @@ func TestCompletion(t *testing.T) {
 			newProgram(Build{}).Completion())
 }
 
+// TestReferenceSchema: docs/schema.json describes what commands print with --json. With -update it
+// is written.
+func TestReferenceSchema(t *testing.T) {
+	schema, err := cli.Schema()
+	if err != nil {
+		t.Fatal(err)
+	}
+	generated(t, filepath.Join("..", "docs", "schema.json"), string(schema))
+}
+
 // generated compares a file with what the code says; with -update it writes it.
 func generated(t *testing.T, path, want string) {
 	t.Helper()
@@ -166,6 +176,21 @@ the leader's here, and the candidate's own there.
 
 `)
 	fields(&b, cli.ReportFields())
+	md(`
+### The JSON of list, history
+
+Each prints one object. [schema.json](schema.json) is the JSON Schema of what ~status~, ~list~ and
+~history~ print with ~--json~.
+
+~list --json~:
+
+`)
+	fields(&b, cli.ListFields())
+	md(`
+~history --json~:
+
+`)
+	fields(&b, cli.HistoryFields())
 	b.WriteString("\n## Exit codes\n\n")
 	table(&b, "code", "when", exitEntries())
 	b.WriteString("\n" + lastWords + "\n")

@@ -116,6 +116,26 @@ func (p *Program) Commands() []Command {
 			Run: p.status,
 		},
 		{
+			Name: "list", Args: "[--json]", Flags: []string{"--json"},
+			Summary: "show the elections that have a candidate: leader, token, since when," +
+				" number of candidates, and whether they are held",
+			Description: "It knows of an election if a candidate of leasehold has joined it." +
+				" Exit code 0; 69: etcd does not answer, or refuses.",
+			Run: p.list,
+		},
+		{
+			Name: "history", Args: "[ELECTION] [-n N] [--json]", Max: 1,
+			Flags: []string{"--json"}, Options: []string{"-n"},
+			Summary: "show who has led: token, from when, how long, why no longer," +
+				" starts and last exit of the job",
+			Description: "The last 20 terms, or N of the 100 that etcd keeps, the latest first." +
+				" Why: stopped, held, resigned, contact lost, lease lost, key deleted," +
+				" key overwritten, job exited, job not started, guard lost, internal error;" +
+				" or lost, if the leader could not say." +
+				" Exit code 0; 69: etcd does not answer, or refuses.",
+			Run: p.history,
+		},
+		{
 			Name: "hold", Args: "[ELECTION] [--for TIME] [--reason TEXT] [--stop]", Max: 1,
 			Flags: []string{"--stop"}, Options: []string{"--for", "--reason"},
 			Summary: "let nobody become leader until release; whoever leads goes on",
@@ -197,8 +217,8 @@ func (p *Program) Commands() []Command {
 
 // commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{
-	"run", "elect", "status", "hold", "release", "switchover", "check", "reload", "install",
-	"version",
+	"run", "elect", "status", "list", "history", "hold", "release", "switchover", "check", "reload",
+	"install", "version",
 	"help",
 }
 

@@ -39,13 +39,18 @@ type asked struct {
 
 // ask calls the command with the election that the call names.
 func (p *Program) ask(c Call, command func(a asked) error) error {
+	return p.askFor(c, config.ForStatus, command)
+}
+
+// askFor does so for a use of the configuration.
+func (p *Program) askFor(c Call, use config.Use, command func(a asked) error) error {
 	if len(c.Args) == 1 {
 		if err := os.Setenv(config.Prefix+"_ELECTION", c.Args[0]); err != nil {
 			return &UsageError{Hint: c.Command.Name +
 				" can't ask for that election: its name holds a NUL"}
 		}
 	}
-	cfg, err := config.Load(config.ForStatus)
+	cfg, err := config.Load(use)
 	if err != nil {
 		return err
 	}

@@ -102,8 +102,8 @@ type TLS struct {
 }
 
 // A Use is what the configuration is read for. It decides which problems count: ForCheck looks at
-// LISTEN alone, and ForStatus only at what it needs to reach etcd. So both work wherever somebody
-// calls them.
+// LISTEN alone, ForStatus only at what it needs to ask etcd about an election, and ForList about
+// all. So they work wherever somebody calls them.
 type Use string
 
 // The uses of a configuration.
@@ -111,6 +111,7 @@ const (
 	ForRun    Use = "run"
 	ForElect  Use = "elect"
 	ForStatus Use = "status"
+	ForList   Use = "list"
 	ForCheck  Use = "check"
 )
 

@@ -39,9 +39,12 @@ func (p *problems) matters(name string) bool {
 	switch p.use {
 	case ForCheck:
 		return name == "LISTEN"
-	case ForStatus:
+	case ForStatus, ForList:
+		if name == "ELECTION" {
+			return p.use == ForStatus
+		}
 		return strings.HasPrefix(name, "TLS_") || slices.Contains([]string{
-			"ENDPOINTS", "ELECTION", "USERNAME", "PASSWORD", "PASSWORD_FILE", "DIAL_TIMEOUT",
+			"ENDPOINTS", "USERNAME", "PASSWORD", "PASSWORD_FILE", "DIAL_TIMEOUT",
 		}, name)
 	default:
 		return true

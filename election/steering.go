@@ -241,10 +241,7 @@ func (s *steering) mayBeLeading(created int64) bool {
 // when it was made. If a stranger has made it, nobody knows, and any older key will do. s.mu is
 // held.
 func (s *steering) names(created int64) bool {
-	if s.hold.Token == 0 {
-		return created < s.holdKey.created
-	}
-	return s.hold.Token == created
+	return s.hold.Names(s.holdKey.created, created)
 }
 
 // heldFor returns the hold that keeps whoever is first in the queue from leading; nil: there is

@@ -34,6 +34,8 @@ _leasehold() {
         ;;
     run) choices='--' ;;
     status) flags='--json' ;;
+    list) flags='--json' ;;
+    history) flags='--json -n' ;;
     hold) flags='--stop --for --reason' ;;
     switchover) flags='--to --timeout' ;;
     check) choices='live ready leader standby' ;;

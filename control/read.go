@@ -1,0 +1,160 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// Summary is one election among others.
+type Summary struct {
+	Election   string
+	Leader     string // the identity of the first candidate; "": there is none
+	Token      int64  // its fencing token; 0: there is no candidate
+	Since      time.Time
+	Candidates int
+	Hold       *Hold // nil: there is none
+}
+
+// List returns the elections with a candidate that has written its record, in the order of their
+// names. The error is a *KeysError.
+func List(ctx context.Context, etcd Etcd) ([]Summary, error) {
+	var all []Summary
+	for from := Root; ; {
+		kvs, err := read(ctx, etcd, &pb.RangeRequest{
+			Key: []byte(from), RangeEnd: []byte(clientv3.GetPrefixRangeEnd(Root)),
+			Limit: 1, KeysOnly: true,
+		})
+		if err != nil {
+			return nil, &KeysError{Permission: "read", Prefix: Root, Err: err}
+		}
+		if len(kvs) == 0 {
+			return all, nil
+		}
+		segment, _, _ := strings.Cut(strings.TrimPrefix(string(kvs[0].Key), Root), "/")
+		from = clientv3.GetPrefixRangeEnd(Root + segment + "/")
+		name, err := unescape(segment)
+		if err != nil || escape(name) != segment {
+			continue // it is none of ours
+		}
+		s, err := summarize(ctx, etcd, name)
+		if err != nil {
+			return nil, err
+		}
+		if s.Candidates > 0 {
+			all = append(all, s)
+		}
+	}
+}
+
+// A KeysError is a request that failed, perhaps because etcd's roles forbid it.
+type KeysError struct {
+	Permission string // read, write or readwrite
+	Prefix     string
+	Err        error
+}
+
+func (e *KeysError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e *KeysError) Unwrap() error { return e.Err }
+
+// summarize reads one election in one request.
+func summarize(ctx context.Context, etcd Etcd, election string) (Summary, error) {
+	s := Summary{Election: election}
+	records := prefix(Candidates(election))
+	records.CountOnly = true
+	first := prefix(election + "/")
+	first.Limit, first.SortTarget, first.SortOrder = 1, pb.RangeRequest_CREATE, pb.RangeRequest_ASCEND
+	last := prefix(History(election))
+	last.Limit, last.SortTarget, last.SortOrder = 1, pb.RangeRequest_CREATE, pb.RangeRequest_DESCEND
+	hold := &pb.RangeRequest{Key: []byte(HoldOf(election))}
+	txn := &pb.TxnRequest{}
+	for _, r := range []*pb.RangeRequest{records, first, last, hold} {
+		txn.Success = append(txn.Success,
+			&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}})
+	}
+	resp, err := etcd.Txn(ctx, txn)
+	if err != nil {
+		return s, &KeysError{Permission: "read", Prefix: election + "/", Err: err}
+	}
+	got := func(i int) *pb.RangeResponse { return resp.Responses[i].GetResponseRange() }
+	if got(0).Count == 0 {
+		return s, nil
+	}
+	s.Candidates = int(got(1).Count)
+	if kvs := got(3).Kvs; len(kvs) > 0 {
+		s.Hold = &Hold{}
+		_ = Decode(kvs[0].Value, s.Hold)
+	}
+	kvs := got(1).Kvs
+	if len(kvs) == 0 || kvs[0].Lease == 0 ||
+		string(kvs[0].Key) != fmt.Sprintf("%s/%x", election, kvs[0].Lease) {
+		return s, nil
+	}
+	if h := got(3).Kvs; len(h) > 0 && !s.Hold.Names(h[0].CreateRevision, kvs[0].CreateRevision) {
+		return s, nil
+	}
+	s.Leader, s.Token = identityOf(kvs[0], kvs[0].CreateRevision), kvs[0].CreateRevision
+	var t Term
+	if kvs := got(2).Kvs; len(kvs) > 0 && Decode(kvs[0].Value, &t) == nil && t.Token == s.Token {
+		s.Since = t.Started
+	}
+	return s, nil
+}
+
+// Terms returns the last n terms of the election, the latest first.
+func Terms(ctx context.Context, etcd Etcd, election string, n int) ([]Term, error) {
+	all := prefix(History(election))
+	all.Limit = 2 * KeepTerms
+	all.SortTarget, all.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_DESCEND
+	kvs, err := read(ctx, etcd, all)
+	if err != nil {
+		return nil, &KeysError{Permission: "read", Prefix: Prefix(election), Err: err}
+	}
+	terms := readTerms(kvs)
+	return terms[:min(n, len(terms))], nil
+}
+
+// readTerms reads terms that anybody may have written, the latest first.
+func readTerms(kvs []*mvccpb.KeyValue) (terms []Term) {
+	for _, kv := range kvs {
+		var t Term
+		k, err := ParseKey(string(kv.Key))
+		if err != nil || k.Kind != HistoryKey || Decode(kv.Value, &t) != nil {
+			continue
+		}
+		t.Token = k.Token
+		terms = append(terms, t)
+	}
+	slices.SortFunc(terms, func(a, b Term) int { return cmp.Compare(b.Token, a.Token) })
+	return terms
+}
+
+// ReadCandidates returns the records of the election's candidates by their lease.
+func ReadCandidates(
+	ctx context.Context, etcd Etcd, election string,
+) (map[int64]Candidate, error) {
+	kvs, err := read(ctx, etcd, prefix(Candidates(election)))
+	if err != nil {
+		return nil, &KeysError{Permission: "read", Prefix: Prefix(election), Err: err}
+	}
+	all := map[int64]Candidate{}
+	for _, kv := range kvs {
+		var c Candidate
+		k, err := ParseKey(string(kv.Key))
+		// A record that is bound to another lease is none of that candidate's.
+		if err == nil && k.Kind == CandidateKey && k.Lease == kv.Lease &&
+			Decode(kv.Value, &c) == nil {
+			all[k.Lease] = c
+		}
+	}
+	return all, nil
+}
