@@ -74,6 +74,11 @@ func (r *recorded) Entered(key string, created int64) {
 	r.recorder.Joined(r.lease.Load(), false)
 }
 
+func (r *recorded) Extended(d election.Deadlines) {
+	r.Callbacks.Extended(d)
+	r.recorder.Renewed()
+}
+
 func (r *recorded) Lead(ctx context.Context, t election.Term) error {
 	r.recorder.Began(t.Token, t.Adopted)
 	err := r.Callbacks.Lead(ctx, t)

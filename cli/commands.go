@@ -218,8 +218,7 @@ func (p *Program) Commands() []Command {
 // commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{
 	"run", "elect", "status", "list", "history", "hold", "release", "switchover", "check", "reload",
-	"install", "version",
-	"help",
+	"install", "version", "help",
 }
 
 // GlobalFlags are the flags that every command takes.

@@ -1,10 +1,8 @@
 package control
 
 import (
-	"cmp"
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -72,9 +70,9 @@ func summarize(ctx context.Context, etcd Etcd, election string) (Summary, error)
 	records := prefix(Candidates(election))
 	records.CountOnly = true
 	first := prefix(election + "/")
-	first.Limit, first.SortTarget, first.SortOrder = 1, pb.RangeRequest_CREATE, pb.RangeRequest_ASCEND
-	last := prefix(History(election))
-	last.Limit, last.SortTarget, last.SortOrder = 1, pb.RangeRequest_CREATE, pb.RangeRequest_DESCEND
+	first.Limit = 1
+	first.SortTarget, first.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_ASCEND
+	last := lastTerms(election, 1, false)
 	hold := &pb.RangeRequest{Key: []byte(HoldOf(election))}
 	txn := &pb.TxnRequest{}
 	for _, r := range []*pb.RangeRequest{records, first, last, hold} {
@@ -112,10 +110,7 @@ func summarize(ctx context.Context, etcd Etcd, election string) (Summary, error)
 
 // Terms returns the last n terms of the election, the latest first.
 func Terms(ctx context.Context, etcd Etcd, election string, n int) ([]Term, error) {
-	all := prefix(History(election))
-	all.Limit = 2 * KeepTerms
-	all.SortTarget, all.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_DESCEND
-	kvs, err := read(ctx, etcd, all)
+	kvs, err := read(ctx, etcd, lastTerms(election, KeepTerms, false))
 	if err != nil {
 		return nil, &KeysError{Permission: "read", Prefix: Prefix(election), Err: err}
 	}
@@ -123,7 +118,7 @@ func Terms(ctx context.Context, etcd Etcd, election string, n int) ([]Term, erro
 	return terms[:min(n, len(terms))], nil
 }
 
-// readTerms reads terms that anybody may have written, the latest first.
+// readTerms reads terms that anybody may have written.
 func readTerms(kvs []*mvccpb.KeyValue) (terms []Term) {
 	for _, kv := range kvs {
 		var t Term
@@ -134,7 +129,6 @@ func readTerms(kvs []*mvccpb.KeyValue) (terms []Term) {
 		t.Token = k.Token
 		terms = append(terms, t)
 	}
-	slices.SortFunc(terms, func(a, b Term) int { return cmp.Compare(b.Token, a.Token) })
 	return terms
 }
 

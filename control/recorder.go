@@ -8,11 +8,14 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"leasehold/internal/quote"
 )
 
 const (
@@ -23,13 +26,15 @@ const (
 
 	// joinedDelay and begunDelay keep the records off the path to a start: a candidate that leads
 	// soon does that first. leftDelay lets the next leader start first.
-	joinedDelay = 250 * time.Millisecond
-	begunDelay  = 200 * time.Millisecond
-	leftDelay   = 10 * time.Millisecond
+	// Many candidates may join at once, so each waits for up to joinedSpread more.
+	joinedDelay  = 250 * time.Millisecond
+	joinedSpread = 1500 * time.Millisecond
+	begunDelay   = 200 * time.Millisecond
+	leftDelay    = 10 * time.Millisecond
 	// forbiddenRetry is for what etcd's roles forbid.
 	forbiddenRetry = 5 * time.Minute
 	// lastTime bounds what is written while the daemon exits.
-	lastTime = time.Second
+	lastTime = 250 * time.Millisecond
 	// mostChanges bounds the changes in one transaction. etcd takes 128 by default.
 	mostChanges = 100
 	// mostPending bounds the terms that wait to be written while etcd can't be used.
@@ -41,6 +46,7 @@ const (
 type Recorder struct {
 	cfg     RecorderConfig
 	changed chan struct{} // room for one
+	asleep  atomic.Bool   // Run does not know of the term that began
 
 	mu      sync.Mutex
 	self    *pendingCandidate // nil: there is no lease, or it is written
@@ -97,10 +103,10 @@ func (r *Recorder) Joined(lease int64, adopted bool) {
 	r.update(func() {
 		self := &pendingCandidate{
 			Candidate: r.cfg.Candidate, lease: lease, adopted: adopted,
-			due: time.Now().Add(joinedDelay + rand.N(joinedDelay)),
+			due: time.Now().Add(joinedDelay + rand.N(joinedSpread)),
 		}
 		self.Since = now()
-		r.self, r.retryAt = self, time.Time{}
+		r.self = self
 		r.release()
 	})
 }
@@ -124,17 +130,26 @@ func (r *Recorder) release() {
 
 // Began notes that a term has begun. adopted: it began in the process before this one.
 func (r *Recorder) Began(token int64, adopted bool) {
-	r.update(func() {
-		r.terms = append(r.terms, &pendingTerm{
-			Term: Term{
-				Token: token, Identity: r.cfg.Candidate.Identity, Started: now(),
-			},
-			adopted: adopted, dirty: true, due: time.Now().Add(begunDelay),
-		})
-		if len(r.terms) > mostPending {
-			r.terms = r.terms[1:]
-		}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.terms = append(r.terms, &pendingTerm{
+		Term: Term{
+			Token: token, Identity: r.cfg.Candidate.Identity, Started: now(),
+		},
+		adopted: adopted, dirty: true, due: time.Now().Add(begunDelay),
 	})
+	if len(r.terms) > mostPending {
+		r.terms = r.terms[1:]
+	}
+	r.asleep.Store(true)
+}
+
+// Renewed has a term written that Began noted. It is called when the lease is renewed: Began would
+// wake Run while the job is being started.
+func (r *Recorder) Renewed() {
+	if r.asleep.CompareAndSwap(true, false) {
+		r.poke()
+	}
 }
 
 // Ended notes that the term that began last has ended, and that its job has exited. starts and exit
@@ -154,6 +169,10 @@ func (r *Recorder) update(event func()) {
 	r.mu.Lock()
 	event()
 	r.mu.Unlock()
+	r.poke()
+}
+
+func (r *Recorder) poke() {
 	select {
 	case r.changed <- struct{}{}:
 	default:
@@ -164,7 +183,7 @@ func (r *Recorder) update(event func()) {
 func now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
 
 // Run writes the records until ctx ends. Then it writes the ends of terms whose lease is released,
-// for at most a second.
+// for at most a quarter of one.
 func (r *Recorder) Run(ctx context.Context, etcd Etcd) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -229,6 +248,13 @@ func (r *Recorder) next() (*pendingCandidate, *pendingTerm, time.Duration) {
 		return nil, nil, wait
 	}
 	wait := never
+	if r.self != nil {
+		until := time.Until(r.self.due)
+		if until <= 0 {
+			return r.self, nil, 0
+		}
+		wait = min(wait, until)
+	}
 	for _, t := range r.terms {
 		if !t.dirty || t.due.IsZero() {
 			continue
@@ -236,13 +262,6 @@ func (r *Recorder) next() (*pendingCandidate, *pendingTerm, time.Duration) {
 		until := time.Until(t.due)
 		if until <= 0 {
 			return nil, t, 0
-		}
-		wait = min(wait, until)
-	}
-	if r.self != nil {
-		until := time.Until(r.self.due)
-		if until <= 0 {
-			return r.self, nil, 0
 		}
 		wait = min(wait, until)
 	}
@@ -257,7 +276,9 @@ func (r *Recorder) attempted(etcd Etcd, err error) {
 	case err == nil:
 		r.retry, r.problem = 0, ""
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
-		r.problem = etcd.Explain(err, "readwrite", "the prefix "+Prefix(r.cfg.Election)).Error()
+		// The members may say it in another order next time.
+		r.problem = cmp.Or(before, etcd.Explain(err, "readwrite",
+			"the prefix "+quote.Value(Prefix(r.cfg.Election))).Error())
 		r.retry = forbiddenRetry
 	default:
 		// What is wrong with etcd, the candidate reports.
@@ -308,28 +329,31 @@ func (r *Recorder) writeSelf(ctx context.Context, etcd Etcd, self *pendingCandid
 	return err
 }
 
-// writeTerm puts a term into the history.
+// writeTerm puts a term into the history. A request may be carried out again, long after: so only
+// the end of a term is put whatever is there.
 func (r *Recorder) writeTerm(ctx context.Context, etcd Etcd, t *pendingTerm) error {
 	r.mu.Lock()
-	term, adopted, begun, ended := t.Term, t.adopted, t.begun, t.ended
+	term, begun, ended := t.Term, t.begun, t.ended
 	r.mu.Unlock()
-	txn := &pb.TxnRequest{}
+	key := TermOf(r.cfg.Election, term.Token)
 	if !begun {
-		kvs, err := read(ctx, etcd, r.history())
+		txn, err := r.beginning(ctx, etcd, &term, t.adopted)
+		if err == nil && len(txn.Success) > 0 {
+			var resp *pb.TxnResponse
+			if resp, err = etcd.Txn(ctx, txn); err == nil && !resp.Succeeded {
+				err = errChanged
+			}
+		}
 		if err != nil {
 			return err
 		}
-		txn = r.amend(kvs, &term, adopted)
 	}
-	own := put(TermOf(r.cfg.Election, term.Token), &term, 0)
-	txn.Success = append(txn.Success, own)
-	resp, err := etcd.Txn(ctx, txn)
-	if err == nil && !resp.Succeeded {
-		// Somebody has written an end that we wanted to write. That one counts.
-		_, err = etcd.Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{own}})
-	}
-	if err != nil {
-		return err
+	if ended {
+		if _, err := etcd.Txn(ctx, &pb.TxnRequest{
+			Success: []*pb.RequestOp{put(key, &term, 0)},
+		}); err != nil {
+			return err
+		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -341,53 +365,87 @@ func (r *Recorder) writeTerm(ctx context.Context, etcd Etcd, t *pendingTerm) err
 	return nil
 }
 
-// history is a request for the terms, the oldest first.
-func (r *Recorder) history() *pb.RangeRequest {
-	all := prefix(History(r.cfg.Election))
-	all.Limit = 2 * KeepTerms // anybody may have written more
-	all.SortTarget, all.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_ASCEND
-	return all
+// errChanged: somebody has written to the history meanwhile.
+var errChanged = errors.New("the history has changed")
+
+// latest is how many terms before its own a new leader looks at.
+const latest = 3
+
+// beginning returns what a new leader changes in the history: it puts its own term, if that is not
+// there, completes the last terms that have no end, and deletes those beyond KeepTerms. A term that
+// was adopted began when the history says so.
+func (r *Recorder) beginning(
+	ctx context.Context, etcd Etcd, own *Term, adopted bool,
+) (*pb.TxnRequest, error) {
+	keys, err := read(ctx, etcd, lastTerms(r.cfg.Election, 2*KeepTerms, true))
+	if err != nil {
+		return nil, err
+	}
+	ownKey := TermOf(r.cfg.Election, own.Token)
+	var look []*pb.RangeRequest // at the values of a few: anybody may have written megabytes
+	txn, others, present := &pb.TxnRequest{}, 0, false
+	for _, kv := range keys {
+		k, err := ParseKey(string(kv.Key))
+		switch {
+		case err != nil || k.Kind != HistoryKey: // none of ours
+			continue
+		case string(kv.Key) == ownKey:
+			present = true
+			look = append(look, &pb.RangeRequest{Key: kv.Key})
+			continue
+		case others < latest:
+			look = append(look, &pb.RangeRequest{Key: kv.Key})
+		case others >= KeepTerms-1 && len(txn.Success) < mostChanges:
+			txn.Success = append(txn.Success, remove(string(kv.Key)))
+		}
+		others++
+	}
+	if !present {
+		txn.Compare = append(txn.Compare, created(ownKey, 0))
+		txn.Success = append(txn.Success, put(ownKey, own, 0))
+	}
+	for _, one := range look {
+		kvs, err := read(ctx, etcd, one)
+		if err != nil {
+			return nil, err
+		}
+		if len(kvs) > 0 {
+			amend(txn, kvs[0], own, adopted)
+		}
+	}
+	return txn, nil
 }
 
-// amend returns what a new leader changes in the history: a term before its own that has no end was
-// lost, and those beyond KeepTerms go. A term that was adopted began when the history says so.
-func (r *Recorder) amend(kvs []*mvccpb.KeyValue, own *Term, adopted bool) *pb.TxnRequest {
-	txn := &pb.TxnRequest{}
-	var terms []Term
-	for _, kv := range kvs {
-		var t Term
-		k, err := ParseKey(string(kv.Key))
-		if err != nil || k.Kind != HistoryKey {
-			continue // it is none of ours
-		}
-		sound := Decode(kv.Value, &t) == nil && t.Version == Format // else we would lose fields
-		t.Token = k.Token
-		switch {
-		case t.Token == own.Token && adopted && sound:
-			own.Started = t.Started
-			continue
-		case t.Token == own.Token:
-			continue
-		case t.Token < own.Token && t.Ended.IsZero() && sound && len(txn.Success) < mostChanges/2:
-			t.Ended, t.Why = own.Started, Lost
-			key := string(kv.Key)
-			txn.Compare = append(txn.Compare, &pb.Compare{
-				Key: kv.Key, Target: pb.Compare_MOD, Result: pb.Compare_EQUAL,
-				TargetUnion: &pb.Compare_ModRevision{ModRevision: kv.ModRevision},
-			})
-			txn.Success = append(txn.Success, put(key, &t, 0))
-		}
-		terms = append(terms, t)
+// amend adds to a transaction what a new leader does with one term.
+func amend(txn *pb.TxnRequest, kv *mvccpb.KeyValue, own *Term, adopted bool) {
+	var t Term
+	k, err := ParseKey(string(kv.Key))
+	// Of a later format we would lose fields.
+	if err != nil || Decode(kv.Value, &t) != nil || t.Version != Format {
+		return
 	}
-	slices.SortFunc(terms, func(a, b Term) int { return cmp.Compare(b.Token, a.Token) })
-	for i := KeepTerms - 1; i < len(terms) && len(txn.Success) < mostChanges; i++ {
-		key := TermOf(r.cfg.Election, terms[i].Token)
-		txn.Success = slices.DeleteFunc(txn.Success, func(op *pb.RequestOp) bool {
-			return string(op.GetRequestPut().GetKey()) == key // etcd allows one change of a key
-		})
-		txn.Success = append(txn.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{
-			RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
-		}})
+	switch t.Token = k.Token; {
+	case t.Token == own.Token && adopted:
+		own.Started = t.Started
+	case t.Token < own.Token && t.Ended.IsZero():
+		t.Ended, t.Why = own.Started, Lost
+		txn.Compare = append(txn.Compare, modified(string(kv.Key), kv.ModRevision))
+		txn.Success = append(txn.Success, put(string(kv.Key), &t, 0))
 	}
-	return txn
+}
+
+// remove is a request to delete a key.
+func remove(key string) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{
+		RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
+	}}
+}
+
+// lastTerms is a request for the last terms, the latest first. Their tokens don't order them:
+// anybody may have written one.
+func lastTerms(election string, n int64, keysOnly bool) *pb.RangeRequest {
+	all := prefix(History(election))
+	all.Limit, all.KeysOnly = n, keysOnly
+	all.SortTarget, all.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_DESCEND
+	return all
 }

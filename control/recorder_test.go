@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -109,6 +110,7 @@ func TestRecorder_History(t *testing.T) {
 	a, stopA := newTestRecorder(t, ours, "a")
 	a.Joined(1, false)
 	a.Began(11, false)
+	a.Renewed()
 	begun := waitForTerms(t, theirs, `11 a "" 0`)
 	a.Ended("stopped", 2, &control.Exit{Code: 3, At: time.Now()})
 	a.Left()
@@ -121,10 +123,12 @@ func TestRecorder_History(t *testing.T) {
 
 	b, stopB := newTestRecorder(t, ours, "b")
 	b.Began(12, false)
+	b.Renewed()
 	begun = waitForTerms(t, theirs, `11 a "stopped" 2`, `12 b "" 0`)
 	stopB() // it crashes
 	adopter, stopAdopter := newTestRecorder(t, ours, "b")
 	adopter.Began(12, true)
+	adopter.Renewed()
 	adopter.Ended("resigned", 1, nil)
 	adopter.Left()
 	again := waitForTerms(t, theirs, `11 a "stopped" 2`, `12 b "resigned" 1`)
@@ -133,11 +137,13 @@ func TestRecorder_History(t *testing.T) {
 			again[1].Started, begun[1].Started)
 	}
 	adopter.Began(13, false)
+	adopter.Renewed()
 	waitForTerms(t, theirs, `11 a "stopped" 2`, `12 b "resigned" 1`, `13 b "" 0`)
 	stopAdopter() // it crashes
 
 	c, _ := newTestRecorder(t, ours, "c")
 	c.Began(14, false)
+	c.Renewed()
 	waitForTerms(t, theirs,
 		`11 a "stopped" 2`, `12 b "resigned" 1`, `13 b "lost" 0`, `14 c "" 0`)
 }
@@ -148,13 +154,68 @@ func TestRecorder_LateEnd(t *testing.T) {
 	ours, theirs := newTestEtcd(t)
 	a, _ := newTestRecorder(t, ours, "a")
 	a.Began(11, false)
+	a.Renewed()
 	waitForTerms(t, theirs, `11 a "" 0`)
 	a.Ended("contact lost", 1, nil)
 	b, _ := newTestRecorder(t, ours, "b")
 	b.Began(12, false)
+	b.Renewed()
 	waitForTerms(t, theirs, `11 a "lost" 0`, `12 b "" 0`)
 	a.Joined(2, false)
 	waitForTerms(t, theirs, `11 a "contact lost" 1`, `12 b "" 0`)
+}
+
+// repeated is an etcd of which a member carries out each request once more, when the test asks for
+// it: as one that hung.
+type repeated struct {
+	control.Etcd
+	mu   sync.Mutex
+	sent []*pb.TxnRequest
+}
+
+func (r *repeated) Txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, error) {
+	r.mu.Lock()
+	r.sent = append(r.sent, in)
+	r.mu.Unlock()
+	return r.Etcd.Txn(ctx, in)
+}
+
+// TestRecorder_RequestTwice: a request that is carried out again changes nothing.
+func TestRecorder_RequestTwice(t *testing.T) {
+	ours, theirs := newTestEtcd(t)
+	etcd := &repeated{Etcd: ours}
+	crashed, stop := newTestRecorder(t, ours, "a")
+	crashed.Began(10, false)
+	crashed.Renewed()
+	waitForTerms(t, theirs, `10 a "" 0`)
+	stop()
+	a, _ := newTestRecorder(t, etcd, "a")
+	a.Began(11, false)
+	a.Renewed()
+	waitForTerms(t, theirs, `10 a "lost" 0`, `11 a "" 0`)
+	a.Ended("stopped", 1, nil)
+	a.Left()
+	want := []string{`10 a "lost" 0`, `11 a "stopped" 1`}
+	waitForTerms(t, theirs, want...)
+	etcd.mu.Lock()
+	defer etcd.mu.Unlock()
+	writes := 0
+	for _, in := range etcd.sent {
+		resp, err := ours.Txn(t.Context(), in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(in.Compare) > 0 {
+			writes++
+			if resp.Succeeded {
+				t.Errorf("%v was carried out twice", in)
+			}
+		}
+	}
+	if writes == 0 {
+		t.Error("no request was conditional")
+	}
+	waitForTerms(t, theirs, want...)
 }
 
 // TestRecorder_KeepsTerms: the last terms stay, and so do keys that are none of ours.
@@ -175,6 +236,7 @@ func TestRecorder_KeepsTerms(t *testing.T) {
 	}
 	r, _ := newTestRecorder(t, ours, "a")
 	r.Began(1000, false)
+	r.Renewed()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	if err := harness.Until(ctx, func() error {
@@ -187,8 +249,8 @@ func TestRecorder_KeepsTerms(t *testing.T) {
 			kept[string(kv.Key)] = true
 		}
 		if len(kept) != control.KeepTerms+1 || !kept[foreign] ||
-			!kept[control.TermOf(testElection, 1000)] || kept[control.TermOf(testElection, 6)] ||
-			!kept[control.TermOf(testElection, 7)] {
+			!kept[control.TermOf(testElection, 1000)] || kept[control.TermOf(testElection, 5)] ||
+			!kept[control.TermOf(testElection, 6)] {
 			return fmt.Errorf("%d terms: %v", len(kept), kept)
 		}
 		return nil
@@ -219,6 +281,7 @@ func TestRecorder_Candidate(t *testing.T) {
 	}
 	b.Joined(32, false) // whose lease is gone by now: that is nobody's problem
 	b.Began(7, false)
+	b.Renewed()
 	waitForTerms(t, theirs, `7 b "" 0`)
 	if p := b.Problem(); p != "" {
 		t.Error(p)

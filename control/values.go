@@ -155,8 +155,8 @@ func Decode(text []byte, v Value) error {
 	return nil
 }
 
-// bound makes texts UTF-8, and cuts those that are too long. It makes times UTC, and those that JSON
-// can't have zero: Go reads an offset of 24 hours, but does not write it.
+// bound makes texts UTF-8, and cuts those that are too long. It makes times UTC, and those that
+// JSON can't have zero: Go reads an offset of 24 hours, but does not write it.
 func bound(v Value) {
 	for _, text := range v.texts() {
 		*text = sound(*text)

@@ -3,6 +3,7 @@ package election
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -15,6 +16,8 @@ type Client struct {
 	members *members
 	timeout time.Duration // of a request
 	delay   time.Duration // hedgeDelay
+	// current is its own: what a write needs of etcd, a renewal may not need.
+	current *atomic.Int32
 }
 
 // Connect makes a client. Of cfg it needs the endpoints, and how to reach them. It connects when it
@@ -24,7 +27,9 @@ func Connect(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Client{cfg: cfg, members: ms, timeout: timeout, delay: queryDelay(timeout)}, nil
+	return &Client{
+		cfg: cfg, members: ms, timeout: timeout, delay: queryDelay(timeout), current: &ms.current,
+	}, nil
 }
 
 // startBeside calls Config.Beside, and returns what ends it.
@@ -35,7 +40,9 @@ func (c *Candidate) startBeside(ctx context.Context, ms *members) (end func()) {
 	}
 	client := &Client{
 		cfg: c.cfg, members: ms, timeout: c.cfg.requestTimeout(), delay: c.cfg.hedgeDelay(),
+		current: &atomic.Int32{},
 	}
+	client.current.Store(ms.current.Load())
 	bctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan struct{})
 	go func() {
@@ -56,7 +63,7 @@ func (c *Client) Close() { c.members.close() }
 func (c *Client) Txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	return hedge(ctx, c.members, c.delay,
+	return hedgeFrom(ctx, c.members, c.current, c.delay,
 		func(ctx context.Context, m *member) (*pb.TxnResponse, error) { return m.txn(ctx, in) })
 }
 
@@ -66,7 +73,7 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration) (int64, error) {
 	defer cancel()
 	id := newLeaseID()
 	seconds := int64((ttl + time.Second - 1) / time.Second)
-	return hedge(ctx, c.members, c.delay,
+	return hedgeFrom(ctx, c.members, c.current, c.delay,
 		func(ctx context.Context, m *member) (int64, error) {
 			conn, err := m.conn()
 			if err != nil {
@@ -85,7 +92,7 @@ func (c *Client) Grant(ctx context.Context, ttl time.Duration) (int64, error) {
 func (c *Client) Revoke(ctx context.Context, id int64) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	_, err := hedge(ctx, c.members, c.delay,
+	_, err := hedgeFrom(ctx, c.members, c.current, c.delay,
 		func(ctx context.Context, m *member) (struct{}, error) {
 			return struct{}{}, m.revoke(ctx, id)
 		})

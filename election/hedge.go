@@ -3,6 +3,7 @@ package election
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"time"
 )
 
@@ -18,10 +19,18 @@ func hedge[T any](
 	ctx context.Context, ms *members, hedgeDelay time.Duration,
 	ask func(context.Context, *member) (T, error),
 ) (T, error) {
+	return hedgeFrom(ctx, ms, &ms.current, hedgeDelay, ask)
+}
+
+// hedgeFrom does the same with a current member of its own.
+func hedgeFrom[T any](
+	ctx context.Context, ms *members, current *atomic.Int32, hedgeDelay time.Duration,
+	ask func(context.Context, *member) (T, error),
+) (T, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	h := hedged[T]{
-		members: ms, ask: ask, start: int(ms.current.Load()),
+		members: ms, current: current, ask: ask, start: int(current.Load()),
 		asked: map[int]bool{}, answered: map[int]bool{}, answers: make(chan hedgeAnswer[T]),
 	}
 	delay := func() time.Duration {
@@ -38,7 +47,7 @@ func hedge[T any](
 		select {
 		case a := <-h.answers:
 			if a.err == nil {
-				ms.current.Store(int32(a.from))
+				current.Store(int32(a.from))
 				return a.got, nil
 			}
 			h.answered[a.from] = true
@@ -60,6 +69,7 @@ func hedge[T any](
 // hedged is one request that is made over all members.
 type hedged[T any] struct {
 	members         *members
+	current         *atomic.Int32
 	ask             func(context.Context, *member) (T, error)
 	start           int // the member that was asked first
 	asked, answered map[int]bool
@@ -97,7 +107,7 @@ func (h *hedged[T]) next(ctx context.Context) {
 func (h *hedged[T]) unanswered(ctx context.Context) error {
 	all := h.members.all()
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		h.members.current.CompareAndSwap(int32(h.start), int32((h.start+1)%len(all)))
+		h.current.CompareAndSwap(int32(h.start), int32((h.start+1)%len(all)))
 		h.members.lookAgain()
 	}
 	for i, m := range all {
