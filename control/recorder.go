@@ -396,7 +396,7 @@ func (r *Recorder) beginning(
 		case others < latest:
 			look = append(look, &pb.RangeRequest{Key: kv.Key})
 		case others >= KeepTerms-1 && len(txn.Success) < mostChanges:
-			txn.Success = append(txn.Success, remove(string(kv.Key)))
+			txn.Success = append(txn.Success, deletion(string(kv.Key)))
 		}
 		others++
 	}
@@ -434,8 +434,8 @@ func amend(txn *pb.TxnRequest, kv *mvccpb.KeyValue, own *Term, adopted bool) {
 	}
 }
 
-// remove is a request to delete a key.
-func remove(key string) *pb.RequestOp {
+// deletion is a request to delete a key.
+func deletion(key string) *pb.RequestOp {
 	return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{
 		RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
 	}}

@@ -29,7 +29,7 @@ _leasehold() {
     fi
     case $command in
     '')
-        choices='-- run elect status hold release switchover check reload install version help'
+        choices='-- run elect status list history hold release switchover check reload install version help'
         flags=--version
         ;;
     run) choices='--' ;;
@@ -41,7 +41,7 @@ _leasehold() {
     check) choices='live ready leader standby' ;;
     reload) flags='--env' ;;
     install) compopt -o default ;;
-    help) choices='run elect status hold release switchover check reload install version help' ;;
+    help) choices='run elect status list history hold release switchover check reload install version help' ;;
     esac
     ((words < 2)) || choices=
     [[ $word != -* ]] || choices+=" $flags -f --help"
