@@ -3,6 +3,7 @@
 package app
 
 import (
+	"context"
 	"fmt"
 	"os"
 
@@ -39,9 +40,41 @@ func checkCommand(cfg config.Config, command config.Command) *check.Command {
 	}
 }
 
+// addFitness adds an actor that checks whether the candidate may lead. queued: it was fit when an
+// elector before this one put its key.
+func (d *daemon) addFitness(p parts, queued bool) {
+	if p.cfg.Fitness.Cmd.Argv == nil {
+		return
+	}
+	if !queued {
+		d.candidate.SetUnfit("it is not checked yet")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	d.group.Add(func() error {
+		probe := checkCommand(p.cfg, p.cfg.Fitness.Cmd).Probe
+		check.Watch(ctx, probe, p.cfg.Fitness.Interval.Duration, p.cfg.Health.Retries.N, !queued,
+			func(failed error) {
+				if failed == nil {
+					p.log.Info("candidate is fit to lead")
+					d.candidate.SetUnfit("")
+					return
+				}
+				text := "candidate is unfit: it does not lead until it is fit"
+				if d.candidate.Snapshot().Leading {
+					text = "candidate is unfit, and stays the leader for now"
+				}
+				p.log.Warn(text, "reason", failed.Error())
+				d.candidate.SetUnfit(failed.Error())
+			})
+		return nil
+	}, func(error) { cancel() })
+}
+
 // lookChecks returns an error if the command of a check can't be found or executed.
 func lookChecks(cfg config.Config) error {
-	for name, command := range map[string]config.Command{"HEALTH_CMD": cfg.Health.Cmd} {
+	for name, command := range map[string]config.Command{
+		"HEALTH_CMD": cfg.Health.Cmd, "FITNESS_CMD": cfg.Fitness.Cmd,
+	} {
 		if command.Argv == nil {
 			continue
 		}

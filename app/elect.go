@@ -34,6 +34,9 @@ func runElect(build Build, call cli.Call) error {
 		return err
 	}
 	log := newLog(cfg)
+	if err := lookChecks(cfg); err != nil {
+		return log.exit(err)
+	}
 	if err := hideMemory(); err != nil {
 		return log.exit(fmt.Errorf("%w: set dumpable: %w", errSystem, err))
 	}

@@ -18,7 +18,7 @@ func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 	s := health.Snapshot{
 		Election: cfg.Election, Identity: cfg.Identity,
 		State: string(c.State), Reason: c.Reason, Since: c.Since,
-		LeaseID: c.LeaseID, TTL: c.TTL,
+		Unfit: c.Unfit, LeaseID: c.LeaseID, TTL: c.TTL,
 		StopAt: c.Deadlines.StopAt, KillBy: c.Deadlines.KillBy, End: c.Deadlines.End,
 		Leading: c.Leading, Live: live(c),
 		Job: health.Job{State: string(supervisor.JobNone)},

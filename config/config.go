@@ -66,6 +66,7 @@ type Config struct {
 	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
 	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
 	Health       Health   `split_words:"true"`
+	Fitness      Fitness  `split_words:"true"`
 	Notify       string   `split_words:"true" default:"off" desc:"ready: the job is ready when it has sent READY=1 to NOTIFY_SOCKET, as a service does to systemd (sd_notify). It has LEASEHOLD_HEALTH_START_PERIOD and LEASEHOLD_HEALTH_RETRIES intervals for that"`
 	Watchdog     Duration `split_words:"true" default:"0s" desc:"a ready job that does not send WATCHDOG=1 to NOTIFY_SOCKET in this time is unhealthy; 0s: it need not"`
 	StateDir     string   `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; docs/recovery.md says where that works"`
@@ -85,6 +86,12 @@ type Health struct {
 	Timeout     Duration `split_words:"true" default:"3s" desc:"a check that takes longer fails, and is killed with all that it has started"`
 	Retries     Count    `split_words:"true" default:"3" desc:"failed checks in a row after which the job is unhealthy: it is stopped, and counts as ended by itself with an error"`
 	StartPeriod Duration `split_words:"true" default:"0s" desc:"time that the job needs to start. It is unhealthy if it is not ready within this time and LEASEHOLD_HEALTH_RETRIES intervals"`
+}
+
+// Fitness says how it is checked whether this machine may lead.
+type Fitness struct {
+	Cmd      Command  `split_words:"true" desc:"a command that checks whether this candidate may lead: exit code 0 is fit. An unfit standby leaves the queue until it is fit. A leader that becomes unfit stays the leader. LEASEHOLD_HEALTH_TIMEOUT and LEASEHOLD_HEALTH_RETRIES hold for it, too"`
+	Interval Duration `split_words:"true" default:"10s" desc:"from the end of a check of the fitness to the next one"`
 }
 
 // Log says what is logged, and how. Logs go to standard error.
@@ -193,6 +200,7 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 	}
 	c.validateContactLoss(p)
 	c.Health.validate(p)
+	p.tooShort("FITNESS_INTERVAL", c.Fitness.Interval, 100*time.Millisecond)
 	c.Notify = strings.ToLower(c.Notify)
 	if c.Notify != "off" && c.Notify != "ready" {
 		p.add("NOTIFY", "%s is unknown: write off or ready", quote.Value(c.Notify))

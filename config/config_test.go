@@ -303,6 +303,8 @@ func TestConfig_Refusals(t *testing.T) {
 		{"health URL odd", "HEALTH_URL=http://u:hunter2@a:b", "has a user name in it"},
 		{"notify", "NOTIFY=main", `NOTIFY: "main" is unknown: write off or ready`},
 		{"watchdog", "WATCHDOG=1ms", "WATCHDOG: 1ms is too short: write 100ms or more"},
+		{"fitness command", "FITNESS_CMD=a·|·b", `FITNESS_CMD: "a | b" is for a shell`},
+		{"fitness interval", "FITNESS_INTERVAL=1ms", "FITNESS_INTERVAL: 1ms is too short"},
 		{"health retries", "HEALTH_RETRIES=0", "HEALTH_RETRIES: 0 is too few"},
 		{"health retries many", "HEALTH_RETRIES=101", "HEALTH_RETRIES: 101 is too many"},
 		{"health interval", "HEALTH_INTERVAL=1ms", "HEALTH_INTERVAL: 1ms is too short"},

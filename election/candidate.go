@@ -26,6 +26,8 @@ type Candidate struct {
 	metrics    *metrics
 	state      *machine
 	heartbeats heartbeats
+	unfitWhy   atomic.Pointer[string]
+	fitChanged chan struct{}         // room for one: SetUnfit was called
 	queue      atomic.Pointer[queue] // of the session that runs; nil: none does
 }
 
@@ -43,7 +45,7 @@ func New(cfg Config) (*Candidate, error) {
 	if _, err := newMembers(cfg); err != nil {
 		return nil, err
 	}
-	c := &Candidate{cfg: cfg, log: cfg.Logger}
+	c := &Candidate{cfg: cfg, log: cfg.Logger, fitChanged: make(chan struct{}, 1)}
 	c.state = newMachine(cfg)
 	var err error
 	c.metrics, err = newMetrics(cfg.Registerer, c.Snapshot, cfg.Now)
@@ -54,7 +56,7 @@ func New(cfg Config) (*Candidate, error) {
 // Snapshot returns what the candidate knows now.
 func (c *Candidate) Snapshot() Snapshot {
 	s := c.state.get()
-	s.LastHeartbeat = c.heartbeats.oldest()
+	s.LastHeartbeat, s.Unfit = c.heartbeats.oldest(), c.unfit()
 	return s
 }
 

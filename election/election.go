@@ -184,6 +184,7 @@ type Snapshot struct {
 	// suspended. The reader has to compare Deadlines.StopAt with the present time.
 	Leading bool
 	Blocker *Blocker      // nil: there is none
+	Unfit   string        // why the candidate must not become leader; "": it may
 	Hold    *control.Hold // nil: there is none, or it can't be read
 	// ControlProblem is why we can't read what people write beside the election, such as a hold.
 	ControlProblem string

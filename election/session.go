@@ -72,6 +72,9 @@ func (s *session) start(ctx context.Context) error {
 	s.candidate.heartbeat()
 	s.state.campaigningAgain()
 	s.run.leftovers.wait(ctx)
+	if err := s.waitUntilFit(ctx); err != nil {
+		return unlessStopped(ctx, err)
+	}
 	if ctx.Err() == nil {
 		return s.open(ctx, s.takePart)
 	}

@@ -42,6 +42,9 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 	for {
 		s.candidate.heartbeat()
 		v, trouble := s.look()
+		if s.candidate.unfit() != "" {
+			return 0, nil // we leave the queue, and wait in waitUntilFit
+		}
 		if v.watched && !begun {
 			begun = true
 			campaigning.Go(campaign)
@@ -75,8 +78,12 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 			return 0, nil
 		case <-s.queue.changed:
 		case <-s.changed:
+		case <-s.candidate.fitChanged:
 		case <-tick.C:
 		case created := <-won:
+			if s.candidate.unfit() != "" {
+				return 0, nil
+			}
 			return created, nil
 		}
 	}

@@ -37,6 +37,7 @@ type Snapshot struct {
 	State    string // Connecting, Standby, Leading, Suspended or Stopping.
 	Reason   string // Why the candidate is not in the election, for people. Holds no secrets.
 	Since    time.Time
+	Unfit    string  // Why the candidate must not become leader; "": it may.
 	Leader   *Leader // Nil when none is known.
 	Queue    *Queue  // Nil when it is not known.
 
@@ -139,8 +140,11 @@ func (s Snapshot) update(now time.Duration, wall time.Time) Snapshot {
 
 func (s Snapshot) live() error { return s.Live }
 
-// ready: in the election, waiting or leading.
+// ready: in the election, waiting or leading, and fit.
 func (s Snapshot) ready() error {
+	if s.Unfit != "" {
+		return errors.New("unfit: " + s.Unfit)
+	}
 	switch s.State {
 	case Standby, Leading:
 		return nil

@@ -212,6 +212,7 @@ func TestStatus_JSON(t *testing.T) {
   "identity": "i",
   "state": "connecting",
   "reason": "etcd says \"no\" <&>",
+  "unfit": null,
   "leader": null,
   "queue": null,
   "lease": null,
@@ -244,6 +245,7 @@ func TestStatus_JSON(t *testing.T) {
   "identity": "b",
   "state": "leading",
   "reason": null,
+  "unfit": null,
   "leader": {
     "identity": "b",
     "key": "jobs/a/1f",
@@ -296,6 +298,7 @@ func TestStatus_JSON(t *testing.T) {
   "identity": "b",
   "state": "stopping",
   "reason": "contact with etcd lost: stop-at has passed",
+  "unfit": null,
   "leader": null,
   "queue": null,
   "lease": {

@@ -42,7 +42,10 @@ type Endpoint struct{ Path, Meaning string }
 func Endpoints() []Endpoint {
 	return []Endpoint{
 		{"/livez", "200 while the elector's own loops send heartbeats, whatever etcd does"},
-		{"/readyz", "200 while the candidate is in the election, waiting or leading"},
+		{
+			"/readyz",
+			"200 while the candidate is in the election, waiting or leading, and fit to lead",
+		},
 		{
 			"/leader",
 			"200 only while leading, before stop-at, with the job running (or none asked for)," +

@@ -18,6 +18,7 @@ type status struct {
 	Identity string  `json:"identity" desc:"this candidate's name"`
 	State    string  `json:"state" desc:"connecting, standby, leading, suspended or stopping"`
 	Reason   *string `json:"reason" desc:"why the candidate is not in the election"`
+	Unfit    *string `json:"unfit" desc:"why the candidate must not become leader"`
 	Leader   *Leader `json:"leader" desc:"the leader; in a long queue, of some seconds ago"`
 	Queue    *Queue  `json:"queue" desc:"what is ahead of this candidate's key in the queue"`
 	Lease    *lease  `json:"lease" desc:"this candidate's lease"`
@@ -75,7 +76,8 @@ type exitStatus struct {
 // status renders an updated snapshot.
 func (s Snapshot) status(now time.Duration, version string) status {
 	st := status{
-		Election: s.Election, Identity: s.Identity, State: s.State, Reason: orNull(s.Reason),
+		Election: s.Election, Identity: s.Identity, State: s.State,
+		Reason: orNull(s.Reason), Unfit: orNull(s.Unfit),
 		Leader: s.Leader, Queue: s.Queue, Blocker: s.Blocker,
 		Since: timestamp(s.Since), Version: version,
 		Job: jobStatus{

@@ -229,8 +229,8 @@ func TestHealth_URL(t *testing.T) {
 	tr.finish()
 }
 
-// What an elector has decided is known to the next one: a job that it has stopped is started again in
-// the same term, as if nothing else had happened.
+// What an elector has decided is known to the next one: a job that it has stopped is started again
+// in the same term, as if nothing else had happened.
 func TestHealth_ElectorReplacedWhileItStops(t *testing.T) {
 	t.Parallel()
 	tr := newTrial(t, users()[0], harness.ClusterConfig{})
@@ -302,4 +302,68 @@ func killWithChild(tr *trial, pid int) error {
 		busy = has
 	}
 	return tr.ctx.Err()
+}
+
+// A candidate that is unfit is not in the queue, and says why. A leader that becomes unfit goes on.
+func TestFitness(t *testing.T) {
+	t.Parallel()
+	for _, u := range users() {
+		t.Run(u.name, func(t *testing.T) {
+			tr := newTrial(t, u, harness.ClusterConfig{})
+			fit := func(c *switchable) change {
+				return variables("LEASEHOLD_FITNESS_CMD="+c.command(),
+					"LEASEHOLD_FITNESS_INTERVAL=100ms", "LEASEHOLD_HEALTH_TIMEOUT=10s")
+			}
+			checkA, checkB := tr.newCheck(t), tr.newCheck(t)
+			checkB.fail()
+			a := tr.start("a", "", fit(checkA))
+			job := tr.waitJob(a)
+			b := tr.start("b", "", fit(checkB))
+			tr.waitLog(b, "candidate is unfit: it does not lead until it is fit")
+			if queue := tr.queue(); strings.Count(queue, `"Key"`) > 1 {
+				t.Errorf("b is unfit, and in the queue: %s", queue)
+			}
+			_, body, err := b.Get(tr.ctx, "/readyz")
+			if err != nil || !strings.Contains(body, "unfit: exit code 1: is ill") {
+				t.Errorf("/readyz of b: %q, %v", body, err)
+			}
+			checkB.pass()
+			tr.waitStatus(b, "/standby", http.StatusOK)
+			tr.must(b.signalElector(syscall.SIGKILL)) // it keeps its place
+			tr.waitReplaced(b, 1)
+			tr.waitStatus(b, "/standby", http.StatusOK)
+			checkB.fail()
+			tr.waitLog(b, "unfit")
+			tr.waitStatus(b, "/standby", http.StatusServiceUnavailable)
+			checkA.fail() // nobody is fit: the job stays where it is
+			tr.waitLog(a, "candidate is unfit, and stays the leader for now")
+			tr.waitStatus(a, "/readyz", http.StatusServiceUnavailable)
+			tr.waitStatus(a, "/leader", http.StatusOK)
+			tr.sameJob(job)
+			_, err = tr.etcd.Etcdctl(tr.ctx, "del", tr.status(a).Leader.Key)
+			tr.must(err)
+			tr.waitDead(job)
+			tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
+			checkB.pass()
+			tr.waitStatus(b, "/leader", http.StatusOK)
+			checkA.pass()
+			tr.waitStatus(a, "/standby", http.StatusOK)
+			tr.finish()
+		})
+	}
+}
+
+// The same for elect.
+func TestFitness_Elect(t *testing.T) {
+	t.Parallel()
+	tr := newTrial(t, users()[0], harness.ClusterConfig{})
+	check := tr.newCheck(t)
+	check.fail()
+	a := tr.start("a", "", subcommand("elect"), variables("LEASEHOLD_STOP_GRACE=1s",
+		"LEASEHOLD_FITNESS_CMD="+check.command(), "LEASEHOLD_FITNESS_INTERVAL=100ms"))
+	tr.waitLog(a, "candidate is unfit")
+	tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
+	check.pass()
+	tr.waitStatus(a, "/leader", http.StatusOK)
+	tr.finish()
 }
