@@ -136,7 +136,7 @@ func TestEnvFile_Example(t *testing.T) {
 	f := envFile{path: path, text: string(text), line: 1, values: map[string]string{}}
 	f.parse()
 	if len(f.problems) > 0 || f.values["JOB"] != "/usr/local/bin/backup --verbose" ||
-		len(f.values) != 3 {
+		len(f.values) != 4 {
 		t.Errorf("%q, problems %v", f.values, f.problems)
 	}
 }

@@ -70,6 +70,10 @@ func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 			if lctx.Err() == nil {
 				order.settle(sctx, s, l)
 			}
+		case p := <-order.back:
+			if order.busy = false; lctx.Err() == nil {
+				s.serve(p)
+			}
 		case p := <-plans:
 			planning = false
 			served = s.serve(p)

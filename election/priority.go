@@ -22,12 +22,13 @@ const mostMoved = 8
 // ahead of one with a higher priority. So the order is settled while nothing happens, and a
 // failover takes no longer. The leader alone does it: then nobody else leads, and no two do it.
 //
-// A candidate counts only if it was there at the last look, too: one that comes and goes moves
-// nobody.
+// A candidate counts only if it has been seen for two TTLs. So one that comes and goes moves
+// nobody, and neither does one that was killed, whose lease has not expired yet.
 type priorities struct {
 	seen map[int64]time.Duration // by lease: the first look that has shown it
 	next time.Duration           // when to look
 	done chan priorityLook       // room for one
+	back chan plan               // room for one: a fail-back
 	busy bool
 }
 
@@ -39,7 +40,10 @@ type priorityLook struct {
 }
 
 func (s *session) newPriorities() *priorities {
-	p := &priorities{seen: map[int64]time.Duration{}, done: make(chan priorityLook, 1)}
+	p := &priorities{
+		seen: map[int64]time.Duration{},
+		done: make(chan priorityLook, 1), back: make(chan plan, 1),
+	}
 	p.schedule(s)
 	return p
 }
@@ -95,15 +99,16 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 		return
 	}
 	now := s.cfg.Now()
-	before := p.seen
+	before, settled := p.seen, map[int64]bool{}
 	p.seen = map[int64]time.Duration{}
 	for lease := range l.records {
 		p.seen[lease] = now
 		if first, known := before[lease]; known {
 			p.seen[lease] = first
 		}
+		settled[lease] = now-p.seen[lease] >= 2*s.timing.TTL
 	}
-	h, ok := chooseNext(s.cfg.prefix(), s.key, l.queue, l.records, before)
+	h, ok := chooseNext(s.cfg.prefix(), s.key, l.queue, l.records, settled)
 	if !ok {
 		return
 	}
@@ -112,9 +117,14 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 	if s.cfg.Failback >= 0 && known && l.records[lease].Priority > own.Priority &&
 		now-p.seen[lease] >= s.cfg.Failback && s.steering.theHold() == nil &&
 		len(h.passed) <= mostPassed {
-		s.serve(plan{handover: h, asked: request{Switchover: control.Switchover{
+		back := plan{handover: h, asked: request{Switchover: control.Switchover{
 			By: "LEASEHOLD_FAILBACK",
-		}}})
+		}}}
+		p.busy = true
+		s.running.Go(func() {
+			back.refused, back.err = s.whyUnfit(ctx, h.target)
+			p.back <- back
+		})
 		return
 	}
 	if len(h.passed) == 0 {
@@ -137,11 +147,11 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 }
 
 // chooseNext returns who should be the next in line: the first of those that are ready and have the
-// highest priority, among those that were there at the last look. It reports false if that one
-// can't come to the front.
+// highest priority, among those that are settled. It reports false if that one can't come to the
+// front.
 func chooseNext(
 	prefix, own string, queue []*mvccpb.KeyValue, records map[int64]control.Candidate,
-	settled map[int64]time.Duration,
+	settled map[int64]bool,
 ) (h handover, ok bool) {
 	slices.SortFunc(queue, func(a, b *mvccpb.KeyValue) int {
 		return cmp.Compare(a.CreateRevision, b.CreateRevision)
@@ -158,7 +168,7 @@ func chooseNext(
 	for _, kv := range queue[1:] {
 		e := newQueueEntry(prefix, kv)
 		record, known := records[e.lease]
-		if _, here := settled[e.lease]; !here || !known || !e.candidate {
+		if !settled[e.lease] || !known || !e.candidate {
 			break // it is not moved, so nobody passes it
 		}
 		w := waiting{e, record.Priority}

@@ -11,6 +11,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"leasehold/control"
 	"leasehold/internal/quote"
@@ -78,6 +79,12 @@ func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 	if p.err != nil || asked.Answer == control.Accepted {
 		return p
 	}
+	if p.refused == "" {
+		p.refused, p.err = s.whyUnfit(ctx, p.target)
+	}
+	if p.err != nil {
+		return p
+	}
 	answer := asked.Switchover
 	answer.Answer, answer.Why, answer.Key = control.Accepted, p.refused, p.target.key
 	if p.refused != "" {
@@ -94,6 +101,32 @@ func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 			return p
 		}
 	}
+}
+
+// whyUnfit returns why nobody should be stopped for this candidate: it has not renewed its lease
+// for half a TTL. Its daemon may have been killed. (etcd rounds to seconds.)
+func (s *session) whyUnfit(ctx context.Context, target queueEntry) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
+	defer cancel()
+	left, err := hedge(ctx, s.members, s.timing.hedgeDelay(),
+		func(ctx context.Context, m *member) (*pb.LeaseTimeToLiveResponse, error) {
+			conn, err := m.conn()
+			if err != nil {
+				return nil, err
+			}
+			resp, err := pb.NewLeaseClient(conn).LeaseTimeToLive(ctx,
+				&pb.LeaseTimeToLiveRequest{ID: target.lease})
+			return resp, rpctypes.Error(err)
+		})
+	switch {
+	case errors.Is(err, rpctypes.ErrPermissionDenied): // it may have other keys
+		return "", nil
+	case err != nil:
+		return "", err
+	case left.TTL < left.GrantedTTL/2-1:
+		return quote.Value(target.identity) + " has not renewed its lease for a while", nil
+	}
+	return "", nil
 }
 
 // errWithdrawn: somebody else has changed the request for a switchover.

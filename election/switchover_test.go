@@ -306,3 +306,44 @@ func TestPriority_Failback(t *testing.T) {
 		}
 	})
 }
+
+// A job is not stopped for a candidate that was killed, although its lease has not expired yet.
+func TestPriority_KilledCandidate(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *adoptRig) {
+		operator, all := r.operator(), map[string]*testCandidate{}
+		for _, name := range []string{"a", "b"} {
+			c := newTestCandidate(t, r.etcd.Endpoints(), name, func(cfg *Config, _ *testCallbacks) {
+				cfg.Election, cfg.Dial, cfg.Now = "jobs", r.etcd.Dialer(name), r.now
+				cfg.Failback = 0
+			})
+			c.waitFor("queued", func(s Snapshot) bool { return s.LeaseID != 0 && s.Leader != nil })
+			all[name] = c
+		}
+		r.records(operator, all, map[string]int{"a": 50, "b": 50})
+		for range 10 {
+			x := r.run("x", nil, nil)
+			x.waitForState(Standby)
+			r.records(operator, map[string]*testCandidate{"x": x}, map[string]int{"x": 90})
+			time.Sleep(testTTL / 5)
+			r.kill(x)
+			time.Sleep(2 * testTTL)
+		}
+		if len(all["a"].ended) > 0 {
+			t.Error("the job was stopped")
+		}
+	})
+}
+
+// Neither is it if somebody asks for that candidate.
+func TestSwitchover_ToOneThatWasKilled(t *testing.T) {
+	queueRig(t, "abc", func(
+		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
+	) {
+		r.kill(c["b"])
+		time.Sleep(testTTL * 4 / 5)
+		got := r.ask(operator, control.Switchover{ID: "1", To: "b"})
+		if got.Answer != control.Refused || len(c["a"].ended) > 0 {
+			t.Errorf("answer %+v", got)
+		}
+	})
+}
