@@ -214,7 +214,7 @@ func TestStatus_JSON(t *testing.T) {
   "reason": "etcd says \"no\" <&>",
   "unfit": null,
   "leader": null,
-  "queue": null,
+  "position": null,
   "lease": null,
   "deadlines": null,
   "job": {
@@ -251,7 +251,7 @@ func TestStatus_JSON(t *testing.T) {
     "key": "jobs/a/1f",
     "token": 17
   },
-  "queue": {
+  "position": {
     "ahead": 0,
     "first": []
   },
@@ -300,7 +300,7 @@ func TestStatus_JSON(t *testing.T) {
   "reason": "contact with etcd lost: stop-at has passed",
   "unfit": null,
   "leader": null,
-  "queue": null,
+  "position": null,
   "lease": {
     "id": "1f",
     "ttl_seconds": 20,

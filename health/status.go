@@ -20,7 +20,7 @@ type status struct {
 	Reason   *string `json:"reason" desc:"why the candidate is not in the election"`
 	Unfit    *string `json:"unfit" desc:"why the candidate must not become leader"`
 	Leader   *Leader `json:"leader" desc:"the leader; in a long queue, of some seconds ago"`
-	Queue    *Queue  `json:"queue" desc:"what is ahead of this candidate's key in the queue"`
+	Queue    *Queue  `json:"position" desc:"what is ahead of this candidate's key in the queue"`
 	Lease    *lease  `json:"lease" desc:"this candidate's lease"`
 
 	Deadlines *deadlines `json:"deadlines" desc:"of the lease, in seconds of CLOCK_BOOTTIME"`
