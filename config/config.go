@@ -213,7 +213,8 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 			quote.Value(c.StateDir))
 	}
 	if n := c.Priority.N; !p.has("PRIORITY") && (n < 1 || n > 100) {
-		p.add("PRIORITY", "%d is not a priority: write a number from 1 to 100", n)
+		p.add("PRIORITY", "%d is not a priority: write a number from 1 to 100."+
+			" To keep a machine from leading, run no daemon there", n)
 	}
 	p.add("LISTEN", "%w", listenProblem(c.Listen))
 	c.Log.Format = strings.ToLower(c.Log.Format)

@@ -59,21 +59,23 @@ func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 		case <-s.changed:
 			s.obeyHold(t.Token)
 			asked, ok := s.steering.requested(t.Token, s.adopted && !served)
-			if ok && !planning {
+			if ok && !planning && !order.busy {
 				planning = true
 				s.running.Go(func() { plans <- s.planSwitchover(sctx, asked) })
 			}
-			if lctx.Err() == nil {
+			if lctx.Err() == nil && !planning {
 				order.look(sctx, s)
 			}
 		case l := <-order.done:
-			if lctx.Err() == nil {
+			if order.busy = false; lctx.Err() == nil {
 				order.settle(sctx, s, l)
 			}
+			poke(s.changed) // a request may wait for that
 		case p := <-order.back:
 			if order.busy = false; lctx.Err() == nil {
 				s.serve(p)
 			}
+			poke(s.changed)
 		case p := <-plans:
 			planning = false
 			served = s.serve(p)

@@ -28,7 +28,7 @@ type priorities struct {
 	seen map[int64]time.Duration // by lease: the first look that has shown it
 	next time.Duration           // when to look
 	done chan priorityLook       // room for one
-	back chan plan               // room for one: a fail-back
+	back chan plan               // room for one: a fail-back, or errWithdrawn for none
 	busy bool
 }
 
@@ -116,7 +116,7 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 	own, known := l.records[s.id]
 	if s.cfg.Failback >= 0 && known && l.records[lease].Priority > own.Priority &&
 		now-p.seen[lease] >= s.cfg.Failback && s.steering.theHold() == nil &&
-		len(h.passed) <= mostPassed {
+		len(h.passed) == 0 { // it is the next in line, and has confirmed its renewals
 		back := plan{handover: h, asked: request{Switchover: control.Switchover{
 			By: "LEASEHOLD_FAILBACK",
 		}}}
@@ -133,7 +133,9 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 	h.passed = h.passed[:min(len(h.passed), mostMoved)]
 	s.log.Info("letting candidates queue again, behind one with a higher priority",
 		"candidate", quote.Printable(h.target.identity), "passed", len(h.passed))
+	p.busy = true
 	s.running.Go(func() {
+		defer func() { p.back <- plan{err: errWithdrawn} }()
 		ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 		defer cancel()
 		_, err := hedge(ctx, s.members, s.timing.hedgeDelay(),

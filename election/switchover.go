@@ -57,13 +57,6 @@ func (s *steering) requested(token int64, adopted bool) (r request, ok bool) {
 	return request{*s.asked, s.askedKey.mod}, ok
 }
 
-// isAsked reports whether the request is there unchanged.
-func (s *steering) isAsked(r request) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.askedKey.mod == r.mod
-}
-
 // isTarget reports whether the leader is about to hand over to the candidate with that key.
 func (s *steering) isTarget(key string) bool {
 	s.mu.Lock()
@@ -96,10 +89,7 @@ func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 		if p.err == nil || errors.Is(p.err, errWithdrawn) || !MayPass(p.err) || ctx.Err() != nil {
 			return p
 		}
-		if pause(ctx, s.timing.repeatAfter()); !s.steering.isAsked(asked) {
-			p.err = errWithdrawn
-			return p
-		}
+		pause(ctx, s.timing.repeatAfter())
 	}
 }
 

@@ -3,6 +3,7 @@ package election
 import (
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -345,5 +346,39 @@ func TestSwitchover_ToOneThatWasKilled(t *testing.T) {
 		if got.Answer != control.Refused || len(c["a"].ended) > 0 {
 			t.Errorf("answer %+v", got)
 		}
+	})
+}
+
+// The leader's answer comes through, and it does not learn that. It serves the request all the same.
+func TestSwitchover_AnswerLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var armed, seen atomic.Int64
+		verdict := func(client, _, method string) (v simetcd.Verdict) {
+			if armed.Load() != 0 && client == "a" && method == pb.KV_Txn_FullMethodName {
+				v.DropAnswer = seen.Add(1) > 1 // the first one reads the queue
+			}
+			return v
+		}
+		r := &adoptRig{
+			t: t, start: time.Now(), etcd: simetcd.New(simetcd.Config{Network: verdict}),
+		}
+		t.Cleanup(r.etcd.Close)
+		r.etcd.Elect(1)
+		operator, all := r.operator(), map[string]*testCandidate{}
+		for _, name := range []string{"a", "b"} {
+			all[name] = r.run(name, nil, nil)
+			all[name].waitFor("queued", func(s Snapshot) bool {
+				return s.LeaseID != 0 && s.Leader != nil
+			})
+		}
+		r.records(operator, all, nil)
+		time.Sleep(testTTL)
+		all["a"].waitForExtensions(1)
+		time.Sleep(testTTL / 50)
+		armed.Store(1)
+		r.ask(operator, control.Switchover{ID: "1", To: "b"})
+		time.Sleep(2200 * time.Millisecond)
+		armed.Store(0)
+		all["b"].waitForTerm()
 	})
 }
