@@ -349,7 +349,7 @@ func TestSwitchover_ToOneThatWasKilled(t *testing.T) {
 	})
 }
 
-// The leader's answer comes through, and it does not learn that. It serves the request all the same.
+// The leader's answer comes through, and it does not learn that. It serves the request anyway.
 func TestSwitchover_AnswerLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var armed, seen atomic.Int64
