@@ -78,3 +78,31 @@ func awaitExit(t *testing.T, s *spawner, serial int32) {
 		}
 	}
 }
+
+// The guard may count the spawner's last heartbeat before it reads that nothing of the job is left.
+// The spawner does nothing more then. It must not count as one that hangs, however long something
+// else keeps the cgroup.
+func TestSpawner_LastHeartbeatBeforeGone(t *testing.T) {
+	g := newTestGuard(t)
+	g.start()
+	g.started()
+	g.lost()
+	if !g.spawner.awaited {
+		t.Fatal("nothing is awaited of the spawner although it was asked to kill")
+	}
+	now := boottime.Now()
+	atomic.AddUint32(&g.spawner.area.heartbeats, 1)
+	g.serveSpawnerSilence(now)
+	gone := ipc.SpawnerMessage{Kind: ipc.SpawnerGone, Serial: g.job.serial}
+	if err := unix.Sendto(g.spawner.elector, gone.Bytes(), 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	g.receiveFromSpawner()
+	for range 3 {
+		now += time.Hour
+		g.serveSpawnerSilence(now)
+	}
+	if g.spawner.missedChecks >= 3 { // then it is killed
+		t.Error("the guard has killed a spawner that has done all it was asked for")
+	}
+}
