@@ -75,8 +75,8 @@ var exits = []struct {
 	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
 	{
 		exitUnavailable, "",
-		"status, list, history, hold, release, switchover, check, reload: nobody answers," +
-			" or etcd refuses;" +
+		"status, list, history, hold, release, switchover, check, wait, reload:" +
+			" nobody answers, or etcd refuses;" +
 			" not elected within LEASEHOLD_WAIT, because etcd did not answer or refused",
 		either(is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable,
 			reload.ErrNoAnswer), as[*cli.EtcdError]),
@@ -99,7 +99,7 @@ var exits = []struct {
 	{
 		exitNotElected, "",
 		"not elected within LEASEHOLD_WAIT, because another candidate leads or is ahead;" +
-			" switchover: not done in time, and the request is withdrawn",
+			" switchover: not done in time, and the request is withdrawn; wait: not in time",
 		is(election.ErrNotElected, cli.ErrTimeout),
 	},
 	{

@@ -176,6 +176,14 @@ func (p *Program) Commands() []Command {
 			Run: p.check,
 		},
 		{
+			Name: "wait", Args: "leader|standby|ready [--timeout TIME]", Min: 1, Max: 1,
+			Words: []string{"leader", "standby", "ready"}, Options: []string{"--timeout"},
+			Summary: "return when the local daemon, at LEASEHOLD_LISTEN, is that",
+			Description: "It asks five times a second." +
+				" Exit code 0: it is; 69: nobody answers; 75: it is not within TIME.",
+			Run: p.wait,
+		},
+		{
 			Name: "reload", Args: "[--env] PID [-- COMMAND [ARG...]]", Min: 1, Max: 1, MayJob: true,
 			Flags: []string{"--env"},
 			Summary: "have the daemon PID go on with the binary and the settings as they are now," +
@@ -217,8 +225,8 @@ func (p *Program) Commands() []Command {
 
 // commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{
-	"run", "elect", "status", "list", "history", "hold", "release", "switchover", "check", "reload",
-	"install", "version", "help",
+	"run", "elect", "status", "list", "history", "hold", "release", "switchover", "check", "wait",
+	"reload", "install", "version", "help",
 }
 
 // GlobalFlags are the flags that every command takes.

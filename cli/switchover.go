@@ -21,7 +21,7 @@ import (
 	"leasehold/internal/quote"
 )
 
-// ErrTimeout ends a switchover that was not done in time.
+// ErrTimeout ends a switchover, or a wait, that was not done in time.
 var ErrTimeout = errors.New("not done in time")
 
 // A RefusedError ends a switchover that was refused, or that another candidate has won than was

@@ -29,7 +29,7 @@ _leasehold() {
     fi
     case $command in
     '')
-        choices='-- run elect status list history hold release switchover check reload install version help'
+        choices='-- run elect status list history hold release switchover check wait reload install version help'
         flags=--version
         ;;
     run) choices='--' ;;
@@ -39,9 +39,10 @@ _leasehold() {
     hold) flags='--stop --for --reason' ;;
     switchover) flags='--to --timeout' ;;
     check) choices='live ready leader standby' ;;
+    wait) choices='leader standby ready' flags='--timeout' ;;
     reload) flags='--env' ;;
     install) compopt -o default ;;
-    help) choices='run elect status list history hold release switchover check reload install version help' ;;
+    help) choices='run elect status list history hold release switchover check wait reload install version help' ;;
     esac
     ((words < 2)) || choices=
     [[ $word != -* ]] || choices+=" $flags -f --help"

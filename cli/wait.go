@@ -1,0 +1,50 @@
+//go:build linux
+
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"leasehold/config"
+	"leasehold/health"
+)
+
+// waitInterval is the time between two questions.
+const waitInterval = 200 * time.Millisecond
+
+// wait returns when the local daemon is what was asked for. It asks again and again: the answer is
+// never older than the last question.
+func (p *Program) wait(c Call) error {
+	timeout, err := c.Duration("--timeout", 0)
+	if err != nil {
+		return err
+	}
+	cfg, err := config.Load(config.ForCheck)
+	if err != nil {
+		return err
+	}
+	ctx := context.Background()
+	if timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	tick := time.NewTicker(waitInterval)
+	defer tick.Stop()
+	for {
+		var reason strings.Builder
+		err := health.Check(ctx, cfg.Listen, c.Args[0], &reason)
+		if ctx.Err() == nil && !errors.Is(err, health.ErrNo) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %s", ErrTimeout, strings.TrimSpace(reason.String()))
+		case <-tick.C:
+		}
+	}
+}
