@@ -35,15 +35,19 @@ func (p *Program) wait(c Call) error {
 	}
 	tick := time.NewTicker(waitInterval)
 	defer tick.Stop()
+	reason := "no answer"
 	for {
-		var reason strings.Builder
-		err := health.Check(ctx, cfg.Listen, c.Args[0], &reason)
+		var answer strings.Builder
+		err := health.Check(ctx, cfg.Listen, c.Args[0], &answer)
 		if ctx.Err() == nil && !errors.Is(err, health.ErrNo) {
 			return err
 		}
+		if text := strings.TrimSpace(answer.String()); text != "" {
+			reason = text
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%w: %s", ErrTimeout, strings.TrimSpace(reason.String()))
+			return fmt.Errorf("%w: %s", ErrTimeout, reason)
 		case <-tick.C:
 		}
 	}
