@@ -43,6 +43,11 @@ func checkCommand(cfg config.Config, command config.Command) *check.Command {
 // addFitness adds an actor that checks whether the candidate may lead. queued: it was fit when an
 // elector before this one put its key.
 func (d *daemon) addFitness(p parts, queued bool) {
+	if p.cfg.Priority.N == 0 {
+		p.log.Info("candidate never leads: LEASEHOLD_PRIORITY is 0")
+		d.candidate.SetUnfit("LEASEHOLD_PRIORITY is 0: it never leads")
+		return
+	}
 	if p.cfg.Fitness.Cmd.Argv == nil {
 		return
 	}

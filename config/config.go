@@ -61,7 +61,7 @@ type Config struct {
 	Restart      string   `split_words:"true" default:"on-failure" desc:"whether the job is started again after it has ended by itself: always, on-failure or never. If it is not, the daemon exits with the job's code"`
 	RestartLimit Count    `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`
 	NoNewPrivs   string   `split_words:"true" default:"auto" desc:"auto: if the daemon lacks CAP_KILL, the job runs with no_new_privs. sudo and other set-user-id programs gain no privileges then, because the daemon could not kill them. off: they gain privileges, and one that can't be killed may run beside the next job"`
-	Priority     Count    `split_words:"true" default:"50" desc:"from 1 to 100: of the candidates that are ready, the one with the highest priority leads next, and the one that has waited longest of several"`
+	Priority     Count    `split_words:"true" default:"50" desc:"from 0 to 100: of the candidates that are ready, the one with the highest priority leads next, and the one that has waited longest of several. 0 never leads, and does not wait in the queue"`
 	Failback     Failback `split_words:"true" default:"never" desc:"never; or how long a candidate with a higher priority must have been ready until the leader hands over to it"`
 	Wait         Duration `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
 	Listen       string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
@@ -212,9 +212,8 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 		p.add("STATE_DIR", "%s is not absolute: write a path that begins with a slash",
 			quote.Value(c.StateDir))
 	}
-	if n := c.Priority.N; !p.has("PRIORITY") && (n < 1 || n > 100) {
-		p.add("PRIORITY", "%d is not a priority: write a number from 1 to 100."+
-			" To keep a machine from leading, run no daemon there", n)
+	if n := c.Priority.N; !p.has("PRIORITY") && (n < 0 || n > 100) {
+		p.add("PRIORITY", "%d is not a priority: write a number from 0 to 100", n)
 	}
 	p.add("LISTEN", "%w", listenProblem(c.Listen))
 	c.Log.Format = strings.ToLower(c.Log.Format)

@@ -281,6 +281,26 @@ func TestPriority(t *testing.T) {
 	tr.finish()
 }
 
+// A candidate with the priority 0 never leads: not alone, not if the leader goes, and not on request.
+func TestPriority_Never(t *testing.T) {
+	tr := ordinary(t)
+	never := tr.start("never", "", variables("LEASEHOLD_PRIORITY=0"))
+	tr.waitStatus(never, "/readyz", http.StatusServiceUnavailable)
+	tr.waitStatus(never, "/livez", http.StatusOK)
+	tr.waitLog(never, "candidate never leads: LEASEHOLD_PRIORITY is 0")
+	a := tr.start("a", "")
+	job := tr.waitJob(a)
+	tr.expectCommand(1, "", "switchover", "--to", "never")
+	tr.must(a.Signal(syscall.SIGTERM))
+	tr.waitExit(a, 0)
+	tr.waitDead(job)
+	tr.expectCommand(1, "", "status") // nobody leads, and nobody waits
+	if _, said := tr.command("status"); strings.Contains(said, "never") {
+		t.Errorf("status: %s", said)
+	}
+	tr.finish()
+}
+
 // waitNextInLine waits until this one is the second in the queue.
 func (tr *trial) waitNextInLine(want string) {
 	tr.Helper()
