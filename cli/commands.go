@@ -130,7 +130,8 @@ func (p *Program) Commands() []Command {
 				" starts and last exit of the job",
 			Description: "The last 20 terms, or N of the 100 that etcd keeps, the latest first." +
 				" Why: stopped, switchover, held, resigned, contact lost, lease lost," +
-				" key deleted, key overwritten, job exited, job not started, guard lost, internal error;" +
+				" key deleted, key overwritten, job exited, job not started, guard lost," +
+				" internal error;" +
 				" or lost, if the leader could not say." +
 				" Exit code 0; 69: etcd does not answer, or refuses.",
 			Run: p.history,

@@ -123,8 +123,8 @@ func modified(key string, revision int64) *pb.Compare {
 }
 
 // Names reports whether the hold says that the candidate whose key has that create revision led
-// when it was made. made is the create revision of the hold's key: if a stranger has made it, nobody
-// knows, and any older key will do.
+// when it was made. made is the create revision of the hold's key: if a stranger has made it,
+// nobody knows, and any older key will do.
 func (h *Hold) Names(made, candidate int64) bool {
 	if h.Token == 0 {
 		return candidate < made
