@@ -81,18 +81,22 @@ func (r *recorded) Extended(d election.Deadlines) {
 
 func (r *recorded) Lead(ctx context.Context, t election.Term) error {
 	r.recorder.Began(t.Token, t.Adopted)
+	began := time.Now()
+	if t.Adopted {
+		began = time.Time{} // it began in an elector before this one
+	}
 	err := r.Callbacks.Lead(ctx, t)
 	var job health.Job
 	if r.job != nil {
 		job = r.job()
 	}
-	r.recorder.Ended(termEnd(context.Cause(ctx), err), job.Starts, lastExit(job))
+	r.recorder.Ended(termEnd(context.Cause(ctx), err), job.Starts, lastExit(job, began))
 	return err
 }
 
-// lastExit is how the job of the term exited last; nil: none was started.
-func lastExit(job health.Job) *control.Exit {
-	if job.Starts == 0 || job.LastExit == nil {
+// lastExit is how the job exited last in the term that began then; nil: it did not.
+func lastExit(job health.Job, began time.Time) *control.Exit {
+	if job.Starts == 0 || job.LastExit == nil || job.LastExit.At.Before(began) {
 		return nil
 	}
 	e := &control.Exit{

@@ -5,6 +5,9 @@ package app
 import (
 	"os"
 	"testing"
+	"time"
+
+	"leasehold/health"
 )
 
 func TestURL(t *testing.T) {
@@ -20,6 +23,25 @@ func TestURL(t *testing.T) {
 	} {
 		if got := url(listen); got != want {
 			t.Errorf("listening at %s: %q, want %q", listen, got, want)
+		}
+	}
+}
+
+// The job's last exit belongs to the term in which it happened.
+func TestLastExit(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	job := health.Job{Starts: 1, LastExit: &health.Exit{Signal: "SIGKILL", At: at}}
+	for _, test := range []struct {
+		name  string
+		began time.Time
+		want  bool
+	}{
+		{"in this term", at.Add(-time.Second), true},
+		{"in the term before", at.Add(time.Second), false},
+		{"in a term that an elector before this one began", time.Time{}, true},
+	} {
+		if got := lastExit(job, test.began); (got != nil) != test.want {
+			t.Errorf("%s: %v", test.name, got)
 		}
 	}
 }
