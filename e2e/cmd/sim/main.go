@@ -20,6 +20,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -113,6 +114,11 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 		if c.only = header(text, "Faults"); !sim.IsKind(c.only) {
 			return fmt.Errorf("%s: there is no fault %q", patch, c.only)
 		}
+		if first := header(text, "Seed"); first != "" {
+			if c.seed, err = strconv.ParseUint(first, 10, 64); err != nil {
+				return fmt.Errorf("%s: Seed: %w", patch, err)
+			}
+		}
 		began := time.Now()
 		if err := build(ctx, c.binary, patch); err != nil {
 			return fmt.Errorf("%s: %w", patch, err)
@@ -130,7 +136,8 @@ func findMutations(ctx context.Context, seed uint64, procs int) error {
 }
 
 // header returns a line of a patch's head. Found is a pattern of the violation by which the bug is
-// found. Faults is the one kind of fault that it needs, if it is too rare among all others.
+// found. Faults is the one kind of fault that it needs, if it is too rare among all others. Seed is
+// of the first run, if a minute is too short to come to it.
 func header(patch []byte, name string) string {
 	for line := range strings.Lines(string(patch)) {
 		if text, found := strings.CutPrefix(line, name+": "); found {
