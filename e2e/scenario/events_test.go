@@ -30,7 +30,7 @@ type subscriber struct {
 // event is what the tests read of an event.
 type event struct {
 	status
-	Queue *struct {
+	Position *struct {
 		Ahead int
 		First []string
 	}
@@ -91,7 +91,7 @@ func TestEvents(t *testing.T) {
 	waits := func(e event) bool {
 		return e.State == "standby" && e.Leader != nil && e.Leader.Identity == "a" &&
 			e.Leader.Token == job.Token && e.Job.State == "none" &&
-			e.Queue != nil && e.Queue.Ahead == 1 && e.Queue.First[0] == "a"
+			e.Position != nil && e.Position.Ahead == 1 && e.Position.First[0] == "a"
 	}
 	before := s.until("a standby", waits)
 	// Each renewal is an event.
@@ -118,7 +118,7 @@ func TestEvents(t *testing.T) {
 	tr.must(leader.Signal(syscall.SIGTERM))
 	e := s.until("a leader whose job runs", func(e event) bool {
 		return e.State == "leading" && e.Job.State == "running" &&
-			e.Queue != nil && e.Queue.Ahead == 0
+			e.Position != nil && e.Position.Ahead == 0
 	})
 	now := boottime.Now().Seconds()
 	if d := e.Deadlines; e.Name != "b" || e.Leader.Token <= job.Token ||
