@@ -196,7 +196,7 @@ func historyRow(t control.Term) []string {
 	}
 }
 
-// failedKeys is the error of a command that reads keys.
+// failedKeys is the error of a command, which may be a *control.KeysError.
 func (a asked) failedKeys(err error) error {
 	var keys *control.KeysError
 	if errors.As(err, &keys) {

@@ -63,15 +63,13 @@ func (p *Program) askFor(c Call, use config.Use, command func(a asked) error) er
 	return command(asked{cfg.Election, context.Background(), client, cfg, c})
 }
 
-// failed is the error of a request that needs to write the keys beside the election.
+// failed is the error of a request that steers the election.
 func (a asked) failed(err error) error {
 	var usage *UsageError
 	if err == nil || errors.As(err, &usage) {
 		return err
 	}
-	err = a.client.Explain(err, "readwrite",
-		"the prefix "+quote.Value(control.Prefix(a.name)))
-	return &EtcdError{a.call.Command.Name, err}
+	return a.failedKeys(control.SteeringError(a.ctx, a.client, a.name, err))
 }
 
 // hold keeps everybody from becoming leader.

@@ -2,12 +2,14 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -63,6 +65,20 @@ func (e *KeysError) Error() string { return e.Err.Error() }
 
 // Unwrap returns the cause.
 func (e *KeysError) Unwrap() error { return e.Err }
+
+// SteeringError returns the error of a request that steers the election: it reads the queue, and
+// reads or writes the keys beside it. etcd does not say which of both its roles forbid, so this
+// asks for the queue alone.
+func SteeringError(ctx context.Context, etcd Etcd, election string, err error) *KeysError {
+	e := &KeysError{Permission: "readwrite", Prefix: Prefix(election), Err: err}
+	if errors.Is(err, rpctypes.ErrPermissionDenied) {
+		_, err := read(ctx, etcd, oldest(election))
+		if errors.Is(err, rpctypes.ErrPermissionDenied) {
+			e.Permission, e.Prefix = "read", election+"/"
+		}
+	}
+	return e
+}
 
 // summarize reads one election in one request.
 func summarize(ctx context.Context, etcd Etcd, election string) (Summary, error) {

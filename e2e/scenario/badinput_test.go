@@ -28,8 +28,10 @@ import (
 // etcdClient can write what no command line can.
 func (tr *trial) etcdClient() *clientv3.Client {
 	tr.Helper()
+	user, password, _ := strings.Cut(tr.etcd.Auth, ":")
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints: tr.etcd.Endpoints(), DialTimeout: 5 * time.Second,
+		Username: user, Password: password,
 	})
 	tr.must(err)
 	tr.Cleanup(func() { _ = client.Close() })
