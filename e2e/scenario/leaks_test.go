@@ -26,8 +26,8 @@ func leaks(t *testing.T, u user) *trial {
 	return tr
 }
 
-// leasesAre waits until etcd holds these leases, each with one key of the election, and nothing else
-// but the history and the candidates' records, which are bound to the leases.
+// leasesAre waits until etcd holds these leases, each with one key of the election, and nothing
+// else but the history and the candidates' records, which are bound to the leases.
 func (tr *trial) leasesAre(want ...string) {
 	tr.Helper()
 	tr.must(harness.Until(tr.waitContext(revokeTimeout), func() error {

@@ -281,7 +281,7 @@ func TestPriority(t *testing.T) {
 	tr.finish()
 }
 
-// A candidate with the priority 0 never leads: not alone, not if the leader goes, and not on request.
+// A candidate with the priority 0 never leads: not alone, not if the leader goes, not on request.
 func TestPriority_Never(t *testing.T) {
 	tr := ordinary(t)
 	never := tr.start("never", "", variables("LEASEHOLD_PRIORITY=0"))

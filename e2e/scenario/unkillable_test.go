@@ -20,8 +20,9 @@ import (
 
 // TestUnkillable: while the kernel does not carry out the SIGKILL of a job in uninterruptible
 // sleep, the daemon keeps the lease, so that nobody else leads, and says so every 10 s. So does the
-// elector that has taken the guard's place, even if the guard goes on. It runs beside no other test:
-// a guard that goes on takes an elector for silent that gets no processor for a sixth of the TTL.
+// elector that has taken the guard's place, even if the guard goes on. It runs beside no other
+// test: a guard that goes on takes an elector for silent that gets no processor for a sixth of the
+// TTL.
 func TestUnkillable(t *testing.T) {
 	for _, u := range users() {
 		t.Run(u.name, func(t *testing.T) {
