@@ -103,7 +103,7 @@ type job struct {
 	health    jobHealth
 	unhealthy *UnhealthyError // why we stop it; nil: for another reason, or not
 	startsOf  int64           // the lease of shown.Starts
-	serial    int32           // the spawner's messages about earlier starts are for an elector before us
+	serial    int32           // the spawner's messages about earlier starts are for others
 	pidfd     int             // of the first process, from the spawner; -1: none
 	pidfdPid  int             // its pid: the guard's message about the start may come later
 	guardLost bool

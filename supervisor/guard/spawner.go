@@ -118,7 +118,7 @@ func (g *guard) receiveFromSpawner() {
 			j.firstExited(unix.WaitStatus(m.Value))
 		case ipc.SpawnerGone:
 			j.childless, j.unanswered = true, false
-			// It has done what it was asked for, and we may have counted its last heartbeat already.
+			// It has done what it was asked for. We may have counted its last heartbeat already.
 			s.awaited = false
 			if j.pid != 0 {
 				j.firstExited(unix.WaitStatus(unix.SIGKILL))
