@@ -56,7 +56,8 @@ var exits = []struct {
 		exitOK, "",
 		"planned stop, whatever the job's code; the job ended with 0 and is not restarted;" +
 			" status: there is a leader; check: yes;" +
-			" list, history, hold, release: done; switchover: another candidate leads",
+			" list, history, hold, release: done; watch: interrupted;" +
+			" switchover: another candidate leads",
 		is(),
 	},
 	{
@@ -75,7 +76,7 @@ var exits = []struct {
 	{exitUsage, "", "wrong usage", as[*cli.UsageError]},
 	{
 		exitUnavailable, "",
-		"status, list, history, hold, release, switchover, check, wait, reload:" +
+		"status, list, history, watch, hold, release, switchover, check, wait, reload:" +
 			" nobody answers, or etcd refuses;" +
 			" not elected within LEASEHOLD_WAIT, because etcd did not answer or refused",
 		either(is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable,

@@ -177,10 +177,11 @@ the leader's here, and the candidate's own there.
 `)
 	fields(&b, cli.ReportFields())
 	md(`
-### The JSON of list, history
+### The JSON of list, history, watch
 
-Each prints one object. [schema.json](schema.json) is the JSON Schema of what ~status~, ~list~ and
-~history~ print with ~--json~.
+~list~ and ~history~ print one object, ~watch~ one for each event, on a line of its own.
+[schema.json](schema.json) is the JSON Schema of what these commands and ~status~ print with
+~--json~.
 
 ~list --json~:
 
@@ -191,6 +192,20 @@ Each prints one object. [schema.json](schema.json) is the JSON Schema of what ~s
 
 `)
 	fields(&b, cli.HistoryFields())
+	md(`
+~watch --json~:
+
+`)
+	fields(&b, cli.WatchFields())
+	md(`
+| ~event~ | ~what~ |
+|---|---|
+| ~leader~ | ~leads~, ~nobody~ |
+| ~candidates~ | ~joined~, ~left~ |
+| ~hold~ | ~held~, ~released~ |
+| ~switchover~ | ~asked~, ~accepted~, ~refused~, ~gone~ |
+| ~compacted~ | ~resumed~: etcd has no older changes, and it goes on here |
+`)
 	b.WriteString("\n## Exit codes\n\n")
 	table(&b, "code", "when", exitEntries())
 	b.WriteString("\n" + lastWords + "\n")

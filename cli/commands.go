@@ -137,6 +137,18 @@ func (p *Program) Commands() []Command {
 			Run: p.history,
 		},
 		{
+			Name: "watch", Args: "[ELECTION] [--from REVISION] [--json]", Max: 1,
+			Flags: []string{"--json"}, Options: []string{"--from"},
+			Summary: "print a line when something changes:" +
+				" who leads, the candidates, a hold, a switchover",
+			Description: "It begins with who leads. With --from it first shows the changes from" +
+				" that revision of etcd on. If etcd no longer has them, it says compacted," +
+				" and goes on from the oldest revision that etcd has." +
+				" It runs until SIGINT or SIGTERM, also if etcd does not answer for a while." +
+				" Exit code 0: interrupted; 69: etcd never answers, or refuses.",
+			Run: p.watch,
+		},
+		{
 			Name: "hold", Args: "[ELECTION] [--for TIME] [--reason TEXT] [--stop]", Max: 1,
 			Flags: []string{"--stop"}, Options: []string{"--for", "--reason"},
 			Summary: "let nobody become leader until release; whoever leads goes on",
@@ -226,8 +238,8 @@ func (p *Program) Commands() []Command {
 
 // commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{
-	"run", "elect", "status", "list", "history", "hold", "release", "switchover", "check", "wait",
-	"reload", "install", "version", "help",
+	"run", "elect", "status", "list", "history", "watch", "hold", "release", "switchover", "check",
+	"wait", "reload", "install", "version", "help",
 }
 
 // GlobalFlags are the flags that every command takes.

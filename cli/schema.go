@@ -13,7 +13,7 @@ func Schema() ([]byte, error) {
 	defs := map[string]any{}
 	for name, of := range map[string]reflect.Type{
 		"status": reflect.TypeFor[statusReport](), "list": reflect.TypeFor[listReport](),
-		"history": reflect.TypeFor[historyReport](),
+		"history": reflect.TypeFor[historyReport](), "watch": reflect.TypeFor[watchEvent](),
 	} {
 		defs[name] = schemaOf(of)
 	}

@@ -29,20 +29,21 @@ _leasehold() {
     fi
     case $command in
     '')
-        choices='-- run elect status list history hold release switchover check wait reload install version help'
+        choices='-- run elect status list history watch hold release switchover check wait reload install version help'
         flags=--version
         ;;
     run) choices='--' ;;
     status) flags='--json' ;;
     list) flags='--json' ;;
     history) flags='--json -n' ;;
+    watch) flags='--json --from' ;;
     hold) flags='--stop --for --reason' ;;
     switchover) flags='--to --timeout' ;;
     check) choices='live ready leader standby' ;;
     wait) choices='leader standby ready' flags='--timeout' ;;
     reload) flags='--env' ;;
     install) compopt -o default ;;
-    help) choices='run elect status list history hold release switchover check wait reload install version help' ;;
+    help) choices='run elect status list history watch hold release switchover check wait reload install version help' ;;
     esac
     ((words < 2)) || choices=
     [[ $word != -* ]] || choices+=" $flags -f --help"

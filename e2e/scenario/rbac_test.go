@@ -220,6 +220,7 @@ func TestRBAC_OnlyTheElection(t *testing.T) {
 		{"release", 69, permission{"readwrite", "leasehold/v1/jobs%2Fbackup/"}},
 		{"switchover", 69, permission{"readwrite", "leasehold/v1/jobs%2Fbackup/"}},
 		{"history", 69, permission{"read", "leasehold/v1/jobs%2Fbackup/"}},
+		{"watch", 69, permission{"read", "leasehold/v1/jobs%2Fbackup/"}},
 		{"list", 69, permission{"read", "leasehold/v1/"}},
 		{"status", 0, permission{"read", "leasehold/v1/jobs%2Fbackup/"}},
 	} {
