@@ -42,7 +42,7 @@ type steering struct {
 
 // steeringKey is a key, as it was at a revision.
 type steeringKey struct {
-	name    string
+	name    string // never changes, and is read without the lock
 	asOf    int64
 	created int64 // create revision; 0: it is not there
 	mod     int64 // mod revision
@@ -176,8 +176,9 @@ func (s *steering) deny(err error) {
 		changed := s.denied == nil
 		s.denied = err
 		s.hold, s.asked = nil, nil
-		s.holdKey = steeringKey{name: s.holdKey.name}
-		s.askedKey = steeringKey{name: s.askedKey.name}
+		for _, k := range []*steeringKey{&s.holdKey, &s.askedKey} {
+			k.asOf, k.created, k.mod = 0, 0, 0
+		}
 		return changed
 	})
 }

@@ -2,12 +2,14 @@ package election
 
 import (
 	"errors"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"leasehold/control"
 	"leasehold/e2e/sim/simetcd"
@@ -218,4 +220,19 @@ func TestHold_StopsWhoWaits(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 	})
+}
+
+// Reads run side by side, and one of them may learn that it is forbidden.
+func TestSteering_DeniedBesideARead(*testing.T) {
+	s := newSteering("jobs/backup", func() {})
+	var reading sync.WaitGroup
+	for range 2 {
+		reading.Go(func() {
+			for range 100 {
+				s.deny(rpctypes.ErrPermissionDenied)
+				s.bounds()
+			}
+		})
+	}
+	reading.Wait()
 }
