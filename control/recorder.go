@@ -153,16 +153,17 @@ func (r *Recorder) Renewed() {
 }
 
 // Ended notes that the term that began last has ended, and that its job has exited. starts and exit
-// are of the job.
+// are of the job. It does not wake Run: the lease is about to be released, and the next leader
+// waits for that. Left has the end written.
 func (r *Recorder) Ended(why string, starts int, exit *Exit) {
-	r.update(func() {
-		if len(r.terms) == 0 {
-			return
-		}
-		t := r.terms[len(r.terms)-1]
-		t.Ended, t.Why, t.Starts, t.LastExit = now(), why, starts, exit
-		t.ended, t.dirty, t.due = true, true, time.Time{}
-	})
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.terms) == 0 {
+		return
+	}
+	t := r.terms[len(r.terms)-1]
+	t.Ended, t.Why, t.Starts, t.LastExit = now(), why, starts, exit
+	t.ended, t.dirty, t.due = true, true, time.Time{}
 }
 
 func (r *Recorder) update(event func()) {
