@@ -60,6 +60,10 @@ type killInGuardsPlace struct {
 	clean    int           // scans in a row that saw none
 }
 
+// usualKill is how long the spawner and the kernel may take to kill the job. Whatever takes
+// milliseconds itself, such as a scan of the process table, begins only then.
+const usualKill = 5 * time.Millisecond
+
 // begin kills what takes no scan of the process table.
 func (k *killInGuardsPlace) begin() {
 	s := k.s
@@ -117,6 +121,9 @@ func (k *killInGuardsPlace) killJob() (gone, left bool) {
 	}
 	if s.cgroup != nil && s.cgroup.Populated() {
 		s.killNow()
+		if boottime.Now() > k.began+usualKill {
+			s.cgroup.KillEach()
+		}
 		return false, true
 	}
 	return gone, left
@@ -127,8 +134,7 @@ func (k *killInGuardsPlace) killJob() (gone, left bool) {
 func (k *killInGuardsPlace) killBesideSpawner() (left bool) {
 	s := k.s
 	s.askSpawner()
-	// A scan of the process table takes milliseconds. Usually the spawner needs less.
-	if k.procs == nil || boottime.Now() <= k.began+5*time.Millisecond {
+	if k.procs == nil || boottime.Now() <= k.began+usualKill {
 		return true
 	}
 	left = k.procs.KillDescendants(s.cfg.Spawner, unix.Getpid())

@@ -102,3 +102,28 @@ func TestSupervisor_GuardKilledSpawnerStopped(t *testing.T) {
 		r.tell("exit 70")
 	})
 }
+
+// TestSupervisor_GuardAndSpawnerKilled: then the elector has only the job's cgroup. What it can't
+// kill keeps the lease for ever, so it has to kill a process whose main thread has exited, too.
+func TestSupervisor_GuardAndSpawnerKilled(t *testing.T) {
+	needCgroup(t)
+	for _, job := range []string{"daemonize", "daemonize-threads"} {
+		t.Run(job, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, job, 0)
+			r.tell("lead 1h 2h")
+			r.waitJobs(2)
+			spawner := r.spawner()
+			// Stopped, neither of them acts on the other's end.
+			for _, sig := range []unix.Signal{unix.SIGSTOP, unix.SIGKILL} {
+				_ = unix.Kill(r.guard.Process.Pid, sig)
+				_ = unix.Kill(spawner, sig)
+			}
+			r.waitSaid("led " + supervisor.ErrGuardLost.Error())
+			r.requireDead()
+			r.waitSaid("run " + supervisor.ErrGuardLost.Error())
+			r.waitExit(-1)
+			r.tell("exit 70")
+		})
+	}
+}

@@ -9,11 +9,18 @@ import (
 	ossignal "os/signal"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+func init() {
+	if len(os.Args) > 2 && os.Args[1] == "job" {
+		runtime.LockOSThread() // the main goroutine, to the main thread: see threads
+	}
+}
 
 // jobMain is a job, or one of its descendants.
 func jobMain(behaviour string) {
@@ -28,8 +35,14 @@ func jobMain(behaviour string) {
 	switch behaviour {
 	case "daemonize":
 		again("child-of-daemonize", true)
-	case "child-of-daemonize":
-		again("stubborn", true)
+	case "daemonize-threads":
+		again("child-of-daemonize-threads", true)
+	case "child-of-daemonize", "child-of-daemonize-threads":
+		if behaviour == "child-of-daemonize" {
+			again("stubborn", true)
+		} else {
+			again("threads", true)
+		}
 		os.Exit(0)
 	case "stubborn":
 		ossignal.Ignore(unix.SIGTERM, unix.SIGHUP, unix.SIGINT)
@@ -73,14 +86,19 @@ func jobMain(behaviour string) {
 		select {}
 	case "threads":
 		// The main thread goes, the others stay: the state in /proc reads Z and the process lives.
+		ossignal.Ignore(unix.SIGTERM)
 		go func() {
-			runtime.LockOSThread()
+			stat := fmt.Sprintf("/proc/self/task/%d/stat", os.Getpid())
+			for {
+				if text, _ := os.ReadFile(stat); strings.Contains(string(text), ") Z ") {
+					break
+				}
+				time.Sleep(time.Millisecond)
+			}
 			dialTest("job threads")
 			select {}
 		}()
-		time.Sleep(100 * time.Millisecond)
-		runtime.LockOSThread()
-		_, _, _ = unix.RawSyscall(unix.SYS_EXIT, 0, 0, 0)
+		_, _, _ = unix.Syscall(unix.SYS_EXIT, 0, 0, 0)
 	}
 	dialTest("job " + behaviour)
 	select {}

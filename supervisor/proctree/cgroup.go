@@ -162,7 +162,7 @@ var populatedZero = []byte("populated 0")
 
 // waitEmpty waits until nothing is left in the cgroup, killing it again and again.
 func (c *Cgroup) waitEmpty(d time.Duration) bool {
-	for end := boottime.Now() + d; ; {
+	for end := boottime.Now() + d; ; c.KillEach() {
 		c.KillAll()
 		if !c.Populated() {
 			return true

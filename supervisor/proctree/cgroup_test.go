@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -20,18 +22,22 @@ import (
 
 const testWait = 20 * time.Second
 
-func isLeaver() bool { return len(os.Args) == 3 && os.Args[1] == "leaver" }
+// endsMainThread reports whether this process is one that ends its main thread, and no other.
+func endsMainThread() bool {
+	return len(os.Args) == 3 && (os.Args[1] == "leaver" || os.Args[1] == "main-gone")
+}
 
 func init() {
-	if isLeaver() {
+	if endsMainThread() {
 		runtime.LockOSThread() // the main goroutine, to the main thread
 	}
 }
 
 // The test binary is also the probe process of NewCgroup.
 func TestMain(m *testing.M) {
-	if isLeaver() {
-		leaver(os.Args[2])
+	if endsMainThread() {
+		go withoutMainThread(os.Args[1], os.Args[2])
+		_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)
 	}
 	if len(os.Args) > 1 && os.Args[1] == "probe" {
 		fmt.Print("\n")
@@ -156,8 +162,64 @@ func TestCgroup_RemovesLeftovers(t *testing.T) {
 	}
 }
 
+// withoutMainThread goes on when the main thread has exited. As a leaver it leaves for the cgroup
+// path: then the kernel moves only the other threads, and shows the old cgroup for the process.
+// Otherwise it makes the file path.
+func withoutMainThread(as, path string) {
+	signal.Ignore(syscall.SIGTERM)
+	pid := strconv.Itoa(os.Getpid())
+	for {
+		stat, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/stat")
+		if strings.Contains(string(stat), ") Z ") {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	text := ""
+	if as == "leaver" {
+		path, text = path+"/cgroup.procs", pid
+	}
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		panic(err)
+	}
+	time.Sleep(time.Minute)
+	os.Exit(0)
+}
+
+// TestCgroup_MainThreadGone: a leftover whose main thread has exited, which cgroup.kill alone does
+// not reach, is killed and removed.
+func TestCgroup_MainThreadGone(t *testing.T) {
+	parent := needCgroup(t)
+	test, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	up := filepath.Join(t.TempDir(), "up")
+	left, pidfd := newLeftoverOf(t, parent, "exec "+test+" main-gone "+up)
+	until(t, "its main thread has exited", func() bool {
+		_, err := os.Stat(up)
+		return err == nil
+	})
+	began := time.Now()
+	if err := removeLeftovers(parent); err != nil {
+		t.Error(err)
+	}
+	t.Logf("it took %v", time.Since(began))
+	if !PidfdExited(pidfd) {
+		t.Error("the leftover's process lives")
+	}
+	if _, err := os.Stat(left); !os.IsNotExist(err) {
+		t.Errorf("the leftover is still there: %v", err)
+	}
+}
+
 // newLeftover makes what a dead guard leaves: a cgroup that nobody has locked, and a process in it.
 func newLeftover(t *testing.T, parent string) (dir string, pidfd int) {
+	t.Helper()
+	return newLeftoverOf(t, parent, "sleep 1000")
+}
+
+func newLeftoverOf(t *testing.T, parent, script string) (dir string, pidfd int) {
 	t.Helper()
 	dir = filepath.Join(parent, cgroupPrefix+"0leftover")
 	inner := filepath.Join(dir, "1", "inner")
@@ -170,7 +232,7 @@ func newLeftover(t *testing.T, parent string) (dir string, pidfd int) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = unix.Close(fd) })
-	return dir, startIn(t, fd, "sleep 1000")
+	return dir, startIn(t, fd, script)
 }
 
 // TestCgroup_LocksOfOthers: a lock on a directory that anybody can open keeps nobody from starting,

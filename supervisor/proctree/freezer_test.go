@@ -8,8 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -117,27 +115,6 @@ func TestFreezer_Outside(t *testing.T) {
 		t.Fatal(err)
 	}
 	until(t, "nothing is outside any more", func() bool { return f.Outside(self) == 0 })
-}
-
-// leaver leaves for a cgroup when its main thread has exited. Then the kernel moves only the other
-// threads, and shows the old cgroup for the process.
-func leaver(dir string) {
-	pid := strconv.Itoa(os.Getpid())
-	go func() {
-		for {
-			stat, _ := os.ReadFile("/proc/" + pid + "/task/" + pid + "/stat")
-			if strings.Contains(string(stat), ") Z ") {
-				break
-			}
-			time.Sleep(time.Millisecond)
-		}
-		if err := os.WriteFile(dir+"/cgroup.procs", []byte(pid), 0); err != nil {
-			panic(err)
-		}
-		time.Sleep(time.Minute)
-		os.Exit(0)
-	}()
-	_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)
 }
 
 // TestFreezer_OutsideWithoutMainThread: as a search that looks at the main thread only would not
