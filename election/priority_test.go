@@ -2,13 +2,17 @@ package election
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"leasehold/control"
+	"leasehold/e2e/harness"
 	"leasehold/e2e/sim/simetcd"
 )
 
@@ -31,6 +35,17 @@ func (r *recorded) Leased(id int64, ttl time.Duration) {
 func (r *recorded) Entered(key string, created int64) {
 	r.testCallbacks.Entered(key, created)
 	r.recorder.Joined(r.lease.Load(), false)
+}
+
+func (r *recorded) Extended(d Deadlines) {
+	r.testCallbacks.Extended(d)
+	r.recorder.Renewed()
+}
+
+func (r *recorded) Lead(ctx context.Context, term Term) error {
+	r.recorder.Began(term.Token, term.Adopted)
+	defer r.recorder.Ended("stopped", 0, nil)
+	return r.testCallbacks.Lead(ctx, term)
 }
 
 // record has a candidate write its record, with this priority.
@@ -163,4 +178,169 @@ func TestPriority_EveryOrderFailsBack(t *testing.T) {
 			})
 		})
 	}
+}
+
+// newRecorded runs a candidate on a real etcd, with a record.
+func newRecorded(
+	t *testing.T, cluster *harness.Cluster, election, name string, ttl time.Duration, priority int,
+) *testCandidate {
+	t.Helper()
+	return newTestCandidate(t, cluster.Endpoints(), name, func(cfg *Config, h *testCallbacks) {
+		cfg.Election, cfg.TTL = election, ttl
+		record(cfg, h, priority)
+	})
+}
+
+// waitUntilNext waits until only the leader is ahead of the candidate.
+func (c *testCandidate) waitUntilNext() {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Minute)
+	defer cancel()
+	if err := harness.Until(ctx, func() error {
+		if ahead, first, known := c.Ahead(5); !known || ahead != 1 {
+			return fmt.Errorf("ahead of %s: %d, %q", c.cfg.Identity, ahead, first)
+		}
+		return nil
+	}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// TestPriority_RealEtcd: a few orders with a real etcd.
+func TestPriority_RealEtcd(t *testing.T) {
+	t.Parallel()
+	cluster := newTestEtcd(t)
+	for _, order := range []string{"edcba", "bcade", "cdbea", "dbcea", "abcde"} {
+		t.Run(order, func(t *testing.T) {
+			t.Parallel()
+			all := map[string]*testCandidate{}
+			for name := range strings.SplitSeq(order, "") {
+				all[name] = newRecorded(t, cluster, order, name, 2*time.Second, priorities5[name])
+				all[name].waitFor("queued", func(s Snapshot) bool {
+					return s.State == Standby || s.State == Leading
+				})
+			}
+			next := all["a"]
+			if order[0] == 'a' { // it leads, and b and c are as good
+				next = all["b"]
+			}
+			next.waitUntilNext()
+			all[order[:1]].stop(nil)
+			next.waitForTerm()
+		})
+	}
+}
+
+// TestPriority_Crowd: 200 candidates of the same priority write nothing while nothing happens, and
+// a few keys when the leader goes.
+func TestPriority_Crowd(t *testing.T) {
+	t.Parallel()
+	cluster := newTestEtcd(t)
+	const ttl = 15 * time.Second
+	first := newRecorded(t, cluster, "crowd", "first", ttl, 50)
+	first.waitForTerm()
+	var all []*testCandidate
+	for i := range 199 {
+		c := newRecorded(t, cluster, "crowd", fmt.Sprintf("c%03d", i), ttl, 50)
+		c.waitForState(Standby)
+		all = append(all, c)
+	}
+	client, err := cluster.NewClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+	count := func(prefix string) (n, revision int64) {
+		got, err := client.Get(t.Context(), prefix, clientv3.WithPrefix(),
+			clientv3.WithCountOnly())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got.Count, got.Header.Revision
+	}
+	until(t, func() error {
+		records, _ := count(control.Candidates("crowd"))
+		terms, _ := count(control.History("crowd"))
+		if records != 200 || terms != 1 {
+			return fmt.Errorf("%d records, and %d terms in the history", records, terms)
+		}
+		return nil
+	})
+	// written is how many revisions come with something, and until all that follows is over.
+	written := func(what func(), over time.Duration) int64 {
+		_, before := count("")
+		what()
+		time.Sleep(over) // nothing tells that nothing more comes
+		_, after := count("")
+		return after - before
+	}
+	if n := written(func() {}, ttl*5/4); n != 0 {
+		t.Errorf("%d revisions while nothing happens", n)
+	}
+	// The key and the lease go, the history gets an end and a beginning.
+	if n := written(func() {
+		first.stop(nil)
+		all[0].waitForTerm()
+	}, 4*time.Second); n < 3 || n > 5 {
+		t.Errorf("%d revisions when the leader stops, want 3 to 5", n)
+	}
+	if n := written(func() {
+		all[0].mu.Lock()
+		all[0].releasingFails = errKilled
+		all[0].mu.Unlock()
+		all[0].stop(errKilled)
+		_ = all[0].waitForReturn()
+		all[1].waitForTerm()
+	}, 4*time.Second); n < 2 || n > 4 {
+		t.Errorf("%d revisions when the leader is killed, want 2 to 4", n)
+	}
+}
+
+// Each of many candidates is moved once for one with a higher priority, and a few at a time.
+func TestPriority_MovesEachOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &adoptRig{t: t, etcd: simetcd.New(simetcd.Config{}), start: time.Now()}
+		t.Cleanup(r.etcd.Close)
+		r.etcd.Elect(1)
+		var all []*testCandidate
+		for i := range 42 {
+			name, priority := fmt.Sprintf("c%02d", i), 50
+			if i == 41 {
+				priority = 90
+			}
+			c := newTestCandidate(t, r.etcd.Endpoints(), name, func(cfg *Config, h *testCallbacks) {
+				cfg.Election, cfg.Dial, cfg.Now = "jobs", r.etcd.Dialer(name), r.now
+				record(cfg, h, priority)
+			})
+			c.waitFor("queued", func(s Snapshot) bool {
+				return s.State == Standby || s.State == Leading
+			})
+			all = append(all, c)
+		}
+		moves := func(c *testCandidate) int {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return len(c.entered) - 1
+		}
+		passed := all[1:41]
+		for look, before := 0, 0; look < 20; look++ {
+			time.Sleep(testTTL)
+			now := 0
+			for _, c := range passed {
+				now += moves(c)
+			}
+			if now-before > 2*mostMoved { // a TTL may have two looks
+				t.Errorf("%d moved within a TTL", now-before)
+			}
+			before = now
+		}
+		for _, c := range passed {
+			if n := moves(c); n != 1 {
+				t.Errorf("%s was moved %d times", c.cfg.Identity, n)
+			}
+		}
+		if ahead, _, known := all[41].Ahead(1); !known || ahead != 1 || moves(all[0]) != 0 {
+			t.Errorf("%d are ahead of the best one", ahead)
+		}
+	})
 }
