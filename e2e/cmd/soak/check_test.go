@@ -434,14 +434,16 @@ func TestFrozen(t *testing.T) {
 // Nobody leads whose job is frozen.
 func TestFrozen_Leader(t *testing.T) {
 	for _, c := range []struct {
-		name   string
-		sent   time.Duration // after the freeze
-		guilty bool
+		name    string
+		sent    time.Duration // after the freeze
+		starved bool
+		guilty  bool
 	}{
-		{"just before it is frozen", -time.Millisecond, false},
-		{"frozen", time.Second, true},
-		{"being thawed", 2*time.Second - 20*time.Millisecond, false},
-		{"another job", 3 * time.Second, false},
+		{name: "just before it is frozen", sent: -time.Millisecond},
+		{name: "frozen", sent: time.Second, guilty: true},
+		{name: "frozen, the machine starved", sent: time.Second, starved: true},
+		{name: "being thawed", sent: 2*time.Second - 20*time.Millisecond},
+		{name: "another job", sent: 3 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k, now := quietChecker(), harness.Now()
@@ -449,6 +451,14 @@ func TestFrozen_Leader(t *testing.T) {
 			job := lived("a", 5, from-time.Second, 0)
 			k.saw(from, []harness.Life{job})
 			k.jobThawed(k.jobFrozen("a", from), from+2*time.Second, false)
+			k.excuses.samples = nil
+			for at := from - time.Second; at < now; at += 50 * time.Millisecond {
+				waited := time.Hour
+				if c.starved {
+					waited += at - from
+				}
+				k.excuses.samples = append(k.excuses.samples, sample{at, waited})
+			}
 			sent := from + c.sent
 			k.health.yes = append(k.health.yes, &yes{candidate: "a", sent: sent, received: sent})
 			k.saw(now, []harness.Life{job})

@@ -82,6 +82,8 @@ type counts struct {
 	// Frozen are of jobs on loss of contact. KilledFrozen are those that were not thawed.
 	Frozen       int `json:"jobs_frozen"`
 	KilledFrozen int `json:"jobs_killed_frozen"`
+	// FrozenYes are of jobs that were frozen, on a starved machine.
+	FrozenYes int `json:"leader_yes_frozen_starved"`
 	// Transitions that daemons logged, by state machine.
 	Transitions check.Counts `json:"transitions"`
 }

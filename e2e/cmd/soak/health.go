@@ -217,7 +217,11 @@ const (
 func (k *checker) explain(now time.Duration, over bool) {
 	k.health.yes = slices.DeleteFunc(k.health.yes, func(y *yes) bool {
 		lives, last, of := k.jobBefore(y, now)
-		if k.heldFrozen(y, now) {
+		switch f := k.heldFrozen(y, now); {
+		case f == nil:
+		case k.excuses.starved(f.From, y.received, k.margin()):
+			k.counts.FrozenYes++ // the daemon has asked for the thaw, or will be told of the freeze
+		default:
 			k.violate([]string{y.candidate}, "/leader of %s, asked at %v, says 200, and its job "+
 				"was frozen", y.candidate, y.sent-k.began)
 		}

@@ -280,6 +280,7 @@ func (r *results) lines() (lines []line) {
 	add("… the same, the old leader out of reach", "%v", r.Stale[unreached])
 	add("/leader checked", "%d times, %d of them 200; %d for a job that was killed before the "+
 		"witness knew it", c.Leader, c.Yes, c.Untold)
+	add("… 200 for a frozen job, the machine starved", "%d times", c.FrozenYes)
 	for _, excuse := range slices.Sorted(maps.Keys(r.Late)) {
 		after := cmp.Or(excuse, "leasehold had killed the job")
 		add("… still 200 after "+after, "%v", r.Late[excuse])
