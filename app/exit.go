@@ -79,7 +79,7 @@ var exits = []struct {
 		"status, list, history, watch, hold, release, switchover, check, wait, reload:" +
 			" nobody answers, or etcd refuses;" +
 			" not elected within LEASEHOLD_WAIT, because etcd did not answer or refused",
-		either(is(cli.ErrNoReport, health.ErrNoAnswer, election.ErrUnreachable,
+		either(is(health.ErrNoAnswer, election.ErrUnreachable,
 			reload.ErrNoAnswer), as[*cli.EtcdError]),
 	},
 	{

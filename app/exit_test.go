@@ -28,7 +28,7 @@ func TestEnding(t *testing.T) {
 		{health.ErrNo, 1, slog.LevelError},
 		{&cli.UsageError{Hint: "hint"}, 64, slog.LevelError},
 		{fmt.Errorf("%w: x", health.ErrNoAnswer), 69, slog.LevelError},
-		{fmt.Errorf("%w: x", cli.ErrNoReport), 69, slog.LevelError},
+		{&cli.EtcdError{Command: "status", Err: errors.New("x")}, 69, slog.LevelError},
 		{fmt.Errorf("%w: x", election.ErrUnreachable), 69, slog.LevelError},
 		{supervisor.ErrGuardLost, 70, slog.LevelError},
 		{errors.New("anything"), 70, slog.LevelError},

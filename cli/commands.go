@@ -108,11 +108,17 @@ func (p *Program) Commands() []Command {
 			Run: func(c Call) error { return p.Elect(c) },
 		},
 		{
-			Name: "status", Args: "[ELECTION] [--json]", Max: 1, Flags: []string{"--json"},
-			Summary: "show the election as etcd has it: leader, token, lease time left, queue",
+			Name: "status", Args: "[ELECTION] [--json] [--watch]", Max: 1,
+			Flags: []string{"--json", "--watch"},
+			Summary: "show the election as etcd has it: leader, token, lease time left, hold," +
+				" and the queue with each candidate's priority and version",
 			Description: "ELECTION overrules LEASEHOLD_ELECTION." +
 				" Exit code 0: there is a leader; 1: there is none;" +
-				" 69: etcd does not answer, or refuses.",
+				" 69: etcd does not answer, or refuses." +
+				" With --watch it goes on until SIGINT or SIGTERM (exit code 0)," +
+				" also if etcd does not answer for a while: on a terminal it shows the election" +
+				" every second in the same place, elsewhere it prints it again when more has" +
+				" changed than the time that is left of the lease.",
 			Run: p.status,
 		},
 		{

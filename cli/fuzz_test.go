@@ -13,6 +13,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"leasehold/control"
 	"leasehold/election"
 	"leasehold/internal/quote"
 )
@@ -110,8 +111,8 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// FuzzReport: whatever strangers have written in etcd, status shows one line for each candidate and
-// each blocker, which a terminal can show, and JSON that says the same.
+// FuzzReport: whatever strangers have written in etcd, status shows one line for each candidate,
+// below a head, and for each blocker, which a terminal can show, and JSON that says the same.
 func FuzzReport(f *testing.F) {
 	f.Add("jobs/a", "a", "jobs/a/1f", int64(7), int64(0x1f), true,
 		"jobs/a/x", "why", "etcdctl del x")
@@ -128,13 +129,21 @@ func FuzzReport(f *testing.F) {
 		report := election.Report{
 			LeaseID: lease, LeaseTTL: time.Duration(token), LeaseLeft: time.Duration(lease),
 			Queue: []election.Entry{entry, entry}, Blockers: []election.Blocker{blocker},
+			Records: map[string]control.Candidate{
+				key: {Leasehold: identity, Priority: int(token), URL: why},
+			},
 		}
 		if leads {
 			report.Leader = &entry
 		}
 		text := reportText(name, report)
-		if lines := strings.Count(text, "\n"); lines != 4 || !plain(text) {
+		if lines := strings.Count(text, "\n"); lines != 5 || !plain(text) {
 			t.Errorf("%d lines: %q", lines, text)
+		}
+		for line := range strings.Lines(queueTable(report)) {
+			if line = strings.TrimSuffix(line, "\n"); columns(line) > tableWidth {
+				t.Errorf("%d columns: %q", columns(line), line)
+			}
 		}
 
 		want := reportJSON(name, "v1", report)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 
 	"leasehold/election"
 	"leasehold/health"
@@ -25,14 +24,19 @@ type statusReport struct {
 	Blocker  *statusBlocker     `json:"blocker" desc:"the first of the blockers"`
 	Blockers []statusBlocker    `json:"blockers" desc:"keys that no candidate made, and that stay"`
 	Hold     *health.HoldStatus `json:"hold" desc:"what keeps everybody from becoming leader"`
-	Control  *string            `json:"control_problem" desc:"why a hold can't be read"`
+	Control  *string            `json:"control_problem" desc:"why hold and records are unknown"`
 	Version  string             `json:"version" desc:"of the leasehold that asks"`
 }
 
 type statusCandidate struct {
-	Identity string `json:"identity" desc:"its name"`
-	Key      string `json:"key" desc:"its key in etcd"`
-	Token    int64  `json:"token" desc:"its fencing token: that key's create revision"`
+	Identity string  `json:"identity" desc:"its name"`
+	Key      string  `json:"key" desc:"its key in etcd"`
+	Token    int64   `json:"token" desc:"its fencing token: that key's create revision"`
+	Priority *int    `json:"priority" desc:"what it says of itself; null: it has no record"`
+	Ready    *bool   `json:"ready" desc:"whether it may lead; null: it has no record"`
+	Since    *string `json:"since" desc:"when it joined; null: it has no record"`
+	URL      *string `json:"url" desc:"of its health endpoint; null: others can't reach it"`
+	Version  *string `json:"version" desc:"of its leasehold; null: it has no record"`
 }
 
 type statusLease struct {
@@ -50,20 +54,29 @@ type statusBlocker struct {
 // ReportFields lists the fields of status --json, for the reference.
 func ReportFields() []health.Field { return health.FieldsOf[statusReport]() }
 
+func newStatusCandidate(e election.Entry, r election.Report) statusCandidate {
+	c := statusCandidate{Identity: e.Identity, Key: e.Key, Token: e.Token}
+	if record, found := r.Records[e.Key]; found {
+		c.Priority, c.Ready, c.Version = &record.Priority, &record.Ready, &record.Leasehold
+		c.Since, c.URL = timestamp(record.Since), orNull(record.URL)
+	}
+	return c
+}
+
 func reportJSON(name, version string, r election.Report) statusReport {
 	out := statusReport{
 		Election: name, Queue: []statusCandidate{}, Blockers: []statusBlocker{}, Version: version,
 	}
 	if r.Leader != nil {
-		leader := statusCandidate(*r.Leader)
+		leader := newStatusCandidate(*r.Leader, r)
 		out.Name, out.Leader = leader.Identity, &leader
 		out.Lease = &statusLease{
 			ID: strconv.FormatInt(r.LeaseID, 16), TTL: r.LeaseTTL.Seconds(),
 			ValidFor: r.LeaseLeft.Seconds(),
 		}
 	}
-	for _, c := range r.Queue {
-		out.Queue = append(out.Queue, statusCandidate(c))
+	for _, e := range r.Queue {
+		out.Queue = append(out.Queue, newStatusCandidate(e, r))
 	}
 	for _, b := range r.Blockers {
 		out.Blockers = append(out.Blockers, statusBlocker(b))
@@ -88,21 +101,16 @@ func reportText(name string, r election.Report) string {
 		fmt.Fprintf(&b, "%s: no leader\n", quote.Printable(name))
 	} else {
 		fmt.Fprintf(&b, "%s: leader is %s, token %d, lease %x valid for %s\n",
-			quote.Printable(name), strconv.Quote(r.Leader.Identity),
+			quote.Printable(name), quote.Value(r.Leader.Identity),
 			r.Leader.Token, r.LeaseID, r.LeaseLeft)
 	}
 	if r.Hold != nil {
 		fmt.Fprintf(&b, "%s\n", election.HoldText(r.Hold))
 	}
 	if r.ControlProblem != "" {
-		fmt.Fprintf(&b, "whether it is held is not known: %s\n", r.ControlProblem)
+		fmt.Fprintf(&b, "hold, priorities and versions are not known: %s\n", r.ControlProblem)
 	}
-	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	for i, c := range r.Queue {
-		name, key := strconv.Quote(c.Identity), quote.Printable(c.Key)
-		_, _ = fmt.Fprintf(w, "%d\t%s\ttoken %d\t%s\n", i+1, name, c.Token, key)
-	}
-	_ = w.Flush() // a strings.Builder takes everything
+	b.WriteString(queueTable(r))
 	for _, x := range r.Blockers {
 		fmt.Fprintf(&b, "blocked by %s: %s", x.Key, x.Why)
 		if x.Remedy != "" {
@@ -111,4 +119,27 @@ func reportText(name string, r election.Report) string {
 		b.WriteByte('\n')
 	}
 	return b.String()
+}
+
+// queueTable shows the candidates in their order. Of those without a record a dash is shown.
+func queueTable(r election.Report) string {
+	if len(r.Queue) == 0 {
+		return ""
+	}
+	rows := [][]string{{"#", "CANDIDATE", "TOKEN", "PRIORITY", "READY", "VERSION", "LEASE"}}
+	for i, e := range r.Queue {
+		priority, ready, version := "-", "-", "-"
+		if record, found := r.Records[e.Key]; found {
+			priority, ready = strconv.Itoa(record.Priority), "no"
+			if record.Ready {
+				ready = "yes"
+			}
+			version = quote.Word(record.Leasehold)
+		}
+		rows = append(rows, []string{
+			strconv.Itoa(i + 1), quote.Word(e.Identity), strconv.FormatInt(e.Token, 10),
+			priority, ready, version, e.Key[strings.LastIndexByte(e.Key, '/')+1:],
+		})
+	}
+	return table(rows, 1, 5)
 }

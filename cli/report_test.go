@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"leasehold/control"
 	"leasehold/election"
 	"leasehold/health"
 )
@@ -53,11 +54,21 @@ func TestReport_JSON(t *testing.T) {
 			election.Report{
 				Leader: &leader, LeaseID: 0x1f, LeaseTTL: 15 * time.Second,
 				LeaseLeft: 12 * time.Second,
-				Queue:     []election.Entry{leader}, Blockers: []election.Blocker{blocker},
+				Queue:     []election.Entry{leader, {Identity: "b", Key: "e/20", Token: 8}},
+				Records: map[string]control.Candidate{"e/1f": {
+					Identity: "a", Priority: 90, Ready: true, Leasehold: "v2",
+					URL: "http://a:4040",
+				}},
+				Blockers: []election.Blocker{blocker},
 			},
-			`{"name":"a","election":"e","leader":{"identity":"a","key":"e/1f","token":7},` +
+			`{"name":"a","election":"e",` +
+				`"leader":{"identity":"a","key":"e/1f","token":7,"priority":90,"ready":true,` +
+				`"since":null,"url":"http://a:4040","version":"v2"},` +
 				`"lease":{"id":"1f","ttl_seconds":15,"valid_for_seconds":12},` +
-				`"queue":[{"identity":"a","key":"e/1f","token":7}],` +
+				`"queue":[{"identity":"a","key":"e/1f","token":7,"priority":90,"ready":true,` +
+				`"since":null,"url":"http://a:4040","version":"v2"},` +
+				`{"identity":"b","key":"e/20","token":8,"priority":null,"ready":null,` +
+				`"since":null,"url":null,"version":null}],` +
 				`"blocker":{"key":"e/x","why":"why","remedy":"remedy"},` +
 				`"blockers":[{"key":"e/x","why":"why","remedy":"remedy"}],` +
 				`"hold":null,"control_problem":null,"version":"v1"}`,

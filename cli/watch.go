@@ -52,21 +52,13 @@ func (p *Program) watch(c Call) error {
 		}
 	}
 	return p.ask(c, func(a asked) error {
-		ctx, stop := signal.NotifyContext(a.ctx, os.Interrupt, unix.SIGTERM)
-		defer stop()
-		ended := make(chan error, 2)
-		go func() { ended <- p.follow(ctx, a, from) }()
-		go func() { ended <- p.whenUnread() }()
-		var err error
-		select {
-		case <-ctx.Done(): // also if a write to standard output is blocked
-			return nil
-		case err = <-ended:
-		}
+		err := p.untilInterrupted(a.ctx, func(ctx context.Context) error {
+			return p.follow(ctx, a, from)
+		})
 		var future *election.FutureError
 		var printing *printError
 		switch {
-		case ctx.Err() != nil:
+		case err == nil:
 			return nil
 		case errors.As(err, &future):
 			return &UsageError{Hint: fmt.Sprintf("--from %d: %v", from, future)}
@@ -84,6 +76,27 @@ type printError struct{ err error }
 
 func (e *printError) Error() string { return "print: " + e.err.Error() }
 func (e *printError) Unwrap() error { return e.err }
+
+// untilInterrupted does the work until it ends, or SIGINT or SIGTERM comes, or nobody reads
+// standard output any more.
+func (p *Program) untilInterrupted(
+	ctx context.Context, work func(ctx context.Context) error,
+) error {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
+	defer stop()
+	ended := make(chan error, 2)
+	go func() { ended <- work(ctx) }()
+	go func() { ended <- p.whenUnread() }()
+	select {
+	case <-ctx.Done(): // also if a write to standard output is blocked
+		return nil
+	case err := <-ended:
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+}
 
 // follow prints the changes.
 func (p *Program) follow(ctx context.Context, a asked, from int64) error {

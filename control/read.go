@@ -148,23 +148,18 @@ func readTerms(kvs []*mvccpb.KeyValue) (terms []Term) {
 	return terms
 }
 
-// ReadCandidates returns the records of the election's candidates by their lease.
-func ReadCandidates(
-	ctx context.Context, etcd Etcd, election string,
-) (map[int64]Candidate, error) {
-	kvs, err := read(ctx, etcd, prefix(Candidates(election)))
-	if err != nil {
-		return nil, &KeysError{Permission: "read", Prefix: Prefix(election), Err: err}
-	}
+// Records reads the records of candidates, by their leases.
+func Records(kvs []*mvccpb.KeyValue) map[int64]Candidate {
 	all := map[int64]Candidate{}
 	for _, kv := range kvs {
 		var c Candidate
 		k, err := ParseKey(string(kv.Key))
-		// A record that is bound to another lease is none of that candidate's.
+		// A record that is bound to another lease is none of that candidate's: it would stay when
+		// the candidate has gone.
 		if err == nil && k.Kind == CandidateKey && k.Lease == kv.Lease &&
 			Decode(kv.Value, &c) == nil {
 			all[k.Lease] = c
 		}
 	}
-	return all, nil
+	return all
 }

@@ -71,7 +71,7 @@ func TestCandidate_Auth(t *testing.T) {
 	}
 	cfg := testConfig(t, cluster.Endpoints(), "")
 	withAuth(&cfg, nil)
-	if _, err := Query(ctx, cfg); err != nil {
+	if _, err := query(ctx, cfg); err != nil {
 		t.Errorf("query: %v", err)
 	}
 }

@@ -295,7 +295,7 @@ func TestCandidate_SharesTheElectionWithEtcdctl(t *testing.T) {
 	}
 	hears(first.Key + "\na\n")
 	until(t, func() error {
-		r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
+		r, err := query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
 		if err == nil && len(r.Queue) != 2 {
 			err = fmt.Errorf("queue: %+v", r)
 		}

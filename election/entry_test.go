@@ -27,7 +27,7 @@ func TestCandidate_Blockers(t *testing.T) {
 		etcdctl(t, cluster, "put", t.Name()+"/"+key, value)
 		a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 		s := a.waitForBlocker("no lease")
-		r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
+		r, err := query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
 		if err != nil || r.Leader != nil || len(r.Blockers) != 1 || r.Blockers[0] != *s.Blocker ||
 			len(r.Queue) != 1 {
 			t.Errorf("%q: query: %+v, %v", key, r, err)

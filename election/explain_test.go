@@ -59,7 +59,7 @@ func TestExplain_Auth(t *testing.T) {
 		cfg := testConfig(t, cluster.Endpoints(), "")
 		test.change(&cfg)
 		read := strings.ReplaceAll(test.want, "%s", "read")
-		if _, err := Query(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), read) {
+		if _, err := query(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), read) {
 			t.Errorf("%s: query: %v, want %s", name, err, read)
 		}
 		a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, _ *testCallbacks) {
@@ -102,7 +102,7 @@ func TestExplain_Scheme(t *testing.T) {
 	} {
 		cfg := testConfig(t, []string{strings.Replace(test.endpoint, test.from, test.to, 1)}, "")
 		for range 3 {
-			_, err := Query(t.Context(), cfg)
+			_, err := query(t.Context(), cfg)
 			t.Logf("%s: %v", cfg.Endpoints[0], err)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%s: %v, want %q", cfg.Endpoints[0], err, test.want)

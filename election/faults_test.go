@@ -204,7 +204,7 @@ func TestCandidate_Compaction(t *testing.T) {
 	for i := range 3 {
 		etcdctl(t, cluster, "put", "other", fmt.Sprint(i))
 	}
-	r, err := Query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
+	r, err := query(t.Context(), testConfig(t, cluster.Endpoints(), ""))
 	if err != nil || len(r.Queue) != 1 {
 		t.Fatalf("query: %+v, %v", r, err)
 	}

@@ -386,3 +386,13 @@ func newTestCluster3(t *testing.T) *harness.Cluster {
 	}
 	return harness.NewTestCluster(t, harness.ClusterConfig{Size: 3})
 }
+
+// query reads the election of that configuration.
+func query(ctx context.Context, cfg Config) (Report, error) {
+	client, err := Connect(cfg)
+	if err != nil {
+		return Report{}, err
+	}
+	defer client.Close()
+	return client.Query(ctx)
+}

@@ -127,7 +127,7 @@ func TestMembers_NameAndTLS(t *testing.T) {
 			CertFile: certs.ClientCertFile,
 			KeyFile:  certs.ClientKeyFile,
 		}
-		_, err := Query(t.Context(), cfg)
+		_, err := query(t.Context(), cfg)
 		return err
 	}
 	if err := query("localhost"); err != nil {

@@ -79,7 +79,7 @@ func (s *session) lookAtRecords(ctx context.Context) (l priorityLook) {
 	if err != nil {
 		return priorityLook{err: err}
 	}
-	l.records = readRecords(kvs)
+	l.records = control.Records(kvs)
 	own := l.records[s.id].Priority
 	for _, c := range l.records {
 		if c.Priority != own || !c.Ready {

@@ -3,6 +3,7 @@ package election
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -25,9 +26,12 @@ type Report struct {
 	LeaseLeft time.Duration
 	// Queue holds all candidates in their order, the leader first.
 	Queue []Entry
+	// Records are what the candidates say of themselves, by their keys. Who has just joined, or is
+	// another program, has none. Nobody has one if ControlProblem is why they can't be read.
+	Records map[string]control.Candidate
 	// Hold is what keeps everybody from becoming leader; nil: there is none, or it can't be read.
 	Hold *control.Hold
-	// ControlProblem is why it can't be read.
+	// ControlProblem is why etcd's roles forbid to read the hold, or the records.
 	ControlProblem string
 	// Blockers are the keys under the prefix that no candidate made. Candidates behind them wait.
 	Blockers []Blocker
@@ -47,21 +51,15 @@ func queryDelay(timeout time.Duration) time.Duration {
 	return min(timeout/8, 250*time.Millisecond)
 }
 
-// Query reads the election from etcd. Of cfg it needs the endpoints, how to reach them and the
-// election.
-func Query(ctx context.Context, cfg Config) (Report, error) {
-	ms, timeout, err := queryMembers(cfg)
-	if err != nil {
-		return Report{}, err
-	}
-	defer ms.close()
+// Query reads the election of the client's configuration.
+func (c *Client) Query(ctx context.Context) (Report, error) {
 	// A member that does not answer costs a fraction of the timeout: the next is asked meanwhile.
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	report, err := hedge(ctx, ms, queryDelay(timeout),
-		func(ctx context.Context, m *member) (Report, error) { return m.query(ctx, cfg) })
+	report, err := hedgeFrom(ctx, c.members, c.current, c.delay,
+		func(ctx context.Context, m *member) (Report, error) { return m.query(ctx, c.cfg) })
 	if err != nil {
-		return Report{}, fmt.Errorf("query etcd: %s", cfg.explainFor("read", err))
+		return Report{}, explained{"query etcd: " + c.cfg.explainFor("read", err), err}
 	}
 	return report, nil
 }
@@ -72,11 +70,15 @@ func (m *member) query(ctx context.Context, cfg Config) (Report, error) {
 		return Report{}, err
 	}
 	s := newSteering(cfg.Election, func() {})
-	_, kvs, err := s.readAll(ctx, m, wholePrefix(cfg.prefix()))
+	queue, records := wholePrefix(cfg.prefix()), wholePrefix(control.Candidates(cfg.Election))
+	_, kvs, err := s.readAll(ctx, m, queue, records)
+	if errors.Is(err, rpctypes.ErrPermissionDenied) {
+		_, kvs, err = s.readAll(ctx, m, queue)
+	}
 	if err != nil {
 		return Report{}, err
 	}
-	r := newReport(cfg.prefix(), kvs[0])
+	r := newReport(cfg.prefix(), kvs...)
 	r.Hold, r.ControlProblem = s.theHold(), cfg.controlProblem(s)
 	if r.Leader != nil && !s.mayBeLeading(r.Leader.Token) {
 		r.Leader, r.LeaseID = nil, 0
@@ -93,12 +95,18 @@ func (m *member) query(ctx context.Context, cfg Config) (Report, error) {
 	return r, nil
 }
 
-// newReport makes a report of all keys with the prefix.
-func newReport(prefix string, kvs []*mvccpb.KeyValue) (r Report) {
-	entries := make([]queueEntry, 0, len(kvs))
-	for _, kv := range kvs {
+// newReport makes a report of all keys with the prefix, and of the candidates' records, if they are
+// given.
+func newReport(prefix string, all ...[]*mvccpb.KeyValue) (r Report) {
+	entries := make([]queueEntry, 0, len(all[0]))
+	for _, kv := range all[0] {
 		entries = append(entries, newQueueEntry(prefix, kv))
 	}
+	records := map[int64]control.Candidate{}
+	if len(all) > 1 {
+		records = control.Records(all[1])
+	}
+	r.Records = map[string]control.Candidate{}
 	slices.SortFunc(entries, func(a, b queueEntry) int { return cmp.Compare(a.created, b.created) })
 	for i, e := range entries {
 		if !e.candidate {
@@ -106,6 +114,9 @@ func newReport(prefix string, kvs []*mvccpb.KeyValue) (r Report) {
 			continue
 		}
 		r.Queue = append(r.Queue, *e.entry())
+		if record, found := records[e.lease]; found {
+			r.Records[e.key] = record
+		}
 		if i == 0 {
 			r.Leader, r.LeaseID = e.entry(), e.lease
 		}

@@ -14,7 +14,7 @@ import (
 func TestQuery(t *testing.T) {
 	cluster := newTestEtcd(t)
 	cfg := testConfig(t, cluster.Endpoints(), "")
-	if r, err := Query(t.Context(), cfg); err != nil || r.Leader != nil || len(r.Queue) != 0 {
+	if r, err := query(t.Context(), cfg); err != nil || r.Leader != nil || len(r.Queue) != 0 {
 		t.Errorf("an empty election: %+v, %v", r, err)
 	}
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
@@ -25,7 +25,7 @@ func TestQuery(t *testing.T) {
 	cut.Cut(harness.BothWays)
 	cfg.Endpoints = []string{"http://127.0.0.1:1", "http://" + cut.Addr(), cluster.Endpoints()[0]}
 	for range 5 { // the order is random
-		r, err := Query(t.Context(), cfg)
+		r, err := query(t.Context(), cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -38,7 +38,7 @@ func TestQuery(t *testing.T) {
 	}
 	cfg.Endpoints = cfg.Endpoints[:2]
 	began := harness.Now()
-	if _, err := Query(t.Context(), cfg); err == nil || harness.Now()-began > 3*time.Second {
+	if _, err := query(t.Context(), cfg); err == nil || harness.Now()-began > 3*time.Second {
 		t.Errorf("no member answers: %v after %v", err, harness.Now()-began)
 	}
 }

@@ -277,7 +277,7 @@ func (cfg *Config) controlProblem(s *steering) string {
 		"the prefix "+quote.Value(control.Prefix(cfg.Election)))
 }
 
-// HoldText says in one line who holds the election, since when and why.
+// HoldText says in one line who holds the election, since when, until when and why.
 func HoldText(h *control.Hold) string {
 	text := "the election is held"
 	if h.By != "" {
@@ -285,6 +285,9 @@ func HoldText(h *control.Hold) string {
 	}
 	if !h.Since.IsZero() {
 		text += " since " + h.Since.UTC().Format(time.RFC3339)
+	}
+	if !h.Until.IsZero() {
+		text += " until " + h.Until.UTC().Format(time.RFC3339)
 	}
 	if h.Reason != "" {
 		text += ": " + quote.Printable(h.Reason)

@@ -193,21 +193,7 @@ func (s *session) readQueue(
 			}
 			return answer{kvs[0], kvs[1]}, nil
 		})
-	return got.queue, readRecords(got.records), err
-}
-
-// readRecords returns what candidates say of themselves, by their leases.
-func readRecords(kvs []*mvccpb.KeyValue) map[int64]control.Candidate {
-	records := map[int64]control.Candidate{}
-	for _, kv := range kvs {
-		var c control.Candidate
-		key, err := control.ParseKey(string(kv.Key))
-		// Only its own lease removes it in time.
-		if err == nil && kv.Lease == key.Lease && control.Decode(kv.Value, &c) == nil {
-			records[key.Lease] = c
-		}
-	}
-	return records
+	return got.queue, control.Records(got.records), err
 }
 
 // chooseTarget chooses among those behind the key own. Whoever stands between must be a leasehold:

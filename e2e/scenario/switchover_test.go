@@ -61,9 +61,8 @@ func (tr *trial) waitQueue(want string) {
 		_, said := tr.command("status")
 		var names []string
 		for line := range strings.Lines(said) {
-			if f := strings.Fields(line); len(f) > 1 && strings.Contains(line, "\ttoken") ||
-				len(f) > 3 && f[2] == "token" {
-				names = append(names, strings.Trim(f[1], `"`))
+			if f := strings.Fields(line); len(f) == 7 && f[0] != "#" {
+				names = append(names, f[1])
 			}
 		}
 		if got := strings.Join(names, ""); got != want {
@@ -307,7 +306,7 @@ func (tr *trial) waitNextInLine(want string) {
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		_, said := tr.command("status")
 		for line := range strings.Lines(said) {
-			if f := strings.Fields(line); len(f) > 1 && f[0] == "2" && f[1] == `"`+want+`"` {
+			if f := strings.Fields(line); len(f) > 1 && f[0] == "2" && f[1] == want {
 				return nil
 			}
 		}

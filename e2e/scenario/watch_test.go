@@ -15,10 +15,16 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// watch starts a watch. What it says so far is its Output.
+// watch starts a watch.
 func (tr *trial) watch(stdout *os.File, args ...string) *harness.Child {
 	tr.Helper()
-	cmd := exec.Command(tr.programs.Leasehold, append([]string{"watch"}, args...)...)
+	return tr.follow("watch", stdout, args...)
+}
+
+// follow starts a command that goes on until it is interrupted. What it says so far is its Output.
+func (tr *trial) follow(command string, stdout *os.File, args ...string) *harness.Child {
+	tr.Helper()
+	cmd := exec.Command(tr.programs.Leasehold, append([]string{command}, args...)...)
 	if stdout != nil {
 		cmd.Stdout = stdout
 	}
