@@ -156,7 +156,7 @@ func TestParse_Hints(t *testing.T) {
 		{"install a b", "install takes one argument: leasehold install DEST"},
 		{"version x", "version takes no argument"},
 		{"help statsu", "help does not take statsu: did you mean status?"},
-		{"\x1b[2J", `leasehold -- "\x1b[2J"`},
+		{"\x1b[2J", `leasehold -- $'\x1b[2J'`},
 	} {
 		call, err := newTestProgram(nil).Parse(strings.Fields(c.args))
 		var usage *UsageError

@@ -35,7 +35,7 @@ func TestTable_CutsNames(t *testing.T) {
 		Token: 1234, Identity: strings.Repeat("a", 100), Started: at, Ended: at.Add(time.Hour),
 		Why: "stopped", Starts: 1, LastExit: &control.Exit{Signal: "SIGTERM"},
 	})}, 1, 4)
-	want := "1234  " + `"` + strings.Repeat("a", 21) + "…  2026-01-02 03:04:05  1h0m0s  " +
+	want := "1234  " + `'` + strings.Repeat("a", 21) + "…  2026-01-02 03:04:05  1h0m0s  " +
 		"stopped (SIGTERM)  1\n"
 	if got != want {
 		t.Errorf("got\n%swant\n%s", got, want)

@@ -108,11 +108,15 @@ func Shell(text string) string {
 	return b.String()
 }
 
-// Word shows an argument of a command line as it would be typed: without quotes if a shell needs
-// none, otherwise like Value.
+// Word shows an argument of a command line so that it can be pasted into bash: without quotes if a
+// shell needs none, otherwise like Shell. It cuts text that is longer than 64 bytes.
 func Word(text string) string {
-	if text == "" || strings.ContainsFunc(text, IsShellSyntax) || len(text) > maxShown {
-		return Value(text)
+	switch {
+	case len(text) > maxShown:
+		short := cut(text, maxShown)
+		return Shell(strings.TrimSuffix(short, "…")) + "…"
+	case text == "" || strings.ContainsFunc(text, IsShellSyntax):
+		return Shell(text)
 	}
 	return text
 }

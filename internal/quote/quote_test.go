@@ -60,7 +60,7 @@ func TestLine(t *testing.T) {
 
 func TestWord(t *testing.T) {
 	for text, want := range map[string]string{
-		"backup.sh": "backup.sh", "": `""`, "a b": `"a b"`, "$x": `"$x"`, "\x1b[2J": `"\x1b[2J"`,
+		"backup.sh": "backup.sh", "": `''`, "a b": `'a b'`, "$x": `'$x'`, "\x1b[2J": `$'\x1b[2J'`,
 	} {
 		if got := Word(text); got != want {
 			t.Errorf("Word(%q) = %s, want %s", text, got, want)
