@@ -11,11 +11,14 @@ import (
 // SetHold holds the election. A hold that is there already is replaced, but who goes on leading
 // stays as it was. lease binds the hold; 0: it stays until it is released. It returns the hold as
 // it was written, and the identity of who goes on leading; "": nobody, or it is not known.
+//
+// The request may be carried out again, or long after: a member of etcd may hang. It does nothing
+// then if the hold has been released meanwhile, because that leaves a trace.
 func SetHold(
 	ctx context.Context, etcd Etcd, election string, h Hold, lease int64,
 ) (Hold, string, error) {
 	for {
-		head, old, err := readHold(ctx, etcd, election)
+		head, old, ended, err := readHold(ctx, etcd, election)
 		if err != nil {
 			return h, "", err
 		}
@@ -41,7 +44,8 @@ func SetHold(
 			compare = append(compare, empty)
 		}
 		resp, err := etcd.Txn(ctx, &pb.TxnRequest{
-			Compare: append(compare, modified(HoldOf(election), mod)),
+			Compare: append(compare, modified(HoldOf(election), mod),
+				modified(EndedHoldOf(election), ended)),
 			Success: []*pb.RequestOp{put(HoldOf(election), &h, lease)},
 		})
 		if err != nil {
@@ -61,14 +65,16 @@ func identityOf(kv *mvccpb.KeyValue, token int64) string {
 	return sound(string(kv.Value))
 }
 
-// readHold reads the oldest key of the election, and the hold; nil: there is none.
+// readHold reads the oldest key of the election, and the hold; nil: there is none. ended is the mod
+// revision of what the last release has left; 0: there was none.
 func readHold(
 	ctx context.Context, etcd Etcd, election string,
-) (head, hold *mvccpb.KeyValue, err error) {
-	kvs, err := readAll(ctx, etcd,
-		oldest(election), &pb.RangeRequest{Key: []byte(HoldOf(election))})
+) (head, hold *mvccpb.KeyValue, ended int64, err error) {
+	kvs, err := readAll(ctx, etcd, oldest(election),
+		&pb.RangeRequest{Key: []byte(HoldOf(election))},
+		&pb.RangeRequest{Key: []byte(EndedHoldOf(election)), KeysOnly: true})
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, 0, err
 	}
 	if len(kvs[0]) > 0 {
 		head = kvs[0][0]
@@ -76,20 +82,35 @@ func readHold(
 	if len(kvs[1]) > 0 {
 		hold = kvs[1][0]
 	}
-	return head, hold, nil
+	if len(kvs[2]) > 0 {
+		ended = kvs[2][0].ModRevision
+	}
+	return head, hold, ended, nil
 }
 
-// Release ends the hold. It returns the last one that it has read; nil: there was none.
+// Release ends the hold. It returns the last one that it has read; nil: there was none. Also then it
+// leaves its trace, for a request that has not come through yet.
 func Release(ctx context.Context, etcd Etcd, election string) (last *Hold, err error) {
 	for {
-		_, kv, err := readHold(ctx, etcd, election)
-		if err != nil || kv == nil {
+		_, kv, _, err := readHold(ctx, etcd, election)
+		if err != nil {
 			return last, err
 		}
-		last = &Hold{}
-		_ = Decode(kv.Value, last)
+		var ended Hold
+		var ops []*pb.RequestOp
+		mod := int64(0)
+		if kv != nil {
+			_ = Decode(kv.Value, &ended)
+			read := ended
+			last, mod = &read, kv.ModRevision
+			ops = append(ops, deletion(HoldOf(election)))
+		}
 		// No other one: a request that is delayed must not end a hold that was made since.
-		if done, err := remove(ctx, etcd, HoldOf(election), kv.ModRevision); done || err != nil {
+		resp, err := etcd.Txn(ctx, &pb.TxnRequest{
+			Compare: []*pb.Compare{modified(HoldOf(election), mod)},
+			Success: append(ops, put(EndedHoldOf(election), &ended, 0)),
+		})
+		if err != nil || resp.Succeeded {
 			return last, err
 		}
 	}
@@ -99,9 +120,7 @@ func Release(ctx context.Context, etcd Etcd, election string) (last *Hold, err e
 func remove(ctx context.Context, etcd Etcd, key string, mod int64) (bool, error) {
 	resp, err := etcd.Txn(ctx, &pb.TxnRequest{
 		Compare: []*pb.Compare{modified(key, mod)},
-		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{
-			RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
-		}}},
+		Success: []*pb.RequestOp{deletion(key)},
 	})
 	return err == nil && resp.Succeeded, err
 }

@@ -24,6 +24,9 @@ const (
 	SwitchoverKey Kind = "switchover"
 	// HistoryKey holds a Term.
 	HistoryKey Kind = "history"
+	// EndedHoldKey holds the last Hold that was released. A request for a hold that comes late
+	// finds it changed.
+	EndedHoldKey Kind = "ended-hold"
 )
 
 // Prefix is the prefix of the keys beside the election.
@@ -39,6 +42,9 @@ func CandidateOf(election string, lease int64) string {
 
 // HoldOf is the key of the election's hold.
 func HoldOf(election string) string { return Prefix(election) + string(HoldKey) }
+
+// EndedHoldOf is the key of the hold that was released last.
+func EndedHoldOf(election string) string { return Prefix(election) + string(EndedHoldKey) }
 
 // SwitchoverOf is the key of the request for a switchover.
 func SwitchoverOf(election string) string { return Prefix(election) + string(SwitchoverKey) }
@@ -82,6 +88,8 @@ func ParseKey(key string) (Key, error) {
 		again = HoldOf(election)
 	case SwitchoverKey:
 		again = SwitchoverOf(election)
+	case EndedHoldKey:
+		again = EndedHoldOf(election)
 	}
 	if err != nil || again != key { // each key has one spelling
 		return Key{}, none
