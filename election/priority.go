@@ -118,7 +118,7 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 		now-p.seen[lease] >= s.cfg.Failback && s.steering.theHold() == nil &&
 		len(h.passed) == 0 { // it is the next in line, and has confirmed its renewals
 		back := plan{handover: h, asked: request{Switchover: control.Switchover{
-			By: "LEASEHOLD_FAILBACK",
+			By: "failback",
 		}}}
 		p.busy = true
 		s.running.Go(func() {

@@ -163,6 +163,7 @@ func (s *session) answer(ctx context.Context, mod int64, answer control.Switchov
 
 // findTarget reads who waits, and chooses whom to hand over to: the first that is ready or, with
 // an identity, the first of that name. If the request was accepted, it is who was chosen then.
+// Nobody gets the lead unnamed that may be another program: it would not run the job.
 func (s *session) findTarget(
 	ctx context.Context, asked control.Switchover,
 ) (h handover, refused string, err error) {
@@ -221,6 +222,10 @@ func chooseTarget(
 			chosen = e.candidate && (!known || record.Ready)
 		}
 		switch {
+		case chosen && !known && asked.Key == "" && to == "":
+			return handover{}, "the next in line, " + quote.Value(e.identity) + ", has no record:" +
+				" it has joined just now, or is another program, such as etcdctl elect;" +
+				" to let it lead, name it with --to"
 		case chosen && known && !record.Ready:
 			return handover{}, quote.Value(to) + " is not ready"
 		case chosen && len(strangers) > 0:
@@ -266,8 +271,12 @@ func (s *session) serve(p plan) (served bool) {
 	}
 	s.log.Info("handing over", "target", quote.Printable(p.target.identity),
 		"by", quote.Printable(p.asked.By), "passed", len(p.passed))
-	s.state.termEnded(fmt.Errorf("%w to %s, asked for by %s", ErrSwitchover,
-		quote.Value(p.target.identity), quote.Value(p.asked.By)))
+	why := "asked for by " + quote.Value(p.asked.By)
+	if p.asked.ID == "" {
+		why = "which has a higher priority"
+	}
+	s.state.termEnded(fmt.Errorf("%w to %s, %s", ErrSwitchover,
+		quote.Value(p.target.identity), why))
 	return true
 }
 

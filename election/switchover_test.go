@@ -171,7 +171,8 @@ func TestChooseTarget(t *testing.T) {
 	}{
 		"the next":             {"e/1", "", abc, ready(1, 2, 3), "b", 0, ""},
 		"a named one":          {"e/1", "c", abc, ready(1, 2, 3), "c", 1, ""},
-		"a stranger":           {"e/1", "", abc, ready(1), "b", 0, ""},
+		"a stranger":           {"e/1", "", abc, ready(1), "", 0, `in line, "b", has no record`},
+		"a stranger by name":   {"e/1", "b", abc, ready(1), "b", 0, ""},
 		"behind a stranger":    {"e/1", "c", abc, ready(1, 3), "", 0, `that can't be passed`},
 		"behind a hand-made":   {"e/1", "d", handMade, ready(1, 10), "", 0, `"e/x"`},
 		"the first is unready": {"e/1", "", abc, notReady, "c", 1, ""},

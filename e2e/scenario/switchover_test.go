@@ -221,7 +221,8 @@ func TestSwitchover_Strangers(t *testing.T) {
 	tr.expectCommand(1, `ahead of "b" wait others that can't be passed, because they are no`+
 		` candidates of leasehold's: "stranger"`, "switchover", "--to", "b")
 	tr.untouched(all[0], job)
-	tr.expectCommand(0, `"stranger" leads`, "switchover")
+	tr.expectCommand(1, `refused: the next in line, "stranger", has no record`, "switchover")
+	tr.expectCommand(0, `"stranger" leads`, "switchover", "--to", "stranger")
 	tr.waitDead(job)
 	tr.must(child.Signal(syscall.SIGINT))
 	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
