@@ -79,7 +79,7 @@ func (m *member) query(ctx context.Context, cfg Config) (Report, error) {
 		return Report{}, err
 	}
 	r := newReport(cfg.prefix(), kvs...)
-	r.Hold, r.ControlProblem = s.theHold(), cfg.controlProblem(s)
+	r.Hold, r.ControlProblem = s.theHold(), cfg.controlProblem(s, "read")
 	if r.Leader != nil && !s.mayBeLeading(r.Leader.Token) {
 		r.Leader, r.LeaseID = nil, 0
 	}

@@ -393,7 +393,8 @@ func (m *machine) held(hold *control.Hold, unreadable string) {
 		m.say(slog.LevelInfo, "hold released")
 	}
 	if unreadable != "" && unreadable != s.ControlProblem {
-		m.say(slog.LevelInfo, "hold and switchover can't be used", "err", unreadable)
+		m.say(slog.LevelWarn, "no hold is obeyed and no switchover served, the election goes on",
+			"reason", unreadable)
 	}
 	s.Hold, s.ControlProblem = hold, unreadable
 }

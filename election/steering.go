@@ -263,17 +263,18 @@ func (s *session) heldFor(v view) *control.Hold {
 // publishHold publishes the hold, once it is known whether there is one.
 func (s *session) publishHold() {
 	if s.steering.isKnown() {
-		s.state.held(s.steering.theHold(), s.cfg.controlProblem(s.steering))
+		s.state.held(s.steering.theHold(), s.cfg.controlProblem(s.steering, "readwrite"))
 	}
 }
 
-// controlProblem returns why we can't read what people have written; "": we can.
-func (cfg *Config) controlProblem(s *steering) string {
+// controlProblem returns why we can't read what people have written; "": we can. needed is the
+// permission that whoever asks needs on all keys beside the election.
+func (cfg *Config) controlProblem(s *steering, needed string) string {
 	err := s.whyDenied()
 	if err == nil {
 		return ""
 	}
-	return cfg.explainKeys(err, "read",
+	return cfg.explainKeys(err, needed,
 		"the prefix "+quote.Value(control.Prefix(cfg.Election)))
 }
 

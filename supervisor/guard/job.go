@@ -382,7 +382,7 @@ func (j *job) exitUnreported() {
 // Why the job gets its stop signal.
 const (
 	noRenewal    = "no renewal by stop-at"
-	electorAsked = "the elector asks for it"
+	electorAsked = "the term ends"
 	userAsked    = "the daemon stops"
 	isUnhealthy  = "it is unhealthy" // as if it exited by itself: another start may follow
 )
