@@ -123,11 +123,10 @@ func (p *Program) Commands() []Command {
 		},
 		{
 			Name: "list", Args: "[--json]", Flags: []string{"--json"},
-			Summary: "show the elections that have a candidate: leader, token, since when," +
-				" number of candidates, and whether they are held",
-			Description: "It knows of an election if a candidate of leasehold has joined it." +
-				" Exit code 0; 69: etcd does not answer, or refuses.",
-			Run: p.list,
+			Summary: "show the elections that have a candidate of leasehold, or are held: leader," +
+				" token, since when, number of candidates, and whether they are held",
+			Description: "Exit code 0; 69: etcd does not answer, or refuses.",
+			Run:         p.list,
 		},
 		{
 			Name: "history", Args: "[ELECTION] [-n N] [--json]", Max: 1,
@@ -158,9 +157,11 @@ func (p *Program) Commands() []Command {
 			Name: "hold", Args: "[ELECTION] [--for TIME] [--reason TEXT] [--stop]", Max: 1,
 			Flags: []string{"--stop"}, Options: []string{"--for", "--reason"},
 			Summary: "let nobody become leader until release; whoever leads goes on",
-			Description: "With --stop the leader resigns in order, and nobody follows." +
-				" With --for the hold ends by itself." +
+			Description: "With --stop the leader stops its job in order, and nobody follows:" +
+				" status ends with 1 when that is done, this command does not wait for it." +
+				" With --for, in whole seconds, the hold ends by itself." +
 				" It outlasts every daemon, and a restart of etcd." +
+				" A hold that is there is replaced." +
 				" Exit code 0: held; 69: etcd does not answer, or refuses.",
 			Run: p.hold,
 		},
@@ -175,10 +176,11 @@ func (p *Program) Commands() []Command {
 			Name: "switchover", Args: "[ELECTION] [--to IDENTITY] [--timeout 60s]", Max: 1,
 			Options: []string{"--to", "--timeout"},
 			Summary: "let the leader stop its job in order, and another candidate lead",
-			Description: "Without --to that is the next one in the queue." +
+			Description: "Without --to that is the next in line." +
 				" It prints who leads, and for how long nobody did." +
 				" Exit code 0: done; 1: refused, and the job goes on" +
 				" (nobody waits, there is no such candidate, it is not ready," +
+				" the next in line has no record, such as etcdctl elect," +
 				" the election is held)," +
 				" or another candidate leads than was asked for;" +
 				" 69: etcd does not answer, or refuses;" +

@@ -20,7 +20,7 @@ import (
 // docs/schema.json is made of them.
 
 type listReport struct {
-	Elections []listElection `json:"elections" desc:"those with a candidate, by name"`
+	Elections []listElection `json:"elections" desc:"those with a candidate or a hold, by name"`
 	Version   string         `json:"version" desc:"of the leasehold that asks"`
 }
 

@@ -88,24 +88,31 @@ func (p *Program) hold(c Call) error {
 			if lease, err = a.client.Grant(a.ctx, lasts); err != nil {
 				return a.failed(err)
 			}
-			h.Until = h.Since.Add(lasts)
+			h.Until = h.Since.Add((lasts + time.Second - 1).Truncate(time.Second))
 		}
 		h, leader, err := control.SetHold(a.ctx, a.client, a.name, h, lease)
 		if err != nil {
 			return a.failed(err)
 		}
-		name := quote.Printable(a.name)
-		switch {
-		case h.Stop:
-			_, err = fmt.Fprintf(p.Stdout, "%s: held; whoever leads resigns\n", name)
-		case leader != "":
-			_, err = fmt.Fprintf(p.Stdout, "%s: held; %s leads and goes on, token %d\n",
-				name, quote.Printable(leader), h.Token)
-		default:
-			_, err = fmt.Fprintf(p.Stdout, "%s: held; nobody leads\n", name)
-		}
+		_, err = fmt.Fprintf(p.Stdout, "%s: held%s\n", quote.Printable(a.name), heldText(h, leader))
 		return err
 	})
+}
+
+// heldText says until when the election is held, and what becomes of the leader.
+func heldText(h control.Hold, leader string) string {
+	text := "; nobody leads"
+	if leader != "" {
+		does := "leads and goes on"
+		if h.Stop {
+			does = "is asked to stop its job"
+		}
+		text = fmt.Sprintf("; %s %s, token %d", quote.Value(leader), does, h.Token)
+	}
+	if !h.Until.IsZero() {
+		text = " until " + h.Until.UTC().Format(time.RFC3339) + text
+	}
+	return text
 }
 
 // release ends a hold.

@@ -23,8 +23,8 @@ type Summary struct {
 	Hold       *Hold // nil: there is none
 }
 
-// List returns the elections with a candidate that has written its record, in the order of their
-// names. The error is a *KeysError.
+// List returns the elections with a candidate that has written its record, and those that are held,
+// in the order of their names. The error is a *KeysError.
 func List(ctx context.Context, etcd Etcd) ([]Summary, error) {
 	var all []Summary
 	for from := Root; ; {
@@ -44,11 +44,11 @@ func List(ctx context.Context, etcd Etcd) ([]Summary, error) {
 		if err != nil || escape(name) != segment {
 			continue // it is none of ours
 		}
-		s, err := summarize(ctx, etcd, name)
+		s, shown, err := summarize(ctx, etcd, name)
 		if err != nil {
 			return nil, err
 		}
-		if s.Candidates > 0 {
+		if shown {
 			all = append(all, s)
 		}
 	}
@@ -80,48 +80,52 @@ func SteeringError(ctx context.Context, etcd Etcd, election string, err error) *
 	return e
 }
 
-// summarize reads one election in one request.
-func summarize(ctx context.Context, etcd Etcd, election string) (Summary, error) {
-	s := Summary{Election: election}
+// summarize reads one election in one request. It reports whether there is more of it than a
+// history.
+func summarize(
+	ctx context.Context, etcd Etcd, election string,
+) (s Summary, shown bool, err error) {
+	s.Election = election
 	records := prefix(Candidates(election))
 	records.CountOnly = true
-	first := prefix(election + "/")
-	first.Limit = 1
-	first.SortTarget, first.SortOrder = pb.RangeRequest_CREATE, pb.RangeRequest_ASCEND
-	last := lastTerms(election, 1, false)
+	queue := prefix(election + "/")
+	queue.CountOnly = true
 	hold := &pb.RangeRequest{Key: []byte(HoldOf(election))}
 	txn := &pb.TxnRequest{}
-	for _, r := range []*pb.RangeRequest{records, first, last, hold} {
+	for _, r := range []*pb.RangeRequest{
+		records, queue, oldest(election), hold, lastTerms(election, 1, false),
+	} {
 		txn.Success = append(txn.Success,
 			&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}})
 	}
 	resp, err := etcd.Txn(ctx, txn)
 	if err != nil {
-		return s, &KeysError{Permission: "read", Prefix: election + "/", Err: err}
+		return s, false, &KeysError{Permission: "read", Prefix: election + "/", Err: err}
 	}
 	got := func(i int) *pb.RangeResponse { return resp.Responses[i].GetResponseRange() }
-	if got(0).Count == 0 {
-		return s, nil
-	}
 	s.Candidates = int(got(1).Count)
-	if kvs := got(3).Kvs; len(kvs) > 0 {
+	held := got(3).Kvs
+	if len(held) > 0 {
 		s.Hold = &Hold{}
-		_ = Decode(kvs[0].Value, s.Hold)
+		_ = Decode(held[0].Value, s.Hold)
 	}
-	kvs := got(1).Kvs
+	if got(0).Count == 0 && s.Hold == nil {
+		return s, false, nil
+	}
+	kvs := got(2).Kvs
 	if len(kvs) == 0 || kvs[0].Lease == 0 ||
 		string(kvs[0].Key) != fmt.Sprintf("%s/%x", election, kvs[0].Lease) {
-		return s, nil
+		return s, true, nil
 	}
-	if h := got(3).Kvs; len(h) > 0 && !s.Hold.Names(h[0].CreateRevision, kvs[0].CreateRevision) {
-		return s, nil
+	if s.Hold != nil && !s.Hold.Names(held[0].CreateRevision, kvs[0].CreateRevision) {
+		return s, true, nil
 	}
 	s.Leader, s.Token = identityOf(kvs[0], kvs[0].CreateRevision), kvs[0].CreateRevision
 	var t Term
-	if kvs := got(2).Kvs; len(kvs) > 0 && Decode(kvs[0].Value, &t) == nil && t.Token == s.Token {
+	if kvs := got(4).Kvs; len(kvs) > 0 && Decode(kvs[0].Value, &t) == nil && t.Token == s.Token {
 		s.Since = t.Started
 	}
-	return s, nil
+	return s, true, nil
 }
 
 // Terms returns the last n terms of the election, the latest first.

@@ -33,7 +33,7 @@ _leasehold() {
         flags=--version
         ;;
     run) choices='--' ;;
-    status) flags='--json' ;;
+    status) flags='--json --watch' ;;
     list) flags='--json' ;;
     history) flags='--json -n' ;;
     watch) flags='--json --from' ;;

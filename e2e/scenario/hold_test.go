@@ -105,7 +105,7 @@ func (tr *trial) expectNoJob(after harness.Life) {
 func TestHold(t *testing.T) {
 	tr := ordinary(t)
 	all, job := tr.startAll("abc")
-	tr.commands("held; a leads and goes on, token "+fmt.Sprint(job.Token),
+	tr.commands(`held; "a" leads and goes on, token `+fmt.Sprint(job.Token),
 		"hold", "--reason", "new disk")
 	for _, c := range all[1:] {
 		s := tr.waitHeld(c, true)
@@ -181,7 +181,7 @@ func TestHold_Stop(t *testing.T) {
 		tr.waitStatus(c, "/standby", http.StatusOK)
 		all = append(all, c)
 	}
-	tr.commands("whoever leads resigns", "hold", "--stop")
+	tr.commands(`held; "a" is asked to stop its job, token `, "hold", "--stop")
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error { // an operator waits like this
 		if code, said := tr.command("status"); code != 1 {
 			return fmt.Errorf("status: %d, %s", code, said)
@@ -245,7 +245,7 @@ func TestHold_Forbidden(t *testing.T) {
 			err = json.Unmarshal([]byte(body), &s)
 		}
 		if err == nil && (s.Problem == nil ||
-			!strings.Contains(*s.Problem, "needs a role with read permission")) {
+			!strings.Contains(*s.Problem, "needs a role with readwrite permission")) {
 			err = errors.New(body)
 		}
 		return err

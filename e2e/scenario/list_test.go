@@ -128,7 +128,7 @@ func TestList(t *testing.T) {
 	tr.election = first
 	tr.waitRecords(etcd, "a b", `a "" 0`)
 	wanted := []string{
-		fmt.Sprintf("%s a %d ", first, job.Token), ` "c\u202e\"' ü" ` + fmt.Sprint(other.Token),
+		fmt.Sprintf("%s a %d ", first, job.Token), ` $'c\xe2\x80`, fmt.Sprintf(" %d ", other.Token),
 		"  2", // candidates
 	}
 	list := func(wants ...string) string {
@@ -173,6 +173,12 @@ func TestList(t *testing.T) {
 	tr.waitExit(a, 0)
 	tr.waitHeld(b, true)
 	list(first + " - - - 1 held")
+	tr.commands("held", "hold", "jobs/drained") // nobody is in it
+	list("jobs/drained - - - 0 held")
+	tr.commands("released", "release", "jobs/drained")
+	if said := list(first); strings.Contains(said, "drained") {
+		t.Errorf("list shows an election that is no longer held:\n%s", said)
+	}
 	tr.commands("released", "release")
 	next := tr.waitJob(b)
 	history := func(want string, args ...string) {
