@@ -112,7 +112,7 @@ func (w *statusWatch) lost(cause error) error {
 	}
 	switch {
 	case w.terminal != nil:
-		return w.draw(fmt.Sprintf("\nNo answer of etcd since %s UTC, what is shown is of before: %s\n",
+		return w.draw(fmt.Sprintf("\nNo answer of etcd since %s UTC: %s\n",
 			seconds(w.lostAt), quote.Line(cause.Error())))
 	case first:
 		_, _ = fmt.Fprintf(w.Stderr, "leasehold: status: %v; it goes on when etcd answers\n", cause)

@@ -88,8 +88,8 @@ func readHold(
 	return head, hold, ended, nil
 }
 
-// Release ends the hold. It returns the last one that it has read; nil: there was none. Also then it
-// leaves its trace, for a request that has not come through yet.
+// Release ends the hold. It returns the last one that it has read; nil: there was none. Also then
+// it leaves its trace, for a request that has not come through yet.
 func Release(ctx context.Context, etcd Etcd, election string) (last *Hold, err error) {
 	for {
 		_, kv, _, err := readHold(ctx, etcd, election)

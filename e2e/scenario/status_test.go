@@ -130,7 +130,8 @@ func TestStatus_Watch(t *testing.T) {
 	tr.must(tr.etcd.WaitHealthy(tr.waitContext(waitTimeout)))
 	tr.commands("released", "release")
 	tr.said(text, "the election is held by ", `leader is "`)
-	lines := tr.said(asJSON, `"leader":null`, `"identity":"a"`, `"reason":"new disk"`, `"hold":null`)
+	lines := tr.said(asJSON, `"leader":null`, `"identity":"a"`, `"reason":"new disk"`,
+		`"hold":null`)
 	for line := range strings.Lines(lines) {
 		checkJSON(t, "status", line)
 	}
