@@ -45,7 +45,7 @@ func TestCompletion(t *testing.T) {
 	generated(t, filepath.Join("..", "packaging", "leasehold.bash"),
 		"# bash completion for leasehold. Written from the code by: "+
 			"go test -run TestCompletion ./app -update\n\n"+
-			newProgram(Build{}).Completion())
+			newProgram(Build{}).Completion("bash"))
 }
 
 // TestReferenceSchema: docs/schema.json describes what commands print with --json. With -update it

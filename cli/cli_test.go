@@ -5,13 +5,11 @@ package cli
 import (
 	"bytes"
 	"errors"
-	"os/exec"
 	"slices"
 	"strings"
 	"testing"
 
 	"leasehold/config"
-	"leasehold/health"
 )
 
 func newTestProgram(stdout *bytes.Buffer) *Program {
@@ -249,55 +247,6 @@ func TestHelp_OfEachCommand(t *testing.T) {
 		if text := out.String(); !strings.HasPrefix(text, "Usage: leasehold ") ||
 			!strings.Contains(text, name) {
 			t.Errorf("help of %s: %s", name, text)
-		}
-	}
-}
-
-// TestCompletion_Bash asks bash.
-func TestCompletion_Bash(t *testing.T) {
-	if _, err := exec.LookPath("bash"); err != nil {
-		t.Skip("skipped: needs bash")
-	}
-	names := strings.Join(commandNames[:], " ")
-	for line, want := range map[string]string{
-		"":                  "-- " + names,
-		"st":                "status",
-		"-":                 "-- -f --help --version",
-		"-f FILE st":        "status",
-		"-f FILE status --": "--json --watch --help",
-		"check ":            strings.Join(health.Checks(), " "),
-		"check l":           "live leader",
-		"status -":          "--json --watch -f --help",
-		"status jobs/a --j": "--json",
-		"run ":              "--",
-		"version ":          "",
-		"check live r":      "",
-		"help st":           "status",
-		"-- unshar":         "unshare",
-		"run -- unshar":     "unshare",
-		"-f FILE -- unshar": "unshare",
-		"-- unshare check":  "",
-	} {
-		cmd := exec.Command("bash", "--norc", "-c", `source /dev/fd/0
-			compopt() { :; } # it works only while bash completes at a prompt
-			read -ra COMP_WORDS <<<"leasehold $1"
-			[[ $1 == *' ' || -z $1 ]] && COMP_WORDS+=('')
-			COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
-			_leasehold
-			printf '%s\n' "${COMPREPLY[@]}"`, "bash", line)
-		cmd.Stdin = strings.NewReader(newTestProgram(nil).Completion())
-		var complaint bytes.Buffer
-		cmd.Stderr = &complaint
-		out, err := cmd.Output()
-		if err != nil || complaint.Len() > 0 {
-			t.Fatalf("leasehold %s<TAB>: %v %s", line, err, &complaint)
-		}
-		got, all := strings.Fields(string(out)), strings.Fields(want)
-		slices.Sort(got)
-		slices.Sort(all)
-		got = slices.Compact(got) // A command can be in two folders of PATH.
-		if !slices.Equal(got, all) {
-			t.Errorf("leasehold %s<TAB>: %q, want %q", line, got, all)
 		}
 	}
 }

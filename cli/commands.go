@@ -229,6 +229,14 @@ func (p *Program) Commands() []Command {
 			Run:         func(c Call) error { return install(c.Args[0]) },
 		},
 		{
+			Name: "completion", Args: "bash|zsh|fish", Min: 1, Max: 1, Words: Shells(),
+			Summary: "print the completion for a shell",
+			Description: "bash: put it into /etc/bash_completion.d, or source it." +
+				" zsh: into a folder of fpath, as _leasehold, or source it after compinit." +
+				" fish: into ~/.config/fish/completions, as leasehold.fish, or source it.",
+			Run: p.completion,
+		},
+		{
 			Name:    "version",
 			Summary: "print the version",
 			Run: func(Call) error {
@@ -247,7 +255,7 @@ func (p *Program) Commands() []Command {
 // commandNames repeats the names in the table, because the table can't refer to itself.
 var commandNames = [...]string{
 	"run", "elect", "status", "list", "history", "watch", "hold", "release", "switchover", "check",
-	"wait", "reload", "install", "version", "help",
+	"wait", "reload", "install", "completion", "version", "help",
 }
 
 // GlobalFlags are the flags that every command takes.

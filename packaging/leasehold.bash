@@ -15,7 +15,7 @@ _leasehold() {
             fi
             return
             ;;
-        -f) ((++i)) ;;
+        --for|--from|--reason|--timeout|--to|-f|-n) ((++i)) ;;
         -*) ;;
         *)
             command=${command:-${COMP_WORDS[i]}}
@@ -23,13 +23,13 @@ _leasehold() {
             ;;
         esac
     done
-    if [[ ${COMP_WORDS[COMP_CWORD - 1]} == -f ]]; then
-        compopt -o default
+    if ((i > COMP_CWORD)); then # a value
+        [[ ${COMP_WORDS[COMP_CWORD - 1]} != -f ]] || compopt -o default
         return
     fi
     case $command in
     '')
-        choices='-- run elect status list history watch hold release switchover check wait reload install version help'
+        choices='-- run elect status list history watch hold release switchover check wait reload install completion version help'
         flags=--version
         ;;
     run) choices='--' ;;
@@ -40,10 +40,11 @@ _leasehold() {
     hold) flags='--stop --for --reason' ;;
     switchover) flags='--to --timeout' ;;
     check) choices='live ready leader standby' ;;
-    wait) choices='leader standby ready' flags='--timeout' ;;
+    wait) choices='leader standby ready'; flags='--timeout' ;;
     reload) flags='--env' ;;
     install) compopt -o default ;;
-    help) choices='run elect status list history watch hold release switchover check wait reload install version help' ;;
+    completion) choices='bash zsh fish' ;;
+    help) choices='run elect status list history watch hold release switchover check wait reload install completion version help' ;;
     esac
     ((words < 2)) || choices=
     [[ $word != -* ]] || choices+=" $flags -f --help"
