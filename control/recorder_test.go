@@ -7,7 +7,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -257,6 +259,57 @@ func TestRecorder_KeepsTerms(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// silentEtcd never answers.
+type silentEtcd struct{ asked atomic.Int32 }
+
+func (e *silentEtcd) Txn(ctx context.Context, _ *pb.TxnRequest) (*pb.TxnResponse, error) {
+	e.asked.Add(1)
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func (e *silentEtcd) Explain(err error, _, _ string) error { return err }
+
+// TestRecorder_Silent: while etcd does not answer, whoever tells the recorder of a term never waits
+// for it, and the daemon's exit waits for a quarter of a second.
+func TestRecorder_Silent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := control.NewRecorder(control.RecorderConfig{
+			Election: testElection, Candidate: control.Candidate{Identity: "a"},
+			Logger:  slog.New(slog.DiscardHandler),
+			Changed: func() {},
+		})
+		etcd := &silentEtcd{}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			r.Run(ctx, etcd)
+		}()
+		for token := range int64(50) {
+			began := time.Now()
+			r.Joined(token+1, false)
+			r.Began(token+1, false)
+			r.Renewed()
+			r.Ended("stopped", 1, nil)
+			r.Left()
+			if took := time.Since(began); took != 0 {
+				t.Errorf("term %d has waited for %v", token+1, took)
+			}
+			time.Sleep(time.Second)
+		}
+		if etcd.asked.Load() == 0 {
+			t.Error("it has asked for nothing")
+		}
+		began := time.Now()
+		cancel()
+		<-ended
+		if took := time.Since(began); took > 250*time.Millisecond {
+			t.Errorf("it ended after %v", took)
+		}
+	})
 }
 
 // TestRecorder_Candidate: the record of a candidate is bound to its lease. The process that adopts
