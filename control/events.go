@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -143,6 +144,9 @@ func (w *Watch) set(kv *mvccpb.KeyValue) {
 		w.now.switchover, w.now.switchoverMod = &Switchover{}, kv.ModRevision
 		_ = Decode(kv.Value, w.now.switchover)
 	default:
+		if !strings.HasPrefix(key, w.Election+"/") {
+			return // a stranger's, between the two others: it stands in no queue
+		}
 		w.queue[key] = queued{
 			identity: sound(string(kv.Value)), created: kv.CreateRevision,
 			candidate: kv.Lease != 0 && key == fmt.Sprintf("%s/%x", w.Election, kv.Lease),

@@ -49,6 +49,7 @@ func TestWatch(t *testing.T) {
 
 	_ = w.State(5, false, []*mvccpb.KeyValue{b, a})
 	expect("5 leader leads a 3 2")
+	change(6, put, value(Prefix("jobs")+"other", 1, 6, &Hold{})) // a stranger's, in no queue
 	change(8, put, c)
 	expect("8 candidates joined c 8 3")
 
