@@ -26,10 +26,6 @@ type member struct {
 	auth     *auth // shared by all members; nil: none
 	// connections counts how often one was made, or tried to be.
 	connections atomic.Int64
-	// streams counts the streams of watches.
-	streams atomic.Int64
-	// observer sees what the watches show.
-	observer atomic.Pointer[steering]
 
 	mu     sync.Mutex
 	client *clientv3.Client

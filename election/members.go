@@ -29,8 +29,8 @@ type members struct {
 	// current is the index of the member that gave the last good answer. Requests go there first.
 	current atomic.Int32
 	auth    *auth // nil: none
-	// closing counts the connections and watchers that are being closed. That can take a while if
-	// nobody answers.
+	// closing counts the connections that are being closed. That can take a while if nobody
+	// answers.
 	closing sync.WaitGroup
 }
 
@@ -92,7 +92,6 @@ func (ms *members) add(
 		// As in etcd's client: an answer can be bigger than gRPC's default of 4 MB.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
 		grpc.WithTransportCredentials(counted{transport, &m.connections}),
-		grpc.WithChainStreamInterceptor(m.observe),
 	}
 	switch {
 	case h != nil:

@@ -13,7 +13,6 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"leasehold/control"
 )
@@ -147,27 +146,23 @@ func (q *queue) spread() time.Duration {
 // ask reads over all members, and returns which has answered.
 func (q *queue) ask(
 	ctx context.Context, timeout time.Duration, what *pb.RangeRequest,
-) (*member, *pb.RangeResponse, error) {
+) (*member, error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	type answer struct {
-		from *member
-		resp *pb.RangeResponse
-	}
-	got, err := hedge(ctx, q.cfg.members, q.cfg.timing.hedgeDelay(),
-		func(ctx context.Context, m *member) (answer, error) {
+	from, err := hedge(ctx, q.cfg.members, q.cfg.timing.hedgeDelay(),
+		func(ctx context.Context, m *member) (*member, error) {
 			conn, err := m.conn()
 			if err != nil {
-				return answer{}, err
+				return nil, err
 			}
-			resp, err := pb.NewKVClient(conn).Range(ctx, what)
-			return answer{m, resp}, rpctypes.Error(err)
+			_, err = pb.NewKVClient(conn).Range(ctx, what)
+			return m, rpctypes.Error(err)
 		})
 	q.heartbeat()
 	if err != nil {
-		return nil, nil, fmt.Errorf("read the queue: %w", err)
+		return nil, fmt.Errorf("read the queue: %w", err)
 	}
-	return got.from, got.resp, nil
+	return from, nil
 }
 
 // loadAhead reads who is ahead of us, if our key has been put. An error is also kept for view.
@@ -351,7 +346,7 @@ func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 }
 
 // apply removes the keys whose deletion the watch shows. complete: it shows all deletions.
-func (q *queue) apply(events []*clientv3.Event, complete bool) {
+func (q *queue) apply(events []*mvccpb.Event, complete bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for _, event := range events {

@@ -10,7 +10,6 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-	"google.golang.org/grpc"
 
 	"leasehold/control"
 	"leasehold/internal/quote"
@@ -25,9 +24,7 @@ var ErrHeld = errors.New("a hold keeps everybody from leading")
 // keeps a candidate from starting, or ends a term as planned.
 //
 // A hold must not be missed by a candidate that starts without a read. So its watch is on the same
-// stream as that of the queue, on which etcd sends the events in the order of revisions, and
-// observe sees each answer in the order of its arrival. (etcd's client would pass the answers of
-// two watches on by two goroutines, in any order.)
+// stream as that of the queue, on which etcd sends the events in the order of revisions.
 type steering struct {
 	// changed is called after each change, without the lock. It must not block.
 	changed func()
@@ -110,10 +107,10 @@ func (s *steering) learnAsked(revision int64, kv *mvccpb.KeyValue) {
 	s.update(func() bool { return s.set(&s.askedKey, revision, kv) })
 }
 
-// observe takes what a watch shows, in the order of arrival.
-func (s *steering) observe(resp *pb.WatchResponse) {
+// observe takes what the watch shows.
+func (s *steering) observe(events []*mvccpb.Event) {
 	s.update(func() (changed bool) {
-		for _, e := range resp.Events {
+		for _, e := range events {
 			for _, k := range []*steeringKey{&s.holdKey, &s.askedKey} {
 				if string(e.Kv.Key) != k.name {
 					continue
@@ -294,36 +291,6 @@ func HoldText(h *control.Hold) string {
 		text += ": " + quote.Printable(h.Reason)
 	}
 	return text
-}
-
-// observed is a stream whose watches a steering observes.
-type observed struct {
-	grpc.ClientStream
-	member *member
-}
-
-// RecvMsg implements grpc.ClientStream.
-func (o observed) RecvMsg(m any) error {
-	err := o.ClientStream.RecvMsg(m)
-	if resp, ok := m.(*pb.WatchResponse); ok && err == nil && len(resp.Events) > 0 {
-		if s := o.member.observer.Load(); s != nil {
-			s.observe(resp)
-		}
-	}
-	return err
-}
-
-// observe is an interceptor of streams.
-func (m *member) observe(
-	ctx context.Context, desc *grpc.StreamDesc, conn *grpc.ClientConn, method string,
-	streamer grpc.Streamer, opts ...grpc.CallOption,
-) (grpc.ClientStream, error) {
-	stream, err := streamer(ctx, desc, conn, method, opts...)
-	if err == nil && method == pb.Watch_Watch_FullMethodName {
-		m.streams.Add(1)
-		stream = observed{stream, m}
-	}
-	return stream, err
 }
 
 // steered is a member that reads what people have written with each key, so that a leader learns of

@@ -51,38 +51,24 @@ func (c counted) Clone() credentials.TransportCredentials {
 	return counted{c.TransportCredentials.Clone(), c.connections}
 }
 
-// incomplete is the value of watchConn.complete if a deletion may have been missed.
-const incomplete = -1
-
-// isComplete reports whether the watch is known to have shown all deletions.
+// isComplete reports whether the watch is known to show all deletions.
 func (w *watchConn) isComplete() bool {
-	return w.complete.Load() == w.member.connections.Load() && w.isOrdered()
+	complete := w.complete.Load()
+	return complete != nil && *complete
 }
 
-// isOrdered reports whether the watch shows a hold before all that has happened in the queue since,
-// or need not show it. After another stream was opened, etcd sends what was missed in any order.
-func (w *watchConn) isOrdered() bool {
-	s := w.queue.cfg.steering
-	return s == nil || s.whyDenied() != nil ||
-		w.steered != nil && w.opened == w.member.streams.Load()
-}
-
-// askVersion asks the member for its version, unless that of this connection is known. After a
-// restart, or behind a balancer, the next connection may lead to another version.
+// askVersion asks the member for its version, unless that is known. The answer counts only if it
+// came by the connection that carries the stream: after a restart, or behind a balancer, another
+// one may lead to another version.
 func (w *watchConn) askVersion(ctx context.Context) {
-	connection := w.member.connections.Load()
-	if known := w.complete.Load(); known == connection || known == incomplete {
+	if w.complete.Load() != nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, w.interval)
 	defer cancel()
-	resp, err := pb.NewMaintenanceClient(w.client.ActiveConnection()).
-		Status(ctx, &pb.StatusRequest{})
-	switch {
-	case err != nil: // it is asked again
-	case showsAllDeletions(resp.Version):
-		w.complete.Store(connection)
-	default:
-		w.complete.Store(incomplete)
+	resp, err := pb.NewMaintenanceClient(w.conn).Status(ctx, &pb.StatusRequest{})
+	if err == nil && w.member.connections.Load() == w.connection { // else it is asked again
+		complete := showsAllDeletions(resp.Version)
+		w.complete.Store(&complete)
 	}
 }

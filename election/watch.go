@@ -1,15 +1,19 @@
 package election
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 )
 
 // forbiddenRetry is how often we look whether etcd's roles allow by now what they forbade.
@@ -22,40 +26,43 @@ var (
 	errBehind     = errors.New("the watch lags behind the other members")
 )
 
-// watchConn is a watch of the queue, which one member serves.
+// watchConn is a watch of the queue: a stream, which one member serves. If the stream breaks, the
+// watch ends, and another one begins anew.
+//
+// The Watcher of etcd's client is not used. It would open a stream that breaks again, and go on
+// with what was missed, in any order. Its answers pass through three goroutines. And it leaves one
+// for ever if a watch is refused at the moment when it is closed.
 type watchConn struct {
-	queue   *queue
-	member  *member
-	client  *clientv3.Client // of the member
-	watcher clientv3.Watcher
+	queue      *queue
+	member     *member
+	conn       *grpc.ClientConn // of the member
+	connection int64            // its number, see member.connections
+	stream     pb.Watch_WatchClient
+	answers    chan *pb.WatchResponse // in the order of their arrival; closed when the stream ends
+	ended      error                  // why the stream has ended, set before that
+	stop       context.CancelFunc     // ends the stream
+	running    sync.WaitGroup         // what ends with the watch
 	// interval is the longest time between two ticks. But the tick after a question comes after
 	// answerWait: interval and answerWait together are never longer than HeartbeatInterval.
 	interval, answerWait time.Duration
 	ticked               time.Duration // when the last tick was
 
-	// What is watched: the whole queue or, in a crowd, our own key and the marker.
-	marker string             // "": the whole queue
-	events clientv3.WatchChan // of the queue, or of our own key
-	marked clientv3.WatchChan // of the marker; nil: there is none
-	// steered is of what people have written, near the front. observe has seen what it brings. nil:
-	// it is not watched.
-	steered clientv3.WatchChan
-	asked   time.Duration // when we last tried to watch that
-	// opened is the number of their stream; 0: it is not sure that they have the same.
-	opened int64
-	stop   context.CancelFunc // ends all
+	// What is watched: the whole queue or, in a crowd, our own key and the marker. Near the front
+	// also what people have written, unless etcd's roles forbid that.
+	marker string // "": the whole queue
+	// first and last are the ids of the watches on the stream that are in use. Those before are
+	// canceled. steers is that of what people have written; 0: it is not watched.
+	first, last, steers int64
+	asked               time.Duration // when we last tried to watch that
 
-	seen       int64         // the latest revision that the member has reported
-	unanswered int           // ticks since its last answer
+	unanswered int           // ticks since the last answer
 	heard      time.Duration // when the watch last showed or answered something
 	behind     bool          // our key has been put, and who is ahead of it has to be read
-	// complete is the number of the connection whose member is known to show all deletions; 0: it
-	// is not known; incomplete: it may have missed one.
-	complete atomic.Int64
+	// complete is whether the member shows all deletions; nil: that is not known.
+	complete atomic.Pointer[bool]
 
-	looked  time.Duration // when the last look over all members ended, once in a TTL
-	look    chan look     // the result of a look, while one is under way; else nil
-	looking sync.WaitGroup
+	looked time.Duration // when the last look over all members ended, once in a TTL
+	look   chan look     // the result of a look, while one is under way; else nil
 }
 
 // follow watches the queue, until the watch ends or the member is suspect.
@@ -64,28 +71,28 @@ func (q *queue) follow(ctx context.Context) error {
 	w := &watchConn{
 		queue: q, interval: min(interval, HeartbeatInterval*3/5),
 		answerWait: min(interval, HeartbeatInterval*2/5),
+		answers:    make(chan *pb.WatchResponse),
 	}
 	// The member that answers first serves the watch. Any key will do. But the request asks for the
-	// whole prefix, because a candidate that may not read all keys must not join.
+	// whole prefix, because a candidate that may not read all keys must not join. It also gets a
+	// token, if one is needed.
 	anyKey := wholePrefix(q.cfg.prefix)
 	anyKey.Limit, anyKey.KeysOnly = 1, true
 	q.cfg.steering.tryAgain()
-	from, answer, err := q.ask(ctx, w.interval, anyKey)
+	from, err := q.ask(ctx, w.interval, anyKey)
 	if err != nil {
 		return err
 	}
-	client, err := from.open()
+	conn, err := from.conn()
 	if err != nil {
 		return err
 	}
-	w.member, w.client, w.watcher = from, client, clientv3.NewWatcher(client)
-	w.seen = answer.Header.Revision
-	defer q.cfg.members.closing.Go(func() { _ = w.watcher.Close() })
-	defer w.looking.Wait()
-	wctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
-	defer cancel()
-	w.stop = func() {}
-	w.looking.Go(func() { w.askVersion(wctx) }) // meanwhile
+	w.member, w.conn, w.connection = from, conn, from.connections.Load()
+	defer w.running.Wait()
+	wctx, stop := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	defer stop()
+	w.stop = stop
+	w.running.Go(func() { w.askVersion(wctx) }) // meanwhile
 	if err := w.watch(ctx, wctx, q.marker()); err != nil {
 		return err
 	}
@@ -102,7 +109,7 @@ func (q *queue) follow(ctx context.Context) error {
 func (w *watchConn) watch(ctx, wctx context.Context, marker string) error {
 	q := w.queue
 	for {
-		if err := w.open(wctx, marker); err != nil {
+		if err := w.open(ctx, wctx, marker); err != nil {
 			return err
 		}
 		q.heartbeat()
@@ -119,62 +126,128 @@ func (w *watchConn) watch(ctx, wctx context.Context, marker string) error {
 
 // open opens the watch of the whole queue or, with a marker, those of our own key and of the
 // marker. It returns when the member has answered. So what is read after that is at least as new as
-// the beginning of the watch.
-func (w *watchConn) open(wctx context.Context, marker string) error {
-	q := w.queue
-	ctx, stop := context.WithCancel(wctx)
-	answered := time.AfterFunc(w.interval, stop)
-	watch := func(key string, more ...clientv3.OpOption) clientv3.WatchChan {
-		return w.watcher.Watch(ctx, key,
-			append(more, clientv3.WithFilterPut(), clientv3.WithFragment())...)
-	}
-	before := w.member.streams.Load()
-	var events, marked, steered clientv3.WatchChan
-	if marker == "" {
-		steered = w.watchSteering(ctx)
-		events = watch(q.cfg.prefix, clientv3.WithPrefix())
-	} else {
-		events, marked = watch(q.cfg.own), watch(marker)
-	}
+// the beginning of the watch, and shows all that has been received meanwhile.
+func (w *watchConn) open(ctx, wctx context.Context, marker string) error {
+	answered := time.AfterFunc(w.interval, w.stop)
+	refused, err := w.create(wctx, marker)
 	if !answered.Stop() {
-		q.cfg.members.reset(w.member)
+		w.queue.cfg.members.reset(w.member)
 		return errUnanswered
 	}
-	w.stop() // not earlier: etcd's client ends a stream without a watch
-	w.marker, w.events, w.marked, w.stop = marker, events, marked, stop
-	w.steered, w.opened = steered, w.member.streams.Load()
-	if w.opened > before+1 {
-		w.opened = 0
+	w.queue.heartbeat()
+	if err == nil && refused != nil {
+		err = w.steeringRefused(ctx, refused)
+	}
+	return err
+}
+
+// create asks for the watches, and for the end of those before, and waits until the member has
+// answered. refused: it refuses the watch of what people have written.
+func (w *watchConn) create(wctx context.Context, marker string) (refused, err error) {
+	if w.stream == nil {
+		w.stream, err = pb.NewWatchClient(w.conn).Watch(wctx)
+		if err != nil {
+			return nil, w.failed(err)
+		}
+		w.running.Go(func() { w.receive(wctx) })
+	}
+	before := w.first
+	w.marker, w.first, w.steers = marker, w.last+1, 0
+	for _, r := range w.wanted() {
+		w.last++
+		r.WatchId = w.last
+		err = cmp.Or(err, w.send(&pb.WatchRequest{
+			RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: r},
+		}))
+	}
+	for id := before; id > 0 && id < w.first; id++ {
+		err = cmp.Or(err, w.send(&pb.WatchRequest{
+			RequestUnion: &pb.WatchRequest_CancelRequest{
+				CancelRequest: &pb.WatchCancelRequest{WatchId: id},
+			},
+		}))
+	}
+	// etcd answers in the order of the requests. Mostly it does not say which one it refuses.
+	for id := w.first; id <= w.last && err == nil; {
+		resp := <-w.answers
+		switch {
+		case resp == nil || !resp.Created:
+			err = w.over(resp) // the read that follows shows what it shows
+			continue
+		case resp.Canceled && id == w.steers:
+			refused = w.failed(errors.New(resp.CancelReason))
+		case resp.Canceled:
+			err = w.failed(errors.New(resp.CancelReason))
+		}
+		id++
+	}
+	return refused, err
+}
+
+// wanted returns what has to be watched.
+func (w *watchConn) wanted() []*pb.WatchCreateRequest {
+	cfg := &w.queue.cfg
+	noPut := []pb.WatchCreateRequest_FilterType{pb.WatchCreateRequest_NOPUT}
+	if w.marker != "" {
+		return []*pb.WatchCreateRequest{
+			{Key: []byte(cfg.own), Filters: noPut}, {Key: []byte(w.marker), Filters: noPut},
+		}
+	}
+	all := wholePrefix(cfg.prefix)
+	whole := &pb.WatchCreateRequest{Key: all.Key, RangeEnd: all.RangeEnd, Filters: noPut}
+	s := cfg.steering
+	if s == nil || s.isDenied() {
+		return []*pb.WatchCreateRequest{whole}
+	}
+	// What people have written comes first: etcd keeps the events of a watch until it has answered
+	// that the watch is created.
+	w.steers = w.first
+	first, end := s.bounds()
+	return []*pb.WatchCreateRequest{{Key: []byte(first), RangeEnd: []byte(end)}, whole}
+}
+
+func (w *watchConn) failed(err error) error {
+	return fmt.Errorf("watch the queue: %w", rpctypes.Error(err))
+}
+
+// send sends a request. It does not wait for the member: gRPC has room for thousands of them. If
+// the stream has ended, answers shows that.
+func (w *watchConn) send(r *pb.WatchRequest) error {
+	if err := w.stream.Send(r); err != nil && !errors.Is(err, io.EOF) {
+		return w.failed(err)
 	}
 	return nil
 }
 
-// watchSteering watches what people have written, unless etcd's roles forbid that.
-func (w *watchConn) watchSteering(ctx context.Context) clientv3.WatchChan {
-	s := w.queue.cfg.steering
-	if s == nil || s.whyDenied() != nil {
-		return nil
+// receive receives the answers, until the stream ends.
+func (w *watchConn) receive(wctx context.Context) {
+	defer close(w.answers)
+	for {
+		resp, err := w.stream.Recv()
+		if err != nil {
+			w.ended = err
+			return
+		}
+		select {
+		case w.answers <- resp:
+		case <-wctx.Done():
+			w.ended = wctx.Err()
+			return
+		}
 	}
-	w.member.observer.Store(s)
-	first, end := s.bounds()
-	return w.watcher.Watch(ctx, first, clientv3.WithRange(end), clientv3.WithFragment())
 }
 
-// receiveSteered takes the end of that watch. etcd ends it at once if its roles forbid it.
-func (w *watchConn) receiveSteered(
-	ctx context.Context, resp clientv3.WatchResponse, ok bool,
-) error {
-	if ok && resp.Err() == nil {
-		return nil
-	}
-	q := w.queue
-	w.steered = nil
+// steeringRefused looks whether etcd's roles forbid the watch of what people have written. Then we
+// do without. An old etcd does not say why it refuses a watch.
+func (w *watchConn) steeringRefused(ctx context.Context, refused error) error {
+	cfg := &w.queue.cfg
+	w.steers = 0
 	ctx, cancel := context.WithTimeout(ctx, w.interval)
 	defer cancel()
-	_, _, err := q.cfg.steering.readAll(ctx, w.member, &pb.RangeRequest{Key: []byte(q.cfg.own)})
-	q.heartbeat()
-	if err == nil && q.cfg.steering.whyDenied() == nil {
-		err = errors.New("the watch of the hold has ended")
+	_, _, err := cfg.steering.readAll(ctx, w.member, &pb.RangeRequest{Key: []byte(cfg.own)})
+	w.queue.heartbeat()
+	if err == nil && !cfg.steering.isDenied() {
+		err = refused
 	}
 	return err
 }
@@ -188,18 +261,11 @@ func (w *watchConn) read(ctx context.Context) error {
 		defer cancel()
 		got, err := q.check(cctx, []queueEntry{marker}, false)
 		q.heartbeat()
-		w.seen = max(w.seen, got.revision)
 		if err != nil || len(got.gone) == 0 && q.fits(w.marker) {
 			return err
 		}
 	}
-	if err := q.loadAhead(ctx); err != nil {
-		return err
-	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	w.seen = max(w.seen, q.revision)
-	return nil
+	return q.loadAhead(ctx)
 }
 
 // run follows the watch. ctx is the queue's, wctx the watch's own.
@@ -224,14 +290,11 @@ func (w *watchConn) run(ctx, wctx context.Context) error {
 			if !q.isLoaded() {
 				err = w.load(ctx, wctx)
 			}
-		case resp, ok := <-w.events:
-			err = w.receive(resp, ok)
-		case resp, ok := <-w.steered:
-			err = w.receiveSteered(wctx, resp, ok)
-		case resp, ok := <-w.marked:
-			if err = w.receive(resp, ok); err == nil && !q.fits(w.marker) {
-				// We may be near the front. That one read shows, and if it is so, it is
-				// the one that has to follow the opening.
+		case resp := <-w.answers:
+			err = w.take(resp)
+			if err == nil && !q.fits(w.marker) {
+				// The marker is gone, and we may be near the front. That one read shows, and if
+				// it is so, it is the one that has to follow the opening.
 				err = w.watch(ctx, wctx, "")
 			}
 		case <-q.awake:
@@ -258,17 +321,38 @@ func (w *watchConn) untilTick() time.Duration {
 	return max(0, w.ticked+wait-w.queue.cfg.now())
 }
 
-// receive takes what the watch shows.
-func (w *watchConn) receive(resp clientv3.WatchResponse, ok bool) error {
-	if !ok {
-		return errors.New("the watch has ended")
-	}
-	if err := resp.Err(); err != nil {
-		return fmt.Errorf("watch the queue: %w", err)
+// take takes what the watch shows.
+func (w *watchConn) take(resp *pb.WatchResponse) error {
+	if err := w.over(resp); err != nil || w.isOld(resp) {
+		return err
 	}
 	w.unanswered, w.heard = 0, w.queue.cfg.now()
-	w.seen = max(w.seen, resp.Header.Revision)
-	w.queue.apply(resp.Events, w.marker == "" && w.isComplete())
+	if w.steers > 0 && resp.WatchId == w.steers {
+		w.queue.cfg.steering.observe(resp.Events)
+	} else {
+		w.queue.apply(resp.Events, w.marker == "" && w.isComplete())
+	}
+	return nil
+}
+
+// isOld reports whether the answer is about a watch that is not in use any more. An answer about
+// the whole stream has a negative id.
+func (w *watchConn) isOld(resp *pb.WatchResponse) bool {
+	return resp.WatchId >= 0 && resp.WatchId < w.first
+}
+
+// over returns why the watch has ended, if the answer says so. nil: the stream has ended.
+func (w *watchConn) over(resp *pb.WatchResponse) error {
+	switch {
+	case resp == nil:
+		return w.failed(w.ended)
+	case w.isOld(resp):
+		return nil
+	case resp.CompactRevision > 0:
+		return w.failed(rpctypes.ErrCompacted)
+	case resp.Canceled:
+		return w.failed(errors.New(cmp.Or(resp.CancelReason, "etcd has canceled it")))
+	}
 	return nil
 }
 
@@ -318,8 +402,6 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		if w.marker == "" {
 			return w.watch(ctx, wctx, "")
 		}
-	case w.marker == "" && !w.isOrdered():
-		return w.watch(ctx, wctx, "")
 	case w.behind:
 		if err := w.load(ctx, wctx); err != nil {
 			return err
@@ -328,47 +410,26 @@ func (w *watchConn) tick(ctx, wctx context.Context) error {
 		// In goroutines of their own: the watch must not wait for them.
 		found, marker := make(chan look, 1), w.marker
 		w.look = found
-		w.looking.Go(func() {
+		w.running.Go(func() {
 			l, err := q.look(wctx, w.interval, marker, !due) // another one follows
 			l.err = err
 			found <- l
 		})
-		w.looking.Go(func() { w.askVersion(wctx) })
+		w.running.Go(func() { w.askVersion(wctx) })
 	}
 	q.heartbeat()
-	// In a crowd the looks suffice. But once in a TTL the watch itself has to answer. It may hang
-	// although its member answers. And etcd's client goes on with the last revision that it knows
-	// when a connection is back: it should not be an old one.
+	// In a crowd the looks suffice. But once in a TTL the watch itself has to answer: it may hang
+	// although its member answers.
 	if shown && q.cfg.now()-w.heard < q.cfg.timing.TTL {
 		w.unanswered = 0
 		return nil
 	}
+	// etcd answers if it has sent all that the watches show.
 	if w.unanswered++; w.unanswered > 1 {
-		// etcd does not answer a request for progress while nothing was written since the watch
-		// began (with the revision after the read; so does the client's after a broken connection).
-		// Then the watch can't have missed anything either.
-		if w.isUpToDate(wctx) {
-			w.unanswered, w.heard = 0, q.cfg.now()
-			return nil
-		}
 		q.cfg.members.reset(w.member)
 		return errUnanswered
 	}
-	pctx, cancel := context.WithTimeout(wctx, w.answerWait)
-	defer cancel()
-	_ = w.watcher.RequestProgress(pctx) // after an error no answer comes, and that is noticed
-	return nil
-}
-
-// isUpToDate reports whether the member answers and has nothing newer than the watch has shown.
-func (w *watchConn) isUpToDate(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, w.answerWait)
-	defer cancel()
-	conn, err := w.member.conn()
-	if err != nil {
-		return false
-	}
-	resp, err := pb.NewKVClient(conn).Range(ctx,
-		&pb.RangeRequest{Key: []byte(w.queue.cfg.own), KeysOnly: true, Serializable: true})
-	return err == nil && resp.Header.Revision <= w.seen
+	return w.send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{
+		ProgressRequest: &pb.WatchProgressRequest{},
+	}})
 }

@@ -3,13 +3,18 @@ package election
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/test/bufconn"
 
 	"leasehold/e2e/harness"
 )
@@ -145,4 +150,71 @@ func TestQueue_WatchEnds_ComesBackSpread(t *testing.T) {
 	if most < 50*ms { // by chance: one time in a million
 		t.Errorf("the watch was opened again within %v each of 10 times", most)
 	}
+}
+
+// refusing is an etcd that refuses every watch.
+type refusing struct {
+	pb.UnimplementedKVServer
+	pb.UnimplementedWatchServer
+	refused chan struct{} // room for one
+}
+
+func (*refusing) Range(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+	return &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 1}}, nil
+}
+
+func (s *refusing) Watch(
+	stream grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse],
+) error {
+	for {
+		r, err := stream.Recv()
+		if err != nil || r.GetCreateRequest() == nil {
+			return err
+		}
+		if err := stream.Send(&pb.WatchResponse{
+			Header: &pb.ResponseHeader{Revision: 1}, WatchId: -1, Created: true, Canceled: true,
+			CancelReason: rpctypes.ErrGRPCInvalidAuthToken.Error(),
+		}); err != nil {
+			return err
+		}
+		poke(s.refused)
+	}
+}
+
+// A watch that is refused while its candidate leaves keeps no goroutine. The bubble waits for all.
+func TestQueue_WatchRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		etcd := &refusing{refused: make(chan struct{}, 1)}
+		listener := bufconn.Listen(1 << 16)
+		server := grpc.NewServer()
+		pb.RegisterKVServer(server, etcd)
+		pb.RegisterWatchServer(server, etcd)
+		var serving sync.WaitGroup
+		serving.Go(func() { _ = server.Serve(listener) })
+		defer serving.Wait()
+		defer server.Stop()
+		cfg := testConfig(t, []string{"http://etcd"}, "a")
+		cfg.Dial = func(ctx context.Context, _ string) (net.Conn, error) {
+			return listener.DialContext(ctx)
+		}
+		for range 500 {
+			ms, err := newMembers(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			q := newQueue(queueConfig{
+				prefix: "jobs/", own: "jobs/a", members: ms, timing: NewTiming(testTTL, -1, -1),
+				now: func() time.Duration { return 0 }, heartbeat: new(heartbeat),
+				lost: func(error) {},
+			})
+			ctx, cancel := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { q.run(ctx) })
+			<-etcd.refused
+			cancel()
+			running.Wait()
+			ms.close()
+			ms.closing.Wait()
+		}
+	})
 }
