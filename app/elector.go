@@ -118,9 +118,9 @@ func runElector(build Build, args []string) int {
 		return exitUsage
 	}
 
-	// More processors (P) only wake threads in vain. But one is too few: many clients of the health
-	// endpoint must not keep the election waiting.
-	runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
+	// More processors (P) only wake threads in vain. But one is too few: neither many clients of
+	// the health endpoint nor a check whose exec hangs must keep the election waiting.
+	runtime.GOMAXPROCS(2)
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
 	changed := make(chan struct{}, 1)

@@ -21,6 +21,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -137,11 +139,30 @@ func (r *runner) start(c *Command) (pid int, err error) {
 	argv := append(append([]string{}, c.Runner...), runOptions{c.Timeout, c.NewPrivs}.encode()...)
 	// Not os/exec: its Wait holds a thread, and the runtime would end this process if it needed
 	// another one while the job has used up the limit of processes.
-	return syscall.ForkExec("/proc/self/exe", append(argv, c.Argv...), &syscall.ProcAttr{
+	return fork("/proc/self/exe", append(argv, c.Argv...), &syscall.ProcAttr{
 		Env:   c.Env,
 		Files: []uintptr{null.Fd(), r.reportW.Fd(), 2, r.wantedR.Fd()},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
+}
+
+// forking is held while a process is being started: the garbage collector is the whole process'.
+var forking sync.Mutex
+
+// maxGarbage is how much memory this process may use before it collects garbage nevertheless. A
+// container may have little.
+const maxGarbage = 32 << 20
+
+// fork starts a process. If the file is on a mount that hangs, so does the exec, and the thread
+// that waits for it does nothing for the runtime meanwhile: a garbage collection would wait for it,
+// and all other goroutines would wait for the collection. So there is none before the exec has
+// returned, or before memory is short: then this process hangs, and the guard replaces it.
+func fork(path string, argv []string, attr *syscall.ProcAttr) (pid int, err error) {
+	forking.Lock()
+	defer forking.Unlock()
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(min(debug.SetMemoryLimit(-1), maxGarbage)))
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	return syscall.ForkExec(path, argv, attr)
 }
 
 // cancel has the runner kill what it has started. It may be called more than once.

@@ -28,6 +28,9 @@ func TestMain(m *testing.M) {
 		_ = c.Probe(context.Background())
 		return
 	}
+	if len(os.Args) > 1 && os.Args[1] == "ask-and-work" {
+		os.Exit(askAndWork())
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -163,4 +166,52 @@ func TestCommand_AskerKilled(t *testing.T) {
 	_ = asker.Process.Signal(syscall.SIGKILL)
 	_ = asker.Wait()
 	waitMarked(t, mark, 0)
+}
+
+// askAndWork makes a check, and garbage meanwhile. It prints the longest time that the garbage
+// took.
+func askAndWork() int {
+	c := shell("", "true")
+	c.Env = os.Environ()
+	done := make(chan error, 1)
+	go func() { done <- c.Probe(context.Background()) }()
+	longest, kept := time.Duration(0), make([][]byte, 16)
+	for n := 0; ; n++ {
+		began := time.Now()
+		kept[n%len(kept)] = make([]byte, 256<<10)
+		longest = max(longest, time.Since(began))
+		select {
+		case err := <-done:
+			fmt.Println(longest.Milliseconds(), err)
+			return 0
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// If the exec of a runner hangs, because the binary is on a mount that does, whoever asks goes on.
+func TestCommand_ExecHangs(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		t.Skip("needs strace")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// strace calls the path its own program's, too, and that is executed by nobody.
+	out, err := exec.Command(strace, "-f", "-qq", "-o", os.DevNull, "-P", "/proc/self/exe",
+		"-e", "trace=execve", "-e", "inject=execve:delay_enter=4000000:when=1",
+		self, "ask-and-work").CombinedOutput()
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n") // strace says something first
+	result := lines[len(lines)-1]
+	var longest int
+	var passed string
+	if _, scan := fmt.Sscan(result, &longest, &passed); scan != nil || err != nil ||
+		passed != "<nil>" {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if longest > 2000 {
+		t.Errorf("it did nothing for %d ms while the exec hung for 4000", longest)
+	}
 }
