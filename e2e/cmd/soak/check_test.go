@@ -478,3 +478,63 @@ func machineOf(c *candidate) *harness.Machine {
 	}
 	return machines[c]
 }
+
+// Whoever starts while the election is held is found, unless the hold names it.
+func TestHeld(t *testing.T) {
+	now := harness.Now()
+	for _, c := range []struct {
+		name             string
+		token            int64
+		started          time.Duration // after the hold
+		released, guilty bool
+	}{
+		{"somebody", 9, time.Second, false, true},
+		{"whom the hold names", 7, time.Second, false, false},
+		{"before the hold", 9, -time.Second, false, false},
+		{"after the release", 9, 3 * time.Second, true, false},
+		{"before the release", 9, time.Second, true, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := quietChecker()
+			h := &held{token: 7, from: now - 5*time.Second, to: check.Forever}
+			k.holds(h)
+			if c.released {
+				h.to = now - 3*time.Second
+			}
+			at := h.from + c.started
+			k.saw(now, []harness.Life{lived("b", c.token, at, now)})
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}
+
+// A leader that hands over although it has refused is found.
+func TestSwitchover_Refused(t *testing.T) {
+	for _, c := range []struct {
+		name, said string
+		code       int
+		after      time.Duration // from the request to "handing over"
+		guilty     bool
+	}{
+		{"refused, and handed over", "refused: nobody waits", 1, time.Millisecond, true},
+		{"handed over before", "refused: nobody waits", 1, -time.Second, false},
+		{"served", `"b" leads`, 0, time.Millisecond, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k, began := quietChecker(), time.Now().Add(-time.Second)
+			log := fmt.Sprintf("time=%s level=INFO msg=\"handing over\" target=b by=x\n",
+				began.Add(c.after).Format(time.RFC3339Nano))
+			err := k.answered(c.code, c.said, began, func() []check.Entry {
+				return check.Handovers(log)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := k.verdict(); (err != nil) != c.guilty {
+				t.Errorf("the verdict is %v", err)
+			}
+		})
+	}
+}

@@ -60,6 +60,8 @@ type checker struct {
 	health   health
 	leases   leases
 	kept     []*kept
+	held     []*held
+	unserved time.Duration // when a switchover was last not served in time
 	frozen   []*frozenJob
 }
 
@@ -84,6 +86,8 @@ type counts struct {
 	KilledFrozen int `json:"jobs_killed_frozen"`
 	// FrozenYes are of jobs that were frozen, on a starved machine.
 	FrozenYes int `json:"leader_yes_frozen_starved"`
+	// Steered is what has come of an operator's commands.
+	Steered steered `json:"commands"`
 	// Transitions that daemons logged, by state machine.
 	Transitions check.Counts `json:"transitions"`
 }
@@ -230,6 +234,7 @@ func (k *checker) judge(now time.Duration, last bool) {
 	for _, both := range k.since(now - remembered).Overlaps(k.awake(now)) {
 		k.judgeOverlap(both, now, last)
 	}
+	k.judgeHeld(now)
 	k.judgeKept(now, last)
 	k.judgeFrozen(now, last)
 	k.explain(now, last)

@@ -82,6 +82,10 @@ func (r *run) begin(ctx context.Context, f drawn) error {
 		r.idle(i, errors.New("there is nothing to hit"))
 		return nil
 	}
+	if f.target == anElectionsFuture {
+		r.steer(ctx, i)
+		return nil
+	}
 	i.made = f.fault(r, i)
 	if f.target == theCluster || f.target == anElection {
 		r.operate(ctx, i)

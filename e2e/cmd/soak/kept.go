@@ -44,6 +44,10 @@ func (i *injection) mayEnd(candidate string) bool {
 
 // mustKeep reports whether nothing else is wrong when a fault has taken an elector.
 func (r *run) mustKeep(of *injection) bool {
+	if !r.steering.TryLock() {
+		return false // a command is being carried out
+	}
+	r.steering.Unlock()
 	lost := 0
 	for _, i := range r.injected {
 		if i == of || i.idle || !i.mayEnd(of.candidate.name) {
@@ -52,6 +56,9 @@ func (r *run) mustKeep(of *injection) bool {
 		lasts := recovers
 		if i.target == theCluster || i.target == anElection {
 			lasts += operatorWaits // before etcd does it
+		}
+		if i.target == anElectionsFuture {
+			lasts += commandTakes
 		}
 		if i.To == check.Forever || i.To > of.on.Began-lasts {
 			return false

@@ -29,13 +29,14 @@ type injector func(*run, *injection) fault.Fault
 type target int
 
 const (
-	aDaemon    target = iota // or one of its processes; one fault of these at a time
-	aLink                    // of a candidate's machine to members of etcd
-	aMember                  // of etcd; one fault of these at a time
-	allMembers               // that are under no fault yet
-	theCluster               // an operator does it
-	anElection               // an operator takes the term from whoever leads
-	theMachine               // on which everything runs
+	aDaemon           target = iota // or one of its processes; one fault of these at a time
+	aLink                           // of a candidate's machine to members of etcd
+	aMember                         // of etcd; one fault of these at a time
+	allMembers                      // that are under no fault yet
+	theCluster                      // an operator does it
+	anElection                      // an operator takes the term from whoever leads
+	anElectionsFuture               // an operator says who may lead next: see steer.go
+	theMachine                      // on which everything runs
 )
 
 // The checker looks for these by name.

@@ -8,6 +8,7 @@
 //	bin/soak [-seed N] [-faults 60] [-ttl 3s] [-json FILE]
 //	bin/soak -implementation naiveclient   shows that the checker can find somebody guilty
 //	bin/soak -unguarded                    the same for bin/histories and the jobs' storage
+//	bin/soak -misheld                      the same for starts in spite of a hold
 //	bin/soak -schedule -seed N [-faults 60]   print what a seed holds, and do nothing
 //	bin/soak -from FILE [-summary docs/soak.md]   print a run's figures, or write the document
 //
@@ -40,6 +41,7 @@ type settings struct {
 	name           string // of the implementation, as the flag has it
 	implementation harness.Implementation
 	unguarded      bool // the storage takes late writes, whatever their token is
+	misheld        bool // the operator holds another election
 }
 
 func command(args []string) int {
@@ -53,6 +55,8 @@ func command(args []string) int {
 		"leasehold, or naiveclient, which is to be found guilty")
 	flags.BoolVar(&set.unguarded, "unguarded", false,
 		"the storage takes late writes with any token, which bin/histories is to find guilty")
+	flags.BoolVar(&set.misheld, "misheld", false,
+		"the operator holds another election, which is to be found guilty")
 	schedule := flags.Bool("schedule", false, "print the schedule, and do nothing")
 	out := flags.String("json", "bin/soak.json", "where to write the figures")
 	log := flags.String("log", "bin/soak.log", "where to write down everything that happened")

@@ -178,10 +178,16 @@ func (r *run) results() *results {
 			res.Exits[fmt.Sprint(code)] += n
 		}
 	}
-	for n := range kinds {
-		count := kindCount{Name: kinds[n].name}
+	var all []*kind
+	for _, some := range [][]kind{kinds, commands} {
+		for n := range some {
+			all = append(all, &some[n])
+		}
+	}
+	for _, k := range all {
+		count := kindCount{Name: k.name}
 		for _, i := range r.injected {
-			if i.kind == &kinds[n] {
+			if i.kind == k {
 				count.Count++
 				count.For += milliseconds(i.Length())
 				if i.idle {
@@ -291,6 +297,9 @@ func (r *results) lines() (lines []line) {
 		c.Kept, c.KeptStarved)
 	add("jobs frozen on loss of contact", "%d, %d of them killed frozen; none ran meanwhile",
 		c.Frozen, c.KilledFrozen)
+	add("an operator's commands", "%d holds, in spite of which nobody started; %d switchovers; %d "+
+		"refused, which ended no term; %d not served in time", c.Steered.Holds,
+		c.Steered.Switched, c.Steered.Refused, c.Steered.Unserved)
 	add("transitions checked against the model", "%v", c.Transitions)
 	add("a job after the last fault", "%v (bound: %v; a leader's wait to start a crashed job "+
 		"again apart)", r.Recovery, r.Bound)
@@ -346,7 +355,8 @@ func (r *results) summary() string {
 		`%d candidates in one election, two of them an ordinary user's without a cgroup, and two
 that freeze a job that has lost contact; %d members of etcd; each on a network node of its own.
 Faults come one after another and overlapping; jobs ignore SIGTERM, daemonize, are fork bombs,
-crash. Checked all the time: lives of jobs, that a frozen one does not run, fencing tokens,
+crash. An operator holds the election and asks for switchovers meanwhile. Checked all the time:
+lives of jobs, that a frozen one does not run, that none starts in spite of a hold, fencing tokens,
 /status, /leader, leases, processes and cgroups; the first promise broken would have ended the
 run. How soon a job comes back is checked after the last fault, and only shown before. %s.
 

@@ -41,6 +41,7 @@ type run struct {
 
 	injected  []*injection   // by execute's goroutine alone
 	busy      sync.WaitGroup // with what an operator does
+	steering  sync.Mutex     // held while a command is carried out
 	faulted   check.Interval // from the first fault to the end of the last
 	recovered time.Duration  // from then until a job ran
 	stopped   time.Duration  // from the stop of all until they had ended

@@ -91,7 +91,7 @@ func draw(set settings) []drawn {
 		wait := time.Duration(between(0.1, 1.8) * float64(time.Second))
 		at = f.at + wait.Round(time.Millisecond)
 	}
-	return schedule
+	return drawCommands(set, schedule)
 }
 
 // entry is a line of the schedule.
@@ -115,7 +115,8 @@ func (f drawn) String() string {
 		defragmented = ", and " + member + " defragmented"
 	}
 	text += strings.NewReplacer("LOSS", fmt.Sprint(f.loss), "PERIOD", fmt.Sprint(f.period),
-		"LOOPS", fmt.Sprint(f.loops), "MEMBER", member, "DEFRAG", defragmented).Replace(f.details)
+		"LOOPS", fmt.Sprint(f.loops), "CANDIDATE", candidateName(f.index),
+		"MEMBER", member, "DEFRAG", defragmented).Replace(f.details)
 	if f.lasts > 0 {
 		text += fmt.Sprintf(", for %v", f.lasts)
 	}
