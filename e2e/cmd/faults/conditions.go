@@ -147,6 +147,23 @@ func stoppedInOrder(t *Trial) error {
 	return nil
 }
 
+// switched: the candidate that was chosen leads as soon as the old job has exited.
+func switched(t *Trial) error {
+	if next := t.next(); next != nil && next.Candidate != t.Others[0].Name {
+		t.violated("%s leads, and not the next in line", next.Candidate)
+	}
+	t.startedWithin(stopGrace + t.TTL/2)
+	return nil
+}
+
+// notBeforeRelease: nobody starts while the election is held.
+func notBeforeRelease(t *Trial) error {
+	if next := t.next(); next != nil && t.lasts {
+		t.violated("a job of %s started in spite of the hold", next.Candidate)
+	}
+	return nil
+}
+
 // keptPlace: the standby's key, which is its place in the queue, is the one that it had.
 func keptPlace(t *Trial) error {
 	if next := t.next(); next != nil && next.Token != t.Standing {

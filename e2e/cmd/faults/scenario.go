@@ -116,6 +116,7 @@ var groups = []struct{ Name, Title string }{
 	{"link", "the links to etcd"},
 	{"etcd", "etcd"},
 	{"operator", "an operator"},
+	{"command", "a command, and a fault while it is carried out"},
 	{"freeze", "loss of contact, and the job is frozen (LEASEHOLD_CONTACT_LOSS=freeze)"},
 	{"machine", "the machine"},
 }

@@ -51,7 +51,8 @@ func lossy() fault.Fault { return fault.Lossy(30) }
 var scenarios = withFreeze(slices.Concat(
 	in("daemon", one, daemonScenarios...), in("job", one, jobScenarios...),
 	in("link", three, linkScenarios...), in("etcd", three, etcdScenarios...),
-	in("operator", one, operatorScenarios...), in("machine", one, machineScenarios...)))
+	in("operator", one, operatorScenarios...), in("command", one, commandScenarios...),
+	in("machine", one, machineScenarios...)))
 
 var daemonScenarios = []Scenario{
 	{
@@ -339,6 +340,52 @@ var operatorScenarios = []Scenario{
 	{
 		Name: "key-deleted", About: "the leader's key is deleted (etcdctl del)",
 		Fault: fault.KeyDeleted, Promise: Operator, Isolation: OursAlone, CI: true, User: true,
+	},
+}
+
+// whileSwitched is a switchover of a job that does not stop by itself, with a fault while it stops.
+func whileSwitched(f func() fault.Fault) func() fault.Fault {
+	return func() fault.Fault { return fault.SwitchedOver(fault.Delayed(stopGrace/3, f())) }
+}
+
+func targetKilled() fault.Fault { return fault.OfStandby(fault.Killed(harness.Guard)) }
+
+// stubborn is a job that takes all of its grace to stop.
+var stubborn = job{Words: []string{"ignore-term"}}
+
+// commandScenarios are commands by which an operator steers the election, each with a fault.
+var commandScenarios = []Scenario{
+	{
+		Name: "switchover-elector-killed",
+		About: "leasehold switchover, and the leader's elector is killed while a job that ignores " +
+			"SIGTERM is stopped, grace 0.5 s",
+		Job: stubborn, Fault: whileSwitched(of(fault.Killed, harness.Elector)),
+		Without: noPeers, Check: switched, Isolation: OursAlone, User: true,
+	},
+	{
+		Name: "switchover-guard-killed", About: "the same, and the leader's guard is killed",
+		Job: stubborn, Fault: whileSwitched(of(fault.Killed, harness.Guard)),
+		Without: noPeers, Check: switched, Isolation: OursAlone, User: true,
+	},
+	{
+		Name: "switchover-target-killed",
+		About: "the same, and the guard of the candidate that is to lead next is killed: the old " +
+			"leader leads again",
+		Job: stubborn, Fault: whileSwitched(targetKilled),
+		Without: noPeers, Isolation: OursAlone, User: true,
+	},
+	{
+		Name:  "switchover-etcd-leader-killed",
+		About: "the same, and etcd's leader is killed; it is started again at the end",
+		Job:   stubborn, Etcd: three, Fault: whileSwitched(of(fault.MemberKilled, fault.Leader)),
+		Without: noPeers,
+	},
+	{
+		Name: "hold-guard-killed", About: "leasehold hold, then the leader's guard is killed; " +
+			"leasehold release after 3 s: nobody leads before",
+		Fault:    func() fault.Fault { return fault.Held(fault.Killed(harness.Guard)) },
+		Duration: 3 * time.Second, Without: noPeers, Check: notBeforeRelease,
+		Isolation: OursAlone, User: true,
 	},
 }
 
