@@ -215,3 +215,42 @@ func TestCommand_ExecHangs(t *testing.T) {
 		t.Errorf("it did nothing for %d ms while the exec hung for 4000", longest)
 	}
 }
+
+// However many checks are made, and however they end, no descriptor stays open. (That no goroutine
+// stays, goleak checks.)
+func TestCommand_LeaksNothing(t *testing.T) {
+	open := func() int {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(fds)
+	}
+	check := func() {
+		for _, script := range []string{
+			"true", "exit 1", "yes | head -c 1000000", "sleep 1000 & exit 0", "kill -9 $PPID",
+		} {
+			_ = shell(newMark(t), script).Probe(context.Background())
+		}
+		hangs := shell(newMark(t), "sleep 1000")
+		hangs.Timeout = 20 * time.Millisecond
+		_ = hangs.Probe(context.Background())
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+		defer cancel()
+		_ = shell(newMark(t), "sleep 1000").Probe(ctx)
+		c := shell(newMark(t), "true")
+		c.Argv = []string{"no-such-command"}
+		_ = c.Probe(context.Background())
+		waitMarked(t, newMark(t), 0)
+	}
+	check()
+	before := open()
+	for range 10 {
+		check()
+	}
+	for end := time.Now().Add(20 * time.Second); open() > before; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) { // one that was cancelled closes its own a little later
+			t.Fatalf("%d descriptors are open, and %d were", open(), before)
+		}
+	}
+}
