@@ -66,7 +66,7 @@ func (d *daemon) addFitness(p parts, queued bool) {
 				}
 				text := "candidate is unfit: it does not lead until it is fit"
 				if d.candidate.Snapshot().Leading {
-					text = "candidate is unfit, and stays the leader for now"
+					text = "candidate is unfit: it hands over if somebody else is fit"
 				}
 				p.log.Warn(text, "reason", failed.Error())
 				d.candidate.SetUnfit(failed.Error())

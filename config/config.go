@@ -90,7 +90,7 @@ type Health struct {
 
 // Fitness says how it is checked whether this machine may lead.
 type Fitness struct {
-	Cmd      Command  `split_words:"true" desc:"a command that checks whether this candidate may lead: exit code 0 is fit. An unfit standby leaves the queue until it is fit. A leader that becomes unfit stays the leader. LEASEHOLD_HEALTH_TIMEOUT and LEASEHOLD_HEALTH_RETRIES hold for it, too"`
+	Cmd      Command  `split_words:"true" desc:"a command that checks whether this candidate may lead: exit code 0 is fit. An unfit standby leaves the queue until it is fit. A leader that becomes unfit hands over to one that is fit, and stays the leader if there is none. LEASEHOLD_HEALTH_TIMEOUT and LEASEHOLD_HEALTH_RETRIES hold for it, too"`
 	Interval Duration `split_words:"true" default:"10s" desc:"from the end of a check of the fitness to the next one"`
 }
 

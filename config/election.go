@@ -4,6 +4,7 @@ package config
 
 import (
 	"log/slog"
+	"time"
 
 	"leasehold/election"
 	"leasehold/internal/boottime"
@@ -19,9 +20,10 @@ func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 			CAFile: c.TLS.CAFile, CertFile: c.TLS.CertFile, KeyFile: c.TLS.KeyFile,
 			ServerName: c.TLS.ServerName,
 		},
-		Failback: c.Failback.Or(-1),
-		Now:      boottime.Now,
-		Logger:   log,
+		Failback:     c.Failback.Or(-1),
+		FitnessRound: c.fitnessRound(),
+		Now:          boottime.Now,
+		Logger:       log,
 	}
 	if c.Username != "" {
 		ec.Username, ec.Password = c.Username, c.ReadPassword
@@ -32,4 +34,14 @@ func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 // Timing is how a lease is divided if etcd grants the TTL that it is asked for.
 func (c *Config) Timing() election.Timing {
 	return election.NewTiming(c.TTL.Duration, c.LossGrace.Or(-1), c.Margin.Or(-1))
+}
+
+// fitnessRound is how long it may take until candidates with these settings see that they are unfit
+// for the same reason.
+func (c *Config) fitnessRound() time.Duration {
+	if c.Fitness.Cmd.Argv == nil {
+		return 0
+	}
+	return time.Duration(c.Health.Retries.N) *
+		(c.Fitness.Interval.Duration + c.Health.Timeout.Duration)
 }

@@ -26,8 +26,7 @@ type Candidate struct {
 	metrics    *metrics
 	state      *machine
 	heartbeats heartbeats
-	unfitWhy   atomic.Pointer[string]
-	fitChanged chan struct{}         // room for one: SetUnfit was called
+	fitness    fitness
 	queue      atomic.Pointer[queue] // of the session that runs; nil: none does
 }
 
@@ -45,7 +44,7 @@ func New(cfg Config) (*Candidate, error) {
 	if _, err := newMembers(cfg); err != nil {
 		return nil, err
 	}
-	c := &Candidate{cfg: cfg, log: cfg.Logger, fitChanged: make(chan struct{}, 1)}
+	c := &Candidate{cfg: cfg, log: cfg.Logger, fitness: fitness{changed: make(chan struct{}, 1)}}
 	c.state = newMachine(cfg)
 	var err error
 	c.metrics, err = newMetrics(cfg.Registerer, c.Snapshot, cfg.Now)
@@ -56,7 +55,7 @@ func New(cfg Config) (*Candidate, error) {
 // Snapshot returns what the candidate knows now.
 func (c *Candidate) Snapshot() Snapshot {
 	s := c.state.get()
-	s.LastHeartbeat, s.Unfit = c.heartbeats.oldest(), c.unfit()
+	s.LastHeartbeat, s.Unfit = c.heartbeats.oldest(), c.fitness.unfit()
 	return s
 }
 

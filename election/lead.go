@@ -63,17 +63,21 @@ func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 				planning = true
 				s.running.Go(func() { plans <- s.planSwitchover(sctx, asked) })
 			}
-			if lctx.Err() == nil && !planning {
+			if lctx.Err() == nil && !planning && s.state.get().State == Leading {
 				order.look(sctx, s)
 			}
+		case <-s.candidate.fitness.changed:
+			order.next = 0 // to whom could we hand over?
+			poke(s.changed)
 		case l := <-order.done:
 			if order.busy = false; lctx.Err() == nil {
 				order.settle(sctx, s, l)
 			}
 			poke(s.changed) // a request may wait for that
 		case p := <-order.back:
-			if order.busy = false; lctx.Err() == nil {
-				s.serve(p)
+			if order.busy = false; lctx.Err() == nil && s.isStill(p) &&
+				s.serve(p) && p.unfit {
+				s.candidate.fitness.left(s.cfg.Now())
 			}
 			poke(s.changed)
 		case p := <-plans:

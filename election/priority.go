@@ -24,6 +24,9 @@ const mostMoved = 8
 //
 // A candidate counts only if it has been seen for two TTLs. So one that comes and goes moves
 // nobody, and neither does one that was killed, whose lease has not expired yet.
+//
+// The leader hands over to the next in line if that has a higher priority (Config.Failback), or if
+// the leader is unfit: whoever is in the queue is fit.
 type priorities struct {
 	seen map[int64]time.Duration // by lease: the first look that has shown it
 	next time.Duration           // when to look
@@ -34,6 +37,7 @@ type priorities struct {
 
 // priorityLook is what a look at the queue has shown.
 type priorityLook struct {
+	at      time.Duration // when it began
 	queue   []*mvccpb.KeyValue
 	records map[int64]control.Candidate
 	err     error
@@ -62,10 +66,11 @@ func (p *priorities) look(ctx context.Context, s *session) {
 }
 
 // lookAtRecords reads what the candidates say of themselves. If all of them have the same priority
-// and are ready, the queue is in order, and is not read.
+// and are ready, the queue is in order, and is not read, unless the leader is unfit.
 func (s *session) lookAtRecords(ctx context.Context) (l priorityLook) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
+	l.at = s.cfg.Now()
 	ranges := wholePrefix(control.Candidates(s.cfg.Election))
 	ranges.Serializable = true // one member may answer alone: what follows is checked again
 	kvs, err := hedge(ctx, s.members, s.timing.hedgeDelay(),
@@ -80,9 +85,9 @@ func (s *session) lookAtRecords(ctx context.Context) (l priorityLook) {
 		return priorityLook{err: err}
 	}
 	l.records = control.Records(kvs)
-	own := l.records[s.id].Priority
+	own, unfit := l.records[s.id].Priority, s.candidate.fitness.unfit() != ""
 	for _, c := range l.records {
-		if c.Priority != own || !c.Ready {
+		if c.Priority != own || !c.Ready || unfit {
 			l.queue, l.records, l.err = s.readQueue(ctx)
 			return l
 		}
@@ -112,17 +117,11 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 	if !ok {
 		return
 	}
-	lease := h.target.lease
-	own, known := l.records[s.id]
-	if s.cfg.Failback >= 0 && known && l.records[lease].Priority > own.Priority &&
-		now-p.seen[lease] >= s.cfg.Failback && s.steering.theHold() == nil &&
-		len(h.passed) == 0 { // it is the next in line, and has confirmed its renewals
-		back := plan{handover: h, asked: request{Switchover: control.Switchover{
-			By: "failback",
-		}}}
+	// If nobody is passed, the target is the next in line, and has confirmed its renewals.
+	if back := p.handsOver(s, h, l, now); back.why != "" && len(h.passed) == 0 {
 		p.busy = true
 		s.running.Go(func() {
-			back.refused, back.err = s.whyUnfit(ctx, h.target)
+			back.refused, back.err = s.whySilent(ctx, h.target)
 			p.back <- back
 		})
 		return
@@ -146,6 +145,34 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 			s.log.Debug("candidates not moved", "err", s.cfg.explain(err))
 		}
 	})
+}
+
+// handsOver returns a plan if the leader is to hand over to the next in line.
+func (p *priorities) handsOver(
+	s *session, h handover, l priorityLook, now time.Duration,
+) (back plan) {
+	back.handover = h
+	if s.steering.theHold() != nil {
+		return back
+	}
+	if why, leaves := s.candidate.fitness.wantsToLeave(l.at, s.cfg.FitnessRound); leaves {
+		back.asked.By, back.unfit = "fitness", true
+		back.why = "because this candidate is unfit: " + quote.Printable(why)
+		return back
+	}
+	lease := h.target.lease
+	own, known := l.records[s.id]
+	if s.cfg.Failback >= 0 && known && l.records[lease].Priority > own.Priority &&
+		now-p.seen[lease] >= s.cfg.Failback {
+		back.asked.By, back.why = "failback", "which has a higher priority"
+	}
+	return back
+}
+
+// isStill reports whether a plan of the leader's own is still right, so that its job may be stopped.
+func (s *session) isStill(p plan) bool {
+	return s.steering.theHold() == nil && s.state.get().State == Leading &&
+		(!p.unfit || s.candidate.fitness.unfit() != "")
 }
 
 // chooseNext returns who should be the next in line: the first of those that are ready and have the

@@ -42,7 +42,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 	for {
 		s.candidate.heartbeat()
 		v, trouble := s.look()
-		if s.candidate.unfit() != "" {
+		if s.candidate.fitness.unfit() != "" {
 			return 0, nil // we leave the queue, and wait in waitUntilFit
 		}
 		if v.watched && !begun {
@@ -78,10 +78,10 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 			return 0, nil
 		case <-s.queue.changed:
 		case <-s.changed:
-		case <-s.candidate.fitChanged:
+		case <-s.candidate.fitness.changed:
 		case <-tick.C:
 		case created := <-won:
-			if s.candidate.unfit() != "" {
+			if s.candidate.fitness.unfit() != "" {
 				return 0, nil
 			}
 			return created, nil

@@ -35,6 +35,8 @@ type handover struct {
 type plan struct {
 	handover
 	asked   request
+	why     string // the leader itself asks for it, for this reason; "": people do
+	unfit   bool   // it does because it is unfit
 	refused string // why; "": it is carried out
 	err     error  // why that could not be found out
 }
@@ -73,7 +75,7 @@ func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 		return p
 	}
 	if p.refused == "" {
-		p.refused, p.err = s.whyUnfit(ctx, p.target)
+		p.refused, p.err = s.whySilent(ctx, p.target)
 	}
 	if p.err != nil {
 		return p
@@ -93,9 +95,9 @@ func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 	}
 }
 
-// whyUnfit returns why nobody should be stopped for this candidate: it has not renewed its lease
+// whySilent returns why nobody should be stopped for this candidate: it has not renewed its lease
 // for half a TTL. Its daemon may have been killed. (etcd rounds to seconds.)
-func (s *session) whyUnfit(ctx context.Context, target queueEntry) (string, error) {
+func (s *session) whySilent(ctx context.Context, target queueEntry) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
 	left, err := hedge(ctx, s.members, s.timing.hedgeDelay(),
@@ -258,6 +260,9 @@ func (s *session) serve(p plan) (served bool) {
 	switch accepted := p.asked.Answer == control.Accepted; {
 	case errors.Is(p.err, errWithdrawn):
 		return false
+	case p.why != "" && (p.refused != "" || p.err != nil): // the next look tries again
+		s.log.Debug("not handed over", "reason", p.refused, "err", p.err)
+		return false
 	case p.err != nil: // the next renewal wakes us again
 		s.log.Warn("request for a switchover not answered yet", "err", s.cfg.explain(p.err))
 		return false
@@ -271,10 +276,7 @@ func (s *session) serve(p plan) (served bool) {
 	}
 	s.log.Info("handing over", "target", quote.Printable(p.target.identity),
 		"by", quote.Printable(p.asked.By), "passed", len(p.passed))
-	why := "asked for by " + quote.Value(p.asked.By)
-	if p.asked.ID == "" {
-		why = "which has a higher priority"
-	}
+	why := cmp.Or(p.why, "asked for by "+quote.Value(p.asked.By))
 	s.state.termEnded(fmt.Errorf("%w to %s, %s", ErrSwitchover,
 		quote.Value(p.target.identity), why))
 	return true

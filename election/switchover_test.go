@@ -299,6 +299,9 @@ func TestPriority_Failback(t *testing.T) {
 		began := time.Now()
 		r.records(operator, all, map[string]int{"a": 50, "b": 40, "c": 60})
 		all["c"].waitForTerm()
+		if end := all["a"].waitForEnd(); !strings.Contains(end.cause.Error(), "a higher priority") {
+			t.Errorf("the term ended with %v", end.cause)
+		}
 		if took := time.Since(began); took < 2*testTTL {
 			t.Errorf("it took %v", took)
 		}

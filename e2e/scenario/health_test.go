@@ -304,7 +304,8 @@ func killWithChild(tr *trial, pid int) error {
 	return tr.ctx.Err()
 }
 
-// A candidate that is unfit is not in the queue, and says why. A leader that becomes unfit goes on.
+// A candidate that is unfit is not in the queue, and says why. A leader that becomes unfit goes on
+// until somebody else is fit, and hands over then.
 func TestFitness(t *testing.T) {
 	t.Parallel()
 	for _, u := range users() {
@@ -312,7 +313,7 @@ func TestFitness(t *testing.T) {
 			tr := newTrial(t, u, harness.ClusterConfig{})
 			fit := func(c *switchable) change {
 				return variables("LEASEHOLD_FITNESS_CMD="+c.command(),
-					"LEASEHOLD_FITNESS_INTERVAL=100ms", "LEASEHOLD_HEALTH_TIMEOUT=10s")
+					"LEASEHOLD_FITNESS_INTERVAL=100ms", "LEASEHOLD_HEALTH_TIMEOUT=2s")
 			}
 			checkA, checkB := tr.newCheck(t), tr.newCheck(t)
 			checkB.fail()
@@ -336,18 +337,25 @@ func TestFitness(t *testing.T) {
 			tr.waitLog(b, "unfit")
 			tr.waitStatus(b, "/standby", http.StatusServiceUnavailable)
 			checkA.fail() // nobody is fit: the job stays where it is
-			tr.waitLog(a, "candidate is unfit, and stays the leader for now")
+			tr.waitLog(a, "candidate is unfit: it hands over if somebody else is fit")
 			tr.waitStatus(a, "/readyz", http.StatusServiceUnavailable)
 			tr.waitStatus(a, "/leader", http.StatusOK)
 			tr.sameJob(job)
-			_, err = tr.etcd.Etcdctl(tr.ctx, "del", tr.status(a).Leader.Key)
-			tr.must(err)
-			tr.waitDead(job)
-			tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
-			checkB.pass()
+			checkB.pass() // now somebody is
+			next := tr.waitNext(job, waitTimeout)
+			if next.Candidate != "b" || !strings.Contains(a.Log(),
+				"because this candidate is unfit: exit code 1: is ill") {
+				t.Errorf("%s leads", next.Candidate)
+			}
 			tr.waitStatus(b, "/leader", http.StatusOK)
+			tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
+			if queue := tr.queue(); strings.Count(queue, `"Key"`) > 1 {
+				t.Errorf("a is unfit, and in the queue: %s", queue)
+			}
 			checkA.pass()
 			tr.waitStatus(a, "/standby", http.StatusOK)
+			tr.untouched(b, next)
+			tr.noOverlap()
 			tr.finish()
 		})
 	}
