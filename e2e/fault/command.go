@@ -41,7 +41,7 @@ func steered(ctx context.Context, on *Target, args ...string) error {
 	return nil
 }
 
-// SwitchedOver asks the leader for a switchover, and has another fault while the job stops. The
+// SwitchedOver asks the leader for a switchover to the next in line, and has another fault while the job stops. The
 // fault begins with the request.
 func SwitchedOver(while Fault) Fault {
 	var asking *harness.Child
@@ -50,7 +50,8 @@ func SwitchedOver(while Fault) Fault {
 	inject := while.Inject
 	while.Inject = func(ctx context.Context, on *Target) (err error) {
 		began := harness.Now()
-		if asking, err = steer(on, "switchover", "--timeout", "30s"); err != nil {
+		if asking, err = steer(on, "switchover", "--timeout", "30s",
+			"--to", on.Others[0].Name); err != nil {
 			return err
 		}
 		ctx, cancel := context.WithTimeout(ctx, harness.WaitTimeout)
