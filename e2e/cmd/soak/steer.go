@@ -138,13 +138,23 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 		args = append(args, "--stop")
 	case "hold-for":
 		args = append(args, "--for", holdLasts.String())
-		ends = harness.Now() + holdLasts
 	}
-	code, said, err := r.leasehold(ctx, name, args...)
-	if err == nil && code != 0 {
-		err = fmt.Errorf("leasehold %q ended with %d: %s", args, code, said)
+	var failed error // the last attempt that did, whose request may be carried out later
+	code, said, err := 0, "", error(nil)
+	for {
+		if i.name == "hold-for" {
+			ends = harness.Now() + holdLasts
+		}
+		code, said, err = r.leasehold(ctx, name, args...)
+		if err == nil && code != 0 {
+			err = fmt.Errorf("leasehold %q ended with %d: %s", args, code, said)
+		}
+		if err == nil || ctx.Err() != nil || harness.Now() > i.From+commandTakes {
+			break
+		}
+		failed = err
 	}
-	failed := err
+	failed = errors.Join(failed, err)
 	if err == nil {
 		h.from, h.to = harness.Now(), ends
 		if h.token, err = r.heldToken(ctx, name); err == nil {
@@ -154,7 +164,7 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 	if r.misheld { // somebody is to start
 		_, _, _ = r.leasehold(ctx, election, "switchover", "--timeout", switchTimeout.String())
 	}
-	_ = harness.Wait(ctx, i.ends()-harness.Now()) // if all ends, the hold does, too
+	_ = harness.Wait(ctx, i.lasts) // if all ends, the hold does, too
 	r.check.releases(h)
 	err = errors.Join(err, r.release(ctx, name))
 	if failed != nil { // the request may be carried out later
