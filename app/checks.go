@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"leasehold/config"
+	"leasehold/control"
 	"leasehold/health"
 	"leasehold/supervisor"
 	"leasehold/supervisor/check"
@@ -42,7 +43,7 @@ func checkCommand(cfg config.Config, command config.Command) *check.Command {
 
 // addFitness adds an actor that checks whether the candidate may lead. queued: it was fit when an
 // elector before this one put its key.
-func (d *daemon) addFitness(p parts, queued bool) {
+func (d *daemon) addFitness(p parts, recorder *control.Recorder, queued bool) {
 	if p.cfg.Priority.N == 0 {
 		p.log.Info("candidate never leads: LEASEHOLD_PRIORITY is 0")
 		d.candidate.SetUnfit("LEASEHOLD_PRIORITY is 0: it never leads")
@@ -59,6 +60,7 @@ func (d *daemon) addFitness(p parts, queued bool) {
 		probe := checkCommand(p.cfg, p.cfg.Fitness.Cmd).Probe
 		check.Watch(ctx, probe, p.cfg.Fitness.Interval.Duration, p.cfg.Health.Retries.N, !queued,
 			func(failed error) {
+				recorder.SetReady(failed == nil)
 				if failed == nil {
 					p.log.Info("candidate is fit to lead")
 					d.candidate.SetUnfit("")

@@ -56,7 +56,7 @@ var exits = []struct {
 		exitOK, "",
 		"planned stop, whatever the job's code; the job ended with 0 and is not restarted;" +
 			" status: there is a leader; check: yes;" +
-			" list, history, hold, release: done; watch: interrupted;" +
+			" list, history, hold, release: done; watch, status --watch: interrupted;" +
 			" switchover: another candidate leads",
 		is(),
 	},

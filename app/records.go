@@ -31,7 +31,7 @@ func record(ec *election.Config, p parts) *control.Recorder {
 		Election: p.cfg.Election,
 		Candidate: control.Candidate{
 			Identity: p.cfg.Identity, Priority: p.cfg.Priority.N, Leasehold: p.version,
-			URL: url(p.cfg.Listen), Ready: true,
+			URL: url(p.cfg.Listen), Ready: p.cfg.Priority.N != 0,
 		},
 		Logger: p.log, Changed: func() { signalChange(p.changed) },
 	})

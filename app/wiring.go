@@ -106,7 +106,7 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 		campaign = func(c *election.Candidate) error { return c.Run(ctx) }
 	}
 	d.group.Add(func() error { return campaign(d.candidate) }, func(error) { stop(errPlannedStop) })
-	d.addFitness(p, ec.Adopt != nil && ec.Adopt.Created != 0)
+	d.addFitness(p, recorder, ec.Adopt != nil && ec.Adopt.Created != 0)
 	d.addStatus(p)
 	return d, nil
 }

@@ -116,7 +116,8 @@ func (p *Program) Commands() []Command {
 				" Exit code 0: there is a leader; 1: there is none;" +
 				" 69: etcd does not answer, or refuses." +
 				" With --watch it goes on until SIGINT or SIGTERM (exit code 0)," +
-				" also if etcd does not answer for a while: on a terminal it shows the election" +
+				" also if etcd does not answer for a while, but not if it refuses:" +
+				" on a terminal it shows the election" +
 				" every second in the same place, elsewhere it prints it again when more has" +
 				" changed than the time that is left of the lease.",
 			Run: p.status,

@@ -35,7 +35,7 @@ type statusCandidate struct {
 	Priority *int    `json:"priority" desc:"what it says of itself; null: it has no record"`
 	Ready    *bool   `json:"ready" desc:"whether it may lead; null: it has no record"`
 	Since    *string `json:"since" desc:"when it joined; null: it has no record"`
-	URL      *string `json:"url" desc:"of its health endpoint; null: others can't reach it"`
+	URL      *string `json:"url" desc:"of its health endpoint; null: none is known"`
 	Version  *string `json:"version" desc:"of its leasehold; null: it has no record"`
 }
 

@@ -124,8 +124,15 @@ func (w *statusWatch) lost(cause error) error {
 func (w *statusWatch) draw(note string) error {
 	lines := strings.SplitAfter(reportText(w.name, w.report)+note, "\n")
 	if size, err := unix.IoctlGetWinsize(int(w.terminal.Fd()), unix.TIOCGWINSZ); err == nil &&
-		size.Row > 0 && len(lines) > int(size.Row) {
-		lines = append(lines[:size.Row-1], string(ellipsis))
+		size.Row > 0 && size.Col > 0 {
+		if len(lines) > int(size.Row) {
+			lines = append(lines[:size.Row-1], string(ellipsis))
+		}
+		for i, line := range lines {
+			if text, whole := strings.CutSuffix(line, "\n"); whole {
+				lines[i] = fit(text, int(size.Col)) + "\n"
+			}
+		}
 	}
 	const top, restOfLine, rest = "\x1b[H", "\x1b[K", "\x1b[J"
 	text := strings.ReplaceAll(strings.Join(lines, ""), "\n", restOfLine+"\n")

@@ -85,10 +85,10 @@ func (p *Program) hold(c Call) error {
 		}
 		var lease int64
 		if lasts > 0 {
-			if lease, err = a.client.Grant(a.ctx, lasts); err != nil {
+			if lease, lasts, err = a.client.Grant(a.ctx, lasts); err != nil {
 				return a.failed(err)
 			}
-			h.Until = h.Since.Add((lasts + time.Second - 1).Truncate(time.Second))
+			h.Until = h.Since.Add(lasts)
 		}
 		h, leader, err := control.SetHold(a.ctx, a.client, a.name, h, lease)
 		if err != nil {
@@ -102,6 +102,9 @@ func (p *Program) hold(c Call) error {
 // heldText says until when the election is held, and what becomes of the leader.
 func heldText(h control.Hold, leader string) string {
 	text := "; nobody leads"
+	if h.Stop {
+		text = "; whoever leads is asked to stop its job"
+	}
 	if leader != "" {
 		does := "leads and goes on"
 		if h.Stop {

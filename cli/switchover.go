@@ -45,9 +45,9 @@ func (p *Program) switchover(c Call) error {
 		defer stop()
 		ctx, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
-		lease, err := a.client.Grant(ctx, timeout+time.Second)
+		lease, _, err := a.client.Grant(ctx, timeout+time.Second)
 		for err != nil && election.MayPass(err) && ctx.Err() == nil { // etcd elects a leader
-			lease, err = a.client.Grant(ctx, timeout+time.Second)
+			lease, _, err = a.client.Grant(ctx, timeout+time.Second)
 		}
 		if err != nil {
 			return a.failed(err)

@@ -13,7 +13,7 @@ import (
 // it was written, and the identity of who goes on leading; "": nobody, or it is not known.
 //
 // The request may be carried out again, or long after: a member of etcd may hang. It does nothing
-// then if the hold has been released meanwhile, because that leaves a trace.
+// then if there has been another hold, or a release, meanwhile: each leaves a trace.
 func SetHold(
 	ctx context.Context, etcd Etcd, election string, h Hold, lease int64,
 ) (Hold, string, error) {
@@ -46,7 +46,9 @@ func SetHold(
 		resp, err := etcd.Txn(ctx, &pb.TxnRequest{
 			Compare: append(compare, modified(HoldOf(election), mod),
 				modified(EndedHoldOf(election), ended)),
-			Success: []*pb.RequestOp{put(HoldOf(election), &h, lease)},
+			Success: []*pb.RequestOp{
+				put(HoldOf(election), &h, lease), put(EndedHoldOf(election), &Hold{}, 0),
+			},
 		})
 		if err != nil {
 			return h, "", err
@@ -96,19 +98,17 @@ func Release(ctx context.Context, etcd Etcd, election string) (last *Hold, err e
 		if err != nil {
 			return last, err
 		}
-		var ended Hold
 		var ops []*pb.RequestOp
 		mod := int64(0)
 		if kv != nil {
-			_ = Decode(kv.Value, &ended)
-			read := ended
-			last, mod = &read, kv.ModRevision
+			last, mod = &Hold{}, kv.ModRevision
+			_ = Decode(kv.Value, last)
 			ops = append(ops, deletion(HoldOf(election)))
 		}
 		// No other one: a request that is delayed must not end a hold that was made since.
 		resp, err := etcd.Txn(ctx, &pb.TxnRequest{
 			Compare: []*pb.Compare{modified(HoldOf(election), mod)},
-			Success: append(ops, put(EndedHoldOf(election), &ended, 0)),
+			Success: append(ops, put(EndedHoldOf(election), &Hold{}, 0)),
 		})
 		if err != nil || resp.Succeeded {
 			return last, err

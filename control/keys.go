@@ -24,8 +24,8 @@ const (
 	SwitchoverKey Kind = "switchover"
 	// HistoryKey holds a Term.
 	HistoryKey Kind = "history"
-	// EndedHoldKey holds the last Hold that was released. A request for a hold that comes late
-	// finds it changed.
+	// EndedHoldKey holds nothing. Each hold and each release changes it, so that a request for a
+	// hold that is delayed finds it changed.
 	EndedHoldKey Kind = "ended-hold"
 )
 
@@ -43,7 +43,7 @@ func CandidateOf(election string, lease int64) string {
 // HoldOf is the key of the election's hold.
 func HoldOf(election string) string { return Prefix(election) + string(HoldKey) }
 
-// EndedHoldOf is the key of the hold that was released last.
+// EndedHoldOf is the key that each hold and each release changes.
 func EndedHoldOf(election string) string { return Prefix(election) + string(EndedHoldKey) }
 
 // SwitchoverOf is the key of the request for a switchover.

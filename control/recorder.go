@@ -49,6 +49,7 @@ type Recorder struct {
 	asleep  atomic.Bool   // Run does not know of the term that began
 
 	mu      sync.Mutex
+	lease   int64             // 0: there is none
 	self    *pendingCandidate // nil: there is no lease, or it is written
 	terms   []*pendingTerm    // those that are not wholly written; only the last one may go on
 	retryAt time.Time
@@ -106,15 +107,35 @@ func (r *Recorder) Joined(lease int64, adopted bool) {
 			due: time.Now().Add(joinedDelay + rand.N(joinedSpread)),
 		}
 		self.Since = now()
-		r.self = self
+		r.lease, r.self = lease, self
 		r.release()
+	})
+}
+
+// SetReady notes whether the candidate may lead.
+func (r *Recorder) SetReady(ready bool) {
+	r.update(func() {
+		if r.cfg.Candidate.Ready == ready {
+			return
+		}
+		r.cfg.Candidate.Ready = ready
+		if r.lease == 0 {
+			return
+		}
+		self := &pendingCandidate{
+			Candidate: r.cfg.Candidate, lease: r.lease, adopted: true, due: time.Now(),
+		}
+		if self.Since = now(); r.self != nil {
+			self.Since, self.adopted, self.due = r.self.Since, r.self.adopted, r.self.due
+		}
+		r.self = self
 	})
 }
 
 // Left notes that the lease is revoked, or gone.
 func (r *Recorder) Left() {
 	r.update(func() {
-		r.self = nil
+		r.lease, r.self = 0, nil
 		r.release()
 	})
 }

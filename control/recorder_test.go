@@ -13,6 +13,7 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"leasehold/control"
@@ -309,6 +310,69 @@ func TestRecorder_Silent(t *testing.T) {
 		if took := time.Since(began); took > 250*time.Millisecond {
 			t.Errorf("it ended after %v", took)
 		}
+	})
+}
+
+// oneKey is an etcd that keeps what is put last, and answers each read with that.
+type oneKey struct {
+	silentEtcd
+	last atomic.Pointer[mvccpb.KeyValue]
+}
+
+func (e *oneKey) Txn(_ context.Context, in *pb.TxnRequest) (*pb.TxnResponse, error) {
+	resp := &pb.TxnResponse{Succeeded: true}
+	for _, op := range in.Success {
+		if put := op.GetRequestPut(); put != nil {
+			e.last.Store(&mvccpb.KeyValue{Key: put.Key, Value: put.Value, Lease: put.Lease})
+		}
+		got := &pb.RangeResponse{}
+		if kv := e.last.Load(); kv != nil {
+			got.Kvs = append(got.Kvs, kv)
+		}
+		resp.Responses = append(resp.Responses, &pb.ResponseOp{
+			Response: &pb.ResponseOp_ResponseRange{ResponseRange: got},
+		})
+	}
+	return resp, nil
+}
+
+// TestRecorder_Ready: a candidate whose fitness changes says so, also before its first record is
+// written, and keeps since when it is there.
+func TestRecorder_Ready(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		etcd := &oneKey{}
+		r, stop := newTestRecorder(t, etcd, "a")
+		record := func() (c control.Candidate) {
+			t.Helper()
+			time.Sleep(10 * time.Second)
+			if kv := etcd.last.Load(); kv != nil {
+				if err := control.Decode(kv.Value, &c); err != nil {
+					t.Error(err)
+				}
+			}
+			return c
+		}
+		r.SetReady(false)
+		if c := record(); c.Identity != "" {
+			t.Errorf("a record without a lease: %+v", c)
+		}
+		r.SetReady(true)
+		r.Joined(7, false)
+		r.SetReady(false)
+		began := record()
+		if began.Ready || began.Since.IsZero() {
+			t.Errorf("%+v", began)
+		}
+		r.SetReady(true)
+		if c := record(); !c.Ready || !c.Since.Equal(began.Since) {
+			t.Errorf("%+v, first %+v", c, began)
+		}
+		r.Left()
+		r.SetReady(false)
+		if c := record(); !c.Ready {
+			t.Errorf("written without a lease: %+v", c)
+		}
+		stop()
 	})
 }
 

@@ -67,25 +67,27 @@ func (c *Client) Txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, e
 		func(ctx context.Context, m *member) (*pb.TxnResponse, error) { return m.txn(ctx, in) })
 }
 
-// Grant asks for a lease of that time, in whole seconds. Nobody renews it.
-func (c *Client) Grant(ctx context.Context, ttl time.Duration) (int64, error) {
+// Grant asks for a lease of that time, in whole seconds. Nobody renews it. It returns its id, and
+// the TTL that etcd has granted.
+func (c *Client) Grant(ctx context.Context, ttl time.Duration) (int64, time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	id := newLeaseID()
 	seconds := int64((ttl + time.Second - 1) / time.Second)
-	return hedgeFrom(ctx, c.members, c.current, c.delay,
+	got, err := hedgeFrom(ctx, c.members, c.current, c.delay,
 		func(ctx context.Context, m *member) (int64, error) {
 			conn, err := m.conn()
 			if err != nil {
 				return 0, err
 			}
-			_, err = pb.NewLeaseClient(conn).LeaseGrant(ctx,
+			resp, err := pb.NewLeaseClient(conn).LeaseGrant(ctx,
 				&pb.LeaseGrantRequest{TTL: seconds, ID: id})
 			if err = rpctypes.Error(err); errors.Is(err, rpctypes.ErrLeaseExist) {
-				err = nil // another member was faster
+				return seconds, nil // another member was faster
 			}
-			return id, err
+			return resp.GetTTL(), err
 		})
+	return id, time.Duration(got) * time.Second, err
 }
 
 // Revoke revokes a lease.

@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"leasehold/control"
+	"leasehold/internal/quote"
 )
 
 // Report is an election as etcd has it at one moment.
@@ -72,14 +73,16 @@ func (m *member) query(ctx context.Context, cfg Config) (Report, error) {
 	s := newSteering(cfg.Election, func() {})
 	queue, records := wholePrefix(cfg.prefix()), wholePrefix(control.Candidates(cfg.Election))
 	_, kvs, err := s.readAll(ctx, m, queue, records)
+	problem := ""
 	if errors.Is(err, rpctypes.ErrPermissionDenied) {
+		problem = cfg.explainKeys(err, "read", "the prefix "+quote.Value(control.Prefix(cfg.Election)))
 		_, kvs, err = s.readAll(ctx, m, queue)
 	}
 	if err != nil {
 		return Report{}, err
 	}
 	r := newReport(cfg.prefix(), kvs...)
-	r.Hold, r.ControlProblem = s.theHold(), cfg.controlProblem(s, "read")
+	r.Hold, r.ControlProblem = s.theHold(), problem
 	if r.Leader != nil && !s.mayBeLeading(r.Leader.Token) {
 		r.Leader, r.LeaseID = nil, 0
 	}

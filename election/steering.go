@@ -260,18 +260,18 @@ func (s *session) heldFor(v view) *control.Hold {
 // publishHold publishes the hold, once it is known whether there is one.
 func (s *session) publishHold() {
 	if s.steering.isKnown() {
-		s.state.held(s.steering.theHold(), s.cfg.controlProblem(s.steering, "readwrite"))
+		s.state.held(s.steering.theHold(), s.cfg.controlProblem(s.steering))
 	}
 }
 
-// controlProblem returns why we can't read what people have written; "": we can. needed is the
-// permission that whoever asks needs on all keys beside the election.
-func (cfg *Config) controlProblem(s *steering, needed string) string {
+// controlProblem returns why we can't read what people have written; "": we can. A candidate needs
+// more than that permission.
+func (cfg *Config) controlProblem(s *steering) string {
 	err := s.whyDenied()
 	if err == nil {
 		return ""
 	}
-	return cfg.explainKeys(err, needed,
+	return cfg.explainKeys(err, "readwrite",
 		"the prefix "+quote.Value(control.Prefix(cfg.Election)))
 }
 

@@ -226,8 +226,8 @@ func chooseTarget(
 		switch {
 		case chosen && !known && asked.Key == "" && to == "":
 			return handover{}, "the next in line, " + quote.Value(e.identity) + ", has no record:" +
-				" it has joined just now, or is another program, such as etcdctl elect;" +
-				" to let it lead, name it with --to"
+				" it has joined just now, may not write one, or is another program, such as" +
+				" etcdctl elect; to let it lead, name it with --to"
 		case chosen && known && !record.Ready:
 			return handover{}, quote.Value(to) + " is not ready"
 		case chosen && len(strangers) > 0:

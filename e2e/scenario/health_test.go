@@ -3,6 +3,7 @@
 package scenario_test
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -338,6 +339,13 @@ func TestFitness(t *testing.T) {
 			tr.waitStatus(b, "/standby", http.StatusServiceUnavailable)
 			checkA.fail() // nobody is fit: the job stays where it is
 			tr.waitLog(a, "candidate is unfit: it hands over if somebody else is fit")
+			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+				_, said := tr.command("status")
+				if !strings.Contains(strings.Join(strings.Fields(said), " "), " 50 no ") {
+					return errors.New(said)
+				}
+				return nil
+			}))
 			tr.waitStatus(a, "/readyz", http.StatusServiceUnavailable)
 			tr.waitStatus(a, "/leader", http.StatusOK)
 			tr.sameJob(job)

@@ -123,5 +123,5 @@ func Word(text string) string {
 
 // IsShellSyntax reports whether r may have a special meaning for a shell or a terminal.
 func IsShellSyntax(r rune) bool {
-	return r <= ' ' || r > '~' || strings.ContainsRune("\"'`$&|;<>()*?[]{}!#\\", r)
+	return r <= ' ' || r > '~' || strings.ContainsRune("\"'`$&|;<>()*?[]{}!#~\\", r)
 }
