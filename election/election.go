@@ -251,8 +251,8 @@ type Config struct {
 	// Failback is how long one with a higher priority must have been ready until the leader hands
 	// over to it. Negative: it never does.
 	Failback time.Duration
-	// FitnessRound is how long the others may take until they see that they are unfit, too, for the
-	// same reason as this candidate: a leader waits for so long until it hands over because of that.
+	// FitnessRound is how long the others may take until they see that they are unfit, too, for
+	// the same reason as this candidate. A leader waits for so long until it hands over.
 	FitnessRound time.Duration
 	// Dial connects to an address. nil: by TCP.
 	Dial func(ctx context.Context, address string) (net.Conn, error)

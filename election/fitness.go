@@ -19,8 +19,8 @@ type fitness struct {
 }
 
 // A leader that is unfit hands over when Config.FitnessRound is over. But if it has done so before
-// within rest, it must have been unfit for firstWait more, and twice as long each time: a check that
-// passes and fails in turn must not move the job again and again.
+// within rest, it must have been unfit for firstWait more, and twice as long each time: a check
+// that passes and fails in turn must not move the job again and again.
 const (
 	firstWait = time.Minute
 	maxWait   = 32 * time.Minute

@@ -57,8 +57,8 @@ func TestFitness_LeaderHandsOver(t *testing.T) {
 	})
 }
 
-// If all become unfit for the same reason, one a little later than the other, the job stays where it
-// is. So it does if the leader is fit again meanwhile.
+// If all become unfit for the same reason, one a little later than the other, the job stays where
+// it is.
 func TestFitness_AllAtOnce(t *testing.T) {
 	fitnessRig(t, func(_ *adoptRig, c map[string]*testCandidate) {
 		for _, name := range []string{"a", "b", "c"} {

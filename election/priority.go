@@ -169,7 +169,7 @@ func (p *priorities) handsOver(
 	return back
 }
 
-// isStill reports whether a plan of the leader's own is still right, so that its job may be stopped.
+// isStill reports whether a plan of the leader's own is still right: its job may be stopped.
 func (s *session) isStill(p plan) bool {
 	return s.steering.theHold() == nil && s.state.get().State == Leading &&
 		(!p.unfit || s.candidate.fitness.unfit() != "")

@@ -41,8 +41,8 @@ func steered(ctx context.Context, on *Target, args ...string) error {
 	return nil
 }
 
-// SwitchedOver asks the leader for a switchover to the next in line, and has another fault while the job stops. The
-// fault begins with the request.
+// SwitchedOver asks the leader for a switchover to the next in line, and has another fault while
+// the job stops. The fault begins with the request.
 func SwitchedOver(while Fault) Fault {
 	var asking *harness.Child
 	end := while.Recover
