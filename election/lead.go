@@ -11,6 +11,7 @@ func (s *session) lead(ctx, sctx context.Context, created int64) error {
 	lctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer end(nil)
 	s.lease.confirmFrom(created)
+	s.lease.leads.Store(true)
 	t := &term{end: end, lost: make(chan struct{})}
 	deadlines, begun := s.state.elected(t,
 		Entry{Identity: s.cfg.Identity, Key: s.key, Token: created})

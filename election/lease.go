@@ -46,6 +46,8 @@ type lease struct {
 	raftTerm atomic.Uint64
 	// demands asks for a renewal that is sent after the demand.
 	demands chan demand
+	// leads is set once a term has begun: see sleep.
+	leads atomic.Bool
 
 	// What follows belongs to run.
 	timing      Timing // with the TTL that was granted last
@@ -233,10 +235,14 @@ func (l *lease) abandonHung(now time.Duration) {
 	}
 }
 
-// sleep returns for how long there is nothing to do. That is never long: the timer's clock stops
-// while the machine is suspended, and the clock of the deadlines does not.
+// sleep returns for how long there is nothing to do. In a term that is never long: the clock of the
+// timer stops while the machine is suspended, and the clock of the deadlines does not. A standby
+// has no job that a renewal could save then, and sleeps until the next one.
 func (l *lease) sleep(now time.Duration) time.Duration {
-	until := min(now+l.timing.hedgeDelay(), now+HeartbeatInterval/2, l.next)
+	until := min(now+idleTick, l.next)
+	if l.leads.Load() {
+		until = min(until, now+l.timing.hedgeDelay())
+	}
 	if !l.contactLost {
 		until = min(until, l.deadlines.StopAt)
 	}
