@@ -1,6 +1,7 @@
 package election
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -133,14 +134,19 @@ const idleTick = HeartbeatInterval * 4 / 5
 // heartbeat marks a heartbeat of Run's loop.
 func (c *Candidate) heartbeat() { c.heartbeats.run.mark(c.cfg.Now()) }
 
-// sleep waits, and marks heartbeats meanwhile.
+// sleep waits, and marks heartbeats of Run's loop meanwhile.
 func (c *Candidate) sleep(ctx context.Context, d time.Duration) {
+	pauseWith(ctx, d, c.heartbeat)
+}
+
+// pauseWith waits, and marks heartbeats meanwhile.
+func pauseWith(ctx context.Context, d time.Duration, heartbeat func()) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	tick := time.NewTicker(HeartbeatInterval / 2)
 	defer tick.Stop()
 	for {
-		c.heartbeat()
+		heartbeat()
 		select {
 		case <-ctx.Done():
 			return
@@ -178,14 +184,22 @@ func (h *heartbeats) oldest() (oldest time.Duration) {
 	return oldest
 }
 
-// retry is a wait between attempts: none at first, then 100 ms doubling to 1 s.
-type retry struct{ pause time.Duration }
+// retry is a wait between attempts: none at first, then 100 ms doubling to most.
+type retry struct {
+	pause time.Duration
+	most  time.Duration // 0: a second
+}
 
-func (r *retry) sleep(ctx context.Context) {
-	if r.pause > 0 {
-		pause(ctx, r.pause*4/5+rand.N(r.pause*2/5))
+func (r *retry) sleep(ctx context.Context) { pause(ctx, r.next()) }
+
+// next returns how long to wait before the next attempt.
+func (r *retry) next() time.Duration {
+	now := min(r.pause, cmp.Or(r.most, time.Second))
+	r.pause = max(2*now, 100*time.Millisecond)
+	if now == 0 {
+		return 0
 	}
-	r.pause = min(max(2*r.pause, 100*time.Millisecond), time.Second)
+	return now*4/5 + rand.N(now*2/5)
 }
 
 func pause(ctx context.Context, d time.Duration) {

@@ -65,6 +65,13 @@ func unavailable(err error) bool {
 	return status.Code(err) == codes.Unavailable
 }
 
+// isOverload reports whether the error may mean that etcd has too much to do: it has not answered
+// in time, or it refuses more requests.
+func isOverload(err error) bool {
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errUnanswered) ||
+		errors.Is(err, rpctypes.ErrTooManyRequests)
+}
+
 // explain returns the error in one line, with a remedy if we know one.
 func (cfg *Config) explain(err error) string { return cfg.explainFor("readwrite", err) }
 

@@ -74,6 +74,7 @@ func (l *leaving) remove(ctx context.Context, m *member) error {
 type leftovers struct {
 	members             *members
 	timeout, hedgeDelay time.Duration
+	timing              Timing
 	ctx                 context.Context // ends with Run
 	cancel              context.CancelFunc
 	revoking            sync.WaitGroup
@@ -81,7 +82,10 @@ type leftovers struct {
 }
 
 func newLeftovers(ctx context.Context, ms *members, cfg *Config) *leftovers {
-	l := &leftovers{members: ms, timeout: cfg.requestTimeout(), hedgeDelay: cfg.hedgeDelay()}
+	l := &leftovers{
+		members: ms, timeout: cfg.requestTimeout(), hedgeDelay: cfg.hedgeDelay(),
+		timing: Timing{TTL: cfg.TTL},
+	}
 	l.ctx, l.cancel = context.WithCancel(ctx)
 	return l
 }
@@ -95,9 +99,11 @@ func (l *leftovers) add(left *leaving) {
 		defer close(done)
 		var wait retry
 		for l.ctx.Err() == nil {
-			if left.revoke(l.ctx, l.members, l.timeout, l.hedgeDelay) == nil {
+			err := left.revoke(l.ctx, l.members, l.timeout, l.hedgeDelay)
+			if err == nil {
 				return
 			}
+			wait.most = l.timing.mostPause(err)
 			wait.sleep(l.ctx)
 		}
 		// Else it expires.

@@ -111,22 +111,24 @@ func newQueue(cfg queueConfig) *queue {
 // again, on another member if necessary, and meanwhile the lease's deadlines decide.
 func (q *queue) run(ctx context.Context) {
 	wait := retry{}
+	var conn *watchConn // the last one that was opened
 	for ctx.Err() == nil {
 		started := q.cfg.now()
 		err := q.follow(ctx)
 		q.mu.Lock()
 		q.err = err
+		opened := q.conn != conn
+		conn = q.conn
 		q.mu.Unlock()
 		// A member that did not answer may have too much to do. It would not help if all candidates
 		// came back at once.
 		age := q.cfg.now() - started
-		if age > q.cfg.timing.TTL ||
-			age > q.cfg.timing.RenewInterval() && !errors.Is(err, errUnanswered) {
+		if opened && (age > q.cfg.timing.TTL ||
+			age > q.cfg.timing.RenewInterval() && !errors.Is(err, errUnanswered)) {
 			wait = retry{}
 		}
-		pause(ctx, q.spread())
-		q.heartbeat()
-		wait.sleep(ctx)
+		wait.most = q.cfg.timing.mostPause(err)
+		pauseWith(ctx, q.spread()+wait.next(), q.heartbeat)
 	}
 }
 

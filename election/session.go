@@ -226,7 +226,8 @@ func (s *session) keepTrying(
 		if ctx.Err() == nil {
 			s.state.connecting(reason)
 			s.run.outage.fails(fails, notInElection, reason)
-			wait.sleep(ctx)
+			wait.most = Timing{TTL: s.cfg.TTL}.mostPause(err)
+			s.candidate.sleep(ctx, wait.next())
 		}
 		if ctx.Err() != nil || s.triesOnce() {
 			return fmt.Errorf("%w: %s", ErrUnreachable, reason)

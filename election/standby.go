@@ -200,9 +200,10 @@ func (s *session) campaign(
 		}
 		// The key was not put, as far as we know. The next attempt finds it if it was.
 		poke(s.changed)
-		if s.cfg.Now()-started > s.timing.RenewInterval() {
-			wait = retry{}
+		if s.created.Load() != 0 && s.cfg.Now()-started > s.timing.RenewInterval() {
+			wait = retry{} // it has waited for its turn
 		}
+		wait.most = s.timing.mostPause(err)
 		wait.sleep(ctx)
 	}
 	s.lease.confirmFrom(s.created.Load())

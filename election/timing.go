@@ -49,6 +49,17 @@ func (t Timing) hedgeDelay() time.Duration {
 // repeatAfter is the pause before a failed request is repeated.
 func (t Timing) repeatAfter() time.Duration { return min(t.TTL/20, time.Second) }
 
+// mostPause bounds the pause before a request is made again that has failed with this error. If
+// etcd refuses connections, or has no leader, an attempt costs it little, and the first one that
+// succeeds should come soon. If it does not answer in time, it may have too much to do, because all
+// candidates want something at once: then they leave it more time, as far as a renewal interval.
+func (t Timing) mostPause(err error) time.Duration {
+	if !isOverload(err) {
+		return time.Second
+	}
+	return min(max(t.RenewInterval(), time.Second), 10*time.Second)
+}
+
 // Validate refuses a timing in which losing two renewals in a row would end the term.
 func (t Timing) Validate() error {
 	if sum := t.LossGrace + t.Margin + 3*t.RenewInterval(); sum > t.TTL {

@@ -1,9 +1,15 @@
 package election
 
 import (
+	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 func TestNewTiming(t *testing.T) {
@@ -56,6 +62,46 @@ func TestTiming_Validate(t *testing.T) {
 	for _, number := range []string{"4s", "1s", "2s", "11s", "10s"} {
 		if !strings.Contains(err.Error(), number) {
 			t.Errorf("%q does not name %s", err, number)
+		}
+	}
+}
+
+// TestRetry: the first attempt after a failure follows at once. An etcd that can't be reached is
+// asked every second. One that does not answer in time gets more time.
+func TestRetry(t *testing.T) {
+	unavailable := status.Error(codes.Unavailable, "connection refused")
+	noAnswer := errors.Join(&memberError{"m1", context.DeadlineExceeded})
+	for _, row := range []struct {
+		ttl  time.Duration
+		err  error
+		most time.Duration
+	}{
+		{60 * time.Second, unavailable, time.Second},
+		{3 * time.Second, noAnswer, time.Second},
+		{15 * time.Second, noAnswer, 3 * time.Second},
+		{60 * time.Second, errUnanswered, 10 * time.Second},
+		{60 * time.Second, rpctypes.ErrTooManyRequests, 10 * time.Second},
+	} {
+		var wait retry
+		wait.most = Timing{TTL: row.ttl}.mostPause(row.err)
+		if first := wait.next(); first != 0 {
+			t.Errorf("%+v: the first attempt follows after %v", row, first)
+		}
+		early, last := time.Duration(0), time.Duration(0)
+		for i := range 20 {
+			if last = wait.next(); i < 4 {
+				early += last
+			}
+		}
+		if early > 3*time.Second {
+			t.Errorf("%+v: four attempts take %v, as if etcd had been busy for long", row, early)
+		}
+		if last < row.most*4/5 || last > row.most*6/5 {
+			t.Errorf("%+v: at last it waits for %v", row, last)
+		}
+		wait.most = Timing{TTL: row.ttl}.mostPause(unavailable)
+		if again := wait.next(); again > 6*time.Second/5 {
+			t.Errorf("%+v: %v although etcd can't be reached any more", row, again)
 		}
 	}
 }
