@@ -1,13 +1,13 @@
 //go:build linux
 
 // Scale measures what many candidates cost etcd: one election with 10, 100 and 1,000 candidates,
-// and 1,000 elections with two; or 5,000 elections with two. The candidates are those of package
+// and 1,000 elections with two; or far more elections. The candidates are those of package
 // election, each with a lease and a connection of its own as a daemon has it, but without a job,
 // and all of a trial in one process. etcd is one real member on loopback, a new one for each trial.
 //
 //	bin/scale [-candidates 1000] [-elections 1000]   measure and report
-//	bin/scale -large                                 5,000 elections with two, and TTL 60 s
-//	bin/scale -doc docs/scale.md                     put the last report into the document
+//	bin/scale -large 5000                            so many elections with two, and TTL 60 s
+//	bin/scale -doc docs/scale.md                     put the last reports into the document
 //
 // Requests and events are those that etcd counts itself, in its /metrics.
 package main
@@ -40,8 +40,8 @@ func run(args []string) int {
 	candidates := flags.Int("candidates", 1000,
 		"candidates in the largest election; 0: none of these trials")
 	elections := flags.Int("elections", 1000, "elections of two; 0: none")
-	large := flags.Bool("large", false,
-		"10,000 candidates in 5,000 elections, with a TTL of a minute, and nothing else")
+	large := flags.Int("large", 0,
+		"so many elections of two with a TTL of a minute, and nothing else")
 	doc := flags.String("doc", "",
 		"put the last figures into this file, between their markers, and measure nothing")
 	trial := flags.Int("trial", -1,
@@ -52,9 +52,9 @@ func run(args []string) int {
 	ctx, stop := harness.Interruptible()
 	defer stop()
 	all, to := shapes(*candidates, *elections), file
-	if *large {
+	if *large > 0 {
 		to = largeFile
-		all = []shape{{Elections: 5000, Size: 2, Full: true, Wave: 200, TTL: time.Minute}}
+		all = []shape{{Elections: *large, Size: 2, Full: true, TTL: time.Minute}}
 	}
 	var err error
 	switch {

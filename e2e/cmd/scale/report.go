@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -150,11 +151,7 @@ func reportBursts(b *bytes.Buffer, r *results) {
 	}
 	for _, t := range r.Trials {
 		n, e := t.Shape.candidates(), t.Shape.Elections
-		at := ""
-		if t.Shape.Wave > 0 {
-			at = fmt.Sprintf(", %d at once", t.Shape.Wave)
-		}
-		row(t.Shape.String()+" join"+at, t.Join, n, "")
+		row(t.Shape.String()+" join", t.Join, n, "")
 		if a := t.AllLeaders; a != nil {
 			p50, p99, _ := harness.Spans(a.Times)
 			row(fmt.Sprintf("%d leaders stop", e), a, e, "hand-over p50 "+p50+", p99 "+p99)
@@ -223,5 +220,12 @@ func refresh(doc string) error {
 	if err != nil {
 		return err
 	}
-	return harness.Refresh(doc, map[string]string{"scale": r.report(), "capacity": capacity})
+	sections := map[string]string{"scale": r.report(), "capacity": capacity}
+	switch large, err := harness.ReadJSON[results](largeFile); {
+	case err == nil:
+		sections["large"] = large.report()
+	case !errors.Is(err, os.ErrNotExist):
+		return err
+	}
+	return harness.Refresh(doc, sections)
 }

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,9 +22,7 @@ type shape struct {
 	Elections int `json:"elections"`
 	Size      int `json:"size"` // candidates in each
 	// Full: with a restart of etcd and, in many elections, with all leaders stopped at once.
-	Full bool `json:"full"`
-	// Wave is how many join at once; 0: all do.
-	Wave int           `json:"wave,omitempty"`
+	Full bool          `json:"full"`
 	TTL  time.Duration `json:"-"`
 }
 
@@ -149,16 +146,18 @@ func (t *trial) measure(ctx context.Context) error {
 		if step.skip {
 			continue
 		}
+		began := time.Now()
 		if err := step.take(ctx); err != nil {
 			return fmt.Errorf("%s: %w", step.name, err)
 		}
+		fmt.Fprintf(os.Stderr, "  %s: %v\n", step.name, time.Since(began).Round(time.Millisecond))
 	}
 	return nil
 }
 
-// until waits for f to return nil.
+// until waits for f to return nil. Thousands of candidates take minutes.
 func until(ctx context.Context, f func() error) error {
-	return harness.UntilWithin(ctx, 2*time.Minute, "not done", f)
+	return harness.UntilWithin(ctx, 10*time.Minute, "not done", f)
 }
 
 // settled waits until etcd serves every watch, and returns what was counted then. A candidate has
@@ -199,16 +198,9 @@ func (t *trial) burst(ctx context.Context, do func() error,
 	return &Burst{Seconds: took.Seconds(), Count: after.since(before)}, err
 }
 
-// join starts all candidates, as many at once as a wave has.
+// join starts all candidates.
 func (t *trial) join(ctx context.Context) (err error) {
-	t.Join, err = t.burst(ctx, func() error {
-		for wave := range slices.Chunk(t.all, cmp.Or(t.Shape.Wave, len(t.all))) {
-			if err := t.startAll(ctx, wave...); err != nil {
-				return err
-			}
-		}
-		return nil
-	}, t.settled)
+	t.Join, err = t.burst(ctx, func() error { return t.startAll(ctx, t.all...) }, t.settled)
 	return err
 }
 
