@@ -137,6 +137,11 @@ func reportChanges(b *bytes.Buffer, r *results) {
 		p50, p99, _ := harness.Spans(ch.Times)
 		harness.TableRow(b, t.Shape.String(), p50, p99, more(ch.Stops), more(ch.Returns),
 			more(ch.All), small(ch.Stops.Events/n))
+		if len(t.Naive) > 0 {
+			p50, p99, _ := harness.Spans(t.Naive)
+			harness.TableRow(b, fmt.Sprintf("the same, %d naive clients", t.Shape.Size), p50, p99,
+				"", "", "", "")
+		}
 	}
 }
 

@@ -47,6 +47,8 @@ type Trial struct {
 	Restart    *Burst  `json:"restart,omitempty"`     // of etcd
 	After      *Burst  `json:"after,omitempty"`       // the restart, as Steady
 	Leave      *Burst  `json:"leave"`                 // all at once
+	// Naive are the times of Change with naive clients, in milliseconds.
+	Naive []float64 `json:"naive_ms,omitempty"`
 	// Lost are the terms that ended against the candidate's will, by cause; Warnings are what was
 	// warned of, by message.
 	Lost     map[string]int `json:"lost"`
@@ -142,6 +144,7 @@ func (t *trial) measure(ctx context.Context) error {
 		{"restart etcd", !t.Shape.Full, t.restart},
 		{"stand by again", !t.Shape.Full, t.steady(&t.After)},
 		{"leave", false, t.leave},
+		{"naive clients", t.Shape.Elections > 1, t.naive},
 	} {
 		if step.skip {
 			continue
