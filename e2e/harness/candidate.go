@@ -35,6 +35,15 @@ func ProgramsIn(dir string) *Programs {
 	}
 }
 
+// Version is what leasehold says of its version and commit.
+func (p *Programs) Version(ctx context.Context) (string, error) {
+	text, err := exec.CommandContext(ctx, p.Leasehold, "version").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", p.Leasehold, err)
+	}
+	return strings.TrimSpace(string(text)), nil
+}
+
 // ProgramsBeside are the programs beside the one that runs.
 func ProgramsBeside() (*Programs, error) {
 	self, err := os.Executable()

@@ -147,6 +147,9 @@ func newRunner(ctx context.Context, wanted []*Scenario) (*runner, error) {
 	if r.etcd, r.results.About, err = harness.FindEtcdAndAbout(ctx); err != nil {
 		return nil, err
 	}
+	if r.results.Version, err = r.programs.Version(ctx); err != nil {
+		return nil, err
+	}
 	jumps := func(s *Scenario) bool { return strings.HasPrefix(s.Name, "wall-clock") }
 	if slices.ContainsFunc(wanted, jumps) {
 		if r.jumping, err = fault.BuildJumping(ctx, r.programs.Beside("clock")); err != nil {

@@ -19,6 +19,7 @@ import (
 // Results are what a run saw. Tables and pictures are made from them alone.
 type Results struct {
 	About   harness.About `json:"about"`
+	Version string        `json:"version"` // of leasehold, with its commit
 	N       int           `json:"n"`
 	PeersN  int           `json:"peers_n"`
 	Minutes float64       `json:"minutes"`
@@ -281,9 +282,10 @@ func duration(ms *float64) string {
 // Headline says with what the figures were measured.
 func (r *Results) Headline() string {
 	a := r.About
-	return fmt.Sprintf("%s: etcd %s, %s, Linux %s, %d CPUs; "+
+	version, _, _ := strings.Cut(r.Version, " (")
+	return fmt.Sprintf("%s: %s, etcd %s, %s, Linux %s, %d CPUs; "+
 		"trials of each fault: %d with leasehold, %d with each of the others",
-		a.Date, a.Etcd, a.Go, a.Kernel, a.CPUs, r.N, r.PeersN)
+		a.Date, version, a.Etcd, a.Go, a.Kernel, a.CPUs, r.N, r.PeersN)
 }
 
 // replaceIn puts the rows of this run in the place of the same rows of an earlier one of as many
