@@ -75,7 +75,8 @@ func (m *member) query(ctx context.Context, cfg Config) (Report, error) {
 	_, kvs, err := s.readAll(ctx, m, queue, records)
 	problem := ""
 	if errors.Is(err, rpctypes.ErrPermissionDenied) {
-		problem = cfg.explainKeys(err, "read", "the prefix "+quote.Value(control.Prefix(cfg.Election)))
+		problem = cfg.explainKeys(err, "read",
+			"the prefix "+quote.Value(control.Prefix(cfg.Election)))
 		_, kvs, err = s.readAll(ctx, m, queue)
 	}
 	if err != nil {

@@ -357,8 +357,8 @@ var stubborn = job{Words: []string{"ignore-term"}}
 var commandScenarios = []Scenario{
 	{
 		Name: "switchover-elector-killed",
-		About: "leasehold switchover, and the leader's elector is killed while a job that ignores " +
-			"SIGTERM is stopped, grace 0.5 s",
+		About: "leasehold switchover, and the leader's elector is killed while a job that " +
+			"ignores SIGTERM is stopped, grace 0.5 s",
 		Job: stubborn, Fault: whileSwitched(of(fault.Killed, harness.Elector)),
 		Without: noPeers, Check: switched, Isolation: OursAlone, User: true,
 	},

@@ -139,9 +139,9 @@ func (k *checker) judgeFrozen(now time.Duration, last bool) {
 	}
 }
 
-// heldFrozen finds when a candidate's job was frozen from before a question was sent until after its
-// answer, or nil. Whether it still is must be known for some time longer: a job that is being thawed
-// counts as one that runs.
+// heldFrozen finds when a candidate's job was frozen from before a question was sent until after
+// its answer, or nil. Whether it still is must be known for some time longer: a job that is being
+// thawed counts as one that runs.
 func (k *checker) heldFrozen(y *yes, now time.Duration) *frozenJob {
 	i := slices.IndexFunc(k.frozen, func(f *frozenJob) bool {
 		return f.term.Candidate == y.candidate && f.From < y.sent &&
