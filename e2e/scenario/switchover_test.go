@@ -75,6 +75,7 @@ func (tr *trial) waitQueue(want string) {
 func TestSwitchover(t *testing.T) {
 	tr := ordinary(t)
 	all, job := tr.startAll("abc")
+	tr.waitCandidates(3)
 
 	// To the next one.
 	tr.expectCommand(0, `"b" leads, token `, "switchover")
@@ -172,8 +173,8 @@ func TestSwitchover_TwoOperators(t *testing.T) {
 	tr := ordinary(t)
 	a := tr.start("a", "ignore-term", variables("LEASEHOLD_STOP_GRACE=2s"))
 	job := tr.waitJob(a)
-	b := tr.start("b", "")
-	tr.waitStatus(b, "/standby", http.StatusOK)
+	tr.start("b", "")
+	tr.waitCandidates(2)
 	first := make(chan struct{})
 	go func() {
 		defer close(first)
