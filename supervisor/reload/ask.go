@@ -207,6 +207,11 @@ func (a *asker) outcome() (Outcome, error) {
 	}
 	var message [maxOutcome]byte
 	n, err := unix.Read(a.conn, message[:])
+	if errors.Is(err, unix.ECONNRESET) {
+		// The guard has answered and closed the connection before it read the request. The kernel
+		// says so first, once.
+		n, err = unix.Read(a.conn, message[:])
+	}
 	o, ok := decodeOutcome(message[:max(n, 0)])
 	switch {
 	case err == nil && ok:

@@ -4,6 +4,7 @@ package reload
 
 import (
 	"errors"
+	"os"
 	"reflect"
 	"slices"
 	"strings"
@@ -46,6 +47,35 @@ func TestOutcome_Arrives(t *testing.T) {
 		if got, ok := decodeOutcome([]byte(text)); ok {
 			t.Errorf("%q is taken for %+v", text, got)
 		}
+	}
+}
+
+// TestOutcome_RequestUnread: the guard refuses at once, and closes the connection before it has read
+// the request. The refusal must not be lost.
+func TestOutcome_RequestUnread(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := newAsker(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.conn = pair[0]
+	defer a.close()
+	want := Outcome{Text: "no such luck"}
+	go func() {
+		defer unix.Close(pair[1])
+		asked := []unix.PollFd{{Fd: int32(pair[1]), Events: unix.POLLIN}}
+		if _, err := unix.Poll(asked, -1); err != nil {
+			t.Error(err)
+		}
+		if _, err := unix.Write(pair[1], want.Encode()); err != nil {
+			t.Error(err)
+		}
+	}()
+	if got, err := a.outcome(); err != nil || got != want {
+		t.Errorf("the outcome is %+v, %v", got, err)
 	}
 }
 
