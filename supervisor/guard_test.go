@@ -86,7 +86,8 @@ func TestGuard_ElectorStoppedPastKillBy(t *testing.T) {
 	r.lead(1, 500*time.Millisecond, 700*time.Millisecond)
 	r.killElector(unix.SIGSTOP)
 	r.replaced(1)
-	r.wait("the job is killed", func() bool { return len(r.alive) == 0 })
+	r.waitSaid("led")
+	r.requireDead()
 	r.tell("exit 76")
 	r.waitExit(76)
 }
