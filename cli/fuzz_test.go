@@ -155,7 +155,7 @@ func FuzzReport(f *testing.F) {
 		if err := json.Unmarshal([]byte(text), &got); err != nil {
 			t.Fatalf("%s: %v", text, err)
 		}
-		valid := utf8.ValidString(name + "\n" + identity + "\n" + key)
+		valid := utf8.ValidString(name + "\n" + identity + "\n" + key + "\n" + why)
 		if valid && !reflect.DeepEqual(got, want) {
 			t.Errorf("%s says %+v, want %+v", text, got, want)
 		}
