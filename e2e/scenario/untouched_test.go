@@ -7,6 +7,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -264,6 +265,30 @@ func TestStandby_OnAMemberWhoseDiskHangs(t *testing.T) {
 	tr.finish()
 }
 
+// waitCommit waits until etcd has written to its disk all that it has done so far. If it is killed
+// before that, it does it again at its next start, and knows the newest tokens.
+func (tr *trial) waitCommit() {
+	tr.Helper()
+	etcd := tr.etcdClient()
+	defer etcd.Close()
+	commits := func() float64 {
+		n, err := tr.etcd.Members[0].Metric(tr.ctx,
+			"etcd_disk_backend_commit_duration_seconds_count")
+		tr.must(err)
+		return n
+	}
+	before := commits()
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+		if _, err := etcd.Put(tr.ctx, "another/key", ""); err != nil {
+			return err
+		}
+		if commits() < before+2 { // one may have been under way
+			return errors.New("etcd has not committed")
+		}
+		return nil
+	}))
+}
+
 // A guard that gives up its elector has the lease revoked with the token that etcd gave the
 // elector: to check the password would cost the next job 80 ms. Only where etcd knows the
 // token no more the password is taken.
@@ -286,6 +311,7 @@ func TestAuth_RevokeTakesTheToken(t *testing.T) {
 				tr.must(err)
 				return n
 			}
+			tr.waitCommit()
 			before := checked()
 			tr.lastElector(leader) // the token is handed on
 			if row.want > 0 {
