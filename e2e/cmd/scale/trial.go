@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"leasehold/e2e/harness"
-	"leasehold/election"
 )
 
 // shape is how many candidates a trial has.
@@ -164,9 +163,9 @@ func until(ctx context.Context, f func() error) error {
 }
 
 // settled waits until etcd serves every watch, and returns what was counted then. A candidate has
-// one, of its queue. In a crowd it has two, of keys.
+// two: of its queue and of what steers the election or, in a crowd, of two keys.
 func (t *trial) settled(ctx context.Context) (c count, err error) {
-	want := len(t.all) + t.Shape.Elections*max(0, t.Shape.Size-1-election.Near)
+	want := 2 * len(t.all)
 	err = until(ctx, func() error {
 		m, err := t.metrics(ctx)
 		watches := m["etcd_debugging_mvcc_watcher_total"]
