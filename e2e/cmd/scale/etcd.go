@@ -61,7 +61,7 @@ type metrics map[string]float64
 // httpClient reads them. To compress the answers would cost etcd more than all that it does for a
 // change of leader.
 var httpClient = &http.Client{
-	Timeout: 10 * time.Second, Transport: &http.Transport{DisableCompression: true},
+	Timeout: time.Minute, Transport: &http.Transport{DisableCompression: true},
 }
 
 // metrics reads those of a moment.
