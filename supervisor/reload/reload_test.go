@@ -50,8 +50,8 @@ func TestOutcome_Arrives(t *testing.T) {
 	}
 }
 
-// TestOutcome_RequestUnread: the guard refuses at once, and closes the connection before it has read
-// the request. The refusal must not be lost.
+// TestOutcome_RequestUnread: the guard refuses at once, and closes the connection before it has
+// read the request. The refusal must not be lost.
 func TestOutcome_RequestUnread(t *testing.T) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
