@@ -14,6 +14,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,13 +33,19 @@ func Now() time.Duration { return boottime.Now() }
 // RealTime has the calling thread run before others, where that is permitted; its goroutine is
 // locked to it until restore. The thread must not end with the goroutine: what was forked on it
 // would get the signal that a process gets at its parent thread's end.
+//
+// With the race detector the thread only gets the highest normal priority: the detector's locks
+// spin, and a real-time thread that waits for one keeps its holder from running, for seconds.
 func RealTime(priority uint32) (restore func()) {
 	runtime.LockOSThread()
-	fifo := unix.SchedAttr{
+	urgent := unix.SchedAttr{
 		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO,
 		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: priority,
 	}
-	permitted := unix.SchedSetAttr(0, &fifo, 0) == nil
+	if raceDetector() {
+		urgent.Policy, urgent.Priority, urgent.Nice = unix.SCHED_NORMAL, 0, -20
+	}
+	permitted := unix.SchedSetAttr(0, &urgent, 0) == nil
 	return func() {
 		if permitted {
 			normal := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL}
@@ -45,6 +53,12 @@ func RealTime(priority uint32) (restore func()) {
 		}
 		runtime.UnlockOSThread()
 	}
+}
+
+// raceDetector says whether this program was built with the race detector.
+func raceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 // Stat reads /proc/PID/stat, or that of a thread: the fields after the name, of which the first is
