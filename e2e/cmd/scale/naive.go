@@ -50,7 +50,10 @@ func (n *naive) run(ctx context.Context, t *trial, identity string) (err error) 
 			cancel()
 		}
 	}()
-	if err := election.Campaign(ctx, identity); err != nil {
+	switch err := election.Campaign(ctx, identity); {
+	case errors.Is(err, context.Canceled): // it is stopped, and Campaign has removed its key
+		return nil
+	case err != nil:
 		return err
 	}
 	n.leads.Store(int64(harness.Now()))
