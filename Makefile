@@ -18,7 +18,7 @@ ETCD_TOOLS := $(if $(ETCD),,bin/etcd) $(if $(ETCDCTL),,bin/etcdctl)
 .PHONY: help build test lint fmt hooks generate release-check demo run bench bench-scale faults faults-docs soak test-histories readme clean
 .PHONY: fuzz sim sim-mutations test-simetcd
 .PHONY: test-systemd image test-image
-.PHONY: dist test-dist k8s-certs test-k8s e2e-k8s test-etcd-versions
+.PHONY: dist test-dist k8s-certs test-k8s e2e-k8s cluster cluster-down test-cluster test-etcd-versions
 
 help:
 	@echo "make run       one candidate with a job of yours: make run JOB='sleep 100'"
@@ -59,7 +59,8 @@ help:
 	@echo 'make test-k8s      every manifest of k8s/, without a cluster, and run as processes'
 	@echo 'make test-dist     packages in a clean Debian, docs/process.md, and dist built again elsewhere'
 	@echo 'make test-etcd-versions  etcd 3.4 to 3.7: VERSIONS="3.4 3.5" SHORT=1; 75 minutes; root, nft, ip, strace'
-	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD='
+	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD= RUN='
+	@echo 'make cluster       Kubernetes with three nodes on this machine, for make e2e-k8s; make cluster-down'
 
 build:
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o leasehold .
@@ -78,13 +79,15 @@ endif
 fuzz:
 	@GO='$(GO)' FUZZTIME='$(FUZZTIME)' RUN='$(RUN)' tools/fuzz.sh
 
+# The modules in tools/ that have code of ours.
+LINTED = $(addprefix tools/,dist histories k8s k8s-1.20 kubernetes kubernetes/dns)
 lint: bin/golangci-lint
 	bin/golangci-lint run ./...
-	for m in tools/dist tools/histories tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint run -c ../../.golangci.yml ./...) || exit; done
+	for m in $(LINTED); do (cd $$m && $(CURDIR)/bin/golangci-lint run -c $(CURDIR)/.golangci.yml ./...) || exit; done
 
 fmt: bin/golangci-lint
 	bin/golangci-lint fmt ./...
-	for m in tools/dist tools/histories tools/k8s tools/k8s-1.20; do (cd $$m && ../../bin/golangci-lint fmt -c ../../.golangci.yml ./...) || exit; done
+	for m in $(LINTED); do (cd $$m && $(CURDIR)/bin/golangci-lint fmt -c $(CURDIR)/.golangci.yml ./...) || exit; done
 
 hooks:
 	git config core.hooksPath .githooks
@@ -223,7 +226,40 @@ test-k8s: $(ETCD_TOOLS)
 
 # LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
 e2e-k8s:
-	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 120m ./e2e/k8s
+	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 120m \
+		$(if $(RUN),-run '$(RUN)') ./e2e/k8s
+
+# The programs know their version from the linker: the API server tells it to clients, and compares it.
+KUBERNETES = $(shell cd tools/kubernetes && $(GO) list -m -f '{{.Version}}' k8s.io/kubernetes)
+KUBERNETES_FLAGS = $(foreach p,component-base/version client-go/pkg/version,-X k8s.io/$(p).gitVersion=$(KUBERNETES) \
+	-X k8s.io/$(p).gitMajor=$(word 1,$(subst ., ,$(KUBERNETES:v%=%))) -X k8s.io/$(p).gitMinor=$(word 2,$(subst ., ,$(KUBERNETES))))
+bin/kubernetes/kubelet: tools/kubernetes/go.mod
+	@echo 'building Kubernetes into bin/kubernetes, once; it takes about ten minutes'
+	@mkdir -p bin/kubernetes
+	cd tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w $(KUBERNETES_FLAGS)' -o ../../bin/kubernetes/ tool
+	@touch $@
+
+bin/kubernetes/policies: $(wildcard tools/kubernetes/policies/*.go) tools/kubernetes/go.mod
+	cd tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -o ../../$@ ./policies
+	@touch $@
+
+bin/kubernetes/coredns: $(wildcard tools/kubernetes/dns/*)
+	cd tools/kubernetes/dns && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../../$@ .
+	@touch $@
+
+.PHONY: cluster-prepared
+cluster-prepared: bin/etcd bin/etcdctl bin/kubernetes/kubelet bin/kubernetes/policies bin/kubernetes/coredns
+	tools/kubernetes/prepare.sh
+
+cluster: cluster-prepared
+	tools/kubernetes/cluster up
+
+test-cluster: cluster-prepared
+	cd tools/kubernetes && $(GO) test -vet=off -count=1 ./...
+	tools/kubernetes/test.sh
+
+cluster-down:
+	tools/kubernetes/cluster down
 
 VERSIONS ?= 3.4 3.5 3.6 3.7
 # `bin/versions -doc docs/etcd-versions.md` writes the results into the page.
