@@ -95,6 +95,7 @@ hooks:
 # The tests write what they otherwise compare.
 generate: faults-docs
 	$(GO) test -count=1 -run 'TestReference|TestManual|TestCompletion$$' ./app -args -update
+	$(GO) test -count=1 -run TestFaults_Page ./e2e/k8s -args -update
 
 release-check:
 	tools/release-check.sh

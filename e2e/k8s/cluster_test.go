@@ -35,6 +35,7 @@ type cluster struct {
 	sidecars  bool // 1.29 and newer
 	nodes     int
 	image     string
+	lives     string // a directory of each node: when jobs have lived there
 }
 
 // newCluster skips the test where no cluster answers.
@@ -356,21 +357,7 @@ func TestCluster(t *testing.T) {
 	c := newCluster(t)
 	job := c.images()
 
-	certs := exec.Command("go", "run", "./certs", "-dir", filepath.Join(c.tree, "certs"),
-		"-namespace", c.namespace)
-	certs.Dir = filepath.Join(c.root, "tools", "k8s")
-	if out, err := certs.CombinedOutput(); err != nil {
-		t.Fatalf("make certificates: %v\n%s", err, out)
-	}
-	etcd, wrapper := "etcd", "wrapper"
-	if c.old {
-		etcd, wrapper = "etcd/kubernetes-1.20", "wrapper/kubernetes-1.20"
-	}
-	if c.nodes < 3 {
-		etcd = "etcd/one-member"
-	}
-	c.kubectl("apply", "-k", filepath.Join(c.tree, etcd))
-	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=10m")
+	etcd, wrapper := c.etcd()
 
 	witness := c.command(context.Background(), "apply", "-f", "-")
 	witness.Stdin = strings.NewReader(fmt.Sprintf(witnessManifest, job+":latest"))
@@ -415,6 +402,14 @@ func TestCluster(t *testing.T) {
 		}
 		t.Logf("%s: job %s after %v", what, job, time.Since(begin).Round(time.Millisecond))
 		return job, pod
+	}
+
+	// Not every cluster enforces NetworkPolicies. That of tools/kubernetes does.
+	if os.Getenv("CLUSTER") != "" {
+		_, err := c.try("exec", "witness", "--", "/job", "dial", "etcd-0.etcd:2379")
+		if err == nil || !strings.Contains(err.Error(), "i/o timeout") {
+			t.Errorf("a pod without the label etcd-client asks etcd: %v, want a timeout", err)
+		}
 	}
 
 	c.overlay("mine", wrapper, job, jobPatch(""))
@@ -477,6 +472,28 @@ func TestCluster(t *testing.T) {
 	c.pages(etcd, wrapper, form)
 }
 
+// etcd makes certificates and starts the members, and returns the folders of k8s/ that fit this
+// cluster.
+func (c *cluster) etcd() (etcd, wrapper string) {
+	c.t.Helper()
+	certs := exec.Command("go", "run", "./certs", "-dir", filepath.Join(c.tree, "certs"),
+		"-namespace", c.namespace)
+	certs.Dir = filepath.Join(c.root, "tools", "k8s")
+	if out, err := certs.CombinedOutput(); err != nil {
+		c.t.Fatalf("make certificates: %v\n%s", err, out)
+	}
+	etcd, wrapper = "etcd", "wrapper"
+	if c.old {
+		etcd, wrapper = "etcd/kubernetes-1.20", "wrapper/kubernetes-1.20"
+	}
+	if c.nodes < 3 {
+		etcd = "etcd/one-member"
+	}
+	c.kubectl("apply", "-k", filepath.Join(c.tree, etcd))
+	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=10m")
+	return etcd, wrapper
+}
+
 // pages types what the pages tell to type, with the folders that fit this cluster.
 func (c *cluster) pages(etcd, wrapper, sidecar string) {
 	c.t.Helper()
@@ -484,24 +501,49 @@ func (c *cluster) pages(etcd, wrapper, sidecar string) {
 		if err := nameImage(c.tree, filepath.Join(c.root, "docs", page), c.image); err != nil {
 			c.t.Fatal(err)
 		}
-		script, err := pageScript(filepath.Join(c.root, "docs", page), etcd, wrapper, sidecar)
-		if err != nil {
-			c.t.Fatal(err)
+		c.page(page, etcd, wrapper, sidecar)
+	}
+	if c.nodes >= 3 { // and so three members
+		c.loseVolume()
+	}
+}
+
+// loseVolume takes the volume of an etcd member, waits until the member has seen that it cannot
+// begin anew, and types what the page tells to do then.
+func (c *cluster) loseVolume() {
+	c.t.Helper()
+	c.kubectl("delete", "pvc", "data-etcd-2", "--wait=false")
+	c.kubectl("delete", "pod", "etcd-2")
+	c.until(3*time.Minute, func() error {
+		const reason = "jsonpath={.status.containerStatuses[*].lastState.terminated.reason}"
+		ended, err := c.try("get", "pod", "etcd-2", "-o", reason)
+		if err == nil && ended != "Error" {
+			err = fmt.Errorf("etcd-2 has not exited; the last end: %q", ended)
 		}
-		// The image has been made, and the copy of the tree has no Makefile.
-		prelude := fmt.Sprintf(`set -euo pipefail
+		return err
+	})
+	c.page("kubernetes-etcd.md", "etcd", "", "")
+}
+
+// page types what one page tells to type.
+func (c *cluster) page(name, etcd, wrapper, sidecar string) {
+	c.t.Helper()
+	script, err := pageScript(filepath.Join(c.root, "docs", name), etcd, wrapper, sidecar)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	// The image has been made, and the copy of the tree has no Makefile.
+	prelude := fmt.Sprintf(`set -euo pipefail
 make() {
 	[ "$1" = image ] || { here=$PWD; (cd %s/tools/k8s && go run ./certs -dir "$here/k8s/certs"); }
 }
 `, c.root)
-		ctx, cancel := context.WithTimeout(c.t.Context(), 15*time.Minute)
-		cmd := exec.CommandContext(ctx, "bash", "-c", prelude+script)
-		cmd.Env, cmd.Dir = append(os.Environ(), "KUBECONFIG="+c.config), filepath.Dir(c.tree)
-		out, err := cmd.CombinedOutput()
-		cancel()
-		if err != nil {
-			c.t.Errorf("docs/%s: %v\n%s", page, err, out)
-		}
+	ctx, cancel := context.WithTimeout(c.t.Context(), 15*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-c", prelude+script)
+	cmd.Env, cmd.Dir = append(os.Environ(), "KUBECONFIG="+c.config), filepath.Dir(c.tree)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		c.t.Errorf("docs/%s: %v\n%s", name, err, out)
 	}
 }
 

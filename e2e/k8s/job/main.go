@@ -6,6 +6,11 @@
 //	                      and ends to hold a connection
 //	job run ADDRESS       is a job: it works only while it holds a connection to the witness at
 //	                      that address
+//	job dial ADDRESS      succeeds if somebody listens there
+//	job live DIR          is a job that needs nobody: it keeps in DIR when it lived
+//	job live-on DIR       the same, and TERM does not end it
+//	job app DIR           is an app beside leasehold: it works while /leader says that it may
+//	job app-on DIR        the same, and TERM does not end it
 package main
 
 import (
@@ -21,13 +26,23 @@ import (
 )
 
 func main() {
-	err := fmt.Errorf("wrong usage: witness ADDRESS, or run ADDRESS")
+	err := fmt.Errorf("wrong usage: witness ADDRESS, run ADDRESS, or live DIR")
 	if len(os.Args) == 3 {
 		switch os.Args[1] {
 		case "witness":
 			err = witness(os.Args[2])
 		case "run":
 			err = job(os.Args[2])
+		case "dial":
+			_, err = net.DialTimeout("tcp", os.Args[2], 3*time.Second)
+		case "live", "live-on":
+			err = live(os.Args[1], os.Args[2])
+		case "app", "app-on":
+			err = app(os.Args[1], os.Args[2])
+		case "orphan":
+			err = orphan(os.Args[2])
+		case "tick":
+			err = tick(os.Args[2])
 		}
 	}
 	if err != nil {

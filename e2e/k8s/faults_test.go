@@ -1,0 +1,572 @@
+//go:build linux
+
+package k8s_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"leasehold/e2e/harness"
+	"leasehold/internal/boottime"
+)
+
+// A form is a way to run leasehold in a pod.
+type form struct {
+	name, folder, deployment string
+	first                    string // how the command line of leasehold's first process begins
+	patch                    string // for the mode of the job, and the directory of its lives
+	mode                     string // of the job
+}
+
+var wrapperForm = form{
+	name: "wrapper", folder: "wrapper", deployment: "wrapper",
+	first: "/opt/leasehold/leasehold -- ", mode: "live",
+	patch: `apiVersion: apps/v1
+kind: Deployment
+metadata: {name: wrapper}
+spec:
+  template:
+    spec:
+      containers:
+      - name: job
+        command: [/opt/leasehold/leasehold, --, /job]
+        args: [%s, /lives]
+        volumeMounts:
+        - {name: lives, mountPath: /lives}
+      volumes:
+      - name: lives
+        hostPath: {path: %s}
+`,
+}
+
+const sidecarPatch = `apiVersion: apps/v1
+kind: Deployment
+metadata: {name: sidecar}
+spec:
+  template:
+    spec:
+      containers:
+      - name: app
+        command: [/job]
+        args: [%s, /lives]
+        volumeMounts:
+        - {name: lives, mountPath: /lives}
+      volumes:
+      - name: lives
+        hostPath: {path: %s}
+`
+
+// A fault is injected into the pod that leads, or around it.
+type fault struct {
+	name     string
+	stubborn bool // the job ignores TERM
+	inject   func(c *cluster, f form, pod, node string)
+	recover  func(c *cluster, node string)
+	// Within this time the next job has to run, for each form by its name. Forms that are not named
+	// are not tried.
+	within map[string]time.Duration
+	// restart is the same, counted from the start of the container that the kubelet starts again.
+	restart time.Duration
+}
+
+// untouched is for faults that a job must not notice.
+const untouched = -1
+
+// The TTL is 15 s: a leader whose lease is not given back is followed after that. If a job ignores
+// TERM, leasehold waits for STOP_GRACE (10 s). As a native sidecar it has to wait for the pod's
+// whole time to stop (30 s), and its lease expires after that.
+var faults = []fault{
+	{
+		name: "the pod is deleted", inject: deletePod("--wait=false"),
+		within: map[string]time.Duration{
+			"wrapper": 5 * time.Second, "sidecar": 15 * time.Second, "plain": 30 * time.Second,
+		},
+	},
+	{
+		name: "the pod is deleted, the job ignores TERM", stubborn: true,
+		inject: deletePod("--wait=false"),
+		within: map[string]time.Duration{
+			"wrapper": 20 * time.Second, "sidecar": time.Minute, "plain": 30 * time.Second,
+		},
+	},
+	{
+		name: "the pod is deleted by force", inject: deletePod("--grace-period=0", "--force"),
+		within: everywhere(25 * time.Second),
+	},
+	{
+		name: "the pod is evicted", inject: evict,
+		within: map[string]time.Duration{
+			"wrapper": 5 * time.Second, "sidecar": 15 * time.Second, "plain": 30 * time.Second,
+		},
+	},
+	{
+		name: "the node is drained",
+		inject: func(c *cluster, f form, _, node string) {
+			c.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data",
+				"--pod-selector=app.kubernetes.io/name="+f.deployment, "--timeout=5m")
+		},
+		recover: func(c *cluster, node string) { c.kubectl("uncordon", node) },
+		within: map[string]time.Duration{
+			"wrapper": 5 * time.Second, "sidecar": 15 * time.Second, "plain": 30 * time.Second,
+		},
+	},
+	{
+		// The pods are replaced one by one, and the leader's may be the last.
+		name: "the Deployment is rolled",
+		inject: func(c *cluster, f form, _, _ string) {
+			c.kubectl("rollout", "restart", "deployment/"+f.deployment)
+			c.kubectl("rollout", "status", "deployment/"+f.deployment, "--timeout=5m")
+		},
+		within: everywhere(2 * time.Minute),
+	},
+	{
+		name: "the elector is killed",
+		inject: func(c *cluster, _ form, pod, node string) {
+			c.killIn(pod, node, "leasehold elector ")
+		},
+		within: map[string]time.Duration{"wrapper": untouched},
+	},
+	{
+		name: "leasehold's first process is killed, and the container with it",
+		inject: func(c *cluster, f form, pod, node string) {
+			c.killIn(pod, node, f.first)
+		},
+		within: map[string]time.Duration{
+			"wrapper": 10 * time.Second, "sidecar": 25 * time.Second, "plain": 25 * time.Second,
+		},
+		restart: 1500 * time.Millisecond,
+	},
+	{
+		name: "the node is cut off", inject: cut, recover: mend,
+		within: everywhere(25 * time.Second),
+	},
+	{
+		name: "the node is cut off, the job ignores TERM", stubborn: true,
+		inject: cut, recover: mend, within: everywhere(25 * time.Second),
+	},
+	{
+		name: "the kubelet is stopped",
+		inject: func(c *cluster, _ form, _, node string) {
+			c.signalKubelet(node, "STOP")
+		},
+		recover: func(c *cluster, node string) { c.signalKubelet(node, "CONT") },
+		within:  everywhere(untouched),
+	},
+	{
+		name: "the cluster's DNS is gone",
+		inject: func(c *cluster, _ form, _, _ string) {
+			c.kubectl("-n", "kube-system", "scale", "deployment/coredns", "--replicas=0")
+		},
+		recover: func(c *cluster, _ string) {
+			c.kubectl("-n", "kube-system", "scale", "deployment/coredns", "--replicas=2")
+			c.kubectl("-n", "kube-system", "rollout", "status", "deployment/coredns")
+		},
+		within: everywhere(untouched),
+	},
+	{
+		name: "an etcd member's pod is deleted",
+		inject: func(c *cluster, _ form, _, _ string) {
+			c.kubectl("delete", "pod", "etcd-0", "--wait=false")
+		},
+		within: everywhere(untouched),
+	},
+	{
+		name:   "an etcd member loses its volume, and is added anew",
+		inject: func(c *cluster, _ form, _, _ string) { c.loseVolume() },
+		within: everywhere(untouched),
+	},
+	{
+		name: "etcd has no majority for 30 s",
+		inject: func(c *cluster, _ form, _, _ string) {
+			c.kubectl("scale", "statefulset/etcd", "--replicas=1")
+			if err := harness.Wait(c.t.Context(), 30*time.Second); err != nil {
+				c.t.Fatal(err)
+			}
+			c.kubectl("scale", "statefulset/etcd", "--replicas=3")
+		},
+		within: everywhere(2 * time.Minute),
+	},
+	{
+		name: "etcd's members are rolled",
+		inject: func(c *cluster, _ form, _, _ string) {
+			c.kubectl("rollout", "restart", "statefulset/etcd")
+			c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
+		},
+		within: everywhere(untouched),
+	},
+}
+
+func everywhere(d time.Duration) map[string]time.Duration {
+	return map[string]time.Duration{"wrapper": d, "sidecar": d, "plain": d}
+}
+
+func deletePod(flags ...string) func(c *cluster, _ form, pod, _ string) {
+	return func(c *cluster, _ form, pod, _ string) {
+		c.t.Helper()
+		c.kubectl(append([]string{"delete", "pod", pod}, flags...)...)
+	}
+}
+
+func evict(c *cluster, _ form, pod, _ string) {
+	c.t.Helper()
+	create := c.command(c.t.Context(), "create", "-f", "-", "--raw",
+		fmt.Sprintf("/api/v1/namespaces/%s/pods/%s/eviction", c.namespace, pod))
+	create.Stdin = strings.NewReader(fmt.Sprintf(
+		`{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": %q}}`, pod))
+	if out, err := create.CombinedOutput(); err != nil {
+		c.t.Fatalf("evict %s: %v: %s", pod, err, out)
+	}
+}
+
+// signalKubelet stops a node's kubelet, or lets it go on. The nodes share their pid namespace.
+func (c *cluster) signalKubelet(node, signal string) {
+	c.t.Helper()
+	const script = `for p in /proc/[0-9]*; do
+		case "$(tr '\0' ' ' <$p/cmdline)" in
+		"kubelet "*"--hostname-override=$1 "*) kill -$2 ${p#/proc/} && echo done ;;
+		esac
+	done 2>/dev/null`
+	if c.reach("node", node, "sh", "-c", script, "sh", node, signal) == "" {
+		c.t.Fatalf("%s has no kubelet", node)
+	}
+}
+
+func cut(c *cluster, _ form, _, node string) {
+	c.t.Helper()
+	c.reach("cut", node)
+}
+
+func mend(c *cluster, node string) {
+	c.t.Helper()
+	c.reach("mend", node)
+}
+
+// Each fault in turn is injected where a Deployment's job runs, in each form of leasehold in a pod.
+// The jobs keep when they lived, by the clock of their kernel, in a directory of their node. No two
+// may ever have lived at once. N is how often each fault is injected. JSON names a file to which
+// the trials are added.
+func TestCluster_Faults(t *testing.T) {
+	if os.Getenv("CLUSTER") == "" {
+		t.Skip("skipped: CLUSTER names no command that reaches the nodes: run this by" +
+			" tools/kubernetes/cluster in make e2e-k8s")
+	}
+	c := newCluster(t)
+	job := c.images()
+	c.etcd()
+	// A directory of the node outlives the pods, and is nothing for pods that are restricted.
+	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=privileged",
+		"--overwrite")
+
+	rounds := 1
+	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
+		rounds = n
+	}
+	var run results
+	for _, form := range c.forms() {
+		c.lives = "/var/log/" + c.namespace + "-" + form.name
+		for _, node := range c.nodeNames() {
+			c.reach("node", node, "mkdir", "-m", "777", c.lives)
+		}
+		for _, stubborn := range []bool{false, true} {
+			if stubborn {
+				form.mode += "-on"
+			}
+			c.overlay("faults", form.folder, job, fmt.Sprintf(form.patch, form.mode, c.lives))
+			for _, f := range faults {
+				if f.stubborn != stubborn || f.within[form.name] == 0 {
+					continue
+				}
+				for range rounds {
+					t.Run(form.name+": "+f.name, func(t *testing.T) {
+						c := *c
+						c.t = t
+						run.Trials = append(run.Trials, c.trial(form, f))
+					})
+				}
+			}
+		}
+		c.kubectl("delete", "deployment", form.deployment)
+	}
+	t.Logf("the table:\n%s", run.table())
+	if path := os.Getenv("JSON"); path != "" {
+		commit, err := exec.Command("git", "-C", c.root, "rev-parse", "--short", "HEAD").Output()
+		run.About = fmt.Sprintf("%s: leasehold %s, Kubernetes %s, %d CPUs.",
+			time.Now().UTC().Format(time.DateOnly), bytes.TrimSpace(commit),
+			c.kubectl("get", "nodes", "-o", "jsonpath={.items[0].status.nodeInfo.kubeletVersion}"+
+				", Linux {.items[0].status.nodeInfo.kernelVersion}"), runtime.NumCPU())
+		if err := errors.Join(err, run.addTo(path)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// forms returns those that this cluster can run.
+func (c *cluster) forms() []form {
+	wrapper := wrapperForm
+	plain := form{
+		name: "plain", folder: "sidecar/plain", deployment: "sidecar",
+		first: "/leasehold elect ", mode: "app", patch: sidecarPatch,
+	}
+	if c.old {
+		wrapper.folder, plain.folder = "wrapper/kubernetes-1.20", "sidecar/kubernetes-1.20"
+	}
+	forms := []form{wrapper, plain}
+	if c.sidecars {
+		native := plain
+		native.name, native.folder = "sidecar", "sidecar"
+		forms = append(forms, native)
+	}
+	return forms
+}
+
+// trial injects one fault and returns what it has done.
+func (c *cluster) trial(form form, f fault) trial {
+	t := c.t
+	t.Helper()
+	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
+	c.kubectl("rollout", "status", "deployment/"+form.deployment, "--timeout=5m")
+	var leader life
+	c.until(time.Minute, func() error {
+		lives := c.jobs()
+		if len(lives) == 0 {
+			return errors.New("there has been no job")
+		}
+		leader = lives[len(lives)-1]
+		if boottime.Now()-leader.last > time.Second {
+			return fmt.Errorf("nobody has a job; the last one is %v", leader)
+		}
+		return nil
+	})
+	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
+	if f.recover != nil {
+		defer func() { // also if the test ends here: the next fault needs a cluster that is well
+			f.recover(c, node)
+			c.until(3*time.Minute, func() error {
+				_, err := c.try("wait", "--for=condition=Ready", "node", "--all", "--timeout=10s")
+				return err
+			})
+			// A node that was cut off has had its job until now, if it had one.
+			for _, o := range overlaps(c.jobs()) {
+				t.Errorf("two jobs at once: %s", o)
+			}
+		}()
+	}
+	began := boottime.Now()
+	f.inject(c, form, leader.pod, node)
+	result := trial{Form: form.name, Fault: f.name}
+	within := f.within[form.name]
+	if within == untouched {
+		// Longer than the TTL.
+		if err := harness.Wait(t.Context(), 20*time.Second); err != nil {
+			t.Fatal(err)
+		}
+		lives := c.jobs()
+		last := lives[len(lives)-1]
+		if last.began != leader.began || boottime.Now()-last.last > time.Second {
+			t.Errorf("the job was to go on, and %v is followed by %v", leader, last)
+		}
+	} else {
+		var next life
+		c.until(within+time.Minute, func() error {
+			lives := c.jobs()
+			next = lives[len(lives)-1]
+			if next.began <= leader.began {
+				return errors.New("no job follows")
+			}
+			return nil
+		})
+		lives := c.jobs()
+		i := slices.IndexFunc(lives, func(l life) bool { return l.began == leader.began })
+		leader, next = lives[i], lives[i+1] // as they are by now
+		after := next.began - began
+		if after > within {
+			t.Errorf("the next job began after %v, want at most %v", after, within)
+		}
+		result.Moved = true
+		result.Ended = harness.Milliseconds(leader.last - began)
+		result.Next = harness.Milliseconds(after)
+		result.Gap = harness.Milliseconds(longestGap(lives[i:]))
+		if f.restart > 0 && form.name == "wrapper" {
+			restarted := c.started(form, leader.pod, node)
+			if restarted < began || next.began-restarted > f.restart {
+				t.Errorf("the next job began %v after the container, want at most %v",
+					next.began-restarted, f.restart)
+			}
+			result.Restart = harness.Milliseconds(next.began - restarted)
+		}
+	}
+	twice := overlaps(c.jobs())
+	for _, o := range twice {
+		t.Errorf("two jobs at once: %s", o)
+	}
+	result.Overlaps = len(twice)
+	t.Logf("%+v", result)
+	return result
+}
+
+func (c *cluster) until(within time.Duration, f func() error) {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), within)
+	defer cancel()
+	if err := harness.Until(ctx, f); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// reach runs the command in $CLUSTER, which reaches the nodes as kubectl can't.
+func (c *cluster) reach(args ...string) string {
+	c.t.Helper()
+	out, err := exec.CommandContext(c.t.Context(), os.Getenv("CLUSTER"), args...).Output()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		c.t.Fatalf("%s: %v: %s", strings.Join(args, " "), err, exit.Stderr)
+	} else if err != nil {
+		c.t.Fatal(err)
+	}
+	return string(out)
+}
+
+func (c *cluster) nodeNames() []string {
+	c.t.Helper()
+	return strings.Fields(c.kubectl("get", "nodes", "-o", "jsonpath={.items[*].metadata.name}"))
+}
+
+// inPod does something with the processes of a pod whose command line matches, on its node: there
+// even the first process of a container can be killed.
+func (c *cluster) inPod(pod, node, command, do string) string {
+	c.t.Helper()
+	const script = `for p in /proc/[0-9]*; do
+		grep -qs "$1" $p/cgroup || continue
+		case "$(tr '\0' ' ' <$p/cmdline)" in
+		$2*) cd $p && %s ;;
+		esac
+	done`
+	uid := c.kubectl("get", "pod", pod, "-o", "jsonpath={.metadata.uid}")
+	return c.reach("node", node, "sh", "-c", fmt.Sprintf(script, do), "sh", uid, command)
+}
+
+func (c *cluster) killIn(pod, node, command string) {
+	c.t.Helper()
+	if c.inPod(pod, node, command, `kill -KILL ${p#/proc/} && echo killed`) == "" {
+		c.t.Fatalf("%s has no process %q", pod, command)
+	}
+}
+
+// started returns when leasehold's first process in a pod was started, in hundredths of a
+// second since the machine's boot: that is how the kernel counts it.
+func (c *cluster) started(form form, pod, node string) time.Duration {
+	c.t.Helper()
+	out := c.inPod(pod, node, form.first, `sed 's/.*) //' stat | cut -d ' ' -f 20`)
+	ticks, err := strconv.ParseInt(strings.TrimSpace(out), 10, 64)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
+}
+
+// A life is that of a job, from the start of its first process to the last sign of any of them, as
+// times since the machine's boot.
+type life struct {
+	pod, token  string
+	began, last time.Duration
+}
+
+func (l life) String() string {
+	return fmt.Sprintf("%s with token %s, %v to %v", l.pod, l.token, l.began, l.last)
+}
+
+// jobs returns all lives that there have been, in the order of their beginning.
+func (c *cluster) jobs() []life {
+	c.t.Helper()
+	var lines []string
+	for _, node := range c.nodeNames() {
+		out := c.reach("node", node, "sh", "-c", "cd "+c.lives+" && grep -H . * || :")
+		lines = append(lines, strings.Split(out, "\n")...)
+	}
+	lives, err := parseLives(lines)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return lives
+}
+
+// parseLives reads lines "POD TOKEN BEGAN PROCESS:LAST" of the processes of jobs.
+func parseLives(lines []string) (lives []life, err error) {
+	for _, line := range lines {
+		if line == "" {
+			continue
+		}
+		var l life
+		name, last, _ := strings.Cut(line, ":")
+		if _, err := fmt.Sscanf(name, "%s %s %d", &l.pod, &l.token, &l.began); err != nil {
+			return nil, fmt.Errorf("%q: %w", line, err)
+		}
+		if _, err := fmt.Sscanf(last, "%d", &l.last); err != nil {
+			return nil, fmt.Errorf("%q: %w", line, err)
+		}
+		i := slices.IndexFunc(lives, func(o life) bool {
+			return o.pod == l.pod && o.token == l.token && o.began == l.began
+		})
+		if i < 0 {
+			lives = append(lives, l)
+		} else {
+			lives[i].last = max(lives[i].last, l.last)
+		}
+	}
+	slices.SortFunc(lives, func(a, b life) int { return int(a.began - b.began) })
+	return lives, nil
+}
+
+// longestGap returns the longest time between two lives in which nobody lived.
+func longestGap(lives []life) (longest time.Duration) {
+	until := lives[0].last
+	for _, l := range lives {
+		longest, until = max(longest, l.began-until), max(until, l.last)
+	}
+	return longest
+}
+
+// overlaps returns the pairs of lives in which one began before the other had ended.
+func overlaps(lives []life) (found []string) {
+	for i, later := range lives {
+		for _, earlier := range lives[:i] {
+			if earlier.last >= later.began {
+				found = append(found, fmt.Sprintf("%v; %v", earlier, later))
+			}
+		}
+	}
+	return found
+}
+
+// The judge of the faults, without a cluster.
+func TestLives_Overlap(t *testing.T) {
+	lives, err := parseLives([]string{
+		"b 17 500 first:00600", "a 12 00100 first:00400", "a 12 00100 orphan:00450", "",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []life{{"a", "12", 100, 450}, {"b", "17", 500, 600}}
+	if !slices.Equal(lives, want) || len(overlaps(lives)) != 0 {
+		t.Errorf("%v, overlaps %v, want %v and none", lives, overlaps(lives), want)
+	}
+	// An orphan that lives on is a job that does.
+	lives, err = parseLives([]string{
+		"b 17 500 first:600", "a 12 100 first:400", "a 12 100 orphan:501",
+	})
+	if err != nil || len(overlaps(lives)) != 1 {
+		t.Errorf("%v (%v), overlaps %v, want one", lives, err, overlaps(lives))
+	}
+	if _, err := parseLives([]string{"b 17"}); err == nil {
+		t.Error("a line that says nothing is read")
+	}
+}

@@ -1,0 +1,158 @@
+//go:build linux
+
+package k8s_test
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"leasehold/e2e/harness"
+)
+
+var update = flag.Bool("update", false, "write the table into docs/kubernetes-faults.md")
+
+// Results are those of TestCluster_Faults, as docs/kubernetes-faults.json has them.
+type results struct {
+	About  string  `json:"about"` // the last run: when, of what and on what
+	Trials []trial `json:"trials"`
+}
+
+// A trial is what one fault did. Times are milliseconds, and as the job's own clock has them.
+type trial struct {
+	Form     string  `json:"form"`
+	Fault    string  `json:"fault"`
+	Moved    bool    `json:"moved"`             // The job had to move, and did; else the rest is 0
+	Ended    float64 `json:"ended"`             // from the fault to the job's last instruction
+	Next     float64 `json:"next"`              // from the fault to the next job's first one
+	Gap      float64 `json:"gap"`               // the longest time without a job
+	Restart  float64 `json:"restart,omitempty"` // from the container's restart to the next job
+	Overlaps int     `json:"overlaps"`          // pairs of jobs that lived at once
+}
+
+// addTo adds the trials to those in a file.
+func (r results) addTo(path string) error {
+	kept, err := harness.ReadJSON[results](path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+	case err != nil:
+		return err
+	default:
+		r.Trials = append(kept.Trials, r.Trials...)
+	}
+	return harness.WriteJSON(path, r)
+}
+
+// table has a row for each fault and form, in the order in which they were tried first.
+func (r results) table() string {
+	type row struct{ form, fault string }
+	var order []row
+	trials := map[row][]trial{}
+	for _, t := range r.Trials {
+		key := row{t.Form, t.Fault}
+		if trials[key] == nil {
+			order = append(order, key)
+		}
+		trials[key] = append(trials[key], t)
+	}
+	var b strings.Builder
+	harness.TableHead(&b, "fault", "form", "job ended", "next job", "no job for", "both alive")
+	for _, key := range order {
+		var ended, next, gap, restart []float64
+		overlaps := 0
+		for _, t := range trials[key] {
+			if t.Overlaps > 0 {
+				overlaps++
+			}
+			if t.Moved {
+				ended, next, gap = append(ended, t.Ended), append(next, t.Next), append(gap, t.Gap)
+			}
+			if t.Restart > 0 {
+				restart = append(restart, t.Restart)
+			}
+		}
+		both := fmt.Sprintf("%d of %d", overlaps, len(trials[key]))
+		follows := figure(next)
+		if len(restart) > 0 {
+			follows += "; after the container's restart " + figure(restart)
+		}
+		harness.TableRow(&b, key.fault, key.form, figure(ended), follows, figure(gap), both)
+	}
+	return b.String()
+}
+
+// figure is a median, and the maximum where there are several.
+func figure(ms []float64) string {
+	switch median, _, most := harness.Spans(ms); len(ms) {
+	case 0:
+		return "-"
+	case 1:
+		return median
+	default:
+		return median + ", max " + most
+	}
+}
+
+// The page has the table of the trials that are kept.
+func TestFaults_Page(t *testing.T) {
+	root, err := harness.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := harness.ReadJSON[results](filepath.Join(root, "docs", "kubernetes-faults.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := filepath.Join(root, "docs", "kubernetes-faults.md")
+	section := kept.About + "\n\n" + kept.table()
+	if *update {
+		if err := harness.Refresh(page, map[string]string{"faults": section}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(text), "<!-- faults -->\n"+section+"<!-- /faults -->") {
+		t.Errorf("%s has another table than the trials: run make generate", page)
+	}
+}
+
+func TestResults_AddTo(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "kept.json")
+	for _, about := range []string{"yesterday", "today"} {
+		if err := (results{About: about, Trials: []trial{{Fault: about}}}).addTo(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := harness.ReadJSON[results](path)
+	want := results{"today", []trial{{Fault: "yesterday"}, {Fault: "today"}}}
+	if err != nil || !reflect.DeepEqual(*got, want) {
+		t.Errorf("%+v (%v), want %+v", got, err, want)
+	}
+}
+
+func TestResults_Table(t *testing.T) {
+	table := results{Trials: []trial{
+		{Form: "wrapper", Fault: "deleted", Moved: true, Ended: 20, Next: 30, Gap: 10},
+		{Form: "plain", Fault: "deleted", Moved: true, Ended: 1, Next: 2e3, Gap: 2e3, Overlaps: 1},
+		{Form: "wrapper", Fault: "deleted", Moved: true, Ended: 40, Next: 50, Gap: 10, Restart: 5},
+		{Form: "wrapper", Fault: "rolled"},
+	}}.table()
+	for _, want := range []string{
+		"| deleted | wrapper | 30.0 ms, max 40.0 ms | 40.0 ms, max 50.0 ms; " +
+			"after the container's restart 5.0 ms | 10.0 ms, max 10.0 ms | 0 of 2 |\n",
+		"| deleted | plain | 1.0 ms | 2.00 s | 2.00 s | 1 of 1 |\n",
+		"| rolled | wrapper | - | - | - | 0 of 1 |\n",
+	} {
+		if !strings.Contains(table, want) {
+			t.Errorf("no row %q in\n%s", want, table)
+		}
+	}
+}
