@@ -37,7 +37,9 @@ ln -s node1.env /etc/leasehold/backup.env
 machine() { # node number
 	leasehold -f /etc/leasehold/node$1.env -- sleep 1000 2>"$HOME"/node$1.log &
 	pid[$1]=$!
-	until LEASEHOLD_LISTEN=127.0.0.1:$((4039 + $1)) leasehold check; do sleep 0.1; done >/dev/null 2>&1
+	until LEASEHOLD_LISTEN=127.0.0.1:$((4039 + $1)) leasehold check; do
+		sleep 0.1
+	done >/dev/null 2>&1
 }
 systemctl() {
 	[[ $2 == leasehold@backup ]]
@@ -81,7 +83,8 @@ func typePage(t *testing.T, name string, blocks int, settings string) {
 		t.Fatalf("docs/%s has %d blocks of commands, want %d", name, page.Len(), blocks)
 	}
 	path := os.Getenv("PATH")
-	for _, program := range []string{etcd.Server, etcd.Ctl, programs.Leasehold} { // the last one wins
+	// The last one comes first in PATH.
+	for _, program := range []string{etcd.Server, etcd.Ctl, programs.Leasehold} {
 		dir, err := filepath.Abs(filepath.Dir(program))
 		if err != nil {
 			t.Fatal(err)
