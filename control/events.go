@@ -145,7 +145,7 @@ func (w *Watch) set(kv *mvccpb.KeyValue) {
 		_ = Decode(kv.Value, w.now.switchover)
 	default:
 		if !strings.HasPrefix(key, w.Election+"/") {
-			return // a stranger's, between the two others: it stands in no queue
+			return // between the two others: it stands in no queue
 		}
 		w.queue[key] = queued{
 			identity: sound(string(kv.Value)), created: kv.CreateRevision,

@@ -45,6 +45,7 @@ func FuzzKey(f *testing.F) {
 		again := map[Kind]string{
 			HoldKey: HoldOf(k.Election), SwitchoverKey: SwitchoverOf(k.Election),
 			CandidateKey: CandidateOf(k.Election, k.Lease), HistoryKey: TermOf(k.Election, k.Token),
+			EndedHoldKey: EndedHoldOf(k.Election), JobExitedKey: JobExitedOf(k.Election),
 		}[k.Kind]
 		if again != foreign {
 			t.Errorf("%q is read as %+v, whose key is %q", foreign, k, again)

@@ -27,6 +27,10 @@ const (
 	// EndedHoldKey holds nothing. Each hold and each release changes it, so that a request for a
 	// hold that is delayed finds it changed.
 	EndedHoldKey Kind = "ended-hold"
+	// JobExitedKey holds nothing. A leader puts it in the transaction that deletes its own key,
+	// when its job has exited. It is bound to the leader's lease. So a deletion at another revision
+	// was not the leader's.
+	JobExitedKey Kind = "job-exited"
 )
 
 // Prefix is the prefix of the keys beside the election.
@@ -45,6 +49,9 @@ func HoldOf(election string) string { return Prefix(election) + string(HoldKey) 
 
 // EndedHoldOf is the key that each hold and each release changes.
 func EndedHoldOf(election string) string { return Prefix(election) + string(EndedHoldKey) }
+
+// JobExitedOf is the key by which a leader says that its job has exited.
+func JobExitedOf(election string) string { return Prefix(election) + string(JobExitedKey) }
 
 // SwitchoverOf is the key of the request for a switchover.
 func SwitchoverOf(election string) string { return Prefix(election) + string(SwitchoverKey) }
@@ -90,6 +97,8 @@ func ParseKey(key string) (Key, error) {
 		again = SwitchoverOf(election)
 	case EndedHoldKey:
 		again = EndedHoldOf(election)
+	case JobExitedKey:
+		again = JobExitedOf(election)
 	}
 	if err != nil || again != key { // each key has one spelling
 		return Key{}, none

@@ -100,7 +100,7 @@ func (c *Candidate) Run(ctx context.Context) error {
 	defer r.leftovers.close()
 	if id := c.cfg.Recovered; id != 0 {
 		// The request may arrive at any time later. Our own lease has another id.
-		r.leftovers.add(&leaving{lease: id, key: c.cfg.keyOf(id)})
+		r.leftovers.add(&leaving{lease: id, key: c.cfg.keyOf(id), exited: c.cfg.exited(id)})
 	}
 	adoption := c.cfg.Adopt
 	for {

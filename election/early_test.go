@@ -97,6 +97,35 @@ func TestEarlyStart(t *testing.T) {
 	})
 }
 
+// If somebody else deletes the leader's key, or revokes its lease, the next in line leaves that
+// leader time to kill its job, and then reads.
+func TestEarlyStart_DeletedByOthers(t *testing.T) {
+	for name, remove := range map[string]func(r *adoptRig, lease int64) bool{
+		"key": func(r *adoptRig, lease int64) bool {
+			return r.etcd.DeleteKey("jobs/" + hex(lease))
+		},
+		"lease": func(r *adoptRig, lease int64) bool { return r.etcd.RevokeLease(lease) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			earlyQueue(t, func(r *adoptRig, n *earlyNetwork, a, b, _ *testCandidate) {
+				n.take("")
+				began := time.Now()
+				if !remove(r, a.Snapshot().LeaseID) {
+					t.Fatal("nothing was removed")
+				}
+				b.waitForTerm()
+				wait := NewTiming(testTTL, -1, -1).exitWait()
+				if took := time.Since(began); took < wait || took > 2*wait {
+					t.Errorf("the next term began after %v, want %v", took, wait)
+				}
+				if txns, _ := n.take("b"); txns != 1 {
+					t.Errorf("%d transactions to win, want 1", txns)
+				}
+			})
+		})
+	}
+}
+
 // Whoever becomes the next in line confirms a renewal at once.
 func TestEarlyStart_NextInLine(t *testing.T) {
 	earlyQueue(t, func(_ *adoptRig, n *earlyNetwork, a, b, c *testCandidate) {

@@ -40,6 +40,7 @@ func (s *session) obeyHold(token int64) {
 // leadTerm calls Lead, and returns when the term has ended. lctx is the context of Lead,
 // and sctx ends with the session.
 func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
+	s.led = true
 	led := make(chan error, 1)
 	go func() { led <- s.cfg.Callbacks.Lead(lctx, t) }()
 	s.obeyHold(t.Token) // it may have come since the win

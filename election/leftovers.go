@@ -5,6 +5,10 @@ import (
 	"errors"
 	"sync"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"leasehold/control"
 )
 
 // leaving is what a session leaves in etcd.
@@ -14,8 +18,18 @@ type leaving struct {
 	created int64  // the key's create revision; 0: whichever it has
 	// handover is to whom the key's candidate hands over; nil: to whoever is next.
 	handover *handover
+	// exited is put in the transaction that deletes the key, and says that the job has exited. So
+	// whoever is next need not wait in case that somebody else has deleted the key. nil: the
+	// candidate has not led, as far as we know.
+	exited *pb.PutRequest
 	// announce is called before the first request; nil: it was.
 	announce func(lease int64) error
+}
+
+// exited is the request that puts the key by which the leader with that lease says that its job has
+// exited.
+func (cfg *Config) exited(lease int64) *pb.PutRequest {
+	return &pb.PutRequest{Key: []byte(control.JobExitedOf(cfg.Election)), Lease: lease}
 }
 
 // announceError is why a release was not announced. Nothing is asked of etcd then.
@@ -57,15 +71,26 @@ func (l *leaving) revoke(
 	return errors.Join(keyErr, err)
 }
 
-// remove deletes the key. If it can't be handed over, whoever is next leads.
+// remove deletes the key. If etcd refuses what is put with it (not permitted, no space, the lease
+// is gone), it does without.
 func (l *leaving) remove(ctx context.Context, m *member) error {
+	err := l.removeAnd(ctx, m, l.exited)
+	if err != nil && l.exited != nil && !MayPass(err) {
+		err = l.removeAnd(ctx, m, nil)
+	}
+	return err
+}
+
+// removeAnd deletes the key, and puts another one. If it can't be handed over, whoever is next
+// leads.
+func (l *leaving) removeAnd(ctx context.Context, m *member, put *pb.PutRequest) error {
 	if l.handover != nil {
-		done, err := m.handOver(ctx, l.key, l.created, l.handover)
-		if done || err != nil && MayPass(err) {
+		done, err := m.handOver(ctx, l.key, l.created, l.handover, put)
+		if done || err != nil && (put != nil || MayPass(err)) {
 			return err
 		}
 	}
-	return m.remove(ctx, l.key, l.created)
+	return m.remove(ctx, l.key, l.created, put)
 }
 
 // leftovers revokes the leases that could not be revoked when their sessions ended. The key of such

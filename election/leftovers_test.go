@@ -2,10 +2,14 @@ package election
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"leasehold/e2e/harness"
 )
@@ -179,4 +183,42 @@ func TestCandidate_LeaseNotRevoked_PlannedStop(t *testing.T) {
 	if leases, err := cluster.Leases(t.Context()); err != nil || len(leases) != 0 {
 		t.Errorf("leases in etcd: %v, %v", leases, err)
 	}
+}
+
+// An etcd that has no space left refuses what a leader puts when it leaves. It leaves nonetheless.
+func TestCandidate_ReleaseWithoutSpace(t *testing.T) {
+	cluster := newTestEtcd(t)
+	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
+	term := a.waitForTerm()
+	client, err := cluster.NewClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+	status, err := client.Status(t.Context(), cluster.Endpoints()[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pb.NewMaintenanceClient(client.ActiveConnection()).Alarm(t.Context(),
+		&pb.AlarmRequest{
+			Action: pb.AlarmRequest_ACTIVATE, Alarm: pb.AlarmType_NOSPACE,
+			MemberID: status.Header.MemberId,
+		}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Put(t.Context(), "x", ""); !errors.Is(err, rpctypes.ErrNoSpace) {
+		t.Fatalf("a put: %v", err)
+	}
+	cfg := testConfig(t, cluster.Endpoints(), "b")
+	ms, err := newMembers(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ms.close()
+	left := leaving{lease: term.LeaseID, key: term.Key, exited: cfg.exited(term.LeaseID)}
+	if err := left.revoke(t.Context(), ms, time.Minute, time.Minute); err != nil {
+		t.Error(err)
+	}
+	waitForLeases(t, cluster)
+	a.stop(nil)
 }

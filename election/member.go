@@ -170,20 +170,35 @@ func (m *member) txn(ctx context.Context, in *pb.TxnRequest) (*pb.TxnResponse, e
 	return resp, rpctypes.Error(err)
 }
 
-// remove deletes the key if it has that create revision; 0: whichever it has.
-func (m *member) remove(ctx context.Context, key string, created int64) error {
-	var only []*pb.Compare
-	if created != 0 {
-		only = []*pb.Compare{{
-			Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
-			TargetUnion: &pb.Compare_CreateRevision{CreateRevision: created},
-		}}
+// remove deletes the key if it has that create revision; 0: whichever it has. In the same
+// transaction it puts another one; nil: it does not.
+func (m *member) remove(
+	ctx context.Context, key string, created int64, put *pb.PutRequest,
+) error {
+	only := &pb.Compare{
+		Key: []byte(key), Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL,
+		TargetUnion: &pb.Compare_CreateRevision{CreateRevision: created},
 	}
-	del := &pb.RequestOp_RequestDeleteRange{
-		RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
+	if created == 0 {
+		only.Result = pb.Compare_GREATER // it is there
 	}
-	_, err := m.txn(ctx, &pb.TxnRequest{Compare: only, Success: []*pb.RequestOp{{Request: del}}})
+	_, err := m.txn(ctx, &pb.TxnRequest{
+		Compare: []*pb.Compare{only}, Success: deleteAndPut([]string{key}, put),
+	})
 	return err
+}
+
+// deleteAndPut are the operations that delete keys and put one; nil: they put none.
+func deleteAndPut(keys []string, put *pb.PutRequest) (ops []*pb.RequestOp) {
+	for _, key := range keys {
+		ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{
+			RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
+		}})
+	}
+	if put != nil {
+		ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put}})
+	}
+	return ops
 }
 
 // revoke revokes the lease. It also succeeds if etcd does not know the lease.

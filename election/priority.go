@@ -139,7 +139,7 @@ func (p *priorities) settle(ctx context.Context, s *session, l priorityLook) {
 		defer cancel()
 		_, err := hedge(ctx, s.members, s.timing.hedgeDelay(),
 			func(ctx context.Context, m *member) (bool, error) {
-				return m.pass(ctx, s.key, s.created.Load(), &h, h.passed)
+				return m.pass(ctx, s.key, s.created.Load(), &h, h.passed, nil)
 			})
 		if err != nil { // the next look tries again
 			s.log.Debug("candidates not moved", "err", s.cfg.explain(err))
@@ -219,10 +219,10 @@ func chooseNext(
 	return h, true
 }
 
-// pass deletes keys, if the leader's own and the target's are there at their create revisions. It
-// reports whether it did.
+// pass deletes keys, and puts one, if the leader's own and the target's are there at their create
+// revisions. It reports whether it did.
 func (m *member) pass(
-	ctx context.Context, key string, created int64, h *handover, keys []string,
+	ctx context.Context, key string, created int64, h *handover, keys []string, put *pb.PutRequest,
 ) (bool, error) {
 	there := func(key string, created int64) *pb.Compare {
 		return &pb.Compare{
@@ -232,13 +232,7 @@ func (m *member) pass(
 	}
 	txn := &pb.TxnRequest{
 		Compare: []*pb.Compare{there(key, created), there(h.target.key, h.target.created)},
-	}
-	for _, key := range keys {
-		txn.Success = append(txn.Success, &pb.RequestOp{
-			Request: &pb.RequestOp_RequestDeleteRange{
-				RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key)},
-			},
-		})
+		Success: deleteAndPut(keys, put),
 	}
 	resp, err := m.txn(ctx, txn)
 	return err == nil && resp.Succeeded, err

@@ -78,9 +78,13 @@ type queue struct {
 	looked   time.Duration // when one did
 	revision int64         // at which entries were read
 	proven   bool          // when first is closed: no deletion can have been missed
+	gone     int64         // see lastGone
 	err      error         // why it is not being watched, or not read
 	conn     *watchConn    // the watch that is open, or the last one
 }
+
+// unseenGone is no revision.
+const unseenGone = -1
 
 // Near is how many keys may be ahead of a candidate's that watches the whole queue, by default.
 const Near = 8
@@ -229,6 +233,14 @@ func (q *queue) waitUntilFirst(ctx context.Context) error {
 	}
 }
 
+// lastGone returns the revision at which the last key ahead of ours went; 0: none was, as far as we
+// know; unseenGone: the watch has not shown it.
+func (q *queue) lastGone() int64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.gone
+}
+
 // isProven reports whether it is certain that no key is ahead of ours, and that ours was there when
 // the last one went. It is asked when waitUntilFirst has returned.
 func (q *queue) isProven() bool {
@@ -326,6 +338,9 @@ func (q *queue) signalFirst(complete bool) {
 func (q *queue) setAhead(kvs []*mvccpb.KeyValue, revision int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if len(q.entries) > 1 && len(kvs) <= 1 {
+		q.gone = unseenGone
+	}
 	q.err, q.revision, q.entries = nil, revision, make([]queueEntry, 0, len(kvs))
 	q.looked, q.unseen = q.cfg.now(), nil
 	for _, kv := range kvs {
@@ -359,6 +374,7 @@ func (q *queue) apply(events []*mvccpb.Event, complete bool) {
 		// The key may have been deleted and made again before it was read.
 		if i := q.index(key); i >= 0 && event.Kv.ModRevision > q.revision {
 			q.entries = slices.Delete(q.entries, i, i+1)
+			q.gone = event.Kv.ModRevision
 			poke(q.changed)
 		}
 	}

@@ -36,6 +36,7 @@ type session struct {
 	created  atomic.Int64   // our key's create revision; 0: it is not known to be put
 	// handover is to whom we hand over when the job has exited; nil: to whoever is next.
 	handover *handover
+	led      bool // a term has begun
 	// adopted: the lease is that of a process before us. announced: that one has announced its
 	// release.
 	adopted, announced bool
@@ -294,6 +295,9 @@ func (s *session) release(ctx context.Context, stopQueue func()) error {
 	}
 	if left.created != 0 || s.adopted {
 		left.key = s.key
+	}
+	if s.led {
+		left.exited = s.cfg.exited(s.id)
 	}
 	err := left.revoke(context.WithoutCancel(ctx), s.members, timeout, s.cfg.hedgeDelay())
 	then := "trying again as long as the daemon runs"

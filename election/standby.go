@@ -207,7 +207,7 @@ func (s *session) campaign(
 		wait.sleep(ctx)
 	}
 	s.lease.confirmFrom(s.created.Load())
-	if s.startsEarly() && s.steering.mayStart(s.created.Load()) {
+	if s.waitForExit(ctx) && s.startsEarly() && s.steering.mayStart(s.created.Load()) {
 		renewNext()
 		return s.created.Load()
 	}
@@ -241,6 +241,23 @@ func (s *session) waitWhileHeld(ctx context.Context) error {
 		}
 	}
 	return ctx.Err()
+}
+
+// waitForExit waits until the leader that was ahead of us has said that its job has exited, and
+// returns true, also if nobody was ahead. If that leader has not deleted its key itself, or is of
+// an older version, it says nothing: then it waits for a moment, in which the leader learns that
+// its key is gone, and kills its job.
+func (s *session) waitForExit(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, s.timing.exitWait())
+	defer cancel()
+	for gone := s.queue.lastGone(); gone != 0 && !s.steering.hasExited(gone); {
+		select {
+		case <-s.steered:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
 }
 
 // startsEarly reports whether the queue alone proves that we lead, so that nothing has to be read.

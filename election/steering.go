@@ -27,7 +27,8 @@ var ErrHeld = errors.New("a hold keeps everybody from leading")
 // stream as that of the queue, on which etcd sends the events in the order of revisions.
 type steering struct {
 	// changed is called after each change, without the lock. It must not block.
-	changed func()
+	changed    func()
+	exitedName string // of the key by which a leader says that its job has exited
 
 	mu       sync.Mutex
 	holdKey  steeringKey
@@ -35,6 +36,8 @@ type steering struct {
 	askedKey steeringKey
 	asked    *control.Switchover // nil: nobody has asked
 	denied   error               // why etcd does not let us read them; nil: it does
+	// exited is the last revision at which we know a leader to have left after its job had exited.
+	exited int64
 }
 
 // steeringKey is a key, as it was at a revision.
@@ -48,12 +51,13 @@ type steeringKey struct {
 func newSteering(election string, changed func()) *steering {
 	hold, asked := control.HoldOf(election), control.SwitchoverOf(election)
 	return &steering{
-		changed: changed,
-		holdKey: steeringKey{name: hold}, askedKey: steeringKey{name: asked},
+		exitedName: control.JobExitedOf(election),
+		changed:    changed,
+		holdKey:    steeringKey{name: hold}, askedKey: steeringKey{name: asked},
 	}
 }
 
-// bounds are those of the range of both keys. Nothing else lies in it.
+// bounds are those of the range of both keys. Only the key that a leader leaves lies between them.
 func (s *steering) bounds() (first, end string) { return s.holdKey.name, s.askedKey.name + "\x00" }
 
 // readAll reads the ranges, and in the same transaction what people have written. It makes no
@@ -88,6 +92,9 @@ func (s *steering) readAll(
 // learn takes what a read of both keys has shown at that revision.
 func (s *steering) learn(revision int64, kvs []*mvccpb.KeyValue) {
 	s.update(func() (changed bool) {
+		for _, kv := range kvs {
+			changed = s.learnExit(kv) || changed
+		}
 		for _, k := range []*steeringKey{&s.holdKey, &s.askedKey} {
 			i := slices.IndexFunc(kvs, func(kv *mvccpb.KeyValue) bool {
 				return string(kv.Key) == k.name
@@ -102,6 +109,24 @@ func (s *steering) learn(revision int64, kvs []*mvccpb.KeyValue) {
 	})
 }
 
+// learnExit takes a key that has been put, and reports whether it is the one by which a leader says
+// that its job has exited. s.mu is held.
+func (s *steering) learnExit(kv *mvccpb.KeyValue) bool {
+	if string(kv.Key) != s.exitedName || kv.ModRevision <= s.exited {
+		return false
+	}
+	s.exited = kv.ModRevision
+	return true
+}
+
+// hasExited reports whether the leader whose key was deleted at that revision has left after its
+// job had exited.
+func (s *steering) hasExited(revision int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exited == revision
+}
+
 // learnAsked takes what a read of the request has shown at that revision.
 func (s *steering) learnAsked(revision int64, kv *mvccpb.KeyValue) {
 	s.update(func() bool { return s.set(&s.askedKey, revision, kv) })
@@ -111,6 +136,9 @@ func (s *steering) learnAsked(revision int64, kv *mvccpb.KeyValue) {
 func (s *steering) observe(events []*mvccpb.Event) {
 	s.update(func() (changed bool) {
 		for _, e := range events {
+			if e.Type == mvccpb.Event_PUT {
+				changed = s.learnExit(e.Kv) || changed
+			}
 			for _, k := range []*steeringKey{&s.holdKey, &s.askedKey} {
 				if string(e.Kv.Key) != k.name {
 					continue

@@ -286,7 +286,7 @@ func (s *session) serve(p plan) (served bool) {
 // does so only if the key is there at its create revision, so that none of the others has led, and
 // if the target is there. It reports whether it did, or has before.
 func (m *member) handOver(
-	ctx context.Context, key string, created int64, h *handover,
+	ctx context.Context, key string, created int64, h *handover, put *pb.PutRequest,
 ) (bool, error) {
-	return m.pass(ctx, key, created, h, append([]string{key}, h.passed...))
+	return m.pass(ctx, key, created, h, append([]string{key}, h.passed...), put)
 }

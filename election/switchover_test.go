@@ -136,7 +136,7 @@ func TestMember_HandOver(t *testing.T) {
 		}{{created - 1, r.etcd.Created(target)}, {created, 1}} {
 			done, err := m.handOver(r.t.Context(), a, h.created, &handover{
 				target: queueEntry{key: target, created: h.target}, passed: []string{b},
-			})
+			}, nil)
 			if done || err != nil || r.etcd.Created(a) == 0 || r.etcd.Created(b) == 0 {
 				t.Errorf("%+v: done %v, %v", h, done, err)
 			}

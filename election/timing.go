@@ -49,6 +49,10 @@ func (t Timing) hedgeDelay() time.Duration {
 // repeatAfter is the pause before a failed request is repeated.
 func (t Timing) repeatAfter() time.Duration { return min(t.TTL/20, time.Second) }
 
+// exitWait is for how long the next in line waits if the last key ahead of it went, and the leader
+// has not said that its job has exited: a busy machine may need that to learn of it and to kill.
+func (t Timing) exitWait() time.Duration { return min(t.Margin/10, time.Second) }
+
 // mostPause bounds the pause before a request is made again that has failed with this error. If
 // etcd refuses connections, or has no leader, an attempt costs it little, and the first one that
 // succeeds should come soon. If it does not answer in time, it may have too much to do, because all

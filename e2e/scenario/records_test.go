@@ -39,7 +39,7 @@ func (tr *trial) records(etcd *clientv3.Client) (map[string]control.Candidate, [
 			var t control.Term
 			tr.must(control.Decode(kv.Value, &t))
 			terms = append(terms, t)
-		case control.EndedHoldKey:
+		case control.EndedHoldKey, control.JobExitedKey:
 		default:
 			tr.Errorf("there is the key %s", kv.Key)
 		}

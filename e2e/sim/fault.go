@@ -239,7 +239,7 @@ func staleWin(w *world, f *Fault) {
 		}
 		w.later(won, func() {
 			for ahead := place - 1; ahead >= 0; ahead-- {
-				deleteKey(w, &Fault{Daemon: queue[ahead]})
+				leaveInName(w, &Fault{Daemon: queue[ahead]})
 			}
 		})
 		w.linkLater(cut, next, []int{m}, lost)
@@ -247,9 +247,8 @@ func staleWin(w *world, f *Fault) {
 	})
 }
 
-// missEvents breaks the connections of the next in line. Before it is back, its key is deleted, and
-// then the leader's. It hears of both in one message, or by a read, if etcd has compacted the
-// events.
+// missEvents breaks the connections of the next in line. Before it is back, its key is deleted. So
+// only a read can show it that. Then, or when it is back, the leader leaves.
 func missEvents(w *world, f *Fault) {
 	queue := w.queue()
 	if len(queue) < 2 {
@@ -259,10 +258,12 @@ func missEvents(w *world, f *Fault) {
 		resetLink(w, &Fault{Daemon: queue[1], Members: []int{m + 1}})
 	}
 	deleteKey(w, &Fault{Daemon: queue[1]})
-	deleteKey(w, &Fault{Daemon: queue[0]})
 	if f.Level < 0.5 {
 		w.cluster.Compact()
 	}
+	w.later(time.Duration(math.Mod(2*f.Level, 1)*float64(w.s.TTL)/5), func() {
+		leaveInName(w, &Fault{Daemon: queue[0]})
+	})
 }
 
 // delayEvents delays all answers to the next in line, and loses its requests, so that its last
@@ -277,8 +278,8 @@ func delayEvents(w *world, f *Fault) {
 		requestsLost: 1, leastDelay: 0.999,
 		answerDelay: time.Duration((0.2 + 0.5*f.Level) * float64(w.s.TTL)),
 	})
-	deleteKey(w, &Fault{Daemon: queue[0]})
-	deleteKey(w, &Fault{Daemon: queue[1]})
+	leaveInName(w, &Fault{Daemon: queue[0]})
+	w.later(w.s.TTL/50, func() { deleteKey(w, &Fault{Daemon: queue[1]}) })
 	w.linkLater(w.s.TTL, next, all, nil)
 }
 

@@ -43,6 +43,14 @@ func deleteKey(w *world, f *Fault) {
 	w.operate(f, func(_ int64, key string) bool { return w.cluster.DeleteKey(key) }, keyDeleted)
 }
 
+// leaveInName deletes the key as a leader does whose job has exited. So the next in line starts at
+// once.
+func leaveInName(w *world, f *Fault) {
+	w.operate(f, func(lease int64, key string) bool {
+		return w.cluster.Leave(key, control.JobExitedOf(election), lease)
+	}, keyDeleted)
+}
+
 // overwriteKey writes to the key without its lease. In half of the cases the daemon loses etcd a
 // little later, perhaps before it has removed the key.
 func overwriteKey(w *world, f *Fault) {

@@ -58,6 +58,19 @@ func (c *Cluster) DeleteKey(key string) bool {
 	})
 }
 
+// Leave deletes the key, if there is one, and puts another one, bound to a lease, in one
+// transaction. It reports whether that was done.
+func (c *Cluster) Leave(key, exited string, lease int64) bool {
+	return c.operate(func(u *update) error {
+		if u.get(key, u.now()) == nil || u.leases[lease] == nil {
+			return rpctypes.ErrGRPCKeyNotFound
+		}
+		u.deleteRange(&pb.DeleteRangeRequest{Key: []byte(key)})
+		u.put(&pb.PutRequest{Key: []byte(exited), Lease: lease})
+		return nil
+	})
+}
+
 // OverwriteKey puts the key, if there is one, without a lease. It reports whether that was done.
 func (c *Cluster) OverwriteKey(key string) bool {
 	return c.operate(func(u *update) error {
