@@ -256,32 +256,19 @@ func mend(c *cluster, node string) {
 // may ever have lived at once. N is how often each fault is injected. JSON names a file to which
 // the trials are added.
 func TestCluster_Faults(t *testing.T) {
-	if os.Getenv("CLUSTER") == "" {
-		t.Skip("skipped: CLUSTER names no command that reaches the nodes: run this by" +
-			" tools/kubernetes/cluster in make e2e-k8s")
-	}
-	c := newCluster(t)
-	job := c.images()
-	c.etcd()
-	// A directory of the node outlives the pods, and is nothing for pods that are restricted.
-	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=privileged",
-		"--overwrite")
-
+	c, job := newFaultyCluster(t)
 	rounds := 1
 	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
 		rounds = n
 	}
 	var run results
 	for _, form := range c.forms() {
-		c.lives = "/var/log/" + c.namespace + "-" + form.name
-		for _, node := range c.nodeNames() {
-			c.reach("node", node, "mkdir", "-m", "777", c.lives)
-		}
+		c.keepLives(form)
 		for _, stubborn := range []bool{false, true} {
 			if stubborn {
 				form.mode += "-on"
 			}
-			c.overlay("faults", form.folder, job, fmt.Sprintf(form.patch, form.mode, c.lives))
+			c.deploy(form, job)
 			for _, f := range faults {
 				if f.stubborn != stubborn || f.within[form.name] == 0 {
 					continue
@@ -307,6 +294,83 @@ func TestCluster_Faults(t *testing.T) {
 		if err := errors.Join(err, run.addTo(path)); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// newFaultyCluster skips the test where nothing reaches the nodes.
+func newFaultyCluster(t *testing.T) (c *cluster, job string) {
+	t.Helper()
+	if os.Getenv("CLUSTER") == "" {
+		t.Skip("skipped: CLUSTER names no command that reaches the nodes: run this by" +
+			" tools/kubernetes/cluster in make e2e-k8s")
+	}
+	c = newCluster(t)
+	job = c.images()
+	c.etcd()
+	// A directory of the node outlives the pods, and is nothing for pods that are restricted.
+	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=privileged",
+		"--overwrite")
+	return c, job
+}
+
+// keepLives makes the directory in which the jobs of a form keep when they lived.
+func (c *cluster) keepLives(form form) {
+	c.t.Helper()
+	c.lives = "/var/log/" + c.namespace + "-" + form.name
+	for _, node := range c.nodeNames() {
+		c.reach("node", node, "mkdir", "-m", "777", c.lives)
+	}
+}
+
+func (c *cluster) deploy(form form, job string) {
+	c.t.Helper()
+	c.overlay("faults", form.folder, job, fmt.Sprintf(form.patch, form.mode, c.lives))
+}
+
+// A rollout that cannot work stops at its first pod. The other two stay as they are, one of them
+// leads, and undo brings back the first.
+func TestCluster_BadRollouts(t *testing.T) {
+	c, job := newFaultyCluster(t)
+	form := c.forms()[0]
+	c.keepLives(form)
+	c.deploy(form, job)
+	for _, bad := range []struct{ name, kind, value string }{
+		{"an endpoint where nobody listens", "env", "LEASEHOLD_ENDPOINTS=https://127.0.0.1:1"},
+		{"an endpoint whose name is unknown", "env", "LEASEHOLD_ENDPOINTS=https://no.invalid:2379"},
+		{"a setting that is wrong", "env", "LEASEHOLD_TTL=15"},
+		{"an image that is not there", "image", "job=localhost/nothing:1"},
+	} {
+		t.Run(bad.name, func(t *testing.T) {
+			c := *c
+			c.t = t
+			c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+			c.kubectl("set", bad.kind, "deployment/wrapper", bad.value)
+			pods := func() error {
+				got := c.kubectl("get", "deployment", "wrapper", "-o", "jsonpath="+
+					"{.status.updatedReplicas} {.status.replicas} {.status.readyReplicas}")
+				if got != "1 3 2" {
+					return fmt.Errorf("updated, all and ready pods: %s, want 1 3 2", got)
+				}
+				return nil
+			}
+			c.until(2*time.Minute, pods)
+			// Longer than the TTL, and than a new pod takes to be ready.
+			if err := harness.Wait(t.Context(), 20*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			if err := pods(); err != nil {
+				t.Error(err)
+			}
+			lives := c.jobs()
+			if last := lives[len(lives)-1]; boottime.Now()-last.last > time.Second {
+				t.Errorf("nobody has a job; the last one is %v", last)
+			}
+			c.kubectl("rollout", "undo", "deployment/wrapper")
+			c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+			for _, o := range overlaps(c.jobs()) {
+				t.Errorf("two jobs at once: %s", o)
+			}
+		})
 	}
 }
 
