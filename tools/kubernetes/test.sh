@@ -5,26 +5,33 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH=$PATH:/usr/sbin:/sbin
 cluster=tools/kubernetes/cluster
+cgroup=leasehold-kubernetes-$(cksum <<<"$PWD" | cut -d ' ' -f 1)
 before=$(mktemp) after=$(mktemp)
 trap 'rm -f "$before" "$after"; $cluster down' EXIT
 
-# What a cluster might leave on the machine, or change. Others start and end processes meanwhile, so
-# only those of clusters count.
+# What a cluster might leave on the machine, or change. What other tests and clusters do meanwhile does
+# not count.
 machine() {
-	ip netns list
+	ip netns list | grep -E '^(switch|node[0-9])' || :
 	ip -o link | cut -d ' ' -f 2 | grep -v '^veth' || :
 	nft list ruleset
-	cat /proc/mounts
-	ls -d /sys/fs/cgroup/*/leasehold-kubernetes-* 2>/dev/null || :
+	grep -E 'kubernetes|netns/(switch|node[0-9])' /proc/mounts || :
+	ls -d "/sys/fs/cgroup/"*"/$cgroup" 2>/dev/null || :
+	grep -ls "$cgroup" /proc/[0-9]*/cgroup || :
 	sysctl vm.overcommit_memory vm.panic_on_oom kernel.panic kernel.panic_on_oops kernel.keys \
 		net.ipv4.ip_forward net.ipv4.conf.all.route_localnet
 	ls -d bin/kubernetes/run /etc/cni/net.d/* /var/lib/kubelet /var/lib/containerd /run/containerd \
 		/opt/containerd /usr/libexec/kubernetes 2>/dev/null || :
-	pgrep -x 'kubelet|kube-apiserver|kube-proxy|containerd-shim' || :
 }
+# The last processes have been killed, and may not have exited yet.
 same() {
-	machine >"$after"
-	diff "$before" "$after" || { echo "$1 leaves what there was not before" >&2; exit 1; }
+	for _ in $(seq 50); do
+		machine >"$after"
+		! cmp -s "$before" "$after" || return 0
+		sleep 0.1
+	done
+	diff "$before" "$after" || echo "$1 leaves what there was not before" >&2
+	exit 1
 }
 $cluster down
 machine >"$before"
