@@ -74,7 +74,13 @@ func ReadRelation() (Relation, error) {
 	if err != nil {
 		return nil, err
 	}
-	return parseRelation(string(text))
+	r, err := parseRelation(string(text))
+	if err == nil {
+		// To the model, the hook that follows the job is the last part of the kill.
+		r[GuardMachine][[2]string{"killing", "post-stop"}] = true
+		r[GuardMachine][[2]string{"post-stop", "idle"}] = true
+	}
+	return r, err
 }
 
 func parseRelation(text string) (Relation, error) {

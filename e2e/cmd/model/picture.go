@@ -97,6 +97,8 @@ func bars(events []event) (found []bar) {
 // broken says what is wrong at the end of a trace.
 var broken = map[string]string{
 	"two-jobs":     "two jobs run at once",
+	"two-machines": "the address is on two machines",
+	"hook-unended": "the lease is revoked before the hook is over",
 	"token":        "the token of this job is not higher than that of an earlier one",
 	"after-stop":   "the job is to run, although the user has asked the daemon to stop",
 	"run-again":    "the job runs again, although it had exited for good",

@@ -130,8 +130,10 @@ func violates(r result, property string) error {
 
 // properties are what must not break, by the comment beside its assertion in the model.
 var properties = map[string]string{
-	"never two jobs": "two-jobs",
-	"tokens rise":    "token",
+	"never two jobs":                          "two-jobs",
+	"never on two machines":                   "two-machines",
+	"never revoked before the hook is over":   "hook-unended",
+	"tokens rise":                             "token",
 	"never revoked before the job has exited": "early-revoke",
 	"never run again in one term":             "run-again",
 	"never started after a stop":              "after-stop",
