@@ -30,6 +30,7 @@ const (
 	roleRevoke  = "revoke"
 	roleProbe   = "probe"
 	roleCheck   = "run-check"
+	roleHook    = "run-hook"
 	// roleCheckReload is what the guard of an older binary runs, so its name stays.
 	roleCheckReload = "check-reload"
 )
@@ -48,6 +49,9 @@ func Main(args []string, build Build) int {
 		case name == roleCheck:
 			nameProcess("check")
 			return check.Run(rest)
+		case name == roleHook:
+			nameProcess("hook")
+			return check.RunHook(rest)
 		case name == roleProbe:
 			fmt.Print("\n")
 			time.Sleep(10 * time.Second) // until the guard kills it

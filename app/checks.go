@@ -41,6 +41,17 @@ func checkCommand(cfg config.Config, command config.Command) *check.Command {
 	}
 }
 
+// postStop is the hook that follows the job; nil: there is none.
+func postStop(cfg config.Config) *check.Hook {
+	if cfg.PostStop.Argv == nil {
+		return nil
+	}
+	return &check.Hook{
+		Runner: []string{"leasehold", roleHook}, Argv: cfg.PostStop.Argv,
+		Timeout: cfg.Timing().PostStop, NewPrivs: cfg.NoNewPrivs == "off",
+	}
+}
+
 // addFitness adds an actor that checks whether the candidate may lead. queued: it was fit when an
 // elector before this one put its key.
 func (d *daemon) addFitness(p parts, recorder *control.Recorder, queued bool) {
@@ -77,10 +88,11 @@ func (d *daemon) addFitness(p parts, recorder *control.Recorder, queued bool) {
 	}, func(error) { cancel() })
 }
 
-// lookChecks returns an error if the command of a check can't be found or executed.
+// lookChecks returns an error if the command of a check or a hook can't be found or executed.
 func lookChecks(cfg config.Config) error {
 	for name, command := range map[string]config.Command{
 		"HEALTH_CMD": cfg.Health.Cmd, "FITNESS_CMD": cfg.Fitness.Cmd,
+		"PRE_START": cfg.PreStart, "POST_STOP": cfg.PostStop,
 	} {
 		if command.Argv == nil {
 			continue

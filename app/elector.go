@@ -138,6 +138,7 @@ func runElector(build Build, args []string) int {
 	if sc.Health.Notify || sc.Health.Watchdog > 0 {
 		sc.NotifySock = notifyFd
 	}
+	sc.PostStop = postStop(cfg)
 	sc.Signal = func(unix.Signal) { stop(errPlannedStop) }
 	sc.Running = func() bool { return live(d.candidate.Snapshot()) == nil }
 	sc.Changed = func() { signalChange(changed) }

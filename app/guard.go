@@ -63,6 +63,10 @@ func runGuard(build Build, call cli.Call) error {
 	if err != nil {
 		return log.exit(err)
 	}
+	preStart := ""
+	if cfg.PreStart.Argv != nil {
+		preStart, _ = lookCommand(cfg.PreStart.Argv[0]) // lookChecks has found it
+	}
 	log.start(build, cfg)
 	exit, err := guard.Run(guard.Config{
 		Path: path, Argv: call.Job, Env: jobEnvironment(os.Environ()),
@@ -70,8 +74,10 @@ func runGuard(build Build, call cli.Call) error {
 		TTL: cfg.TTL.Duration, Margin: cfg.Timing().Margin,
 		StopSignal: cfg.StopSignal.Signal, StopGrace: cfg.StopGrace.Duration,
 		NewPrivs: cfg.NoNewPrivs == "off", Freeze: cfg.Freezes(),
-		Elector: []string{"leasehold", roleElector},
-		Probe:   []string{"leasehold", roleProbe},
+		PreStart: cfg.PreStart.Argv, PreStartPath: preStart,
+		PostStop: postStop(cfg),
+		Elector:  []string{"leasehold", roleElector},
+		Probe:    []string{"leasehold", roleProbe},
 		Revoke: func(lease int64, within time.Duration) []string {
 			return []string{"leasehold", roleRevoke, strconv.FormatInt(lease, 16), within.String()}
 		},

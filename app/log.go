@@ -174,7 +174,7 @@ func newLogTo(fd int, cfg config.Config) *daemonLog {
 // renewal.
 func (l *daemonLog) start(build Build, cfg config.Config) {
 	timing := cfg.Timing()
-	killBy := timing.TTL - timing.Margin
+	killBy := timing.TTL - timing.Margin - timing.PostStop
 	l.Info("starting", "version", build.Version,
 		"endpoints", strings.Join(cfg.Endpoints, ","), "listen", cfg.Listen,
 		"ttl", timing.TTL, "stop_at", killBy-timing.LossGrace, "kill_by", killBy)

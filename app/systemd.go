@@ -58,9 +58,9 @@ func (n *notifier) flush() {
 
 // stopping is the message that the daemon stops, and how long that may take. If it may take longer
 // than the unit's TimeoutStopSec=, systemd waits for it. The time covers the grace, a kill, and
-// giving the lease back.
+// giving the lease back; and the hook after the job.
 func stopping(cfg config.Config) string {
-	within := cfg.StopGrace.Duration + 30*time.Second
+	within := cfg.StopGrace.Duration + cfg.Timing().PostStop + 30*time.Second
 	return fmt.Sprintf("STOPPING=1\nEXTEND_TIMEOUT_USEC=%d", within.Microseconds())
 }
 

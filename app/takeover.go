@@ -20,7 +20,7 @@ func (j *jobCallbacks) adopt(ec *election.Config) {
 		j.supervisor.Awake()
 	}
 	if ec.Adopt != nil {
-		timing := election.NewTiming(ec.Adopt.TTL, ec.LossGrace, ec.Margin)
+		timing := ec.Timing(ec.Adopt.TTL)
 		j.margin.Store(int64(timing.Margin))
 	}
 	if r.StartedAt != 0 {
@@ -38,9 +38,9 @@ func adoption(ec election.Config, r ipc.Record) *election.Adoption {
 		Releasing: r.Lease.Releasing, Leading: r.Job != ipc.JobIdle,
 	}
 	if a.Leading {
-		timing := election.NewTiming(a.TTL, ec.LossGrace, ec.Margin)
+		timing := ec.Timing(a.TTL)
 		a.Deadlines = election.Deadlines{
-			StopAt: r.StopAt, KillBy: r.KillBy, End: r.KillBy + timing.Margin,
+			StopAt: r.StopAt, KillBy: r.KillBy, End: r.KillBy + timing.PostStop + timing.Margin,
 		}
 		a.Ending = r.Ordered
 	}

@@ -35,6 +35,7 @@ func JobVariables() []Entry {
 				" A later term has a greater one",
 		},
 		{config.Prefix + "_LEASE_ID", "the lease, in hex"},
+		{config.Prefix + "_REASON", "in hooks alone, why they run: start, stop or startup"},
 		{"NOTIFY_SOCKET", "with LEASEHOLD_NOTIFY or LEASEHOLD_WATCHDOG: see sd_notify(3)"},
 		{
 			"WATCHDOG_USEC, WATCHDOG_PID",

@@ -23,6 +23,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/election"
+
 	"leasehold/internal/quote"
 )
 
@@ -81,11 +83,33 @@ func TestConfig_Defaults(t *testing.T) {
 		{"LOG_LEVEL", cfg.Log.Level.Level, slog.LevelInfo},
 		{"LOG_FORMAT", cfg.Log.Format, "text"},
 		{"TLS", cfg.TLS, TLS{}},
+		{"PRE_START", cfg.PreStart.Argv == nil, true},
+		{"POST_STOP", cfg.PostStop.Argv == nil, true},
+		{"KILL_BY", cfg.Timing().From(0).KillBy, 13500 * time.Millisecond},
 		{"USERNAME", cfg.Username, ""},
 		{"DIAL_TIMEOUT", cfg.DialTimeout.Duration, time.Second},
 	} {
 		if c.got != c.want {
 			t.Errorf("%s = %v, want %v", c.name, c.got, c.want)
+		}
+	}
+}
+
+// By default a hook after the job fits into every TTL, and no hook costs nothing.
+func TestConfig_PostStop(t *testing.T) {
+	for _, ttl := range []time.Duration{2 * time.Second, 15 * time.Second, 5 * time.Minute} {
+		cfg, err := load(t, ForRun, "ELECTION=e", "POST_STOP=true", "TTL="+ttl.String())
+		if err != nil {
+			t.Fatalf("TTL %v: %v", ttl, err)
+		}
+		got, without := cfg.Timing(), election.NewTiming(ttl, -1, -1, 0)
+		if got.PostStop != ttl/10 ||
+			got.From(0).KillBy != without.From(0).KillBy-ttl/10 ||
+			got.From(0).StopAt != without.From(0).StopAt-ttl/10 {
+			t.Errorf("TTL %v: %+v, without a hook %+v", ttl, got.From(0), without.From(0))
+		}
+		if ec := cfg.ElectionConfig(nil); ec.Timing(ttl) != got {
+			t.Errorf("the election has %+v, want %+v", ec.Timing(ttl), got)
 		}
 	}
 }
@@ -260,6 +284,21 @@ func TestConfig_Refusals(t *testing.T) {
 		{
 			"no time to freeze", "CONTACT_LOSS=Freeze LOSS_GRACE=0s",
 			"LOSS_GRACE: 0s leaves no time to freeze the job",
+		},
+		{
+			"arithmetic of the hook", "POST_STOP=true POST_STOP_TIMEOUT=5s",
+			"TTL: loss grace 3s + post-stop timeout 5s + margin 1.5s + 3 × renewal interval 3s = " +
+				"18.5s is more than the TTL 15s: raise it, or lower LEASEHOLD_POST_STOP_TIMEOUT",
+		},
+		{"hook", "PRE_START=a|b", `PRE_START: "a|b" is for a shell: write sh -c '...'`},
+		{"hook without an end", "POST_STOP='a", `POST_STOP: "'a" is no command line`},
+		{
+			"hook for a frozen job", "POST_STOP=true CONTACT_LOSS=freeze",
+			"POST_STOP: it can't run for a job that is frozen",
+		},
+		{
+			"no time for a hook", "POST_STOP=true POST_STOP_TIMEOUT=0s",
+			"POST_STOP_TIMEOUT: 0s is too short: write 100ms or more",
 		},
 		{"loss grace", "LOSS_GRACE=-1s", `LOSS_GRACE: "-1s" is negative`},
 		{"margin", "MARGIN=0s", "MARGIN: 0s is too short"},
@@ -462,7 +501,7 @@ func TestConfig_Refusals(t *testing.T) {
 }
 
 func TestConfig_ServiceLinksAndJobVariablesAreNoProblems(t *testing.T) {
-	settings := []string{"ELECTION=e", "KEY=e/1", "FENCING_TOKEN=7", "LEASE_ID=1f"}
+	settings := []string{"ELECTION=e", "KEY=e/1", "FENCING_TOKEN=7", "LEASE_ID=1f", "REASON=stop"}
 	for _, service := range []string{"", "WEB_", "MY_WEB_"} {
 		for _, link := range []string{
 			"SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_4040_TCP",
@@ -488,6 +527,7 @@ func TestConfig_OnlyWhatTheUseNeedsIsChecked(t *testing.T) {
 		{"elect", "ELECTION=e RESTART_LIMIT=5", "RESTART_LIMIT: it is about a job"},
 		{"elect", "ELECTION=e NO_NEW_PRIVS=off", "NO_NEW_PRIVS: it is about a job"},
 		{"elect", "ELECTION=e CONTACT_LOSS=freeze", "CONTACT_LOSS: it is about a job"},
+		{"elect", "ELECTION=e POST_STOP=true", "POST_STOP: it is about a job"},
 		{"elect", "ELECTION=e STOP_SIGNAL=TERM", "STOP_SIGNAL: it is about a job"},
 		{"check", "TTL=x NO_SUCH_VARIABLE=1 TLS_CA_FILE=/missing", ""},
 		{"check", "LISTEN=x", "LISTEN: "},

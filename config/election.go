@@ -15,7 +15,8 @@ func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 	ec := election.Config{
 		Endpoints: c.Endpoints, Election: c.Election, Identity: c.Identity,
 		TTL: c.TTL.Duration, LossGrace: c.LossGrace.Or(-1), Margin: c.Margin.Or(-1),
-		Wait: c.Wait.Or(-1), DialTimeout: c.DialTimeout.Duration,
+		PostStop: c.postStopTimeout(),
+		Wait:     c.Wait.Or(-1), DialTimeout: c.DialTimeout.Duration,
 		TLS: election.TLS{
 			CAFile: c.TLS.CAFile, CertFile: c.TLS.CertFile, KeyFile: c.TLS.KeyFile,
 			ServerName: c.TLS.ServerName,
@@ -33,7 +34,17 @@ func (c *Config) ElectionConfig(log *slog.Logger) election.Config {
 
 // Timing is how a lease is divided if etcd grants the TTL that it is asked for.
 func (c *Config) Timing() election.Timing {
-	return election.NewTiming(c.TTL.Duration, c.LossGrace.Or(-1), c.Margin.Or(-1))
+	return election.NewTiming(c.TTL.Duration, c.LossGrace.Or(-1), c.Margin.Or(-1),
+		c.postStopTimeout())
+}
+
+// postStopTimeout is the time of the hook that follows the job; 0: there is none; negative: the
+// default.
+func (c *Config) postStopTimeout() time.Duration {
+	if c.PostStop.Argv == nil {
+		return 0
+	}
+	return c.PostStopTimeout.Or(-1)
 }
 
 // fitnessRound is how long it may take until candidates with these settings see that they are unfit

@@ -19,6 +19,12 @@ func (c *Config) Fixed() []string {
 		}
 		return d.String()
 	}
+	words := func(command Command) string {
+		if command.Argv == nil {
+			return ""
+		}
+		return fmt.Sprintf("%q", command.Argv)
+	}
 	return []string{
 		"ELECTION=" + c.Election,
 		"IDENTITY=" + c.Identity,
@@ -29,6 +35,9 @@ func (c *Config) Fixed() []string {
 		"STOP_GRACE=" + c.StopGrace.String(),
 		"NO_NEW_PRIVS=" + c.NoNewPrivs,
 		"NOTIFY=" + c.Notify,
+		"PRE_START=" + words(c.PreStart),
+		"POST_STOP=" + words(c.PostStop),
+		"POST_STOP_TIMEOUT=" + duration(c.PostStopTimeout),
 		"WATCHDOG=" + c.Watchdog.String(),
 		"LISTEN=" + c.Listen,
 		"STATE_DIR=" + c.StateDir,

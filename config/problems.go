@@ -55,7 +55,7 @@ func (p *problems) matters(name string) bool {
 // into each container for a Service whose name starts with "leasehold", and the job's variables,
 // which a daemon finds if a job starts it.
 var otherNames = regexp.MustCompile(`^((.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|` +
-	`PORT_\d+_(TCP|UDP|SCTP)(_.+)?)|KEY|FENCING_TOKEN|LEASE_ID)$`)
+	`PORT_\d+_(TCP|UDP|SCTP)(_.+)?)|KEY|FENCING_TOKEN|LEASE_ID|REASON)$`)
 
 // unknown notes the variables that are no settings. A misspelt one would silently leave the default
 // in force.

@@ -22,7 +22,7 @@ const unconfirmed = math.MaxUint64
 func (s *session) adopt(a Adoption) func(ctx context.Context) error {
 	s.id, s.key = a.LeaseID, s.cfg.keyOf(a.LeaseID)
 	s.adopted, s.announced = true, a.Releasing
-	s.timing = NewTiming(a.TTL, s.cfg.LossGrace, s.cfg.Margin)
+	s.timing = s.cfg.Timing(a.TTL)
 	s.created.Store(a.Created)
 	s.run.nestedChecked = a.Created != 0 // before the key was put
 	s.log.Info("took over a lease", "lease", fmt.Sprintf("%x", s.id),

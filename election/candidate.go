@@ -33,7 +33,7 @@ type Candidate struct {
 
 // New checks the configuration, as far as that can be done without etcd.
 func New(cfg Config) (*Candidate, error) {
-	if err := NewTiming(cfg.TTL, cfg.LossGrace, cfg.Margin).Validate(); err != nil {
+	if err := cfg.Timing(cfg.TTL).Validate(); err != nil {
 		return nil, err
 	}
 	if cfg.Election == "" {

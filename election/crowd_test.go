@@ -152,7 +152,7 @@ func crowdQueue(
 	}
 	t.Cleanup(ms.close)
 	q = newQueue(queueConfig{
-		prefix: "jobs/", own: "jobs/b", near: 1, members: ms, timing: NewTiming(testTTL, -1, -1),
+		prefix: "jobs/", own: "jobs/b", near: 1, members: ms, timing: NewTiming(testTTL, -1, -1, 0),
 		now: r.now, heartbeat: new(heartbeat), lost: func(cause error) { *lost = cause },
 		timeout: time.Second,
 	})

@@ -114,7 +114,7 @@ func TestEarlyStart_DeletedByOthers(t *testing.T) {
 					t.Fatal("nothing was removed")
 				}
 				b.waitForTerm()
-				wait := NewTiming(testTTL, -1, -1).exitWait()
+				wait := NewTiming(testTTL, -1, -1, 0).exitWait()
 				if took := time.Since(began); took < wait || took > 2*wait {
 					t.Errorf("the next term began after %v, want %v", took, wait)
 				}
@@ -344,7 +344,7 @@ func TestQueue_OwnKeyMissed(t *testing.T) {
 		defer ms.close()
 		var lost error
 		q := newQueue(queueConfig{
-			prefix: "jobs/", own: "jobs/b", members: ms, timing: NewTiming(testTTL, -1, -1),
+			prefix: "jobs/", own: "jobs/b", members: ms, timing: NewTiming(testTTL, -1, -1, 0),
 			now: r.now, heartbeat: new(heartbeat), lost: func(cause error) { lost = cause },
 		})
 		q.put(leader.Token + 1)

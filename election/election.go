@@ -232,8 +232,10 @@ type Config struct {
 	Identity string
 	// TTL is asked of etcd in whole seconds; etcd may grant more.
 	TTL time.Duration
-	// LossGrace and Margin are negative for the default that NewTiming documents.
+	// LossGrace, Margin and PostStop are negative for the default that NewTiming documents.
 	LossGrace, Margin time.Duration
+	// PostStop is how long what has to follow the job's exit takes, before another may lead.
+	PostStop time.Duration
 	// Wait bounds the time from the start of Run until the candidate is elected. Negative means for
 	// ever. 0 means to join, look, and leave if there is a leader.
 	Wait time.Duration

@@ -160,7 +160,7 @@ func newTestLeaseOf(
 	if err != nil {
 		t.Fatal(err)
 	}
-	timing := NewTiming(ttl, -1, -1)
+	timing := NewTiming(ttl, -1, -1, 0)
 	l.lease = newLease(leaseConfig{
 		id: testLeaseID, key: "key", timing: timing,
 		deadlines: timing.From(0), next: timing.RenewInterval(),

@@ -122,7 +122,7 @@ func (s *session) takePart(ctx, sctx context.Context) error {
 	if g.ttl != s.cfg.TTL {
 		s.cfg.Callbacks.Leased(s.id, g.ttl)
 	}
-	s.timing = NewTiming(g.ttl, s.cfg.LossGrace, s.cfg.Margin)
+	s.timing = s.cfg.Timing(g.ttl)
 	deadlines := s.timing.From(g.sent)
 	s.state.leased(s.id, g.ttl, deadlines)
 	s.startLease(sctx, leaseConfig{
@@ -169,7 +169,7 @@ func (s *session) startQueue(ctx context.Context) {
 	s.queue = newQueue(queueConfig{
 		prefix: s.cfg.prefix(), own: s.key, near: s.cfg.Near, members: s.members,
 		steering: s.steering,
-		timing:   NewTiming(s.cfg.TTL, s.cfg.LossGrace, s.cfg.Margin),
+		timing:   s.cfg.Timing(s.cfg.TTL),
 		timeout:  s.cfg.requestTimeout(),
 		now:      s.cfg.Now, heartbeat: heartbeat, lost: s.lost,
 	})

@@ -15,24 +15,35 @@ type Deadlines struct {
 
 // Timing is how a lease's life is divided:
 //
-//	s                                          StopAt          KillBy      End
-//	|---- renewals every RenewInterval --------------|---- LossGrace ----|-- Margin --|
-type Timing struct{ TTL, LossGrace, Margin time.Duration }
+//	s                                     StopAt        KillBy                    End
+//	|---- renewals every RenewInterval ------|- LossGrace -|- PostStop -|- Margin -|
+//
+// Without a hook after the job's exit, PostStop is 0.
+type Timing struct{ TTL, LossGrace, PostStop, Margin time.Duration }
 
 // minMargin is the least default margin: what a busy kernel may need to kill a job, however short
 // the TTL.
 const minMargin = 200 * time.Millisecond
 
 // NewTiming returns the timing of a lease granted for that long. A negative loss grace means a
-// fifth of it, a negative margin a tenth, at least 200 ms.
-func NewTiming(granted, lossGrace, margin time.Duration) Timing {
+// fifth of it, a negative margin a tenth, at least 200 ms, and a negative time for the hook a
+// tenth.
+func NewTiming(granted, lossGrace, margin, postStop time.Duration) Timing {
 	if lossGrace < 0 {
 		lossGrace = granted / 5
 	}
 	if margin < 0 {
 		margin = max(granted/10, minMargin)
 	}
-	return Timing{TTL: granted, LossGrace: lossGrace, Margin: margin}
+	if postStop < 0 {
+		postStop = granted / 10
+	}
+	return Timing{TTL: granted, LossGrace: lossGrace, PostStop: postStop, Margin: margin}
+}
+
+// Timing returns the timing of the candidate's lease if it is granted for that long.
+func (c *Config) Timing(granted time.Duration) Timing {
+	return NewTiming(granted, c.LossGrace, c.Margin, c.PostStop)
 }
 
 // RenewInterval is the time between the sending of two renewals if nothing fails. It may be up to a
@@ -66,9 +77,13 @@ func (t Timing) mostPause(err error) time.Duration {
 
 // Validate refuses a timing in which losing two renewals in a row would end the term.
 func (t Timing) Validate() error {
-	if sum := t.LossGrace + t.Margin + 3*t.RenewInterval(); sum > t.TTL {
-		return fmt.Errorf("loss grace %v + margin %v + 3 × renewal interval %v = %v is more than "+
-			"the TTL %v", t.LossGrace, t.Margin, t.RenewInterval(), sum, t.TTL)
+	if sum := t.LossGrace + t.PostStop + t.Margin + 3*t.RenewInterval(); sum > t.TTL {
+		hook := ""
+		if t.PostStop > 0 {
+			hook = fmt.Sprintf("post-stop timeout %v + ", t.PostStop)
+		}
+		return fmt.Errorf("loss grace %v + %smargin %v + 3 × renewal interval %v = %v is more "+
+			"than the TTL %v", t.LossGrace, hook, t.Margin, t.RenewInterval(), sum, t.TTL)
 	}
 	return nil
 }
@@ -76,5 +91,6 @@ func (t Timing) Validate() error {
 // From returns the deadlines of a renewal that was sent at that moment.
 func (t Timing) From(sent time.Duration) Deadlines {
 	end := sent + t.TTL
-	return Deadlines{StopAt: end - t.Margin - t.LossGrace, KillBy: end - t.Margin, End: end}
+	killBy := end - t.Margin - t.PostStop
+	return Deadlines{StopAt: killBy - t.LossGrace, KillBy: killBy, End: end}
 }

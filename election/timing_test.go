@@ -19,16 +19,19 @@ func TestNewTiming(t *testing.T) {
 	}{
 		{
 			15 * time.Second, -1, -1,
-			Timing{15 * time.Second, 3 * time.Second, 1500 * time.Millisecond},
+			Timing{15 * time.Second, 3 * time.Second, 0, 1500 * time.Millisecond},
 		},
 		{
 			2 * time.Second, -1, -1,
-			Timing{2 * time.Second, 400 * time.Millisecond, 200 * time.Millisecond},
+			Timing{2 * time.Second, 400 * time.Millisecond, 0, 200 * time.Millisecond},
 		},
-		{time.Second, -1, -1, Timing{time.Second, 200 * time.Millisecond, 200 * time.Millisecond}},
-		{15 * time.Second, 0, time.Second, Timing{15 * time.Second, 0, time.Second}},
+		{
+			time.Second, -1, -1,
+			Timing{time.Second, 200 * time.Millisecond, 0, 200 * time.Millisecond},
+		},
+		{15 * time.Second, 0, time.Second, Timing{15 * time.Second, 0, 0, time.Second}},
 	} {
-		if got := NewTiming(test.granted, test.lossGrace, test.margin); got != test.want {
+		if got := NewTiming(test.granted, test.lossGrace, test.margin, 0); got != test.want {
 			t.Errorf(
 				"NewTiming(%v, %v, %v) = %+v, want %+v", test.granted, test.lossGrace, test.margin,
 				got, test.want,
@@ -38,7 +41,7 @@ func TestNewTiming(t *testing.T) {
 }
 
 func TestTiming_From(t *testing.T) {
-	got := NewTiming(15*time.Second, -1, -1).From(100 * time.Second)
+	got := NewTiming(15*time.Second, -1, -1, 0).From(100 * time.Second)
 	want := Deadlines{
 		StopAt: 110500 * time.Millisecond,
 		KillBy: 113500 * time.Millisecond,
@@ -51,11 +54,11 @@ func TestTiming_From(t *testing.T) {
 
 func TestTiming_Validate(t *testing.T) {
 	for ttl := 2 * time.Second; ttl < time.Hour; ttl *= 2 {
-		if err := NewTiming(ttl, -1, -1).Validate(); err != nil {
+		if err := NewTiming(ttl, -1, -1, 0).Validate(); err != nil {
 			t.Errorf("the defaults for a TTL of %v: %v", ttl, err)
 		}
 	}
-	err := NewTiming(10*time.Second, 4*time.Second, time.Second).Validate()
+	err := NewTiming(10*time.Second, 4*time.Second, time.Second, 0).Validate()
 	if err == nil {
 		t.Fatal("loss grace 4s + margin 1s + 3 × 2s of 10s are accepted")
 	}

@@ -203,7 +203,7 @@ func TestQueue_WatchRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			q := newQueue(queueConfig{
-				prefix: "jobs/", own: "jobs/a", members: ms, timing: NewTiming(testTTL, -1, -1),
+				prefix: "jobs/", own: "jobs/a", members: ms, timing: NewTiming(testTTL, -1, -1, 0),
 				now: func() time.Duration { return 0 }, heartbeat: new(heartbeat),
 				lost: func(error) {},
 			})

@@ -301,6 +301,11 @@ func (s *Supervisor) readSpawner() {
 			default:
 				close(s.spawnerDone)
 			}
+		case ipc.SpawnerHookDone:
+			select {
+			case s.hookDone <- unix.WaitStatus(m.Value):
+			default:
+			}
 		}
 	}
 }
@@ -318,9 +323,9 @@ func receivedFd(control []byte) int {
 	return fds[0]
 }
 
-// askSpawner asks the spawner to kill the job, and to start no other.
-func (s *Supervisor) askSpawner() {
-	m := ipc.SpawnerMessage{Kind: ipc.SpawnerKill}
+// tellSpawner sends the spawner a message that has only a kind.
+func (s *Supervisor) tellSpawner(kind int32) {
+	m := ipc.SpawnerMessage{Kind: kind}
 	_ = unix.Sendto(s.cfg.SpawnerSock, m.Bytes(), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
 }
 

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
+	"leasehold/supervisor/check"
 	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
 )
@@ -68,7 +69,7 @@ const usualKill = 5 * time.Millisecond
 func (k *killInGuardsPlace) begin() {
 	s := k.s
 	k.alive = s.guardIsLost(k.why) // first: from now on nobody reports that the job runs
-	s.askSpawner()
+	s.tellSpawner(ipc.SpawnerKill)
 	if k.alive {
 		s.killNow()
 	}
@@ -133,7 +134,7 @@ func (k *killInGuardsPlace) killJob() (gone, left bool) {
 // sees. It reports whether it saw any, or some could be there unseen.
 func (k *killInGuardsPlace) killBesideSpawner() (left bool) {
 	s := k.s
-	s.askSpawner()
+	s.tellSpawner(ipc.SpawnerKill)
 	if k.procs == nil || boottime.Now() <= k.began+usualKill {
 		return true
 	}
@@ -198,8 +199,46 @@ func (k *killInGuardsPlace) finish() {
 		s.cgroup = nil
 	}
 	s.killing.Unlock()
+	if s.cfg.PostStop != nil {
+		k.awaitHook()
+	}
 	s.goneWithoutGuard()
 	close(s.guardGone)
+}
+
+// awaitHook waits until the spawner has run the hook that follows the job. It does so when the
+// guard has exited, unless the guard has run the hook. If the spawner is lost too, nobody is left
+// for it but the next daemon. So we exit without giving the lease back.
+func (k *killInGuardsPlace) awaitHook() {
+	s := k.s
+	until := boottime.Now() + 3*s.cfg.PostStop.Timeout + s.cfg.Margin()
+	for k.complainAt = until + time.Second; ; k.pause() {
+		if s.cfg.Guard == 1 { // it can't be killed from inside its namespace
+			s.tellSpawner(ipc.SpawnerHook)
+		}
+		select {
+		case ws := <-s.hookDone:
+			if err := s.cfg.PostStop.Exited(ws); err != nil {
+				s.log.Error(check.HookFailed, "err", err)
+			}
+			return
+		default:
+		}
+		now := boottime.Now()
+		if proctree.PidfdExited(s.cfg.SpawnerPidfd) { // its last message may be under way
+			until = min(until, now+s.cfg.Margin()/2)
+		}
+		switch {
+		case now < until:
+		case !k.alive: // the guard has run it after the last job
+			return
+		default:
+			s.log.Error("guard and spawner are lost, and LEASEHOLD_POST_STOP may not be over: " +
+				"the lease has to expire")
+			time.Sleep(100 * time.Millisecond) // for the log
+			_ = unix.Kill(unix.Getpid(), unix.SIGKILL)
+		}
+	}
 }
 
 // threadStates is what the kernel shows of the threads of a process: the state of each, and where

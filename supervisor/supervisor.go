@@ -35,6 +35,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"leasehold/internal/boottime"
+	"leasehold/supervisor/check"
 	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
 )
@@ -54,7 +55,8 @@ type Config struct {
 	Restart      Restart
 	RestartLimit int
 	Health       HealthConfig
-	NotifySock   int // from which the job's notifications come; -1: it has none
+	PostStop     *check.Hook // that follows the job; nil: there is none
+	NotifySock   int         // from which the job's notifications come; -1: it has none
 
 	// None of these may block or call the Supervisor.
 	Signal  func(s unix.Signal) // called for each stop request that the guard received
@@ -102,6 +104,7 @@ type Supervisor struct {
 	pingDue     chan struct{} // room for one: the next ping may be due earlier
 	guardGone   chan struct{} // closed when the guard is lost and nothing of the job is left
 	spawnerDone chan struct{} // closed when the spawner reports that nothing is left
+	hookDone    chan unix.WaitStatus
 
 	mu      sync.Mutex
 	stopped bool // the user has asked for the end: the guard stops the job, before we ask for that
@@ -120,7 +123,8 @@ func Connect(cfg Config) (*Supervisor, error) {
 		guardFd: -1, outbox: ipc.Outbox{FD: cfg.Out},
 		pingDue:   make(chan struct{}, 1),
 		guardGone: make(chan struct{}), spawnerDone: make(chan struct{}),
-		job: job{shown: Job{State: JobNone}, pidfd: -1},
+		hookDone: make(chan unix.WaitStatus, 1),
+		job:      job{shown: Job{State: JobNone}, pidfd: -1},
 	}
 	var err error
 	if s.guardFd, err = unix.PidfdOpen(cfg.Guard, 0); err != nil {

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"leasehold/internal/boottime"
 	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
@@ -88,7 +86,7 @@ func (s *Supervisor) takeOver() {
 	if e := r.LastExit; e.At != 0 {
 		j.exit = ExitError{Exit: proctree.Exit(e.Exited)}
 		if e.Errno != 0 {
-			j.exit.Refused = unix.Errno(e.Errno).Error()
+			_, j.exit.Refused = ipc.Refusal(int32(e.Errno))
 		}
 		j.shown.State, j.shown.LastExit = JobExited, &LastExit{j.exit.Exit, wallTime(e.At)}
 	}

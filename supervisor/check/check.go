@@ -192,6 +192,8 @@ type report struct {
 	Signal   int
 	TimedOut bool
 	Output   string // the end of it
+
+	alone bool // nobody asks: it is wanted, whoever exits
 }
 
 const (

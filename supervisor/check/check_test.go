@@ -15,12 +15,29 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"leasehold/internal/boottime"
 )
 
 // TestMain plays the part that its first argument names.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "run-check" {
 		os.Exit(Run(os.Args[2:]))
+	}
+	if len(os.Args) > 2 && os.Args[1] == "run-hook" {
+		os.Exit(RunHook(os.Args[2:]))
+	}
+	if len(os.Args) > 2 && os.Args[1] == "ask-hook" { // until somebody kills it
+		asking, alive, err := os.Pipe()
+		if err != nil {
+			panic(err)
+		}
+		until := boottime.Now() + time.Hour
+		if _, err := hookOf(os.Args[2]).Start(until, int(asking.Fd())); err != nil {
+			panic(err)
+		}
+		time.Sleep(time.Hour)
+		_ = alive.Close()
 	}
 	if len(os.Args) > 2 && os.Args[1] == "ask" { // until somebody kills it
 		c := shell("", os.Args[2])

@@ -34,6 +34,10 @@ func (o runOptions) encode() []string {
 	return []string{o.timeout.String(), newPrivs}
 }
 
+// exitTimedOut is the exit code of a hook that was killed because its time was up, as timeout(1)
+// has it.
+const exitTimedOut = 124
+
 // The runner's descriptors.
 const (
 	reportFd = 1
@@ -56,7 +60,7 @@ func Run(args []string) int {
 	var got report
 	if err := becomeRunner(args[1] == "new-privs"); err != nil {
 		got.Fault = err.Error()
-	} else if wanted := got.run(args[2:], timeout); !wanted {
+	} else if wanted := got.run(args[2:], timeout, true); !wanted {
 		return 0
 	}
 	text, err := json.Marshal(got)
@@ -81,31 +85,34 @@ func becomeRunner(newPrivs bool) error {
 }
 
 // run runs the command, and kills all that is left of it. It reports whether somebody still wants
-// the result.
-func (r *report) run(argv []string, timeout time.Duration) (wanted bool) {
+// the result. It keeps the end of what the command prints; or that goes where it always goes.
+func (r *report) run(argv []string, timeout time.Duration, keep bool) (wanted bool) {
 	path, err := exec.LookPath(argv[0])
 	if err != nil && !errors.Is(err, exec.ErrDot) {
-		r.Fault = "the check can't be run: " + err.Error()
+		r.Fault = "it can't be run: " + err.Error()
 		return true
 	}
-	var pipe [2]int
-	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
-		r.Fault = "the check can't be run: " + err.Error()
-		return true
+	files, pipe := []uintptr{0, 1, 2}, [2]int{-1, -1}
+	if keep {
+		if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+			r.Fault = "it can't be run: " + err.Error()
+			return true
+		}
+		_ = unix.SetNonblock(pipe[0], true)
+		files[1], files[2] = uintptr(pipe[1]), uintptr(pipe[1])
 	}
-	_ = unix.SetNonblock(pipe[0], true)
 	deadline := boottime.Now() + timeout
 	pidfd := -1
 	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{
-		Env: os.Environ(), Files: []uintptr{0, uintptr(pipe[1]), uintptr(pipe[1])},
+		Env: os.Environ(), Files: files,
 		Sys: &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL, PidFD: &pidfd},
 	})
 	_ = unix.Close(pipe[1])
 	if err != nil {
-		r.Fault = "the check can't be run: " + err.Error()
+		r.Fault = "it can't be run: " + err.Error()
 		return true
 	}
-	o := output{fd: pipe[0], open: true}
+	o := output{fd: pipe[0], open: keep}
 	wanted = true
 	for {
 		left := deadline - boottime.Now()
@@ -117,6 +124,9 @@ func (r *report) run(argv []string, timeout time.Duration) (wanted bool) {
 			{Fd: int32(pidfd), Events: unix.POLLIN},
 			{Fd: wantedFd, Events: unix.POLLIN},
 			{Fd: int32(o.fd), Events: unix.POLLIN},
+		}
+		if r.alone {
+			fds[1].Fd = -1
 		}
 		if !o.open {
 			fds[2].Fd = -1

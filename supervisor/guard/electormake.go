@@ -44,6 +44,9 @@ type starter struct {
 	checked     image    // its binary and, once it is read, what it has left
 	checkForked atomic.Pointer[checkAnswer]
 	checkRead   atomic.Pointer[checkAnswer]
+
+	hookAsked  atomic.Pointer[hookRequest]
+	hookForked atomic.Pointer[hookAnswer]
 }
 
 // What the starter is asked for. From 0 on it is a descriptor to be closed: that of a binary, where
@@ -52,6 +55,7 @@ const (
 	askElector int32 = -1 - iota
 	askCheck         // a process that checks a reload
 	askRead          // what that has left
+	askHook          // the hook that follows the job
 )
 
 // starterAnswer is an elector that was forked, or why there is none.
@@ -136,6 +140,10 @@ func (g *guard) runStarter() {
 			s.answer.Store(&starterAnswer{p, err})
 		case askCheck:
 			s.checkForked.Store(s.forkCheck(g.cfg.Reload))
+		case askHook:
+			asked := s.hookAsked.Load()
+			pid, err := g.cfg.PostStop.Start(asked.until, g.hook.askingR, asked.env...)
+			s.hookForked.Store(&hookAnswer{asked.until, pid, err})
 		case askRead:
 			s.checkRead.Store(s.readCheck())
 		default:
@@ -211,6 +219,7 @@ func (g *guard) startFirst() error {
 // receiveFromStarter takes the elector that was asked for.
 func (g *guard) receiveFromStarter() {
 	g.receiveCheck()
+	g.receiveHook()
 	a := g.starter.answer.Swap(nil)
 	if a == nil {
 		return
@@ -241,4 +250,5 @@ func (g *guard) receiveFromStarter() {
 // closeStarter ends its thread, unless it hangs in a fork.
 func (g *guard) closeStarter() {
 	closeAll(g.starter.null, g.starter.askW, g.starter.image.fd, g.reload.before.fd)
+	closeAll(g.hook.askingR, g.hook.askingW)
 }

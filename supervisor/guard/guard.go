@@ -16,8 +16,9 @@
 // Where to look: loop.go waits in one place and does everything in one order. job.go is the state
 // machine of the job: its serveDeadlines is where a job is killed on loss of contact. kill.go
 // kills, and proves that nothing is left. elector.go watches the elector, replaces it, and revokes
-// the lease if none follows. electormake.go forks it. spawner.go is the guard's end of the socket
-// to the spawner, and spawnloop.go is the spawner itself.
+// the lease if none follows. electormake.go forks it. hook.go runs the hook that follows the job.
+// spawner.go is the guard's end of the socket to the spawner, and spawnloop.go is the spawner
+// itself.
 package guard
 
 import (
@@ -33,6 +34,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/supervisor/check"
 	"leasehold/supervisor/ipc"
 	"leasehold/supervisor/proctree"
 )
@@ -58,6 +60,13 @@ type Config struct {
 	JobWatchdog time.Duration
 	// Ignored is what the job ignores from its start; every other signal has its default.
 	Ignored []unix.Signal
+
+	// PreStart is the argv of the hook before each start, and PreStartPath its executable; nil:
+	// there is none. PostStop is the hook after each end; nil: there is none. Then its Env is
+	// filled in.
+	PreStart     []string
+	PreStartPath string
+	PostStop     *check.Hook
 
 	Elector []string // argv of the elector; guard, spawner and cgroup are added
 	Probe   []string // argv of a process that writes a byte and sleeps
@@ -127,6 +136,7 @@ type guard struct {
 	freezer freezer
 	reload  reloading
 	job     job
+	hook    hook
 	known   ipc.Record // what outlives an elector; the rest of it is filled in for the next one
 
 	askerAddress string // where a reload is answered
@@ -182,7 +192,7 @@ func Run(cfg Config) (Exit, error) {
 
 func newGuard(cfg Config) *guard {
 	g := &guard{
-		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 5),
+		cfg: cfg, log: cfg.Logger, sweep: make(chan int, 1), children: make([]int, 0, 6),
 		stateFd: -1, notify: -1, listener: -1, unlisten: make(chan int, 1),
 		timer: -1, wakeR: -1, wakeW: -1,
 		elector: elector{state: electorStarting, pidfd: -1, in: -1, pipeEnded: true},
@@ -192,6 +202,7 @@ func newGuard(cfg Config) *guard {
 			image: image{fd: -1}, checked: image{fd: -1},
 		},
 		reload: reloading{state: reloadNone, asker: -1, before: image{fd: -1}},
+		hook:   hook{askingR: -1, askingW: -1},
 		heap:   [1]metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}},
 	}
 	g.elector.outbox.FD = -1

@@ -4,7 +4,6 @@ package guard
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -20,16 +19,23 @@ import (
 //
 //	       start asked            spawner started
 //	idle ---------------> forking ----------------> running
-//	 ^                    |     |                   |     |
-//	 |                    |     | stop asked,       |     |
-//	 |                    |     | stop-at passed    |     |
-//	 |                    |     +---> stopping <----+     |
-//	 |                    |               |               |
-//	 |                    |               | grace over    |
-//	 |                    v               v               v
-//	 +---------------- killing <--------------------------+
-//	  nothing is left     from each of the three: lease lost, kill-by passed, second signal,
-//	                      elector given up, spawner lost, start refused, first process exited
+//	 ^  ^                 |     |                   |     |
+//	 |  |                 |     | stop asked,       |     |
+//	 |  |                 |     | stop-at passed    |     |
+//	 |  |                 |     +---> stopping <----+     |
+//	 |  |                 |               |               |
+//	 |  |                 |               | grace over    |
+//	 |  |                 v               v               v
+//	 |  +------------- killing <--------------------------+
+//	 |   nothing is left  |
+//	 |                    | nothing is left, and there is a hook
+//	 |                    v
+//	 +--------------- post-stop
+//	    the hook is over
+//
+//	                      killing: from each of the three above: lease lost, kill-by passed,
+//	                      second signal, elector given up, spawner lost, start refused,
+//	                      first process exited
 //
 // With Config.Freeze, a job that runs at stop-at is frozen. It is not stopped:
 //
@@ -59,6 +65,8 @@ const (
 	jobFrozen   jobState = "frozen"   // it was seen frozen, and nothing of it outside its cgroup
 	jobThawing  jobState = "thawing"  // it has new deadlines, and may run
 	jobKilling  jobState = "killing"  // SIGKILL goes out until nothing of it is left
+	// Nothing of it is left, and the hook that follows it runs.
+	jobPostStop jobState = "post-stop"
 )
 
 // job is the command and every descendant of it, from the elector's request until nothing is left.
@@ -67,7 +75,9 @@ type job struct {
 	state jobState
 
 	serial     int32 // of the start
-	unanswered bool  // the spawner has not yet reported the result of the start
+	start      ipc.Start
+	signalled  bool // it has its stop signal before it was executed: its hook runs
+	unanswered bool // the spawner has not yet reported the result of the start
 	started    bool
 	askedAt    time.Duration // when the start was asked for
 	pid        int           // the first process; 0: not yet started, or exited
@@ -90,9 +100,10 @@ type job struct {
 	rounds     int            // of the kill
 	nextRound  time.Duration
 	complainAt time.Duration
+	goneAt     time.Duration // of the state post-stop: when that began
 }
 
-// alive reports whether something of the job may run.
+// alive reports whether something of the job may run, or the hook that follows it has to.
 func (j *job) alive() bool { return j.state != jobIdle }
 
 // startAsked: the elector asks for a start.
@@ -112,13 +123,13 @@ func (j *job) startAsked(m ipc.Start) {
 	g.known.Starts++
 	g.known.JobReady, g.known.Unhealthy = ipc.JobReady{}, false
 	*j = job{
-		g: g, state: jobIdle, serial: g.starts, unanswered: true, pidfd: -1,
+		g: g, state: jobIdle, serial: g.starts, start: m, unanswered: true, pidfd: -1,
 		askedAt: boottime.Now(), stopAt: m.StopAt, killBy: m.KillBy, graceEnd: forever,
 		readStopAt: m.StopAt,
 	}
 	g.freezer.thawAgain()
 	j.transition(jobForking, "start asked")
-	if err := g.spawner.setTerm(termEnvironment(g.cfg, m)); err != nil {
+	if err := g.spawner.setTerm(m.Environment(g.cfg.Election, g.cfg.Identity)); err != nil {
 		j.refused(int32(unix.E2BIG))
 		return
 	}
@@ -144,7 +155,9 @@ func (j *job) spawnerStarted(pid, pidfd int) {
 	case jobForking:
 		j.transition(jobRunning, "spawner started")
 	case jobStopping:
-		proctree.SignalPidfd(j.pidfd, j.g.cfg.StopSignal)
+		if !j.signalled {
+			proctree.SignalPidfd(j.pidfd, j.g.cfg.StopSignal)
+		}
 	case jobKilling:
 		j.killNow()
 	default:
@@ -169,24 +182,12 @@ func (j *job) refused(errno int32) {
 			j.g.giveUp("spawner starts nothing")
 		}
 	} else {
-		err := unix.Errno(errno)
-		j.exited(ipc.Exited{Code: startCode(err)}, int(errno))
-		j.g.send(ipc.Refused{Code: startCode(err), Why: err.Error()})
-		j.g.log.Error("job could not be started", "path", j.g.cfg.Path, "err", err)
+		code, why := ipc.Refusal(errno)
+		j.exited(ipc.Exited{Code: code}, int(errno))
+		j.g.send(ipc.Refused{Code: code, Why: why})
+		j.g.log.Error("job could not be started", "path", j.g.cfg.Path, "err", why)
 	}
 	j.kill(ipc.KilledLeftover)
-}
-
-// startCode is the exit code of a job that could not be started, as a shell has it. 71 is EX_OSERR
-// of sysexits.h.
-func startCode(err error) int {
-	switch {
-	case errors.Is(err, unix.ENOENT):
-		return 127
-	case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM):
-		return 71
-	}
-	return 126
 }
 
 // firstExited: the first process has exited. The job ends with it. What it left behind is killed.
@@ -418,8 +419,14 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 	switch j.state {
 	case jobForking, jobRunning:
 		j.graceEnd = graceEnd
-		if j.pid != 0 {
+		switch {
+		case j.pid != 0:
 			proctree.SignalPidfd(j.pidfd, j.g.cfg.StopSignal)
+		case j.g.cfg.PreStart != nil && j.unanswered: // the hook may take long
+			j.signalled = true
+			// The signal may be one that the start ignores. Then nothing is started after the hook.
+			atomic.StoreInt32(&j.g.spawner.area.cancelled, j.serial)
+			j.g.spawner.signal(j.serial, j.g.cfg.StopSignal)
 		}
 		j.transition(jobStopping, why)
 	case jobStopping: // the elector asks for it too, or another one does again
@@ -427,7 +434,7 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 		j.graceEnd = min(j.graceEnd, graceEnd)
 	case jobFreezing, jobFrozen, jobThawing: // it can't act on the signal, and is thawed no more
 		j.kill(ipc.KilledFrozen)
-	case jobIdle, jobKilling: // there is nothing left to stop
+	case jobIdle, jobKilling, jobPostStop: // there is nothing left to stop
 	default:
 		j.invalid(why)
 	}
@@ -439,7 +446,7 @@ func (j *job) stop(graceEnd time.Duration, why string) {
 func (j *job) kill(reason ipc.KillReason) {
 	switch j.state {
 	case jobForking, jobRunning, jobStopping, jobFreezing, jobFrozen, jobThawing:
-	case jobIdle, jobKilling: // there is nothing left to kill, or it is under way
+	case jobIdle, jobKilling, jobPostStop: // nothing is left to kill, or it is under way
 		return
 	default:
 		j.invalid("kill")
@@ -469,7 +476,7 @@ func (j *job) invalid(event string) {
 		"event", event, "state", string(j.state))
 	switch j.state {
 	case jobIdle, jobForking, jobRunning, jobStopping, jobFreezing, jobFrozen, jobThawing,
-		jobKilling:
+		jobKilling, jobPostStop:
 	default:
 		j.state = jobRunning // there is no such state
 	}
@@ -516,6 +523,9 @@ func (j *job) transition(to jobState, why string) {
 		}
 		graceOver := j.reason == ipc.KilledGrace && j.g.known.Unhealthy
 		j.ordered = j.ordered || j.reason != ipc.KilledLeftover && !graceOver
+	case jobPostStop:
+		j.goneAt = now
+		j.g.hook.begin(j.g, now)
 	case jobIdle:
 		j.reportGone(now)
 		if j.frozenAt != 0 { // the next one is started in the same cgroup
@@ -534,6 +544,9 @@ func (j *job) reportGone(now time.Duration) {
 		proctree.CloseRaw(j.pidfd)
 	}
 	j.g.known.LastExit.Ordered = j.ordered
+	if j.goneAt != 0 {
+		now = j.goneAt
+	}
 	reason, elapsed := j.reason, now-j.endAt
 	if reason == ipc.KilledLeftover && j.rounds == 0 {
 		reason = ipc.NotKilled

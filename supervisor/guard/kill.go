@@ -89,10 +89,14 @@ func (j *job) roundPause(took time.Duration) time.Duration {
 func (j *job) endIfGone() bool {
 	j.g.receiveFromSpawner()
 	j.g.reap()
-	if !j.gone() {
+	switch {
+	case !j.gone():
 		return false
+	case j.g.cfg.PostStop != nil:
+		j.transition(jobPostStop, "nothing is left")
+	default:
+		j.transition(jobIdle, "nothing is left")
 	}
-	j.transition(jobIdle, "nothing is left")
 	return true
 }
 

@@ -37,6 +37,7 @@ func (g *guard) act(now time.Duration) {
 	g.serveSpawnerSilence(now)
 	g.serveElectorDeadlines(now)
 	g.serveReloadDeadlines(now)
+	g.hook.serveDeadline(g, now)
 	if g.job.state == jobKilling {
 		g.job.killRound()
 	}
@@ -167,7 +168,8 @@ func (g *guard) watch(held bool) {
 
 // nextDeadline is the earliest moment at which act has something to do.
 func (g *guard) nextDeadline() time.Duration {
-	next := min(g.job.nextDeadline(), g.nextElectorDeadline(), g.nextReloadDeadline())
+	next := min(g.job.nextDeadline(), g.nextElectorDeadline(), g.nextReloadDeadline(),
+		g.hook.nextDeadline())
 	if g.spawner.awaited && g.job.state != jobKilling {
 		next = min(next, g.spawner.checkedAt+g.spawnerTimeout(0)/3)
 	}
@@ -204,8 +206,10 @@ func (g *guard) reap() {
 			g.checkExited(ws)
 		case g.job.pid:
 			g.job.firstExited(ws)
+		case g.hook.pid:
+			g.hook.exited(g, ws)
 		default:
-			g.reload.reaped, g.reload.status = pid, ws // it may be the check, just forked
+			g.reload.reaped, g.reload.status = pid, ws // it may be the check or a hook, just forked
 		}
 	}
 	g.unreaped = true
@@ -223,7 +227,7 @@ func wait(pid int) (int, unix.WaitStatus, unix.Errno) {
 func (g *guard) listChildren() {
 	g.children = g.children[:0]
 	e, s := &g.elector, g.spawner
-	for _, pid := range [...]int{e.pid, s.pid, s.zombie, e.revoker, g.reload.pid} {
+	for _, pid := range [...]int{e.pid, s.pid, s.zombie, e.revoker, g.reload.pid, g.hook.pid} {
 		if pid != 0 {
 			g.children = append(g.children, pid)
 		}

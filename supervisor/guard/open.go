@@ -76,6 +76,14 @@ func (g *guard) open() error {
 	if err := g.openNotify(); err != nil {
 		return fail("make a socket for the job's notifications", err)
 	}
+	// After the endpoint's address is bound: a daemon that runs already must not lose what its job
+	// needs.
+	switch ok, err := g.openHook(); {
+	case err != nil:
+		return fail("make a pipe", err)
+	case !ok: // its lease has to expire
+		g.known.Recovered = 0
+	}
 	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.stateFd,
 		g.noNewPrivs); err != nil {
 		return fail("start the spawner", err)

@@ -200,7 +200,7 @@ func (g *guard) irreloadable() string {
 		return "the key of the job's lease is not known"
 	case g.known.Lease.TTL != 0 && g.known.Entered.Created == 0:
 		return "a lease is just being granted: try again"
-	case j.state == jobStopping, j.state == jobKilling:
+	case j.state == jobStopping, j.state == jobKilling, j.state == jobPostStop:
 		return "the job is being stopped: try again"
 	case j.state == jobFreezing, j.state == jobFrozen, j.state == jobThawing:
 		return "the job is frozen: try again when it runs"

@@ -26,13 +26,13 @@ import (
 // them, which hidepid does not shorten.
 type spawner struct {
 	area    *spawnArea
-	mem     []byte // the area, and after it what the job's execve needs
-	envp    []uintptr
-	terms   int // where in mem the term's entries of the environment begin
-	sock    int // SOCK_SEQPACKET, non-blocking
-	elector int // the elector's end, of which each elector gets a copy
-	pid     int // 0: it has exited
-	zombie  int // its pid from its exit until it is reaped
+	mem     []byte       // the area, and after it what the job's execve needs
+	envp    [3][]uintptr // of the job and its hooks: the term's part, with a zero at the end
+	terms   int          // where in mem the term's entries of the environment begin
+	sock    int          // SOCK_SEQPACKET, non-blocking
+	elector int          // the elector's end, of which each elector gets a copy
+	pid     int          // 0: it has exited
+	zombie  int          // its pid from its exit until it is reaped
 	pidfd   int
 	lost    bool
 
@@ -58,8 +58,19 @@ func (s *spawner) send(kind, serial int32) {
 // post sends a message, and does not mind if the spawner does not act on it.
 func (s *spawner) post(kind, serial int32) {
 	s.sent = ipc.SpawnerMessage{Kind: kind, Serial: serial}
+	s.write()
+}
+
+func (s *spawner) write() {
 	_, _, _ = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(s.sock), uintptr(unsafe.Pointer(&s.sent)),
 		uintptr(ipc.SpawnerMessageLen), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
+}
+
+// signal asks to send a signal to the first process of that start, whose hook runs.
+func (s *spawner) signal(serial int32, sig unix.Signal) {
+	s.await(boottime.Now())
+	s.sent = ipc.SpawnerMessage{Kind: ipc.SpawnerSignal, Serial: serial, Value: int32(sig)}
+	s.write()
 }
 
 // receive reads the next message into got. It returns the descriptor that came with it, or -1, and
@@ -111,7 +122,7 @@ func (g *guard) receiveFromSpawner() {
 		case ipc.SpawnerStarted:
 			j.spawnerStarted(int(m.Value), fd)
 		case ipc.SpawnerRefused:
-			j.childless = true // it has no child yet, or no more
+			j.childless = m.Extra == 1
 			j.refused(m.Value)
 		case ipc.SpawnerExited:
 			j.childless, j.unanswered = m.Extra == 1, false

@@ -5,7 +5,6 @@ package guard
 import (
 	"fmt"
 	"os"
-	"strconv"
 	"strings"
 	"unsafe"
 
@@ -17,26 +16,11 @@ import (
 	"leasehold/supervisor/proctree"
 )
 
-// termVariables is how many entries a term adds to the environment, and termBytes bounds their
-// length.
-const (
-	termVariables = 5
-	termBytes     = 8 << 10
-)
+// termBytes bounds the length of the entries that a term adds to the environment.
+const termBytes = 8 << 10
 
 // watchdogPid is an entry of the environment with room for a pid.
 const watchdogPid = "WATCHDOG_PID=          "
-
-// termEnvironment is the part of the job's environment that depends on the term.
-func termEnvironment(cfg Config, t ipc.Start) []string {
-	return []string{
-		"LEASEHOLD_ELECTION=" + cfg.Election,
-		"LEASEHOLD_IDENTITY=" + cfg.Identity,
-		"LEASEHOLD_KEY=" + t.Key,
-		"LEASEHOLD_FENCING_TOKEN=" + strconv.FormatInt(t.Token, 10),
-		"LEASEHOLD_LEASE_ID=" + strconv.FormatInt(t.LeaseID, 16),
-	}
-}
 
 // newSpawner makes what guard and spawner share, and forks the spawner. It must be called on the
 // thread that lives as long as the guard. proc is a descriptor of /proc, and lock that of the state
@@ -140,60 +124,104 @@ func forkSpawner(a *spawnArea) (pid, pidfd int, errno unix.Errno) {
 	return int(child), int(fd), errno
 }
 
-// layOut maps the shared memory and writes into it what the job's execve needs. Pointers into it
-// are valid in both processes.
+// layOut maps the shared memory and writes into it what the execve of the job and of the hooks
+// need. Pointers into it are valid in both processes.
 func (s *spawner) layOut(cfg Config) error {
 	align := func(n int) int { return (n + 15) &^ 15 }
-	text := len(cfg.Path) + 1
-	for _, list := range [][]string{cfg.Argv, cfg.Env} {
+	// The environment of a hook has one entry more, which comes first, and the same others.
+	preStart, postStop := []string{ipc.ReasonStart}, []string{ipc.ReasonStop}
+	var runner []string // of the hook after the job
+	if cfg.PostStop != nil {
+		runner = cfg.PostStop.RunnerArgv(0)
+	}
+	texts := [][]string{
+		{cfg.Path, cfg.PreStartPath, "/proc/self/exe"},
+		cfg.Argv, cfg.PreStart, runner, preStart, postStop, cfg.Env,
+	}
+	text := 0
+	for _, list := range texts {
 		for _, entry := range list {
 			text += len(entry) + 1
 		}
 	}
+	environment := len(cfg.Env) + ipc.TermVariables + 1
+	words := len(cfg.Argv) + 1 + len(cfg.PreStart) + 1 + len(runner) + 1 + 3*environment + 2
 	pointers := align(int(unsafe.Sizeof(*s.area)))
-	texts := pointers + align(8*(len(cfg.Argv)+1+len(cfg.Env)+termVariables+1))
-	s.terms = texts + align(text)
+	next := pointers + align(8*words)
+	s.terms = next + align(text)
 	mem, err := unix.Mmap(-1, 0, s.terms+termBytes, unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_SHARED|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return fmt.Errorf("map memory: %w", err)
 	}
 	s.mem, s.area = mem, (*spawnArea)(unsafe.Pointer(&mem[0]))
-	at := func(offset int) uintptr { return uintptr(unsafe.Pointer(&mem[offset])) }
 	put := func(entry string) uintptr {
-		here := at(texts)
-		texts += copy(mem[texts:], entry) + 1
+		here := uintptr(unsafe.Pointer(&mem[next]))
+		next += copy(mem[next:], entry) + 1
 		return here
 	}
-	words := unsafe.Slice((*uintptr)(unsafe.Pointer(&mem[pointers])),
-		len(cfg.Argv)+1+len(cfg.Env)+termVariables+1)
-	argv, envp := words[:len(cfg.Argv)+1], words[len(cfg.Argv)+1:]
-	s.area.path = put(cfg.Path)
-	for i, arg := range cfg.Argv {
-		argv[i] = put(arg)
+	free := unsafe.Slice((*uintptr)(unsafe.Pointer(&mem[pointers])), words)
+	take := func(n int) []uintptr { // with a zero at the end
+		taken := free[:n+1]
+		free = free[n+1:]
+		return taken
 	}
+	list := func(entries []string) uintptr {
+		taken := take(len(entries))
+		for i, entry := range entries {
+			taken[i] = put(entry)
+		}
+		return uintptr(unsafe.Pointer(&taken[0]))
+	}
+	a := s.area
+	a.path, a.argv = put(cfg.Path), list(cfg.Argv)
+	if cfg.PreStart != nil {
+		a.preStartPath, a.preStartArgv = put(cfg.PreStartPath), list(cfg.PreStart)
+	}
+	if cfg.PostStop != nil {
+		a.postStopPath, a.postStopArgv = put("/proc/self/exe"), list(runner)
+		a.hookTimeout, a.hookSlack = int64(cfg.PostStop.Timeout), int64(cfg.hookSlack())
+	}
+	env := take(len(cfg.Env) + ipc.TermVariables)
+	pre, post := take(1+len(cfg.Env)+ipc.TermVariables), take(1+len(cfg.Env)+ipc.TermVariables)
+	pre[0], post[0] = put(preStart[0]), put(postStop[0])
+	shared := 1
 	for i, entry := range cfg.Env {
 		if entry == watchdogPid { // the child writes its pid over what follows the =
-			s.area.pidAt = unsafe.Pointer(&mem[texts+strings.IndexByte(entry, '=')+1])
+			a.pidAt = unsafe.Pointer(&mem[next+strings.IndexByte(entry, '=')+1])
 		}
-		envp[i] = put(entry)
+		env[i] = put(entry)
+		if isHooks(entry) {
+			pre[shared], post[shared] = env[i], env[i]
+			shared++
+		}
 	}
-	s.area.argv, s.area.envp = uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envp[0]))
-	s.envp = envp[len(cfg.Env):]
+	a.envp = uintptr(unsafe.Pointer(&env[0]))
+	a.preStartEnvp = uintptr(unsafe.Pointer(&pre[0]))
+	a.postStopEnvp = uintptr(unsafe.Pointer(&post[0]))
+	s.envp = [3][]uintptr{env[len(cfg.Env):], pre[shared:], post[shared:]}
 	return nil
+}
+
+// isHooks reports whether an entry of the job's environment is for the hooks too. What is for a
+// service that notifies systemd is for the job alone.
+func isHooks(entry string) bool {
+	return !strings.HasPrefix(entry, "NOTIFY_SOCKET=") && !strings.HasPrefix(entry, "WATCHDOG_")
 }
 
 // setTerm writes the entries of the environment that the next start adds.
 func (s *spawner) setTerm(entries []string) error {
 	free := s.terms
-	for i := range s.envp {
-		s.envp[i] = 0
+	for _, envp := range s.envp {
+		clear(envp)
 	}
 	for i, entry := range entries {
-		if free+len(entry)+1 > len(s.mem) || i >= termVariables {
+		if free+len(entry)+1 > len(s.mem) || i >= ipc.TermVariables {
 			return unix.E2BIG
 		}
-		s.envp[i] = uintptr(unsafe.Pointer(&s.mem[free]))
+		for _, envp := range s.envp {
+			envp[i] = uintptr(unsafe.Pointer(&s.mem[free]))
+		}
 		free += copy(s.mem[free:], entry)
 		s.mem[free] = 0
 		free++

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"leasehold/supervisor/check"
 	"leasehold/supervisor/ipc"
 )
 
@@ -34,6 +35,10 @@ type spawnArea struct {
 
 	// The guard writes these before it asks for a start. They point into this area.
 	path, argv, envp uintptr
+	// The hooks before and after the job. argv is 0: there is none.
+	preStartPath, preStartArgv, preStartEnvp uintptr
+	postStopPath, postStopArgv, postStopEnvp uintptr
+	hookTimeout, hookSlack                   int64 // ns
 
 	// The spawner writes these.
 	heartbeats uint32 // atomic; a spawner that is asked for something and shows none hangs
@@ -61,6 +66,12 @@ type spawnArea struct {
 	status    int32
 	closed    int32
 	guardGone int32
+	hookDue   int32 // something was started, after which the hook has not run
+	hook      int32 // pid of the hook's runner
+	hookWord  int32 // its wait status
+	hookUntil int64 // time since boot; no other runner follows then; 0: none was started
+	hookBy    int64 // time since boot; the runner hangs
+	orphaned  int32 // the guard is lost, and nothing of the job is left
 	killing   int32
 	killAsked int32 // serial of the guard's kill that waits for an answer
 	rounds    int32
@@ -278,6 +289,10 @@ func rawCloseSpawn(fd uintptr) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, fd, 0
 //go:norace
 func (a *spawnArea) round() {
 	timeout := uintptr(0)
+	if a.orphaned != 0 {
+		a.pause = unix.Timespec{Nsec: 5_000_000}
+		timeout = uintptr(unsafe.Pointer(&a.pause))
+	}
 	if a.killing != 0 {
 		a.killWhenDue()
 		timeout = uintptr(unsafe.Pointer(&a.pause))
@@ -304,7 +319,7 @@ func (a *spawnArea) round() {
 				errno = a.start()
 			}
 			if errno != 0 {
-				a.send(a.guardSock, ipc.SpawnerRefused, a.serial, errno, 0, -1)
+				a.send(a.guardSock, ipc.SpawnerRefused, a.serial, errno, 1, -1)
 			}
 		case ipc.SpawnerKill:
 			a.killAsked = a.message.Serial
@@ -314,6 +329,13 @@ func (a *spawnArea) round() {
 			a.kill()
 		case ipc.SpawnerShow:
 			a.show()
+		case ipc.SpawnerSignal:
+			if a.first != 0 && a.message.Serial == a.serial { // only we reap it
+				_, _, _ = unix.RawSyscall(unix.SYS_KILL, uintptr(a.first),
+					uintptr(a.message.Value), 0)
+			}
+		case ipc.SpawnerHookDone:
+			a.hookDue = 0
 		}
 	}
 	if a.fds[pollExec].Revents != 0 {
@@ -324,7 +346,77 @@ func (a *spawnArea) round() {
 			uintptr(unsafe.Pointer(&a.buf)), uintptr(len(a.buf)))
 	}
 	a.reap()
+	if a.orphaned != 0 && a.killing == 0 {
+		a.endAsOrphan()
+	}
 	a.heartbeats++
+}
+
+// endAsOrphan runs the hook after the job, if it is due, and then ends the spawner.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) endAsOrphan() {
+	switch now := a.readClock(); {
+	case a.hook != 0:
+		if now >= a.hookBy {
+			a.kill()
+		}
+	case a.hookDue != 0:
+		if a.hookUntil == 0 {
+			a.hookUntil = now + a.hookTimeout
+		}
+		pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+		if errno == 0 && pid == 0 {
+			a.execHook()
+		}
+		if errno != 0 { // again in the next round
+			if now >= a.hookUntil {
+				a.hookDue, a.hookWord = 0, check.ExitNotRun<<8
+			}
+		} else {
+			a.hook, a.hookBy = int32(pid), now+a.hookTimeout+a.hookSlack
+		}
+	case a.guardGone != 0:
+		if a.postStopArgv != 0 {
+			a.send(a.electorSock, ipc.SpawnerHookDone, 0, a.hookWord, 0, -1)
+		}
+		for {
+			_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+		}
+	}
+}
+
+// hookEnded: the runner of the hook has exited. Unless it has run the hook, another one follows, as
+// long as there is time. First, what a runner that was killed may have left is killed.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) hookEnded() {
+	a.hook, a.hookWord = 0, a.word
+	signaled, notRun := a.word&0x7f != 0, a.word>>8&0xff == check.ExitNotRun
+	if !signaled && !notRun || a.readClock() >= a.hookUntil {
+		a.hookDue = 0
+	}
+	a.kill()
+}
+
+// execHook becomes the runner of the hook after the job, in the child. It does not return.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) execHook() {
+	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
+	own := uint64(0) // on the stack: the area is shared with the spawner
+	_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK,
+		uintptr(unsafe.Pointer(&own)), 0, 8, 0, 0)
+	if a.lockFd >= 0 { // it holds the lock of the state file until it exits
+		_, _, _ = unix.RawSyscall(unix.SYS_FCNTL, uintptr(a.lockFd), unix.F_SETFD, 0)
+	}
+	_, _, _ = unix.RawSyscall(unix.SYS_EXECVE, a.postStopPath, a.postStopArgv, a.postStopEnvp)
+	for {
+		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, check.ExitNotRun, 0, 0)
+	}
 }
 
 // killWhenDue makes a round of the kill when it is due, and sets the pause until the next.
@@ -355,7 +447,9 @@ func (a *spawnArea) killWhenDue() {
 func (a *spawnArea) guardIsGone() {
 	a.guardGone = 1
 	a.fds[pollGuardPidfd].Fd = -1
-	a.close()
+	if a.orphaned == 0 { // else only the hook is left
+		a.close()
+	}
 }
 
 // close kills what there is. Nothing is started any more.
@@ -396,8 +490,23 @@ func (a *spawnArea) receive(which int) bool {
 //go:nosplit
 //go:norace
 func (a *spawnArea) receiveFromElector() {
-	if a.receive(pollElectorSock) && a.message.Kind == ipc.SpawnerKill {
-		a.close()
+	if !a.receive(pollElectorSock) {
+		return
+	}
+	switch a.message.Kind {
+	case ipc.SpawnerKill:
+		if a.orphaned == 0 {
+			a.close()
+			return
+		}
+		a.send(a.electorSock, ipc.SpawnerGone, 0, 0, 0, -1) // only the hook is left
+	case ipc.SpawnerHook: // the guard may hang, and it may be impossible to kill it
+		if a.closed != 0 && a.killing == 0 {
+			a.orphaned = 1
+		}
+		if a.orphaned != 0 && a.hookDue == 0 && a.hook == 0 && a.killing == 0 {
+			a.send(a.electorSock, ipc.SpawnerHookDone, 0, a.hookWord, 0, -1)
+		}
 	}
 }
 
@@ -473,7 +582,7 @@ func (a *spawnArea) start() int32 {
 		return ipc.SpawnerTooLate
 	}
 	if _, _, errno := unix.RawSyscall(unix.SYS_PIPE2, uintptr(unsafe.Pointer(&a.pipe)),
-		unix.O_CLOEXEC, 0); errno != 0 {
+		unix.O_CLOEXEC|unix.O_NONBLOCK, 0); errno != 0 {
 		return int32(errno)
 	}
 	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
@@ -502,6 +611,9 @@ func (a *spawnArea) start() int32 {
 	if errno != 0 {
 		rawCloseSpawn(uintptr(a.pipe[0]))
 		return int32(errno)
+	}
+	if a.postStopArgv != 0 {
+		a.hookDue = 1
 	}
 	a.first, a.execErrno, a.hasExited = int32(pid), 0, 0
 	a.fds[pollExec].Fd = a.pipe[0]
@@ -536,13 +648,66 @@ func (a *spawnArea) exec(spawner uintptr) {
 	if a.pidAt != nil {
 		a.writePid()
 	}
-	_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, a.path, a.argv, a.envp)
-	failed := int32(errno)
+	failed := int32(0)
+	if a.preStartArgv != 0 {
+		failed = a.preStart()
+	}
+	if failed == 0 {
+		_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, a.path, a.argv, a.envp)
+		failed = int32(errno)
+	}
 	_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(a.pipe[1]),
 		uintptr(unsafe.Pointer(&failed)), 4)
 	for {
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 127, 0, 0)
 	}
+}
+
+// preStart runs the hook before the job, in the process that becomes the job. It returns 0 if the
+// job may start. The hook is a process of the job: whatever ends the job ends it too. Signals have
+// their default action here, so the stop signal ends the start.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) preStart() int32 {
+	pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+	if errno == 0 && pid == 0 {
+		_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0,
+			0, 0, 0)
+		_, _, errno = unix.RawSyscall(unix.SYS_EXECVE, a.preStartPath, a.preStartArgv,
+			a.preStartEnvp)
+		code := uintptr(126)
+		if errno == unix.ENOENT {
+			code = 127
+		}
+		for {
+			_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, code, 0, 0)
+		}
+	}
+	if errno != 0 {
+		return int32(errno)
+	}
+	status := int32(0) // on the stack, like now: the area is shared with the spawner
+	for {
+		got, _, errno := unix.RawSyscall6(unix.SYS_WAIT4, pid, uintptr(unsafe.Pointer(&status)), 0,
+			0, 0, 0)
+		if got == pid || errno != unix.EINTR {
+			break
+		}
+	}
+	if code := status >> 8 & 0xff; code != 0 {
+		return ipc.SpawnerHookFailed - code
+	}
+	if signal := status & 0x7f; signal != 0 {
+		return ipc.SpawnerHookFailed - 128 - signal
+	}
+	var now unix.Timespec
+	_, _, _ = unix.RawSyscall(unix.SYS_CLOCK_GETTIME, unix.CLOCK_BOOTTIME,
+		uintptr(unsafe.Pointer(&now)), 0)
+	if a.cancelled == a.serial || now.Sec*1e9+now.Nsec >= a.stopAt {
+		return ipc.SpawnerTooLate
+	}
+	return 0
 }
 
 // writePid writes the pid of this process, the job's first, into its environment. No other process
@@ -622,6 +787,9 @@ func (a *spawnArea) reap() {
 			}
 			a.first = 0
 		}
+		if int32(pid) == a.hook {
+			a.hookEnded()
+		}
 	}
 	none := errno == unix.ECHILD
 	if errno == 0 && pid != 0 { // there may be more
@@ -631,7 +799,11 @@ func (a *spawnArea) reap() {
 		a.hasExited = 0
 		switch {
 		case a.execErrno != 0:
-			a.send(a.guardSock, ipc.SpawnerRefused, a.serial, a.execErrno, 0, -1)
+			extra := int32(0)
+			if none {
+				extra = 1
+			}
+			a.send(a.guardSock, ipc.SpawnerRefused, a.serial, a.execErrno, extra, -1)
 		case none:
 			a.send(a.guardSock, ipc.SpawnerExited, a.serial, a.status, 1, -1)
 		default:
@@ -646,9 +818,7 @@ func (a *spawnArea) reap() {
 		a.send(a.electorSock, ipc.SpawnerGone, 0, 0, 0, -1)
 	}
 	if a.guardGone != 0 {
-		for {
-			_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
-		}
+		a.orphaned = 1
 	}
 	if a.killAsked != 0 {
 		a.send(a.guardSock, ipc.SpawnerGone, a.killAsked, 0, 0, -1)

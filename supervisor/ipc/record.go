@@ -9,7 +9,7 @@ import (
 
 // RecordVersion is that of the messages between guard and elector, and of what the guard passes to
 // the internal commands of the binary: after a reload that may be another one.
-const RecordVersion = 4
+const RecordVersion = 5
 
 // JobPhase is what the job does when an elector begins.
 type JobPhase int
@@ -63,7 +63,7 @@ type Record struct {
 // RecordedExit is how a job ended.
 type RecordedExit struct {
 	Exited
-	Errno   int           // why it could not be started; 0: it was
+	Errno   int           // why it could not be started, see Refusal; 0: it was
 	At      time.Duration // 0: no job has ended
 	Ran     time.Duration
 	Ordered bool // it did not exit by itself

@@ -28,10 +28,22 @@ const (
 	// SpawnerShow asks to send the elector a SpawnerStarted of the job's first process again: it is
 	// another elector.
 	SpawnerShow
+	// SpawnerSignal asks to send the signal Value to the first process of the start with this
+	// serial, which is not executed yet: its hook runs.
+	SpawnerSignal
+	// SpawnerHook asks to run the hook after the job if it is due: the guard hangs, can't be
+	// killed, and the spawner has reported that nothing of the job is left. The elector sends it.
+	SpawnerHook
+	// SpawnerHookDone means that the hook after the job has run, and is not due any more. The
+	// spawner sends it too, to the elector, when it has run the hook. Value: the wait status of its
+	// runner; 0: it was not due.
+	SpawnerHookDone
 
 	// From the spawner.
 	SpawnerStarted // Value: pid of the first process; its pidfd comes along
-	SpawnerRefused // Value: errno, or SpawnerTooLate
+	// SpawnerRefused means that the start has failed. Value: errno, SpawnerTooLate, or that the
+	// hook before it has failed. Extra: 1 if no process of the job is left.
+	SpawnerRefused
 	// SpawnerExited means that the first process has exited. Value: its wait status, Extra: 1 if no
 	// other process of the job is left.
 	SpawnerExited
@@ -43,3 +55,6 @@ const (
 // SpawnerTooLate means that stop-at has passed, the start was cancelled, or the spawner starts
 // nothing any more.
 const SpawnerTooLate = int32(-1)
+
+// SpawnerHookFailed means that the hook before the start has failed: it is less by its exit code.
+const SpawnerHookFailed = int32(-1000)
