@@ -1,0 +1,409 @@
+//go:build linux
+
+package scenario_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"leasehold/e2e/check"
+	"leasehold/e2e/harness"
+)
+
+// The hooks of docs/hooks.md.
+const (
+	virtualAddress = "192.0.2.1"
+	addAddress     = "ip address replace 192.0.2.1/32 dev virtual"
+	removeAddress  = "ip address flush dev virtual to 192.0.2.1"
+)
+
+// addresses is a witness that asks the machines, again and again, which of them has the virtual
+// address.
+type addresses struct {
+	nodes []*harness.Node
+
+	mu    sync.Mutex
+	on    []string // who has it
+	twice []string // when two had it at once
+	looks int
+}
+
+func hasAddress(node *harness.Node) (has bool, err error) {
+	err = node.Do(func() error {
+		virtual, err := net.InterfaceByName("virtual")
+		if err != nil {
+			return err
+		}
+		found, err := virtual.Addrs()
+		has = slices.ContainsFunc(found, func(a net.Addr) bool {
+			return strings.HasPrefix(a.String(), virtualAddress+"/")
+		})
+		return err
+	})
+	return has, err
+}
+
+// look asks all machines once. Two have it at once if the first one has it before and after the
+// second one was asked.
+func (a *addresses) look() error {
+	var on []string
+	var with []*harness.Node
+	for _, node := range a.nodes {
+		has, err := hasAddress(node)
+		if err != nil {
+			return err
+		}
+		if has {
+			on, with = append(on, node.Name), append(with, node)
+		}
+	}
+	twice := false
+	for _, node := range with[:max(0, len(with)-1)] {
+		still, err := hasAddress(node)
+		if err != nil {
+			return err
+		}
+		twice = twice || still
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.on = on
+	a.looks++
+	if twice {
+		a.twice = append(a.twice, fmt.Sprintf("at %v on %v", time.Now(), on))
+	}
+	return nil
+}
+
+// run looks until ctx ends.
+func (a *addresses) run(ctx context.Context) error {
+	for ctx.Err() == nil {
+		if err := a.look(); err != nil {
+			return err
+		}
+		_ = harness.Wait(ctx, 500*time.Microsecond)
+	}
+	return nil
+}
+
+// wait waits until that machine has it, or another one than that, and nobody else.
+func (a *addresses) wait(ctx context.Context, same bool, name string) (on string, err error) {
+	err = harness.Until(ctx, func() error {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if len(a.on) != 1 || (a.on[0] == name) != same {
+			return fmt.Errorf("the address is on %q", a.on)
+		}
+		on = a.on[0]
+		return nil
+	})
+	return on, err
+}
+
+// A virtual address is on one machine at most, whatever is lost or hangs, and it comes back.
+func TestHooks_VirtualAddress(t *testing.T) {
+	inNetwork(t, "^TestHooks_VirtualAddress$", "5m")
+	ctx := testContext(t, 4*time.Minute)
+	programs := allPrograms(t)
+	network, err := harness.NewNetwork()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(network.Close)
+	bed := &harness.Testbed{
+		Etcd:     harness.NewTestCluster(t, harness.ClusterConfig{Size: 3, Network: network}),
+		Programs: programs, Network: network,
+	}
+	witness := harness.NewTestWitness(t)
+	seen := &addresses{}
+	machines := map[string]*harness.Machine{}
+	for _, name := range []string{"a", "b", "c"} {
+		cgroup, err := harness.NewCgroup("hooks")
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := bed.NewMachine(harness.MachineConfig{Name: name, Cgroup: cgroup})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := m.Close(context.Background()); err != nil {
+				t.Error(err)
+			}
+			if t.Failed() && m.Candidate != nil {
+				t.Logf("log of candidate %s:\n%s", name, m.Log())
+			}
+		})
+		machines[name] = m
+		seen.nodes = append(seen.nodes, m.Node)
+		if err := m.Node.Do(func() error {
+			return exec.CommandContext(ctx, "ip", "link", "add", "virtual", "type", "bridge").Run()
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Start(harness.Leasehold, harness.CandidateConfig{
+			Election: "jobs/address", TTL: 5 * time.Second, Witness: witness,
+			Job: []string{"ignore-term"},
+		}, func(cfg *harness.CandidateConfig) error {
+			cfg.Env = []string{
+				"LEASEHOLD_PRE_START=" + addAddress, "LEASEHOLD_POST_STOP=" + removeAddress,
+				"LEASEHOLD_STOP_GRACE=200ms",
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if err := m.WaitStatus(ctx, "/readyz", http.StatusOK); err != nil {
+			t.Fatal(err)
+		}
+	}
+	watching, stop := context.WithCancel(ctx)
+	var looking sync.WaitGroup
+	var lookErr error
+	looking.Go(func() { lookErr = seen.run(watching) })
+	t.Cleanup(func() { stop(); looking.Wait() })
+
+	for _, f := range addressFaults(bed) {
+		before, err := seen.wait(ctx, true, leaderOf(ctx, machines))
+		if err != nil {
+			t.Fatalf("before %s: %v", f.name, err)
+		}
+		m := machines[before]
+		if err := m.WaitStatus(ctx, "/leader", http.StatusOK); err != nil {
+			t.Fatalf("before %s: %v", f.name, err)
+		}
+		at := time.Now()
+		end, err := f.inject(ctx, m)
+		if err != nil {
+			t.Fatalf("%s: %v", f.name, err)
+		}
+		if f.stays {
+			if err := m.WaitStatus(ctx, "/leader", http.StatusOK); err != nil {
+				t.Fatalf("after %s: %v", f.name, err)
+			}
+		}
+		next, err := seen.wait(ctx, f.stays, before)
+		if err != nil {
+			t.Fatalf("after %s: %v", f.name, err)
+		}
+		t.Logf("%s: from %s to %s in %v", f.name, before, next, time.Since(at))
+		if end != nil {
+			if err := end(); err != nil {
+				t.Fatalf("the end of %s: %v", f.name, err)
+			}
+		}
+		if !m.Running() || f.exits {
+			if _, err := m.Wait(ctx); err != nil {
+				t.Fatalf("after %s: %v", f.name, err)
+			}
+			if err := m.Cgroup.WaitEmpty(ctx); err != nil {
+				t.Fatalf("after %s: %v", f.name, err)
+			}
+			if err := m.StartAgain(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := m.WaitStatus(ctx, "/readyz", http.StatusOK); err != nil {
+			t.Fatalf("after %s: %v", f.name, err)
+		}
+	}
+	stop()
+	looking.Wait()
+	if lookErr != nil {
+		t.Error(lookErr)
+	}
+	t.Logf("%d looks", seen.looks)
+	for _, twice := range seen.twice {
+		t.Errorf("the address was on two machines %s", twice)
+	}
+	for _, o := range check.Overlaps(witness.Lives()) {
+		t.Error(o)
+	}
+}
+
+// inNetwork runs the test again in a network namespace of its own, unless it is there already.
+func inNetwork(t *testing.T, run, timeout string) {
+	t.Helper()
+	harness.NeedsRoot(t)
+	if _, err := exec.LookPath("nft"); err != nil {
+		if os.Getenv("E2E_NO_SKIP") == "1" {
+			t.Fatal("needs nft, and E2E_NO_SKIP=1 forbids to skip")
+		}
+		t.Skip("skipped: needs nft (Debian's package nftables)")
+	}
+	if os.Getenv(harness.NetworkVariable) != "" {
+		return
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run="+run, "-test.v", "-test.timeout="+timeout)
+	cmd.Env = append(os.Environ(), harness.NetworkVariable+"=1", "E2E_NO_SKIP=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+	}
+	out, err := cmd.CombinedOutput()
+	t.Logf("in a namespace of its own:\n%s", out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.SkipNow()
+}
+
+func leaderOf(ctx context.Context, machines map[string]*harness.Machine) (name string) {
+	_ = harness.Until(ctx, func() error {
+		for _, m := range machines {
+			if code, _, err := m.Get(ctx, "/leader"); err == nil && code == http.StatusOK {
+				name = m.Name
+				return nil
+			}
+		}
+		return errors.New("nobody leads")
+	})
+	return name
+}
+
+// addressFault is what happens to the machine that has the address.
+type addressFault struct {
+	name   string
+	stays  bool // the address, or it comes back there
+	exits  bool // the daemon does
+	inject func(ctx context.Context, m *harness.Machine) (end func() error, err error)
+}
+
+func addressFaults(bed *harness.Testbed) []addressFault {
+	send := func(sig syscall.Signal, to ...harness.Process) func(context.Context,
+		*harness.Machine) (func() error, error) {
+		return func(_ context.Context, m *harness.Machine) (func() error, error) {
+			var pids []int
+			for _, p := range to {
+				pid, err := m.Pid(p)
+				if err != nil {
+					return nil, err
+				}
+				pids = append(pids, pid)
+			}
+			var err error
+			for _, pid := range pids {
+				err = errors.Join(err, syscall.Kill(pid, sig))
+			}
+			return func() error {
+				for _, pid := range pids {
+					_ = syscall.Kill(pid, syscall.SIGCONT) // it may have ended
+				}
+				return nil
+			}, err
+		}
+	}
+	// A process that is needed for nothing may hang for as long as it likes. So a stop follows.
+	hang := func(p harness.Process) func(context.Context, *harness.Machine) (func() error, error) {
+		return func(ctx context.Context, m *harness.Machine) (func() error, error) {
+			end, err := send(syscall.SIGSTOP, p)(ctx, m)
+			return end, errors.Join(err, m.Signal(syscall.SIGTERM))
+		}
+	}
+	job := func(sig syscall.Signal) func(context.Context, *harness.Machine) (func() error, error) {
+		return func(_ context.Context, m *harness.Machine) (func() error, error) {
+			spawner, err := m.Spawner()
+			if err != nil {
+				return nil, err
+			}
+			for _, pid := range harness.Children(spawner) {
+				err = errors.Join(err, syscall.Kill(pid, sig))
+			}
+			return nil, err
+		}
+	}
+	cut := func(_ context.Context, m *harness.Machine) (func() error, error) {
+		_, err := bed.Network.Cut(harness.LinksBetween(m.Node, bed.Etcd.Nodes()...)...)
+		return bed.Network.Recover, err
+	}
+	const kill = syscall.SIGKILL
+	// Nobody is left who runs the hook. So the daemon has to be started again before the lease
+	// ends, but an elector that is left holds the endpoint's address for a moment.
+	again := func(all ...harness.Process) func(context.Context,
+		*harness.Machine) (func() error, error) {
+		return func(ctx context.Context, m *harness.Machine) (func() error, error) {
+			elector, err := m.Elector()
+			if err != nil {
+				return nil, err
+			}
+			if _, err := send(kill, all...)(ctx, m); err != nil {
+				return nil, err
+			}
+			if _, err := m.Wait(ctx); err != nil {
+				return nil, err
+			}
+			if err := harness.Until(ctx, func() error {
+				if syscall.Kill(elector, 0) == nil {
+					return errors.New("the elector has not ended")
+				}
+				return nil
+			}); err != nil {
+				return nil, err
+			}
+			return nil, m.StartAgain()
+		}
+	}
+	return []addressFault{
+		{name: "stop", exits: true, inject: send(syscall.SIGTERM, harness.Guard)},
+		{name: "guard killed", exits: true, inject: send(kill, harness.Guard)},
+		{name: "elector killed", stays: true, inject: send(kill, harness.Elector)},
+		{name: "spawner killed", exits: true, inject: send(kill, harness.Spawner)},
+		{
+			name: "guard and elector killed", exits: true,
+			inject: send(kill, harness.Guard, harness.Elector),
+		},
+		{name: "job killed", stays: true, inject: job(kill)},
+		{name: "cut off from etcd", inject: cut},
+		{
+			name: "guard killed while cut off from etcd", exits: true,
+			inject: func(ctx context.Context, m *harness.Machine) (func() error, error) {
+				end, err := cut(ctx, m)
+				if err == nil {
+					_, err = send(kill, harness.Guard, harness.Elector)(ctx, m)
+				}
+				return end, err
+			},
+		},
+		{
+			name: "guard hangs while cut off from etcd", exits: true,
+			inject: func(ctx context.Context, m *harness.Machine) (func() error, error) {
+				end, err := cut(ctx, m)
+				if err == nil {
+					_, err = send(syscall.SIGSTOP, harness.Guard)(ctx, m)
+				}
+				return end, err
+			},
+		},
+		{
+			name: "job hangs while cut off from etcd",
+			inject: func(ctx context.Context, m *harness.Machine) (func() error, error) {
+				end, err := cut(ctx, m)
+				if err == nil {
+					_, err = job(syscall.SIGSTOP)(ctx, m)
+				}
+				return end, err
+			},
+		},
+		{name: "guard hangs, and a stop", exits: true, inject: hang(harness.Guard)},
+		{name: "elector hangs", stays: true, inject: send(syscall.SIGSTOP, harness.Elector)},
+		{name: "spawner hangs, and a stop", exits: true, inject: hang(harness.Spawner)},
+		{
+			name:   "all killed, and started again",
+			inject: again(harness.Guard, harness.Elector, harness.Spawner),
+		},
+		{
+			name:   "guard and spawner killed, and started again",
+			inject: again(harness.Guard, harness.Spawner),
+		},
+	}
+}
