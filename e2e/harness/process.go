@@ -42,7 +42,7 @@ func RealTime(priority uint32) (restore func()) {
 		Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO,
 		Flags: unix.SCHED_FLAG_RESET_ON_FORK, Priority: priority,
 	}
-	if raceDetector() {
+	if RaceDetector() {
 		urgent.Policy, urgent.Priority, urgent.Nice = unix.SCHED_NORMAL, 0, -20
 	}
 	permitted := unix.SchedSetAttr(0, &urgent, 0) == nil
@@ -55,8 +55,8 @@ func RealTime(priority uint32) (restore func()) {
 	}
 }
 
-// raceDetector says whether this program was built with the race detector.
-func raceDetector() bool {
+// RaceDetector says whether this program was built with the race detector.
+func RaceDetector() bool {
 	info, ok := debug.ReadBuildInfo()
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
