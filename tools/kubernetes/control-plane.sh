@@ -112,9 +112,9 @@ for node in $nodes; do
 	user "$node" "system:node:$node" system:nodes
 done
 
-# Local volumes, enough for a few StatefulSets.
+# Local volumes. None is used twice, and each run of the tests needs one or two of each node.
 for node in $nodes; do
-	for v in $(seq 20); do
+	for v in $(seq 50); do
 		mkdir -p "$node/volumes/$v"
 		cat <<END
 ---
