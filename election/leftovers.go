@@ -37,6 +37,10 @@ type announceError struct{ error }
 
 func (e announceError) Unwrap() error { return e.error }
 
+// leavePause is for how long a leader does nothing when its key is gone: if the next job starts on the same
+// machine, or etcd runs there, they need the processors.
+const leavePause = 20 * time.Millisecond
+
 // revoke gives up the key and the lease. The job has exited. It deletes the key first, by a request
 // of its own: a key that was overwritten does not go with the lease, and would keep all others
 // waiting for ever. The next leader waits only for the key.
@@ -63,6 +67,9 @@ func (l *leaving) revoke(
 				return struct{}{}, l.remove(ctx, m)
 			})
 		cancel()
+		if keyErr == nil && l.exited != nil {
+			pause(ctx, leavePause)
+		}
 	}
 	_, err := hedge(ctx, ms, hedgeDelay,
 		func(ctx context.Context, m *member) (struct{}, error) {
