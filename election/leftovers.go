@@ -37,8 +37,8 @@ type announceError struct{ error }
 
 func (e announceError) Unwrap() error { return e.error }
 
-// leavePause is for how long a leader does nothing when its key is gone: if the next job starts on the same
-// machine, or etcd runs there, they need the processors.
+// leavePause is for how long a leader does nothing when its key is gone: if the next job starts on
+// the same machine, or etcd runs there, they need the processors.
 const leavePause = 20 * time.Millisecond
 
 // revoke gives up the key and the lease. The job has exited. It deletes the key first, by a request
