@@ -605,7 +605,13 @@ func (a *spawnArea) start() int32 {
 			0, uintptr(unsafe.Pointer(&a.pidfd)), 0, 0, 0)
 	}
 	if errno == 0 && pid == 0 {
-		a.exec(self)
+		// One after the other, not one from within the other: all frames must fit on the stack.
+		a.becomeChild(self)
+		failed := int32(0)
+		if a.preStartArgv != 0 {
+			failed = a.preStart()
+		}
+		a.exec(failed)
 	}
 	rawCloseSpawn(uintptr(a.pipe[1]))
 	if errno != 0 {
@@ -630,11 +636,12 @@ func (a *spawnArea) readClock() int64 {
 	return a.now.Sec*1e9 + a.now.Nsec
 }
 
-// exec becomes the job, in the child. It does not return.
+// becomeChild gives the fork the attributes of a job.
 //
 //go:nosplit
 //go:norace
-func (a *spawnArea) exec(spawner uintptr) {
+//go:noinline
+func (a *spawnArea) becomeChild(spawner uintptr) {
 	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0,
 		0, 0)
@@ -648,10 +655,14 @@ func (a *spawnArea) exec(spawner uintptr) {
 	if a.pidAt != nil {
 		a.writePid()
 	}
-	failed := int32(0)
-	if a.preStartArgv != 0 {
-		failed = a.preStart()
-	}
+}
+
+// exec becomes the job, in the child. It does not return. failed is why it may not; 0: it may.
+//
+//go:nosplit
+//go:norace
+//go:noinline
+func (a *spawnArea) exec(failed int32) {
 	if failed == 0 {
 		_, _, errno := unix.RawSyscall(unix.SYS_EXECVE, a.path, a.argv, a.envp)
 		failed = int32(errno)
@@ -669,6 +680,7 @@ func (a *spawnArea) exec(spawner uintptr) {
 //
 //go:nosplit
 //go:norace
+//go:noinline
 func (a *spawnArea) preStart() int32 {
 	pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 	if errno == 0 && pid == 0 {
