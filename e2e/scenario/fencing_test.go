@@ -163,7 +163,7 @@ func (tr *trial) freeze(c *candidate) (job []int) {
 	tr.must(c.Signal(syscall.SIGSTOP))
 	tr.must(syscall.Kill(elector, syscall.SIGSTOP))
 	// Looks in a row at which all were stopped: what was forked before one shows at the next.
-	clean := 0
+	clean, asked := 0, map[int]bool{}
 	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
 		job = slices.DeleteFunc(harness.Descendants(c.Guard()), func(pid int) bool {
 			return pid == elector
@@ -175,9 +175,12 @@ func (tr *trial) freeze(c *candidate) (job []int) {
 				running = errors.Join(running, err) // it has just ended
 				continue
 			}
-			// The name, in parentheses, may hold anything; the state follows.
-			if state := stat[bytes.LastIndexByte(stat, ')')+2]; state != 'T' && state != 'Z' {
+			// The name, in parentheses, may hold anything; the state follows. Whoever waits for a
+			// child that vfork(2) has made, which is stopped, stops before it goes on.
+			state := stat[bytes.LastIndexByte(stat, ')')+2]
+			if state != 'T' && state != 'Z' && (state != 'D' || !asked[pid]) {
 				_ = syscall.Kill(pid, syscall.SIGSTOP)
+				asked[pid] = true
 				running = errors.Join(running,
 					fmt.Errorf("pid %d of candidate %s is not stopped", pid, c.Identity))
 			}
