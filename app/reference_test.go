@@ -133,7 +133,8 @@ Durations have a unit (~15s~, ~500ms~, ~1m30s~) and are at most a year.
 		fmt.Fprintf(&b, "| `%s_%s` | %s | %s |\n", config.Prefix, v.Name, shown, v.Desc)
 	}
 	md(`
-leasehold refuses loss grace + margin + 3 × renewal interval > TTL, and shows the numbers. The
+leasehold refuses loss grace + margin + 3 × renewal interval > TTL, and shows the numbers. (With
+a hook after the job its timeout is part of that sum.) The
 renewal interval is a fifth of the TTL.
 
 ## The job's environment
