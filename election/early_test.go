@@ -10,6 +10,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"leasehold/e2e/harness"
 	"leasehold/e2e/sim/simetcd"
@@ -319,16 +320,25 @@ func TestCandidate_EarlyStart(t *testing.T) {
 
 func versionOf(t *testing.T, cluster *harness.Cluster) string {
 	t.Helper()
+	_, status := statusOf(t, cluster)
+	return status.Version
+}
+
+// statusOf asks the first member, with a client that ends with the test.
+func statusOf(
+	t *testing.T, cluster *harness.Cluster,
+) (*clientv3.Client, *clientv3.StatusResponse) {
+	t.Helper()
 	client, err := cluster.NewClient()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = client.Close() }()
+	t.Cleanup(func() { _ = client.Close() })
 	status, err := client.Status(t.Context(), cluster.Endpoints()[0])
 	if err != nil {
 		t.Fatal(err)
 	}
-	return status.Version
+	return client, status
 }
 
 // A standby whose own deletion the watch has missed learns of it by the look at the first key.

@@ -190,15 +190,7 @@ func TestCandidate_ReleaseWithoutSpace(t *testing.T) {
 	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	term := a.waitForTerm()
-	client, err := cluster.NewClient()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = client.Close() }()
-	status, err := client.Status(t.Context(), cluster.Endpoints()[0])
-	if err != nil {
-		t.Fatal(err)
-	}
+	client, status := statusOf(t, cluster)
 	if _, err := pb.NewMaintenanceClient(client.ActiveConnection()).Alarm(t.Context(),
 		&pb.AlarmRequest{
 			Action: pb.AlarmRequest_ACTIVATE, Alarm: pb.AlarmType_NOSPACE,

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -113,7 +112,9 @@ func (a *addresses) wait(ctx context.Context, same bool, name string) (on string
 
 // A virtual address is on one machine at most, whatever is lost or hangs, and it comes back.
 func TestHooks_VirtualAddress(t *testing.T) {
-	inNetwork(t, "^TestHooks_VirtualAddress$", "5m")
+	if !inNetwork(t, "5m") {
+		return
+	}
 	ctx := testContext(t, 4*time.Minute)
 	programs := allPrograms(t)
 	network, err := harness.NewNetwork()
@@ -230,32 +231,6 @@ func TestHooks_VirtualAddress(t *testing.T) {
 	for _, o := range check.Overlaps(witness.Lives()) {
 		t.Error(o)
 	}
-}
-
-// inNetwork runs the test again in a network namespace of its own, unless it is there already.
-func inNetwork(t *testing.T, run, timeout string) {
-	t.Helper()
-	harness.NeedsRoot(t)
-	if _, err := exec.LookPath("nft"); err != nil {
-		if os.Getenv("E2E_NO_SKIP") == "1" {
-			t.Fatal("needs nft, and E2E_NO_SKIP=1 forbids to skip")
-		}
-		t.Skip("skipped: needs nft (Debian's package nftables)")
-	}
-	if os.Getenv(harness.NetworkVariable) != "" {
-		return
-	}
-	cmd := exec.Command("/proc/self/exe", "-test.run="+run, "-test.v", "-test.timeout="+timeout)
-	cmd.Env = append(os.Environ(), harness.NetworkVariable+"=1", "E2E_NO_SKIP=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
-	}
-	out, err := cmd.CombinedOutput()
-	t.Logf("in a namespace of its own:\n%s", out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.SkipNow()
 }
 
 func leaderOf(ctx context.Context, machines map[string]*harness.Machine) (name string) {

@@ -14,8 +14,10 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// A network needs a namespace of the program's own, so this test runs itself again in one.
-func TestNetwork(t *testing.T) {
+// inNetwork reports whether the test runs in a network namespace of its own, which a network needs.
+// If it does not, it runs the test again in one, and passes on how that has ended.
+func inNetwork(t *testing.T, timeout string) bool {
+	t.Helper()
 	harness.NeedsRoot(t)
 	if _, err := exec.LookPath("nft"); err != nil {
 		if os.Getenv("E2E_NO_SKIP") == "1" {
@@ -23,21 +25,27 @@ func TestNetwork(t *testing.T) {
 		}
 		t.Skip("skipped: needs nft (Debian's package nftables)")
 	}
-	if os.Getenv(harness.NetworkVariable) == "" {
-		cmd := exec.Command("/proc/self/exe",
-			"-test.run=^TestNetwork$", "-test.v", "-test.timeout=3m")
-		cmd.Env = append(os.Environ(), harness.NetworkVariable+"=1", "E2E_NO_SKIP=1")
-		cmd.SysProcAttr = &syscall.SysProcAttr{
-			Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
-		}
-		out, err := cmd.CombinedOutput()
-		t.Logf("in a namespace of its own:\n%s", out)
-		if err != nil {
-			t.Error(err)
-		}
+	if os.Getenv(harness.NetworkVariable) != "" {
+		return true
+	}
+	cmd := exec.Command("/proc/self/exe",
+		"-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout="+timeout)
+	cmd.Env = append(os.Environ(), harness.NetworkVariable+"=1", "E2E_NO_SKIP=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+	}
+	out, err := cmd.CombinedOutput()
+	t.Logf("in a namespace of its own:\n%s", out)
+	if err != nil {
+		t.Error(err)
+	}
+	return false
+}
+
+func TestNetwork(t *testing.T) {
+	if !inNetwork(t, "3m") {
 		return
 	}
-
 	ctx := testContext(t, 2*time.Minute)
 	network, err := harness.NewNetwork()
 	if err != nil {

@@ -172,9 +172,13 @@ func TestCommand_Cancelled(t *testing.T) {
 }
 
 // If the process that asks is killed, its checks are killed, with all that they have forked.
-func TestCommand_AskerKilled(t *testing.T) {
+func TestCommand_AskerKilled(t *testing.T) { killAsker(t, "ask") }
+
+// killAsker has a process ask, by that part of the test binary, and kills it.
+func killAsker(t *testing.T, part string) {
+	t.Helper()
 	mark := newMark(t)
-	asker := exec.Command("/proc/self/exe", "ask", "(setsid sleep 1000 &); sleep 1000")
+	asker := exec.Command("/proc/self/exe", part, "(setsid sleep 1000 &); sleep 1000")
 	asker.Env = append(os.Environ(), "CHECK_MARK="+mark)
 	if err := asker.Start(); err != nil {
 		t.Fatal(err)

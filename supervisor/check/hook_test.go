@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -114,17 +113,7 @@ func TestHook_TooLate(t *testing.T) {
 
 // A hook ends with whoever asks for it, and one that is alone does not.
 func TestHook_AskerKilled(t *testing.T) {
-	mark := newMark(t)
-	asker := exec.Command("/proc/self/exe", "ask-hook", "(setsid sleep 1000 &); sleep 1000")
-	asker.Env = append(os.Environ(), "CHECK_MARK="+mark)
-	if err := asker.Start(); err != nil {
-		t.Fatal(err)
-	}
-	waitMarked(t, mark, 5)
-	_ = asker.Process.Signal(syscall.SIGKILL)
-	_ = asker.Wait()
-	waitMarked(t, mark, 0)
-
+	killAsker(t, "ask-hook")
 	h := hookOf("exit 5")
 	alone := exec.Command("/proc/self/exe")
 	alone.Args = h.RunnerArgv(0)
