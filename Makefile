@@ -148,10 +148,10 @@ model:
 	$(BUILD_SHOW) ./e2e/cmd/model
 	@bin/model $(MODEL)
 
-# ROWS='?' lists the rows, ROWS=ci are those that CI runs.
+# ROWS='?' lists the rows, ROWS=ci are those that CI runs. HOOKS=1 has hooks move an address.
 faults: $(ETCD_TOOLS)
 	$(BUILD_SHOW) . ./e2e/cmd/faults ./e2e/cmd/naiveclient ./e2e/cmd/testjob
-	@bin/faults $(if $(N),-n $(N)) $(if $(PEERS_N),-peers-n $(PEERS_N)) $(if $(filter ci,$(ROWS)),-ci,$(if $(ROWS),-rows '$(ROWS)')) $(if $(PARALLEL),-parallel $(PARALLEL)) $(if $(JSON),-json '$(JSON)')
+	@bin/faults $(if $(N),-n $(N)) $(if $(PEERS_N),-peers-n $(PEERS_N)) $(if $(filter ci,$(ROWS)),-ci,$(if $(ROWS),-rows '$(ROWS)')) $(if $(PARALLEL),-parallel $(PARALLEL)) $(if $(JSON),-json '$(JSON)') $(if $(HOOKS),-hooks)
 
 faults-docs:
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o bin/ ./e2e/cmd/faults

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Programs are the programs under test.
@@ -109,6 +111,8 @@ type CandidateConfig struct {
 	Witness   *Witness // may be nil
 	// UID runs the daemon as an ordinary user, who can write to no cgroup.
 	UID uint32
+	// NetAdmin lets such a user's daemon, and what it starts, change its network (CAP_NET_ADMIN).
+	NetAdmin bool
 	// Node has the daemon there, and its health endpoint too. nil: on 127.0.0.1.
 	Node *Node
 	// Prepare may change the command before it starts. It may be nil.
@@ -160,6 +164,9 @@ func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
 	if cfg.UID != 0 {
 		user := &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: user}
+		if cfg.NetAdmin {
+			cmd.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_NET_ADMIN}
+		}
 	}
 	if cfg.Prepare != nil {
 		cfg.Prepare(cmd)

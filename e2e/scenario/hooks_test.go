@@ -6,12 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"os/exec"
 	"slices"
-	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -19,96 +15,6 @@ import (
 	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
 )
-
-// The hooks of docs/hooks.md.
-const (
-	virtualAddress = "192.0.2.1"
-	addAddress     = "ip address replace 192.0.2.1/32 dev virtual"
-	removeAddress  = "ip address flush dev virtual to 192.0.2.1"
-)
-
-// addresses is a witness that asks the machines, again and again, which of them has the virtual
-// address.
-type addresses struct {
-	nodes []*harness.Node
-
-	mu    sync.Mutex
-	on    []string // who has it
-	twice []string // when two had it at once
-	looks int
-}
-
-func hasAddress(node *harness.Node) (has bool, err error) {
-	err = node.Do(func() error {
-		virtual, err := net.InterfaceByName("virtual")
-		if err != nil {
-			return err
-		}
-		found, err := virtual.Addrs()
-		has = slices.ContainsFunc(found, func(a net.Addr) bool {
-			return strings.HasPrefix(a.String(), virtualAddress+"/")
-		})
-		return err
-	})
-	return has, err
-}
-
-// look asks all machines once. Two have it at once if the first one has it before and after the
-// second one was asked.
-func (a *addresses) look() error {
-	var on []string
-	var with []*harness.Node
-	for _, node := range a.nodes {
-		has, err := hasAddress(node)
-		if err != nil {
-			return err
-		}
-		if has {
-			on, with = append(on, node.Name), append(with, node)
-		}
-	}
-	twice := false
-	for _, node := range with[:max(0, len(with)-1)] {
-		still, err := hasAddress(node)
-		if err != nil {
-			return err
-		}
-		twice = twice || still
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.on = on
-	a.looks++
-	if twice {
-		a.twice = append(a.twice, fmt.Sprintf("at %v on %v", time.Now(), on))
-	}
-	return nil
-}
-
-// run looks until ctx ends.
-func (a *addresses) run(ctx context.Context) error {
-	for ctx.Err() == nil {
-		if err := a.look(); err != nil {
-			return err
-		}
-		_ = harness.Wait(ctx, 500*time.Microsecond)
-	}
-	return nil
-}
-
-// wait waits until that machine has it, or another one than that, and nobody else.
-func (a *addresses) wait(ctx context.Context, same bool, name string) (on string, err error) {
-	err = harness.Until(ctx, func() error {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if len(a.on) != 1 || (a.on[0] == name) != same {
-			return fmt.Errorf("the address is on %q", a.on)
-		}
-		on = a.on[0]
-		return nil
-	})
-	return on, err
-}
 
 // A virtual address is on one machine at most, whatever is lost or hangs, and it comes back.
 func TestHooks_VirtualAddress(t *testing.T) {
@@ -127,7 +33,7 @@ func TestHooks_VirtualAddress(t *testing.T) {
 		Programs: programs, Network: network,
 	}
 	witness := harness.NewTestWitness(t)
-	seen := &addresses{}
+	seen := newAddressWatch(t)
 	machines := map[string]*harness.Machine{}
 	for _, name := range []string{"a", "b", "c"} {
 		cgroup, err := harness.NewCgroup("hooks")
@@ -147,20 +53,14 @@ func TestHooks_VirtualAddress(t *testing.T) {
 			}
 		})
 		machines[name] = m
-		seen.nodes = append(seen.nodes, m.Node)
-		if err := m.Node.Do(func() error {
-			return exec.CommandContext(ctx, "ip", "link", "add", "virtual", "type", "bridge").Run()
-		}); err != nil {
+		if err := seen.Add(m.Node); err != nil {
 			t.Fatal(err)
 		}
 		if err := m.Start(harness.Leasehold, harness.CandidateConfig{
 			Election: "jobs/address", TTL: 5 * time.Second, Witness: witness,
 			Job: []string{"ignore-term"},
 		}, func(cfg *harness.CandidateConfig) error {
-			cfg.Env = []string{
-				"LEASEHOLD_PRE_START=" + addAddress, "LEASEHOLD_POST_STOP=" + removeAddress,
-				"LEASEHOLD_STOP_GRACE=200ms",
-			}
+			cfg.Env = append(slices.Clone(harness.AddressHooks), "LEASEHOLD_STOP_GRACE=200ms")
 			return nil
 		}); err != nil {
 			t.Fatal(err)
@@ -169,14 +69,8 @@ func TestHooks_VirtualAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	watching, stop := context.WithCancel(ctx)
-	var looking sync.WaitGroup
-	var lookErr error
-	looking.Go(func() { lookErr = seen.run(watching) })
-	t.Cleanup(func() { stop(); looking.Wait() })
-
 	for _, f := range addressFaults(bed) {
-		before, err := seen.wait(ctx, true, leaderOf(ctx, machines))
+		before, err := seen.Wait(ctx, true, leaderOf(ctx, machines))
 		if err != nil {
 			t.Fatalf("before %s: %v", f.name, err)
 		}
@@ -194,7 +88,7 @@ func TestHooks_VirtualAddress(t *testing.T) {
 				t.Fatalf("after %s: %v", f.name, err)
 			}
 		}
-		next, err := seen.wait(ctx, f.stays, before)
+		next, err := seen.Wait(ctx, f.stays, before)
 		if err != nil {
 			t.Fatalf("after %s: %v", f.name, err)
 		}
@@ -219,17 +113,88 @@ func TestHooks_VirtualAddress(t *testing.T) {
 			t.Fatalf("after %s: %v", f.name, err)
 		}
 	}
-	stop()
-	looking.Wait()
-	if lookErr != nil {
-		t.Error(lookErr)
+	stays, err := seen.Stays()
+	if err != nil {
+		t.Error(err)
 	}
-	t.Logf("%d looks", seen.looks)
-	for _, twice := range seen.twice {
-		t.Errorf("the address was on two machines %s", twice)
+	t.Logf("the address was %d times on a machine", len(stays))
+	for _, twice := range check.AddressesTwice(stays, harness.Now()) {
+		t.Error(twice)
 	}
 	for _, o := range check.Overlaps(witness.Lives()) {
 		t.Error(o)
+	}
+}
+
+func newAddressWatch(t *testing.T) *harness.AddressWatch {
+	t.Helper()
+	w, err := harness.WatchAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.Close)
+	return w
+}
+
+// The watch of addresses sees what it is there for: without a hook after the job, the address stays
+// on the machine of a leader whose processes are killed, while the next one has it too.
+func TestHooks_AddressTwice(t *testing.T) {
+	if !inNetwork(t, "3m") {
+		return
+	}
+	ctx := testContext(t, 2*time.Minute)
+	network, err := harness.NewNetwork()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(network.Close)
+	bed := &harness.Testbed{
+		Etcd:     harness.NewTestCluster(t, harness.ClusterConfig{Network: network}),
+		Programs: allPrograms(t), Network: network,
+	}
+	seen := newAddressWatch(t)
+	start := func(name string) *harness.Machine {
+		m, err := bed.NewMachine(harness.MachineConfig{Name: name})
+		if err == nil {
+			t.Cleanup(func() { _ = m.Close(context.Background()) })
+			err = seen.Add(m.Node)
+		}
+		if err == nil {
+			err = m.Start(harness.Leasehold, harness.CandidateConfig{
+				Election: "jobs/address", TTL: 2 * time.Second,
+			}, func(cfg *harness.CandidateConfig) error {
+				cfg.Env = harness.AddressHooks[:1] // only the one before the job
+				cfg.Job = []string{"sleep", "1000"}
+				return nil
+			})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	leader := start("a")
+	if _, err := seen.Wait(ctx, true, "a"); err != nil {
+		t.Fatal(err)
+	}
+	start("b")
+	elector, err := leader.Elector()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(syscall.Kill(leader.Guard(), syscall.SIGKILL),
+		syscall.Kill(elector, syscall.SIGKILL)); err != nil {
+		t.Fatal(err)
+	}
+	if err := harness.Until(ctx, func() error {
+		stays, err := seen.Stays()
+		twice := check.AddressesTwice(stays, harness.Now())
+		if err == nil && (len(twice) != 1 || twice[0].First != "a" || twice[0].Second != "b") {
+			err = fmt.Errorf("stays %+v: %v", stays, twice)
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -123,7 +123,8 @@ func recovered(t *Trial) error {
 	started := t.Figures[fault.StartedAgain]
 	waited := t.next().Started - t.Began - started
 	t.Figure("next job after that", waited)
-	if t.Of.uid != 0 && waited > t.TTL/2 {
+	// With hooks the user may change the network, and for the daemon that is one right too many.
+	if t.Of.uid != 0 && t.addresses == nil && waited > t.TTL/2 {
 		t.violated("the next job started %v after the daemon, want %v at most", waited, t.TTL/2)
 	}
 	return nil

@@ -4,7 +4,7 @@
 // every fault of a table, against real etcd processes, and reads from their
 // jobs' own connections when each job lived.
 //
-//	bin/faults [-n 3] [-peers-n 1] [-rows a,b,…] [-ci] [-parallel 8] [-json FILE]
+//	bin/faults [-n 3] [-peers-n 1] [-rows a,b,…] [-ci] [-parallel 8] [-json FILE] [-hooks]
 //	bin/faults -docs FILE     the pages of a run: docs/faults.*, and its part of README.md
 //
 // It needs root: candidates and members of etcd are in network namespaces of their own, candidates
@@ -35,6 +35,8 @@ func run(args []string) int {
 	peersN := flags.Int("peers-n", 1, "trials of each of the others")
 	only := flags.String("rows", "", "the rows to run, all without; \"?\" lists them")
 	ci := flags.Bool("ci", false, "only those rows that CI runs")
+	hooks := flags.Bool("hooks", false, "leasehold has hooks that move an address to the leader's "+
+		"machine, which must never be on two; no trials of the others")
 	parallel := flags.Int("parallel", 8, "trials side by side")
 	out := flags.String("json", "bin/faults.json", "where to write what was seen")
 	into := flags.String("into", "", "put the rows that are run into such a file of an earlier "+
@@ -65,9 +67,12 @@ func run(args []string) int {
 	if !inside {
 		return code
 	}
+	if *hooks {
+		wanted, *peersN = withHooks(wanted), 0
+	}
 	ctx, stop := harness.Interruptible()
 	defer stop()
-	return exit(measure(ctx, wanted, *n, *peersN, max(1, *parallel), *out, *into))
+	return exit(measure(ctx, wanted, *n, *peersN, *hooks, max(1, *parallel), *out, *into))
 }
 
 func exit(err error) int { return harness.ExitCode("faults", err) }
@@ -91,14 +96,15 @@ func choose(only string, ci bool) (chosen []*Scenario, err error) {
 
 // measure runs the scenarios and reports what it has also when it is interrupted.
 func measure(
-	ctx context.Context, wanted []*Scenario, n, peersN, parallel int, out, into string,
+	ctx context.Context, wanted []*Scenario, n, peersN int, hooks bool, parallel int,
+	out, into string,
 ) error {
 	r, err := newRunner(ctx, wanted)
 	if err != nil {
 		return err
 	}
 	begin := time.Now()
-	r.results.N, r.results.PeersN = n, peersN
+	r.results.N, r.results.PeersN, r.results.Hooks = n, peersN, hooks
 	for _, s := range wanted {
 		r.results.Rows = append(r.results.Rows, s.info())
 	}

@@ -22,6 +22,7 @@ type Results struct {
 	Version string        `json:"version"` // of leasehold, with its commit
 	N       int           `json:"n"`
 	PeersN  int           `json:"peers_n"`
+	Hooks   bool          `json:"hooks,omitzero"` // leasehold has hooks that move an address
 	Minutes float64       `json:"minutes"`
 	Rows    []RowInfo     `json:"rows"`
 	Samples []Sample      `json:"samples"`
@@ -294,6 +295,9 @@ func (r *Results) replaceIn(path string) error {
 	whole, err := harness.ReadJSON[Results](path)
 	if err != nil {
 		return err
+	}
+	if whole.Hooks != r.Hooks {
+		return fmt.Errorf("one of this run and that of %s is with hooks, the other without", path)
 	}
 	if whole.N != r.N || whole.PeersN != r.PeersN {
 		return fmt.Errorf("%s has %d and %d trials of each fault, this run %d and %d",

@@ -43,13 +43,14 @@ type Trial struct {
 	Term     status       // what the leader has shown of its term
 	Standing int64        // the create revision of the standby's key
 
-	runner   *runner
-	election string
-	machines []*harness.Machine
-	stress   fault.Fault
-	fault    fault.Fault
-	lasts    bool                 // the fault was injected and has not been ended
-	death    <-chan time.Duration // nil: its connection tells when the job has ended
+	runner    *runner
+	election  string
+	machines  []*harness.Machine
+	stress    fault.Fault
+	fault     fault.Fault
+	lasts     bool                  // the fault was injected and has not been ended
+	addresses *harness.AddressWatch // nil: candidates have no hooks
+	death     <-chan time.Duration  // nil: its connection tells when the job has ended
 	// killed, unless it is 0, is when the old job could run no instruction any more.
 	killed time.Duration
 	thawed time.Duration // when the fault was ended
@@ -88,6 +89,13 @@ func (t *Trial) make(ctx context.Context) {
 		return
 	}
 	defer t.Witness.Close()
+	if t.runner.results.Hooks {
+		if t.addresses, err = harness.WatchAddress(); err != nil {
+			t.sample.Failure = err.Error()
+			return
+		}
+		defer t.addresses.Close()
+	}
 	if err = t.run(ctx); err != nil {
 		t.sample.Failure = err.Error()
 	}
@@ -265,6 +273,9 @@ func (t *Trial) start(
 	})
 	t.machines = append(t.machines, m)
 	t.Machine, t.Others = t.machines[0], t.machines[1:]
+	if err == nil && t.addresses != nil {
+		err = t.addresses.Add(m.Node)
+	}
 	if err != nil {
 		return err
 	}
@@ -277,6 +288,9 @@ func (t *Trial) start(
 			cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String())
 			if t.Scenario.Freeze && name == "a" {
 				cfg.Env = append(cfg.Env, "LEASEHOLD_CONTACT_LOSS=freeze")
+			}
+			if t.addresses != nil {
+				cfg.Env, cfg.NetAdmin = append(cfg.Env, harness.AddressHooks...), true
 			}
 		}
 		if configure == nil {
@@ -527,18 +541,22 @@ func (t *Trial) overlap(o check.Overlap) {
 	if o.Earlier.Alive() && o.Earlier.Of(t.Job) {
 		s.LivesOn = true
 	}
-	if !t.Of.Ours() || t.Scenario.Promise != Never {
-		return
+	if t.Of.Ours() && t.Scenario.Promise == Never {
+		t.together(o.Earlier.Candidate, o.During.Total(), o)
 	}
+}
+
+// together notes what was on two machines at once for so long, which is a violation unless the
+// guard of the earlier one was served too late.
+func (t *Trial) together(earlier string, d time.Duration, what fmt.Stringer) {
 	for _, m := range t.started() {
 		margin, late := max(t.TTL/10, 200*time.Millisecond), check.KillByLatencies(m.Log())
-		if by := check.Latency(late); m.Name == o.Earlier.Candidate && by > margin &&
-			o.During.Total() <= by+margin {
-			s.Outside = true
+		if by := check.Latency(late); m.Name == earlier && by > margin && d <= by+margin {
+			t.sample.Outside = true
 			return
 		}
 	}
-	t.violated("%v", o)
+	t.violated("%v", what)
 }
 
 // started are the machines on which a candidate was started.
@@ -579,6 +597,9 @@ func (t *Trial) end(ctx context.Context, checked bool) {
 		err := harness.Within(ctx, t.TTL+3*time.Second, "etcd is not empty", t.WaitEmpty)
 		if err != nil {
 			t.violated("%v", err)
+		}
+		if t.addresses != nil {
+			failed(t.judgeAddresses())
 		}
 	}
 	for _, m := range t.machines {

@@ -1,0 +1,59 @@
+//go:build linux
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+
+	"leasehold/e2e/check"
+	"leasehold/e2e/harness"
+)
+
+// withHooks leaves out the scenarios in which no candidate can have hooks, and names them.
+func withHooks(wanted []*Scenario) []*Scenario {
+	return slices.DeleteFunc(wanted, func(s *Scenario) bool {
+		if s.Freeze {
+			fmt.Fprintf(os.Stderr, "%s: left out: LEASEHOLD_POST_STOP is refused together with "+
+				"LEASEHOLD_CONTACT_LOSS=freeze\n", s.Name)
+		}
+		return s.Freeze
+	})
+}
+
+// judgeAddresses judges where the virtual address was, when all candidates have ended.
+func (t *Trial) judgeAddresses() error {
+	stays, err := t.addresses.Stays()
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(stays, func(s harness.Stay) bool {
+		return s.Machine == t.Machine.Name && s.From < t.Began && (s.To == 0 || s.To > t.Began)
+	}) {
+		return errors.New("the leader's machine did not have the virtual address before the fault")
+	}
+	figures := map[string]float64{}
+	for i, second := range stays {
+		if i > 0 && second.Machine != stays[i-1].Machine && stays[i-1].To != 0 {
+			gap := harness.Milliseconds(second.From - stays[i-1].To)
+			figures["address on none"] = max(figures["address on none"], gap)
+		}
+		if second.To == 0 {
+			t.violated("%s still has the virtual address", second.Machine)
+		}
+	}
+	for _, a := range check.AddressesTwice(stays, harness.Now()) {
+		figures["address on both"] += harness.Milliseconds(a.During.Length())
+		if t.Scenario.Promise == Never {
+			t.together(a.First, a.During.Length(), a)
+		}
+	}
+	if t.sample.Figures == nil {
+		t.sample.Figures = map[string]float64{}
+	}
+	maps.Copy(t.sample.Figures, figures)
+	return nil
+}
