@@ -207,6 +207,10 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 			"another candidate: unset it, or write %s_CONTACT_LOSS=stop", Prefix)
 	}
 	if c.PostStopTimeout.given {
+		if c.PostStop.Argv == nil && !p.has("POST_STOP") && p.use != ForElect {
+			p.add("POST_STOP_TIMEOUT", "there is no hook: set %s_POST_STOP too, or unset it",
+				Prefix)
+		}
 		p.tooShort("POST_STOP_TIMEOUT", c.PostStopTimeout, 100*time.Millisecond)
 	}
 	c.Health.validate(p)

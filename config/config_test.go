@@ -297,6 +297,10 @@ func TestConfig_Refusals(t *testing.T) {
 			"POST_STOP: it can't run for a job that is frozen",
 		},
 		{
+			"time for no hook", "POST_STOP_TIMEOUT=1s",
+			"POST_STOP_TIMEOUT: there is no hook: set LEASEHOLD_POST_STOP too, or unset it",
+		},
+		{
 			"no time for a hook", "POST_STOP=true POST_STOP_TIMEOUT=0s",
 			"POST_STOP_TIMEOUT: 0s is too short: write 100ms or more",
 		},
