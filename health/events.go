@@ -43,11 +43,13 @@ type events struct {
 	process string        // in each id: those of another process mean nothing here
 	changed chan struct{} // Holds one signal that the status may have changed.
 	count   atomic.Int64  // of streams
+	terms   terms
 
 	mu      sync.Mutex
 	closed  bool
 	streams map[*stream]struct{}
 	last    string    // the last status, without the fields that change all the time
+	told    string    // the terms that were last sent to all
 	number  int       // of that status
 	sent    time.Time // when something was last sent to all
 }
@@ -69,9 +71,11 @@ func newEvents(present func() (Snapshot, time.Duration), version string) *events
 	}
 }
 
-// noteChange has the subscribers get the status if it has changed. It never waits, and does nothing
-// if there is no subscriber.
+// noteChange notes who leads, and has the subscribers get the status if it has changed. It never
+// waits.
 func (e *events) noteChange() {
+	s, _ := e.present()
+	e.terms.note(s.Leader, time.Now())
 	if e.count.Load() > 0 {
 		e.wake()
 	}
@@ -141,8 +145,17 @@ func (e *events) update(s Snapshot, now time.Duration) (event []byte) {
 	}
 	e.last = text
 	e.number++
-	return e.event(st)
+	e.terms.note(s.Leader, time.Now()) // a deadline that passes may have changed it
+	if terms := e.terms.json(); terms != e.told {
+		e.told = terms
+		event = termsEvent(terms)
+	}
+	return append(event, e.event(st)...)
 }
+
+// termsEvent is another event, so that whoever waits for a status does not get it. It has no id:
+// the status after it has one.
+func termsEvent(terms string) []byte { return fmt.Appendf(nil, "event: terms\ndata: %s\n", terms) }
 
 func (e *events) id() string { return fmt.Sprintf("%s-%d", e.process, e.number) }
 
@@ -222,6 +235,7 @@ func (e *events) subscribe(conn net.Conn, lastID string) bool {
 		"Cache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\n"+
 		"X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\nretry: %d\n\n",
 		time.Now().UTC().Format(http.TimeFormat), 500+rand.N(1000))
+	text = append(text, termsEvent(e.terms.json())...)
 	if lastID != e.id() {
 		text = append(text, e.event(snapshot.status(now, e.version))...)
 	}

@@ -126,6 +126,67 @@ func TestEvents(t *testing.T) {
 	}
 }
 
+// seenTerms returns the next terms of a stream, the latest first.
+func seenTerms(t *testing.T, s *harness.EventStream) (seen []seenTerm) {
+	t.Helper()
+	e, err := s.NextOf("terms")
+	if err == nil {
+		err = json.Unmarshal([]byte(e.Data), &seen)
+	}
+	if err != nil || e.ID != "" {
+		t.Fatalf("terms %+v: %v", e, err)
+	}
+	return seen
+}
+
+// TestEvents_Terms: whoever subscribes learns who has led before, and who leads from then on.
+func TestEvents_Terms(t *testing.T) {
+	ts := newTestServer(t, leading())
+	ts.lead(17)
+	nobody := standbyOf(nil)
+	ts.snapshot.Store(&nobody)
+	ts.server.Changed()
+	other := standbyOf(&Leader{Identity: "b", Token: 18})
+	ts.snapshot.Store(&other)
+	ts.server.Changed()
+	s := newSubscriber(t, ts.addr, "")
+	seen := seenTerms(t, s)
+	if len(seen) != 2 || seen[0].Identity != "b" || seen[0].Token != 18 || seen[0].Until != nil ||
+		seen[1].Token != 17 || seen[1].Until == nil || *seen[1].Until < seen[1].Since {
+		t.Errorf("terms: %+v", seen)
+	}
+	// It is not known for a while who leads, and then it is the same.
+	ts.snapshot.Store(&nobody)
+	ts.server.Changed()
+	if seen = seenTerms(t, s); seen[0].Until == nil {
+		t.Errorf("terms: %+v", seen)
+	}
+	ts.snapshot.Store(&other)
+	ts.server.Changed()
+	if again := seenTerms(t, s); len(again) != 2 || again[0].Until != nil ||
+		again[0].Since != seen[0].Since {
+		t.Errorf("terms: %+v", again)
+	}
+	for token := int64(19); token <= 18+maxTerms; token++ {
+		ts.lead(token)
+		if seen = seenTerms(t, s); seen[0].Token != token || seen[0].Until != nil ||
+			seen[1].Until == nil {
+			t.Errorf("terms after token %d: %+v", token, seen[:2])
+		}
+	}
+	if len(seen) != maxTerms {
+		t.Errorf("%d terms are kept, want %d", len(seen), maxTerms)
+	}
+	if id, st := next(t, s); id == "" || st.Leader.Token != 18+maxTerms {
+		t.Errorf("the status after them: %q, %+v", id, st.Leader)
+	}
+}
+
+// standbyOf is the state of a candidate that waits.
+func standbyOf(leader *Leader) Snapshot {
+	return leading(standby, func(s *Snapshot) { s.Leader = leader })
+}
+
 // TestEvents_Deadlines: that stop-at passes is an event, although nothing else changes.
 func TestEvents_Deadlines(t *testing.T) {
 	ts := newTestServer(t, leading())

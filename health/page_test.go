@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"image/png"
 	"net/http"
 	"os"
@@ -278,6 +279,20 @@ func pageStates() map[string]Snapshot {
 	}
 }
 
+// pageTerms are the terms that were seen before, and the one of the leader.
+func pageTerms(leader *Leader) (seen []seenTerm) {
+	began := time.Now().Add(-3 * time.Hour)
+	if leader != nil {
+		seen = append(seen, seenTerm{leader.Identity, leader.Token, *timestamp(began), nil})
+	}
+	for i, node := range []string{"node-2", "node-1", "node-3"} {
+		until := timestamp(began)
+		began = began.Add(time.Duration(-37*i-19) * time.Hour)
+		seen = append(seen, seenTerm{node, 1741 - int64(i), *timestamp(began), until})
+	}
+	return seen
+}
+
 // TestPage: Chromium shows the page in each state, wide and as on a phone, light and dark, and each
 // change. It asks for nothing but the page and its events, finds nothing to complain of, and runs
 // nothing that somebody wrote into etcd. With PICTURES=DIR the pictures stay there.
@@ -304,6 +319,7 @@ func TestPage(t *testing.T) {
 	}
 	for name, s := range pageStates() {
 		ts := newTestServer(t, s)
+		ts.server.events.terms.seen = pageTerms(s.Leader)
 		address := "http://" + ts.addr + "/"
 		// The page before looks for its server.
 		b.call("Page.navigate", map[string]any{"url": "about:blank"}, nil)
@@ -312,18 +328,23 @@ func TestPage(t *testing.T) {
 		for _, text := range want[name] {
 			b.waitFor(text, true)
 		}
+		b.waitFor("node-3, token 1739, until ", true)
 		if title := b.evaluate("document.title"); title != s.State+" · "+s.Election {
 			t.Errorf("%s: the title is %q", name, title)
 		}
 		b.picture(filepath.Join(dir, name+".png"), 1000, 720, false)
 		b.picture(filepath.Join(dir, name+"-dark.png"), 1000, 720, true)
 		b.picture(filepath.Join(dir, name+"-phone.png"), 390, 1100, false)
+		b.picture(filepath.Join(dir, name+"-phone-dark.png"), 390, 1100, true)
 
 		s = pageStates()["leading"]
 		s.Leader.Token = 1743
 		ts.snapshot.Store(&s)
 		ts.server.Changed()
 		b.waitFor("node-1, token 1743", true)
+		if s := pageStates()[name]; s.Leader != nil { // the one before
+			b.waitFor(fmt.Sprintf(", token %d, until ", s.Leader.Token), true)
+		}
 		ts.stop()
 		b.waitFor("unknown, was leading", false)
 		b.picture(filepath.Join(dir, name+"-offline.png"), 390, 1100, false)

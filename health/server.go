@@ -65,8 +65,8 @@ func Endpoints() []Endpoint {
 		{"/metrics", "metrics for Prometheus"},
 		{
 			"/events",
-			"server-sent events: the JSON of /status, now and at each change;" +
-				" 503 if too many streams are open",
+			"server-sent events: the JSON of /status, now and at each change, and the last" +
+				" leaders; 503 if too many streams are open",
 		},
 	}
 }

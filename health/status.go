@@ -129,9 +129,9 @@ func (st status) withoutClock() status {
 	return st
 }
 
-// encode renders the status as JSON; without an indent on one line.
-func encode(st status, indent string) string {
-	text, err := quote.JSON(st, indent)
+// encode renders JSON; without an indent on one line.
+func encode[T status | []seenTerm](v T, indent string) string {
+	text, err := quote.JSON(v, indent)
 	if err != nil {
 		panic(err) // No value of these types can fail.
 	}

@@ -44,18 +44,26 @@ func Subscribe(ctx context.Context, url, lastID string) (*EventStream, error) {
 	return &EventStream{resp, bufio.NewScanner(resp.Body)}, nil
 }
 
-// Next waits for the next event. The error is io.EOF if the stream has been closed.
-func (s *EventStream) Next() (Event, error) {
+// Next waits for the next status. The error is io.EOF if the stream has been closed.
+func (s *EventStream) Next() (Event, error) { return s.NextOf("") }
+
+// NextOf waits for the next event of a name. That of a status is "".
+func (s *EventStream) NextOf(name string) (Event, error) {
 	var e Event
+	of := ""
 	for s.lines.Scan() {
 		field, value, _ := strings.Cut(s.lines.Text(), ": ")
 		switch {
 		case field == "id":
 			e.ID = value
+		case field == "event":
+			of = value
 		case field == "data":
 			e.Data = value
-		case field == "" && e.Data != "": // the empty line after a status
+		case field == "" && of == name && e.Data != "": // the empty line after an event
 			return e, nil
+		case field == "":
+			e, of = Event{}, ""
 		}
 	}
 	if err := s.lines.Err(); err != nil {

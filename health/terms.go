@@ -1,0 +1,56 @@
+package health
+
+import (
+	"sync"
+	"time"
+)
+
+// maxTerms is how many terms are remembered.
+const maxTerms = 20
+
+// seenTerm is a term as this process has seen it: it may have begun before, and may go on while
+// nothing is known.
+type seenTerm struct {
+	Identity string  `json:"identity"` // of the leader
+	Token    int64   `json:"token"`
+	Since    string  `json:"since"` // when it was first seen
+	Until    *string `json:"until"` // when it was seen no more; null: it goes on
+}
+
+// terms are the last terms that this process has seen, the latest first. They are in its memory
+// alone.
+type terms struct {
+	mu   sync.Mutex
+	seen []seenTerm
+}
+
+// note takes in who leads now; nil: nobody is known. It reports whether that is new.
+func (t *terms) note(leader *Leader, now time.Time) (changed bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	last := &seenTerm{}
+	if len(t.seen) > 0 {
+		last = &t.seen[0]
+	}
+	if leader != nil && leader.Token == last.Token {
+		changed, last.Until = last.Until != nil, nil
+		return changed
+	}
+	at := timestamp(now)
+	if last.Token != 0 && last.Until == nil {
+		changed, last.Until = true, at
+	}
+	if leader == nil {
+		return changed
+	}
+	this := seenTerm{Identity: leader.Identity, Token: leader.Token, Since: *at}
+	t.seen = append([]seenTerm{this}, t.seen[:min(len(t.seen), maxTerms-1)]...)
+	return true
+}
+
+// json returns them on one line, with a newline at its end.
+func (t *terms) json() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return encode(append([]seenTerm{}, t.seen...), "")
+}
