@@ -251,6 +251,17 @@ func TestRecovered(t *testing.T) {
 			r.recovers(empty, began, r.startIn(again, ""))
 		})
 	}
+	t.Run("after a hook", func(t *testing.T) {
+		t.Parallel()
+		r := newRecovery(t)
+		r.lead(place{uid: nobody})
+		r.killAll()
+		began := harness.Now()
+		next := r.startIn(r.makeCgroup(), "",
+			postStop(`[ "$LEASEHOLD_REASON" = startup ] && echo "the hook"`))
+		r.recovers(empty, began, next)
+		r.waitLogged(next, "the hook")
+	})
 	t.Run("process 1", func(t *testing.T) {
 		t.Parallel()
 		r := newRecovery(t)
@@ -265,6 +276,11 @@ func TestRecovered(t *testing.T) {
 		r.recovers("the daemon was process 1", began,
 			r.startIn(r.makeCgroup(), "", func(cfg *harness.CandidateConfig) { wrapIn(cfg, own) }))
 	})
+}
+
+// postStop has a daemon run a script as its hook after the job.
+func postStop(script string) change {
+	return variables("LEASEHOLD_POST_STOP=sh -c '" + script + "'")
 }
 
 // edit changes the state file as somebody who knows its checksum.
@@ -374,6 +390,13 @@ func TestRecovered_Waits(t *testing.T) {
 				cfg.Env = append(cfg.Env, "LEASEHOLD_IDENTITY=b")
 			},
 			says: "it is of the identity",
+		},
+		{
+			what: "the hook at the start of the daemon fails", place: place{uid: nobody},
+			change: func(cfg *harness.CandidateConfig, _ *recovery) {
+				postStop(`[ "$LEASEHOLD_REASON" != startup ]`)(cfg)
+			},
+			says: "the lease of the daemon before is not revoked after all",
 		},
 		{
 			what: "garbage", place: place{uid: nobody},

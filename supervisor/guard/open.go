@@ -81,7 +81,8 @@ func (g *guard) open() error {
 	switch ok, err := g.openHook(); {
 	case err != nil:
 		return fail("make a pipe", err)
-	case !ok: // its lease has to expire
+	case !ok && g.known.Recovered != 0:
+		g.log.Warn("the lease of the daemon before is not revoked after all: it has to expire")
 		g.known.Recovered = 0
 	}
 	if g.spawner, err = newSpawner(g.cfg, g.cgroup, g.procs.Proc, g.stateFd,
