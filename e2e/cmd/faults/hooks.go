@@ -24,6 +24,13 @@ func withHooks(wanted []*Scenario) []*Scenario {
 	})
 }
 
+// hooks are the settings of a candidate with hooks. Their time is taken off the loss grace, so that
+// stop-at is as without them: what must not move the job without hooks must not move it with them.
+func (t *Trial) hooks() []string {
+	return append([]string{"LEASEHOLD_LOSS_GRACE=" + (t.TTL / 10).String()},
+		harness.AddressHooks...)
+}
+
 // judgeAddresses judges where the virtual address was, when all candidates have ended.
 func (t *Trial) judgeAddresses() error {
 	stays, err := t.addresses.Stays()

@@ -290,7 +290,7 @@ func (t *Trial) start(
 				cfg.Env = append(cfg.Env, "LEASEHOLD_CONTACT_LOSS=freeze")
 			}
 			if t.addresses != nil {
-				cfg.Env, cfg.NetAdmin = append(cfg.Env, harness.AddressHooks...), true
+				cfg.Env, cfg.NetAdmin = append(cfg.Env, t.hooks()...), true
 			}
 		}
 		if configure == nil {
