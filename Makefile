@@ -56,7 +56,7 @@ help:
 	@echo 'Test what is shipped (root, Debian; they install what they need):'
 	@echo 'make test-image    the image, run for real with podman'
 	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE'
-	@echo 'make test-k8s      every manifest of k8s/, without a cluster, and run as processes'
+	@echo 'make test-k8s      every manifest of k8s/ and the Helm chart, without a cluster, and run as processes'
 	@echo 'make test-dist     packages in a clean Debian, docs/process.md, and dist built again elsewhere'
 	@echo 'make test-etcd-versions  etcd 3.4 to 3.7: VERSIONS="3.4 3.5" SHORT=1; 75 minutes; root, nft, ip, strace'
 	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD= RUN='
@@ -221,12 +221,12 @@ NAMESPACE ?= default
 k8s-certs:
 	cd tools/k8s && $(GO) run ./certs -dir ../../k8s/certs -namespace $(NAMESPACE)
 
-test-k8s: $(ETCD_TOOLS)
+test-k8s: $(ETCD_TOOLS) bin/helm
 	tools/k8s/prepare.sh
 	cd tools/k8s && E2E_NO_SKIP=1 $(GO) test -vet=off -count=1 -timeout 30m ./...
 
 # LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
-e2e-k8s:
+e2e-k8s: bin/helm
 	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' $(GO) test -count=1 -v -timeout 120m \
 		$(if $(RUN),-run '$(RUN)') ./e2e/k8s
 
@@ -301,6 +301,11 @@ bin/etcd-3.5 bin/etcd-3.6: bin/etcd-%: tools/etcd-%/go.mod
 
 bin/etcd-3.7: bin/etcd
 	ln -sf etcd $@
+
+bin/helm: tools/helm/go.mod
+	@echo 'building bin/helm, once; it takes about two minutes'
+	cd tools/helm && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../bin/helm helm.sh/helm/v3/cmd/helm
+	@touch $@
 
 bin/golangci-lint: tools/lint/go.mod
 	@echo 'building bin/golangci-lint, once; it takes about four minutes'

@@ -93,7 +93,8 @@ func pages(t *testing.T) map[string]string {
 	files := markdown(t)
 	for _, pattern := range []string{
 		"../packaging/leasehold*", "../packaging/*.sh", "../systemd/*", "../examples/*/*",
-		"../k8s/*/*.yaml", "../k8s/*/*/*.yaml", "../Makefile", "../Dockerfile",
+		"../k8s/*/*.yaml", "../k8s/*/*/*.yaml", "../charts/*/*.*", "../charts/*/*/*",
+		"../Makefile", "../Dockerfile",
 	} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {

@@ -69,7 +69,9 @@ func newCluster(t *testing.T) *cluster {
 	}
 	dir := t.TempDir()
 	c.tree, c.config = filepath.Join(dir, "k8s"), filepath.Join(dir, "config")
-	if err := copyTree(filepath.Join(c.root, "k8s"), c.tree); err != nil {
+	err = errors.Join(copyTree(filepath.Join(c.root, "k8s"), c.tree),
+		os.Symlink(filepath.Join(c.root, "charts"), filepath.Join(dir, "charts")))
+	if err != nil {
 		t.Fatal(err)
 	}
 	view := exec.Command("kubectl", "config", "view", "--raw", "--minify", "--flatten")
@@ -535,9 +537,18 @@ func (c *cluster) page(name, etcd, wrapper, sidecar string) {
 	// The image has been made, and the copy of the tree has no Makefile.
 	prelude := fmt.Sprintf(`set -euo pipefail
 make() {
-	[ "$1" = image ] || { here=$PWD; (cd %s/tools/k8s && go run ./certs -dir "$here/k8s/certs"); }
+	[ "$1" = image ] || {
+		here=$PWD
+		(cd %[1]s/tools/k8s && go run ./certs -dir "$here/k8s/certs")
+	}
 }
-`, c.root)
+helm() {
+	case $1 in
+	install|upgrade) %[1]s/bin/helm "$@" --set 'image.repository=%[2]s,image.tag=%[3]s' ;;
+	*) %[1]s/bin/helm "$@" ;;
+	esac
+}
+`, c.root, repository(c.image), tag(c.image))
 	ctx, cancel := context.WithTimeout(c.t.Context(), 15*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-c", prelude+script)
@@ -588,7 +599,11 @@ func pageScript(page, etcd, wrapper, sidecar string) (string, error) {
 		script.Write(match[1])
 	}
 	fit := map[string]string{"etcd": etcd, "wrapper": wrapper, "sidecar": sidecar}
-	return folder.ReplaceAllStringFunc(script.String(), func(found string) string {
+	text = []byte(script.String())
+	if sidecar != "sidecar" { // the form of a release
+		text = bytes.ReplaceAll(text, []byte("form=sidecar"), []byte("form=plain-sidecar"))
+	}
+	return folder.ReplaceAllStringFunc(string(text), func(found string) string {
 		m := folder.FindStringSubmatch(found)
 		return m[1] + fit[m[2]] + m[3]
 	}), nil

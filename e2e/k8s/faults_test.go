@@ -361,9 +361,8 @@ func TestCluster_BadRollouts(t *testing.T) {
 			if err := pods(); err != nil {
 				t.Error(err)
 			}
-			lives := c.jobs()
-			if last := lives[len(lives)-1]; boottime.Now()-last.last > time.Second {
-				t.Errorf("nobody has a job; the last one is %v", last)
+			if _, err := c.running(); err != nil {
+				t.Error(err)
 			}
 			c.kubectl("rollout", "undo", "deployment/wrapper")
 			c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
@@ -400,16 +399,9 @@ func (c *cluster) trial(form form, f fault) trial {
 	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
 	c.kubectl("rollout", "status", "deployment/"+form.deployment, "--timeout=5m")
 	var leader life
-	c.until(time.Minute, func() error {
-		lives := c.jobs()
-		if len(lives) == 0 {
-			return errors.New("there has been no job")
-		}
-		leader = lives[len(lives)-1]
-		if boottime.Now()-leader.last > time.Second {
-			return fmt.Errorf("nobody has a job; the last one is %v", leader)
-		}
-		return nil
+	c.until(time.Minute, func() (err error) {
+		leader, err = c.running()
+		return err
 	})
 	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
 	if f.recover != nil {
@@ -561,6 +553,20 @@ func (c *cluster) jobs() []life {
 		c.t.Fatal(err)
 	}
 	return lives
+}
+
+// running returns the life of the job that runs now.
+func (c *cluster) running() (last life, err error) {
+	c.t.Helper()
+	lives := c.jobs()
+	if len(lives) == 0 {
+		return life{}, errors.New("there has been no job")
+	}
+	last = lives[len(lives)-1]
+	if boottime.Now()-last.last > time.Second {
+		return life{}, fmt.Errorf("nobody has a job; the last one is %v", last)
+	}
+	return last, nil
 }
 
 // parseLives reads lines "POD TOKEN BEGAN PROCESS:LAST" of the processes of jobs.

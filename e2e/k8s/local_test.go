@@ -296,7 +296,9 @@ func TestCluster_PagesFitTheCluster(t *testing.T) {
 			"bases: [../wrapper/kubernetes-1.20]\n", "bases: [../wrapper/route-to-leader]|' ",
 			"-k k8s/mine\n",
 		},
-		"kubernetes-sidecar.md": {"-k k8s/etcd/one-member\n", "-k k8s/sidecar/kubernetes-1.20\n"},
+		"kubernetes-sidecar.md": {
+			"-k k8s/etcd/one-member\n", "-k k8s/sidecar/kubernetes-1.20\n", "form=plain-sidecar ",
+		},
 	} {
 		script, err := pageScript(filepath.Join(root, "docs", page), "etcd/one-member",
 			"wrapper/kubernetes-1.20", "sidecar/kubernetes-1.20")

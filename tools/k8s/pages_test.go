@@ -55,6 +55,10 @@ func TestPages_Commands(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
+			charts := filepath.Join(shared.root, "charts")
+			if err := os.Symlink(charts, filepath.Join(tree, "charts")); err != nil {
+				t.Fatal(err)
+			}
 			// The image needs a builder, and is another test's.
 			prelude := fmt.Sprintf(`set -euo pipefail
 make() {
@@ -65,6 +69,13 @@ make() {
 	esac
 }
 n=0
+helm() {
+	case $1 in
+	install|upgrade) n=$((n + 1)); %s template "${@:2}" | tee %s.$n >%s.$n ;;
+	rollback|uninstall) ;;
+	*) echo "this test does not know helm $*"; exit 1 ;;
+	esac
+}
 kubectl() {
 	case "$1 $2" in
 	"apply -k") n=$((n + 1)); %s kustomize "$3" >%s.$n; %s render "$3" >%s.$n ;;
@@ -72,7 +83,7 @@ kubectl() {
 	*) echo "this test does not know kubectl $*"; exit 1 ;;
 	esac
 }
-`, kubectl, asked, shared.old, old, asked)
+`, helm(t).Path, asked, old, kubectl, asked, shared.old, old, asked)
 			cmd := exec.Command("bash", "-c", prelude+script.String())
 			cmd.Dir = tree
 			if out, err := cmd.CombinedOutput(); err != nil {
