@@ -145,6 +145,7 @@ func TestRelease(t *testing.T) {
 		}
 		want = append(want, filepath.Base(artifact(t, "leasehold-*."+rpmArch+".rpm")))
 	}
+	want = append(want, filepath.Base(artifact(t, "leasehold-*.tgz")))
 	slices.Sort(want)
 	if got := slices.Sorted(maps.Keys(sums)); !slices.Equal(got, want) {
 		t.Errorf("checksums of %q, want %q", got, want)

@@ -1,6 +1,6 @@
 // Dist packs the binaries of a release: for each architecture a tar.gz, a deb, an rpm and a
-// list of what the binary is made of (SBOM, CycloneDX); and the checksums of it all. It runs in
-// the root of leasehold's module.
+// list of what the binary is made of (SBOM, CycloneDX); the Helm chart; and the checksums of it
+// all. It runs in the root of leasehold's module.
 //
 // The same commit, built with the same Go, gives the same bytes: every date is the commit's, owners
 // and modes are set here, and every list has an order.
@@ -69,7 +69,39 @@ func (r *release) pack(arches []string) error {
 			return fmt.Errorf("%s: %w", arch, err)
 		}
 	}
+	if err := r.chart(); err != nil {
+		return fmt.Errorf("chart: %w", err)
+	}
 	return r.sums()
+}
+
+// chart packs the Helm chart with the version of the release.
+func (r *release) chart() error {
+	const dir, undated = "charts/leasehold", "\nversion: 0.0.0\n"
+	var content []file
+	err := filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if entry.Name() == "Chart.yaml" {
+			if !bytes.Contains(text, []byte(undated)) {
+				return errors.New("there is no line version: 0.0.0 in Chart.yaml")
+			}
+			version := fmt.Sprintf("\nversion: %s\nappVersion: %q\n", r.chartVersion(), r.version)
+			text = bytes.Replace(text, []byte(undated), []byte(version), 1)
+		}
+		name := strings.TrimPrefix(path, dir+"/")
+		content = append(content, file{name, 0o644, text})
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return r.tarball("leasehold-"+r.chartVersion()+".tgz", "leasehold", content)
 }
 
 func (r *release) packArch(arch string) error {
@@ -117,7 +149,7 @@ func (r *release) packArch(arch string) error {
 		}
 		archive = append(archive, file{strings.TrimPrefix(source, "packaging/"), 0o644, content})
 	}
-	if err := r.tarball(base, archive); err != nil {
+	if err := r.tarball(base+".tar.gz", base, archive); err != nil {
 		return err
 	}
 
@@ -184,13 +216,30 @@ func (r *release) packageVersion() string {
 	return version + strings.Replace(parts[5], "-", "+", 1)
 }
 
-func (r *release) tarball(base string, content []file) error {
+// chartVersion is the same by the rules of Semantic Versioning, which has one + and no ~.
+func (r *release) chartVersion() string {
+	version, build, built := strings.Cut(r.packageVersion(), "+")
+	version, commit, untagged := strings.Cut(version, "~")
+	switch {
+	case untagged && version == "0": // the commit may be a number with zeros in front
+		version, build, built = "0.0.0", strings.TrimSuffix(commit+"."+build, "."), true
+	case untagged:
+		version += "-" + commit
+	}
+	if built {
+		version += "+" + strings.ReplaceAll(build, "+", ".")
+	}
+	return version
+}
+
+// tarball writes a file that has the content in one folder.
+func (r *release) tarball(name, folder string, content []file) error {
 	slices.SortFunc(content, func(a, b file) int { return strings.Compare(a.path, b.path) })
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, f := range content {
 		if err := w.WriteHeader(&tar.Header{
-			Typeflag: tar.TypeReg, Name: base + "/" + f.path, Mode: int64(f.mode),
+			Typeflag: tar.TypeReg, Name: folder + "/" + f.path, Mode: int64(f.mode),
 			Size: int64(len(f.content)), ModTime: r.date,
 			Uname: "root", Gname: "root", Format: tar.FormatUSTAR,
 		}); err != nil {
@@ -203,7 +252,7 @@ func (r *release) tarball(base string, content []file) error {
 	if err := w.Close(); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(r.out, base+".tar.gz"), zipped(b.Bytes()), 0o644)
+	return os.WriteFile(filepath.Join(r.out, name), zipped(b.Bytes()), 0o644)
 }
 
 // zipped is content as gzip -9n has it: neither name nor date.
