@@ -18,7 +18,7 @@ type Entry struct {
 var (
 	timerLatency = regexp.MustCompile(`time=(\S+) .*timer_latency=(\S+)`)
 	termTaken    = regexp.MustCompile(`time=(\S+) .*(the lease|the leader's key) is gone from etcd`)
-	handover     = regexp.MustCompile(`time=(\S+) .*msg="handing over" .*\btarget=(\S+)`)
+	handover     = regexp.MustCompile(`time=(\S+) .*msg="handing over" .*\btarget=(\S+) by=\S+@`)
 	replacement  = regexp.MustCompile(
 		`time=(\S+) .*msg="elector .*(exited|killing)\b.* starting another`)
 	crashed  = regexp.MustCompile(`msg="elector exited: [^"]*" .*\bexit_code=2\b`)
@@ -31,7 +31,8 @@ func JobStates(log string) []Entry { return entries(log, jobState) }
 // TermTaken lists when a daemon wrote that etcd had taken its term away.
 func TermTaken(log string) []Entry { return entries(log, termTaken) }
 
-// Handovers lists when a leader wrote that it hands over, and to whom.
+// Handovers lists when a leader wrote that it hands over because somebody (user@host) has asked for
+// it, and to whom.
 func Handovers(log string) []Entry { return entries(log, handover) }
 
 // Replacements lists when a guard wrote that it replaces an elector that "exited" by itself, or one

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -220,6 +221,9 @@ func (c *Candidate) Elector() (int, error) { return c.Pid(Elector) }
 
 // Spawner is the pid of the guard's child from which the job descends.
 func (c *Candidate) Spawner() (int, error) { return c.Pid(Spawner) }
+
+// Env is the environment with which the daemon was started.
+func (c *Candidate) Env() []string { return slices.Clone(c.cmd.Env) }
 
 // Get asks the health endpoint and returns the status code and the body.
 func (c *Candidate) Get(ctx context.Context, path string) (int, string, error) {

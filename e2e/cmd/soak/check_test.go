@@ -515,17 +515,19 @@ func TestSwitchover_Refused(t *testing.T) {
 	for _, c := range []struct {
 		name, said string
 		code       int
+		by         string        // whose request the leader says it is
 		after      time.Duration // from the request to "handing over"
 		guilty     bool
 	}{
-		{"refused, and handed over", "refused: nobody waits", 1, time.Millisecond, true},
-		{"handed over before", "refused: nobody waits", 1, -time.Second, false},
-		{"served", `"b" leads`, 0, time.Millisecond, false},
+		{"refused, and handed over", "refused: nobody waits", 1, "x@y", time.Millisecond, true},
+		{"handed over before", "refused: nobody waits", 1, "x@y", -time.Second, false},
+		{"failback", "refused: nobody waits", 1, "failback", time.Millisecond, false},
+		{"served", `"b" leads`, 0, "x@y", time.Millisecond, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k, began := quietChecker(), time.Now().Add(-time.Second)
-			log := fmt.Sprintf("time=%s level=INFO msg=\"handing over\" target=b by=x\n",
-				began.Add(c.after).Format(time.RFC3339Nano))
+			log := fmt.Sprintf("time=%s level=INFO msg=\"handing over\" target=b by=%s\n",
+				began.Add(c.after).Format(time.RFC3339Nano), c.by)
 			err := k.answered(c.code, c.said, began, func() []check.Entry {
 				return check.Handovers(log)
 			})

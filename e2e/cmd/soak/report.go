@@ -298,8 +298,9 @@ func (r *results) lines() (lines []line) {
 	add("jobs frozen on loss of contact", "%d, %d of them killed frozen; none ran meanwhile",
 		c.Frozen, c.KilledFrozen)
 	add("an operator's commands", "%d holds, in spite of which nobody started; %d switchovers; %d "+
-		"refused, which ended no term; %d not served in time", c.Steered.Holds,
-		c.Steered.Switched, c.Steered.Refused, c.Steered.Unserved)
+		"refused, which ended no term; %d not served in time; %d changes of a priority; %d "+
+		"failbacks", c.Steered.Holds, c.Steered.Switched, c.Steered.Refused, c.Steered.Unserved,
+		c.Steered.Priorities, c.Steered.Failbacks)
 	add("transitions checked against the model", "%v", c.Transitions)
 	add("a job after the last fault", "%v (bound: %v; a leader's wait to start a crashed job "+
 		"again apart)", r.Recovery, r.Bound)

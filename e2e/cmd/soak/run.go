@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -54,7 +55,9 @@ type candidate struct {
 	root bool
 	run  *run
 	// freezes: its job is frozen on loss of contact (see frozen.go), and says that it runs.
-	freezes bool
+	freezes  bool
+	priority atomic.Int32 // of its next daemon
+	failback string       // when it hands over to a candidate with a higher one
 	// machine is where it runs. Each life of its daemon has a copy.
 	machine *harness.Machine
 	state   string                                       // the directory of its state file
@@ -114,7 +117,11 @@ func (r *run) open(ctx context.Context) error {
 		c := &candidate{
 			name: candidateName(i), root: root, freezes: i < freezeCount, run: r,
 			exits: map[int]int{},
-			next:  behaviours(r.seed, i, root), writes: writes(r.seed, i),
+			next:  behaviours(r.seed, i, root), writes: writes(r.seed, i), failback: "never",
+		}
+		c.priority.Store(50)
+		if i%2 == 0 {
+			c.failback = failback.String()
 		}
 		// An ordinary user can make no cgroup in there, so that the job has none.
 		cgroup, err := harness.CgroupAt(filepath.Join(r.cgroup.Path, c.name))
@@ -199,6 +206,7 @@ func (c *candidate) start(ctx context.Context, words []string) (*daemon, error) 
 		cfg.Env = append(cfg.Env, "LEASEHOLD_STOP_GRACE="+stopGrace.String(),
 			"LEASEHOLD_RESTART_LIMIT=3", "LEASEHOLD_LOG_LEVEL=debug",
 			store.LogVariable+"="+r.storeLog)
+		cfg.Env = append(cfg.Env, c.priorityEntry(), "LEASEHOLD_FAILBACK="+c.failback)
 		cfg.UID = c.uid()
 		cfg.Env = append(cfg.Env, "LEASEHOLD_STATE_DIR="+c.state)
 		if c.freezes {

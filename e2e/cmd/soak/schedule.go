@@ -35,6 +35,8 @@ type drawn struct {
 	period time.Duration // of a link that flaps
 	defrag bool
 	loops  int // that keep the processors busy
+	// priority is of a candidate from then on.
+	priority int
 }
 
 // draw draws the schedule. Nothing but the settings has a say in it.
@@ -116,7 +118,8 @@ func (f drawn) String() string {
 	}
 	text += strings.NewReplacer("LOSS", fmt.Sprint(f.loss), "PERIOD", fmt.Sprint(f.period),
 		"LOOPS", fmt.Sprint(f.loops), "CANDIDATE", candidateName(f.index),
-		"MEMBER", member, "DEFRAG", defragmented).Replace(f.details)
+		"PRIORITY", fmt.Sprint(f.priority), "MEMBER", member, "DEFRAG", defragmented,
+	).Replace(f.details)
 	if f.lasts > 0 {
 		text += fmt.Sprintf(", for %v", f.lasts)
 	}

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -23,7 +24,8 @@ import (
 
 // Beside the faults an operator steers the election, with one command after the other. While it is
 // held, nobody starts whom the hold does not name. A switchover that is refused ends no term. (That
-// one which is served makes no two jobs shows as after every other fault.)
+// one which is served makes no two jobs shows as after every other fault. So it does after a change
+// of priorities, and after the failback that may follow.)
 
 const (
 	holdLasts     = 2 * time.Second // of hold --for
@@ -43,7 +45,15 @@ var commands = []kind{
 	{2, "hold-for", anElectionsFuture, 0.9, 1.5, nil, ""},
 	{4, "switchover", anElectionsFuture, 0, 0, nil, ""},
 	{4, "switchover-to", anElectionsFuture, 0, 0, nil, " CANDIDATE"},
+	{4, "priority-reload", anElectionsFuture, 0, 0, nil, ": CANDIDATE, PRIORITY"},
+	{2, "priority-restart", anElectionsFuture, 0, 0, nil, ": CANDIDATE, PRIORITY"},
 }
+
+// priorities are what candidates may have. At first all have the one in the middle.
+var priorities = []int{10, 50, 90}
+
+// failback is how long a leader of some candidates waits for one with a higher priority.
+const failback = time.Second
 
 // drawCommands adds commands to a schedule of faults, which stay as they are.
 func drawCommands(set settings, schedule []drawn) []drawn {
@@ -59,7 +69,7 @@ func drawCommands(set settings, schedule []drawn) []drawn {
 		c := drawn{
 			kind: k, number: len(schedule) + 1, lasts: lasts.Round(time.Millisecond),
 			at:    max(free, schedule[n].at+time.Duration(rng.IntN(1000))*time.Millisecond),
-			index: rng.IntN(candidateCount),
+			index: rng.IntN(candidateCount), priority: priorities[rng.IntN(len(priorities))],
 		}
 		free = c.at + c.lasts + switchTimeout + time.Second
 		schedule = append(schedule, c)
@@ -80,6 +90,9 @@ type steered struct {
 	Switched int `json:"switchovers"`
 	Refused  int `json:"switchovers_refused"`
 	Unserved int `json:"switchovers_not_served"`
+	// Priorities are changes of them.
+	Priorities int `json:"priorities"`
+	Failbacks  int `json:"failbacks"`
 }
 
 // steer carries out a command, while other faults begin.
@@ -95,8 +108,11 @@ func (r *run) steer(ctx context.Context, i *injection) {
 	r.check.begins(i)
 	i.To = i.From + i.lasts
 	do := r.switchOver
-	if strings.HasPrefix(i.name, "hold") {
+	switch {
+	case strings.HasPrefix(i.name, "hold"):
 		do = r.hold
+	case strings.HasPrefix(i.name, "priority"):
+		do = r.prioritize
 	}
 	r.busy.Go(func() {
 		defer r.steering.Unlock()
@@ -218,6 +234,49 @@ func (r *run) switchOver(ctx context.Context, i *injection) error {
 		}
 		return handovers
 	})
+}
+
+// prioritize gives a candidate another priority, by a reload or by a restart.
+func (r *run) prioritize(ctx context.Context, i *injection) error {
+	c := r.candidates[i.index]
+	c.priority.Store(int32(i.priority))
+	d := c.running()
+	if d == nil {
+		return errors.New("its next daemon has the priority")
+	}
+	if i.name == "priority-restart" {
+		r.check.prioritized()
+		return d.Signal(syscall.SIGTERM)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTakes)
+	defer cancel()
+	cmd := exec.Command(r.programs.Leasehold, "reload", "--env", fmt.Sprint(d.Guard()))
+	cmd.Env = append(d.Env(), c.priorityEntry())
+	reload, err := harness.StartChild("reload", d.Node, cmd)
+	if err != nil {
+		return err
+	}
+	defer reload.Kill()
+	code, err := reload.Wait(ctx)
+	if err == nil && code != 0 { // its etcd does not answer, or it is at its end
+		err = fmt.Errorf("leasehold reload ended with %d: %s", code, reload.Log())
+	}
+	if err == nil {
+		r.check.prioritized()
+	}
+	return err
+}
+
+// priorityEntry is of a daemon's environment.
+func (c *candidate) priorityEntry() string {
+	return fmt.Sprintf("LEASEHOLD_PRIORITY=%d", c.priority.Load())
+}
+
+// prioritized counts a change of a priority.
+func (k *checker) prioritized() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.counts.Steered.Priorities++
 }
 
 // answered takes what a switchover came to. One that is refused ends no term.
