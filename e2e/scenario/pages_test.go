@@ -15,14 +15,11 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// machines is a prelude for a page: etcd, and a daemon for each of node1 to node3. systemctl and
-// /etc are those of node1. The shell is process 1 of a namespace, so with it everything ends.
-const machines = `
-ip link set lo up
+// machines is a prelude: etcd, and a daemon for each of node1 to node3. systemctl and /etc are
+// those of node1.
+const machines = etcdRuns + `
 mount -t tmpfs none /etc/leasehold
 mkdir "$HOME"/bin
-etcd --data-dir "$HOME"/etcd --unsafe-no-fsync --log-level error 2>"$HOME"/etcd.log &
-until etcdctl endpoint health >/dev/null 2>&1; do sleep 0.1; done
 for i in 1 2 3; do
 	cat >/etc/leasehold/node$i.env <<END
 LEASEHOLD_ENDPOINTS=http://127.0.0.1:2379
@@ -30,7 +27,6 @@ LEASEHOLD_ELECTION=jobs/backup
 LEASEHOLD_IDENTITY=node$i
 LEASEHOLD_LISTEN=127.0.0.1:$((4039 + i))
 LEASEHOLD_TTL=5s
-$SETTINGS
 END
 done
 ln -s node1.env /etc/leasehold/backup.env
@@ -58,11 +54,72 @@ for i in 1 2 3; do
 done
 `
 
-// TestPage_Operations types docs/operations.md.
-func TestPage_Operations(t *testing.T) { typePage(t, "operations.md", 12, "") }
+// etcdRuns is a prelude: etcd runs. The shell is process 1 of a namespace, so with it everything
+// ends.
+const etcdRuns = `
+ip link set lo up
+etcd --data-dir "$HOME"/etcd --unsafe-no-fsync --log-level error 2>"$HOME"/etcd.log &
+until etcdctl endpoint health >/dev/null 2>&1; do sleep 0.1; done
+`
 
-// typePage types a page of docs/ that has so many blocks of commands, where three machines run.
-func typePage(t *testing.T, name string, blocks int, settings string) {
+// oneDaemon is a prelude: what a page starts runs until it starts the next one, and the page goes
+// on when the daemon is ready.
+const oneDaemon = etcdRuns + `
+mount -t tmpfs none /run
+mount -t tmpfs none /srv
+mkdir /srv/data "$HOME"/bin
+mount -t tmpfs none /srv/data
+PATH=$HOME/bin:$PATH
+printf '#!/bin/sh\nexec sleep 1000\n' >"$HOME"/bin/backup.sh
+printf '#!/bin/sh\nsystemd-notify --ready\nwhile systemd-notify WATCHDOG=1; do sleep 1; done\n' \
+	>"$HOME"/bin/haproxy
+chmod +x "$HOME"/bin/*
+leasehold() {
+	if [[ $1 != -- ]]; then
+		command leasehold "$@"
+		return
+	fi
+	if [[ ${daemon-} ]]; then
+		kill $daemon
+		wait $daemon
+	fi
+	command leasehold "$@" 2>"$HOME"/daemon.log &
+	daemon=$!
+	until command leasehold check; do sleep 0.1; done >/dev/null 2>&1
+	command leasehold wait ready --timeout 60s >/dev/null
+}
+`
+
+// TestPage_Operations types docs/operations.md.
+func TestPage_Operations(t *testing.T) { typePage(t, "operations.md", 12, machines) }
+
+// TestPage_Steering types docs/steering.md. There "watch" goes on until Ctrl-C.
+func TestPage_Steering(t *testing.T) {
+	typePage(t, "steering.md", 5, machines+`
+etcdctl role add leasehold-backup
+leasehold() {
+	if [[ $1 == watch ]]; then
+		timeout --preserve-status --signal INT 2 leasehold "$@"
+	else
+		command leasehold "$@"
+	fi
+}
+`)
+}
+
+// TestPage_Health types docs/health.md, with programs in place of the jobs.
+func TestPage_Health(t *testing.T) {
+	if _, err := exec.LookPath("systemd-notify"); err != nil {
+		if os.Getenv("E2E_NO_SKIP") == "1" {
+			t.Fatal("needs systemd-notify, and E2E_NO_SKIP=1 forbids to skip")
+		}
+		t.Skip("skipped: needs systemd-notify (Debian's package systemd)")
+	}
+	typePage(t, "health.md", 4, oneDaemon+"LEASEHOLD_STOP_GRACE=1s\nexport LEASEHOLD_STOP_GRACE\n")
+}
+
+// typePage types a page of docs/ that has so many blocks of commands, after a prelude.
+func typePage(t *testing.T, name string, blocks int, prelude string) {
 	t.Helper()
 	harness.NeedsRoot(t)
 	programs := allPrograms(t)
@@ -101,10 +158,10 @@ func typePage(t *testing.T, name string, blocks int, settings string) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "unshare", "--net", "--mount", "--pid", "--fork",
-		"--kill-child", "--mount-proc", "bash", "-c", page.Script(machines))
+		"--kill-child", "--mount-proc", "bash", "-c", page.Script(prelude))
 	home := t.TempDir()
 	cmd.Dir = home
-	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + home, "PATH=" + path, "SETTINGS=" + settings}
+	cmd.Env = []string{"HOME=" + home, "TMPDIR=" + home, "PATH=" + path}
 	out, err := cmd.CombinedOutput()
 	if err == nil {
 		err = page.Check(string(out))

@@ -5,6 +5,7 @@ package systemd
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -210,13 +211,22 @@ func (w *world) clearUpWith(m *Machine, commands string) {
 		"/usr/bin/before "+command+"\n")
 }
 
-// Where all of it is killed at once the unit's next start revokes the lease: the
-// next job need not wait until it has expired.
+// Where all of it is killed at once, as docs/recovery.md types it, the unit's next
+// start revokes the lease: the next job need not wait until it has expired.
 func TestKilled_Everything(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	leader, standby, life := w.pair("/usr/bin/testjob setsid daemonize", "LEASEHOLD_TTL=2m")
-	w.run(leader, "systemctl", "kill", "-s", "KILL", unit)
+	root, err := harness.ModuleRoot()
+	w.must(err)
+	text, err := os.ReadFile(filepath.Join(root, "docs", "recovery.md"))
+	w.must(err)
+	page := harness.ReadPage(string(text))
+	if page.Len() == 0 {
+		t.Fatal("docs/recovery.md has no commands")
+	}
+	w.must(page.Check(w.run(leader, "bash", "-c",
+		strings.ReplaceAll(page.Script(""), "leasehold@backup", "leasehold@job"))))
 	w.waitDead(life, waitTimeout)
 	if next := w.waitNext(life, waitTimeout); next.Candidate != standby.Name {
 		t.Errorf("the next job is of %s", next.Candidate)
