@@ -682,12 +682,16 @@ func (a *spawnArea) exec(failed int32) {
 //go:norace
 //go:noinline
 func (a *spawnArea) preStart() int32 {
+	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
 	pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 	if errno == 0 && pid == 0 {
 		_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0,
 			0, 0, 0)
-		_, _, errno = unix.RawSyscall(unix.SYS_EXECVE, a.preStartPath, a.preStartArgv,
-			a.preStartEnvp)
+		// If the parent was killed before that, no signal comes.
+		if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent == self {
+			_, _, errno = unix.RawSyscall(unix.SYS_EXECVE, a.preStartPath, a.preStartArgv,
+				a.preStartEnvp)
+		}
 		code := uintptr(126)
 		if errno == unix.ENOENT {
 			code = 127
