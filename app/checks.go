@@ -78,7 +78,10 @@ func (d *daemon) addFitness(p parts, recorder *control.Recorder, queued bool) {
 					return
 				}
 				text := "candidate is unfit: it does not lead until it is fit"
-				if d.candidate.Snapshot().Leading {
+				switch s := d.candidate.Snapshot(); {
+				case s.Leading && s.Hold != nil:
+					text = "candidate is unfit: it goes on leading while the election is held"
+				case s.Leading:
 					text = "candidate is unfit: it hands over if somebody else is fit"
 				}
 				p.log.Warn(text, "reason", failed.Error())
