@@ -180,6 +180,19 @@ func TestEvents_Terms(t *testing.T) {
 	if id, st := next(t, s); id == "" || st.Leader.Token != 18+maxTerms {
 		t.Errorf("the status after them: %q, %+v", id, st.Leader)
 	}
+	// The longest names that a candidate keeps, each byte escaped, fit into a stream's buffer.
+	for token := int64(100); token < 100+maxTerms; token++ {
+		long := standbyOf(&Leader{Identity: strings.Repeat("\x1b", 256), Token: token})
+		ts.snapshot.Store(&long)
+		ts.server.Changed()
+	}
+	s = newSubscriber(t, ts.addr, "")
+	if seen = seenTerms(t, s); len(seen) != maxTerms || len(seen[0].Identity) != 256 {
+		t.Errorf("%d terms, a name of %d bytes", len(seen), len(seen[0].Identity))
+	}
+	if _, st := next(t, s); st.Leader.Token != 99+maxTerms {
+		t.Errorf("the status after them: %+v", st.Leader)
+	}
 }
 
 // standbyOf is the state of a candidate that waits.
