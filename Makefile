@@ -33,7 +33,7 @@ help:
 	@echo 'make clean     remove what was built'
 	@echo
 	@echo 'Measure (all beside a naive client and etcdctl lock, where those can do it):'
-	@echo 'make faults       every fault of a table: N=3 PEERS_N=1 ROWS=; 20 minutes; root, nft, ip, strace'
+	@echo 'make faults       every fault of a table: N=3 PEERS_N=1 ROWS= HOOKS=; 20 minutes; root, nft, ip, strace'
 	@echo 'make faults-docs  picture, table and README from docs/faults.json (make faults JSON=docs/faults.json)'
 	@echo 'make readme       make faults-docs, and the output of make demo into the README'
 	@echo 'make soak         random faults, every promise checked: SEED=1 FAULTS=60; root, nft, ip'
