@@ -91,7 +91,8 @@ func (d *daemon) addFitness(p parts, recorder *control.Recorder, queued bool) {
 	}, func(error) { cancel() })
 }
 
-// lookChecks returns an error if the command of a check or a hook can't be found or executed.
+// lookChecks returns an error if the command of a check or a hook can't be found or executed, or if
+// the service account can't be used.
 func lookChecks(cfg config.Config) error {
 	for name, command := range map[string]config.Command{
 		"HEALTH_CMD": cfg.Health.Cmd, "FITNESS_CMD": cfg.Fitness.Cmd,
@@ -104,5 +105,5 @@ func lookChecks(cfg config.Config) error {
 			return fmt.Errorf("%s_%s: %w", config.Prefix, name, err)
 		}
 	}
-	return nil
+	return lookAccount(cfg)
 }

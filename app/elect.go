@@ -16,12 +16,14 @@ import (
 	"leasehold/config"
 	"leasehold/election"
 	"leasehold/internal/boottime"
+	"leasehold/kubernetes"
 )
 
 // runElect campaigns and reports, and runs no job.
 //
 //	config ──→ candidate (etcd) ──→ leaseCallbacks (hold the lease for whoever asked)
 //	               ├──→ health server
+//	               ├──→ endpoint of a Service
 //	               └──→ status ──→ systemd
 //	signals ──→ stop, or revoke at once
 func runElect(build Build, call cli.Call) error {
@@ -50,8 +52,8 @@ func runElect(build Build, call cli.Call) error {
 	d, err := wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version,
 		metrics: newMetrics(cfg.Election), changed: make(chan struct{}, 1),
-		callbacks: lease,
-		status:    func(text string) { systemd.notify("STATUS=" + text) },
+		callbacks: lease, account: kubernetes.AccountDir,
+		status: func(text string) { systemd.notify("STATUS=" + text) },
 		listen: func(address string) (net.Listener, error) {
 			return bind(context.Background(), address)
 		},

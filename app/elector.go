@@ -20,6 +20,7 @@ import (
 	"leasehold/election"
 	"leasehold/health"
 	"leasehold/internal/quote"
+	"leasehold/kubernetes"
 	"leasehold/supervisor"
 	"leasehold/supervisor/recovery"
 )
@@ -91,6 +92,7 @@ func (j *jobCallbacks) grace(cause error) time.Duration {
 //
 //	config ──→ candidate (etcd) ──→ supervisor (the job, by way of the guard)
 //	               ├────────────────────┴──→ health server
+//	               ├──→ endpoint of a Service
 //	               └──→ status ──→ supervisor ──→ guard ──→ systemd
 //
 // The candidate and the supervisor are one actor, because their order at the end matters. The
@@ -155,6 +157,7 @@ func runElector(build Build, args []string) int {
 	d, err = wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version, metrics: measured, changed: changed,
 		callbacks: job, configure: job.adopt, status: super.Status, listen: inherit,
+		account:  kubernetes.AccountDir,
 		suspends: super.Suspend,
 		job:      func() health.Job { return healthJob(super.Snapshot()) },
 		campaign: func(c *election.Candidate) error {

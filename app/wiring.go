@@ -20,6 +20,7 @@ import (
 	"leasehold/health"
 	"leasehold/internal/boottime"
 	"leasehold/internal/quote"
+	"leasehold/kubernetes"
 	"leasehold/supervisor"
 )
 
@@ -38,6 +39,7 @@ type parts struct {
 	suspends  func() bool                     // whether a term outlasts stop-at; nil: no
 	status    func(text string)               // one line at each change of its state
 	listen    func(address string) (net.Listener, error)
+	account   string // the directory of the pod's service account
 }
 
 // metrics is what this process measures: its own use of the machine, and what is registered. Each
@@ -67,8 +69,9 @@ func newMetrics(election string) metrics {
 type daemon struct {
 	candidate *election.Candidate
 	group     run.Group
-	server    *health.Server // nil: the health endpoint is off
-	listening net.Addr       // of it
+	server    *health.Server       // nil: the health endpoint is off
+	listening net.Addr             // of it
+	service   *kubernetes.Endpoint // nil: no Service routes to the leader
 }
 
 // wire makes a daemon that runs until ctx ends; stop ends it. The health endpoint listens before
@@ -82,10 +85,6 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 		p.configure(&ec)
 	}
 	recorder := record(&ec, p)
-	var err error
-	if d.candidate, err = election.New(ec); err != nil {
-		return nil, fmt.Errorf("%w: %w", errSetUp, err)
-	}
 	snapshot := func() health.Snapshot {
 		s := healthSnapshot(p.cfg, d.candidate.Snapshot())
 		if ahead, first, known := d.candidate.Ahead(shownAhead); known {
@@ -97,6 +96,11 @@ func wire(ctx context.Context, stop context.CancelCauseFunc, p parts) (*daemon, 
 		}
 		s.ControlProblem = cmp.Or(s.ControlProblem, recorder.Problem())
 		return s
+	}
+	d.addService(&ec, p, snapshot)
+	var err error
+	if d.candidate, err = election.New(ec); err != nil {
+		return nil, fmt.Errorf("%w: %w", errSetUp, err)
 	}
 	if err := d.addServer(p, snapshot); err != nil {
 		return nil, err
@@ -141,7 +145,7 @@ func (d *daemon) addServer(p parts, snapshot func() health.Snapshot) error {
 }
 
 // addStatus passes on what the candidate does, at each change: to the subscribers of the health
-// endpoint, and as a text. The text is one line: a leader may
+// endpoint, to the Service, and as a text. The text is one line: a leader may
 // have any name, and systemd takes each line as a command.
 func (d *daemon) addStatus(p parts) {
 	stop := make(chan struct{})
@@ -150,6 +154,9 @@ func (d *daemon) addStatus(p parts) {
 		for {
 			if d.server != nil {
 				d.server.Changed()
+			}
+			if d.service != nil {
+				d.service.Changed()
 			}
 			text := quote.Printable(statusText(d.candidate.Snapshot(), p.isFrozen()))
 			if text != last {

@@ -49,36 +49,37 @@ const (
 // variables without the prefix: USERNAME, TTL, …. The `desc` tag is the text in help and
 // docs/reference.md; `shown` is the default there, where the true one is computed.
 type Config struct {
-	Endpoints       []string `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, separated by commas; a bare host:port is http, or https if a LEASEHOLD_TLS_* variable is set; each address of a host name counts as an endpoint"`
-	Election        string   `split_words:"true" shown:"required" desc:"election key prefix, used as given: etcdctl elect --listen NAME sees the same election"`
-	Identity        string   `split_words:"true" shown:"host name" desc:"this candidate's name: the value of its key, which other programs read"`
-	TTL             Duration `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, from 2s to 5m"`
-	StopSignal      Signal   `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
-	StopGrace       Duration `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL; elect: from /leader's 503 until the lease is revoked"`
-	LossGrace       Duration `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, while the lease still holds; 0s: SIGKILL at once. With LEASEHOLD_CONTACT_LOSS=freeze, the time to freeze the job. elect: from /leader's 503 until another can lead"`
-	ContactLoss     string   `split_words:"true" default:"stop" desc:"loss of contact with etcd: stop the job; or freeze it, if it has a cgroup of its own, until etcd has renewed the lease. It is killed if it can't be frozen within LEASEHOLD_LOSS_GRACE, or if the lease or the key is lost"`
-	Margin          Duration `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, CPU starvation, imprecise clocks"`
-	Restart         string   `split_words:"true" default:"on-failure" desc:"whether the job is started again after it has ended by itself: always, on-failure or never. If it is not, the daemon exits with the job's code"`
-	RestartLimit    Count    `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`
-	NoNewPrivs      string   `split_words:"true" default:"auto" desc:"auto: if the daemon lacks CAP_KILL, the job runs with no_new_privs. sudo and other set-user-id programs gain no privileges then, because the daemon could not kill them. off: they gain privileges, and one that can't be killed may run beside the next job"`
-	Priority        Count    `split_words:"true" default:"50" desc:"from 0 to 100: of the candidates that are ready, the one with the highest priority leads next, and the one that has waited longest of several. 0 never leads, and does not wait in the queue"`
-	Failback        Failback `split_words:"true" default:"never" desc:"never; or how long a candidate with a higher priority must have been ready until the leader hands over to it"`
-	Wait            Duration `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
-	PreStart        Command  `split_words:"true" desc:"a hook: a command that runs before each start of the job, under the lease and with the job's environment. If it fails, the job is not started, and that counts as a failure of the job. It is split into words as by a shell, and no shell runs it"`
-	PostStop        Command  `split_words:"true" desc:"a hook: a command that runs each time when nothing of the job is left, before another candidate may lead; and once at the start of the daemon. It undoes on this machine what LEASEHOLD_PRE_START and the job have done, if it is done. docs/hooks.md has an example"`
-	PostStopTimeout Duration `split_words:"true" shown:"a tenth of the granted TTL" desc:"time limit for LEASEHOLD_POST_STOP, which is killed then. The deadlines of the job are that much earlier"`
-	Listen          string   `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
-	Health          Health   `split_words:"true"`
-	Fitness         Fitness  `split_words:"true"`
-	Notify          string   `split_words:"true" default:"off" desc:"ready: the job is ready when it has sent READY=1 to NOTIFY_SOCKET, as a service does to systemd (sd_notify). It has LEASEHOLD_HEALTH_START_PERIOD and LEASEHOLD_HEALTH_RETRIES intervals for that"`
-	Watchdog        Duration `split_words:"true" default:"0s" desc:"a ready job that does not send WATCHDOG=1 to NOTIFY_SOCKET in this time is unhealthy; 0s: it need not"`
-	StateDir        string   `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; docs/recovery.md says where that works"`
-	Log             Log      `split_words:"true"`
-	TLS             TLS      `split_words:"true"`
-	Username        string   `split_words:"true" desc:"etcd user; needs LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE"`
-	Password        Secret   `split_words:"true" desc:"its password"`
-	PasswordFile    string   `split_words:"true" desc:"file with its password (a newline at the end is dropped); read again each time etcd asks for it"`
-	DialTimeout     Duration `split_words:"true" default:"1s" desc:"time limit for connecting to one endpoint"`
+	Endpoints       []string   `split_words:"true" default:"http://127.0.0.1:2379" desc:"etcd endpoints, separated by commas; a bare host:port is http, or https if a LEASEHOLD_TLS_* variable is set; each address of a host name counts as an endpoint"`
+	Election        string     `split_words:"true" shown:"required" desc:"election key prefix, used as given: etcdctl elect --listen NAME sees the same election"`
+	Identity        string     `split_words:"true" shown:"host name" desc:"this candidate's name: the value of its key, which other programs read"`
+	TTL             Duration   `split_words:"true" default:"15s" desc:"lease TTL: whole seconds, from 2s to 5m"`
+	StopSignal      Signal     `split_words:"true" default:"TERM" desc:"the signal that asks the job to stop"`
+	StopGrace       Duration   `split_words:"true" default:"10s" desc:"planned stop: from the stop signal to SIGKILL; elect: from /leader's 503 until the lease is revoked"`
+	LossGrace       Duration   `split_words:"true" shown:"a fifth of the granted TTL" desc:"loss of contact with etcd: from the stop signal to SIGKILL, while the lease still holds; 0s: SIGKILL at once. With LEASEHOLD_CONTACT_LOSS=freeze, the time to freeze the job. elect: from /leader's 503 until another can lead"`
+	ContactLoss     string     `split_words:"true" default:"stop" desc:"loss of contact with etcd: stop the job; or freeze it, if it has a cgroup of its own, until etcd has renewed the lease. It is killed if it can't be frozen within LEASEHOLD_LOSS_GRACE, or if the lease or the key is lost"`
+	Margin          Duration   `split_words:"true" shown:"a tenth of the granted TTL, at least 200ms" desc:"from SIGKILL to the lease's end: raise it for jobs of many gigabytes, CPU starvation, imprecise clocks"`
+	Restart         string     `split_words:"true" default:"on-failure" desc:"whether the job is started again after it has ended by itself: always, on-failure or never. If it is not, the daemon exits with the job's code"`
+	RestartLimit    Count      `split_words:"true" default:"5" desc:"quick failures in a row (within 10s of the start) before the candidate resigns and goes to the back of the queue; 0: never"`
+	NoNewPrivs      string     `split_words:"true" default:"auto" desc:"auto: if the daemon lacks CAP_KILL, the job runs with no_new_privs. sudo and other set-user-id programs gain no privileges then, because the daemon could not kill them. off: they gain privileges, and one that can't be killed may run beside the next job"`
+	Priority        Count      `split_words:"true" default:"50" desc:"from 0 to 100: of the candidates that are ready, the one with the highest priority leads next, and the one that has waited longest of several. 0 never leads, and does not wait in the queue"`
+	Failback        Failback   `split_words:"true" default:"never" desc:"never; or how long a candidate with a higher priority must have been ready until the leader hands over to it"`
+	Wait            Duration   `split_words:"true" shown:"for ever" desc:"give up if not elected within this time of the start; 0s: try once"`
+	PreStart        Command    `split_words:"true" desc:"a hook: a command that runs before each start of the job, under the lease and with the job's environment. If it fails, the job is not started, and that counts as a failure of the job. It is split into words as by a shell, and no shell runs it"`
+	PostStop        Command    `split_words:"true" desc:"a hook: a command that runs each time when nothing of the job is left, before another candidate may lead; and once at the start of the daemon. It undoes on this machine what LEASEHOLD_PRE_START and the job have done, if it is done. docs/hooks.md has an example"`
+	PostStopTimeout Duration   `split_words:"true" shown:"a tenth of the granted TTL" desc:"time limit for LEASEHOLD_POST_STOP, which is killed then. The deadlines of the job are that much earlier"`
+	Listen          string     `split_words:"true" default:"127.0.0.1:4040" desc:"host:port of the health endpoint; off: none"`
+	Health          Health     `split_words:"true"`
+	Fitness         Fitness    `split_words:"true"`
+	Notify          string     `split_words:"true" default:"off" desc:"ready: the job is ready when it has sent READY=1 to NOTIFY_SOCKET, as a service does to systemd (sd_notify). It has LEASEHOLD_HEALTH_START_PERIOD and LEASEHOLD_HEALTH_RETRIES intervals for that"`
+	Watchdog        Duration   `split_words:"true" default:"0s" desc:"a ready job that does not send WATCHDOG=1 to NOTIFY_SOCKET in this time is unhealthy; 0s: it need not"`
+	StateDir        string     `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; docs/recovery.md says where that works"`
+	Kubernetes      Kubernetes `split_words:"true"`
+	Log             Log        `split_words:"true"`
+	TLS             TLS        `split_words:"true"`
+	Username        string     `split_words:"true" desc:"etcd user; needs LEASEHOLD_PASSWORD or LEASEHOLD_PASSWORD_FILE"`
+	Password        Secret     `split_words:"true" desc:"its password"`
+	PasswordFile    string     `split_words:"true" desc:"file with its password (a newline at the end is dropped); read again each time etcd asks for it"`
+	DialTimeout     Duration   `split_words:"true" default:"1s" desc:"time limit for connecting to one endpoint"`
 }
 
 // Health says how the job's health is checked. The words are Docker's.
@@ -95,6 +96,12 @@ type Health struct {
 type Fitness struct {
 	Cmd      Command  `split_words:"true" desc:"a command that checks whether this candidate may lead: exit code 0 is fit. An unfit standby leaves the queue until it is fit. A leader that becomes unfit hands over to one that is fit, and stays the leader if there is none. LEASEHOLD_HEALTH_TIMEOUT and LEASEHOLD_HEALTH_RETRIES hold for it, too"`
 	Interval Duration `split_words:"true" default:"10s" desc:"from the end of a check of the fitness to the next one"`
+}
+
+// Kubernetes says which Service routes to the leader.
+type Kubernetes struct {
+	Service string `split_words:"true" desc:"the name of a Service without a selector, in the pod's namespace: while this candidate leads, and /leader answers 200, its pod is the one endpoint of that Service. The service account needs the rights that docs/kubernetes-service.md names"`
+	PodIP   string `split_words:"true" desc:"the pod's address, for LEASEHOLD_KUBERNETES_SERVICE: by the downward API, fieldPath: status.podIP"`
 }
 
 // Log says what is logged, and how. Logs go to standard error.
@@ -230,6 +237,7 @@ func (c *Config) validate(p *problems, set map[string]bool) {
 		p.add("PRIORITY", "%d is not a priority: write a number from 0 to 100", n)
 	}
 	p.add("LISTEN", "%w", listenProblem(c.Listen))
+	c.Kubernetes.validate(p)
 	c.Log.Format = strings.ToLower(c.Log.Format)
 	if c.Log.Format != "text" && c.Log.Format != "json" {
 		p.add("LOG_FORMAT", "%s is unknown: write text or json", quote.Value(c.Log.Format))

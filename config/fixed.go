@@ -10,8 +10,8 @@ import (
 	"leasehold/internal/quote"
 )
 
-// Fixed lists the settings of the guard as NAME=value, with values that can be compared. Only a new
-// start of the daemon can change them.
+// Fixed lists the settings that only a new start of the daemon can change, as NAME=value, with
+// values that can be compared. Most are of the guard.
 func (c *Config) Fixed() []string {
 	duration := func(d Duration) string {
 		if !d.given {
@@ -42,6 +42,9 @@ func (c *Config) Fixed() []string {
 		"LISTEN=" + c.Listen,
 		"STATE_DIR=" + c.StateDir,
 		"LOG_FORMAT=" + c.Log.Format,
+		// The elector has these. But the last one would leave its address in the Service.
+		"KUBERNETES_SERVICE=" + c.Kubernetes.Service,
+		"KUBERNETES_POD_IP=" + c.Kubernetes.PodIP,
 	}
 }
 

@@ -173,6 +173,9 @@ func (s Snapshot) leader(now time.Duration) error {
 	return nil
 }
 
+// Leads reports whether /leader would answer 200 at the moment now.
+func (s Snapshot) Leads(now time.Duration) bool { return s.leader(now) == nil }
+
 // ready reports whether the job runs, is ready and is healthy, as far as that is checked.
 func (j Job) ready() bool {
 	return j.State == JobRunning && (j.Health == "" || j.Health == HealthGood)

@@ -1,0 +1,311 @@
+// Package kubernetes makes the leader the one endpoint of a Service.
+//
+// The Service has no selector, so Kubernetes itself gives it no endpoints. The leader writes the
+// address of its pod into an EndpointSlice of the Service's name, and its fencing token into an
+// annotation of that. When the term ends, it takes the address out. The EndpointSlice stays, with
+// the token.
+//
+// No write replaces one with a higher token. Whoever writes has read the object before, refuses a
+// token that is higher than its own, and names the version that it has read: the API server carries
+// the write out only if that is still the present one. So a request that was delayed by any time
+// fails if somebody has written since. That rests on the object: whoever deletes it deletes the
+// token.
+//
+// It is not promised that connections reach the leader alone. The API server may not answer, the
+// nodes take a moment to learn of a change, and a connection that is open stays so. The fencing
+// token is for that. Nothing here decides who leads, and nobody waits for it.
+package kubernetes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"time"
+)
+
+const (
+	// attemptTime bounds one attempt, which is a few requests.
+	attemptTime = 5 * time.Second
+	// firstRetry is the pause after an attempt that failed. It doubles up to lastRetry.
+	firstRetry = 200 * time.Millisecond
+	lastRetry  = 10 * time.Second
+	// recheck is how often the leader looks whether its address is still there, and whether the
+	// Service has other ports.
+	recheck = 30 * time.Second
+	// exitTime bounds how long a daemon that exits still tries to take its address out.
+	exitTime = 250 * time.Millisecond
+	// mostConflicts bounds how often an attempt begins anew because others write, too.
+	mostConflicts = 5
+
+	never = time.Duration(1<<63 - 1)
+)
+
+// Config configures an Endpoint.
+type Config struct {
+	// Server is the host:port of the API server. It is asked by HTTPS.
+	Server string
+	// Account is the directory of the pod's service account: AccountDir.
+	Account string
+	// Service is the name of the Service, in the pod's namespace.
+	Service string
+	// Address is the one that the Service is to route to.
+	Address netip.Addr
+	// Term returns what is true now. It must not block.
+	Term func() Term
+	// Now reads the clock of Term.StopAt.
+	Now    func() time.Duration
+	Logger *slog.Logger
+}
+
+// Term is what has to be known of a term.
+type Term struct {
+	Token  int64         // the fencing token; 0: this pod is not to be the endpoint
+	StopAt time.Duration // when the term ends, unless the lease is renewed
+}
+
+// Endpoint keeps the EndpointSlice of a Service as its term requires.
+type Endpoint struct {
+	cfg     Config
+	log     *slog.Logger
+	api     *api
+	changed chan struct{} // room for one
+
+	// The rest is of Run's goroutine.
+	goal   goal
+	dueAt  time.Duration // when to try, or to look, again
+	retry  time.Duration // the last pause
+	routed bool          // as it was last logged
+
+	problem string // the kind of error that was logged; "": there is none
+	since   time.Duration
+}
+
+// A goal is what the EndpointSlice is to say. The zero goal is none: this pod has written nothing
+// that it would have to take out.
+type goal struct {
+	token int64
+	in    bool // else the address is to be taken out that was written with this token
+}
+
+// New makes an Endpoint. It asks nobody.
+func New(cfg Config) *Endpoint {
+	return &Endpoint{
+		cfg: cfg, log: cfg.Logger.With("service", cfg.Service),
+		api: newAPI(cfg.Server, cfg.Account), changed: make(chan struct{}, 1),
+	}
+}
+
+// Changed has Run ask for the term again. It never blocks.
+func (e *Endpoint) Changed() {
+	select {
+	case e.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Run writes until ctx ends. Then it takes the address out, if that was not done yet and the API
+// server answers soon.
+func (e *Endpoint) Run(ctx context.Context) {
+	defer e.api.close()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for ctx.Err() == nil {
+		timer.Reset(e.serve(ctx))
+		select {
+		case <-ctx.Done():
+		case <-e.changed:
+		case <-timer.C:
+		}
+	}
+	if e.aim(Term{}); e.goal.token != 0 {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), exitTime)
+		defer cancel()
+		e.attempt(ctx)
+	}
+}
+
+// serve does what is due. It returns in what time there is something to do again.
+func (e *Endpoint) serve(ctx context.Context) time.Duration {
+	term := e.cfg.Term()
+	e.aim(term)
+	if e.goal.token == 0 {
+		return never
+	}
+	if e.cfg.Now() >= e.dueAt && !e.attempt(ctx) {
+		return 0
+	}
+	if e.goal.token == 0 {
+		return never
+	}
+	wait := e.dueAt - e.cfg.Now()
+	if e.goal.in {
+		wait = min(wait, term.StopAt-e.cfg.Now())
+	}
+	return max(wait, 0)
+}
+
+// aim sets the goal. Another one than before is due at once.
+func (e *Endpoint) aim(term Term) {
+	next := goal{e.goal.token, false}
+	if term.Token != 0 {
+		next = goal{term.Token, true}
+	}
+	if next != e.goal {
+		e.goal, e.dueAt, e.retry = next, 0, 0
+	}
+}
+
+// attempt tries to reach the goal. It returns false if the goal has changed meanwhile: then it has
+// given up, also if the API server hangs.
+func (e *Endpoint) attempt(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, attemptTime)
+	defer cancel()
+	written := make(chan error, 1)
+	g := e.goal
+	go func() { written <- e.write(ctx, g) }()
+	stopAt := time.NewTimer(0)
+	defer stopAt.Stop()
+	valid := true
+	for {
+		select {
+		case err := <-written:
+			if valid || err == nil {
+				e.attempted(err)
+			}
+			return valid
+		case <-e.changed:
+		case <-stopAt.C:
+			if g.in {
+				stopAt.Reset(max(e.cfg.Term().StopAt-e.cfg.Now(), 0) + time.Millisecond)
+			}
+		}
+		if valid = valid && e.holds(g); !valid {
+			cancel() // write returns soon
+			stopAt.Stop()
+		}
+	}
+}
+
+// holds reports whether the goal is still that of the present term.
+func (e *Endpoint) holds(g goal) bool {
+	token := e.cfg.Term().Token
+	return g.in && token == g.token || !g.in && token == 0
+}
+
+// attempted notes how an attempt has ended.
+func (e *Endpoint) attempted(err error) {
+	now := e.cfg.Now()
+	if err == nil {
+		e.reached(now)
+		return
+	}
+	e.retry = min(max(2*e.retry, firstRetry), lastRetry)
+	e.dueAt = now + e.retry*4/5 + rand.N(e.retry*2/5)
+	kind := kindOf(err)
+	if kind == e.problem {
+		return
+	}
+	if e.problem == "" {
+		e.since = now
+	}
+	e.problem = kind
+	attrs := []any{"token", e.goal.token, "err", err}
+	if refused := (*statusError)(nil); errors.As(err, &refused) && refused.code == forbidden {
+		attrs = append(attrs, "right", refused.right)
+	}
+	text := "the Service can't be made to route to this pod, trying again"
+	if !e.goal.in {
+		text = "this pod can't be taken out of the Service, trying again"
+	}
+	e.log.Warn(text, attrs...)
+}
+
+// reached notes that the EndpointSlice is as it should be.
+func (e *Endpoint) reached(now time.Duration) {
+	e.retry, e.dueAt = 0, now+recheck
+	if e.problem != "" {
+		e.log.Info("the endpoint of the Service can be written again",
+			"elapsed", (now - e.since).Round(time.Millisecond).String())
+		e.problem = ""
+	}
+	if e.routed != e.goal.in {
+		e.routed = e.goal.in
+		text := "the Service routes to this pod"
+		if !e.routed {
+			text = "the Service does not route to this pod any more"
+		}
+		e.log.Info(text, "token", e.goal.token)
+	}
+	if !e.goal.in {
+		e.goal = goal{}
+	}
+}
+
+// write makes the EndpointSlice say what the goal is. It begins anew if others write meanwhile.
+func (e *Endpoint) write(ctx context.Context, g goal) (err error) {
+	for range mostConflicts {
+		if g.in {
+			err = e.putIn(ctx, g.token)
+		} else {
+			err = e.takeOut(ctx, g.token)
+		}
+		if refused := (*statusError)(nil); !errors.As(err, &refused) || refused.code != conflict {
+			return err
+		}
+	}
+	return err
+}
+
+// putIn makes this pod the endpoint, unless a higher token is there.
+func (e *Endpoint) putIn(ctx context.Context, token int64) error {
+	s, err := e.api.service(ctx, e.cfg.Service)
+	if err != nil {
+		return err
+	}
+	now, found, err := e.api.slice(ctx, e.cfg.Service)
+	if err != nil {
+		return err
+	}
+	wanted, err := now.with(s, e.cfg.Address, token)
+	if err != nil || found && wanted.same(now) {
+		return err
+	}
+	if !e.holds(goal{token, true}) {
+		return errors.New("the term has ended")
+	}
+	if !found {
+		return e.api.create(ctx, wanted)
+	}
+	return e.api.update(ctx, wanted)
+}
+
+// takeOut removes this pod's address, unless another leader has written its own.
+func (e *Endpoint) takeOut(ctx context.Context, token int64) error {
+	now, found, err := e.api.slice(ctx, e.cfg.Service)
+	if err != nil || !found || len(now.Endpoints) == 0 {
+		return err
+	}
+	switch written, err := now.token(); {
+	case err != nil:
+		return err
+	case written != token:
+		return nil
+	}
+	now.Endpoints = []endpoint{}
+	return e.api.update(ctx, now)
+}
+
+// kindOf is what errors have in common that need be logged once only.
+func kindOf(err error) string {
+	refused := (*statusError)(nil)
+	switch {
+	case errors.As(err, &refused):
+		return fmt.Sprintf("%d %s", refused.code, refused.right)
+	case errors.Is(err, errNoAnswer):
+		return errNoAnswer.Error()
+	}
+	return err.Error()
+}

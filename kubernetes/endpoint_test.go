@@ -1,0 +1,433 @@
+package kubernetes
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// start runs a pod until the test, or stop, ends it.
+func start(t *testing.T, p *pod) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { p.Run(ctx) })
+	stop = func() {
+		cancel()
+		running.Wait()
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// A leader is the endpoint while it leads, with the ports of the Service; then nobody is.
+func TestEndpoint_OneTerm(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.1.2.3")
+	start(t, p)
+	p.lead(7, time.Hour)
+	s.waitFor("token 7: 10.1.2.3")
+	want := slice{
+		APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice", AddressType: "IPv4",
+		Metadata: metadata{
+			Name: "leader", ResourceVersion: "1",
+			Labels: map[string]string{
+				"kubernetes.io/service-name":             "leader",
+				"endpointslice.kubernetes.io/managed-by": "leasehold",
+			},
+			Annotations:     map[string]string{"leasehold/fencing-token": "7"},
+			OwnerReferences: []owner{{"v1", "Service", "leader", "u1"}},
+		},
+		Endpoints: []endpoint{{[]string{"10.1.2.3"}, conditions{true}}},
+		Ports:     []port{{"web", "TCP", 8080, "http"}, {"dns", "UDP", 53, ""}},
+	}
+	s.change(func() {
+		if !reflect.DeepEqual(*s.slice, want) {
+			t.Errorf("the EndpointSlice is\n%+v, want\n%+v", *s.slice, want)
+		}
+	})
+	p.log.wait(t, "the Service routes to this pod", 1)
+	p.end()
+	s.waitFor("token 7:")
+	p.log.wait(t, "does not route to this pod any more", 1)
+	p.lead(8, time.Hour)
+	s.waitFor("token 8: 10.1.2.3")
+	p.log.wait(t, "the Service routes to this pod", 2)
+}
+
+// An address of the other kind is written as such.
+func TestEndpoint_IPv6(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("fd00::7")
+	start(t, p)
+	p.lead(7, time.Hour)
+	s.waitFor("token 7: fd00::7")
+	s.change(func() {
+		if s.slice.AddressType != "IPv6" {
+			t.Errorf("the type of the address is %s", s.slice.AddressType)
+		}
+	})
+}
+
+// The next leader replaces the one before, which then leaves it alone, also if it learns late that
+// it does not lead.
+func TestEndpoint_NextLeader(t *testing.T) {
+	s := newServer(t)
+	older, newer := s.newPod("10.0.0.1"), s.newPod("10.0.0.2")
+	start(t, older)
+	start(t, newer)
+	older.lead(5, time.Hour)
+	s.waitFor("token 5: 10.0.0.1")
+	newer.lead(7, time.Hour)
+	s.waitFor("token 7: 10.0.0.2")
+	var before int
+	s.change(func() { before = s.count("get slice") })
+	older.end()
+	s.wait("the old leader looks", func() bool { return s.count("get slice") > before })
+	older.lead(6, time.Hour) // as a candidate that knows of nobody
+	s.wait("it looks again", func() bool { return s.count("get slice") > before+1 })
+	newer.end()
+	s.waitFor("token 7:")
+	older.log.wait(t, "higher fencing token 7", 1)
+}
+
+// A write that the old leader has sent, and that arrives after that of the next one, changes
+// nothing: the first one of all, which creates the object, and one that changes it.
+func TestEndpoint_DelayedWrite(t *testing.T) {
+	for _, verb := range []string{"create", "update"} {
+		t.Run(verb, func(t *testing.T) {
+			s := newServer(t)
+			older, newer := s.newPod("10.0.0.1"), s.newPod("10.0.0.2")
+			stop := start(t, older)
+			start(t, newer)
+			if verb == "update" {
+				s.change(func() { s.put(slice{}) })
+			}
+			arrived, carryOn := make(chan struct{}), make(chan struct{})
+			s.change(func() {
+				held := false
+				s.handle = func(v string) {
+					s.mu.Lock()
+					hold := v == verb && !held
+					held = held || hold
+					s.mu.Unlock()
+					if hold {
+						close(arrived)
+						<-carryOn
+					}
+				}
+			})
+			older.lead(5, time.Hour)
+			<-arrived
+			stop() // the old leader is gone, and its request is on its way
+			newer.lead(7, time.Hour)
+			s.waitFor("token 7: 10.0.0.2")
+			var before int
+			s.change(func() { before = s.count(verb) })
+			close(carryOn)
+			s.wait("the old request is answered", func() bool { return s.count(verb) > before })
+			s.waitFor("token 7: 10.0.0.2")
+		})
+	}
+}
+
+// Somebody else writes between the leader's read and its write: that is kept, and the leader writes.
+func TestEndpoint_Conflict(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.0.0.1")
+	s.put(slice{Metadata: metadata{Name: "leader"}})
+	s.handle = func(verb string) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if verb == "update" && s.version == 1 {
+			other := *s.slice
+			other.Metadata.Annotations = map[string]string{"theirs": "kept"}
+			other.Metadata.Finalizers = []string{"theirs/too"}
+			s.put(other)
+		}
+	}
+	start(t, p)
+	p.lead(5, time.Hour)
+	s.waitFor("token 5: 10.0.0.1")
+	s.change(func() {
+		m := s.slice.Metadata
+		if m.Annotations["theirs"] != "kept" || len(m.Finalizers) != 1 || s.count("update") != 2 {
+			t.Errorf("after %v: %+v", s.asked, m)
+		}
+	})
+	if p.log.count("level=WARN") != 0 {
+		t.Errorf("a conflict is nothing to warn of:\n%s", p.log)
+	}
+}
+
+// A right is missing: the log names it, once. When it is granted, the leader writes.
+func TestEndpoint_Forbidden(t *testing.T) {
+	for verb, right := range map[string]string{
+		"get service": "get services leader",
+		"get slice":   "get endpointslices.discovery.k8s.io leader",
+		"create":      "create endpointslices.discovery.k8s.io",
+		"update":      "update endpointslices.discovery.k8s.io leader",
+	} {
+		t.Run(verb, func(t *testing.T) {
+			s := newServer(t)
+			if verb == "update" {
+				s.put(slice{})
+			}
+			s.refused[verb] = http.StatusForbidden
+			p := s.newPod("10.0.0.1")
+			start(t, p)
+			p.lead(5, time.Hour)
+			s.wait("it tries again", func() bool { return s.count(verb) == 3 })
+			s.change(func() { delete(s.refused, verb) })
+			s.waitFor("token 5: 10.0.0.1")
+			p.log.wait(t, "written again", 1)
+			p.end()
+			s.waitFor("token 5:")
+			if p.log.count("level=WARN") != 1 || p.log.count(`right="`+right+`"`) != 1 ||
+				p.log.count("the server says no") != 1 || p.log.count("written again") != 1 {
+				t.Errorf("want one warning that names the right %q, and its end:\n%s", right, p.log)
+			}
+		})
+	}
+}
+
+// Kubernetes replaces the files of the service account while the pod runs.
+func TestEndpoint_FilesAreReplaced(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.0.0.1")
+	start(t, p)
+	p.lead(5, time.Hour)
+	s.waitFor("token 5: 10.0.0.1")
+	s.change(func() { s.token = "other" })
+	p.end()
+	s.wait("the old token is refused", func() bool { return s.count("get slice") > 2 })
+	s.write("token", "other")
+	s.waitFor("token 5:")
+
+	theirs := newServer(t)
+	authority, err := os.ReadFile(filepath.Join(theirs.dir, "ca.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs.write("ca.crt", otherAuthority(t))
+	p = theirs.newPod("10.0.0.1")
+	start(t, p)
+	p.lead(5, time.Hour)
+	p.log.wait(t, "level=WARN", 1)
+	theirs.change(func() {
+		if len(theirs.asked) != 0 {
+			t.Errorf("a server that another authority has signed was asked: %v", theirs.asked)
+		}
+	})
+	theirs.write("ca.crt", string(authority))
+	theirs.waitFor("token 5: 10.0.0.1")
+}
+
+// otherAuthority makes a certificate.
+func otherAuthority(t *testing.T) string {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// The API server hangs. The pod gives up what it is asked no longer, and its exit is not held up.
+func TestEndpoint_Hangs(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.0.0.1")
+	stop := start(t, p)
+	p.lead(5, time.Hour)
+	s.waitFor("token 5: 10.0.0.1")
+	arrived, carryOn := make(chan struct{}, 100), make(chan struct{})
+	s.change(func() {
+		s.handle = func(string) {
+			arrived <- struct{}{}
+			<-carryOn
+		}
+	})
+	defer close(carryOn)
+	p.end()
+	<-arrived
+	began := time.Now()
+	p.lead(6, time.Hour)
+	<-arrived // by another connection, without waiting for the first answer
+	if took := time.Since(began); took > attemptTime/2 {
+		t.Errorf("the next attempt came after %v", took)
+	}
+	began = time.Now()
+	stop()
+	if took := time.Since(began); took > 10*exitTime {
+		t.Errorf("Run returned after %v", took)
+	}
+}
+
+// stop-at takes the pod out, though nobody says that anything has changed; unless the lease was
+// renewed.
+func TestEndpoint_StopAt(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.0.0.1")
+	start(t, p)
+	p.lead(5, time.Second)
+	s.waitFor("token 5: 10.0.0.1")
+	p.mu.Lock()
+	p.term.StopAt += time.Second // a renewal
+	stopAt := p.term.StopAt
+	p.mu.Unlock()
+	s.waitFor("token 5:")
+	if now := p.cfg.Now(); now < stopAt {
+		t.Errorf("it was taken out %v too early", stopAt-now)
+	}
+}
+
+// A daemon that exits takes its address out before.
+func TestEndpoint_Exit(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.0.0.1")
+	stop := start(t, p)
+	p.lead(5, time.Hour)
+	s.waitFor("token 5: 10.0.0.1")
+	p.mu.Lock()
+	p.term = Term{}
+	p.mu.Unlock()
+	stop()
+	s.change(func() {
+		if s.shown() != "token 5:" {
+			t.Errorf("the EndpointSlice after the exit: %s", s.shown())
+		}
+	})
+}
+
+// What would not route to the leader is refused, with the reason.
+func TestEndpoint_Refuses(t *testing.T) {
+	for want, arrange := range map[string]func(s *server){
+		"the Service has a selector": func(s *server) {
+			s.service = `{"metadata": {"name": "leader"}, "spec": {"selector": {"app": "x"}}}`
+		},
+		`targetPort \"web\"`: func(s *server) {
+			s.service = `{"metadata": {"name": "leader"},
+				"spec": {"ports": [{"port": 80, "targetPort": "web"}]}}`
+		},
+		"get services leader: 404": func(s *server) { s.service = "" },
+		"higher fencing token 9":   func(s *server) { s.put(withToken("9")) },
+		"which is no token":        func(s *server) { s.put(withToken("x")) },
+		"managed by": func(s *server) {
+			s.put(slice{Metadata: metadata{Labels: map[string]string{managedByLabel: "them"}}})
+		},
+		"for addresses of the type":      func(s *server) { s.put(slice{AddressType: "IPv6"}) },
+		"is not what Kubernetes answers": func(s *server) { s.service = "<html>" },
+	} {
+		t.Run(want, func(t *testing.T) {
+			s := newServer(t)
+			arrange(s)
+			p := s.newPod("10.0.0.1")
+			start(t, p)
+			p.lead(5, time.Hour)
+			s.wait("it tries again", func() bool { return s.count("get service") == 3 })
+			p.log.wait(t, want, 1)
+			if p.log.count("level=WARN") != 1 {
+				t.Errorf("want one warning:\n%s", p.log)
+			}
+			s.change(func() {
+				if s.count("create")+s.count("update") != 0 {
+					t.Errorf("it has written: %v", s.asked)
+				}
+			})
+		})
+	}
+}
+
+func withToken(token string) slice {
+	return slice{Metadata: metadata{
+		Name: "leader", Annotations: map[string]string{tokenAnnotation: token},
+	}}
+}
+
+// transport asks a server without any connection, so that its time is that of a synctest bubble.
+type transport struct{ s *server }
+
+func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer := httptest.NewRecorder()
+	t.s.ServeHTTP(answer, r)
+	return answer.Result(), nil
+}
+
+// The leader looks every half minute: what others change comes back, and the Service's new ports
+// are taken over. A standby asks nothing. What fails is tried again after at most lastRetry.
+func TestEndpoint_LooksAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newHandler(t)
+		p := s.newPod("10.0.0.1")
+		began := time.Now()
+		p.cfg.Now = func() time.Duration { return time.Since(began) }
+		p.cfg.Term = func() Term {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.term
+		}
+		p.api.client.Transport = transport{s}
+		start(t, p)
+		asked := func() (n int) {
+			s.change(func() { n = len(s.asked) })
+			return n
+		}
+		time.Sleep(time.Hour)
+		if n := asked(); n != 0 {
+			t.Errorf("a standby has asked %d times", n)
+		}
+		p.mu.Lock()
+		p.term = Term{5, never}
+		p.mu.Unlock()
+		p.Changed()
+		synctest.Wait()
+		if n := asked(); n != 3 {
+			t.Errorf("%d requests, want 3", n)
+		}
+		s.change(func() { s.slice = nil })
+		time.Sleep(recheck)
+		synctest.Wait()
+		s.change(func() {
+			if s.shown() != "token 5: 10.0.0.1" {
+				t.Errorf("after it was deleted: %s", s.shown())
+			}
+			s.service = strings.Replace(s.service, "8080", "9090", 1)
+			s.asked = nil
+		})
+		time.Sleep(10 * recheck)
+		synctest.Wait()
+		s.change(func() {
+			if s.slice.Ports[0].Port != 9090 || s.count("update") != 1 || len(s.asked) != 21 {
+				t.Errorf("after ten looks: ports %+v, requests %v", s.slice.Ports, s.asked)
+			}
+			s.refused["get service"] = http.StatusInternalServerError
+			s.asked = nil
+		})
+		time.Sleep(time.Hour)
+		if n, few, many := asked(), 300, 500; n < few || n > many {
+			t.Errorf("%d attempts in an hour, want %d to %d", n, few, many)
+		}
+		if n := p.log.count("level=WARN"); n != 1 {
+			t.Errorf("%d warnings in an hour, want 1", n)
+		}
+	})
+}
