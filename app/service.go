@@ -15,8 +15,8 @@ import (
 )
 
 // addService has the leader's pod made the one endpoint of a Service of Kubernetes, if that is
-// wanted. It runs beside the candidate, as the records do: nothing waits for it, except a daemon that
-// has left etcd and exits.
+// wanted. It runs beside the candidate, as the records do: nothing waits for it, except a daemon
+// that has left etcd and exits.
 func (d *daemon) addService(ec *election.Config, p parts, snapshot func() health.Snapshot) {
 	k := p.cfg.Kubernetes
 	if k.Service == "" {

@@ -100,7 +100,7 @@ type Fitness struct {
 
 // Kubernetes says which Service routes to the leader.
 type Kubernetes struct {
-	Service string `split_words:"true" desc:"the name of a Service without a selector, in the pod's namespace: while this candidate leads, and /leader answers 200, its pod is the one endpoint of that Service. The service account needs the rights that docs/kubernetes-service.md names"`
+	Service string `split_words:"true" desc:"the name of a Service without a selector, in the pod's namespace: while this candidate leads, and /leader answers 200, its pod is the one endpoint of that Service. docs/kubernetes-wrapper.md says which rights that needs"`
 	PodIP   string `split_words:"true" desc:"the pod's address, for LEASEHOLD_KUBERNETES_SERVICE: by the downward API, fieldPath: status.podIP"`
 }
 

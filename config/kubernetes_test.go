@@ -17,7 +17,7 @@ func TestConfig_Kubernetes(t *testing.T) {
 		pod:                                    "",
 		service + " " + pod:                    "",
 		service + " KUBERNETES_POD_IP=fd00::1": "",
-		service:                                "KUBERNETES_POD_IP: missing beside LEASEHOLD_KUBERNETES_SERVICE",
+		service:                                "KUBERNETES_POD_IP: missing beside LEASEHOLD_KUB",
 		service + " KUBERNETES_POD_IP=pod-0":   `KUBERNETES_POD_IP: "pod-0" is no address of a pod`,
 		service + " KUBERNETES_POD_IP=0.0.0.0": `KUBERNETES_POD_IP: "0.0.0.0" is no address`,
 		service + " KUBERNETES_POD_IP=::1":     `KUBERNETES_POD_IP: "::1" is no address`,
@@ -45,7 +45,8 @@ func TestConfig_Kubernetes(t *testing.T) {
 	}
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	_, err = load(t, ForRun, "ELECTION=e", service, pod)
-	if err == nil || !strings.Contains(err.Error(), "LEASEHOLD_KUBERNETES_SERVICE: KUBERNETES_SERVICE_HOST") {
+	const outside = "LEASEHOLD_KUBERNETES_SERVICE: KUBERNETES_SERVICE_HOST"
+	if err == nil || !strings.Contains(err.Error(), outside) {
 		t.Errorf("outside of Kubernetes: %v", err)
 	}
 	// Commands that ask do not need it.

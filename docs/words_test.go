@@ -66,7 +66,8 @@ var retiredWords = []retired{
 func TestRetiredWords(t *testing.T) {
 	texts := pages(t)
 	for _, dir := range []string{
-		"app", "cli", "config", "election", "health", "supervisor", "internal",
+		"app", "cli", "config", "election", "health", "kubernetes", "supervisor",
+		"internal",
 	} {
 		for at, text := range messages(t, filepath.Join("..", dir)) {
 			texts[at] = text

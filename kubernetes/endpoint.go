@@ -2,8 +2,8 @@
 //
 // The Service has no selector, so Kubernetes itself gives it no endpoints. The leader writes the
 // address of its pod into an EndpointSlice of the Service's name, and its fencing token into an
-// annotation of that. When the term ends, it takes the address out. The EndpointSlice stays, with
-// the token.
+// annotation of that. When the term has ended, it takes the address out, unless the next leader has
+// replaced it by then. The EndpointSlice stays, with the token.
 //
 // No write replaces one with a higher token. Whoever writes has read the object before, refuses a
 // token that is higher than its own, and names the version that it has read: the API server carries
@@ -35,7 +35,13 @@ const (
 	// recheck is how often the leader looks whether its address is still there, and whether the
 	// Service has other ports.
 	recheck = 30 * time.Second
-	// exitTime bounds how long a daemon that exits still tries to take its address out.
+	// leaveDelay is from the end of a term until its address is taken out. In a planned hand-over
+	// the next leader has replaced it by then. That is better than to take it out at once, because
+	// kube-proxy carries out changes once a second only.
+	leaveDelay = time.Second
+	// exitDelay takes the place of leaveDelay if the daemon exits: it has released its lease.
+	exitDelay = 250 * time.Millisecond
+	// exitTime bounds how long a daemon that exits tries to take its address out then.
 	exitTime = 250 * time.Millisecond
 	// mostConflicts bounds how often an attempt begins anew because others write, too.
 	mostConflicts = 5
@@ -106,8 +112,8 @@ func (e *Endpoint) Changed() {
 	}
 }
 
-// Run writes until ctx ends. Then it takes the address out, if that was not done yet and the API
-// server answers soon.
+// Run writes until ctx ends. Then it takes the address out, if it is still there after exitDelay,
+// and the API server answers soon.
 func (e *Endpoint) Run(ctx context.Context) {
 	defer e.api.close()
 	timer := time.NewTimer(0)
@@ -121,6 +127,8 @@ func (e *Endpoint) Run(ctx context.Context) {
 		}
 	}
 	if e.aim(Term{}); e.goal.token != 0 {
+		timer.Reset(min(exitDelay, e.dueAt-e.cfg.Now()))
+		<-timer.C
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), exitTime)
 		defer cancel()
 		e.attempt(ctx)
@@ -147,7 +155,7 @@ func (e *Endpoint) serve(ctx context.Context) time.Duration {
 	return max(wait, 0)
 }
 
-// aim sets the goal. Another one than before is due at once.
+// aim sets the goal. If it is another one than before, it is due at once, or after leaveDelay.
 func (e *Endpoint) aim(term Term) {
 	next := goal{e.goal.token, false}
 	if term.Token != 0 {
@@ -155,13 +163,16 @@ func (e *Endpoint) aim(term Term) {
 	}
 	if next != e.goal {
 		e.goal, e.dueAt, e.retry = next, 0, 0
+		if !next.in {
+			e.dueAt = e.cfg.Now() + leaveDelay
+		}
 	}
 }
 
 // attempt tries to reach the goal. It returns false if the goal has changed meanwhile: then it has
 // given up, also if the API server hangs.
-func (e *Endpoint) attempt(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, attemptTime)
+func (e *Endpoint) attempt(parent context.Context) bool {
+	ctx, cancel := context.WithTimeout(parent, attemptTime)
 	defer cancel()
 	written := make(chan error, 1)
 	g := e.goal
@@ -172,7 +183,8 @@ func (e *Endpoint) attempt(ctx context.Context) bool {
 	for {
 		select {
 		case err := <-written:
-			if valid || err == nil {
+			ended := errors.Is(parent.Err(), context.Canceled) // Run goes on with another attempt
+			if valid = valid && !ended && e.holds(g); valid || err == nil {
 				e.attempted(err)
 			}
 			return valid

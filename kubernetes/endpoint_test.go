@@ -94,15 +94,17 @@ func TestEndpoint_NextLeader(t *testing.T) {
 	s.waitFor("token 5: 10.0.0.1")
 	newer.lead(7, time.Hour)
 	s.waitFor("token 7: 10.0.0.2")
-	var before int
-	s.change(func() { before = s.count("get slice") })
 	older.end()
-	s.wait("the old leader looks", func() bool { return s.count("get slice") > before })
+	older.log.wait(t, "does not route to this pod any more", 1)
 	older.lead(6, time.Hour) // as a candidate that knows of nobody
-	s.wait("it looks again", func() bool { return s.count("get slice") > before+1 })
+	older.log.wait(t, "higher fencing token 7", 1)
+	s.change(func() {
+		if s.shown() != "token 7: 10.0.0.2" || s.count("update") != 1 {
+			t.Errorf("the EndpointSlice is %s after %v", s.shown(), s.asked)
+		}
+	})
 	newer.end()
 	s.waitFor("token 7:")
-	older.log.wait(t, "higher fencing token 7", 1)
 }
 
 // A write that the old leader has sent, and that arrives after that of the next one, changes
@@ -145,7 +147,8 @@ func TestEndpoint_DelayedWrite(t *testing.T) {
 	}
 }
 
-// Somebody else writes between the leader's read and its write: that is kept, and the leader writes.
+// Somebody else writes between the leader's read and its write: that is kept, and the leader
+// writes.
 func TestEndpoint_Conflict(t *testing.T) {
 	s := newServer(t)
 	p := s.newPod("10.0.0.1")
@@ -183,6 +186,7 @@ func TestEndpoint_Forbidden(t *testing.T) {
 		"update":      "update endpointslices.discovery.k8s.io leader",
 	} {
 		t.Run(verb, func(t *testing.T) {
+			t.Parallel()
 			s := newServer(t)
 			if verb == "update" {
 				s.put(slice{})
@@ -271,13 +275,14 @@ func TestEndpoint_Hangs(t *testing.T) {
 	<-arrived
 	began := time.Now()
 	p.lead(6, time.Hour)
-	<-arrived // by another connection, without waiting for the first answer
+	// By another connection, without waiting for the first answer.
+	<-arrived
 	if took := time.Since(began); took > attemptTime/2 {
 		t.Errorf("the next attempt came after %v", took)
 	}
 	began = time.Now()
 	stop()
-	if took := time.Since(began); took > 10*exitTime {
+	if took := time.Since(began); took > 10*(exitDelay+exitTime) {
 		t.Errorf("Run returned after %v", took)
 	}
 }
@@ -298,6 +303,28 @@ func TestEndpoint_StopAt(t *testing.T) {
 	if now := p.cfg.Now(); now < stopAt {
 		t.Errorf("it was taken out %v too early", stopAt-now)
 	}
+}
+
+// A term that ends while the leader reads is no reason to write, or to warn, whoever learns of it
+// when.
+func TestEndpoint_EndsMeanwhile(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.0.0.1")
+	s.handle = func(verb string) {
+		if verb == "get slice" {
+			p.mu.Lock()
+			p.term = Term{}
+			p.mu.Unlock()
+		}
+	}
+	start(t, p)
+	p.lead(5, time.Hour)
+	s.wait("it takes itself out", func() bool { return s.count("get slice") == 2 })
+	s.change(func() {
+		if s.slice != nil || p.log.count("level=WARN") != 0 {
+			t.Errorf("it has written %s:\n%s", s.shown(), p.log)
+		}
+	})
 }
 
 // A daemon that exits takes its address out before.
@@ -338,6 +365,7 @@ func TestEndpoint_Refuses(t *testing.T) {
 		"is not what Kubernetes answers": func(s *server) { s.service = "<html>" },
 	} {
 		t.Run(want, func(t *testing.T) {
+			t.Parallel()
 			s := newServer(t)
 			arrange(s)
 			p := s.newPod("10.0.0.1")

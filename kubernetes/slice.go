@@ -118,14 +118,14 @@ func (s slice) with(of service, address netip.Addr, token int64) (slice, error) 
 	case err != nil:
 		return s, err
 	case written > token:
-		return s, fmt.Errorf("the EndpointSlice has the higher fencing token %d: another pod leads,"+
-			" or the tokens began anew, as with a new etcd; then run %s", written, remedy)
+		return s, fmt.Errorf("the EndpointSlice has the higher fencing token %d: another pod"+
+			" leads, or the tokens began anew, as with a new etcd; then run %s", written, remedy)
 	case by != "" && by != managedBy:
 		return s, fmt.Errorf("the EndpointSlice is managed by %s: choose a Service of another name",
 			quote.Value(by))
 	case s.AddressType != "" && s.AddressType != addressType:
-		return s, fmt.Errorf("the EndpointSlice is for addresses of the type %s, and the pod has %s:"+
-			" run %s", quote.Value(s.AddressType), address, remedy)
+		return s, fmt.Errorf("the EndpointSlice is for addresses of the type %s, and the pod has"+
+			" %s: run %s", quote.Value(s.AddressType), address, remedy)
 	}
 	ports, err := of.endpointPorts()
 	if err != nil {

@@ -392,17 +392,30 @@ func (c *cluster) forms() []form {
 	return forms
 }
 
+// leader waits until there is a job, and returns its life.
+func (c *cluster) leader() (leader life) {
+	c.t.Helper()
+	c.until(time.Minute, func() error {
+		lives := c.jobs()
+		if len(lives) == 0 {
+			return errors.New("there has been no job")
+		}
+		leader = lives[len(lives)-1]
+		if boottime.Now()-leader.last > time.Second {
+			return fmt.Errorf("nobody has a job; the last one is %v", leader)
+		}
+		return nil
+	})
+	return leader
+}
+
 // trial injects one fault and returns what it has done.
 func (c *cluster) trial(form form, f fault) trial {
 	t := c.t
 	t.Helper()
 	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
 	c.kubectl("rollout", "status", "deployment/"+form.deployment, "--timeout=5m")
-	var leader life
-	c.until(time.Minute, func() (err error) {
-		leader, err = c.running()
-		return err
-	})
+	leader := c.leader()
 	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
 	if f.recover != nil {
 		defer func() { // also if the test ends here: the next fault needs a cluster that is well

@@ -226,7 +226,7 @@ func TestCluster_OverlaysRender(t *testing.T) {
 		"wrapper":                 {jobPatch("")},
 		"wrapper/kubernetes-1.20": {jobPatch("")},
 		"wrapper/route-to-leader": {
-			jobPatch("        env:\n        - {name: LEASEHOLD_TLL, value: 5s}\n"), oneAtATime,
+			jobPatch("        env:\n        - {name: LEASEHOLD_TLL, value: 5s}\n"),
 		},
 	} {
 		dir := c.write("mine", base, "job-image", patches...)
@@ -238,8 +238,9 @@ func TestCluster_OverlaysRender(t *testing.T) {
 			"image: example.com:5000/leasehold:v1", "image: job-image:latest", "- /job",
 			"witness:4041", "LEASEHOLD_ELECTION",
 		}
-		if len(patches) > 1 {
-			wanted = append(wanted, "LEASEHOLD_TLL", "maxUnavailable: 1\n", "path: /leader")
+		if base == "wrapper/route-to-leader" {
+			wanted = append(wanted, "LEASEHOLD_TLL", "LEASEHOLD_KUBERNETES_SERVICE",
+				"automountServiceAccountToken: true")
 		}
 		for _, want := range wanted {
 			if !strings.Contains(string(text), want) {
@@ -293,8 +294,7 @@ func TestCluster_PagesFitTheCluster(t *testing.T) {
 	for page, wanted := range map[string][]string{
 		"kubernetes-wrapper.md": {
 			"-k k8s/etcd/one-member\n", "-k k8s/wrapper/kubernetes-1.20\n",
-			"bases: [../wrapper/kubernetes-1.20]\n", "bases: [../wrapper/route-to-leader]|' ",
-			"-k k8s/mine\n",
+			"bases: [../wrapper/kubernetes-1.20]\n", "-k k8s/mine\n",
 		},
 		"kubernetes-sidecar.md": {
 			"-k k8s/etcd/one-member\n", "-k k8s/sidecar/kubernetes-1.20\n", "form=plain-sidecar ",
@@ -310,7 +310,9 @@ func TestCluster_PagesFitTheCluster(t *testing.T) {
 				t.Errorf("%s: no %q in\n%s", page, want, script)
 			}
 		}
-		for _, not := range []string{"-k k8s/etcd\n", "-k k8s/wrapper\n", "-k k8s/sidecar\n"} {
+		for _, not := range []string{
+			"-k k8s/etcd\n", "-k k8s/wrapper\n", "-k k8s/sidecar\n", "route-to-leader",
+		} {
 			if strings.Contains(script, not) {
 				t.Errorf("%s: still %q", page, not)
 			}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -21,6 +22,17 @@ var update = flag.Bool("update", false, "write the table into docs/kubernetes-fa
 type results struct {
 	About  string  `json:"about"` // the last run: when, of what and on what
 	Trials []trial `json:"trials"`
+	// Traffic is from TestCluster_Traffic.
+	Traffic []traffic `json:"traffic"`
+}
+
+// traffic is what one fault did to the connections to a Service. Times are milliseconds from the
+// fault.
+type traffic struct {
+	Way     string  `json:"way"` // who routes the Service to the leader
+	Fault   string  `json:"fault"`
+	Next    float64 `json:"next"`    // to the next job's first instruction
+	Reached float64 `json:"reached"` // to the first connection that reached that job's pod
 }
 
 // A trial is what one fault did. Times are milliseconds, and as the job's own clock has them.
@@ -44,6 +56,10 @@ func (r results) addTo(path string) error {
 		return err
 	default:
 		r.Trials = append(kept.Trials, r.Trials...)
+		r.Traffic = append(kept.Traffic, r.Traffic...)
+		if r.About == "" {
+			r.About = kept.About
+		}
 	}
 	return harness.WriteJSON(path, r)
 }
@@ -86,6 +102,27 @@ func (r results) table() string {
 	return b.String()
 }
 
+// trafficTable has a row for each fault and way, in the order in which they were tried first.
+func (r results) trafficTable() string {
+	type row struct{ way, fault string }
+	var order []row
+	next, reached := map[row][]float64{}, map[row][]float64{}
+	for _, t := range r.Traffic {
+		key := row{t.Way, t.Fault}
+		if next[key] == nil {
+			order = append(order, key)
+		}
+		next[key], reached[key] = append(next[key], t.Next), append(reached[key], t.Reached)
+	}
+	var b strings.Builder
+	harness.TableHead(&b, "fault", "Service routed", "next job", "connections reach it", "trials")
+	for _, key := range order {
+		harness.TableRow(&b, key.fault, key.way, figure(next[key]), figure(reached[key]),
+			strconv.Itoa(len(next[key])))
+	}
+	return b.String()
+}
+
 // figure is a median, and the maximum where there are several.
 func figure(ms []float64) string {
 	switch median, _, most := harness.Spans(ms); len(ms) {
@@ -109,9 +146,11 @@ func TestFaults_Page(t *testing.T) {
 		t.Fatal(err)
 	}
 	page := filepath.Join(root, "docs", "kubernetes-faults.md")
-	section := kept.About + "\n\n" + kept.table()
+	sections := map[string]string{
+		"faults": kept.About + "\n\n" + kept.table(), "traffic": kept.trafficTable(),
+	}
 	if *update {
-		if err := harness.Refresh(page, map[string]string{"faults": section}); err != nil {
+		if err := harness.Refresh(page, sections); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -119,8 +158,11 @@ func TestFaults_Page(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(string(text), "<!-- faults -->\n"+section+"<!-- /faults -->") {
-		t.Errorf("%s has another table than the trials: run make generate", page)
+	for name, section := range sections {
+		want := "<!-- " + name + " -->\n" + section + "<!-- /" + name + " -->"
+		if !strings.Contains(string(text), want) {
+			t.Errorf("%s has another table %s than the trials: run make generate", page, name)
+		}
 	}
 }
 
@@ -132,7 +174,7 @@ func TestResults_AddTo(t *testing.T) {
 		}
 	}
 	got, err := harness.ReadJSON[results](path)
-	want := results{"today", []trial{{Fault: "yesterday"}, {Fault: "today"}}}
+	want := results{About: "today", Trials: []trial{{Fault: "yesterday"}, {Fault: "today"}}}
 	if err != nil || !reflect.DeepEqual(*got, want) {
 		t.Errorf("%+v (%v), want %+v", got, err, want)
 	}

@@ -241,13 +241,17 @@ func leaseholdIn(spec corev1.PodSpec) *corev1.Container {
 // What k8s/etcd is asked for is there.
 func environment(t testing.TB, c corev1.Container, pod string, etcd []object) map[string]string {
 	t.Helper()
-	env := map[string]string{}
+	env := map[string]string{
+		"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443",
+	}
 	for _, v := range c.Env {
 		switch from := v.ValueFrom; {
 		case from == nil:
 			env[v.Name] = expand(v.Value, env)
 		case from.FieldRef != nil && from.FieldRef.FieldPath == "metadata.name":
 			env[v.Name] = pod
+		case from.FieldRef != nil && from.FieldRef.FieldPath == "status.podIP":
+			env[v.Name] = "10.1.2.3"
 		case from.ConfigMapKeyRef != nil:
 			ref := from.ConfigMapKeyRef
 			value, found := find[corev1.ConfigMap](t, etcd, ref.Name).Data[ref.Key]
