@@ -45,6 +45,8 @@ $cluster cut "$node"
 	{ echo 'a node that is cut off answers' >&2; exit 1; }
 $cluster mend "$node"
 $cluster in kubectl -n kube-system logs "$pod" >/dev/null
+# It is a cluster in which Helm installs, upgrades and rolls back.
+$cluster in make e2e-k8s RUN=TestCluster_Helm
 $cluster down
 same 'cluster down'
 
