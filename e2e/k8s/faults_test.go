@@ -41,6 +41,8 @@ spec:
       - name: job
         command: [/opt/leasehold/leasehold, --, /job]
         args: [%s, /lives]
+        resources:
+          limits: {memory: 256Mi}
         volumeMounts:
         - {name: lives, mountPath: /lives}
       volumes:
@@ -145,6 +147,18 @@ var faults = []fault{
 			"wrapper": 10 * time.Second, "sidecar": 25 * time.Second, "plain": 25 * time.Second,
 		},
 		restart: 1500 * time.Millisecond,
+	},
+	{
+		// With cgroup v1 the kernel kills one process, the largest. With v2 the kubelet has it kill
+		// all of the container.
+		name: "the job exceeds its memory limit, and the kernel kills it",
+		inject: func(c *cluster, _ form, pod, node string) {
+			do := `kill -USR1 ${p#/proc/} && echo sent`
+			if c.inPod(pod, node, "/job live ", do) == "" {
+				c.t.Fatalf("%s has no job", pod)
+			}
+		},
+		within: map[string]time.Duration{"wrapper": 30 * time.Second},
 	},
 	{
 		name: "the node is cut off", inject: cut, recover: mend,
@@ -373,6 +387,57 @@ func TestCluster_BadRollouts(t *testing.T) {
 	}
 }
 
+// A rollout of the kinds that k8s/ does not have: a Deployment that stops all old pods before it
+// starts new ones, and a StatefulSet.
+func TestCluster_Rollouts(t *testing.T) {
+	c, job := newFaultyCluster(t)
+	for kind, most := range map[string]time.Duration{
+		"Recreate": 2 * time.Minute, "StatefulSet": 5 * time.Second,
+	} {
+		t.Run(kind, func(t *testing.T) {
+			c := *c
+			c.t = t
+			form := c.forms()[0]
+			form.name = strings.ToLower(kind)
+			c.keepLives(form)
+			patch := fmt.Sprintf(form.patch, form.mode, c.lives)
+			text := c.kubectl("kustomize", c.write("rolled", form.folder, job, patch))
+			const strategy = "  strategy:\n    rollingUpdate:\n      maxSurge: 0\n" +
+				"      maxUnavailable: 1\n"
+			if !strings.Contains(text, strategy) {
+				t.Fatalf("there is no strategy in\n%s", text)
+			}
+			object, instead := "deployment/wrapper", "  strategy: {type: Recreate}\n"
+			if kind == "StatefulSet" {
+				object, instead = "statefulset/wrapper", "  serviceName: wrapper\n"
+				text = strings.Replace(text, "kind: Deployment", "kind: StatefulSet", 1)
+			}
+			apply := c.command(t.Context(), "apply", "-f", "-")
+			apply.Stdin = strings.NewReader(strings.Replace(text, strategy, instead, 1))
+			if out, err := apply.CombinedOutput(); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			defer c.kubectl("delete", object, "--wait")
+			c.kubectl("rollout", "status", object, "--timeout=5m")
+			first := c.leader()
+			c.kubectl("rollout", "restart", object)
+			c.kubectl("rollout", "status", object, "--timeout=5m")
+			if last := c.leader(); last.began == first.began {
+				t.Errorf("the pods were replaced, and %v goes on", first)
+			}
+			lives := c.jobs()
+			gap := longestGap(lives)
+			t.Logf("%d jobs, one after the other; no job for %v at most", len(lives), gap)
+			if gap > most {
+				t.Errorf("for %v there was no job, want at most %v", gap, most)
+			}
+			for _, o := range overlaps(lives) {
+				t.Errorf("two jobs at once: %s", o)
+			}
+		})
+	}
+}
+
 // forms returns those that this cluster can run.
 func (c *cluster) forms() []form {
 	wrapper := wrapperForm
@@ -395,16 +460,9 @@ func (c *cluster) forms() []form {
 // leader waits until there is a job, and returns its life.
 func (c *cluster) leader() (leader life) {
 	c.t.Helper()
-	c.until(time.Minute, func() error {
-		lives := c.jobs()
-		if len(lives) == 0 {
-			return errors.New("there has been no job")
-		}
-		leader = lives[len(lives)-1]
-		if boottime.Now()-leader.last > time.Second {
-			return fmt.Errorf("nobody has a job; the last one is %v", leader)
-		}
-		return nil
+	c.until(time.Minute, func() (err error) {
+		leader, err = c.running()
+		return err
 	})
 	return leader
 }

@@ -85,14 +85,6 @@ func (c *cluster) release(form form, job string) {
 		}
 		return out
 	}
-	running := func() (l life) {
-		t.Helper()
-		c.until(time.Minute, func() (err error) {
-			l, err = c.running()
-			return err
-		})
-		return l
-	}
 
 	well(with("install", "--timeout=5m")...)
 	defer func() {
@@ -103,12 +95,12 @@ func (c *cluster) release(form form, job string) {
 			t.Errorf("two jobs at once: %s", o)
 		}
 	}()
-	first := running()
+	first := c.leader()
 	c.candidates(name, first.pod, 3)
 
 	// The pods are replaced one by one. Each waits until it may lead.
 	well(with("upgrade", "--timeout=5m", "--set=ttl=20s")...)
-	upgraded := running()
+	upgraded := c.leader()
 	if upgraded.began == first.began {
 		t.Errorf("the pods were replaced, and %v goes on", first)
 	}
@@ -128,7 +120,7 @@ func (c *cluster) release(form form, job string) {
 			t.Errorf("upgrade with %s: %v, want a fault that says %q", set, err, want)
 		}
 	}
-	if l := running(); l.began != upgraded.began {
+	if l := c.leader(); l.began != upgraded.began {
 		t.Errorf("upgrades that are refused end %v, and %v follows", upgraded, l)
 	}
 
@@ -148,9 +140,9 @@ func (c *cluster) release(form form, job string) {
 			}
 			return nil
 		})
-		running()
+		c.leader()
 		well("rollback", name, "--wait", "--timeout=5m")
-		c.candidates(name, running().pod, 3)
+		c.candidates(name, c.leader().pod, 3)
 	}
 
 	lives := c.jobs()

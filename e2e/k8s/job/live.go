@@ -3,12 +3,14 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -17,11 +19,22 @@ import (
 )
 
 // live is a job of two processes: its own, and one that has a session of its own and whose parent
-// has exited, so that nothing but its descent says whose it is.
+// has exited, so that nothing but its descent says whose it is. At SIGUSR1 it takes a gigabyte of
+// memory, which is more than its limit.
 func live(mode, dir string) error {
 	if mode == "live-on" {
 		signal.Ignore(syscall.SIGTERM)
 	}
+	hungry := make(chan os.Signal, 1)
+	signal.Notify(hungry, syscall.SIGUSR1)
+	go func() {
+		<-hungry
+		var eaten [1024][]byte
+		for i := range eaten {
+			eaten[i] = bytes.Repeat([]byte{1}, 1<<20)
+		}
+		runtime.KeepAlive(&eaten)
+	}()
 	name := filepath.Join(dir, fmt.Sprintf("%s %s %d", os.Getenv("LEASEHOLD_IDENTITY"),
 		os.Getenv("LEASEHOLD_FENCING_TOKEN"), boottime.Now()))
 	if err := exec.Command("/proc/self/exe", "orphan", name+" orphan").Run(); err != nil {
