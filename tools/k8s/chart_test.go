@@ -13,7 +13,9 @@ import (
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 )
 
 // helm returns the command with these arguments. The user's own settings of Helm take no part.
@@ -55,6 +57,7 @@ func TestChart_RendersTheManifests(t *testing.T) {
 	for overlay, args := range map[string][]string{
 		"wrapper":                 nil,
 		"wrapper/kubernetes-1.20": {noBudget},
+		"wrapper/route-to-leader": {"--set=leaderService.name=leader"},
 		"sidecar":                 {"--set=form=sidecar"},
 		"sidecar/plain":           {"--set=form=plain-sidecar"},
 		"sidecar/kubernetes-1.20": {"--set=form=plain-sidecar", noBudget},
@@ -171,6 +174,23 @@ func TestChart_EveryValue(t *testing.T) {
 	}
 }
 
+// Beside an app, it is leasehold that writes who the leader is.
+func TestChart_LeaderService(t *testing.T) {
+	for _, form := range []string{"sidecar", "plain-sidecar"} {
+		objects := chart(t, "mine", "--set=form="+form, "--set=leaderService.name=leader",
+			"--set=leaderService.ports[0].port=80,leaderService.ports[0].targetPort=8080")
+		pod := find[appsv1.Deployment](t, objects, "mine").Spec.Template.Spec
+		env := environment(t, *leaseholdIn(pod), "pod", shared.rendered["etcd"])
+		account := find[corev1.ServiceAccount](t, objects, pod.ServiceAccountName)
+		rights := find[rbacv1.RoleBinding](t, objects, "mine")
+		ports := find[corev1.Service](t, objects, "leader").Spec.Ports
+		if env["LEASEHOLD_KUBERNETES_SERVICE"] != "leader" ||
+			rights.Subjects[0].Name != account.Name || ports[0].TargetPort.IntValue() != 8080 {
+			t.Errorf("form %s: %v, %v, %v", form, env, rights, ports)
+		}
+	}
+}
+
 // The probes follow the TTL, and the pod has time for what the values ask for.
 func TestChart_Timing(t *testing.T) {
 	long := []string{"9s", "10s", "19s", "29s", "30s", "31s"}
@@ -217,6 +237,8 @@ func TestChart_BadValues(t *testing.T) {
 		"job.command=null":                    "'command'",
 		"job.image.pullPolicy=Sometimes":      "/job/image/pullPolicy",
 		"job.securityContext.x=1":             "'securityContext'",
+		"leaderService.name=The_Leader":       "/leaderService/name",
+		"leaderService.ports[0].port=80":      "'targetPort'",
 		"podDisruptionBudget.enabled=maybe":   "/podDisruptionBudget/enabled",
 		"podDisruptionBudget.maxUnavailable=": "/podDisruptionBudget/maxUnavailable",
 		"podLabels.etcd-client=no":            "'etcd-client'",

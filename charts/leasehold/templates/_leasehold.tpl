@@ -10,6 +10,11 @@
 
 {{/* The containers' variables. */}}
 {{- define "leasehold.env" -}}
+{{- with .Values.leaderService.name -}}
+- {name: LEASEHOLD_KUBERNETES_SERVICE, value: {{ . | quote }}}
+- name: LEASEHOLD_KUBERNETES_POD_IP
+  valueFrom: {fieldRef: {fieldPath: status.podIP}}
+{{ end -}}
 - name: LEASEHOLD_ELECTION
   value: {{ include "leasehold.election" . | quote }}
 - name: LEASEHOLD_IDENTITY
