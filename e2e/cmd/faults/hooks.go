@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strings"
 
 	"leasehold/e2e/check"
 	"leasehold/e2e/harness"
@@ -31,6 +32,10 @@ func (t *Trial) hooks() []string {
 		harness.AddressHooks...)
 }
 
+// hookFailed is what a daemon logs if the hook after the job has failed, or had no time. Then the
+// address may stay: the report says so.
+const hookFailed = "LEASEHOLD_POST_STOP has failed"
+
 // judgeAddresses judges where the virtual address was, when all candidates have ended.
 func (t *Trial) judgeAddresses() error {
 	stays, err := t.addresses.Stays()
@@ -43,19 +48,25 @@ func (t *Trial) judgeAddresses() error {
 		return errors.New("the leader's machine did not have the virtual address before the fault")
 	}
 	figures := map[string]float64{}
+	failed := ""
+	for _, m := range t.started() {
+		if strings.Contains(m.Log(), hookFailed) {
+			failed += ", and the hook has failed on " + m.Name
+		}
+	}
 	for i, second := range stays {
 		if i > 0 && second.Machine != stays[i-1].Machine && stays[i-1].To != 0 {
 			gap := harness.Milliseconds(second.From - stays[i-1].To)
 			figures["address on none"] = max(figures["address on none"], gap)
 		}
 		if second.To == 0 {
-			t.violated("%s still has the virtual address", second.Machine)
+			t.violated("%s still has the virtual address%s", second.Machine, failed)
 		}
 	}
 	for _, a := range check.AddressesTwice(stays, harness.Now()) {
 		figures["address on both"] += harness.Milliseconds(a.During.Length())
 		if t.Scenario.Promise == Never {
-			t.together(a.First, a.During.Length(), a)
+			t.together(a.First, a.During.Length(), a.String()+failed)
 		}
 	}
 	if t.sample.Figures == nil {

@@ -542,13 +542,13 @@ func (t *Trial) overlap(o check.Overlap) {
 		s.LivesOn = true
 	}
 	if t.Of.Ours() && t.Scenario.Promise == Never {
-		t.together(o.Earlier.Candidate, o.During.Total(), o)
+		t.together(o.Earlier.Candidate, o.During.Total(), o.String())
 	}
 }
 
 // together notes what was on two machines at once for so long, which is a violation unless the
 // guard of the earlier one was served too late.
-func (t *Trial) together(earlier string, d time.Duration, what fmt.Stringer) {
+func (t *Trial) together(earlier string, d time.Duration, what string) {
 	for _, m := range t.started() {
 		margin, late := max(t.TTL/10, 200*time.Millisecond), check.KillByLatencies(m.Log())
 		if by := check.Latency(late); m.Name == earlier && by > margin && d <= by+margin {
@@ -556,7 +556,7 @@ func (t *Trial) together(earlier string, d time.Duration, what fmt.Stringer) {
 			return
 		}
 	}
-	t.violated("%v", what)
+	t.violated("%s", what)
 }
 
 // started are the machines on which a candidate was started.
