@@ -99,12 +99,14 @@ func (c *cluster) release(form form, job string) {
 	c.candidates(name, first.pod, 3)
 
 	// The pods are replaced one by one. Each waits until it may lead.
-	well(with("upgrade", "--timeout=5m", "--set=ttl=20s")...)
+	const upgrade = "--set=ttl=20s,leaderService.name=leader"
+	well(with("upgrade", "--timeout=5m", upgrade)...)
 	upgraded := c.leader()
 	if upgraded.began == first.began {
 		t.Errorf("the pods were replaced, and %v goes on", first)
 	}
 	c.candidates(name, upgraded.pod, 3)
+	c.routed(upgraded.pod)
 	const ttl = "jsonpath={..env[?(@.name==\"LEASEHOLD_TTL\")].value}"
 	if got := c.kubectl("get", "deployment", name, "-o", ttl); got != "20s" {
 		t.Errorf("the TTL is %q after the upgrade", got)
@@ -128,7 +130,7 @@ func (c *cluster) release(form form, job string) {
 	for _, set := range []string{
 		"image.tag=none", "env[0].name=LEASEHOLD_TLL,env[0].value=5s",
 	} {
-		out, err := c.helm(with("upgrade", "--timeout=20s", "--set=ttl=20s,"+set)...)
+		out, err := c.helm(with("upgrade", "--timeout=20s", upgrade+","+set)...)
 		if err == nil {
 			t.Errorf("upgrade with %s: well, want an end after 20 s:\n%s", set, out)
 		}
@@ -142,7 +144,9 @@ func (c *cluster) release(form form, job string) {
 		})
 		c.leader()
 		well("rollback", name, "--wait", "--timeout=5m")
-		c.candidates(name, c.leader().pod, 3)
+		last := c.leader()
+		c.candidates(name, last.pod, 3)
+		c.routed(last.pod)
 	}
 
 	lives := c.jobs()
