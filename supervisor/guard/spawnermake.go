@@ -5,6 +5,7 @@ package guard
 import (
 	"fmt"
 	"os"
+	"reflect"
 	"strings"
 	"unsafe"
 
@@ -81,7 +82,7 @@ func receiveInto(m *ipc.SpawnerMessage) [2]uintptr {
 // prepareMessages fills in what the spawner passes to the kernel, because the spawner may not store
 // a pointer.
 func (a *spawnArea) prepareMessages() {
-	a.guardPid = int32(unix.Getpid())
+	a.guardPid, a.run = int32(unix.Getpid()), reflect.ValueOf(execJob).Pointer()
 	a.nofile = [2]uint64{nofile.Original.Soft, nofile.Original.Hard}
 	a.message = ipc.SpawnerMessage{}
 	a.iov = receiveInto(&a.message)
@@ -90,7 +91,6 @@ func (a *spawnArea) prepareMessages() {
 		len: unsafe.Offsetof(a.control.fd) + 4, level: unix.SOL_SOCKET, kind: unix.SCM_RIGHTS,
 	}
 	a.clone = spawnClone{
-		flags:      unix.CLONE_PIDFD | unix.CLONE_INTO_CGROUP,
 		pidfd:      uint64(uintptr(unsafe.Pointer(&a.pidfd))),
 		exitSignal: uint64(unix.SIGCHLD),
 	}

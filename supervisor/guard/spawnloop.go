@@ -29,6 +29,9 @@ func runtimeAfterFork()
 
 // spawnArea is memory that the guard and the spawner share. The guard fills it before the fork.
 type spawnArea struct {
+	// stack is that of the job's first process until its exec. There is one such process at a time.
+	stack [4096]byte
+
 	// The guard writes these at any time.
 	stopAt    int64 // atomic; no start after this time since boot
 	cancelled int32 // atomic; serial of the start that is cancelled
@@ -53,12 +56,14 @@ type spawnArea struct {
 	titleAt                                            unsafe.Pointer
 	pidAt                                              unsafe.Pointer // see writePid; nil: nowhere
 	titleLen                                           int32
+	run                                                uintptr // the code of execJob
 
 	// The rest is the spawner's own.
 	fds       [5]unix.PollFd // in the order of poll
 	listFd    int32
 	leafFd    int32
 	leafUsed  int32
+	self      int32 // pid
 	serial    int32 // of the last start
 	first     int32 // pid of the job's first process until it is reaped
 	execErrno int32 // why it could not be executed
@@ -568,9 +573,14 @@ func (a *spawnArea) prepare() int32 {
 	return 0
 }
 
-// start forks the job and returns 0, or an errno. execDone sees the result of the exec. It is a
-// fork and not a vfork, because a vfork would keep the spawner from killing while a slow file
-// system delays the exec.
+// start forks the job and returns 0, or an errno. execDone sees the result of the exec.
+//
+// Until its exec the child shares our memory and has a stack of its own. To copy the memory would
+// take longer than all else that a start needs. As in a vfork the child stores nothing that we use.
+// But we do not wait for it: a slow file system may delay the exec, and we may have to kill.
+//
+// With a hook before the job the memory is copied. The child may live for long then, and the OOM
+// killer takes all processes that share a memory.
 //
 //go:nosplit
 //go:norace
@@ -586,32 +596,21 @@ func (a *spawnArea) start() int32 {
 		return int32(errno)
 	}
 	self, _, _ := unix.RawSyscall(unix.SYS_GETPID, 0, 0, 0)
+	a.self = int32(self)
 	// The last check: everything that may take time is done.
 	if a.cancelled == a.serial || a.readClock() >= a.stopAt {
 		rawCloseSpawn(uintptr(a.pipe[0]))
 		rawCloseSpawn(uintptr(a.pipe[1]))
 		return ipc.SpawnerTooLate
 	}
-	var pid uintptr
-	var errno unix.Errno
-	if a.leafFd >= 0 {
-		a.clone.cgroup = uint64(a.leafFd)
-		pid, _, errno = unix.RawSyscall(unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)),
-			unsafe.Sizeof(a.clone), 0)
-	} else {
-		// If there is no cgroup, there may be no clone3 either: some seccomp filters refuse it,
-		// because they can't check its arguments.
-		pid, _, errno = unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_PIDFD|uintptr(unix.SIGCHLD),
-			0, uintptr(unsafe.Pointer(&a.pidfd)), 0, 0, 0)
+	pid, errno := uintptr(0), uintptr(unix.EINVAL)
+	if a.preStartArgv == 0 {
+		pid, errno = a.fork(unix.CLONE_VM)
 	}
-	if errno == 0 && pid == 0 {
-		// One after the other, not one from within the other: all frames must fit on the stack.
-		a.becomeChild(self)
-		failed := int32(0)
-		if a.preStartArgv != 0 {
-			failed = a.preStart()
+	if errno == uintptr(unix.EINVAL) { // a hook, or an emulator that knows only threads and forks
+		if pid, errno = a.fork(0); errno == 0 && pid == 0 {
+			execJob(a)
 		}
-		a.exec(failed)
 	}
 	rawCloseSpawn(uintptr(a.pipe[1]))
 	if errno != 0 {
@@ -626,6 +625,40 @@ func (a *spawnArea) start() int32 {
 	return 0
 }
 
+// fork makes the child. With CLONE_VM it runs execJob. Without, it has a copy of our stack, and fork
+// returns 0 in it.
+//
+//go:nosplit
+//go:norace
+func (a *spawnArea) fork(share uintptr) (pid, errno uintptr) {
+	// If there is no cgroup, there may be no clone3 either: some seccomp filters refuse it, because
+	// they can't check its arguments.
+	trap, arg1, arg2 := uintptr(unix.SYS_CLONE), share|unix.CLONE_PIDFD|uintptr(unix.SIGCHLD),
+		uintptr(0)
+	if a.leafFd >= 0 {
+		a.clone.flags = uint64(share | unix.CLONE_PIDFD | unix.CLONE_INTO_CGROUP)
+		a.clone.cgroup, a.clone.stack, a.clone.stackSize = uint64(a.leafFd), 0, 0
+		trap, arg1, arg2 = unix.SYS_CLONE3, uintptr(unsafe.Pointer(&a.clone)),
+			unsafe.Sizeof(a.clone)
+	}
+	pidfd := uintptr(unsafe.Pointer(&a.pidfd))
+	if share == 0 {
+		pid, _, failed := unix.RawSyscall6(trap, arg1, arg2, pidfd, 0, 0, 0)
+		return pid, uintptr(failed)
+	}
+	a.clone.stack = uint64(uintptr(unsafe.Pointer(&a.stack)))
+	a.clone.stackSize = uint64(unsafe.Sizeof(a.stack))
+	if trap == unix.SYS_CLONE {
+		arg2 = uintptr(a.clone.stack + a.clone.stackSize)
+	}
+	return cloneJob(trap, arg1, arg2, pidfd, a, a.run)
+}
+
+// cloneJob makes a system call, clone or clone3, whose child calls the function at run.
+//
+//go:noescape
+func cloneJob(trap, arg1, arg2, arg3 uintptr, a *spawnArea, run uintptr) (pid, errno uintptr)
+
 // readClock returns nanoseconds since boot.
 //
 //go:nosplit
@@ -636,16 +669,30 @@ func (a *spawnArea) readClock() int64 {
 	return a.now.Sec*1e9 + a.now.Nsec
 }
 
+// execJob is the child from its first instruction on. It does not return. The three parts run one
+// after the other, not one from within the other: all frames must fit on the stack.
+//
+//go:nosplit
+//go:norace
+func execJob(a *spawnArea) {
+	a.becomeChild()
+	failed := int32(0)
+	if a.preStartArgv != 0 {
+		failed = a.preStart()
+	}
+	a.exec(failed)
+}
+
 // becomeChild gives the fork the attributes of a job.
 //
 //go:nosplit
 //go:norace
 //go:noinline
-func (a *spawnArea) becomeChild(spawner uintptr) {
+func (a *spawnArea) becomeChild() {
 	_, _, _ = unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
 	_, _, _ = unix.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0,
 		0, 0)
-	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != spawner {
+	if parent, _, _ := unix.RawSyscall(unix.SYS_GETPPID, 0, 0, 0); parent != uintptr(a.self) {
 		// The spawner exited before PR_SET_PDEATHSIG, so no signal will come.
 		_, _, _ = unix.RawSyscall(unix.SYS_EXIT_GROUP, 128+uintptr(unix.SIGKILL), 0, 0)
 	}

@@ -1,1 +1,0 @@
-// This file lets spawnloop.go declare functions without bodies.
