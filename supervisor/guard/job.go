@@ -83,7 +83,7 @@ type job struct {
 	pid        int           // the first process; 0: not yet started, or exited
 	pidfd      int
 	status     unix.WaitStatus // of the first process
-	exitSeen   time.Duration   // when its pidfd showed its exit, before the spawner's report; 0: no
+	exitSeen   time.Duration   // when its pidfd first showed its exit; 0: it has not
 	childless  bool            // the spawner has reported that nothing of the job is left
 
 	stopAt, killBy time.Duration // the elector moves them until stop-at
@@ -319,6 +319,9 @@ func (j *job) serveDeadlines(now time.Duration) {
 		j.complainAt = now + 10*time.Second
 		j.g.log.Error("job is not thawed: the kernel does not carry it out",
 			"elapsed", (now - j.thawAsked).Round(time.Millisecond).String())
+	}
+	if j.exitSeen == 0 && j.pid != 0 && proctree.PidfdExited(j.pidfd) {
+		j.exitSeen = now
 	}
 	if j.state != jobKilling && j.exitSeen != 0 && now >= j.exitSeen+exitTimeout {
 		j.exitUnreported()

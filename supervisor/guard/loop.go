@@ -96,7 +96,6 @@ const (
 	watchPipe    // from the elector
 	watchWake    // a signal is pending
 	watchElector // its exit
-	watchJob     // the exit of its first process
 	watchSpawner // its socket
 	watchAsker   // who wants a reload
 	watchedLen
@@ -128,9 +127,6 @@ func (g *guard) poll() {
 		_, _ = unix.Read(g.timer, g.scratch[:8])
 		g.armedFor = 0
 	}
-	if g.watched[watchJob].Revents != 0 {
-		g.job.exitSeen = boottime.Now()
-	}
 }
 
 // armTimer sets the timer to a moment since boot.
@@ -159,8 +155,6 @@ func (g *guard) watch(held bool) {
 		watchPipe:    watched(g.elector.in, !g.elector.pipeEnded),
 		watchWake:    watched(g.wakeR, true),
 		watchElector: watched(g.elector.pidfd, g.elector.pid != 0 && !held),
-		watchJob: watched(g.job.pidfd,
-			g.job.pid != 0 && g.job.exitSeen == 0), // otherwise it would wake us again and again
 		watchSpawner: watched(g.spawner.sock, g.spawner.pid != 0),
 		watchAsker:   watched(g.reload.asker, g.reload.state == reloadAsked),
 	}
