@@ -91,6 +91,7 @@ func (c *Candidate) Run(ctx context.Context) error {
 	}
 	defer members.close()
 	defer c.heartbeats.run.stop()
+	prepareMessages()
 	defer c.startBeside(ctx, members)()
 	r := &run{
 		members: members, started: c.cfg.Now(),
