@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -109,5 +111,60 @@ func TestCredentials_FilesAreReadAgain(t *testing.T) {
 		}
 		there.Close() // first, or the other end waits for its last word to be read
 		conn.Close()
+	}
+}
+
+// recorder is a connection that keeps what each Write got.
+type recorder struct {
+	net.Conn
+	writes [][]byte
+}
+
+func (r *recorder) Write(p []byte) (int, error) {
+	r.writes = append(r.writes, slices.Clone(p))
+	return len(p), nil
+}
+
+// A request wakes etcd once: its headers go out with its message. All else goes out at once, and
+// nothing is reordered or lost.
+func TestBatching(t *testing.T) {
+	// A frame's length, type and flags, and the number of its stream (RFC 9113, section 4.1).
+	frame := func(kind, flags byte, payload string) []byte {
+		return append([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, 1}, payload...)
+	}
+	headers, whole := frame(1, 0x4, "headers"), frame(1, 0x5, "headers")
+	message, reset, ping := frame(0, 0x1, "message"), frame(3, 0, "why!"), frame(6, 0, "12345678")
+	preface := []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	both := slices.Concat(headers, message)
+	type writes = [][]byte
+	for name, c := range map[string]struct{ in, want writes }{
+		"apart":               {writes{headers, message}, writes{both}},
+		"together":            {writes{both}, writes{both}},
+		"without a message":   {writes{whole, ping}, writes{whole, ping}},
+		"canceled":            {writes{headers, reset}, writes{slices.Concat(headers, reset)}},
+		"one after the other": {writes{headers, message, headers, message}, writes{both, both}},
+		"others":              {writes{preface, ping, message}, writes{preface, ping, message}},
+		"two requests": {
+			writes{headers, headers, message}, writes{slices.Concat(headers, headers), message},
+		},
+		"part of a frame": {
+			writes{headers[:12], headers[12:]}, writes{headers[:12], headers[12:]},
+		},
+		"several frames": {
+			writes{slices.Concat(ping, headers)}, writes{slices.Concat(ping, headers)},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := &recorder{}
+			conn := batching{Conn: r}
+			for _, p := range c.in {
+				if n, err := conn.Write(p); n != len(p) || err != nil {
+					t.Errorf("Write of %d bytes: %d, %v", len(p), n, err)
+				}
+			}
+			if !reflect.DeepEqual(r.writes, c.want) {
+				t.Errorf("written: %q, want %q", r.writes, c.want)
+			}
+		})
 	}
 }
