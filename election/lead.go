@@ -42,7 +42,10 @@ func (s *session) obeyHold(token int64) {
 func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 	s.led = true
 	led := make(chan error, 1)
-	go func() { led <- s.cfg.Callbacks.Lead(lctx, t) }()
+	go func() {
+		growStack()
+		led <- s.cfg.Callbacks.Lead(lctx, t)
+	}()
 	s.obeyHold(t.Token) // it may have come since the win
 	tick := time.NewTimer(0)
 	defer tick.Stop()

@@ -316,6 +316,7 @@ func (l *lease) start(ctx context.Context, i, serial int, now time.Duration) {
 	}
 	at := l.endpoints[i]
 	go func() {
+		growStack()
 		r, err := at.renew(ctx, l.cfg.id)
 		l.report(ctx, answer{endpoint: i, serial: serial, renewal: r, err: err})
 	}()
@@ -336,6 +337,7 @@ func (l *lease) confirm(ctx context.Context, i int, now time.Duration) {
 	a.cancel, a.abandon = cancel, now+2*l.timing.RenewInterval()
 	serial, at := a.serial, l.endpoints[i]
 	go func() {
+		growStack()
 		r, err := at.read(ctx, l.cfg.key)
 		l.report(ctx, answer{endpoint: i, serial: serial, confirming: true, reading: r, err: err})
 	}()
