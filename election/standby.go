@@ -30,7 +30,12 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 		return 0, err
 	}
 	won := make(chan int64, 1)
-	renewNext := func() { s.running.Go(func() { s.lease.renewNow(sctx) }) }
+	renewNext := func(after time.Duration) {
+		s.running.Go(func() {
+			pause(sctx, after)
+			s.lease.renewNow(sctx)
+		})
+	}
 	campaign := func() {
 		if created := s.campaign(cctx, election, renewNext); created != 0 {
 			won <- created
@@ -61,7 +66,7 @@ func (s *session) standby(ctx, sctx context.Context) (int64, error) {
 			next = true
 			s.lease.confirmFrom(s.created.Load())
 			if !s.lease.isConfirmed() {
-				renewNext() // the leader may go at any moment
+				renewNext(0) // the leader may go at any moment
 			}
 		}
 		s.show(v, trouble)
@@ -179,11 +184,15 @@ func (s *session) waitForTurn(ctx context.Context, election *concurrency.Electio
 	return election.Campaign(clientv3.WithRequireLeader(ctx), s.cfg.Identity)
 }
 
+// startPause is for how long a leader that starts early leaves the processors to its job, before it
+// renews. Nothing waits for that renewal: the last one was confirmed.
+const startPause = 10 * time.Millisecond
+
 // campaign puts our key, waits until no key is ahead of it, and verifies that, unless that is known
 // already. It returns our key's create revision when we have won, or 0 when we have lost the key or
 // ctx has ended.
 func (s *session) campaign(
-	ctx context.Context, election *concurrency.Election, renewNext func(),
+	ctx context.Context, election *concurrency.Election, renewNext func(after time.Duration),
 ) (created int64) {
 	var wait retry
 	for {
@@ -208,7 +217,7 @@ func (s *session) campaign(
 	}
 	s.lease.confirmFrom(s.created.Load())
 	if s.waitForExit(ctx) && s.startsEarly() && s.steering.mayStart(s.created.Load()) {
-		renewNext()
+		renewNext(startPause)
 		return s.created.Load()
 	}
 	for s.waitWhileHeld(ctx) == nil {
@@ -291,7 +300,9 @@ type verification struct {
 // confirms it, its deadlines are as good as those of any leader. The next renewal is then sent
 // after the read: etcd would serve it first, and the job is waiting. Otherwise we need another
 // renewal, and confirm it as a leader does.
-func (s *session) verifyFirst(ctx context.Context, renewNext func()) (verification, error) {
+func (s *session) verifyFirst(
+	ctx context.Context, renewNext func(after time.Duration),
+) (verification, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
 	fresh := s.isFresh()
@@ -304,7 +315,7 @@ func (s *session) verifyFirst(ctx context.Context, renewNext func()) (verificati
 		return got, err
 	}
 	if last := s.lease.raftTerm.Load(); fresh && (last == 0 || last == got.raftTerm) {
-		renewNext()
+		renewNext(0)
 		return got, nil
 	}
 	if renewed == nil {
