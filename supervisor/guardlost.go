@@ -52,10 +52,11 @@ type killInGuardsPlace struct {
 	pingAt      time.Duration
 	complainAt  time.Duration
 	alive       bool              // there was a job
-	procs       *proctree.Scanner // nil: the process table can't be read
+	procs       *proctree.Scanner // nil: not needed yet, or the process table can't be read
 	spawnerDone <-chan struct{}   // nil: it has reported
 
 	// A spawner is taken for hung if for a while it has no visible descendants and does not report.
+	opened   bool          // openProcessTable was called
 	seesAll  bool          // /proc hides nothing
 	lastSeen time.Duration // when descendants were last seen, or could have been there unseen
 	clean    int           // scans in a row that saw none
@@ -74,14 +75,6 @@ func (k *killInGuardsPlace) begin() {
 		s.killNow()
 	}
 	k.complainAt, k.lastSeen = k.began+10*time.Second, k.began
-	k.seesAll = proctree.ProcHidden() == ""
-	var err error
-	if k.procs, err = proctree.NewScanner(); err != nil {
-		k.procs = nil
-		s.log.Error("process table can't be read: the spawner alone finds the job", "err", err)
-	} else {
-		k.procs.Yield = k.ping
-	}
 	if !proctree.PidfdExited(s.guardFd) {
 		s.log.Error(k.why+": killing it and the job", "threads", threadStates(s.cfg.Guard))
 	}
@@ -130,12 +123,29 @@ func (k *killInGuardsPlace) killJob() (gone, left bool) {
 	return gone, left
 }
 
+// openProcessTable is called when the kill takes longer than usual.
+func (k *killInGuardsPlace) openProcessTable() {
+	k.opened, k.seesAll = true, proctree.ProcHidden() == ""
+	procs, err := proctree.NewScanner()
+	if err != nil {
+		k.s.log.Error("process table can't be read: the spawner alone finds the job", "err", err)
+		return
+	}
+	k.procs, procs.Yield = procs, k.ping
+}
+
 // killBesideSpawner asks the spawner to kill, and kills the descendants of the spawner that it
 // sees. It reports whether it saw any, or some could be there unseen.
 func (k *killInGuardsPlace) killBesideSpawner() (left bool) {
 	s := k.s
 	s.tellSpawner(ipc.SpawnerKill)
-	if k.procs == nil || boottime.Now() <= k.began+usualKill {
+	if boottime.Now() <= k.began+usualKill {
+		return true
+	}
+	if !k.opened {
+		k.openProcessTable()
+	}
+	if k.procs == nil {
 		return true
 	}
 	left = k.procs.KillDescendants(s.cfg.Spawner, unix.Getpid())
@@ -185,7 +195,7 @@ func (k *killInGuardsPlace) ping() {
 	}
 }
 
-// finish removes the cgroup and reports that nothing of the job is left.
+// finish reports that nothing of the job is left, and removes the cgroup.
 func (k *killInGuardsPlace) finish() {
 	s := k.s
 	text := k.why + ": there was no job"
@@ -193,17 +203,17 @@ func (k *killInGuardsPlace) finish() {
 		text = "job killed: " + k.why
 	}
 	s.log.Error(text, "elapsed", (boottime.Now() - k.began).String())
+	if s.cfg.PostStop != nil {
+		k.awaitHook()
+	}
+	s.goneWithoutGuard()
+	close(s.guardGone) // the next job may start: what follows can wait
 	s.killing.Lock()
 	if s.cgroup != nil {
 		s.cgroup.Remove()
 		s.cgroup = nil
 	}
 	s.killing.Unlock()
-	if s.cfg.PostStop != nil {
-		k.awaitHook()
-	}
-	s.goneWithoutGuard()
-	close(s.guardGone)
 }
 
 // awaitHook waits until the spawner has run the hook that follows the job. It does so when the
