@@ -268,10 +268,10 @@ func (c *Cluster) EnableAuth(ctx context.Context, user, password, election strin
 	for _, args := range [][]string{
 		{"user", "add", "root:root-secret"},
 		{"user", "grant-role", "root", "root"},
-		{"role", "add", "candidates"},
-		{"role", "grant-permission", "--prefix", "candidates", "readwrite", election},
+		{"role", "add", CandidateRole},
+		{"role", "grant-permission", "--prefix", CandidateRole, "readwrite", election},
 		{"user", "add", user + ":" + password},
-		{"user", "grant-role", user, "candidates"},
+		{"user", "grant-role", user, CandidateRole},
 		{"auth", "enable"},
 	} {
 		_, err := c.Etcdctl(ctx, args...)

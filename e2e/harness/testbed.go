@@ -11,6 +11,8 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+
+	"leasehold/control"
 )
 
 // WaitTimeout bounds every wait for what must come. It takes a tenth of it on a slow machine.
@@ -23,7 +25,8 @@ type TestbedConfig struct {
 	// Isolated puts each member of etcd and each machine on a node of a network of its own, as
 	// root; otherwise all are on 127.0.0.1.
 	Isolated bool
-	// Prefix is that of all elections. With Auth, candidates may use nothing else.
+	// Prefix is that of all elections. With Auth, candidates may use nothing else, but for the keys
+	// beside them.
 	Prefix string
 	Auth   bool
 }
@@ -61,6 +64,12 @@ func (b *Testbed) open(ctx context.Context, cfg TestbedConfig) (err error) {
 	}
 	if cfg.Auth {
 		if err := b.Etcd.EnableAuth(ctx, CandidateUser, CandidatePassword, cfg.Prefix); err != nil {
+			return err
+		}
+		// What docs/etcd.md lists for the keys beside the elections.
+		beside := strings.TrimSuffix(control.Prefix(cfg.Prefix), "/")
+		if _, err := b.Etcd.Etcdctl(ctx, "role", "grant-permission", "--prefix", CandidateRole,
+			"readwrite", beside); err != nil {
 			return err
 		}
 	}
@@ -169,6 +178,7 @@ func (b *Testbed) Clear(ctx context.Context) error {
 // Who candidates are where etcd's auth is on.
 const (
 	CandidateUser     = "candidate"
+	CandidateRole     = "candidates"
 	CandidatePassword = "candidate-secret"
 )
 

@@ -233,7 +233,7 @@ func (w report) goals(r *results) {
 	again := harness.Median(r.of(killElector, ours, "plain").column(renewed))
 	goal("planned hand-over, the naive client's", took("stop", ours),
 		took("stop", harness.NaiveClient.Name), harness.Span)
-	goal("guard killed", took("kill", ours), 25, harness.Span)
+	goal("guard killed", took("kill", ours), 10, harness.Span)
 	goal("elector killed: job untouched, lease renewed again", again, 250, harness.Span)
 	if len(r.Memory) > 0 {
 		last, more := map[string]float64{}, math.NaN()
