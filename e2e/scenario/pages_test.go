@@ -109,12 +109,7 @@ leasehold() {
 
 // TestPage_Health types docs/health.md, with programs in place of the jobs.
 func TestPage_Health(t *testing.T) {
-	if _, err := exec.LookPath("systemd-notify"); err != nil {
-		if os.Getenv("E2E_NO_SKIP") == "1" {
-			t.Fatal("needs systemd-notify, and E2E_NO_SKIP=1 forbids to skip")
-		}
-		t.Skip("skipped: needs systemd-notify (Debian's package systemd)")
-	}
+	needsProgram(t, "systemd-notify")
 	typePage(t, "health.md", 4, oneDaemon+"LEASEHOLD_STOP_GRACE=1s\nexport LEASEHOLD_STOP_GRACE\n")
 }
 
