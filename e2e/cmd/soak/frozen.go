@@ -21,6 +21,10 @@ import (
 // heartbeat has each process of a job tell the witness that it runs.
 const heartbeat = "heartbeat=20ms"
 
+// unseen is the time between two looks at a frozen job from which on more may have happened to it
+// than one of them shows: on a starved machine the looks come late.
+const unseen = 10 * time.Millisecond
+
 // frozenJob is the time in which the job of a term was frozen.
 type frozenJob struct {
 	check.Interval
@@ -46,7 +50,11 @@ func (c *candidate) watchFrozen(ctx context.Context) {
 				known = c.run.check.jobFrozen(c.name, frozen)
 			}
 		case len(job.Processes()) == 0:
-			c.run.check.jobThawed(known, now, true)
+			if now-frozen < unseen {
+				c.run.check.jobThawed(known, now, true)
+			} else { // it may have been thawed, and have run
+				c.run.check.jobThawed(known, frozen, false)
+			}
 			known = nil
 		case job.FreezeAsked(), job.Killed():
 			frozen = now
