@@ -9,8 +9,8 @@ import (
 	"leasehold/internal/quote"
 )
 
-// FuzzSlice: whatever the API server answers, a leader writes only what routes to it alone, with its
-// own token, in the place of none that is higher. What it writes need not be written again. No
+// FuzzSlice: whatever the API server answers, a leader writes only what routes to it alone, with
+// its own token, in the place of none that is higher. What it writes need not be written again. No
 // message does anything to a terminal.
 func FuzzSlice(f *testing.F) {
 	f.Add(plainService, `{}`, int64(7))
