@@ -607,7 +607,7 @@ func (a *spawnArea) start() int32 {
 	if a.preStartArgv == 0 {
 		pid, errno = a.fork(unix.CLONE_VM)
 	}
-	if errno == uintptr(unix.EINVAL) { // a hook, or an emulator that knows only threads and forks
+	if errno != 0 { // a hook; or an emulator or a filter that knows only threads and forks
 		if pid, errno = a.fork(0); errno == 0 && pid == 0 {
 			execJob(a)
 		}
