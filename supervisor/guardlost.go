@@ -208,12 +208,17 @@ func (k *killInGuardsPlace) finish() {
 	}
 	s.goneWithoutGuard()
 	close(s.guardGone) // the next job may start: what follows can wait
+	s.removeCgroup()
+}
+
+// removeCgroup removes the job's cgroup. Nothing of the job is left.
+func (s *Supervisor) removeCgroup() {
 	s.killing.Lock()
+	defer s.killing.Unlock()
 	if s.cgroup != nil {
 		s.cgroup.Remove()
 		s.cgroup = nil
 	}
-	s.killing.Unlock()
 }
 
 // awaitHook waits until the spawner has run the hook that follows the job. It does so when the
@@ -245,6 +250,7 @@ func (k *killInGuardsPlace) awaitHook() {
 		default:
 			s.log.Error("guard and spawner are lost, and LEASEHOLD_POST_STOP may not be over: " +
 				"the lease has to expire")
+			s.removeCgroup()
 			time.Sleep(100 * time.Millisecond) // for the log
 			_ = unix.Kill(unix.Getpid(), unix.SIGKILL)
 		}
