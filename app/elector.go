@@ -221,7 +221,7 @@ func supervisorConfig(args []string) (supervisor.Config, error) {
 }
 
 // addGuardWatch ends the elector once the guard is gone and nothing of the job is left. The health
-// endpoint closes before the lease is revoked, which may take long: the daemon that is started next
+// endpoint closes while the lease is revoked, which may take long: the daemon that is started next
 // needs the address.
 func addGuardWatch(d *daemon, guardGone <-chan struct{}) {
 	stop := make(chan struct{})
