@@ -161,8 +161,8 @@ func (b *batching) Write(p []byte) (int, error) {
 }
 
 // onlyHeaders reports whether p is one HTTP/2 frame that opens a stream, and on which more has to
-// follow (RFC 9113, sections 4.1 and 6.2). None of our requests waits for an answer before that, and
-// etcd lets each stream send at once.
+// follow (RFC 9113, sections 4.1 and 6.2). None of our requests waits for an answer before that,
+// and etcd lets each stream send at once.
 func onlyHeaders(p []byte) bool {
 	const headerLen, typeHeaders, endStream, endHeaders = 9, 1, 0x1, 0x4
 	return len(p) >= headerLen && p[3] == typeHeaders && p[4]&endStream == 0 &&

@@ -625,8 +625,8 @@ func (a *spawnArea) start() int32 {
 	return 0
 }
 
-// fork makes the child. With CLONE_VM it runs execJob. Without, it has a copy of our stack, and fork
-// returns 0 in it.
+// fork makes the child. With CLONE_VM it runs execJob. Without, it has a copy of our stack, and
+// fork returns 0 in it.
 //
 //go:nosplit
 //go:norace
