@@ -199,7 +199,7 @@ func (r *results) capacity() (string, error) {
 	if len(joins) == 0 || pairs == nil {
 		return "", errors.New("a run with both kinds of trials is needed")
 	}
-	n, leaders := float64(pairs.Shape.candidates()), float64(pairs.Shape.Elections)
+	n := float64(pairs.Shape.candidates()) // each leads, or is next in line
 	c := pairs.Steady.Count
 	ttl, share, memory := pairs.TTL, c.EtcdCPU/c.At/n, pairs.Memory.EtcdResident
 	return fmt.Sprintf("- **Requests while nothing happens**: by the formula %.0f/s for %v; "+
@@ -209,7 +209,7 @@ func (r *results) capacity() (string, error) {
 		"- **etcd's memory**: %s for each candidate: its connection, a watch, a lease. 4 GiB "+
 		"carry %.0f, in the same proportion.\n"+
 		"- **A crowd in one election**: all joining at once costs etcd %s.\n",
-		5.5*n/ttl+max(5*n/ttl, n/2.5)+5.5*leaders/ttl+n/ttl, pairs.Shape, c.total()/c.At,
+		5.5*n/ttl+max(5*n/ttl, n/2.5)+5.5*n/ttl+n/ttl, pairs.Shape, c.total()/c.At,
 		100*share*n, n, math.Floor(0.5/share/100)*100,
 		size(memory), math.Floor(4*(1<<30)/memory/1000)*1000,
 		strings.Join(joins, ", ")), nil
