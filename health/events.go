@@ -74,11 +74,17 @@ func newEvents(present func() (Snapshot, time.Duration), version string) *events
 // noteChange notes who leads, and has the subscribers get the status if it has changed. It never
 // waits.
 func (e *events) noteChange() {
-	s, _ := e.present()
-	e.terms.note(s.Leader, time.Now())
+	e.noteLeader()
 	if e.count.Load() > 0 {
 		e.wake()
 	}
+}
+
+func (e *events) noteLeader() {
+	e.terms.note(func() *Leader {
+		s, _ := e.present()
+		return s.Leader
+	})
 }
 
 func (e *events) wake() {
@@ -145,7 +151,7 @@ func (e *events) update(s Snapshot, now time.Duration) (event []byte) {
 	}
 	e.last = text
 	e.number++
-	e.terms.note(s.Leader, time.Now()) // a deadline that passes may have changed it
+	e.noteLeader() // a deadline that passes may have changed it, and s may be old
 	if terms := e.terms.json(); terms != e.told {
 		e.told = terms
 		event = termsEvent(terms)

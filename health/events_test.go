@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -192,6 +193,53 @@ func TestEvents_Terms(t *testing.T) {
 	}
 	if _, st := next(t, s); st.Leader.Token != 99+maxTerms {
 		t.Errorf("the status after them: %+v", st.Leader)
+	}
+}
+
+// TestEvents_TermsInOrder: who led before does not come back because somebody looked earlier, and
+// notes it later.
+func TestEvents_TermsInOrder(t *testing.T) {
+	var leader atomic.Int64
+	var slow atomic.Bool // The next look takes until goOn is closed.
+	looked, goOn := make(chan struct{}), make(chan struct{})
+	e := newEvents(func() (Snapshot, time.Duration) {
+		s := standbyOf(&Leader{Identity: "a", Token: leader.Load()})
+		if slow.CompareAndSwap(true, false) {
+			close(looked)
+			<-goOn
+		}
+		return s, 0
+	}, "")
+	leader.Store(17)
+	e.noteChange()
+	old, now := e.present()
+	leader.Store(18)
+	e.noteChange()
+	e.mu.Lock()
+	e.update(old, now)
+	e.mu.Unlock()
+	e.noteChange()
+
+	slow.Store(true)
+	var noted sync.WaitGroup
+	noted.Go(e.noteChange)
+	<-looked
+	leader.Store(19)
+	second := make(chan struct{})
+	noted.Go(func() { e.noteChange(); close(second) })
+	select {
+	case <-second: // It did not wait for the first one.
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(goOn)
+	noted.Wait()
+	e.noteChange()
+	var tokens []int64
+	for _, term := range e.terms.seen {
+		tokens = append(tokens, term.Token)
+	}
+	if want := []int64{19, 18, 17}; !slices.Equal(tokens, want) {
+		t.Errorf("terms %v, want %v", tokens, want)
 	}
 }
 

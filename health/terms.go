@@ -24,28 +24,29 @@ type terms struct {
 	seen []seenTerm
 }
 
-// note takes in who leads now; nil: nobody is known. It reports whether that is new.
-func (t *terms) note(leader *Leader, now time.Time) (changed bool) {
+// note looks who leads now, and takes that in; nil: nobody is known. Nobody else looks meanwhile:
+// what was seen earlier must not be taken in later, as if that term had come back.
+func (t *terms) note(look func() *Leader) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	leader := look()
 	last := &seenTerm{}
 	if len(t.seen) > 0 {
 		last = &t.seen[0]
 	}
 	if leader != nil && leader.Token == last.Token {
-		changed, last.Until = last.Until != nil, nil
-		return changed
+		last.Until = nil
+		return
 	}
-	at := timestamp(now)
+	at := timestamp(time.Now())
 	if last.Token != 0 && last.Until == nil {
-		changed, last.Until = true, at
+		last.Until = at
 	}
 	if leader == nil {
-		return changed
+		return
 	}
 	this := seenTerm{Identity: leader.Identity, Token: leader.Token, Since: *at}
 	t.seen = append([]seenTerm{this}, t.seen[:min(len(t.seen), maxTerms-1)]...)
-	return true
 }
 
 // json returns them on one line, with a newline at its end.
