@@ -91,7 +91,7 @@ leasehold() {
 `
 
 // TestPage_Operations types docs/operations.md.
-func TestPage_Operations(t *testing.T) { typePage(t, "operations.md", 12, machines) }
+func TestPage_Operations(t *testing.T) { typePage(t, "operations.md", 14, machines) }
 
 // TestPage_Steering types docs/steering.md. There "watch" goes on until Ctrl-C.
 func TestPage_Steering(t *testing.T) {
