@@ -384,27 +384,45 @@ func TestFrozen(t *testing.T) {
 		name   string
 		frozen time.Duration // of the earlier job, from the start of the later one on
 		to     time.Duration
-		killed bool
+		end    frozenEnd
 		beats  []time.Duration
 		of     string
 		guilty bool
 	}{
-		{name: "killed frozen", frozen: -500 * ms, to: 900 * ms, killed: true},
+		{name: "killed frozen", frozen: -500 * ms, to: 900 * ms, end: killedFrozen},
 		{
-			name: "ran before", frozen: -500 * ms, to: 900 * ms, killed: true,
+			name: "ran before", frozen: -500 * ms, to: 900 * ms, end: killedFrozen,
 			beats: []time.Duration{-501 * ms},
 		},
 		{
-			name: "ran while it was frozen", frozen: -500 * ms, to: 900 * ms, killed: true,
+			name: "ran while it was frozen", frozen: -500 * ms, to: 900 * ms, end: killedFrozen,
 			beats: []time.Duration{-501 * ms, 300 * ms}, guilty: true,
 		},
 		{
-			name: "ran when it was killed", frozen: -500 * ms, to: 900 * ms, killed: true,
+			name: "ran when it was killed", frozen: -500 * ms, to: 900 * ms, end: killedFrozen,
 			beats: []time.Duration{950 * ms}, guilty: true,
 		},
-		{name: "thawed beside the next one", frozen: -500 * ms, to: 900 * ms, guilty: true},
-		{name: "frozen too late", frozen: ms, to: 900 * ms, killed: true, guilty: true},
-		{name: "another's", frozen: -500 * ms, to: 900 * ms, killed: true, of: "c", guilty: true},
+		{
+			name: "thawed beside the next one", frozen: -500 * ms, to: 900 * ms, end: thawed,
+			guilty: true,
+		},
+		{
+			name: "killed unseen, and ran", frozen: -500 * ms, to: 900 * ms, end: unknownEnd,
+			beats: []time.Duration{950 * ms},
+		},
+		{
+			name: "killed unseen, and ran before", frozen: -500 * ms, to: 900 * ms, end: unknownEnd,
+			beats: []time.Duration{300 * ms}, guilty: true,
+		},
+		{
+			name: "frozen too late, and killed unseen", frozen: ms, to: 900 * ms, end: unknownEnd,
+			guilty: true,
+		},
+		{name: "frozen too late", frozen: ms, to: 900 * ms, end: killedFrozen, guilty: true},
+		{
+			name: "another's", frozen: -500 * ms, to: 900 * ms, end: killedFrozen, of: "c",
+			guilty: true,
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k, now := quietChecker(), harness.Now()
@@ -416,7 +434,7 @@ func TestFrozen(t *testing.T) {
 			alive := earlier
 			alive.End = 0
 			k.saw(began, []harness.Life{alive, lived("c", 2, began-4*time.Second, 0)})
-			k.jobThawed(k.jobFrozen(cmp.Or(c.of, "a"), began+c.frozen), began+c.to, c.killed)
+			k.jobThawed(k.jobFrozen(cmp.Or(c.of, "a"), began+c.frozen), began+c.to, c.end)
 			k.saw(now, []harness.Life{
 				earlier, lived("c", 2, began-4*time.Second, began-3*time.Second),
 				lived("b", 9, began, now),
@@ -428,6 +446,30 @@ func TestFrozen(t *testing.T) {
 				t.Errorf("%d were frozen", k.counts.Frozen)
 			}
 		})
+	}
+}
+
+// A look at a frozen job shows how it ended, unless it came late.
+func TestFrozen_Looks(t *testing.T) {
+	const soon, late = unseen - 1, unseen
+	for _, c := range []struct {
+		there, asked, killed bool
+		since                time.Duration
+		want                 frozenEnd
+	}{
+		{there: true, asked: true, since: soon, want: stillFrozen},
+		{there: true, asked: true, killed: true, since: soon, want: stillFrozen},
+		{there: true, asked: true, since: late, want: stillFrozen},
+		{there: true, since: soon, want: thawed},
+		{there: true, since: late, want: thawed},
+		{there: true, killed: true, since: soon, want: stillFrozen},
+		{there: true, killed: true, since: late, want: unknownEnd},
+		{killed: true, since: soon, want: killedFrozen},
+		{killed: true, asked: true, since: late, want: unknownEnd},
+	} {
+		if got := endOf(c.there, c.asked, c.killed, c.since); got != c.want {
+			t.Errorf("%+v: it %q", c, got)
+		}
 	}
 }
 
@@ -450,7 +492,7 @@ func TestFrozen_Leader(t *testing.T) {
 			from := now - 5*time.Second
 			job := lived("a", 5, from-time.Second, 0)
 			k.saw(from, []harness.Life{job})
-			k.jobThawed(k.jobFrozen("a", from), from+2*time.Second, false)
+			k.jobThawed(k.jobFrozen("a", from), from+2*time.Second, thawed)
 			k.excuses.samples = nil
 			for at := from - time.Second; at < now; at += 50 * time.Millisecond {
 				waited := time.Hour

@@ -81,9 +81,11 @@ type counts struct {
 	// whose next elector came too late, on a starved machine.
 	Kept        int `json:"jobs_kept"`
 	KeptStarved int `json:"jobs_not_kept_starved"`
-	// Frozen are of jobs on loss of contact. KilledFrozen are those that were not thawed.
-	Frozen       int `json:"jobs_frozen"`
-	KilledFrozen int `json:"jobs_killed_frozen"`
+	// Frozen are of jobs on loss of contact. KilledFrozen are those that were not thawed. Of
+	// UnknownFrozen the looks came too late to tell.
+	Frozen        int `json:"jobs_frozen"`
+	KilledFrozen  int `json:"jobs_killed_frozen"`
+	UnknownFrozen int `json:"jobs_killed_frozen_or_thawed"`
 	// FrozenYes are of jobs that were frozen, on a starved machine.
 	FrozenYes int `json:"leader_yes_frozen_starved"`
 	// Steered is what has come of an operator's commands.

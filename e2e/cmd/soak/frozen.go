@@ -25,13 +25,25 @@ const heartbeat = "heartbeat=20ms"
 // than one of them shows: on a starved machine the looks come late.
 const unseen = 10 * time.Millisecond
 
-// frozenJob is the time in which the job of a term was frozen.
+// frozenJob is the time in which the job of a term was frozen, as far as it was seen.
 type frozenJob struct {
 	check.Interval
 	term   *check.Term
-	killed bool // while it was frozen: it never ran again
+	end    frozenEnd
 	judged bool
 }
+
+// frozenEnd is how such a time has ended.
+type frozenEnd string
+
+const (
+	stillFrozen  frozenEnd = ""
+	thawed       frozenEnd = "is thawed"
+	killedFrozen frozenEnd = "has exited, frozen"
+	// unknownEnd: nobody looked for a while, and then it had been killed. It may have been thawed
+	// before, and have run.
+	unknownEnd frozenEnd = "has exited, frozen or thawed"
+)
 
 // watchFrozen tells the checker of each time in which the candidate's job is frozen, until ctx
 // ends.
@@ -39,30 +51,46 @@ func (c *candidate) watchFrozen(ctx context.Context) {
 	defer harness.RealTime(1)()
 	var job *harness.Cgroup // that is frozen
 	var known *frozenJob    // nil: none is
-	pause, frozen := unix.NsecToTimespec(int64(2*time.Millisecond)), time.Duration(0)
+	// seen is just before the last look that has shown it frozen.
+	pause, seen := unix.NsecToTimespec(int64(2*time.Millisecond)), time.Duration(0)
 	for ctx.Err() == nil {
 		_ = unix.Nanosleep(&pause, nil)
-		now := harness.Now()
-		switch {
-		case known == nil:
+		began := harness.Now()
+		if known == nil {
 			if job = c.frozenCgroup(); job != nil {
-				frozen = harness.Now()
-				known = c.run.check.jobFrozen(c.name, frozen)
+				seen, known = began, c.run.check.jobFrozen(c.name, harness.Now())
 			}
-		case len(job.Processes()) == 0:
-			if now-frozen < unseen {
-				c.run.check.jobThawed(known, now, true)
-			} else { // it may have been thawed, and have run
-				c.run.check.jobThawed(known, frozen, false)
-			}
+			continue
+		}
+		there, asked, killed := len(job.Processes()) > 0, job.FreezeAsked(), job.Killed()
+		ended := harness.Now() // the look, which may have been interrupted
+		switch end := endOf(there, asked, killed, ended-seen); end {
+		case stillFrozen:
+			seen = began
+		case killedFrozen:
+			c.run.check.jobThawed(known, ended, end)
 			known = nil
-		case job.FreezeAsked(), job.Killed():
-			frozen = now
 		default:
-			c.run.check.jobThawed(known, frozen, false)
+			c.run.check.jobThawed(known, seen, end)
 			known = nil
 		}
 	}
+}
+
+// endOf is what a look shows of a job that was seen frozen so long before: whether it is there, is
+// asked to be frozen, and has got SIGKILL.
+func endOf(there, asked, killed bool, since time.Duration) frozenEnd {
+	switch {
+	case there && asked:
+		return stillFrozen
+	case there && !killed:
+		return thawed
+	case since >= unseen:
+		return unknownEnd
+	case there:
+		return stillFrozen // It runs no more, and has yet to exit.
+	}
+	return killedFrozen
 }
 
 // frozenCgroup finds the cgroup of a job of the candidate that is frozen, or nil.
@@ -96,30 +124,35 @@ func (k *checker) jobFrozen(candidate string, at time.Duration) *frozenJob {
 
 // jobThawed takes the end of that: when the job was last seen frozen, or had exited, killed while
 // it was.
-func (k *checker) jobThawed(f *frozenJob, at time.Duration, killed bool) {
+func (k *checker) jobThawed(f *frozenJob, at time.Duration, end frozenEnd) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	f.To, f.killed = at, killed
-	how := "is thawed"
-	if killed {
-		how = "has exited, frozen"
-	}
-	k.noteAt(at, "the %v, %s", f.term, how)
+	f.To, f.end = max(f.From, at), end
+	k.noteAt(at, "the %v, %s", f.term, end)
 }
 
 // mayRun is from when on the job may have run again: never, if it was killed.
 func (f *frozenJob) mayRun() time.Duration {
-	if f.killed {
+	if f.end == killedFrozen {
 		return check.Forever
 	}
 	return f.To
 }
 
-// frozenIn is when the job of a term could not run.
+// mayRest is until when the job may not have run: for ever, unless it was seen thawed.
+func (f *frozenJob) mayRest() time.Duration {
+	if f.end == thawed {
+		return f.To
+	}
+	return check.Forever
+}
+
+// frozenIn is when the job of a term could not run. Where nobody knows whether it ran, nobody is
+// blamed for it.
 func (k *checker) frozenIn(t *check.Term) (all check.Intervals) {
 	for _, f := range k.frozen {
 		if f.term == t {
-			all = append(all, check.Interval{From: f.From, To: f.mayRun()})
+			all = append(all, check.Interval{From: f.From, To: f.mayRest()})
 		}
 	}
 	return all
@@ -133,8 +166,12 @@ func (k *checker) judgeFrozen(now time.Duration, last bool) {
 			continue
 		}
 		f.judged = true
-		if k.counts.Frozen++; f.killed {
+		k.counts.Frozen++
+		switch f.end {
+		case killedFrozen:
 			k.counts.KilledFrozen++
+		case unknownEnd:
+			k.counts.UnknownFrozen++
 		}
 		for _, l := range f.term.Lives {
 			for _, at := range l.Heartbeats {

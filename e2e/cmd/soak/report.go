@@ -295,8 +295,8 @@ func (r *results) lines() (lines []line) {
 	add("jobs whose elector was lost, and nothing else was wrong",
 		"%d, which all ran on; %d more were stopped at stop-at, the machine starved",
 		c.Kept, c.KeptStarved)
-	add("jobs frozen on loss of contact", "%d, %d of them killed frozen; none ran meanwhile",
-		c.Frozen, c.KilledFrozen)
+	add("jobs frozen on loss of contact", "%d, %d of them killed frozen, %d killed unseen; none "+
+		"ran meanwhile", c.Frozen, c.KilledFrozen, c.UnknownFrozen)
 	add("an operator's commands", "%d holds, in spite of which nobody started; %d switchovers; %d "+
 		"refused, which ended no term; %d not served in time; %d changes of a priority; %d "+
 		"failbacks", c.Steered.Holds, c.Steered.Switched, c.Steered.Refused, c.Steered.Unserved,

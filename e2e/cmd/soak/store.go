@@ -139,8 +139,8 @@ func (k *checker) lockHistory() (all []store.Operation) {
 		})
 		end := t.End
 		for _, f := range k.frozen {
-			if f.term == t && f.killed {
-				end = f.From // it never ran again
+			if f.term == t && f.end != stillFrozen && f.end != thawed {
+				end = f.From // it never ran again, as far as anybody knows
 			}
 		}
 		if end != 0 {
