@@ -47,6 +47,10 @@ func both(values []float64) string {
 // publish writes the table, two pictures and the README's part. The second picture is one of the
 // faults in the short table, which a page has room for.
 func (r *Results) publish(root string) error {
+	if r.Hooks {
+		return errors.New("-docs: these trials were made with -hooks, and the pages are of " +
+			"candidates without: run the table without it")
+	}
 	table, errTable := page("faults.md", r)
 	readme, errReadme := page("README.md", r)
 	all, errAll := r.picture(func(RowInfo) bool { return true })

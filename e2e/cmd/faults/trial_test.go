@@ -145,6 +145,37 @@ func TestResults(t *testing.T) {
 	}
 }
 
+// TestResults_Hooks: trials with hooks are not published, and not mixed with those without.
+func TestResults_Hooks(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "faults.json")
+	readme := filepath.Join(dir, "README.md")
+	const before = "<!-- faults -->\nold\n<!-- /faults -->\n"
+	if err := errors.Join(
+		(&Results{N: 1, Hooks: true}).write(path),
+		os.WriteFile(readme, []byte(before), 0o644), os.Mkdir(filepath.Join(dir, "docs"), 0o755),
+	); err != nil {
+		t.Fatal(err)
+	}
+	with, err := harness.ReadJSON[Results](path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := with.publish(dir); err == nil || !strings.Contains(err.Error(), "-hooks") {
+		t.Errorf("publish: %v", err)
+	}
+	pages, err := os.ReadDir(filepath.Join(dir, "docs"))
+	if text, _ := os.ReadFile(readme); err != nil || len(pages) > 0 || string(text) != before {
+		t.Errorf("%d pages are written, %v; the README is %q", len(pages), err, text)
+	}
+	if err := (&Results{N: 1}).replaceIn(path); err == nil {
+		t.Error("rows without hooks were put among those with")
+	}
+	if err := with.replaceIn(path); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestResults_ReplaceIn(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "faults.json")
 	whole := Results{
