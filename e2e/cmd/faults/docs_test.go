@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path"
 	"path/filepath"
@@ -61,6 +62,54 @@ func TestSafetyDocument(t *testing.T) {
 	for _, r := range scenarios {
 		if !used[r.Name] {
 			t.Errorf("docs/safety.md does not say what the row %s attacks", r.Name)
+		}
+	}
+}
+
+// TestHooksDocument: docs/hooks.md has the figures of docs/faults-hooks.json.
+func TestHooksDocument(t *testing.T) {
+	root, err := harness.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tried, err := harness.ReadJSON[struct {
+		Rows []struct {
+			Row, Commit string
+			Trials      int
+			NoOutcome   int       `json:"no_outcome"`
+			Twice       []float64 `json:"on_two_machines_ms"`
+			Failed      int       `json:"hook_failed"`
+		}
+	}](filepath.Join(root, "docs", "faults-hooks.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(root, "docs", "hooks.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := strings.Join(strings.Fields(string(text)), " ")
+	trials, unended, rows := 0, 0, map[string]bool{}
+	says := map[string]bool{}
+	for _, r := range tried.Rows {
+		trials, unended, says[r.Commit] = trials+r.Trials, unended+r.NoOutcome, true
+		if r.Trials > 0 {
+			rows[r.Row] = true
+		}
+		if len(r.Twice) > 0 {
+			says["`"+r.Row+"`"] = true
+		}
+		for _, s := range scenarios {
+			if s.Name == r.Row && s.Promise == Never && len(r.Twice) > r.Failed {
+				t.Errorf("%s with %s: on two machines for %v ms", r.Row, r.Commit, r.Twice)
+			}
+		}
+	}
+	says[fmt.Sprintf("%d trials of all %d rows", trials, len(rows))] = true
+	says[fmt.Sprintf("%d more", unended)] = true
+	for what := range says {
+		if !strings.Contains(page, what) {
+			t.Errorf("docs/hooks.md does not say %s", what)
 		}
 	}
 }
