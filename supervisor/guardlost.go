@@ -208,13 +208,13 @@ func (k *killInGuardsPlace) finish() {
 	}
 	s.goneWithoutGuard()
 	close(s.guardGone) // the next job may start: what follows can wait
+	s.killing.Lock()
 	s.removeCgroup()
+	s.killing.Unlock()
 }
 
-// removeCgroup removes the job's cgroup. Nothing of the job is left.
+// removeCgroup removes the job's cgroup. Nothing of the job is left. s.killing is held.
 func (s *Supervisor) removeCgroup() {
-	s.killing.Lock()
-	defer s.killing.Unlock()
 	if s.cgroup != nil {
 		s.cgroup.Remove()
 		s.cgroup = nil
@@ -250,7 +250,9 @@ func (k *killInGuardsPlace) awaitHook() {
 		default:
 			s.log.Error("guard and spawner are lost, and LEASEHOLD_POST_STOP may not be over: " +
 				"the lease has to expire")
-			s.removeCgroup()
+			if s.killing.TryLock() { // a kill that hangs must not keep us, and with us the lease
+				s.removeCgroup()
+			}
 			time.Sleep(100 * time.Millisecond) // for the log
 			_ = unix.Kill(unix.Getpid(), unix.SIGKILL)
 		}
