@@ -123,6 +123,7 @@ func TestRBAC_Documented(t *testing.T) {
 		{"status", `leader is "a"`},
 		{"list", "jobs/backup"},
 		{"history", " a "},
+		{"watch", "leader a leads"},
 		{"hold", `held; "a" leads`},
 		{"release", "released"},
 		{"switchover", `"b" leads`},
@@ -170,7 +171,15 @@ func TestRBAC_Documented(t *testing.T) {
 			tr.expectCommand(code, p.missing(user), c.name)
 		}
 		tr.as(c.name)
-		said := tr.commands(c.says, c.name)
+		var said string
+		if c.name == "watch" { // it goes on until it is interrupted
+			watch := tr.watch(nil)
+			tr.said(watch, c.says)
+			tr.interrupted(watch)
+			said = watch.Output() + watch.Log()
+		} else {
+			said = tr.commands(c.says, c.name)
+		}
 		if strings.Contains(said, "permission") {
 			t.Errorf("%s says %s", c.name, said)
 		}

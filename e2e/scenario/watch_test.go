@@ -28,10 +28,10 @@ func (tr *trial) follow(command string, stdout *os.File, args ...string) *harnes
 	if stdout != nil {
 		cmd.Stdout = stdout
 	}
-	cmd.Env = []string{
+	cmd.Env = append([]string{
 		"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=" + tr.election,
 		"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
-	}
+	}, tr.asking...)
 	child, err := harness.StartChild(cmd.String(), nil, cmd)
 	tr.must(err)
 	tr.Cleanup(child.Kill)
