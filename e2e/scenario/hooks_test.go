@@ -4,6 +4,7 @@ package scenario_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -78,12 +79,25 @@ func TestHooks_VirtualAddress(t *testing.T) {
 		if err := m.WaitStatus(ctx, "/leader", http.StatusOK); err != nil {
 			t.Fatalf("before %s: %v", f.name, err)
 		}
+		was, err := runsOf(ctx, m)
+		if err != nil {
+			t.Fatalf("before %s: %v", f.name, err)
+		}
 		at := time.Now()
 		end, err := f.inject(ctx, m)
 		if err != nil {
 			t.Fatalf("%s: %v", f.name, err)
 		}
-		if f.stays {
+		if f.stays { // first something is lost: until then all is as before
+			if err := harness.Until(ctx, func() error {
+				now, err := runsOf(ctx, m)
+				if err == nil && now == was {
+					err = fmt.Errorf("still elector and restarts %+v", now)
+				}
+				return err
+			}); err != nil {
+				t.Fatalf("after %s: %v", f.name, err)
+			}
 			if err := m.WaitStatus(ctx, "/leader", http.StatusOK); err != nil {
 				t.Fatalf("after %s: %v", f.name, err)
 			}
@@ -124,6 +138,19 @@ func TestHooks_VirtualAddress(t *testing.T) {
 	for _, o := range check.Overlaps(witness.Lives()) {
 		t.Error(o)
 	}
+}
+
+// runs are what changes if a machine loses its elector or its job, and keeps the lead.
+type runs struct{ elector, restarts int }
+
+func runsOf(ctx context.Context, m *harness.Machine) (runs, error) {
+	var s status
+	elector, err := m.Elector()
+	_, body, errGet := m.Get(ctx, "/status")
+	if err = errors.Join(err, errGet); err == nil {
+		err = json.Unmarshal([]byte(body), &s)
+	}
+	return runs{elector, s.Job.Restarts}, err
 }
 
 func newAddressWatch(t *testing.T) *harness.AddressWatch {
