@@ -48,8 +48,8 @@ func TestCompletion(t *testing.T) {
 			newProgram(Build{}).Completion("bash"))
 }
 
-// TestReferenceSchema: docs/schema.json describes what commands print with --json. With -update it
-// is written.
+// TestReferenceSchema: docs/schema.json describes what commands print with --json, and the event
+// terms. With -update it is written.
 func TestReferenceSchema(t *testing.T) {
 	schema, err := cli.Schema()
 	if err != nil {

@@ -5,21 +5,24 @@ package cli
 import (
 	"encoding/json"
 	"reflect"
+
+	"leasehold/health"
 )
 
-// Schema is the JSON Schema of what commands print with --json: docs/schema.json. Every field is
-// always present. Fields may be added.
+// Schema is the JSON Schema of what commands print with --json, and of the event terms:
+// docs/schema.json. Every field is always present. Fields may be added.
 func Schema() ([]byte, error) {
 	defs := map[string]any{}
 	for name, of := range map[string]reflect.Type{
 		"status": reflect.TypeFor[statusReport](), "list": reflect.TypeFor[listReport](),
 		"history": reflect.TypeFor[historyReport](), "watch": reflect.TypeFor[watchEvent](),
+		"terms": reflect.TypeFor[[]health.SeenTerm](),
 	} {
 		defs[name] = schemaOf(of)
 	}
 	text, err := json.MarshalIndent(map[string]any{
 		"$schema": "https://json-schema.org/draft/2020-12/schema",
-		"title":   "what leasehold's commands print with --json, by command",
+		"title":   "what leasehold's commands print with --json, by command, and the event terms",
 		"$defs":   defs,
 	}, "", "  ")
 	return append(text, '\n'), err

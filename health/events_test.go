@@ -128,7 +128,7 @@ func TestEvents(t *testing.T) {
 }
 
 // seenTerms returns the next terms of a stream, the latest first.
-func seenTerms(t *testing.T, s *harness.EventStream) (seen []seenTerm) {
+func seenTerms(t *testing.T, s *harness.EventStream) (seen []SeenTerm) {
 	t.Helper()
 	e, err := s.NextOf("terms")
 	if err == nil {

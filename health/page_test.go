@@ -280,15 +280,15 @@ func pageStates() map[string]Snapshot {
 }
 
 // pageTerms are the terms that were seen before, and the one of the leader.
-func pageTerms(leader *Leader) (seen []seenTerm) {
+func pageTerms(leader *Leader) (seen []SeenTerm) {
 	began := time.Now().Add(-3 * time.Hour)
 	if leader != nil {
-		seen = append(seen, seenTerm{leader.Identity, leader.Token, *timestamp(began), nil})
+		seen = append(seen, SeenTerm{leader.Identity, leader.Token, *timestamp(began), nil})
 	}
 	for i, node := range []string{"node-2", "node-1", "node-3"} {
 		until := timestamp(began)
 		began = began.Add(time.Duration(-37*i-19) * time.Hour)
-		seen = append(seen, seenTerm{node, 1741 - int64(i), *timestamp(began), until})
+		seen = append(seen, SeenTerm{node, 1741 - int64(i), *timestamp(began), until})
 	}
 	return seen
 }

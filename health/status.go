@@ -130,7 +130,7 @@ func (st status) withoutClock() status {
 }
 
 // encode renders JSON; without an indent on one line.
-func encode[T status | []seenTerm](v T, indent string) string {
+func encode[T status | []SeenTerm](v T, indent string) string {
 	text, err := quote.JSON(v, indent)
 	if err != nil {
 		panic(err) // No value of these types can fail.

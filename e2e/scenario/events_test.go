@@ -126,6 +126,13 @@ func TestEvents(t *testing.T) {
 		d.End > now+tr.ttl.Seconds() {
 		t.Errorf("at %v: %+v, deadlines %+v", now, e, e.Deadlines)
 	}
+	stream, err := harness.Subscribe(tr.ctx, s.url, "")
+	tr.must(err)
+	terms, err := stream.NextOf("terms")
+	stream.Close()
+	tr.must(err)
+	checkJSON(t, "terms", terms.Data)
+
 	standby.SetReachable(false)
 	e = s.until("the end of the term", func(e event) bool { return e.State == "stopping" })
 	if now := boottime.Now().Seconds(); now < e.Deadlines.StopAt {
