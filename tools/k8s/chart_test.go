@@ -220,6 +220,8 @@ func TestChart_BadValues(t *testing.T) {
 		"ttl=2m":                              "/ttl",
 		"ttl=null":                            "'ttl'",
 		"stopGrace=1.5s":                      "/stopGrace",
+		"stopGrace=09s":                       "/stopGrace",
+		"lossGrace=040s":                      "/lossGrace",
 		"stopGrace=40s":                       "set at least 48",
 		"form=sidecar,stopGrace=25s":          "set at least 36",
 		"form=sidecar,stopGrace=2s":           "stopGrace: 2s is less than lossGrace (3s)",
