@@ -174,17 +174,24 @@ func TestChart_EveryValue(t *testing.T) {
 	}
 }
 
-// Beside an app, it is leasehold that writes who the leader is.
+// Beside an app, it is leasehold that writes who the leader is. Its rights are about that Service
+// alone, except the one that can't be.
 func TestChart_LeaderService(t *testing.T) {
 	for _, form := range []string{"sidecar", "plain-sidecar"} {
-		objects := chart(t, "mine", "--set=form="+form, "--set=leaderService.name=leader",
+		objects := chart(t, "mine", "--set=form="+form, "--set=leaderService.name=front",
 			"--set=leaderService.ports[0].port=80,leaderService.ports[0].targetPort=8080")
 		pod := find[appsv1.Deployment](t, objects, "mine").Spec.Template.Spec
 		env := environment(t, *leaseholdIn(pod), "pod", shared.rendered["etcd"])
 		account := find[corev1.ServiceAccount](t, objects, pod.ServiceAccountName)
 		rights := find[rbacv1.RoleBinding](t, objects, "mine")
-		ports := find[corev1.Service](t, objects, "leader").Spec.Ports
-		if env["LEASEHOLD_KUBERNETES_SERVICE"] != "leader" ||
+		ports := find[corev1.Service](t, objects, "front").Spec.Ports
+		for _, rule := range find[rbacv1.Role](t, objects, "mine").Rules {
+			one := slices.Equal(rule.ResourceNames, []string{"front"})
+			if create := slices.Equal(rule.Verbs, []string{"create"}); one == create {
+				t.Errorf("form %s: the rule is %v, and the Service is front", form, rule)
+			}
+		}
+		if env["LEASEHOLD_KUBERNETES_SERVICE"] != "front" ||
 			rights.Subjects[0].Name != account.Name || ports[0].TargetPort.IntValue() != 8080 {
 			t.Errorf("form %s: %v, %v, %v", form, env, rights, ports)
 		}
