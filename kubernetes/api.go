@@ -44,6 +44,10 @@ func (e *statusError) Error() string {
 	return fmt.Sprintf("%s: %d %s: %s", e.right, e.code, http.StatusText(e.code), e.message)
 }
 
+// denied reports whether the request will not be carried out later either. The answer 504, for one,
+// says that etcd did not answer the API server in time.
+func (e *statusError) denied() bool { return e.code >= 400 && e.code < 500 }
+
 // api asks the API server as the pod's service account. Its files are read for each use, because
 // Kubernetes replaces them.
 type api struct {

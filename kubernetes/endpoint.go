@@ -80,10 +80,13 @@ type Endpoint struct {
 	changed chan struct{} // room for one
 
 	// The rest is of Run's goroutine.
-	goal   goal
-	dueAt  time.Duration // when to try, or to look, again
-	retry  time.Duration // the last pause
-	routed bool          // as it was last logged
+	goal  goal
+	dueAt time.Duration // when to try, or to look, again
+	retry time.Duration // the last pause
+	// unanswered: the API server may still carry out a write of ours, at any time, if the object
+	// has the version then that we had read. So the next write makes another one in any case.
+	unanswered bool
+	routed     bool // as it was last logged
 
 	problem string // the kind of error that was logged; "": there is none
 	since   time.Duration
@@ -282,32 +285,59 @@ func (e *Endpoint) putIn(ctx context.Context, token int64) error {
 		return err
 	}
 	wanted, err := now.with(s, e.cfg.Address, token)
-	if err != nil || found && wanted.same(now) {
+	if err != nil || found && wanted.same(now) && !e.unanswered {
 		return err
 	}
 	if !e.holds(goal{token, true}) {
 		return errors.New("the term has ended")
 	}
-	if !found {
-		return e.api.create(ctx, wanted)
-	}
-	return e.api.update(ctx, wanted)
+	return e.send(ctx, wanted, found)
 }
 
-// takeOut removes this pod's address, unless another leader has written its own.
+// takeOut removes this pod's address, unless another leader has written its own. If a write of ours
+// went unanswered, it removes what that would replace, too.
 func (e *Endpoint) takeOut(ctx context.Context, token int64) error {
 	now, found, err := e.api.slice(ctx, e.cfg.Service)
-	if err != nil || !found || len(now.Endpoints) == 0 {
+	if err != nil {
 		return err
 	}
-	switch written, err := now.token(); {
-	case err != nil:
+	written, err := now.token()
+	if err != nil || written > token {
 		return err
-	case written != token:
+	}
+	if !e.unanswered && (written != token || len(now.Endpoints) == 0) {
 		return nil
 	}
+	if written != token { // ours is on its way, or the slice was deleted
+		s, err := e.api.service(ctx, e.cfg.Service)
+		if err != nil {
+			return err
+		}
+		if now, err = now.with(s, e.cfg.Address, token); err != nil {
+			return err
+		}
+	}
 	now.Endpoints = []endpoint{}
-	return e.api.update(ctx, now)
+	return e.send(ctx, now, found)
+}
+
+// send writes the slice. It notes whether the API server may carry that out later.
+func (e *Endpoint) send(ctx context.Context, s slice, found bool) (err error) {
+	if e.unanswered {
+		s = s.counted()
+	}
+	if found {
+		err = e.api.update(ctx, s)
+	} else {
+		err = e.api.create(ctx, s)
+	}
+	refused := (*statusError)(nil)
+	if err == nil {
+		e.unanswered = false
+	} else if errors.Is(err, errNoAnswer) || errors.As(err, &refused) && !refused.denied() {
+		e.unanswered = true
+	}
+	return err
 }
 
 // kindOf is what errors have in common that need be logged once only.

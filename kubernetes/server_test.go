@@ -173,6 +173,33 @@ func (s *server) change(f func()) {
 	f()
 }
 
+// holdNext holds the next request of that verb, which then has arrived. carryOut has it carried
+// out, and returns when it is answered.
+func (s *server) holdNext(verb string) (arrived <-chan struct{}, carryOut func()) {
+	arrives, carriesOn, held := make(chan struct{}), make(chan struct{}), false
+	s.change(func() {
+		s.handle = func(v string) {
+			s.mu.Lock()
+			hold := v == verb && !held
+			held = held || hold
+			s.mu.Unlock()
+			if hold {
+				close(arrives)
+				<-carriesOn
+			}
+		}
+	})
+	carryOn := sync.OnceFunc(func() { close(carriesOn) })
+	s.t.Cleanup(carryOn)
+	return arrives, func() {
+		s.t.Helper()
+		var before int
+		s.change(func() { before = s.count(verb) })
+		carryOn()
+		s.wait("the old request is answered", func() bool { return s.count(verb) > before })
+	}
+}
+
 // wait waits until it is true of the server.
 func (s *server) wait(what string, is func() bool) {
 	s.t.Helper()

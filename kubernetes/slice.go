@@ -13,6 +13,7 @@ import (
 
 const (
 	tokenAnnotation  = "leasehold/fencing-token"
+	countAnnotation  = "leasehold/count"
 	serviceLabel     = "kubernetes.io/service-name"
 	managedByLabel   = "endpointslice.kubernetes.io/managed-by"
 	managedBy        = "leasehold"
@@ -147,6 +148,15 @@ func (s slice) with(of service, address netip.Addr, token int64) (slice, error) 
 		m.OwnerReferences = []owner{this}
 	}
 	return s, nil
+}
+
+// counted returns the slice with another count. Kubernetes makes no new version of an object if a
+// write changes nothing in it.
+func (s slice) counted() slice {
+	m := &s.Metadata
+	n, _ := strconv.ParseUint(m.Annotations[countAnnotation], 10, 64) // else it begins anew
+	m.Annotations = set(m.Annotations, countAnnotation, strconv.FormatUint(n+1, 10))
+	return s
 }
 
 // same reports whether the slices say the same.
