@@ -25,8 +25,9 @@ func (d *daemon) addService(ec *election.Config, p parts, snapshot func() health
 	address, _ := k.Address() // config has checked it
 	d.service = kubernetes.New(kubernetes.Config{
 		Server: k.Server(), Account: p.account, Service: k.Service, Address: address,
-		Term: func() kubernetes.Term { return serviceTerm(snapshot()) },
-		Now:  boottime.Now, Logger: p.log,
+		Adopted: adoptedToken(ec.Adopt),
+		Term:    func() kubernetes.Term { return serviceTerm(snapshot()) },
+		Now:     boottime.Now, Logger: p.log,
 	})
 	beside := ec.Beside
 	ec.Beside = func(ctx context.Context, etcd *election.Client) {
@@ -43,6 +44,14 @@ func serviceTerm(s health.Snapshot) kubernetes.Term {
 		return kubernetes.Term{}
 	}
 	return kubernetes.Term{Token: s.Leader.Token, StopAt: s.StopAt}
+}
+
+// adoptedToken is the token of the term that this process goes on with; 0: there is none.
+func adoptedToken(a *election.Adoption) int64 {
+	if a == nil || !a.Leading {
+		return 0
+	}
+	return a.Created
 }
 
 // lookAccount returns an error if the pod's service account is needed and can't be used.

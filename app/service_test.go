@@ -21,6 +21,7 @@ import (
 
 	"leasehold/config"
 	"leasehold/e2e/harness"
+	"leasehold/election"
 )
 
 // apiServer plays the part of Kubernetes: one Service, and its EndpointSlice.
@@ -85,6 +86,21 @@ func (a *apiServer) wait(ctx context.Context, t *testing.T, address string) {
 		case <-ctx.Done():
 			t.Fatalf("the endpoints are %s, want %q", text, address)
 		}
+	}
+}
+
+// Only the token of a term is one that the elector before may have written. A standby has a key,
+// too.
+func TestAdoptedToken(t *testing.T) {
+	for want, a := range map[int64]*election.Adoption{
+		0: {LeaseID: 1, Created: 5}, 7: {LeaseID: 1, Created: 7, Leading: true},
+	} {
+		if got := adoptedToken(a); got != want {
+			t.Errorf("%+v: %d, want %d", a, got, want)
+		}
+	}
+	if got := adoptedToken(nil); got != 0 {
+		t.Errorf("nothing is adopted: %d", got)
 	}
 }
 

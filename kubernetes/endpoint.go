@@ -3,7 +3,8 @@
 // The Service has no selector, so Kubernetes itself gives it no endpoints. The leader writes the
 // address of its pod into an EndpointSlice of the Service's name, and its fencing token into an
 // annotation of that. When the term has ended, it takes the address out, unless the next leader has
-// replaced it by then. The EndpointSlice stays, with the token.
+// replaced it by then. If it was killed before, the next process with that address takes it out. The
+// EndpointSlice stays, with the token.
 //
 // No write replaces one with a higher token. Whoever writes has read the object before, refuses a
 // token that is higher than its own, and names the version that it has read: the API server carries
@@ -38,6 +39,9 @@ const (
 	// leaveDelay is from the end of a term until its address is taken out. In a planned hand-over
 	// the next leader has replaced it by then. That is better than to take it out at once, because
 	// kube-proxy carries out changes once a second only.
+	//
+	// So late a process that begins takes out what one before it has left. An elector that goes on
+	// with a term is the leader by then.
 	leaveDelay = time.Second
 	// exitDelay takes the place of leaveDelay if the daemon exits: it has released its lease.
 	exitDelay = 250 * time.Millisecond
@@ -59,6 +63,8 @@ type Config struct {
 	Service string
 	// Address is the one that the Service is to route to.
 	Address netip.Addr
+	// Adopted is the token of the term that this process goes on with; 0: it begins anew.
+	Adopted int64
 	// Term returns what is true now. It must not block.
 	Term func() Term
 	// Now reads the clock of Term.StopAt.
@@ -86,14 +92,16 @@ type Endpoint struct {
 	// unanswered: the API server may still carry out a write of ours, at any time, if the object
 	// has the version then that we had read. So the next write makes another one in any case.
 	unanswered bool
-	routed     bool // as it was last logged
+	looked     bool  // what an earlier process has left in the EndpointSlice is known
+	left       int64 // by look: the token with which the address is there; 0: it is not
+	routed     bool  // as it was last logged
 
 	problem string // the kind of error that was logged; "": there is none
 	since   time.Duration
 }
 
-// A goal is what the EndpointSlice is to say. The zero goal is none: this pod has written nothing
-// that it would have to take out.
+// A goal is what the EndpointSlice is to say. The zero goal is none: this process has written
+// nothing that it would have to take out.
 type goal struct {
 	token int64
 	in    bool // else the address is to be taken out that was written with this token
@@ -101,9 +109,12 @@ type goal struct {
 
 // New makes an Endpoint. It asks nobody.
 func New(cfg Config) *Endpoint {
+	adopted := cfg.Adopted != 0
 	return &Endpoint{
 		cfg: cfg, log: cfg.Logger.With("service", cfg.Service),
 		api: newAPI(cfg.Server, cfg.Account), changed: make(chan struct{}, 1),
+		goal: goal{token: cfg.Adopted}, routed: adopted,
+		unanswered: adopted, // for all that we know
 	}
 }
 
@@ -121,6 +132,7 @@ func (e *Endpoint) Run(ctx context.Context) {
 	defer e.api.close()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	e.dueAt = e.cfg.Now() + leaveDelay
 	for ctx.Err() == nil {
 		timer.Reset(e.serve(ctx))
 		select {
@@ -129,7 +141,7 @@ func (e *Endpoint) Run(ctx context.Context) {
 		case <-timer.C:
 		}
 	}
-	if e.aim(Term{}); e.goal.token != 0 {
+	if e.aim(Term{}); !e.done() {
 		timer.Reset(min(exitDelay, e.dueAt-e.cfg.Now()))
 		<-timer.C
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), exitTime)
@@ -142,13 +154,13 @@ func (e *Endpoint) Run(ctx context.Context) {
 func (e *Endpoint) serve(ctx context.Context) time.Duration {
 	term := e.cfg.Term()
 	e.aim(term)
-	if e.goal.token == 0 {
+	if e.done() {
 		return never
 	}
 	if e.cfg.Now() >= e.dueAt && !e.attempt(ctx) {
 		return 0
 	}
-	if e.goal.token == 0 {
+	if e.done() {
 		return never
 	}
 	wait := e.dueAt - e.cfg.Now()
@@ -157,6 +169,9 @@ func (e *Endpoint) serve(ctx context.Context) time.Duration {
 	}
 	return max(wait, 0)
 }
+
+// done reports whether there is nothing to do before the next term.
+func (e *Endpoint) done() bool { return e.goal.token == 0 && e.looked }
 
 // aim sets the goal. If it is another one than before, it is due at once, or after leaveDelay.
 func (e *Endpoint) aim(term Term) {
@@ -228,11 +243,17 @@ func (e *Endpoint) attempted(err error) {
 	}
 	e.problem = kind
 	attrs := []any{"token", e.goal.token, "err", err}
+	if e.goal.token == 0 {
+		attrs = attrs[2:]
+	}
 	if refused := (*statusError)(nil); errors.As(err, &refused) && refused.code == forbidden {
 		attrs = append(attrs, "right", refused.right)
 	}
 	text := "the Service can't be made to route to this pod, trying again"
-	if !e.goal.in {
+	switch {
+	case e.goal.token == 0:
+		text = "can't look whether the Service still routes to this pod, trying again"
+	case !e.goal.in:
 		text = "this pod can't be taken out of the Service, trying again"
 	}
 	e.log.Warn(text, attrs...)
@@ -254,18 +275,25 @@ func (e *Endpoint) reached(now time.Duration) {
 		}
 		e.log.Info(text, "token", e.goal.token)
 	}
+	e.looked = true
 	if !e.goal.in {
-		e.goal = goal{}
+		e.goal = goal{token: e.left}
+	}
+	if e.left != 0 { // it is to be taken out now
+		e.left, e.routed, e.dueAt = 0, true, now
 	}
 }
 
 // write makes the EndpointSlice say what the goal is. It begins anew if others write meanwhile.
 func (e *Endpoint) write(ctx context.Context, g goal) (err error) {
 	for range mostConflicts {
-		if g.in {
+		switch {
+		case g.in:
 			err = e.putIn(ctx, g.token)
-		} else {
+		case g.token != 0:
 			err = e.takeOut(ctx, g.token)
+		default:
+			err = e.look(ctx)
 		}
 		if refused := (*statusError)(nil); !errors.As(err, &refused) || refused.code != conflict {
 			return err
@@ -294,6 +322,17 @@ func (e *Endpoint) putIn(ctx context.Context, token int64) error {
 	return e.send(ctx, wanted, found)
 }
 
+// look looks whether this pod's address is in the EndpointSlice although this process has not
+// written it.
+func (e *Endpoint) look(ctx context.Context) error {
+	now, _, err := e.api.slice(ctx, e.cfg.Service)
+	if err != nil || !now.routesTo(e.cfg.Address) {
+		return err
+	}
+	e.left, err = now.token()
+	return err
+}
+
 // takeOut removes this pod's address, unless another leader has written its own. If a write of ours
 // went unanswered, it removes what that would replace, too.
 func (e *Endpoint) takeOut(ctx context.Context, token int64) error {
@@ -305,10 +344,11 @@ func (e *Endpoint) takeOut(ctx context.Context, token int64) error {
 	if err != nil || written > token {
 		return err
 	}
-	if !e.unanswered && (written != token || len(now.Endpoints) == 0) {
+	ours := written == token && len(now.Endpoints) > 0 || now.routesTo(e.cfg.Address)
+	if !ours && !e.unanswered {
 		return nil
 	}
-	if written != token { // ours is on its way, or the slice was deleted
+	if !ours && written != token { // ours may be on its way
 		s, err := e.api.service(ctx, e.cfg.Service)
 		if err != nil {
 			return err

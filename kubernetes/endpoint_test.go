@@ -134,8 +134,7 @@ func TestEndpoint_DelayedWrite(t *testing.T) {
 // A write that went unanswered arrives after the pod's own next one: it changes nothing, also if
 // what the pod has read before was as it wanted it.
 func TestEndpoint_OwnDelayedWrite(t *testing.T) {
-	old := withToken("3")
-	old.Endpoints = []endpoint{{[]string{"10.0.0.9"}, conditions{true}}}
+	old := withToken("3", "10.0.0.9")
 	for name, test := range map[string]struct {
 		before *slice
 		verb   string // of the write that is delayed
@@ -405,6 +404,102 @@ func TestEndpoint_Exit(t *testing.T) {
 	})
 }
 
+// A leader was killed, so its address is in the Service. The next process in its pod takes it out,
+// unless it goes on with the term. It leaves alone what others have written.
+func TestEndpoint_Left(t *testing.T) {
+	for name, test := range map[string]struct {
+		adopted int64
+		before  *slice // nil: none
+		want    string // "": as before
+	}{
+		"anew":                    {0, new(withToken("5", "10.0.0.1")), "token 5:"},
+		"anew, another's":         {0, new(withToken("5", "10.0.0.2")), ""},
+		"anew, one of two":        {0, new(withToken("5", "10.0.0.1", "10.0.0.2")), ""},
+		"anew, nobody's":          {0, new(withToken("5")), ""},
+		"anew, none":              {0, nil, ""},
+		"adopted":                 {5, new(withToken("5", "10.0.0.1")), "token 5:"},
+		"adopted, the next one's": {5, new(withToken("7", "10.0.0.2")), ""},
+		// The one that was killed may have sent its first write just before.
+		"adopted, none": {5, nil, "token 5:"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newServer(t)
+			if test.before != nil {
+				s.put(*test.before)
+			}
+			before := s.shown()
+			stop := start(t, s.adoptingPod("10.0.0.1", test.adopted))
+			if test.want != "" {
+				s.waitFor(test.want)
+			}
+			s.wait("it looks", func() bool { return s.count("get slice") > 0 })
+			stop()
+			if now := s.shown(); test.want == "" && (now != before || s.version > 1) {
+				t.Errorf("%s became %s, in version %d", before, now, s.version)
+			}
+		})
+	}
+}
+
+// An elector that goes on with a term learns only after a moment that it leads. It does not take its
+// own address out before.
+func TestEndpoint_AdoptedTermGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newHandler(t)
+		s.put(withToken("5", "10.0.0.1"))
+		p := s.adoptingPod("10.0.0.1", 5)
+		p.inBubble(s)
+		start(t, p)
+		time.Sleep(leaveDelay - 1)
+		p.leadForever(5)
+		synctest.Wait()
+		s.change(func() {
+			if s.shown() != "token 5: 10.0.0.1" || s.count("update") != 1 {
+				t.Errorf("it is %s after %v", s.shown(), s.asked)
+			}
+		})
+		p.end()
+		time.Sleep(leaveDelay)
+		synctest.Wait()
+		s.change(func() {
+			if s.shown() != "token 5:" {
+				t.Errorf("after the term: %s", s.shown())
+			}
+		})
+	})
+}
+
+// The address was left there, and its pod leads again, but can't say so. After that it takes it
+// out all the same.
+func TestEndpoint_LeftOfAnOlderTerm(t *testing.T) {
+	s := newServer(t)
+	s.put(withToken("5", "10.0.0.1"))
+	s.refused["get service"] = http.StatusForbidden
+	p := s.newPod("10.0.0.1")
+	p.lead(9, time.Hour)
+	start(t, p)
+	p.log.wait(t, "level=WARN", 1)
+	p.end()
+	s.waitFor("token 5:")
+}
+
+// A standby that can't look says so once, and looks when it can.
+func TestEndpoint_CannotLook(t *testing.T) {
+	s := newServer(t)
+	s.put(withToken("5", "10.0.0.1"))
+	s.refused["get slice"] = http.StatusForbidden
+	p := s.newPod("10.0.0.1")
+	start(t, p)
+	s.wait("it tries again", func() bool { return s.count("get slice") == 3 })
+	s.change(func() { delete(s.refused, "get slice") })
+	s.waitFor("token 5:")
+	p.log.wait(t, "does not route to this pod any more", 1)
+	if p.log.count("level=WARN") != 1 || p.log.count("can't look whether") != 1 {
+		t.Errorf("want one warning:\n%s", p.log)
+	}
+}
+
 // What would not route to the leader is refused, with the reason.
 func TestEndpoint_Refuses(t *testing.T) {
 	for want, arrange := range map[string]func(s *server){
@@ -445,10 +540,14 @@ func TestEndpoint_Refuses(t *testing.T) {
 	}
 }
 
-func withToken(token string) slice {
-	return slice{Metadata: metadata{
+func withToken(token string, addresses ...string) slice {
+	s := slice{Metadata: metadata{
 		Name: "leader", Annotations: map[string]string{tokenAnnotation: token},
 	}}
+	for _, address := range addresses {
+		s.Endpoints = append(s.Endpoints, endpoint{[]string{address}, conditions{true}})
+	}
+	return s
 }
 
 // transport asks a server without any connection, so that its time is that of a synctest bubble.
@@ -460,36 +559,45 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return answer.Result(), nil
 }
 
+// inBubble has the pod ask that way, and live by the bubble's time.
+func (p *pod) inBubble(s *server) {
+	began := time.Now()
+	p.cfg.Now = func() time.Duration { return time.Since(began) }
+	p.cfg.Term = func() Term {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.term
+	}
+	p.api.client.Transport = transport{s}
+}
+
+func (p *pod) leadForever(token int64) {
+	p.mu.Lock()
+	p.term = Term{token, never}
+	p.mu.Unlock()
+	p.Changed()
+}
+
 // The leader looks every half minute: what others change comes back, and the Service's new ports
-// are taken over. A standby asks nothing. What fails is tried again after at most lastRetry.
+// are taken over. A standby asks once, at its start. What fails is tried again after at most lastRetry.
 func TestEndpoint_LooksAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newHandler(t)
 		p := s.newPod("10.0.0.1")
-		began := time.Now()
-		p.cfg.Now = func() time.Duration { return time.Since(began) }
-		p.cfg.Term = func() Term {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			return p.term
-		}
-		p.api.client.Transport = transport{s}
+		p.inBubble(s)
 		start(t, p)
 		asked := func() (n int) {
 			s.change(func() { n = len(s.asked) })
 			return n
 		}
 		time.Sleep(time.Hour)
-		if n := asked(); n != 0 {
-			t.Errorf("a standby has asked %d times", n)
+		if n := asked(); n != 1 {
+			t.Errorf("a standby has asked %d times, want once", n)
 		}
-		p.mu.Lock()
-		p.term = Term{5, never}
-		p.mu.Unlock()
-		p.Changed()
+		p.leadForever(5)
 		synctest.Wait()
-		if n := asked(); n != 3 {
-			t.Errorf("%d requests, want 3", n)
+		if n := asked(); n != 4 {
+			t.Errorf("%d requests, want 3 more", n)
 		}
 		s.change(func() { s.slice = nil })
 		time.Sleep(recheck)

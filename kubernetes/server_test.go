@@ -256,10 +256,14 @@ type pod struct {
 }
 
 // newPod makes a pod that does not lead yet. Its Run ends with the test.
-func (s *server) newPod(address string) *pod {
+func (s *server) newPod(address string) *pod { return s.adoptingPod(address, 0) }
+
+// adoptingPod makes one whose process goes on with the term of that token.
+func (s *server) adoptingPod(address string, token int64) *pod {
 	p := &pod{log: &logs{changed: make(chan struct{})}}
 	p.Endpoint = New(Config{
-		Server: s.address, Account: s.dir, Service: "leader",
+		Adopted: token,
+		Server:  s.address, Account: s.dir, Service: "leader",
 		Address: netip.MustParseAddr(address), Now: boottime.Now,
 		Logger: slog.New(slog.NewTextHandler(p.log, nil)),
 		Term: func() Term {

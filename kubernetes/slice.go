@@ -101,6 +101,12 @@ func (s slice) token() (int64, error) {
 	return token, nil
 }
 
+// routesTo reports whether the address is the one endpoint.
+func (s slice) routesTo(address netip.Addr) bool {
+	return len(s.Endpoints) == 1 &&
+		slices.Equal(s.Endpoints[0].Addresses, []string{address.String()})
+}
+
 // with returns the slice that makes the address the one endpoint of the Service. It returns an
 // error if a higher token was written, or if that would not route to the address.
 func (s slice) with(of service, address netip.Addr, token int64) (slice, error) {
