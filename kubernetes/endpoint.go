@@ -45,8 +45,10 @@ const (
 	leaveDelay = time.Second
 	// exitDelay takes the place of leaveDelay if the daemon exits: it has released its lease.
 	exitDelay = 250 * time.Millisecond
-	// exitTime bounds how long a daemon that exits tries to take its address out then.
-	exitTime = 250 * time.Millisecond
+	// exitTime bounds how long a daemon that exits tries to take its address out then, and exitTry
+	// one attempt: by another connection, another API server may answer.
+	exitTime = 2 * time.Second
+	exitTry  = 500 * time.Millisecond
 	// mostConflicts bounds how often an attempt begins anew because others write, too.
 	mostConflicts = 5
 
@@ -127,7 +129,7 @@ func (e *Endpoint) Changed() {
 }
 
 // Run writes until ctx ends. Then it takes the address out, if it is still there after exitDelay,
-// and the API server answers soon.
+// and the API server answers within exitTime.
 func (e *Endpoint) Run(ctx context.Context) {
 	defer e.api.close()
 	timer := time.NewTimer(0)
@@ -141,12 +143,28 @@ func (e *Endpoint) Run(ctx context.Context) {
 		case <-timer.C:
 		}
 	}
-	if e.aim(Term{}); !e.done() {
-		timer.Reset(min(exitDelay, e.dueAt-e.cfg.Now()))
-		<-timer.C
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), exitTime)
-		defer cancel()
-		e.attempt(ctx)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), exitDelay+exitTime)
+	defer cancel()
+	e.leave(ctx, timer)
+}
+
+// leave takes the address out before the daemon exits. It leads no more, whatever is said of that.
+func (e *Endpoint) leave(ctx context.Context, timer *time.Timer) {
+	e.cfg.Term = func() Term { return Term{} }
+	e.aim(Term{})
+	e.dueAt, e.retry = min(e.dueAt, e.cfg.Now()+exitDelay), 0
+	for !e.done() {
+		timer.Reset(e.dueAt - e.cfg.Now())
+		select {
+		case <-timer.C:
+			e.attempt(ctx, exitTry)
+		case <-ctx.Done():
+			if e.goal.token != 0 {
+				e.log.Warn("exiting: the Service may still route to this pod",
+					"token", e.goal.token)
+			}
+			return
+		}
 	}
 }
 
@@ -157,7 +175,7 @@ func (e *Endpoint) serve(ctx context.Context) time.Duration {
 	if e.done() {
 		return never
 	}
-	if e.cfg.Now() >= e.dueAt && !e.attempt(ctx) {
+	if e.cfg.Now() >= e.dueAt && !e.attempt(ctx, attemptTime) {
 		return 0
 	}
 	if e.done() {
@@ -189,8 +207,8 @@ func (e *Endpoint) aim(term Term) {
 
 // attempt tries to reach the goal. It returns false if the goal has changed meanwhile: then it has
 // given up, also if the API server hangs.
-func (e *Endpoint) attempt(parent context.Context) bool {
-	ctx, cancel := context.WithTimeout(parent, attemptTime)
+func (e *Endpoint) attempt(parent context.Context, within time.Duration) bool {
+	ctx, cancel := context.WithTimeout(parent, within)
 	defer cancel()
 	written := make(chan error, 1)
 	g := e.goal

@@ -500,6 +500,53 @@ func TestEndpoint_CannotLook(t *testing.T) {
 	}
 }
 
+// The API server that is asked at the exit hangs: another one is asked.
+func TestEndpoint_ExitTriesAgain(t *testing.T) {
+	s := newServer(t)
+	p := s.newPod("10.0.0.1")
+	stop := start(t, p)
+	p.lead(5, time.Hour)
+	s.waitFor("token 5: 10.0.0.1")
+	s.holdNext("get slice")
+	stop()
+	s.change(func() {
+		if s.shown() != "token 5:" {
+			t.Errorf("the EndpointSlice after the exit: %s", s.shown())
+		}
+	})
+}
+
+// hanging never answers.
+type hanging struct{ asked chan struct{} }
+
+func (h hanging) RoundTrip(r *http.Request) (*http.Response, error) {
+	h.asked <- struct{}{}
+	<-r.Context().Done()
+	return nil, r.Context().Err()
+}
+
+// While the API server hangs, an exit is held up for exitDelay and exitTime, and no longer.
+func TestEndpoint_ExitTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newHandler(t)
+		p := s.newPod("10.0.0.1")
+		p.inBubble(s)
+		stop := start(t, p)
+		p.leadForever(5)
+		synctest.Wait()
+		h := hanging{make(chan struct{}, 100)}
+		p.api.client.Transport = h
+		began := time.Now()
+		stop()
+		if took := time.Since(began); took != exitDelay+exitTime || len(h.asked) < 3 {
+			t.Errorf("the exit took %v, with %d requests", took, len(h.asked))
+		}
+		if p.log.count("the Service may still route to this pod") != 1 {
+			t.Errorf("nothing is said of it:\n%s", p.log)
+		}
+	})
+}
+
 // What would not route to the leader is refused, with the reason.
 func TestEndpoint_Refuses(t *testing.T) {
 	for want, arrange := range map[string]func(s *server){
