@@ -25,9 +25,9 @@ func (d *daemon) addService(ec *election.Config, p parts, snapshot func() health
 	address, _ := k.Address() // config has checked it
 	d.service = kubernetes.New(kubernetes.Config{
 		Server: k.Server(), Account: p.account, Service: k.Service, Address: address,
-		Adopted: adoptedToken(ec.Adopt),
-		Term:    func() kubernetes.Term { return serviceTerm(snapshot()) },
-		Now:     boottime.Now, Logger: p.log,
+		Election: p.cfg.Election, Adopted: adoptedToken(ec.Adopt),
+		Term: func() kubernetes.Term { return serviceTerm(snapshot()) },
+		Now:  boottime.Now, Logger: p.log,
 	})
 	beside := ec.Beside
 	ec.Beside = func(ctx context.Context, etcd *election.Client) {

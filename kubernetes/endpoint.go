@@ -2,9 +2,9 @@
 //
 // The Service has no selector, so Kubernetes itself gives it no endpoints. The leader writes the
 // address of its pod into an EndpointSlice of the Service's name, and its fencing token into an
-// annotation of that. When the term has ended, it takes the address out, unless the next leader has
-// replaced it by then. If it was killed before, the next process with that address takes it out. The
-// EndpointSlice stays, with the token.
+// annotation of that, and its election into another. When the term has ended, it takes the address
+// out, unless the next leader has replaced it by then. If it was killed before, the next process
+// with that address takes it out. The EndpointSlice stays, with the token.
 //
 // No write replaces one with a higher token. Whoever writes has read the object before, refuses a
 // token that is higher than its own, and names the version that it has read: the API server carries
@@ -61,6 +61,8 @@ type Config struct {
 	Server string
 	// Account is the directory of the pod's service account: AccountDir.
 	Account string
+	// Election is written beside the token. Those of another one are never replaced.
+	Election string
 	// Service is the name of the Service, in the pod's namespace.
 	Service string
 	// Address is the one that the Service is to route to.
@@ -320,7 +322,11 @@ func (e *Endpoint) write(ctx context.Context, g goal) (err error) {
 	return err
 }
 
-// putIn makes this pod the endpoint, unless a higher token is there.
+func (e *Endpoint) claim(token int64) claim {
+	return claim{e.cfg.Election, token, e.cfg.Address}
+}
+
+// putIn makes this pod the endpoint, unless a higher token is there, or that of another election.
 func (e *Endpoint) putIn(ctx context.Context, token int64) error {
 	s, err := e.api.service(ctx, e.cfg.Service)
 	if err != nil {
@@ -330,7 +336,7 @@ func (e *Endpoint) putIn(ctx context.Context, token int64) error {
 	if err != nil {
 		return err
 	}
-	wanted, err := now.with(s, e.cfg.Address, token)
+	wanted, err := now.with(s, e.claim(token))
 	if err != nil || found && wanted.same(now) && !e.unanswered {
 		return err
 	}
@@ -344,7 +350,7 @@ func (e *Endpoint) putIn(ctx context.Context, token int64) error {
 // written it.
 func (e *Endpoint) look(ctx context.Context) error {
 	now, _, err := e.api.slice(ctx, e.cfg.Service)
-	if err != nil || !now.routesTo(e.cfg.Address) {
+	if err != nil || !now.routesTo(e.cfg.Address) || !now.of(e.cfg.Election) {
 		return err
 	}
 	e.left, err = now.token()
@@ -359,7 +365,7 @@ func (e *Endpoint) takeOut(ctx context.Context, token int64) error {
 		return err
 	}
 	written, err := now.token()
-	if err != nil || written > token {
+	if err != nil || written > token || !now.of(e.cfg.Election) {
 		return err
 	}
 	ours := written == token && len(now.Endpoints) > 0 || now.routesTo(e.cfg.Address)
@@ -371,7 +377,7 @@ func (e *Endpoint) takeOut(ctx context.Context, token int64) error {
 		if err != nil {
 			return err
 		}
-		if now, err = now.with(s, e.cfg.Address, token); err != nil {
+		if now, err = now.with(s, e.claim(token)); err != nil {
 			return err
 		}
 	}

@@ -49,7 +49,9 @@ func TestEndpoint_OneTerm(t *testing.T) {
 				"kubernetes.io/service-name":             "leader",
 				"endpointslice.kubernetes.io/managed-by": "leasehold",
 			},
-			Annotations:     map[string]string{"leasehold/fencing-token": "7"},
+			Annotations: map[string]string{
+				"leasehold/fencing-token": "7", "leasehold/election": "jobs/a",
+			},
 			OwnerReferences: []owner{{"v1", "Service", "leader", "u1"}},
 		},
 		Endpoints: []endpoint{{[]string{"10.1.2.3"}, conditions{true}}},
@@ -412,13 +414,15 @@ func TestEndpoint_Left(t *testing.T) {
 		before  *slice // nil: none
 		want    string // "": as before
 	}{
-		"anew":                    {0, new(withToken("5", "10.0.0.1")), "token 5:"},
-		"anew, another's":         {0, new(withToken("5", "10.0.0.2")), ""},
-		"anew, one of two":        {0, new(withToken("5", "10.0.0.1", "10.0.0.2")), ""},
-		"anew, nobody's":          {0, new(withToken("5")), ""},
-		"anew, none":              {0, nil, ""},
-		"adopted":                 {5, new(withToken("5", "10.0.0.1")), "token 5:"},
-		"adopted, the next one's": {5, new(withToken("7", "10.0.0.2")), ""},
+		"anew":                        {0, new(withToken("5", "10.0.0.1")), "token 5:"},
+		"anew, another's":             {0, new(withToken("5", "10.0.0.2")), ""},
+		"anew, another election's":    {0, new(ofAnother("5", "10.0.0.1")), ""},
+		"adopted, another election's": {5, new(ofAnother("4", "10.0.0.1")), ""},
+		"anew, one of two":            {0, new(withToken("5", "10.0.0.1", "10.0.0.2")), ""},
+		"anew, nobody's":              {0, new(withToken("5")), ""},
+		"anew, none":                  {0, nil, ""},
+		"adopted":                     {5, new(withToken("5", "10.0.0.1")), "token 5:"},
+		"adopted, the next one's":     {5, new(withToken("7", "10.0.0.2")), ""},
 		// The one that was killed may have sent its first write just before.
 		"adopted, none": {5, nil, "token 5:"},
 	} {
@@ -442,8 +446,8 @@ func TestEndpoint_Left(t *testing.T) {
 	}
 }
 
-// An elector that goes on with a term learns only after a moment that it leads. It does not take its
-// own address out before.
+// An elector that goes on with a term learns only after a moment that it leads. It does not take
+// its own address out before.
 func TestEndpoint_AdoptedTermGoesOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newHandler(t)
@@ -563,8 +567,9 @@ func TestEndpoint_Refuses(t *testing.T) {
 		"managed by": func(s *server) {
 			s.put(slice{Metadata: metadata{Labels: map[string]string{managedByLabel: "them"}}})
 		},
-		"for addresses of the type":      func(s *server) { s.put(slice{AddressType: "IPv6"}) },
-		"is not what Kubernetes answers": func(s *server) { s.service = "<html>" },
+		`\"jobs/b\", and this is \"jobs/a\"`: func(s *server) { s.put(ofAnother("4")) },
+		"for addresses of the type":          func(s *server) { s.put(slice{AddressType: "IPv6"}) },
+		"is not what Kubernetes answers":     func(s *server) { s.service = "<html>" },
 	} {
 		t.Run(want, func(t *testing.T) {
 			t.Parallel()
@@ -585,6 +590,13 @@ func TestEndpoint_Refuses(t *testing.T) {
 			})
 		})
 	}
+}
+
+// ofAnother is what a leader of the election jobs/b has written.
+func ofAnother(token string, addresses ...string) slice {
+	s := withToken(token, addresses...)
+	s.Metadata.Annotations[electionAnnotation] = "jobs/b"
+	return s
 }
 
 func withToken(token string, addresses ...string) slice {
@@ -626,7 +638,8 @@ func (p *pod) leadForever(token int64) {
 }
 
 // The leader looks every half minute: what others change comes back, and the Service's new ports
-// are taken over. A standby asks once, at its start. What fails is tried again after at most lastRetry.
+// are taken over. A standby asks once, at its start. What fails is tried again after at most
+// lastRetry.
 func TestEndpoint_LooksAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newHandler(t)

@@ -15,6 +15,7 @@ import (
 func FuzzSlice(f *testing.F) {
 	f.Add(plainService, `{}`, int64(7))
 	f.Add(plainService, `{"metadata": {"annotations": {"leasehold/fencing-token": "9"}}}`, int64(7))
+	f.Add(plainService, `{"metadata": {"annotations": {"leasehold/election": "jobs/b"}}}`, int64(7))
 	f.Add(`{"spec": {"ports": [{"targetPort": "\u001b[2J"}]}}`, `{"addressType": "IPv4"}`, int64(1))
 	f.Add(`{"metadata": {"name": "a b", "uid": "u"}, "spec": {"ports": [{"port": -1}]}}`,
 		`{"metadata": {"resourceVersion": "5", "labels": {"a": "b"}, "ownerReferences":
@@ -27,7 +28,8 @@ func FuzzSlice(f *testing.F) {
 			json.Unmarshal([]byte(sliceJSON), &before) != nil || token <= 0 {
 			return
 		}
-		after, err := before.with(of, address, token)
+		c := claim{"jobs/a", token, address}
+		after, err := before.with(of, c)
 		if err != nil {
 			if text := err.Error(); text != quote.Printable(text) {
 				t.Errorf("not printable: %q", text)
@@ -36,6 +38,9 @@ func FuzzSlice(f *testing.F) {
 		}
 		if written, err := before.token(); err != nil || written > token {
 			t.Errorf("the token %d (%v) is replaced by %d", written, err, token)
+		}
+		if !before.of("jobs/a") || after.of("jobs/b") {
+			t.Errorf("%+v is replaced by %+v", before, after)
 		}
 		written, err := after.token()
 		if err != nil || written != token || len(after.Endpoints) != 1 ||
@@ -48,7 +53,7 @@ func FuzzSlice(f *testing.F) {
 		if err == nil {
 			err = json.Unmarshal(text, &answered)
 		}
-		again, err2 := answered.with(of, address, token)
+		again, err2 := answered.with(of, c)
 		if err != nil || err2 != nil || !again.same(answered) {
 			t.Errorf("%s would be written again as %+v (%v, %v)", text, again, err, err2)
 		}

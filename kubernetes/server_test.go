@@ -262,8 +262,8 @@ func (s *server) newPod(address string) *pod { return s.adoptingPod(address, 0) 
 func (s *server) adoptingPod(address string, token int64) *pod {
 	p := &pod{log: &logs{changed: make(chan struct{})}}
 	p.Endpoint = New(Config{
-		Adopted: token,
-		Server:  s.address, Account: s.dir, Service: "leader",
+		Adopted: token, Election: "jobs/a",
+		Server: s.address, Account: s.dir, Service: "leader",
 		Address: netip.MustParseAddr(address), Now: boottime.Now,
 		Logger: slog.New(slog.NewTextHandler(p.log, nil)),
 		Term: func() Term {

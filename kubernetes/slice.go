@@ -12,15 +12,16 @@ import (
 )
 
 const (
-	tokenAnnotation  = "leasehold/fencing-token"
-	countAnnotation  = "leasehold/count"
-	serviceLabel     = "kubernetes.io/service-name"
-	managedByLabel   = "endpointslice.kubernetes.io/managed-by"
-	managedBy        = "leasehold"
-	sliceAPIVersion  = "discovery.k8s.io/v1"
-	sliceResource    = "endpointslices.discovery.k8s.io"
-	serviceResource  = "services"
-	defaultTransport = "TCP"
+	tokenAnnotation    = "leasehold/fencing-token"
+	countAnnotation    = "leasehold/count"
+	electionAnnotation = "leasehold/election"
+	serviceLabel       = "kubernetes.io/service-name"
+	managedByLabel     = "endpointslice.kubernetes.io/managed-by"
+	managedBy          = "leasehold"
+	sliceAPIVersion    = "discovery.k8s.io/v1"
+	sliceResource      = "endpointslices.discovery.k8s.io"
+	serviceResource    = "services"
+	defaultTransport   = "TCP"
 )
 
 // service is what we have to know of a Service.
@@ -86,6 +87,13 @@ type port struct {
 	AppProtocol string `json:"appProtocol,omitempty"`
 }
 
+// A claim is what a leader writes.
+type claim struct {
+	election string
+	token    int64
+	address  netip.Addr
+}
+
 // token is the fencing token of the leader that wrote last; 0: none has.
 func (s slice) token() (int64, error) {
 	text, written := s.Metadata.Annotations[tokenAnnotation]
@@ -107,15 +115,22 @@ func (s slice) routesTo(address netip.Addr) bool {
 		slices.Equal(s.Endpoints[0].Addresses, []string{address.String()})
 }
 
-// with returns the slice that makes the address the one endpoint of the Service. It returns an
-// error if a higher token was written, or if that would not route to the address.
-func (s slice) with(of service, address netip.Addr, token int64) (slice, error) {
+// of reports whether a leader of that election wrote last, or nobody did that says which.
+func (s slice) of(election string) bool {
+	written := s.Metadata.Annotations[electionAnnotation]
+	return written == "" || written == election
+}
+
+// with returns the slice that makes the claim's address the one endpoint of the Service. It returns
+// an error if a higher token was written, or by another election, or if that would not route to the
+// address.
+func (s slice) with(of service, c claim) (slice, error) {
 	if len(of.Spec.Selector) > 0 {
 		return s, fmt.Errorf("the Service has a selector, so Kubernetes routes to all pods that" +
 			" match it: make a Service without one, of another name")
 	}
 	addressType := "IPv4"
-	if address.Is6() {
+	if c.address.Is6() {
 		addressType = "IPv6"
 	}
 	remedy := "kubectl delete endpointslice " + quote.Shell(of.Metadata.Name)
@@ -124,7 +139,12 @@ func (s slice) with(of service, address netip.Addr, token int64) (slice, error) 
 	switch {
 	case err != nil:
 		return s, err
-	case written > token:
+	case !s.of(c.election):
+		other := quote.Value(s.Metadata.Annotations[electionAnnotation])
+		return s, fmt.Errorf("the Service is that of the election %s, and this is %s: choose a"+
+			" Service of another name, or, if that election is no more, run %s",
+			other, quote.Value(c.election), remedy)
+	case written > c.token:
 		return s, fmt.Errorf("the EndpointSlice has the higher fencing token %d: another pod"+
 			" leads, or the tokens began anew, as with a new etcd; then run %s", written, remedy)
 	case by != "" && by != managedBy:
@@ -132,7 +152,7 @@ func (s slice) with(of service, address netip.Addr, token int64) (slice, error) 
 			quote.Value(by))
 	case s.AddressType != "" && s.AddressType != addressType:
 		return s, fmt.Errorf("the EndpointSlice is for addresses of the type %s, and the pod has"+
-			" %s: run %s", quote.Value(s.AddressType), address, remedy)
+			" %s: run %s", quote.Value(s.AddressType), c.address, remedy)
 	}
 	ports, err := of.endpointPorts()
 	if err != nil {
@@ -141,13 +161,14 @@ func (s slice) with(of service, address netip.Addr, token int64) (slice, error) 
 	s.APIVersion, s.Kind, s.AddressType = sliceAPIVersion, "EndpointSlice", addressType
 	s.Ports = ports
 	s.Endpoints = []endpoint{{
-		Addresses: []string{address.String()}, Conditions: conditions{Ready: true},
+		Addresses: []string{c.address.String()}, Conditions: conditions{Ready: true},
 	}}
 	m := &s.Metadata
 	m.Name = of.Metadata.Name
 	m.Labels = set(m.Labels, serviceLabel, of.Metadata.Name)
 	m.Labels = set(m.Labels, managedByLabel, managedBy)
-	m.Annotations = set(m.Annotations, tokenAnnotation, strconv.FormatInt(token, 10))
+	m.Annotations = set(m.Annotations, tokenAnnotation, strconv.FormatInt(c.token, 10))
+	m.Annotations = set(m.Annotations, electionAnnotation, c.election)
 	// Kubernetes deletes it with the Service, and not if that is made anew.
 	this := owner{APIVersion: "v1", Kind: "Service", Name: of.Metadata.Name, UID: of.Metadata.UID}
 	if !slices.Contains(m.OwnerReferences, this) {
