@@ -174,13 +174,30 @@ func TestChart_EveryValue(t *testing.T) {
 	}
 }
 
-// Beside an app, it is leasehold that writes who the leader is. Its rights are about that Service
-// alone, except the one that can't be.
+// Beside an app, it is leasehold that writes who the leader is, and its container alone gets the
+// token. Its rights are about that Service alone, except the one that can't be.
 func TestChart_LeaderService(t *testing.T) {
 	for _, form := range []string{"sidecar", "plain-sidecar"} {
 		objects := chart(t, "mine", "--set=form="+form, "--set=leaderService.name=front",
 			"--set=leaderService.ports[0].port=80,leaderService.ports[0].targetPort=8080")
 		pod := find[appsv1.Deployment](t, objects, "mine").Spec.Template.Spec
+		if *pod.AutomountServiceAccountToken {
+			t.Errorf("form %s: every container gets the token", form)
+		}
+		var mounted []string // in these containers
+		for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+			for _, m := range c.VolumeMounts {
+				if m.MountPath == "/var/run/secrets/kubernetes.io/serviceaccount" {
+					mounted = append(mounted, c.Name+" "+m.Name)
+				}
+			}
+		}
+		projected := slices.ContainsFunc(pod.Volumes, func(v corev1.Volume) bool {
+			return v.Name == "account" && v.Projected != nil && len(v.Projected.Sources) == 3
+		})
+		if !slices.Equal(mounted, []string{"leasehold account"}) || !projected {
+			t.Errorf("form %s: the token is in %q, of the volumes %v", form, mounted, pod.Volumes)
+		}
 		env := environment(t, *leaseholdIn(pod), "pod", shared.rendered["etcd"])
 		account := find[corev1.ServiceAccount](t, objects, pod.ServiceAccountName)
 		rights := find[rbacv1.RoleBinding](t, objects, "mine")

@@ -78,9 +78,14 @@ terminationMessagePolicy: FallbackToLogsOnError
     {{- toYaml .Values.sidecar.resources | nindent 4 }}
   securityContext:
     {{- toYaml .Values.securityContext | nindent 4 }}
-  {{- if .Values.etcd.tlsSecret }}
+  {{- if or .Values.etcd.tlsSecret .Values.leaderService.name }}
   volumeMounts:
+  {{- if .Values.etcd.tlsSecret }}
   - {name: etcd-tls, mountPath: /etc/leasehold/etcd, readOnly: true}
+  {{- end }}
+  {{- if .Values.leaderService.name }}
+  - {name: account, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
+  {{- end }}
   {{- end }}
 {{- end }}
 
