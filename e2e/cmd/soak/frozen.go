@@ -93,12 +93,14 @@ func endOf(there, asked, killed bool, since time.Duration) frozenEnd {
 	return killedFrozen
 }
 
-// frozenCgroup finds the cgroup of a job of the candidate that is frozen, or nil.
+// frozenCgroup finds the cgroup of a job of the candidate that is frozen, or nil. One that is empty
+// has had its job, and has yet to be removed.
 func (c *candidate) frozenCgroup() *harness.Cgroup {
 	// The pattern is a good one.
 	found, _ := filepath.Glob(filepath.Join(c.machine.Cgroup.Path, "run-*", "leasehold-*"))
 	for _, path := range found {
-		if job := (&harness.Cgroup{Path: path}); job.Frozen() {
+		if job := (&harness.Cgroup{Path: path}); job.Frozen() &&
+			len(job.Processes()) > 0 {
 			return job
 		}
 	}
