@@ -65,12 +65,16 @@ func TestCandidate_BlackHole(t *testing.T) {
 			t.Errorf("%s is %v, want %v", sample, got, want)
 		}
 	}
-	m := gather(t, registry)
-	const renewals = "leasehold_lease_renewals_total "
-	if m[renewals+"ok"] < 2 || m[renewals+"abandoned"]+m[renewals+"failed"] < 1 ||
-		m["leasehold_lease_valid_seconds"] <= 0 {
-		t.Errorf("metrics: %v", m)
-	}
+	// The new lease may not have been renewed yet.
+	until(t, func() error {
+		m := gather(t, registry)
+		const renewals = "leasehold_lease_renewals_total "
+		if m[renewals+"ok"] < 2 || m[renewals+"abandoned"]+m[renewals+"failed"] < 1 ||
+			m["leasehold_lease_valid_seconds"] <= 0 {
+			return fmt.Errorf("metrics: %v", m)
+		}
+		return nil
+	})
 }
 
 // Renewals go on after stop-at while Lead has not returned, and revive nothing.
