@@ -24,8 +24,8 @@ var errPlannedStop = errors.New("asked to stop")
 // fleet is all candidates of a trial.
 type fleet struct {
 	endpoints []string
-	ttl       time.Duration
-	size      int // of each election
+	ttl, dial time.Duration // the daemon's TTL and DIAL_TIMEOUT
+	size      int           // of each election
 	all       []*candidate
 	leaders   []atomic.Pointer[leader] // by election
 	terms     atomic.Int64             // begun
@@ -54,7 +54,7 @@ type candidate struct {
 
 func newFleet(endpoints []string, s shape) *fleet {
 	f := &fleet{
-		endpoints: endpoints, ttl: s.TTL, size: s.Size,
+		endpoints: endpoints, ttl: s.TTL, dial: s.DialTimeout, size: s.Size,
 		leaders:  make([]atomic.Pointer[leader], s.Elections),
 		renewals: map[time.Duration]int64{}, lost: map[string]int{}, warnings: map[string]int{},
 	}
@@ -71,7 +71,7 @@ func (c *candidate) start() (err error) {
 		Election:  fmt.Sprintf("scale/%04d", c.election),
 		Identity:  fmt.Sprintf("machine-%04d.example.com", c.number),
 		TTL:       c.fleet.ttl, LossGrace: -1, Margin: -1, Wait: -1,
-		DialTimeout: time.Second, Dial: c.dial,
+		DialTimeout: c.fleet.dial, Dial: c.dial,
 		Now:        harness.Now,
 		Logger:     slog.New(warningCounter{c.fleet}),
 		Registerer: prometheus.NewRegistry(),
@@ -159,6 +159,16 @@ func (c *candidate) Lead(ctx context.Context, _ election.Term) error {
 	return nil
 }
 
+// losses is the number of terms that ended against the candidate's will.
+func (f *fleet) losses() (n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, times := range f.lost {
+		n += times
+	}
+	return n
+}
+
 const tenth = 100 * time.Millisecond
 
 // changed is called at each renewal, and at little else while nobody comes or goes.
@@ -188,7 +198,7 @@ func (f *fleet) inPlace() error {
 	states := map[election.State]int{}
 	elections, candidates := 0, 0
 	for _, c := range f.all {
-		if c.Candidate == nil { // it has not been started yet
+		if c.cancel == nil { // it is stopped
 			continue
 		}
 		states[c.Snapshot().State]++

@@ -6,7 +6,7 @@
 // and all of a trial in one process. etcd is one real member on loopback, a new one for each trial.
 //
 //	bin/scale [-candidates 1000] [-elections 1000]   measure and report
-//	bin/scale -large 5000                            so many elections with two, and TTL 60 s
+//	bin/scale -large 5000                            so many elections with two, TTL 60 s
 //	bin/scale -doc docs/scale.md                     put the last reports into the document
 //
 // Requests and events are those that etcd counts itself, in its /metrics.
@@ -54,7 +54,10 @@ func run(args []string) int {
 	all, to := shapes(*candidates, *elections), file
 	if *large > 0 {
 		to = largeFile
-		all = []shape{{Elections: *large, Size: 2, Full: true, TTL: time.Minute}}
+		all = []shape{{
+			Elections: *large, Size: 2, Full: true, AtATime: atATime,
+			TTL: time.Minute, DialTimeout: 10 * time.Second,
+		}}
 	}
 	var err error
 	switch {
@@ -68,20 +71,32 @@ func run(args []string) int {
 	return harness.ExitCode("scale", err)
 }
 
-// ttl is that of each lease, as a daemon has it by default.
-const ttl = 15 * time.Second
+// What a daemon has by default.
+const (
+	ttl         = 15 * time.Second
+	dialTimeout = time.Second
+)
+
+// atATime is how many of the large trial's candidates join at once. All of them have one process
+// here. If it has more to do at once than its CPUs can, their requests time out and are made again.
+const atATime = 200
 
 // shapes are those of the trials.
 func shapes(candidates, elections int) []shape {
 	var all []shape
+	add := func(elections, size int, full bool) {
+		all = append(all, shape{
+			Elections: elections, Size: size, Full: full, TTL: ttl, DialTimeout: dialTimeout,
+		})
+	}
 	for n := 10; n < candidates; n *= 10 {
-		all = append(all, shape{Elections: 1, Size: n, TTL: ttl})
+		add(1, n, false)
 	}
 	if candidates > 0 {
-		all = append(all, shape{Elections: 1, Size: candidates, Full: true, TTL: ttl})
+		add(1, candidates, true)
 	}
 	if elections > 0 {
-		all = append(all, shape{Elections: elections, Size: 2, Full: true, TTL: ttl})
+		add(elections, 2, true)
 	}
 	return all
 }

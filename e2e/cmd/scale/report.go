@@ -156,7 +156,11 @@ func reportBursts(b *bytes.Buffer, r *results) {
 	}
 	for _, t := range r.Trials {
 		n, e := t.Shape.candidates(), t.Shape.Elections
-		row(t.Shape.String()+" join", t.Join, n, "")
+		join := ""
+		if t.Shape.AtATime > 0 {
+			join = fmt.Sprintf("%d at a time", t.Shape.AtATime)
+		}
+		row(t.Shape.String()+" join", t.Join, n, join)
 		if a := t.AllLeaders; a != nil {
 			p50, p99, _ := harness.Spans(a.Times)
 			row(fmt.Sprintf("%d leaders stop", e), a, e, "hand-over p50 "+p50+", p99 "+p99)

@@ -21,8 +21,12 @@ type shape struct {
 	Elections int `json:"elections"`
 	Size      int `json:"size"` // candidates in each
 	// Full: with a restart of etcd and, in many elections, with all leaders stopped at once.
-	Full bool          `json:"full"`
-	TTL  time.Duration `json:"-"`
+	Full bool `json:"full"`
+	// TTL and DialTimeout are settings of the daemon.
+	TTL         time.Duration `json:"-"`
+	DialTimeout time.Duration `json:"-"`
+	// AtATime is how many candidates join at once; 0: all.
+	AtATime int `json:"at_a_time,omitempty"`
 }
 
 func (s shape) candidates() int { return s.Elections * s.Size }
@@ -38,7 +42,7 @@ func (s shape) String() string {
 type Trial struct {
 	Shape      shape   `json:"shape"`
 	TTL        float64 `json:"ttl_seconds"`
-	Join       *Burst  `json:"join"`   // all at once
+	Join       *Burst  `json:"join"`   // all at once, or Shape.AtATime
 	Steady     *Burst  `json:"steady"` // nobody comes or goes
 	Memory     Memory  `json:"memory"`
 	Change     Change  `json:"change"`                // one leader after the other is stopped
@@ -156,7 +160,8 @@ func (t *trial) measure(ctx context.Context) error {
 		if err := step.take(ctx); err != nil {
 			return fmt.Errorf("%s: %w", step.name, err)
 		}
-		fmt.Fprintf(os.Stderr, "  %s: %v\n", step.name, time.Since(began).Round(time.Millisecond))
+		fmt.Fprintf(os.Stderr, "  %s: %v, %d terms lost so far\n",
+			step.name, time.Since(began).Round(time.Millisecond), t.losses())
 	}
 	return nil
 }
@@ -206,8 +211,23 @@ func (t *trial) burst(ctx context.Context, do func() error,
 
 // join starts all candidates.
 func (t *trial) join(ctx context.Context) (err error) {
-	t.Join, err = t.burst(ctx, func() error { return t.startAll(ctx, t.all...) }, t.settled)
+	t.Join, err = t.burst(ctx, func() error { return t.startInTurn(ctx, t.all) }, t.settled)
 	return err
+}
+
+// startInTurn starts as many candidates at once as the shape says, and the next ones when these
+// are in place.
+func (t *trial) startInTurn(ctx context.Context, candidates []*candidate) error {
+	atATime := t.Shape.AtATime
+	if atATime == 0 {
+		atATime = len(candidates)
+	}
+	for some := range slices.Chunk(candidates, atATime) {
+		if err := t.startAll(ctx, some...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // leave stops all candidates at once.
@@ -342,7 +362,7 @@ func (t *trial) stopAllLeaders(ctx context.Context) error {
 	}
 	b.Times, b.Seconds = took, slices.Max(took)/1000
 	t.AllLeaders = b
-	if err := t.startAll(ctx, old...); err != nil {
+	if err := t.startInTurn(ctx, old); err != nil {
 		return err
 	}
 	_, err = t.settled(ctx)
