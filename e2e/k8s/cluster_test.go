@@ -460,6 +460,7 @@ func TestCluster(t *testing.T) {
 		})
 	}
 	c.badSettings(job, wrapper)
+	c.failingJob(job, wrapper)
 	form := "sidecar/plain"
 	switch {
 	case c.sidecars:
@@ -501,6 +502,7 @@ func (c *cluster) pages(etcd, wrapper, sidecar string) {
 			c.t.Fatal(err)
 		}
 		c.page(page, etcd, wrapper, sidecar)
+		c.sentences(page, etcd, wrapper, sidecar)
 	}
 	if c.nodes >= 3 { // and so three members
 		c.loseVolume()
@@ -531,6 +533,89 @@ func (c *cluster) page(name, etcd, wrapper, sidecar string) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	c.shell("docs/"+name, script)
+}
+
+// inSentences are the commands in the sentences of the pages, not in their blocks. This is an order
+// in which they work after the blocks of their page. POD is the pod that leads.
+var inSentences = map[string][]string{
+	"kubernetes-wrapper.md": {
+		"kubectl get storageclass",
+		"kubectl describe pod",
+		"kubectl logs POD -c job",
+		"kubectl exec POD -c job -- /opt/leasehold/leasehold reload 1",
+		"kubectl delete pdb wrapper",
+		"kubectl delete pdb etcd",
+		"kubectl apply -k k8s/etcd",
+		"kubectl scale deployment/wrapper --replicas=0",
+		"kubectl wait --for=delete pod -l app.kubernetes.io/name=wrapper --timeout=2m",
+		"kubectl get endpointslice leader",
+		"kubectl delete endpointslice leader",
+		"kubectl apply -k k8s/mine",
+		"kubectl rollout status deployment/wrapper",
+		"kubectl delete -k k8s/mine",
+		"kubectl wait --for=delete pod -l app.kubernetes.io/name=wrapper --timeout=2m",
+	},
+	"kubernetes-sidecar.md": {"kubectl delete pdb sidecar"},
+}
+
+// elsewhere are those that other tests type, or none.
+var elsewhere = map[string]string{
+	failures:                        "failingJob types it",
+	"kubectl delete pod --force":    "TestCluster deletes a pod by force",
+	"kubectl rollout undo":          "TestCluster_BadRollouts takes a rollout back",
+	"helm template":                 "the tests of tools/k8s render the chart",
+	"helm --wait":                   "it is in the blocks, with other words between",
+	"make k8s-certs NAMESPACE=mine": "the tests of tools/k8s make these certificates",
+	"make bin/helm":                 "make e2e-k8s does",
+	"make generate":                 "it needs no cluster",
+	"kind load docker-image localhost/leasehold": "this is no cluster of kind",
+	"minikube image load localhost/leasehold":    "this is no minikube",
+	"kubectl apply -k k8s/etcd/cert-manager":     "there is no cert-manager here",
+}
+
+// sentences types what a page has in its sentences, as far as this cluster has it.
+func (c *cluster) sentences(page, etcd, wrapper, sidecar string) {
+	c.t.Helper()
+	var script strings.Builder
+	for _, command := range inSentences[page] {
+		switch {
+		case c.old && (strings.Contains(command, "pdb") || strings.Contains(command, "slice")):
+			continue
+		case c.nodes < 3 && strings.HasSuffix(command, "pdb etcd"):
+			continue
+		case strings.Contains(command, "POD"):
+			command = strings.ReplaceAll(command, "POD", c.leads())
+		}
+		fmt.Fprintln(&script, command)
+	}
+	c.shell("the sentences of docs/"+page, fit(script.String(), etcd, wrapper, sidecar))
+}
+
+// leads returns the wrapper's pod that leads.
+func (c *cluster) leads() (pod string) {
+	c.t.Helper()
+	c.until(time.Minute, func() error {
+		out, err := c.try("exec", "deployment/wrapper", "-c", "job", "--",
+			"/opt/leasehold/leasehold", "status", "--json")
+		if err != nil {
+			return err
+		}
+		var status struct{ Leader struct{ Identity string } }
+		if err := json.Unmarshal([]byte(out), &status); err != nil {
+			return err
+		}
+		if pod = status.Leader.Identity; pod == "" {
+			return fmt.Errorf("nobody leads: %s", out)
+		}
+		return nil
+	})
+	return pod
+}
+
+// shell runs a script of bash as if it had been typed in the tree.
+func (c *cluster) shell(name, script string) {
+	c.t.Helper()
 	// The image has been made, and the copy of the tree has no Makefile.
 	prelude := fmt.Sprintf(`set -euo pipefail
 make() {
@@ -551,7 +636,7 @@ helm() {
 	cmd := exec.CommandContext(ctx, "bash", "-c", prelude+script)
 	cmd.Env, cmd.Dir = append(os.Environ(), "KUBECONFIG="+c.config), filepath.Dir(c.tree)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		c.t.Errorf("docs/%s: %v\n%s", name, err, out)
+		c.t.Errorf("%s: %v\n%s", name, err, out)
 	}
 }
 
@@ -598,15 +683,19 @@ func pageScript(page, etcd, wrapper, sidecar string) (string, error) {
 	for _, match := range block.FindAllSubmatch(text, -1) {
 		script.Write(match[1])
 	}
-	fit := map[string]string{"etcd": etcd, "wrapper": wrapper, "sidecar": sidecar}
-	text = []byte(script.String())
+	return fit(script.String(), etcd, wrapper, sidecar), nil
+}
+
+// fit puts these folders of k8s/ in the place of etcd, wrapper and sidecar.
+func fit(script, etcd, wrapper, sidecar string) string {
+	folders := map[string]string{"etcd": etcd, "wrapper": wrapper, "sidecar": sidecar}
 	if sidecar != "sidecar" { // the form of a release
-		text = bytes.ReplaceAll(text, []byte("form=sidecar"), []byte("form=plain-sidecar"))
+		script = strings.ReplaceAll(script, "form=sidecar", "form=plain-sidecar")
 	}
-	return folder.ReplaceAllStringFunc(string(text), func(found string) string {
+	return folder.ReplaceAllStringFunc(script, func(found string) string {
 		m := folder.FindStringSubmatch(found)
-		return m[1] + fit[m[2]] + m[3]
-	}), nil
+		return m[1] + folders[m[2]] + m[3]
+	})
 }
 
 // routeToLeader shows that a rolling update goes through, because standbys are ready, and that the
@@ -657,6 +746,33 @@ func (c *cluster) badSettings(job, wrapper string) {
 	})
 	if err != nil {
 		t.Errorf("the pod does not say what is wrong: %v", err)
+	}
+	c.kubectl("delete", "deployment", "wrapper")
+}
+
+// failures is what the page has for a job that fails again and again.
+const failures = "kubectl logs -l app.kubernetes.io/name=wrapper -c job --prefix --tail=-1" +
+	" | grep 'job exited'"
+
+// failingJob shows where to look for a job that fails: not at the pods, which are ready and were
+// never restarted.
+func (c *cluster) failingJob(job, wrapper string) {
+	c.t.Helper()
+	c.overlay("mine", wrapper, job, strings.Replace(jobPatch(""), "run, ", "fail, ", 1))
+	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+	c.until(time.Minute, func() error {
+		cmd := exec.CommandContext(c.t.Context(), "bash", "-c", failures)
+		cmd.Env = append(os.Environ(), "KUBECONFIG="+c.config)
+		out, err := cmd.CombinedOutput()
+		if n := strings.Count(string(out), "exit_code=1"); n < 3 {
+			err = fmt.Errorf("%d failures of the job (%w):\n%s", n, err, out)
+		}
+		return err
+	})
+	got := c.kubectl("get", "pods", "-l", "app.kubernetes.io/name=wrapper", "-o",
+		"jsonpath={range .items[*].status.containerStatuses[*]}{.ready} {.restartCount},{end}")
+	if want := strings.Repeat("true 0,", 3); got != want {
+		c.t.Errorf("the job fails; the pods are ready and RESTARTS is %q, want %q", got, want)
 	}
 	c.kubectl("delete", "deployment", "wrapper")
 }

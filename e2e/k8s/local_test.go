@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -319,6 +320,53 @@ func TestCluster_PagesFitTheCluster(t *testing.T) {
 		}
 		if out, err := exec.Command("bash", "-n", "-c", script).CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s", page, err, out)
+		}
+	}
+}
+
+// Each command of the pages is typed in the cluster, or it is known where else, or why not.
+func TestCluster_TypesEveryCommand(t *testing.T) {
+	root, err := harness.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, err := filepath.Glob(filepath.Join(root, "docs", "kubernetes-*.md"))
+	if err != nil || len(pages) < 4 {
+		t.Fatalf("the pages are %v (%v)", pages, err)
+	}
+	var blocks, sentences strings.Builder
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		script, err := pageScript(page, "etcd", "wrapper", "sidecar")
+		if err != nil {
+			t.Fatal(err)
+		}
+		blocks.WriteString(script)
+		sentences.Write(block.ReplaceAll(text, nil))
+	}
+	var typed []string
+	for page, lines := range inSentences {
+		typed = append(typed, lines...)
+		if !slices.Contains(pages, filepath.Join(root, "docs", page)) {
+			t.Errorf("there is no docs/%s", page)
+		}
+	}
+	found := map[string]bool{}
+	command := regexp.MustCompile("`((?:kubectl|helm|make|kind|minikube) [^`]+)`")
+	for _, match := range command.FindAllStringSubmatch(sentences.String(), -1) {
+		line := strings.Join(strings.Fields(match[1]), " ")
+		found[line] = true
+		if !slices.Contains(typed, line) && elsewhere[line] == "" &&
+			!strings.Contains(blocks.String(), line) {
+			t.Errorf("no test types what the pages have: %s", line)
+		}
+	}
+	for line := range elsewhere {
+		if !found[line] {
+			t.Errorf("no page has: %s", line)
 		}
 	}
 }
