@@ -96,7 +96,8 @@ func (s *session) planSwitchover(ctx context.Context, asked request) (p plan) {
 }
 
 // whySilent returns why nobody should be stopped for this candidate: it has not renewed its lease
-// for half a TTL. Its daemon may have been killed. (etcd rounds to seconds.)
+// for half a TTL. Its daemon may have been killed. (etcd rounds what is left down to seconds. So
+// this takes up to half a second more, and always more than half a TTL.)
 func (s *session) whySilent(ctx context.Context, target queueEntry) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.requestTimeout())
 	defer cancel()
@@ -115,7 +116,7 @@ func (s *session) whySilent(ctx context.Context, target queueEntry) (string, err
 		return "", nil
 	case err != nil:
 		return "", err
-	case left.TTL < left.GrantedTTL/2-1:
+	case 2*(left.TTL+1) <= left.GrantedTTL:
 		return quote.Value(target.identity) + " has not renewed its lease for a while", nil
 	}
 	return "", nil

@@ -345,7 +345,7 @@ func TestSwitchover_ToOneThatWasKilled(t *testing.T) {
 		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
 	) {
 		r.kill(c["b"])
-		time.Sleep(testTTL * 4 / 5)
+		time.Sleep(testTTL/2 + time.Second/2)
 		got := r.ask(operator, control.Switchover{ID: "1", To: "b"})
 		if got.Answer != control.Refused || len(c["a"].ended) > 0 {
 			t.Errorf("answer %+v", got)
