@@ -19,7 +19,9 @@ var (
 	timerLatency = regexp.MustCompile(`time=(\S+) .*timer_latency=(\S+)`)
 	termTaken    = regexp.MustCompile(`time=(\S+) .*(the lease|the leader's key) is gone from etcd`)
 	handover     = regexp.MustCompile(`time=(\S+) .*msg="handing over" .*\btarget=(\S+) by=\S+@`)
-	replacement  = regexp.MustCompile(
+	failback     = regexp.MustCompile(
+		`time=(\S+) .*msg="handing over" .*\btarget=(\S+) by=failback\b`)
+	replacement = regexp.MustCompile(
 		`time=(\S+) .*msg="elector .*(exited|killing)\b.* starting another`)
 	crashed  = regexp.MustCompile(`msg="elector exited: [^"]*" .*\bexit_code=2\b`)
 	jobState = regexp.MustCompile(`time=(\S+) .*msg="job (started|exited|killed)`)
@@ -34,6 +36,10 @@ func TermTaken(log string) []Entry { return entries(log, termTaken) }
 // Handovers lists when a leader wrote that it hands over because somebody (user@host) has asked for
 // it, and to whom.
 func Handovers(log string) []Entry { return entries(log, handover) }
+
+// Failbacks lists when a leader wrote that it hands over by itself to a candidate with a higher
+// priority, and to whom.
+func Failbacks(log string) []Entry { return entries(log, failback) }
 
 // Replacements lists when a guard wrote that it replaces an elector that "exited" by itself, or one
 // that hangs and that it was "killing".

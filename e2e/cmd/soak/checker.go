@@ -62,7 +62,12 @@ type checker struct {
 	kept     []*kept
 	held     []*held
 	unserved time.Duration // when a switchover was last not served in time
-	frozen   []*frozenJob
+	said     []claimed
+	chosen   []choice
+	shown    shown
+	// failbacks are when there were any.
+	failbacks []time.Duration
+	frozen    []*frozenJob
 }
 
 // counts are of checks and of what was seen.
@@ -106,6 +111,7 @@ func newChecker(set settings) *checker {
 			late:     map[string][]float64{}, excused: map[class][]float64{},
 		},
 		leases: leases{looked: now, claims: map[string]claim{}},
+		shown:  newShown(),
 		counts: counts{Transitions: check.Counts{}},
 	}
 }
@@ -237,6 +243,9 @@ func (k *checker) judge(now time.Duration, last bool) {
 		k.judgeOverlap(both, now, last)
 	}
 	k.judgeHeld(now)
+	k.judgeShown(now)
+	k.judgeSaid(now)
+	k.judgeChosen(now, last)
 	k.judgeKept(now, last)
 	k.judgeFrozen(now, last)
 	k.explain(now, last)

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,25 +29,27 @@ type injection struct {
 	led       bool              // the member leads etcd
 	victims   []any             // whom it keeps from hearing of things at once
 	idle      bool              // it came to nothing
+	calm      bool              // nothing else is wrong
 }
 
 // ends is when a fault that lasts is to end.
 func (i *injection) ends() time.Duration { return i.From + i.lasts }
 
-// execute carries the schedule out and returns when the last fault is over. It takes one step at a
-// time, so that faults that last overlap and steps do not.
-func (r *run) execute(ctx context.Context) error {
+// execute carries a part of the schedule out and returns when the last fault is over. It takes one
+// step at a time, so that faults that last overlap and steps do not.
+func (r *run) execute(ctx context.Context, todo []drawn) error {
 	defer r.busy.Wait()
 	defer func() {
 		for i := r.firstToEnd(); i != nil; i = r.firstToEnd() { // only after an error there are any
 			_ = r.recover(ctx, i) // there is an error already
 		}
 	}()
-	r.faulted.From = harness.Now()
-	for todo := r.schedule; len(todo) > 0 || r.firstToEnd() != nil; {
+	began := harness.Now() - todo[0].at
+	r.faulted.From = cmp.Or(r.faulted.From, began+todo[0].at)
+	for len(todo) > 0 || r.firstToEnd() != nil {
 		begins, ends, first := check.Forever, check.Forever, r.firstToEnd()
 		if len(todo) > 0 {
-			begins = r.faulted.From + todo[0].at
+			begins = began + todo[0].at
 		}
 		if first != nil {
 			ends = first.ends()

@@ -57,18 +57,37 @@ type leases struct {
 	looked time.Duration
 	silent check.Intervals          // when no member of etcd answered a read
 	reset  time.Duration            // when etcd last gave all leases a new life
+	resets []time.Duration          // when it did so
 	term   uint64                   // of etcd
 	seen   map[string]time.Duration // since when a lease is listed
 	claims map[string]claim
 	most   int
 }
 
-// claim is what /status last said of a lease.
-type claim struct{ at, until time.Duration }
+// claim is what /status last said of a lease, and each end of it that it has said.
+type claim struct {
+	at, until time.Duration
+	ends      []time.Duration
+}
 
 // claim is told that /status named a lease as valid until a moment.
 func (s *leases) claim(id string, until time.Duration) {
-	s.claims[id] = claim{harness.Now(), max(s.claims[id].until, until)}
+	c := s.claims[id]
+	if c.at = harness.Now(); until > c.until+around {
+		c.ends = append(c.ends, until)
+	}
+	c.until = max(c.until, until)
+	s.claims[id] = c
+}
+
+// renewedBefore is when a lease was last renewed before a moment, as far as /status told.
+func (s *leases) renewedBefore(id string, at, ttl time.Duration) (last time.Duration, known bool) {
+	for _, end := range s.claims[id].ends {
+		if end-ttl <= at {
+			last, known = end-ttl, true
+		}
+	}
+	return last, known
 }
 
 // deadlineOf is until when the lease of a term was valid by its candidate's own account, as far as
@@ -100,6 +119,7 @@ func (k *checker) sawLeases(got *clientv3.LeaseLeasesResponse, err error) {
 	// A new leader of etcd gives each lease its whole TTL again.
 	if got.RaftTerm != s.term {
 		s.reset, s.term = now, got.RaftTerm
+		s.resets = append(s.resets, now)
 	}
 	k.counts.Leases++
 	s.most = max(s.most, len(got.Leases))

@@ -49,12 +49,21 @@ type results struct {
 	Late   map[string]distribution `json:"leader_yes_after_end"`
 	Stale  map[class]distribution  `json:"status_leading_after_deed"`
 
-	JobShare float64    `json:"job_share"` // of the time, with a living job
-	Downtime []downtime `json:"longest_without_job"`
-	Recovery ms         `json:"recovery_ms"`
-	Bound    ms         `json:"recovery_bound_ms"`
-	Stopped  ms         `json:"all_stopped_ms"`
-	Cleared  ms         `json:"etcd_empty_ms"`
+	// Of what an operator did. Apart is the shortest time from a failback to the next one; 0: there
+	// were not two.
+	Commands []commandCount `json:"commands"`
+	Switched distribution   `json:"switchovers"`
+	Silent   distribution   `json:"target_not_renewed_for"`
+	ByHold   distribution   `json:"stopped_by_hold"`
+	Released distribution   `json:"job_after_release"`
+	Apart    ms             `json:"failbacks_apart_ms"`
+
+	JobShare float64      `json:"job_share"` // of the time, with a living job
+	Downtime []downtime   `json:"longest_without_job"`
+	Recovery distribution `json:"recovery"`
+	Bound    ms           `json:"recovery_bound_ms"`
+	Stopped  ms           `json:"all_stopped_ms"`
+	Cleared  ms           `json:"etcd_empty_ms"`
 }
 
 type kindCount struct {
@@ -63,6 +72,23 @@ type kindCount struct {
 	Idle  int    `json:"idle"` // hit nothing
 	For   ms     `json:"for_ms"`
 }
+
+// lasted is how long those were in all, or "".
+func (k kindCount) lasted() string {
+	if k.For == 0 {
+		return ""
+	}
+	return k.For.String()
+}
+
+// commandCount is what an operator's commands of a kind came to.
+type commandCount struct {
+	kindCount
+	outcomes
+}
+
+// nothing is how many were not carried out: etcd did not answer, or there was no daemon to reload.
+func (c commandCount) nothing() int { return c.Count - c.Done - c.Refused - c.Unserved }
 
 type overlapCount struct {
 	Class class `json:"class"`
@@ -77,12 +103,20 @@ type distribution struct {
 	Max ms  `json:"max_ms"`
 }
 
+func distributionOf(times []float64) distribution {
+	if len(times) == 0 {
+		return distribution{}
+	}
+	return distribution{
+		len(times), ms(harness.Percentile(times, 50)), ms(harness.Percentile(times, 99)),
+		ms(slices.Max(times)),
+	}
+}
+
 func distributions[K comparable](times map[K][]float64) map[K]distribution {
 	all := map[K]distribution{}
 	for k, t := range times {
-		all[k] = distribution{
-			len(t), ms(harness.Percentile(t, 50)), ms(harness.Percentile(t, 99)), ms(slices.Max(t)),
-		}
+		all[k] = distributionOf(t)
 	}
 	return all
 }
@@ -160,7 +194,7 @@ func (r *run) results() *results {
 	if r.faulted.To == 0 {
 		r.faulted.To = harness.Now()
 	}
-	actions := k.afterActions()
+	actions, did := k.afterActions(), &k.counts.Steered
 	res := &results{
 		About: r.about, Seed: r.seed, Faults: r.faults, TTL: milliseconds(r.ttl),
 		Implementation: r.name,
@@ -169,7 +203,10 @@ func (r *run) results() *results {
 		Exits: map[string]int{}, Late: distributions(k.health.late),
 		Stale:   distributions(k.health.excused),
 		Actions: actions[afterAction], Starved: actions[starved], Unreached: actions[unreached],
-		Recovery: milliseconds(r.recovered), Bound: milliseconds(r.recoveryBound()),
+		Switched: distributionOf(did.switched), Silent: distributionOf(did.silent),
+		ByHold: distributionOf(did.stopped), Released: distributionOf(did.released),
+		Apart:    milliseconds(k.failbacksApart()),
+		Recovery: distributionOf(r.recovered), Bound: milliseconds(r.recoveryBound()),
 		Stopped: milliseconds(r.stopped), Cleared: milliseconds(r.cleared),
 	}
 	for _, c := range r.candidates {
@@ -178,24 +215,12 @@ func (r *run) results() *results {
 			res.Exits[fmt.Sprint(code)] += n
 		}
 	}
-	var all []*kind
-	for _, some := range [][]kind{kinds, commands} {
-		for n := range some {
-			all = append(all, &some[n])
-		}
+	for n := range kinds {
+		res.Kinds = append(res.Kinds, r.count(&kinds[n]))
 	}
-	for _, k := range all {
-		count := kindCount{Name: k.name}
-		for _, i := range r.injected {
-			if i.kind == k {
-				count.Count++
-				count.For += milliseconds(i.Length())
-				if i.idle {
-					count.Idle++
-				}
-			}
-		}
-		res.Kinds = append(res.Kinds, count)
+	for n := range commands {
+		c := commandCount{r.count(&commands[n]), *did.of(commands[n].name)}
+		res.Commands = append(res.Commands, c)
 	}
 	overlaps := map[class][]float64{}
 	for _, o := range k.overlaps {
@@ -208,6 +233,32 @@ func (r *run) results() *results {
 	res.Thawed = distributions(overlaps)[afterThaw]
 	res.addDowntime(r)
 	return res
+}
+
+// count counts what was injected of a kind.
+func (r *run) count(k *kind) kindCount {
+	count := kindCount{Name: k.name}
+	for _, i := range r.injected {
+		if i.kind == k {
+			count.Count++
+			count.For += milliseconds(i.Length())
+			if i.idle {
+				count.Idle++
+			}
+		}
+	}
+	return count
+}
+
+// failbacksApart is the shortest time from a failback to the next one; 0: there were not two.
+func (k *checker) failbacksApart() (least time.Duration) {
+	all := slices.Sorted(slices.Values(k.failbacks))
+	for i := 1; i < len(all); i++ {
+		if apart := all[i] - all[i-1]; least == 0 || apart < least {
+			least = apart
+		}
+	}
+	return least
 }
 
 // addDowntime adds the longest times without a job, and which faults there were.
@@ -297,15 +348,33 @@ func (r *results) lines() (lines []line) {
 		c.Kept, c.KeptStarved)
 	add("jobs frozen on loss of contact", "%d, %d of them killed frozen, %d killed unseen; none "+
 		"ran meanwhile", c.Frozen, c.KilledFrozen, c.UnknownFrozen)
-	add("an operator's commands", "%d holds, in spite of which nobody started; %d switchovers; %d "+
-		"refused, which ended no term; %d not served in time; %d changes of a priority; %d "+
-		"failbacks", c.Steered.Holds, c.Steered.Switched, c.Steered.Refused, c.Steered.Unserved,
-		c.Steered.Priorities, c.Steered.Failbacks)
+	did := c.Steered
+	add("the election was held", "for %v in all; nobody started whom the hold does not name, and "+
+		"no hold ended before its release or its time", ms(did.HeldFor))
+	add("… from a hold with --stop until no job ran", "%v", r.ByHold)
+	add("… from a release until a job ran, nothing else wrong", "%v", r.Released)
+	add("switchovers that happened", "%v", r.Switched)
+	add("… that a leader accepted", "%d; all these terms ended", did.Accepted)
+	add("… that were refused, or not served in time", "%d, which ended no term; %d",
+		r.outcomes().Refused, r.outcomes().Unserved)
+	add("failbacks", "%d, all to a higher priority; at least %v apart", did.Failbacks, r.Apart)
+	add("since the last renewal of whom a leader chose", "%v", r.Silent)
+	add("changes in etcd that were compacted unseen", "%d times", did.Missed)
 	add("transitions checked against the model", "%v", c.Transitions)
-	add("a job after the last fault", "%v (bound: %v; a leader's wait to start a crashed job "+
-		"again apart)", r.Recovery, r.Bound)
+	add("a job after the last fault of each hundred", "%v (bound: %v; a leader's wait to start "+
+		"a crashed job again apart)", r.Recovery, r.Bound)
 	add("all stopped, nothing left", "in %v; etcd empty in %v", r.Stopped, r.Cleared)
 	return lines
+}
+
+// outcomes are those of all commands.
+func (r *results) outcomes() (all outcomes) {
+	for _, c := range r.Commands {
+		all.Done += c.Done
+		all.Refused += c.Refused
+		all.Unserved += c.Unserved
+	}
+	return all
 }
 
 func (r *results) overlaps(of class) string {
@@ -341,6 +410,12 @@ func (r *results) report() string {
 	for _, k := range r.Kinds {
 		fmt.Fprintf(&text, "  %-24s %4d   %20d   %v\n", k.Name, k.Count, k.Idle, k.For)
 	}
+	text.WriteString("\n  command                 times   done   refused   not served   " +
+		"nothing   for\n")
+	for _, c := range r.Commands {
+		fmt.Fprintf(&text, "  %-24s %4d %6d %9d %12d %9d   %v\n",
+			c.Name, c.Count, c.Done, c.Refused, c.Unserved, c.nothing(), c.For)
+	}
 	if r.Violation != "" {
 		fmt.Fprintf(&text, "\n  VIOLATION: %s\n", r.Violation)
 	}
@@ -356,10 +431,13 @@ func (r *results) summary() string {
 		`%d candidates in one election, two of them an ordinary user's without a cgroup, and two
 that freeze a job that has lost contact; %d members of etcd; each on a network node of its own.
 Faults come one after another and overlapping; jobs ignore SIGTERM, daemonize, are fork bombs,
-crash. An operator holds the election and asks for switchovers meanwhile. Checked all the time:
-lives of jobs, that a frozen one does not run, that none starts in spite of a hold, fencing tokens,
-/status, /leader, leases, processes and cgroups; the first promise broken would have ended the
-run. How soon a job comes back is checked after the last fault, and only shown before. %s.
+crash. Meanwhile an operator holds the election, asks for switchovers, and changes priorities.
+Checked all the time: lives of jobs, that a frozen one does not run, fencing tokens, /status,
+/leader, leases, processes and cgroups; that nobody starts or runs in spite of a hold, that a hold
+stays until its release, that a switchover happens, is refused or is withdrawn in time, that it and
+a failback go to a candidate that renews its lease, and a failback to one with a higher priority.
+The first promise broken would have ended the run. After each hundred faults all of them end. Then
+it is checked how soon a job comes back, also from a hold; before, that is only shown. %s.
 
 `, candidateCount, memberCount, r.where())
 	if r.Violation != "" {
@@ -373,11 +451,14 @@ run. How soon a job comes back is checked after the last fault, and only shown b
 	text.WriteString("\n")
 	harness.TableHead(&text, "fault", "times", "of which hit nothing", "for")
 	for _, k := range r.Kinds {
-		lasted := ""
-		if k.For > 0 {
-			lasted = k.For.String()
-		}
-		harness.TableRow(&text, k.Name, fmt.Sprint(k.Count), fmt.Sprint(k.Idle), lasted)
+		harness.TableRow(&text, k.Name, fmt.Sprint(k.Count), fmt.Sprint(k.Idle), k.lasted())
+	}
+	text.WriteString("\n")
+	harness.TableHead(&text, "command", "times", "done", "refused", "not served in time",
+		"came to nothing", "for")
+	for _, c := range r.Commands {
+		harness.TableRow(&text, c.Name, fmt.Sprint(c.Count), fmt.Sprint(c.Done),
+			fmt.Sprint(c.Refused), fmt.Sprint(c.Unserved), fmt.Sprint(c.nothing()), c.lasted())
 	}
 	return text.String()
 }

@@ -40,13 +40,14 @@ type run struct {
 	store      *store.Log // what the clients of the storage do
 	storeLog   string     // its path
 
-	injected  []*injection   // by execute's goroutine alone
-	busy      sync.WaitGroup // with what an operator does
-	steering  sync.Mutex     // held while a command is carried out
-	faulted   check.Interval // from the first fault to the end of the last
-	recovered time.Duration  // from then until a job ran
-	stopped   time.Duration  // from the stop of all until they had ended
-	cleared   time.Duration  // and until etcd was empty
+	injected   []*injection   // by execute's goroutine alone
+	busy       sync.WaitGroup // with what an operator does
+	supervised sync.WaitGroup // the supervisors of all candidates
+	steering   sync.Mutex     // held while a command is carried out
+	faulted    check.Interval // from the first fault to the end of the last
+	recovered  []float64      // ms from the last fault of each part until a job ran
+	stopped    time.Duration  // from the stop of all until they had ended
+	cleared    time.Duration  // and until etcd was empty
 }
 
 // candidate is one of the election, on a machine of its own with a supervisor.
@@ -258,6 +259,7 @@ func (c *candidate) supervise(ctx context.Context) error {
 		c.exits[code]++
 		c.mu.Unlock()
 		c.run.check.note("the daemon of %s has ended with code %d", c.name, code)
+		c.run.check.failedBack(c.name, c.failback, d.Log())
 		_ = harness.Wait(ctx, pause) // after the end of ctx nothing starts
 	}
 }
@@ -305,6 +307,7 @@ func (r *run) soak(ctx context.Context) error {
 			running.Go(func() { r.check.ask(watching, c.name, c.machine.Node.Addr+":4040") })
 		}
 		running.Go(func() { r.watchLeases(watching) })
+		running.Go(func() { r.followElection(watching) })
 		for _, c := range r.candidates[:freezeCount] {
 			running.Go(func() { c.watchFrozen(watching) })
 		}
@@ -317,7 +320,7 @@ func (r *run) soak(ctx context.Context) error {
 	supervising, stopSupervising := context.WithCancel(ctx)
 	defer stopSupervising()
 	for _, c := range r.candidates {
-		running.Go(func() { cancelOn(c.supervise(supervising), cancel) })
+		r.supervised.Go(func() { cancelOn(c.supervise(supervising), cancel) })
 	}
 	defer func() {
 		stopSupervising()
@@ -325,17 +328,34 @@ func (r *run) soak(ctx context.Context) error {
 			c.started() // and no more is
 		}
 		_ = r.cgroup.Kill() // it is there
+		r.supervised.Wait()
 	}()
 
-	if _, err := r.jobWithin(ctx, r.check.began, harness.WaitTimeout); err != nil {
+	if _, err := r.jobWithin(ctx, r.check.began, harness.WaitTimeout, "the start"); err != nil {
 		return err
 	}
-	err := r.execute(ctx)
-	if err != nil || !r.implementation.Ours() {
-		return err
+	all := parts(r.schedule)
+	for n, part := range all {
+		if err := r.execute(ctx, part); err != nil {
+			return err
+		}
+		if !r.implementation.Ours() {
+			continue
+		}
+		took, err := r.jobWithin(ctx, r.faulted.To, r.recoveryBound(), "the last fault")
+		r.recovered = append(r.recovered, harness.Milliseconds(took))
+		if err == nil {
+			err = r.drill(ctx)
+		}
+		if err != nil {
+			return err
+		}
+		if n%3 == 0 && len(all) > 1 { // it takes two or three TTLs
+			r.drillFailback(ctx)
+		}
 	}
-	if r.recovered, err = r.jobWithin(ctx, r.faulted.To, r.recoveryBound()); err != nil {
-		return err
+	if !r.implementation.Ours() {
+		return nil
 	}
 	stopSupervising()
 	return r.finish(ctx)
@@ -351,11 +371,13 @@ func cancelOn(err error, cancel context.CancelCauseFunc) {
 func (s settings) recoveryBound() time.Duration { return s.ttl + 6*time.Second + stopGrace }
 
 // jobWithin waits for a living job, and returns how long after a moment it came: see jobAfter.
-func (r *run) jobWithin(ctx context.Context, from, bound time.Duration) (time.Duration, error) {
+func (r *run) jobWithin(
+	ctx context.Context, from, bound time.Duration, what string,
+) (time.Duration, error) {
 	for {
 		took, found := r.check.jobAfter(from)
 		if took > bound {
-			r.check.violate(nil, "no job runs %v after the end of the last fault", bound)
+			r.check.violate(nil, "no job runs %v after %s", bound, what)
 		} else if found {
 			return took, nil
 		}
@@ -414,6 +436,7 @@ func (r *run) finish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	r.supervised.Wait()
 	r.traceAll()
 	// What a crash has left in etcd expires; that of a clean end is gone.
 	err = r.WaitEmpty(ctx)

@@ -96,6 +96,20 @@ func draw(set settings) []drawn {
 	return drawCommands(set, schedule)
 }
 
+// partOf is after how many faults all of them end, and it is checked how soon a job comes back.
+const partOf = 100
+
+// parts cuts a schedule.
+func parts(schedule []drawn) (all [][]drawn) {
+	from := 0
+	for n, f := range schedule {
+		if f.target != anElectionsFuture && f.number%partOf == 1 && f.number > 1 {
+			all, from = append(all, schedule[from:n]), n
+		}
+	}
+	return append(all, schedule[from:])
+}
+
 // entry is a line of the schedule.
 func (f drawn) entry() string { return fmt.Sprintf("%4d %9.3fs  %v", f.number, f.at.Seconds(), f) }
 

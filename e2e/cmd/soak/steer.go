@@ -22,10 +22,8 @@ import (
 	"leasehold/e2e/harness"
 )
 
-// Beside the faults an operator steers the election, with one command after the other. While it is
-// held, nobody starts whom the hold does not name. A switchover that is refused ends no term. (That
-// one which is served makes no two jobs shows as after every other fault. So it does after a change
-// of priorities, and after the failback that may follow.)
+// Beside the faults an operator steers the election, with one command after the other. steered.go
+// judges what becomes of that.
 
 const (
 	holdLasts     = 2 * time.Second // of hold --for
@@ -41,7 +39,7 @@ const (
 // commands are what the operator does. How long it lasts is from a hold to its release.
 var commands = []kind{
 	{3, "hold", anElectionsFuture, 0.3, 1.5, nil, ""},
-	{2, "hold-stop", anElectionsFuture, 0.3, 1.5, nil, ""},
+	{2, "hold-stop", anElectionsFuture, 0.5, 2.2, nil, ""},
 	{2, "hold-for", anElectionsFuture, 0.9, 1.5, nil, ""},
 	{4, "switchover", anElectionsFuture, 0, 0, nil, ""},
 	{4, "switchover-to", anElectionsFuture, 0, 0, nil, " CANDIDATE"},
@@ -71,28 +69,23 @@ func drawCommands(set settings, schedule []drawn) []drawn {
 			at:    max(free, schedule[n].at+time.Duration(rng.IntN(1000))*time.Millisecond),
 			index: rng.IntN(candidateCount), priority: priorities[rng.IntN(len(priorities))],
 		}
-		free = c.at + c.lasts + switchTimeout + time.Second
+		if free = c.at + c.lasts + 2*time.Second; c.isSwitchover() {
+			free += switchTimeout
+		}
 		schedule = append(schedule, c)
 	}
 	slices.SortStableFunc(schedule, func(a, b drawn) int { return int(a.at - b.at) })
 	return schedule
 }
 
-// held is a hold, from when it was there until its release was asked for.
-type held struct {
-	token    int64 // of the leader that goes on
-	from, to time.Duration
-}
+func (f drawn) isSwitchover() bool { return strings.HasPrefix(f.name, "switchover") }
 
-// steered is what has come of the operator's commands.
-type steered struct {
-	Holds    int `json:"holds"`
-	Switched int `json:"switchovers"`
-	Refused  int `json:"switchovers_refused"`
-	Unserved int `json:"switchovers_not_served"`
-	// Priorities are changes of them.
-	Priorities int `json:"priorities"`
-	Failbacks  int `json:"failbacks"`
+// switchesTo is whom a command asks to lead; "": anybody.
+func (f drawn) switchesTo() string {
+	if f.name == "switchover-to" {
+		return candidateName(f.index)
+	}
+	return ""
 }
 
 // steer carries out a command, while other faults begin.
@@ -149,9 +142,12 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 		name += "-other"
 	}
 	h, ends := &held{to: check.Forever}, check.Forever
+	if i.calm {
+		h.stopsIn = stopGrace + recovers
+	}
 	switch i.name {
 	case "hold-stop":
-		args = append(args, "--stop")
+		args, h.stop = append(args, "--stop"), true
 	case "hold-for":
 		args = append(args, "--for", holdLasts.String())
 	}
@@ -173,8 +169,9 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 	failed = errors.Join(failed, err)
 	if err == nil {
 		h.from, h.to = harness.Now(), ends
-		if h.token, err = r.heldToken(ctx, name); err == nil {
+		if err = r.readHold(ctx, name, h); err == nil {
 			r.check.holds(h)
+			r.check.does(i.name)
 		}
 	}
 	if r.misheld { // somebody is to start
@@ -201,39 +198,90 @@ func (r *run) release(ctx context.Context, name string) error {
 	}
 }
 
-// heldToken reads whom the hold names.
-func (r *run) heldToken(ctx context.Context, name string) (int64, error) {
+// readHold reads whom the hold names, and at what revision it was made.
+func (r *run) readHold(ctx context.Context, name string, h *held) error {
 	ctx, cancel := context.WithTimeout(ctx, operatorWaits)
 	defer cancel()
-	var h control.Hold
+	var there control.Hold
 	got, err := clientv3.NewKV(r.Client).Get(ctx, control.HoldOf(name))
 	if err == nil && len(got.Kvs) == 0 {
 		err = errors.New("the hold is over")
 	}
 	if err == nil {
-		err = control.Decode(got.Kvs[0].Value, &h)
+		err = control.Decode(got.Kvs[0].Value, &there)
 	}
-	return h.Token, err
+	if err == nil {
+		h.token, h.made = there.Token, got.Kvs[0].ModRevision
+	}
+	return err
 }
 
-// switchOver asks for a switchover.
+// switchOver asks for a switchover. It is served, refused or withdrawn within its time.
 func (r *run) switchOver(ctx context.Context, i *injection) error {
 	args := []string{"switchover", "--timeout", switchTimeout.String()}
-	if i.name == "switchover-to" {
-		args = append(args, "--to", candidateName(i.index))
+	if to := i.switchesTo(); to != "" {
+		args = append(args, "--to", to)
 	}
 	began := time.Now()
 	code, said, err := r.leasehold(ctx, election, args...)
 	if err != nil {
+		r.check.violate(nil, "leasehold %q has not ended within %v: %v", args, commandTakes, err)
 		return err
 	}
 	r.check.note("  #%d has ended with %d: %s", i.number, code, said)
-	return r.check.answered(code, said, began, func() (handovers []check.Entry) {
+	if i.calm && code == 75 && r.check.etcdAnswered(i.From) {
+		r.check.violate(nil, "nothing else was wrong, and a switchover was neither served nor "+
+			"refused: %s", said)
+	}
+	return r.check.answered(i, code, said, began, func() (handovers []check.Entry) {
 		for _, c := range r.candidates {
 			handovers = append(handovers, check.Handovers(c.log())...)
 		}
 		return handovers
 	})
+}
+
+// command carries out a command while nothing else is wrong.
+func (r *run) command(
+	ctx context.Context, do func(context.Context, *injection) error, name string, d drawn,
+) {
+	n := slices.IndexFunc(commands, func(k kind) bool { return k.name == name })
+	d.kind, d.number = &commands[n], len(r.schedule)+1
+	now := harness.Now()
+	i := &injection{drawn: d, Interval: check.Interval{From: now, To: now + d.lasts}, calm: true}
+	r.injected = append(r.injected, i)
+	r.check.begins(i)
+	if err := do(ctx, i); err != nil {
+		r.idle(i, err)
+	}
+}
+
+// drillFailback has a leader that makes failbacks get a lower priority than another candidate, and
+// waits until that leads. It may not if a job ends just then.
+func (r *run) drillFailback(ctx context.Context) {
+	if r.misheld {
+		return
+	}
+	r.command(ctx, r.switchOver, "switchover-to", drawn{index: 0})
+	r.command(ctx, r.prioritize, "priority-reload", drawn{index: 0, priority: 10})
+	r.command(ctx, r.prioritize, "priority-reload", drawn{index: 1, priority: 90})
+	until := harness.Now() + 4*r.ttl
+	for r.check.leading() != candidateName(1) && harness.Now() < until && ctx.Err() == nil {
+		_ = harness.Wait(ctx, sampleEvery)
+	}
+}
+
+// drill has the operator ask for a switchover, stop the job with a hold, and release it, while
+// nothing else is wrong. Then each must be done soon.
+func (r *run) drill(ctx context.Context) error {
+	if r.misheld {
+		return nil
+	}
+	r.command(ctx, r.switchOver, "switchover", drawn{})
+	r.command(ctx, r.hold, "hold-stop", drawn{lasts: stopGrace + recovers + 200*time.Millisecond})
+	took, err := r.jobWithin(ctx, harness.Now(), r.recoveryBound(), "the release of a hold")
+	r.check.returned(took)
+	return err
 }
 
 // prioritize gives a candidate another priority, by a reload or by a restart.
@@ -245,7 +293,7 @@ func (r *run) prioritize(ctx context.Context, i *injection) error {
 		return errors.New("its next daemon has the priority")
 	}
 	if i.name == "priority-restart" {
-		r.check.prioritized()
+		r.check.does(i.name)
 		return d.Signal(syscall.SIGTERM)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTakes)
@@ -262,7 +310,7 @@ func (r *run) prioritize(ctx context.Context, i *injection) error {
 		err = fmt.Errorf("leasehold reload ended with %d: %s", code, reload.Log())
 	}
 	if err == nil {
-		r.check.prioritized()
+		r.check.does(i.name)
 	}
 	return err
 }
@@ -270,71 +318,4 @@ func (r *run) prioritize(ctx context.Context, i *injection) error {
 // priorityEntry is of a daemon's environment.
 func (c *candidate) priorityEntry() string {
 	return fmt.Sprintf("LEASEHOLD_PRIORITY=%d", c.priority.Load())
-}
-
-// prioritized counts a change of a priority.
-func (k *checker) prioritized() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.counts.Steered.Priorities++
-}
-
-// answered takes what a switchover came to. One that is refused ends no term.
-func (k *checker) answered(
-	code int, said string, began time.Time, handovers func() []check.Entry,
-) error {
-	ended := time.Now()
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	late := k.unserved != 0 && harness.Now()-k.unserved < lateAnswer
-	switch {
-	case code == 0:
-		k.counts.Steered.Switched++
-	case code == 75:
-		k.counts.Steered.Unserved++
-		k.unserved = harness.Now()
-	case code == 1 && strings.Contains(said, "refused: "):
-		k.counts.Steered.Refused++
-		if done := check.Between(handovers(), began, ended); len(done) > 0 && !late {
-			k.violate(nil, "a switchover was refused (%s), and a leader handed over to %s",
-				said, done[0].Match)
-		}
-	case code == 1: // another one leads than was asked for
-		k.counts.Steered.Switched++
-	default:
-		k.unserved = harness.Now()
-		return fmt.Errorf("it ended with %d: %s", code, said)
-	}
-	return nil
-}
-
-// holds is told of a hold that is there.
-func (k *checker) holds(h *held) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.counts.Steered.Holds++
-	k.held = append(k.held, h)
-}
-
-// releases is told that the hold is about to be released.
-func (k *checker) releases(h *held) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	h.to = min(h.to, harness.Now())
-}
-
-// judgeHeld looks for jobs that have started in spite of a hold.
-func (k *checker) judgeHeld(now time.Duration) {
-	for _, h := range k.held {
-		for _, t := range k.since(h.from) {
-			for _, l := range t.Lives {
-				if l.Role == "job" && t.Token != h.token && h.from < l.Forked && l.Started < h.to {
-					k.violateAt(l.Started, []string{t.Candidate}, "the %v, started %v after the "+
-						"election was held, and the hold names the token %d",
-						t, l.Forked-h.from, h.token)
-				}
-			}
-		}
-	}
-	k.held = slices.DeleteFunc(k.held, func(h *held) bool { return h.to < now-remembered })
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"slices"
-	"strings"
 
 	"leasehold/e2e/check"
 )
@@ -26,7 +25,6 @@ func (r *run) trace(d *daemon) {
 	r.check.mu.Lock()
 	defer r.check.mu.Unlock()
 	r.check.counts.Transitions.Add(n)
-	r.check.counts.Steered.Failbacks += strings.Count(d.Log(), " by=failback ")
 }
 
 // traceAll checks the logs that are kept at the end.
