@@ -157,11 +157,28 @@ func switched(t *Trial) error {
 	return nil
 }
 
-// notBeforeRelease: nobody starts while the election is held.
+// notBeforeRelease: nobody starts while the election is held, and the old job has exited.
 func notBeforeRelease(t *Trial) error {
-	if next := t.next(); next != nil && t.lasts {
+	if !t.lasts {
+		return nil
+	}
+	if t.history().Find(t.Job).Alive() {
+		return errors.New("the old job has not exited")
+	}
+	if next := t.next(); next != nil {
 		t.violated("a job of %s started in spite of the hold", next.Candidate)
 	}
+	return nil
+}
+
+// notBeforeHoldOver: nobody starts before the hold's time is over, and somebody does then.
+func notBeforeHoldOver(t *Trial) error {
+	over := t.Figures[fault.HoldOver]
+	if next := t.next(); next != nil && next.Started < t.Began+over {
+		t.violated("a job of %s started %v before the hold was over",
+			next.Candidate, t.Began+over-next.Started)
+	}
+	t.startedWithin(over + t.TTL) // etcd looks for expired leases every 500 ms
 	return nil
 }
 

@@ -116,7 +116,7 @@ var groups = []struct{ Name, Title string }{
 	{"link", "the links to etcd"},
 	{"etcd", "etcd"},
 	{"operator", "an operator"},
-	{"command", "a command, and a fault while it is carried out"},
+	{"command", "a command, a failback or an unfit leader, and a fault meanwhile"},
 	{"freeze", "loss of contact, and the job is frozen (LEASEHOLD_CONTACT_LOSS=freeze)"},
 	{"machine", "the machine"},
 }

@@ -22,6 +22,11 @@ const (
 
 	startAgain = 500 * time.Millisecond // after a kill, as a supervisor would
 
+	heldFor     = 3 * time.Second       // a hold
+	commandTime = 30 * time.Millisecond // a command needs about that
+	// leavingTTL: a leader hands over to nobody that it has not seen for two TTLs.
+	leavingTTL = 3 * time.Second
+
 	memoryLeft = 400 // MiB: the kernel need kill nobody, and can't keep every program's pages
 )
 
@@ -58,6 +63,11 @@ var daemonScenarios = []Scenario{
 	{
 		Name: "stop", About: "planned stop (SIGTERM)",
 		Fault: fault.Stop, Isolation: EveryoneAlone, CI: true, User: true,
+	},
+	{
+		Name: "switchover", About: "leasehold switchover to the next in line, from the start of the command on",
+		Fault: fault.Switchover, Without: noPeers, Check: switched,
+		Isolation: OursAlone, CI: true, User: true,
 	},
 	{
 		Name: "guard-killed", About: "the daemon (of ours, the guard) is killed with SIGKILL",
@@ -343,49 +353,124 @@ var operatorScenarios = []Scenario{
 	},
 }
 
-// whileSwitched is a switchover of a job that does not stop by itself, with a fault while it stops.
-func whileSwitched(f func() fault.Fault) func() fault.Fault {
-	return func() fault.Fault { return fault.SwitchedOver(fault.Delayed(stopGrace/3, f())) }
+// while has a fault while a leader stops a job that does not stop by itself.
+func while(stopping func(fault.Fault) fault.Fault, f func() fault.Fault) func() fault.Fault {
+	return func() fault.Fault { return stopping(fault.Delayed(stopGrace/3, f())) }
 }
 
-func targetKilled() fault.Fault { return fault.OfStandby(fault.Killed(harness.Guard)) }
+func killed(p harness.Process) func() fault.Fault { return of(fault.Killed, p) }
+
+// ofTarget has a fault of the candidate that is to lead next.
+func ofTarget(f func() fault.Fault) func() fault.Fault {
+	return func() fault.Fault { return fault.OfStandby(f()) }
+}
+
+// whileReleased is a hold in which the leader's guard is killed, and a fault during the release.
+func whileReleased(releasing func() fault.Fault) func() fault.Fault {
+	return func() fault.Fault {
+		return fault.Held(fault.Killed(harness.Guard), fault.AtAnyTime(commandTime, releasing()))
+	}
+}
 
 // stubborn is a job that takes all of its grace to stop.
 var stubborn = job{Words: []string{"ignore-term"}}
 
-// commandScenarios are commands by which an operator steers the election, each with a fault.
+// commandScenarios are commands by which an operator steers the election, and reasons for which a
+// leader hands over by itself, each with a fault.
 var commandScenarios = []Scenario{
 	{
 		Name: "switchover-elector-killed",
 		About: "leasehold switchover, and the leader's elector is killed while a job that " +
 			"ignores SIGTERM is stopped, grace 0.5 s",
-		Job: stubborn, Fault: whileSwitched(of(fault.Killed, harness.Elector)),
+		Job: stubborn, Fault: while(fault.SwitchedOver, killed(harness.Elector)),
 		Without: noPeers, Check: switched, Isolation: OursAlone, User: true,
 	},
 	{
 		Name: "switchover-guard-killed", About: "the same, and the leader's guard is killed",
-		Job: stubborn, Fault: whileSwitched(of(fault.Killed, harness.Guard)),
+		Job: stubborn, Fault: while(fault.SwitchedOver, killed(harness.Guard)),
 		Without: noPeers, Check: switched, Isolation: OursAlone, User: true,
 	},
 	{
 		Name: "switchover-target-killed",
 		About: "the same, and the guard of the candidate that is to lead next is killed: the old " +
 			"leader leads again",
-		Job: stubborn, Fault: whileSwitched(targetKilled),
+		Job: stubborn, Fault: while(fault.SwitchedOver, ofTarget(killed(harness.Guard))),
 		Without: noPeers, Isolation: OursAlone, User: true,
 	},
 	{
 		Name:  "switchover-etcd-leader-killed",
 		About: "the same, and etcd's leader is killed; it is started again at the end",
-		Job:   stubborn, Etcd: three, Fault: whileSwitched(of(fault.MemberKilled, fault.Leader)),
+		Job:   stubborn, Etcd: three,
+		Fault:   while(fault.SwitchedOver, of(fault.MemberKilled, fault.Leader)),
 		Without: noPeers,
 	},
 	{
 		Name: "hold-guard-killed", About: "leasehold hold, then the leader's guard is killed; " +
 			"leasehold release after 3 s: nobody leads before",
-		Fault:    func() fault.Fault { return fault.Held(fault.Killed(harness.Guard)) },
-		Duration: 3 * time.Second, Without: noPeers, Check: notBeforeRelease,
+		Fault: func() fault.Fault {
+			return fault.Held(fault.Killed(harness.Guard), fault.Fault{})
+		},
+		Duration: heldFor, Without: noPeers, Check: notBeforeRelease,
 		Isolation: OursAlone, User: true,
+	},
+	{
+		Name: "hold-for-guard-killed", About: "leasehold hold --for 3s, then the leader's guard " +
+			"is killed: nobody leads before the time is over",
+		Fault: func() fault.Fault {
+			return fault.HeldFor(heldFor, fault.Killed(harness.Guard))
+		},
+		Without: noPeers, Check: notBeforeHoldOver, User: true,
+	},
+	{
+		Name: "hold-stop-elector-killed",
+		About: "leasehold hold --stop, and the leader's elector is killed while a job that " +
+			"ignores SIGTERM is stopped, grace 0.5 s; leasehold release after 3 s: nobody leads " +
+			"before",
+		Job: stubborn, Fault: while(fault.HeldStop, killed(harness.Elector)),
+		Duration: heldFor, Without: noPeers, Check: notBeforeRelease, User: true,
+	},
+	{
+		Name: "hold-stop-guard-killed", About: "the same, and the leader's guard is killed",
+		Job: stubborn, Fault: while(fault.HeldStop, killed(harness.Guard)),
+		Duration: heldFor, Without: noPeers, Check: notBeforeRelease, User: true,
+	},
+	{
+		Name: "release-elector-killed",
+		About: "leasehold hold, then the leader's guard is killed; leasehold release after 3 s, " +
+			"and meanwhile the elector of the candidate that is to lead next is killed",
+		Fault:    whileReleased(ofTarget(killed(harness.Elector))),
+		Duration: heldFor, Without: noPeers, Check: notBeforeRelease, User: true,
+	},
+	{
+		Name: "release-etcd-leader-killed",
+		About: "the same, but etcd's leader is killed, and started again when the command " +
+			"has ended",
+		Etcd: three, Fault: whileReleased(of(fault.MemberKilled, fault.Leader)),
+		Duration: heldFor, Without: noPeers, Check: notBeforeRelease,
+	},
+	{
+		Name: "failback-target-killed", About: "the leader hands over to a candidate with a " +
+			"higher priority, whose guard is killed while a job that ignores SIGTERM is stopped, " +
+			"grace 0.5 s: the old leader leads again",
+		Job: stubborn, Fault: while(fault.FailedBack, ofTarget(killed(harness.Guard))),
+		TTL: leavingTTL, Without: noPeers, User: true,
+	},
+	{
+		Name:  "failback-target-elector-killed",
+		About: "the same, and its elector is killed: it leads all the same",
+		Job:   stubborn, Fault: while(fault.FailedBack, ofTarget(killed(harness.Elector))),
+		TTL: leavingTTL, Without: noPeers, Check: switched, User: true,
+	},
+	{
+		Name: "unfit-elector-killed", About: "the leader becomes unfit and hands over, and its " +
+			"elector is killed while a job that ignores SIGTERM is stopped, grace 0.5 s",
+		Job: stubborn, Fault: while(fault.Unfit, killed(harness.Elector)),
+		TTL: leavingTTL, Without: noPeers, Check: switched, User: true,
+	},
+	{
+		Name: "unfit-guard-killed", About: "the same, and the leader's guard is killed",
+		Job: stubborn, Fault: while(fault.Unfit, killed(harness.Guard)),
+		TTL: leavingTTL, Without: noPeers, Check: switched, User: true,
 	},
 }
 
