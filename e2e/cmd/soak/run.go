@@ -350,7 +350,7 @@ func (r *run) soak(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if n%3 == 0 && len(all) > 1 { // it takes two or three TTLs
+		if n%4 == 0 && len(all) > 1 { // it takes up to six TTLs
 			r.drillFailback(ctx)
 		}
 	}

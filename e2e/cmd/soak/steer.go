@@ -177,6 +177,9 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 	if r.misheld { // somebody is to start
 		_, _, _ = r.leasehold(ctx, election, "switchover", "--timeout", switchTimeout.String())
 	}
+	if i.calm { // it is refused
+		r.command(ctx, r.switchOver, "switchover", drawn{})
+	}
 	_ = harness.Wait(ctx, i.lasts) // if all ends, the hold does, too
 	r.check.releases(h)
 	err = errors.Join(err, r.release(ctx, name))
@@ -265,7 +268,7 @@ func (r *run) drillFailback(ctx context.Context) {
 	r.command(ctx, r.switchOver, "switchover-to", drawn{index: 0})
 	r.command(ctx, r.prioritize, "priority-reload", drawn{index: 0, priority: 10})
 	r.command(ctx, r.prioritize, "priority-reload", drawn{index: 1, priority: 90})
-	until := harness.Now() + 4*r.ttl
+	until := harness.Now() + 6*r.ttl
 	for r.check.leading() != candidateName(1) && harness.Now() < until && ctx.Err() == nil {
 		_ = harness.Wait(ctx, sampleEvery)
 	}
@@ -278,6 +281,8 @@ func (r *run) drill(ctx context.Context) error {
 		return nil
 	}
 	r.command(ctx, r.switchOver, "switchover", drawn{})
+	nobody := drawn{index: candidateCount} // is of that name
+	r.command(ctx, r.switchOver, "switchover-to", nobody)
 	r.command(ctx, r.hold, "hold-stop", drawn{lasts: stopGrace + recovers + 200*time.Millisecond})
 	took, err := r.jobWithin(ctx, harness.Now(), r.recoveryBound(), "the release of a hold")
 	r.check.returned(took)
