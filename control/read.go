@@ -1,9 +1,11 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -135,6 +137,8 @@ func Terms(ctx context.Context, etcd Etcd, election string, n int) ([]Term, erro
 		return nil, &KeysError{Permission: "read", Prefix: Prefix(election), Err: err}
 	}
 	terms := readTerms(kvs)
+	// The record of a term may come after that of the next one.
+	slices.SortFunc(terms, func(a, b Term) int { return cmp.Compare(b.Token, a.Token) })
 	return terms[:min(n, len(terms))], nil
 }
 

@@ -221,6 +221,23 @@ func TestRecorder_RequestTwice(t *testing.T) {
 	waitForTerms(t, theirs, want...)
 }
 
+// TestTerms_LatestFirst: whichever was written first.
+func TestTerms_LatestFirst(t *testing.T) {
+	ours, theirs := newTestEtcd(t)
+	for _, token := range []int64{9, 12, 11, 100} {
+		value := string(control.Encode(&control.Term{Token: token}))
+		_, err := theirs.Put(t.Context(), control.TermOf(testElection, token), value)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	terms, err := control.Terms(t.Context(), ours, testElection, 3)
+	if err != nil || len(terms) != 3 || terms[0].Token != 100 || terms[1].Token != 12 ||
+		terms[2].Token != 11 {
+		t.Errorf("%+v, %v; want those of the tokens 100, 12 and 11", terms, err)
+	}
+}
+
 // TestRecorder_KeepsTerms: the last terms stay, and so do keys that are none of ours.
 func TestRecorder_KeepsTerms(t *testing.T) {
 	ours, theirs := newTestEtcd(t)
