@@ -77,15 +77,17 @@ func (d *daemon) addFitness(p parts, recorder *control.Recorder, queued bool) {
 					d.candidate.SetUnfit("")
 					return
 				}
+				d.candidate.SetUnfit(failed.Error())
 				text := "candidate is unfit: it does not lead until it is fit"
+				attrs := []any{"reason", failed.Error()}
 				switch s := d.candidate.Snapshot(); {
 				case s.Leading && s.Hold != nil:
 					text = "candidate is unfit: it goes on leading while the election is held"
 				case s.Leading:
 					text = "candidate is unfit: it hands over if somebody else is fit"
+					attrs = append(attrs, "not_before", s.StaysUntil.UTC())
 				}
-				p.log.Warn(text, "reason", failed.Error())
-				d.candidate.SetUnfit(failed.Error())
+				p.log.Warn(text, attrs...)
 			})
 		return nil
 	}, func(error) { cancel() })

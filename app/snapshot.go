@@ -4,6 +4,7 @@ package app
 
 import (
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,7 +19,7 @@ func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 	s := health.Snapshot{
 		Election: cfg.Election, Identity: cfg.Identity,
 		State: string(c.State), Reason: c.Reason, Since: c.Since,
-		Unfit: c.Unfit, LeaseID: c.LeaseID, TTL: c.TTL,
+		Unfit: unfit(c), LeaseID: c.LeaseID, TTL: c.TTL,
 		StopAt: c.Deadlines.StopAt, KillBy: c.Deadlines.KillBy, End: c.Deadlines.End,
 		Leading: c.Leading, Live: live(c),
 		Job: health.Job{State: string(supervisor.JobNone)},
@@ -40,6 +41,16 @@ func healthSnapshot(cfg config.Config, c election.Snapshot) health.Snapshot {
 	}
 	s.ControlProblem = c.ControlProblem
 	return s
+}
+
+// unfit says why the candidate must not become leader, and until when a leader does not hand over
+// by itself.
+func unfit(c election.Snapshot) string {
+	if c.Unfit == "" || !c.StaysUntil.After(time.Now()) {
+		return c.Unfit
+	}
+	return c.Unfit + "; it hands over by itself not before " +
+		c.StaysUntil.UTC().Format(time.RFC3339)
 }
 
 func healthJob(j supervisor.Job) health.Job {

@@ -56,7 +56,8 @@ func New(cfg Config) (*Candidate, error) {
 // Snapshot returns what the candidate knows now.
 func (c *Candidate) Snapshot() Snapshot {
 	s := c.state.get()
-	s.LastHeartbeat, s.Unfit = c.heartbeats.oldest(), c.fitness.unfit()
+	s.LastHeartbeat = c.heartbeats.oldest()
+	c.fitness.show(&s)
 	return s
 }
 

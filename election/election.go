@@ -183,9 +183,11 @@ type Snapshot struct {
 	// Leading is true while a term runs that is neither lost nor given up, also while it is
 	// suspended. The reader has to compare Deadlines.StopAt with the present time.
 	Leading bool
-	Blocker *Blocker      // nil: there is none
-	Unfit   string        // why the candidate must not become leader; "": it may
-	Hold    *control.Hold // nil: there is none, or it can't be read
+	Blocker *Blocker // nil: there is none
+	Unfit   string   // why the candidate must not become leader; "": it may
+	// StaysUntil is before when an unfit leader does not hand over; zero: it does not lead.
+	StaysUntil time.Time
+	Hold       *control.Hold // nil: there is none, or it can't be read
 	// ControlProblem is why we can't read what people write beside the election, such as a hold.
 	ControlProblem string
 	// LastHeartbeat is the last heartbeat of the loop that was silent longest, in time since boot.

@@ -14,6 +14,7 @@ type fitness struct {
 	mu     sync.Mutex
 	why    string        // not; "": it may
 	since  time.Duration // when that began
+	stays  time.Time     // a leader does not hand over because of that before
 	moves  int           // hand-overs because of that, within rest of each other
 	latest time.Duration // the last of them
 }
@@ -35,6 +36,7 @@ func (c *Candidate) SetUnfit(why string) {
 	f.mu.Lock()
 	if f.why == "" {
 		f.since = c.cfg.Now()
+		f.stays = time.Now().Add(f.wait(f.since, c.cfg.FitnessRound))
 	}
 	f.why = why
 	f.mu.Unlock()
@@ -48,17 +50,33 @@ func (f *fitness) unfit() string {
 	return f.why
 }
 
+// show adds to a snapshot what is known.
+func (f *fitness) show(s *Snapshot) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.Unfit = f.why
+	if f.why != "" && s.Leading {
+		s.StaysUntil = f.stays
+	}
+}
+
+// wait is how long a leader must have been unfit until it hands over. round is Config.FitnessRound.
+// f.mu is held.
+func (f *fitness) wait(now, round time.Duration) time.Duration {
+	if f.moves > 0 && now-f.latest > rest {
+		f.moves = 0
+	}
+	if f.moves == 0 {
+		return round
+	}
+	return round + min(firstWait<<min(f.moves-1, 10), maxWait)
+}
+
 // wantsToLeave reports whether a leader is to hand over, and why. round is Config.FitnessRound.
 func (f *fitness) wantsToLeave(now, round time.Duration) (why string, wants bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.moves > 0 && now-f.latest > rest {
-		f.moves = 0
-	}
-	wait := round
-	if f.moves > 0 {
-		wait += min(firstWait<<min(f.moves-1, 10), maxWait)
-	}
+	wait := f.wait(now, round)
 	return f.why, f.why != "" && now-f.since >= wait
 }
 

@@ -143,10 +143,14 @@ func TestFitness_WaitsLonger(t *testing.T) {
 	c := &Candidate{fitness: fitness{changed: make(chan struct{}, 1)}}
 	now := time.Hour
 	const round = time.Second
-	c.cfg.Now = func() time.Duration { return now }
+	c.cfg.Now, c.cfg.FitnessRound = func() time.Duration { return now }, round
 	for _, wait := range []time.Duration{0, 1, 2, 4, 8, 16, 32, 32} {
 		c.SetUnfit("no disk")
 		now += wait*time.Minute + round
+		if left := time.Until(c.fitness.stays); left > wait*time.Minute+round ||
+			left < wait*time.Minute+round-time.Minute {
+			t.Errorf("it says that it stays for %v, want %d min", left, wait)
+		}
 		if _, leaves := c.fitness.wantsToLeave(now-1, round); leaves {
 			t.Errorf("it leaves before %d min", wait)
 		}

@@ -363,6 +363,28 @@ func TestFitness(t *testing.T) {
 			checkA.pass()
 			tr.waitStatus(a, "/standby", http.StatusOK)
 			tr.untouched(b, next)
+
+			// Once more, it stays for a minute, and says so.
+			tr.expectCommand(0, `"a" leads`, "switchover", "--to", "a")
+			next = tr.waitNext(next, waitTimeout)
+			tr.waitStatus(b, "/standby", http.StatusOK)
+			checkA.fail()
+			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+				if n := strings.Count(a.Log(), " not_before="); n != 2 {
+					return fmt.Errorf("%d lines say until when it stays, want 2", n)
+				}
+				return nil
+			}))
+			tr.waitStatus(a, "/readyz", http.StatusServiceUnavailable)
+			for _, path := range []string{"/readyz", "/status"} {
+				_, body, err := a.Get(tr.ctx, path)
+				if err != nil || !strings.Contains(body, "; it hands over by itself not before ") {
+					t.Errorf("%s of a: %s, %v", path, body, err)
+				}
+			}
+			tr.untouched(a, next)
+			checkA.pass()
+			tr.waitStatus(a, "/readyz", http.StatusOK)
 			tr.noOverlap()
 			tr.finish()
 		})
