@@ -5,7 +5,10 @@ package scenario_test
 import (
 	"fmt"
 	"net/http"
+	"regexp"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -142,30 +145,74 @@ func TestSwitchover_StubbornJob(t *testing.T) {
 	tr.finish()
 }
 
-// The target goes while the job stops: whoever is next leads.
+// The target goes while the job stops: whoever is next leads. If it was killed, its lease has to
+// expire first.
 func TestSwitchover_TargetDies(t *testing.T) {
-	tr := ordinary(t)
-	a := tr.start("a", "ignore-term", variables("LEASEHOLD_STOP_GRACE=3s"))
-	job := tr.waitJob(a)
-	b := tr.start("b", "")
-	tr.waitStatus(b, "/standby", http.StatusOK)
-	c := tr.start("c", "")
-	tr.waitStatus(c, "/standby", http.StatusOK)
-	tr.waitCandidates(3)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		tr.expectCommand(1, `"c" has gone meanwhile: "b" leads`, "switchover", "--to", "c")
-	}()
-	tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
-	tr.must(c.Signal(syscall.SIGTERM))
-	tr.waitExit(c, 0)
-	<-done
-	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
-		t.Errorf("%s leads, want b", next.Candidate)
+	for _, row := range []struct {
+		name, grace string
+		die         func(tr *trial, c *candidate)
+		code        int
+		says, next  string
+	}{
+		{"stopped", "3s", func(tr *trial, c *candidate) {
+			tr.must(c.Signal(syscall.SIGTERM))
+			tr.waitExit(c, 0)
+		}, 1, `"c" has gone meanwhile: "b" leads`, "b"},
+		{"killed", "1s", func(tr *trial, c *candidate) {
+			tr.killAll(c)
+		}, 0, `"c" leads`, "ab"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			tr := ordinary(t)
+			a := tr.start("a", "ignore-term", variables("LEASEHOLD_STOP_GRACE="+row.grace))
+			job := tr.waitJob(a)
+			b := tr.start("b", "")
+			tr.waitStatus(b, "/standby", http.StatusOK)
+			c := tr.start("c", "")
+			tr.waitStatus(c, "/standby", http.StatusOK)
+			tr.waitCandidates(3)
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				tr.expectCommand(row.code, row.says, "switchover", "--to", "c")
+			}()
+			tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
+			row.die(tr, c)
+			<-done
+			next := tr.waitNext(job, waitTimeout)
+			if !strings.Contains(row.next, next.Candidate) {
+				t.Errorf("%s leads, want %s", next.Candidate, row.next)
+			}
+			tr.noRequest()
+			tr.waitStatus(a, "/readyz", http.StatusOK)
+			tr.waitStatus(b, "/readyz", http.StatusOK)
+			tr.noOverlap()
+			tr.finish()
+		})
 	}
-	tr.noOverlap()
-	tr.finish()
+}
+
+// killAll kills all processes of a candidate at once: none of them sees that another has gone.
+func (tr *trial) killAll(c *candidate) {
+	tr.Helper()
+	all := append(harness.Descendants(c.Guard()), c.Guard())
+	for _, sig := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGKILL} {
+		for _, pid := range all {
+			tr.must(syscall.Kill(pid, sig))
+		}
+	}
+	_, err := c.Wait(tr.waitContext(waitTimeout))
+	tr.must(err)
+}
+
+// noRequest fails if etcd holds a request for a switchover.
+func (tr *trial) noRequest() {
+	tr.Helper()
+	keys, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--keys-only", "leasehold/v1/")
+	tr.must(err)
+	if strings.Contains(keys, "/switchover") {
+		tr.Errorf("left in etcd: %s", keys)
+	}
 }
 
 // Two operators ask at once: one is refused, by the name of the other.
@@ -188,6 +235,76 @@ func TestSwitchover_TwoOperators(t *testing.T) {
 	tr.finish()
 }
 
+var ledPattern = regexp.MustCompile(`leads, token (\d+); nobody led for`)
+
+// Two operators ask at the same instant, again and again. Each request is granted or refused, at
+// least one is granted, and the lead moves once for each that is.
+func TestSwitchover_TwoOperatorsAtOnce(t *testing.T) {
+	tr := ordinary(t)
+	all, job := tr.startAll("abc")
+	terms := func() (n int) {
+		for _, c := range all {
+			n += strings.Count(c.Log(), " to=leading ")
+		}
+		return n
+	}
+	for round := range 6 {
+		tr.waitCandidates(3)
+		var others []string
+		for _, c := range all {
+			tr.waitStatus(c, "/readyz", http.StatusOK)
+			if c.Identity != job.Candidate {
+				others = append(others, c.Identity)
+			}
+		}
+		asked := [][]string{
+			{"switchover", "--to", others[0]}, {"switchover", "--to", others[1]},
+		}
+		if round%2 > 0 { // to the next one, both
+			asked = [][]string{{"switchover"}, {"switchover"}}
+		}
+		before := terms()
+		var answers [2]struct {
+			code int
+			said string
+		}
+		var running sync.WaitGroup
+		for i, args := range asked {
+			running.Go(func() { answers[i].code, answers[i].said = tr.command(args...) })
+		}
+		running.Wait()
+		tr.noRequest()
+		granted, token := 0, int64(0)
+		for i, a := range answers {
+			t.Logf("%q: %d, %s", asked[i], a.code, a.said)
+			led := ledPattern.FindStringSubmatch(a.said)
+			switch {
+			case a.code == 0 && led != nil:
+				n, err := strconv.ParseInt(led[1], 10, 64)
+				tr.must(err)
+				granted, token = granted+1, max(token, n)
+			case a.code == 1 && strings.Contains(a.said, "refused: "):
+			default:
+				tr.Errorf("%q: %d, %s", asked[i], a.code, a.said)
+			}
+		}
+		if granted == 0 {
+			tr.Fatal("none of them is granted")
+		}
+		var err error
+		job, err = tr.witness.WaitForJob(tr.waitContext(waitTimeout), func(l harness.Life) bool {
+			return l.Token == token
+		})
+		tr.must(err)
+		tr.untouched(all[strings.Index("abc", job.Candidate)], job)
+		if n := terms() - before; n != granted {
+			tr.Errorf("%d are granted, and %d terms began: %s", granted, n, tr.summary())
+		}
+	}
+	tr.noOverlap()
+	tr.finish()
+}
+
 // A request that nobody serves is gone after its time.
 func TestSwitchover_Unserved(t *testing.T) {
 	tr := ordinary(t)
@@ -196,11 +313,7 @@ func TestSwitchover_Unserved(t *testing.T) {
 	all[0].SetReachable(false)
 	tr.expectCommand(75, `"a" has not answered; the request is withdrawn`,
 		"switchover", "--timeout", "3s")
-	keys, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--keys-only", "leasehold/v1/")
-	tr.must(err)
-	if strings.Contains(keys, "/switchover") {
-		t.Errorf("left in etcd: %s", keys)
-	}
+	tr.noRequest()
 	all[0].SetReachable(true)
 	tr.untouched(all[0], job)
 	tr.finish()
@@ -253,12 +366,14 @@ func TestSwitchover_EtcdLeaderChanges(t *testing.T) {
 }
 
 // The candidate with the highest priority leads next, whatever the order in which they joined, and
-// gets the lead back once it has been ready for long enough.
+// gets the lead back once it has been ready for long enough. One that is killed every three seconds
+// never is, however often it comes.
 func TestPriority(t *testing.T) {
 	tr := ordinary(t)
+	const failback = 12 * time.Second
 	start := func(identity, priority string) *candidate {
 		return tr.start(identity, "", variables(
-			"LEASEHOLD_PRIORITY="+priority, "LEASEHOLD_FAILBACK=20s"))
+			"LEASEHOLD_PRIORITY="+priority, "LEASEHOLD_FAILBACK="+failback.String()))
 	}
 	a := start("a", "90")
 	job := tr.waitJob(a)
@@ -272,11 +387,18 @@ func TestPriority(t *testing.T) {
 	if next.Candidate != "d" {
 		t.Errorf("%s leads, want d", next.Candidate)
 	}
+	for began := harness.Now(); harness.Now()-began < failback+tr.ttl; {
+		x := start("x", "90")
+		tr.waitStatus(x, "/standby", http.StatusOK)
+		tr.waitRenewals(x, 5) // each a fifth of 3 s
+		tr.killAll(x)
+	}
+	tr.untouched(tr.candidates[3], next)
 	began := harness.Now()
 	tr.waitStatus(start("e", "90"), "/standby", http.StatusOK)
 	last := tr.waitNext(next, waitTimeout)
-	if took := harness.Now() - began; last.Candidate != "e" || took < 20*time.Second {
-		t.Errorf("%s leads after %v, want e after 20s", last.Candidate, took)
+	if took := harness.Now() - began; last.Candidate != "e" || took < failback {
+		t.Errorf("%s leads after %v, want e after %v", last.Candidate, took, failback)
 	}
 	tr.noOverlap()
 	tr.finish()
