@@ -4,14 +4,18 @@ package scenario_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -62,15 +66,63 @@ func (tr *trial) startAll(identities string) (all []*candidate, job harness.Life
 
 // heldStatus is what /status and status show of a hold.
 type heldStatus struct {
-	Name   string
-	State  string
-	Leader *struct{ Identity string }
-	Hold   *struct {
-		By, Reason   string
-		Since, Until *time.Time
-		Stop         bool
-	}
+	Name    string
+	State   string
+	Leader  *struct{ Identity string }
+	Hold    *holdStatus
 	Problem *string `json:"control_problem"`
+}
+
+type holdStatus struct {
+	By, Reason   string
+	Since, Until *time.Time
+	Stop         bool
+}
+
+// expectSameHold waits until a candidate knows a hold, and fails if that is another one.
+func (tr *trial) expectSameHold(c *candidate, want holdStatus) {
+	tr.Helper()
+	if got := tr.waitHeld(c, true).Hold; !reflect.DeepEqual(*got, want) {
+		tr.Errorf("%s knows the hold %+v, want %+v", c.Identity, *got, want)
+	}
+}
+
+// toSecond is a time as the log begins it.
+const toSecond = "2006-01-02T15:04:05"
+
+// expectHeldLog fails unless the log of a candidate says who holds, since when and why.
+func (tr *trial) expectHeldLog(c *candidate, want holdStatus) {
+	tr.Helper()
+	for line := range strings.Lines(c.Log()) {
+		if strings.Contains(line, "election held: nobody new becomes leader") &&
+			strings.Contains(line, "by="+want.By+" since="+want.Since.Format(toSecond)) &&
+			strings.Contains(line, "reason="+strconv.Quote(want.Reason)) {
+			return
+		}
+	}
+	tr.Errorf("the log of %s does not say %+v", c.Identity, want)
+}
+
+// watchReady has /readyz of candidates asked all the time. The function that it returns ends that,
+// and fails if one of them was not ready.
+func (tr *trial) watchReady(all ...*candidate) (end func()) {
+	ctx, cancel := context.WithCancel(tr.ctx)
+	var running sync.WaitGroup
+	for _, c := range all {
+		running.Go(func() {
+			asked := 0
+			for ; ctx.Err() == nil; asked++ {
+				code, said, err := c.Get(ctx, "/readyz")
+				if ctx.Err() == nil && (err != nil || code != http.StatusOK) {
+					tr.Errorf("/readyz of %s: %d, %s, %v", c.Identity, code, said, err)
+					return
+				}
+				_ = harness.Wait(ctx, 5*time.Millisecond)
+			}
+			tr.Logf("%s was ready %d times", c.Identity, asked)
+		})
+	}
+	return func() { cancel(); running.Wait() }
 }
 
 // waitHeld waits until a candidate is a standby that knows the hold, or that there is none.
@@ -104,22 +156,25 @@ func (tr *trial) expectNoJob(after harness.Life) {
 // daemon, and to etcd. When the hold is gone, somebody does.
 func TestHold(t *testing.T) {
 	tr := ordinary(t)
+	tr.ttl = 10 * time.Second // etcd restarts well within
 	all, job := tr.startAll("abc")
 	tr.commands(`held; "a" leads and goes on, token `+fmt.Sprint(job.Token),
 		"hold", "--reason", "new disk")
+	var hold holdStatus
 	for _, c := range all[1:] {
 		s := tr.waitHeld(c, true)
 		if s.Hold.Reason != "new disk" || s.Hold.By == "" || s.Hold.Since == nil || s.Hold.Stop ||
 			s.Name != "a" {
 			t.Errorf("%s: %+v", c.Identity, s.Hold)
 		}
+		hold = *s.Hold
 		tr.waitStatus(c, "/readyz", http.StatusOK)
 	}
 	said := tr.commands("leader is \"a\"", "status")
 	if !strings.Contains(said, "the election is held by ") || !strings.Contains(said, "new disk") {
 		t.Errorf("status says %s", said)
 	}
-	tr.waitRenewals(all[0], 2)
+	tr.waitRenewals(all[0], 1)
 	if !job.Alive() {
 		t.Error("the leader's job has ended")
 	}
@@ -128,7 +183,7 @@ func TestHold(t *testing.T) {
 	tr.must(all[0].Signal(syscall.SIGTERM))
 	tr.waitExit(all[0], 0)
 	tr.waitDead(job)
-	tr.waitRenewals(all[1], 3)
+	tr.waitRenewals(all[1], 1)
 	tr.expectNoJob(job)
 	for _, c := range all[1:] {
 		if s := tr.waitHeld(c, true); s.Leader != nil {
@@ -147,24 +202,31 @@ func TestHold(t *testing.T) {
 	tr.waitExit(all[1], 0)
 	tr.waitExit(all[2], 0)
 	d, e := tr.start("d", ""), tr.start("e", "")
-	tr.waitHeld(d, true)
-	tr.waitHeld(e, true)
+	for _, c := range []*candidate{d, e} {
+		tr.expectSameHold(c, hold)
+		tr.waitStatus(c, "/readyz", http.StatusOK)
+	}
 	tr.expectNoJob(job)
 
 	// A restart of etcd.
+	ready := tr.watchReady(d, e)
 	tr.must(tr.etcd.Members[0].Restart(tr.ctx))
-	tr.waitRenewals(d, 2)
-	tr.waitHeld(d, true)
-	tr.waitHeld(e, true)
+	for _, c := range []*candidate{d, e} {
+		tr.waitRenewals(c, 1)
+		tr.expectSameHold(c, hold)
+	}
+	ready()
 	tr.expectNoJob(job)
 
 	tr.commands("released; it was held by ", "release")
 	next := tr.waitNext(job, waitTimeout)
 	tr.commands("there was no hold", "release")
 	tr.waitHeld(d, false)
-	if log := d.Log() + e.Log(); !strings.Contains(log, "election held") ||
-		!strings.Contains(log, "hold released") {
-		t.Error("the logs do not say that it was held, and released")
+	for _, c := range append(all, d, e) {
+		tr.expectHeldLog(c, hold)
+	}
+	if !strings.Contains(d.Log()+e.Log(), "hold released") {
+		t.Error("the logs do not say that it was released")
 	}
 	t.Log(next)
 	tr.finish()
@@ -198,26 +260,56 @@ func TestHold_Stop(t *testing.T) {
 	}
 	tr.waitRenewals(all[1], 2)
 	tr.expectNoJob(job)
+	hold := *tr.waitHeld(all[1], true).Hold
+	if !hold.Stop {
+		t.Error("it does not say that the leader resigns")
+	}
+
+	// A restart of every daemon.
+	for _, c := range all {
+		tr.must(c.Signal(syscall.SIGTERM))
+		tr.waitExit(c, 0)
+	}
+	for _, name := range []string{"d", "e", "f"} {
+		c := tr.start(name, "")
+		tr.expectSameHold(c, hold)
+		tr.waitStatus(c, "/readyz", http.StatusOK)
+		tr.waitRenewals(c, 1)
+	}
+	tr.expectNoJob(job)
 	tr.commands("released", "release")
-	if next := tr.waitNext(job, waitTimeout); next.Candidate != "b" {
-		t.Errorf("%s leads next, want b", next.Candidate)
+	if next := tr.waitNext(job, waitTimeout); next.Candidate != "d" {
+		t.Errorf("%s leads next, want d", next.Candidate)
 	}
 	tr.finish()
 }
 
-// A hold ends by itself.
+// A hold ends by itself, and not before its time, also if every daemon has been restarted
+// meanwhile.
 func TestHold_For(t *testing.T) {
 	tr := ordinary(t)
 	all, job := tr.startAll("ab")
-	tr.commands("held", "hold", "--for", "5s")
-	if s := tr.waitHeld(all[1], true); s.Hold.Until == nil {
-		t.Error("it does not say until when")
+	const lasts = 8 * time.Second
+	began := harness.Now()
+	tr.commands("held until ", "hold", "--for", lasts.String())
+	hold := *tr.waitHeld(all[1], true).Hold
+	if hold.Until == nil || hold.Until.Sub(*hold.Since) != lasts {
+		t.Errorf("the hold is %+v, want one of %v", hold, lasts)
 	}
 	tr.must(all[0].Signal(syscall.SIGKILL))
 	tr.waitDead(job)
 	tr.expectNoJob(job)
-	tr.waitNext(job, waitTimeout)
+	tr.must(all[1].Signal(syscall.SIGTERM))
+	tr.waitExit(all[1], 0)
 	all[0].mayExit = true
+
+	c, d := tr.start("c", ""), tr.start("d", "")
+	tr.expectSameHold(c, hold)
+	tr.expectSameHold(d, hold)
+	next := tr.waitNext(job, waitTimeout)
+	if took := next.Started - began; took < lasts {
+		t.Errorf("%s leads %v after the hold began, want %v", next.Candidate, took, lasts)
+	}
 	tr.finish()
 }
 
