@@ -12,8 +12,10 @@ type Page struct {
 	said   []string // after each block
 }
 
-// fenced are the blocks of a page: commands are sh, and the text after them is what they say.
-var fenced = regexp.MustCompile("(?ms)^```(sh|text)\n(.*?)^```$")
+// fenced are the blocks of a page: commands are sh, and the text after them is what they say. A
+// block in a comment is typed too, and not shown to readers: it makes the case that the page is
+// about.
+var fenced = regexp.MustCompile("(?ms)^(?:```|<!-- )(sh|text)\n(.*?)^(?:```|-->)$")
 
 // ReadPage reads a page.
 func ReadPage(text string) (p Page) {

@@ -4,7 +4,6 @@ package scenario_test
 
 import (
 	"context"
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,7 +17,6 @@ import (
 // machines is a prelude: etcd, and a daemon for each of node1 to node3. systemctl and /etc are
 // those of node1.
 const machines = etcdRuns + `
-mount -t tmpfs none /etc/leasehold
 mkdir "$HOME"/bin
 for i in 1 2 3; do
 	cat >/etc/leasehold/node$i.env <<END
@@ -38,13 +36,38 @@ machine() { # node number
 	done >/dev/null 2>&1
 }
 systemctl() {
-	[[ $2 == leasehold@backup ]]
-	case $1 in
-	start) machine 1 ;;
-	stop) kill ${pid[1]}; wait ${pid[1]} ;;
-	reload) leasehold reload ${pid[1]} ;;
+	case "$*" in
+	'start leasehold@backup') machine 1 ;;
+	'stop leasehold@backup') kill ${pid[1]}; wait ${pid[1]} ;;
+	'reload leasehold@backup') leasehold reload ${pid[1]} ;;
+	'start leasehold@job'[1-5]) fiveMachines ${2#leasehold@job} ;;
+	'stop etcd') stopEtcd ;;
+	'start etcd') startEtcd ;;
 	*) false ;;
 	esac
+}
+fiveMachines() { # job number: its daemons on node1 to node5
+	local i file
+	for i in 1 2 3 4 5; do
+		file=/etc/leasehold/job$1-node$i.env
+		sed "s/:406$1/:4${i}6$1/" /etc/leasehold/job$1.env >$file
+		echo LEASEHOLD_IDENTITY=node$i >>$file
+		env -u LEASEHOLD_ELECTION leasehold -f $file -- sleep 1000 2>"$HOME"/job$1-node$i.log &
+	done
+}
+allHaveRecords() { # those of jobs/backup, too
+	local n
+	until n=$(etcdctl get --prefix --keys-only leasehold/v1/ | grep -c /candidates/)
+		((n == 28)); do
+		sleep 0.1
+	done
+}
+stopEtcd() {
+	kill $etcd
+	wait $etcd || true
+	until curl -s http://127.0.0.1:4040/status | grep '"state": "connecting"'; do
+		sleep 0.1
+	done >/dev/null
 }
 for i in 1 2 3; do
 	machine $i
@@ -54,12 +77,19 @@ for i in 1 2 3; do
 done
 `
 
-// etcdRuns is a prelude: etcd runs. The shell is process 1 of a namespace, so with it everything
-// ends.
+// etcdRuns is a prelude: etcd runs, and /etc is a copy. The shell is process 1 of a namespace, so
+// with it everything ends.
 const etcdRuns = `
+cp -a /etc "$HOME"/etc
+mount --bind "$HOME"/etc /etc
+mkdir -p /etc/leasehold
 ip link set lo up
-etcd --data-dir "$HOME"/etcd --unsafe-no-fsync --log-level error 2>"$HOME"/etcd.log &
-until etcdctl endpoint health >/dev/null 2>&1; do sleep 0.1; done
+startEtcd() {
+	etcd --data-dir "$HOME"/etcd --unsafe-no-fsync --log-level error 2>>"$HOME"/etcd.log &
+	etcd=$!
+	until etcdctl endpoint health >/dev/null 2>&1; do sleep 0.1; done
+}
+startEtcd
 `
 
 // oneDaemon is a prelude: what a page starts runs until it starts the next one, and the page goes
@@ -91,7 +121,7 @@ leasehold() {
 `
 
 // TestPage_Operations types docs/operations.md.
-func TestPage_Operations(t *testing.T) { typePage(t, "operations.md", 14, machines) }
+func TestPage_Operations(t *testing.T) { typePage(t, "operations.md", 20, machines) }
 
 // TestPage_Steering types docs/steering.md. There "watch" goes on until Ctrl-C.
 func TestPage_Steering(t *testing.T) {
@@ -113,9 +143,18 @@ func TestPage_Health(t *testing.T) {
 	typePage(t, "health.md", 4, oneDaemon+"LEASEHOLD_STOP_GRACE=1s\nexport LEASEHOLD_STOP_GRACE\n")
 }
 
+// TestPage_Hooks types docs/hooks.md.
+func TestPage_Hooks(t *testing.T) {
+	typePage(t, "hooks.md", 4, oneDaemon+`
+ip link add virtual type bridge
+systemctl() { [[ $* == daemon-reload ]]; }
+`)
+}
+
 // typePage types a page of docs/ that has so many blocks of commands, after a prelude.
 func typePage(t *testing.T, name string, blocks int, prelude string) {
 	t.Helper()
+	t.Parallel()
 	harness.NeedsRoot(t)
 	programs := allPrograms(t)
 	etcd, err := harness.FindEtcd(t.Context(), os.Stderr)
@@ -142,13 +181,6 @@ func typePage(t *testing.T, name string, blocks int, prelude string) {
 			t.Fatal(err)
 		}
 		path = dir + ":" + path
-	}
-	const place = "/etc/leasehold" // to mount at
-	switch err := os.Mkdir(place, 0o755); {
-	case err == nil:
-		t.Cleanup(func() { _ = os.Remove(place) })
-	case !errors.Is(err, os.ErrExist):
-		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
