@@ -265,8 +265,9 @@ func tag(image string) string {
 	return "latest"
 }
 
-// images builds the images and brings them to the nodes.
-func (c *cluster) images() (job string) {
+// images builds the images and brings them to the nodes. The job's image has these programs of
+// tools/kubernetes too.
+func (c *cluster) images(programs ...string) (job string) {
 	c.t.Helper()
 	run := func(dir, name string, args ...string) {
 		c.t.Helper()
@@ -279,8 +280,14 @@ func (c *cluster) images() (job string) {
 	run(c.root, "make", "image", "IMAGE="+c.image)
 	job = repository(c.image) + "-e2e-job"
 	dir := filepath.Dir(buildJob(c.t))
-	dockerfile := []byte("FROM scratch\nCOPY job /job\n")
-	if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), dockerfile, 0o644); err != nil {
+	dockerfile := "FROM scratch\nCOPY job /job\n"
+	for _, program := range programs {
+		run(filepath.Join(c.root, "tools", "kubernetes"), "env", "CGO_ENABLED=0",
+			"go", "build", "-trimpath", "-o", filepath.Join(dir, program), "./"+program)
+		dockerfile += fmt.Sprintf("COPY %[1]s /%[1]s\n", program)
+	}
+	err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(dockerfile), 0o644)
+	if err != nil {
 		c.t.Fatal(err)
 	}
 	engines := []string{"docker", "podman", "buildah"}

@@ -23,7 +23,7 @@ import (
 // A form is a way to run leasehold in a pod.
 type form struct {
 	name, folder, deployment string
-	first                    string // how the command line of leasehold's first process begins
+	first                    string // how the command line of the container's first process begins
 	patch                    string // for the mode of the job, and the directory of its lives
 	mode                     string // of the job
 }
@@ -139,7 +139,7 @@ var faults = []fault{
 		within: map[string]time.Duration{"wrapper": untouched},
 	},
 	{
-		name: "leasehold's first process is killed, and the container with it",
+		name: "the container's first process is killed",
 		inject: func(c *cluster, f form, pod, node string) {
 			c.killIn(pod, node, f.first)
 		},
@@ -275,6 +275,14 @@ func TestCluster_Faults(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
 		rounds = n
 	}
+	commit, err := exec.Command("git", "-C", c.root, "rev-parse", "--short", "HEAD").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	about := fmt.Sprintf("%s: leasehold %s, Kubernetes %s, %d CPUs.",
+		time.Now().UTC().Format(time.DateOnly), bytes.TrimSpace(commit),
+		c.kubectl("get", "nodes", "-o", "jsonpath={.items[0].status.nodeInfo.kubeletVersion}"+
+			", Linux {.items[0].status.nodeInfo.kernelVersion}"), runtime.NumCPU())
 	var run results
 	for _, form := range c.forms() {
 		c.keepLives(form)
@@ -291,7 +299,9 @@ func TestCluster_Faults(t *testing.T) {
 					t.Run(form.name+": "+f.name, func(t *testing.T) {
 						c := *c
 						c.t = t
-						run.Trials = append(run.Trials, c.trial(form, f))
+						result := c.trial(form, f)
+						run.Trials = append(run.Trials, result)
+						keep(t, results{About: about, Trials: []trial{result}})
 					})
 				}
 			}
@@ -299,27 +309,28 @@ func TestCluster_Faults(t *testing.T) {
 		c.kubectl("delete", "deployment", form.deployment)
 	}
 	t.Logf("the table:\n%s", run.table())
+}
+
+// keep adds results to those in $JSON at once: a run that is cut short has those until then.
+func keep(t *testing.T, r results) {
+	t.Helper()
 	if path := os.Getenv("JSON"); path != "" {
-		commit, err := exec.Command("git", "-C", c.root, "rev-parse", "--short", "HEAD").Output()
-		run.About = fmt.Sprintf("%s: leasehold %s, Kubernetes %s, %d CPUs.",
-			time.Now().UTC().Format(time.DateOnly), bytes.TrimSpace(commit),
-			c.kubectl("get", "nodes", "-o", "jsonpath={.items[0].status.nodeInfo.kubeletVersion}"+
-				", Linux {.items[0].status.nodeInfo.kernelVersion}"), runtime.NumCPU())
-		if err := errors.Join(err, run.addTo(path)); err != nil {
+		if err := r.addTo(path); err != nil {
 			t.Error(err)
 		}
 	}
 }
 
-// newFaultyCluster skips the test where nothing reaches the nodes.
-func newFaultyCluster(t *testing.T) (c *cluster, job string) {
+// newFaultyCluster skips the test where nothing reaches the nodes. These programs of
+// tools/kubernetes are in the job's image.
+func newFaultyCluster(t *testing.T, programs ...string) (c *cluster, job string) {
 	t.Helper()
 	if os.Getenv("CLUSTER") == "" {
 		t.Skip("skipped: CLUSTER names no command that reaches the nodes: run this by" +
 			" tools/kubernetes/cluster in make e2e-k8s")
 	}
 	c = newCluster(t)
-	job = c.images()
+	job = c.images(programs...)
 	c.etcd()
 	// A directory of the node outlives the pods, and is nothing for pods that are restricted.
 	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=privileged",

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -102,7 +103,7 @@ func (r results) table() string {
 	return b.String()
 }
 
-// trafficTable has a row for each fault and way, in the order in which they were tried first.
+// trafficTable has a row for each fault and way, in the order in which the faults were tried first.
 func (r results) trafficTable() string {
 	type row struct{ way, fault string }
 	var order []row
@@ -114,6 +115,12 @@ func (r results) trafficTable() string {
 		}
 		next[key], reached[key] = append(next[key], t.Next), append(reached[key], t.Reached)
 	}
+	// The ways stand beside each other.
+	first := map[string]int{}
+	for i, key := range slices.Backward(order) {
+		first[key.fault] = i
+	}
+	slices.SortStableFunc(order, func(a, b row) int { return first[a.fault] - first[b.fault] })
 	var b strings.Builder
 	harness.TableHead(&b, "fault", "Service routed", "next job", "connections reach it", "trials")
 	for _, key := range order {

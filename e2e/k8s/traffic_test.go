@@ -19,11 +19,12 @@ import (
 
 // A way to route a Service to the leader.
 type way struct {
-	name, folder, service string
-	patches               []string
+	name, service string
+	form          form
+	patches       []string // of the form's folder
 }
 
-// As others do it. Rolling updates must not wait for pods to be ready.
+// By readiness. Rolling updates must not wait for pods to be ready.
 const readyWhileLeading = `apiVersion: apps/v1
 kind: Deployment
 metadata: {name: wrapper}
@@ -49,6 +50,66 @@ spec:
   ports: [{port: 4040}]
 `
 
+// By the label that client-go's leader election sets: three pods as the wrapper's.
+const electedManifest = `apiVersion: v1
+kind: ServiceAccount
+metadata: {name: elected}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: elected}
+rules:
+- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [create, get, update]}
+- {apiGroups: [""], resources: [pods], verbs: [list, patch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: elected}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: elected}
+subjects: [{kind: ServiceAccount, name: elected}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: elected}
+spec:
+  selector: {app.kubernetes.io/name: elected, leader: "true"}
+  ports: [{port: 4040}]
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: elected}
+spec:
+  replicas: 3
+  selector:
+    matchLabels: {app.kubernetes.io/name: elected}
+  template:
+    metadata:
+      labels: {app.kubernetes.io/name: elected}
+    spec:
+      serviceAccountName: elected
+      securityContext: {runAsNonRoot: true, runAsUser: 65532}
+      topologySpreadConstraints:
+      - maxSkew: 1
+        topologyKey: kubernetes.io/hostname
+        whenUnsatisfiable: ScheduleAnyway
+        labelSelector:
+          matchLabels: {app.kubernetes.io/name: elected}
+      containers:
+      - name: job
+        image: %[1]s
+        imagePullPolicy: IfNotPresent
+        command: [/elected, elected, /job]
+        args: [live, /lives]
+        env:
+        - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        - {name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+        volumeMounts:
+        - {name: lives, mountPath: /lives}
+      volumes:
+      - name: lives
+        hostPath: {path: %[2]s}
+`
+
 const askerManifest = `apiVersion: v1
 kind: Pod
 metadata: {name: %s}
@@ -63,11 +124,12 @@ spec:
     command: [/job, ask, "http://%s:4040/"]
 `
 
-// Connections to a Service reach the next leader: the Service that leasehold writes, and one with
-// readiness on /leader. A pod that is not in reach of the fault connects all the time. N is how
-// often each fault is injected. JSON names a file to which the trials are added.
+// Connections to a Service reach the next leader: the Service that leasehold writes, one with
+// readiness on /leader, and one that selects the label of a pod that leads by a Lease. A pod that
+// the fault does not reach connects all the time. N is how often each fault is injected. JSON names
+// a file to which the trials are added.
 func TestCluster_Traffic(t *testing.T) {
-	c, job := newFaultyCluster(t)
+	c, job := newFaultyCluster(t, "elected")
 	if c.old {
 		t.Skip("skipped: Kubernetes 1.20 has no EndpointSlices of the version 1")
 	}
@@ -75,46 +137,62 @@ func TestCluster_Traffic(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
 		rounds = n
 	}
-	form := wrapperForm
-	c.keepLives(form)
-	patch := fmt.Sprintf(form.patch, form.mode, c.lives)
+	routing, probed := wrapperForm, wrapperForm
+	routing.folder, probed.folder = "wrapper/route-to-leader", "wrapper/base"
 	var run results
 	for _, w := range []way{
-		{"by leasehold", "wrapper/route-to-leader", "leader", nil},
-		{"by readiness", "wrapper/base", "probed", []string{readyWhileLeading}},
+		{name: "by leasehold", service: "leader", form: routing},
+		{
+			name: "by readiness", service: "probed", form: probed,
+			patches: []string{readyWhileLeading},
+		},
+		{
+			name: "by a Lease", service: "elected",
+			form: form{name: "elected", deployment: "elected", first: "/elected "},
+		},
 	} {
-		c.overlay("traffic", w.folder, job, append(w.patches, patch)...)
-		if w.service == "leader" {
-			c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
-			c.forbidden()
-		} else {
-			c.apply(probedService)
-		}
-		for _, f := range faults {
-			if !slices.Contains([]string{
-				"the pod is deleted", "the node is cut off",
-				"leasehold's first process is killed, and the container with it",
-			}, f.name) {
-				continue
+		t.Run(w.name, func(t *testing.T) {
+			c := *c
+			c.t = t
+			c.keepLives(form{name: w.service})
+			if w.form.folder == "" {
+				c.apply(fmt.Sprintf(electedManifest, job+":latest", c.lives))
+			} else {
+				patch := fmt.Sprintf(w.form.patch, w.form.mode, c.lives)
+				c.overlay("traffic", w.form.folder, job, append(w.patches, patch)...)
 			}
-			for range rounds {
-				t.Run(w.name+": "+f.name, func(t *testing.T) {
-					c := *c
-					c.t = t
-					run.Traffic = append(run.Traffic, c.reroute(w, form, f, job))
-				})
+			if w.service == "leader" {
+				c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
+				c.forbidden()
 			}
-		}
-		c.kubectl("delete", "deployment", "wrapper")
-		c.kubectl("wait", "--for=delete", "pod", "-l", "app.kubernetes.io/name=wrapper",
-			"--timeout=1m")
+			if w.service == "probed" {
+				c.apply(probedService)
+				// While standbys are not ready, it would block every drain.
+				c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
+			}
+			for _, f := range faults {
+				if !slices.Contains([]string{
+					"the pod is deleted", "the node is drained", "the node is cut off",
+					"the container's first process is killed",
+				}, f.name) {
+					continue
+				}
+				for range rounds {
+					t.Run(f.name, func(t *testing.T) {
+						c := c
+						c.t = t
+						result := c.reroute(w, f, job)
+						run.Traffic = append(run.Traffic, result)
+						keep(t, results{Traffic: []traffic{result}})
+					})
+				}
+			}
+			c.kubectl("delete", "deployment", w.form.deployment)
+			c.kubectl("wait", "--for=delete", "pod", "-l",
+				"app.kubernetes.io/name="+w.form.deployment, "--timeout=1m")
+		})
 	}
 	t.Logf("the table:\n%s", run.trafficTable())
-	if path := os.Getenv("JSON"); path != "" {
-		if err := run.addTo(path); err != nil {
-			t.Error(err)
-		}
-	}
 }
 
 func (c *cluster) apply(manifest string) {
@@ -161,12 +239,18 @@ func (c *cluster) forbidden() {
 }
 
 // reroute injects a fault, and returns when connections reach the next leader.
-func (c *cluster) reroute(w way, form form, f fault, job string) traffic {
+func (c *cluster) reroute(w way, f fault, job string) traffic {
 	t := c.t
 	t.Helper()
+	if w.service != "probed" { // whose standbys are never ready
+		c.kubectl("rollout", "status", "deployment/"+w.form.deployment, "--timeout=5m")
+	}
 	var leader life
 	c.until(3*time.Minute, func() error {
 		leader = c.leader()
+		if w.form.folder == "" { // nobody tells which pods are candidates
+			return nil
+		}
 		out, err := c.try("exec", leader.pod, "-c", "job", "--",
 			"/opt/leasehold/leasehold", "list", "--json")
 		if err == nil && !strings.Contains(strings.ReplaceAll(out, " ", ""), `"candidates":3`) {
@@ -194,7 +278,7 @@ func (c *cluster) reroute(w way, form form, f fault, job string) traffic {
 		}()
 	}
 	began := boottime.Now()
-	f.inject(c, form, leader.pod, node)
+	f.inject(c, w.form, leader.pod, node)
 	var next life
 	var reached time.Duration
 	c.until(90*time.Second, func() (err error) {
