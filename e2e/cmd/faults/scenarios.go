@@ -65,7 +65,8 @@ var daemonScenarios = []Scenario{
 		Fault: fault.Stop, Isolation: EveryoneAlone, CI: true, User: true,
 	},
 	{
-		Name: "switchover", About: "leasehold switchover to the next in line, from the start of the command on",
+		Name:  "switchover",
+		About: "leasehold switchover to the next in line, from the start of the command on",
 		Fault: fault.Switchover, Without: noPeers, Check: switched,
 		Isolation: OursAlone, CI: true, User: true,
 	},
