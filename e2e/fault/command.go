@@ -4,9 +4,9 @@ package fault
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"os/exec"
 	"path"
@@ -101,10 +101,20 @@ func meanwhile(inject Step) Step {
 	}
 }
 
+// waitStopping waits until the leader stops its job. (/leader answers 503 also while an elector is
+// replaced.)
 func waitStopping(ctx context.Context, on *Target) error {
-	return harness.Within(ctx, harness.WaitTimeout, "the leader does not stop its job",
-		func(ctx context.Context) error {
-			return on.Machine.WaitStatus(ctx, "/leader", http.StatusServiceUnavailable)
+	return harness.UntilWithin(ctx, harness.WaitTimeout, "the leader does not stop its job",
+		func() error {
+			var now struct{ State string }
+			_, body, err := on.Machine.Get(ctx, "/status")
+			if err == nil {
+				err = json.Unmarshal([]byte(body), &now)
+			}
+			if err == nil && now.State != "stopping" {
+				err = fmt.Errorf("its state is %s", now.State)
+			}
+			return err
 		})
 }
 
