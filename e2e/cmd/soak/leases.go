@@ -31,7 +31,7 @@ func (r *run) watchLeases(ctx context.Context) {
 		var got *clientv3.LeaseLeasesResponse
 		err := errors.New("no member was asked")
 		for _, c := range clients {
-			if got, err = leasesAt(ctx, c); err == nil {
+			if got, err = r.leasesAt(ctx, c); err == nil {
 				break
 			}
 		}
@@ -43,13 +43,25 @@ func (r *run) watchLeases(ctx context.Context) {
 
 // leasesAt lists the leases that one member knows after a linearizable read has shown that it is up
 // to date.
-func leasesAt(ctx context.Context, client *clientv3.Client) (*clientv3.LeaseLeasesResponse, error) {
+func (r *run) leasesAt(
+	ctx context.Context, client *clientv3.Client,
+) (*clientv3.LeaseLeasesResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
 	defer cancel()
-	if _, err := client.Get(ctx, election); err != nil {
+	began := harness.Now()
+	got, err := client.Get(ctx, election)
+	if err != nil {
 		return nil, err
 	}
+	r.check.sawRevision(began, got.Header.Revision)
 	return client.Leases(ctx)
+}
+
+// sawRevision is told the revision that a linearizable read has shown, and when that began.
+func (k *checker) sawRevision(began time.Duration, revision int64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.shown.reads(began, revision)
 }
 
 // leases are those in etcd, and what candidates said of theirs, by their ids in hex.

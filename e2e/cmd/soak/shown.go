@@ -22,7 +22,10 @@ import (
 type shown struct {
 	revision int64           // up to which all is known
 	heard    time.Duration   // when etcd last sent something
-	lagged   time.Duration   // when it last did so after a silence: what it sends then is old
+	complete time.Duration   // until when all that has happened is known, for certain
+	wanted   int64           // the revision of a later moment, not reached yet; 0: none
+	wantedAt time.Duration   // that moment
+	lags     []time.Duration // when etcd sent something after a silence: what it sends then is old
 	missed   []time.Duration // when changes were compacted before they were sent
 	queue    map[string]*entry
 	entries  []*entry            // all that have been in the queue
@@ -113,9 +116,18 @@ func (s *shown) term(token int64) *entry {
 	return nil
 }
 
-// isLate reports whether what is sent now may be old.
+// lagged is when etcd last sent something after a silence; 0: never.
+func (s *shown) lagged() time.Duration {
+	if n := len(s.lags); n > 0 {
+		return s.lags[n-1]
+	}
+	return 0
+}
+
+// isLate reports whether what is sent now may be old. A member that is cut off from the others goes
+// on answering, and shows nothing new.
 func (s *shown) isLate(now time.Duration) bool {
-	return s.lagged != 0 && now < s.lagged+settles
+	return len(s.lags) > 0 && now < s.lagged()+settles || s.wanted != 0 && now > s.wantedAt+silence
 }
 
 // hasGap reports whether changes of a time may be missing.
@@ -125,12 +137,28 @@ func (s *shown) hasGap(from, to time.Duration) bool {
 	})
 }
 
-// hears notes that etcd has sent something.
-func (s *shown) hears(now time.Duration) {
-	if s.heard != 0 && now > s.heard+silence {
-		s.lagged = now
+// hears notes that etcd has sent all up to a revision.
+func (s *shown) hears(now time.Duration, revision int64) {
+	lag := s.heard != 0 && now > s.heard+silence
+	s.heard, s.revision = now, max(s.revision, revision)
+	if s.wanted != 0 && s.revision >= s.wanted {
+		lag = lag || now > s.wantedAt+silence
+		s.complete, s.wanted = s.wantedAt, 0
 	}
-	s.heard = now
+	if lag {
+		s.lags = append(s.lags, now)
+	}
+}
+
+// reads notes the revision that a linearizable read has shown, and when that began: all that
+// happened before has this revision or an earlier one.
+func (s *shown) reads(began time.Duration, revision int64) {
+	switch {
+	case s.revision >= revision:
+		s.complete = max(s.complete, began)
+	case s.wanted == 0:
+		s.wanted, s.wantedAt = revision, began
+	}
 }
 
 // followElection follows what etcd shows of the election until ctx ends. One watch has all of it,
@@ -170,12 +198,13 @@ func (r *run) watchElection(ctx context.Context, first, end string, next int64) 
 		}
 	}()
 	for resp := range watch {
-		r.check.heard()
 		switch {
 		case resp.CompactRevision > 0:
 			return 0
 		case resp.Err() != nil:
 			return next
+		case resp.IsProgressNotify():
+			r.check.heard(resp.Header.Revision)
 		}
 		now, all := harness.Now(), resp.Events
 		for len(all) > 0 {
@@ -191,11 +220,11 @@ func (r *run) watchElection(ctx context.Context, first, end string, next int64) 
 	return next
 }
 
-// heard is told that etcd has sent something.
-func (k *checker) heard() {
+// heard is told that etcd has sent all up to a revision.
+func (k *checker) heard(revision int64) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.shown.hears(harness.Now())
+	k.shown.hears(harness.Now(), revision)
 }
 
 // read takes what etcd shows at a revision. Whatever began before, and is not over, is not judged.
@@ -207,7 +236,8 @@ func (k *checker) read(now time.Duration, revision int64, kvs []*mvccpb.KeyValue
 		s.missed = append(s.missed, now)
 		k.counts.Steered.Missed++
 	}
-	s.revision, s.heard, s.lagged = revision, now, now
+	s.revision, s.heard, s.wanted = revision, now, 0
+	s.lags = append(s.lags, now)
 	s.queue, s.requests = map[string]*entry{}, map[string]*request{}
 	for _, h := range s.holds {
 		h.gone = cmp.Or(h.gone, revision)
@@ -226,8 +256,7 @@ func (k *checker) changed(now time.Duration, revision int64, events []*clientv3.
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	s := &k.shown
-	s.hears(now)
-	s.revision = revision
+	s.hears(now, revision)
 	before, exited := s.head(), false
 	for _, e := range events {
 		if e.Type == clientv3.EventTypeDelete {

@@ -251,6 +251,7 @@ func (k *checker) judgeShown(now time.Duration) {
 	if s.isLate(now) || now > s.heard+silence {
 		return
 	}
+	now = s.complete
 	for _, r := range s.requests {
 		switch {
 		case r.Answer == control.Accepted && !r.served:
@@ -258,13 +259,13 @@ func (k *checker) judgeShown(now time.Duration) {
 			if r.served = t == nil || t.gone != 0; r.served {
 				continue
 			}
-			since := now - max(r.answered, s.lagged, k.leases.reset)
+			since := now - max(r.answered, s.lagged(), k.leases.reset)
 			if since > k.ttl+stopGrace+endsWithin {
 				k.violateAt(now, []string{t.identity}, "%s has accepted a switchover, and still "+
 					"leads %v after that, token %d", t.identity, since, r.Token)
 			}
 		case r.Answer == "" && !r.over:
-			since := now - max(r.asked, s.lagged, k.leases.reset)
+			since := now - max(r.asked, s.lagged(), k.leases.reset)
 			if since > switchTimeout+time.Second+endsWithin {
 				k.violateAt(now, nil, "a request for a switchover is there after %v, and nobody "+
 					"has answered it", since)
@@ -369,7 +370,7 @@ var nowLeads = regexp.MustCompile(`"([^"]*)" leads(?: already)?, token (\d+)`)
 func (k *checker) judgeSaid(now time.Duration) {
 	s := &k.shown
 	k.said = slices.DeleteFunc(k.said, func(c claimed) bool {
-		if now < c.at+settles || s.heard < c.at+settles || s.isLate(now) {
+		if s.complete <= c.at {
 			return false
 		}
 		m := nowLeads.FindStringSubmatch(c.said)
@@ -420,7 +421,8 @@ func (k *checker) failedBack(candidate, setting, log string) {
 func (k *checker) judgeFailback(from, to string, at time.Duration) {
 	s := &k.shown
 	around := check.Interval{From: at - k.ttl - settles, To: at + settles}
-	if s.hasGap(at-remembered, at+remembered) {
+	late := func(lag time.Duration) bool { return at-failback < lag && lag < at+settles }
+	if s.hasGap(at-remembered, at+remembered) || slices.ContainsFunc(s.lags, late) {
 		return
 	}
 	var leader *entry

@@ -158,6 +158,19 @@ func (e *etcd) after(d time.Duration) {
 		e.at = min(until, e.at+silence/2)
 		e.revision++
 		e.changed(e.at, e.revision, []*clientv3.Event{put("store/1", "", e.revision, e.revision)})
+		e.sawRevision(e.at, e.revision)
+	}
+}
+
+// isCutOff lets time pass while the member that serves the watch is cut off: it goes on answering,
+// and shows nothing of what happens.
+func (e *etcd) isCutOff(d time.Duration) {
+	shows := e.revision
+	for until := e.at + d; e.at < until; {
+		e.at = min(until, e.at+silence/2)
+		e.revision++
+		e.shown.hears(e.at, shows)
+		e.sawRevision(e.at, e.revision)
 	}
 }
 
@@ -452,6 +465,26 @@ func TestSwitchover_Says(t *testing.T) {
 			e.judged(t, false)
 			e.after(3 * settles)
 			e.judged(t, c.guilty)
+		})
+	}
+}
+
+// It is compared when all is known of that time.
+func TestSwitchover_SaysWhileCutOff(t *testing.T) {
+	for _, guilty := range []bool{false, true} {
+		t.Run(fmt.Sprintf("guilty=%v", guilty), func(t *testing.T) {
+			e := playEtcd()
+			leader, target := e.joins("a", 0xa, 50), e.joins("b", 0xb, 50)
+			e.said = []claimed{{
+				at: e.at, said: fmt.Sprintf(`jobs/soak: "b" leads, token %d`, e.made[target]),
+			}}
+			e.isCutOff(3 * settles)
+			e.judged(t, false)
+			if !guilty {
+				e.sends(leader, nil)
+			}
+			e.after(3 * settles)
+			e.judged(t, guilty)
 		})
 	}
 }
