@@ -425,7 +425,7 @@ func (r *results) report() string {
 func (r *results) summary() string {
 	var text strings.Builder
 	fmt.Fprintf(&text, "# A long run under random faults\n\n"+
-		"Written by `bin/soak -from FILE -summary docs/soak.md` from the figures of "+
+		"Written by `bin/soak -from FILE -summary PAGE` from the figures of "+
 		"`make soak SEED=%d FAULTS=%d`. Not by hand.\n\n", r.Seed, r.Faults)
 	fmt.Fprintf(&text,
 		`%d candidates in one election, two of them an ordinary user's without a cgroup, and two
