@@ -16,7 +16,8 @@ type Progress struct {
 	Hold   *Hold       // nil: there is none
 	Asked  *Switchover // the request; nil: there is none
 
-	mod int64 // Asked's mod revision
+	key string // the leader's
+	mod int64  // Asked's mod revision
 }
 
 // ReadProgress reads the progress of a switchover.
@@ -29,6 +30,7 @@ func ReadProgress(ctx context.Context, etcd Etcd, election string) (p Progress, 
 	}
 	if len(kvs[0]) > 0 {
 		p.Leader, p.Token = sound(string(kvs[0][0].Value)), kvs[0][0].CreateRevision
+		p.key = string(kvs[0][0].Key)
 	}
 	if len(kvs[1]) > 0 {
 		p.Hold = &Hold{}
@@ -41,14 +43,17 @@ func ReadProgress(ctx context.Context, etcd Etcd, election string) (p Progress, 
 	return p, nil
 }
 
-// AskSwitchover asks the leader of that progress for a switchover, unless somebody has asked since.
+// AskSwitchover asks the leader of that progress for a switchover, unless somebody has asked since,
+// or the leader has gone: then the next one would be taken for what came of the request.
 // The request is bound to the lease. The next progress shows whether it is there.
 func AskSwitchover(
 	ctx context.Context, etcd Etcd, election string, asked Switchover, lease int64, p Progress,
 ) error {
 	asked.Token = p.Token
 	_, err := etcd.Txn(ctx, &pb.TxnRequest{
-		Compare: []*pb.Compare{modified(SwitchoverOf(election), p.mod)},
+		Compare: []*pb.Compare{
+			modified(SwitchoverOf(election), p.mod), created(p.key, p.Token),
+		},
 		Success: []*pb.RequestOp{put(SwitchoverOf(election), &asked, lease)},
 	})
 	return err

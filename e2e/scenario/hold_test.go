@@ -27,17 +27,23 @@ import (
 func (tr *trial) command(args ...string) (code int, said string) {
 	tr.Helper()
 	var out bytes.Buffer
-	cmd := exec.CommandContext(tr.ctx, tr.programs.Leasehold, args...)
+	cmd := tr.newCommand(args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.Env = slices.Concat([]string{
-		"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=" + tr.election,
-		"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
-	}, tr.asking)
 	err := cmd.Run()
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
 		tr.Fatal(err)
 	}
 	return cmd.ProcessState.ExitCode(), out.String()
+}
+
+// newCommand is a subcommand about the election.
+func (tr *trial) newCommand(args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(tr.ctx, tr.programs.Leasehold, args...)
+	cmd.Env = slices.Concat([]string{
+		"PATH=" + os.Getenv("PATH"), "LEASEHOLD_ELECTION=" + tr.election,
+		"LEASEHOLD_ENDPOINTS=" + strings.Join(tr.etcd.Endpoints(), ","),
+	}, tr.asking)
+	return cmd
 }
 
 // commands runs a subcommand that has to succeed, and to say this.
@@ -180,6 +186,7 @@ func TestHold(t *testing.T) {
 	}
 
 	// A failover: nobody starts.
+	ready := tr.watchReady(all[1:]...)
 	tr.must(all[0].Signal(syscall.SIGTERM))
 	tr.waitExit(all[0], 0)
 	tr.waitDead(job)
@@ -189,9 +196,9 @@ func TestHold(t *testing.T) {
 		if s := tr.waitHeld(c, true); s.Leader != nil {
 			t.Errorf("%s names a leader: %+v", c.Identity, s.Leader)
 		}
-		tr.waitStatus(c, "/readyz", http.StatusOK)
 		tr.waitStatus(c, "/leader", http.StatusServiceUnavailable)
 	}
+	ready()
 	if code, said := tr.command("status"); code != 1 || !strings.Contains(said, "no leader") {
 		t.Errorf("status: %d, %s", code, said)
 	}
@@ -209,7 +216,7 @@ func TestHold(t *testing.T) {
 	tr.expectNoJob(job)
 
 	// A restart of etcd.
-	ready := tr.watchReady(d, e)
+	ready = tr.watchReady(d, e)
 	tr.must(tr.etcd.Members[0].Restart(tr.ctx))
 	for _, c := range []*candidate{d, e} {
 		tr.waitRenewals(c, 1)
@@ -235,6 +242,7 @@ func TestHold(t *testing.T) {
 // The leader resigns in order, and nobody follows.
 func TestHold_Stop(t *testing.T) {
 	tr := ordinary(t)
+	tr.ttl = 10 * time.Second // etcd restarts well within
 	a := tr.start("a", "ignore-term", variables("LEASEHOLD_STOP_GRACE=2s"))
 	job := tr.waitJob(a)
 	all := []*candidate{a}
@@ -270,12 +278,21 @@ func TestHold_Stop(t *testing.T) {
 		tr.must(c.Signal(syscall.SIGTERM))
 		tr.waitExit(c, 0)
 	}
+	var restarted []*candidate
 	for _, name := range []string{"d", "e", "f"} {
 		c := tr.start(name, "")
 		tr.expectSameHold(c, hold)
 		tr.waitStatus(c, "/readyz", http.StatusOK)
-		tr.waitRenewals(c, 1)
+		restarted = append(restarted, c)
 	}
+	// A restart of etcd.
+	ready := tr.watchReady(restarted...)
+	tr.must(tr.etcd.Members[0].Restart(tr.ctx))
+	for _, c := range restarted {
+		tr.waitRenewals(c, 1)
+		tr.expectSameHold(c, hold)
+	}
+	ready()
 	tr.expectNoJob(job)
 	tr.commands("released", "release")
 	if next := tr.waitNext(job, waitTimeout); next.Candidate != "d" {
@@ -284,12 +301,13 @@ func TestHold_Stop(t *testing.T) {
 	tr.finish()
 }
 
-// A hold ends by itself, and not before its time, also if every daemon has been restarted
-// meanwhile.
+// A hold ends by itself, and not before its time, also if every daemon and etcd have been restarted
+// meanwhile. When etcd is restarted the time begins again.
 func TestHold_For(t *testing.T) {
 	tr := ordinary(t)
+	tr.ttl = 10 * time.Second // etcd restarts well within
 	all, job := tr.startAll("ab")
-	const lasts = 8 * time.Second
+	const lasts = 20 * time.Second
 	began := harness.Now()
 	tr.commands("held until ", "hold", "--for", lasts.String())
 	hold := *tr.waitHeld(all[1], true).Hold
@@ -306,6 +324,13 @@ func TestHold_For(t *testing.T) {
 	c, d := tr.start("c", ""), tr.start("d", "")
 	tr.expectSameHold(c, hold)
 	tr.expectSameHold(d, hold)
+	ready := tr.watchReady(c, d)
+	tr.must(tr.etcd.Members[0].Restart(tr.ctx))
+	for _, c := range []*candidate{c, d} {
+		tr.waitRenewals(c, 1)
+		tr.expectSameHold(c, hold)
+	}
+	ready()
 	next := tr.waitNext(job, waitTimeout)
 	if took := next.Started - began; took < lasts {
 		t.Errorf("%s leads %v after the hold began, want %v", next.Candidate, took, lasts)

@@ -208,11 +208,28 @@ func (tr *trial) killAll(c *candidate) {
 // noRequest fails if etcd holds a request for a switchover.
 func (tr *trial) noRequest() {
 	tr.Helper()
+	if tr.hasRequest() {
+		tr.Error("a request for a switchover is left in etcd")
+	}
+}
+
+// waitRequest waits until etcd has a request for a switchover, or none.
+func (tr *trial) waitRequest(there bool) {
+	tr.Helper()
+	tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+		if tr.hasRequest() != there {
+			return fmt.Errorf("there is a request: %v", !there)
+		}
+		return nil
+	}))
+}
+
+// hasRequest reports whether etcd has a request for a switchover.
+func (tr *trial) hasRequest() bool {
+	tr.Helper()
 	keys, err := tr.etcd.Etcdctl(tr.ctx, "get", "--prefix", "--keys-only", "leasehold/v1/")
 	tr.must(err)
-	if strings.Contains(keys, "/switchover") {
-		tr.Errorf("left in etcd: %s", keys)
-	}
+	return strings.Contains(keys, "/switchover")
 }
 
 // Two operators ask at once: one is refused, by the name of the other.
@@ -314,6 +331,14 @@ func TestSwitchover_Unserved(t *testing.T) {
 	tr.expectCommand(75, `"a" has not answered; the request is withdrawn`,
 		"switchover", "--timeout", "3s")
 	tr.noRequest()
+
+	// So is that of a command which is killed.
+	killed := tr.newCommand("switchover", "--timeout", "3s")
+	tr.must(killed.Start())
+	tr.waitRequest(true)
+	tr.must(killed.Process.Kill())
+	_ = killed.Wait() // it was killed
+	tr.waitRequest(false)
 	all[0].SetReachable(true)
 	tr.untouched(all[0], job)
 	tr.finish()
