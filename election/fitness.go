@@ -14,7 +14,8 @@ type fitness struct {
 	mu     sync.Mutex
 	why    string        // not; "": it may
 	since  time.Duration // when that began
-	stays  time.Time     // a leader does not hand over because of that before
+	waits  time.Duration // for how long a leader does not hand over because of that
+	stays  time.Time     // until when that is
 	moves  int           // hand-overs because of that, within rest of each other
 	latest time.Duration // the last of them
 }
@@ -36,7 +37,8 @@ func (c *Candidate) SetUnfit(why string) {
 	f.mu.Lock()
 	if f.why == "" {
 		f.since = c.cfg.Now()
-		f.stays = time.Now().Add(f.wait(f.since, c.cfg.FitnessRound))
+		f.waits = f.wait(f.since, c.cfg.FitnessRound)
+		f.stays = time.Now().Add(f.waits)
 	}
 	f.why = why
 	f.mu.Unlock()
@@ -72,12 +74,11 @@ func (f *fitness) wait(now, round time.Duration) time.Duration {
 	return round + min(firstWait<<min(f.moves-1, 10), maxWait)
 }
 
-// wantsToLeave reports whether a leader is to hand over, and why. round is Config.FitnessRound.
-func (f *fitness) wantsToLeave(now, round time.Duration) (why string, wants bool) {
+// wantsToLeave reports whether a leader is to hand over, and why.
+func (f *fitness) wantsToLeave(now time.Duration) (why string, wants bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	wait := f.wait(now, round)
-	return f.why, f.why != "" && now-f.since >= wait
+	return f.why, f.why != "" && now-f.since >= f.waits
 }
 
 // left notes that the leader hands over because it is unfit.

@@ -151,10 +151,10 @@ func TestFitness_WaitsLonger(t *testing.T) {
 			left < wait*time.Minute+round-time.Minute {
 			t.Errorf("it says that it stays for %v, want %d min", left, wait)
 		}
-		if _, leaves := c.fitness.wantsToLeave(now-1, round); leaves {
+		if _, leaves := c.fitness.wantsToLeave(now - 1); leaves {
 			t.Errorf("it leaves before %d min", wait)
 		}
-		if why, leaves := c.fitness.wantsToLeave(now, round); !leaves || why != "no disk" {
+		if why, leaves := c.fitness.wantsToLeave(now); !leaves || why != "no disk" {
 			t.Errorf("it does not leave after %d min", wait)
 		}
 		c.fitness.left(now)
@@ -162,7 +162,8 @@ func TestFitness_WaitsLonger(t *testing.T) {
 	}
 	now += rest + 1
 	c.SetUnfit("no disk")
-	if _, leaves := c.fitness.wantsToLeave(now, 0); !leaves {
+	now += round
+	if _, leaves := c.fitness.wantsToLeave(now); !leaves {
 		t.Error("it waits after a long rest")
 	}
 }

@@ -155,7 +155,7 @@ func (p *priorities) handsOver(
 	if s.steering.theHold() != nil {
 		return back
 	}
-	if why, leaves := s.candidate.fitness.wantsToLeave(l.at, s.cfg.FitnessRound); leaves {
+	if why, leaves := s.candidate.fitness.wantsToLeave(l.at); leaves {
 		back.asked.By, back.unfit = "fitness", true
 		back.why = "because this candidate is unfit: " + quote.Printable(why)
 		return back
