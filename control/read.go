@@ -95,7 +95,7 @@ func summarize(
 	hold := &pb.RangeRequest{Key: []byte(HoldOf(election))}
 	txn := &pb.TxnRequest{}
 	for _, r := range []*pb.RangeRequest{
-		records, queue, oldest(election), hold, lastTerms(election, 1, false),
+		records, queue, oldest(election), hold, lastTerms(election, latestTerms, false),
 	} {
 		txn.Success = append(txn.Success,
 			&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}})
@@ -123,12 +123,17 @@ func summarize(
 		return s, true, nil
 	}
 	s.Leader, s.Token = identityOf(kvs[0], kvs[0].CreateRevision), kvs[0].CreateRevision
-	var t Term
-	if kvs := got(4).Kvs; len(kvs) > 0 && Decode(kvs[0].Value, &t) == nil && t.Token == s.Token {
-		s.Since = t.Started
+	for _, t := range readTerms(got(4).Kvs) {
+		if t.Token == s.Token {
+			s.Since = t.Started
+		}
 	}
 	return s, true, nil
 }
+
+// latestTerms is among how many records of terms that of the present one is looked for. The record
+// of a term may come after that of the next one.
+const latestTerms = 3
 
 // Terms returns the last n terms of the election, the latest first.
 func Terms(ctx context.Context, etcd Etcd, election string, n int) ([]Term, error) {
