@@ -133,7 +133,7 @@ func (s *shown) isLate(now time.Duration) bool {
 // hasGap reports whether changes of a time may be missing.
 func (s *shown) hasGap(from, to time.Duration) bool {
 	return slices.ContainsFunc(s.missed, func(at time.Duration) bool {
-		return from < at && at < to
+		return from <= at && at < to
 	})
 }
 
@@ -198,13 +198,15 @@ func (r *run) watchElection(ctx context.Context, first, end string, next int64) 
 		}
 	}()
 	for resp := range watch {
-		switch {
-		case resp.CompactRevision > 0:
+		if resp.CompactRevision > 0 {
 			return 0
-		case resp.Err() != nil:
-			return next
-		case resp.IsProgressNotify():
+		}
+		if resp.Err() != nil {
+			break
+		}
+		if resp.IsProgressNotify() { // etcd has sent all up to there
 			r.check.heard(resp.Header.Revision)
+			next = max(next, resp.Header.Revision+1)
 		}
 		now, all := harness.Now(), resp.Events
 		for len(all) > 0 {

@@ -232,7 +232,7 @@ func (r *run) switchOver(ctx context.Context, i *injection) error {
 		return err
 	}
 	r.check.note("  #%d has ended with %d: %s", i.number, code, said)
-	if i.calm && code == 75 && r.check.etcdAnswered(i.From) {
+	if i.calm && code == 75 && r.check.isCalm(i.From) {
 		r.check.violate(nil, "nothing else was wrong, and a switchover was neither served nor "+
 			"refused: %s", said)
 	}
@@ -279,6 +279,10 @@ func (r *run) drillFailback(ctx context.Context) {
 func (r *run) drill(ctx context.Context) error {
 	if r.misheld {
 		return nil
+	}
+	// Until then those that a fault has killed may be in the queue.
+	if err := harness.Wait(ctx, r.ttl+recovers); err != nil {
+		return err
 	}
 	r.command(ctx, r.switchOver, "switchover", drawn{})
 	nobody := drawn{index: candidateCount} // is of that name

@@ -87,7 +87,8 @@ func (k *checker) releases(h *held) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if h.from != 0 {
-		k.counts.Steered.HeldFor += harness.Milliseconds(min(h.to, harness.Now()) - h.from)
+		k.counts.Steered.HeldFor += harness.Milliseconds(
+			max(0, min(h.to, harness.Now())-h.from))
 	}
 	h.to = min(h.to, harness.Now())
 }
@@ -238,11 +239,14 @@ const (
 	endsWithin = 3 * time.Second
 )
 
-// etcdAnswered reports whether etcd has answered each read since a moment.
-func (k *checker) etcdAnswered(since time.Duration) bool {
+// isCalm reports whether etcd has answered each read since a moment, and the machine had
+// processors for all.
+func (k *checker) isCalm(since time.Duration) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return within(k.leases.silent, check.Interval{From: since, To: harness.Now()}) == 0
+	now := harness.Now()
+	return within(k.leases.silent, check.Interval{From: since, To: now}) == 0 &&
+		!k.excuses.starved(since, now, k.margin())
 }
 
 // judgeShown looks whether what etcd has shown has come to an end in time.
