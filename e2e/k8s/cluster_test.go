@@ -772,7 +772,7 @@ func (c *cluster) failingJob(job, wrapper string) {
 		cmd.Env = append(os.Environ(), "KUBECONFIG="+c.config)
 		out, err := cmd.CombinedOutput()
 		if n := strings.Count(string(out), "exit_code=1"); n < 3 {
-			err = fmt.Errorf("%d failures of the job (%v):\n%s", n, err, out)
+			err = errors.Join(fmt.Errorf("%d failures of the job:\n%s", n, out), err)
 		}
 		return err
 	})
