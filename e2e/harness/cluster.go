@@ -345,7 +345,12 @@ func (m *Member) Stop(ctx context.Context) error {
 }
 
 // Pause stops the member's process: its connections stay, nothing answers.
-func (m *Member) Pause() error { return m.Signal(syscall.SIGSTOP) }
+func (m *Member) Pause() error {
+	if err := m.Signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	return WaitStopped(m.Pid())
+}
 
 // Continue ends a pause.
 func (m *Member) Continue() error { return m.Signal(syscall.SIGCONT) }

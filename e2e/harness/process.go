@@ -76,6 +76,25 @@ func Stat(dir string) ([]string, error) {
 	return fields, nil
 }
 
+// WaitStopped waits until SIGSTOP has stopped all threads of a process, or it has ended. Each thread
+// runs on until it has seen the signal.
+func WaitStopped(pid int) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return Until(ctx, func() error {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+		if err != nil {
+			return err
+		}
+		for _, thread := range threads {
+			if stat, err := Stat(thread); err == nil && !strings.Contains("TZX", stat[0]) {
+				return fmt.Errorf("%s is not stopped: its state is %s", thread, stat[0])
+			}
+		}
+		return nil
+	})
+}
+
 // Children lists the pids of a process' children.
 func Children(pid int) []int { return children()[pid] }
 

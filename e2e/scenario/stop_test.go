@@ -4,7 +4,6 @@ package scenario_test
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -278,14 +277,7 @@ func TestStatusAndCheck_OfTheHung(t *testing.T) {
 	tr.must(err)
 	for _, args := range [][]string{{"check"}, {"check", "leader"}} {
 		tr.must(syscall.Kill(elector, syscall.SIGSTOP))
-		// Until its first thread has seen the signal, all others run.
-		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-			stat, err := harness.Stat(fmt.Sprintf("/proc/%d", elector))
-			if err == nil && stat[0] != "T" {
-				err = errors.New("the elector is not stopped")
-			}
-			return err
-		}))
+		tr.must(harness.WaitStopped(elector))
 		ask(69, args...)
 		ask(0, "status")
 		tr.must(syscall.Kill(elector, syscall.SIGCONT)) // before it is replaced
