@@ -228,7 +228,7 @@ test-k8s: $(ETCD_TOOLS) bin/helm
 # LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
 e2e-k8s: bin/helm
 	LEASEHOLD_SHIP=1 IMAGE='$(or $(IMAGE),localhost/leasehold)' LOAD='$(LOAD)' JSON='$(abspath $(JSON))' \
-		$(GO) test -count=1 -v -timeout 240m \
+		$(GO) test -count=1 -v -parallel 3 -timeout 240m \
 		$(if $(RUN),-run '$(RUN)') ./e2e/k8s
 
 # The programs know their version from the linker: the API server tells it to clients, and compares it.

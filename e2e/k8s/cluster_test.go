@@ -34,12 +34,19 @@ type cluster struct {
 	old       bool // before Kubernetes 1.21
 	sidecars  bool // 1.29 and newer
 	nodes     int
+	nodeNames []string
 	image     string
 	lives     string // a directory of each node: when jobs have lived there
 }
 
 // newCluster skips the test where no cluster answers.
 func newCluster(t *testing.T) *cluster {
+	t.Helper()
+	return findCluster(t).enter("")
+}
+
+// findCluster returns a cluster without a namespace. It skips the test where none answers.
+func findCluster(t *testing.T) *cluster {
 	t.Helper()
 	if os.Getenv("LEASEHOLD_SHIP") != "1" {
 		t.Skip("skipped: LEASEHOLD_SHIP=1 is not set (make e2e-k8s sets it)")
@@ -67,9 +74,19 @@ func newCluster(t *testing.T) *cluster {
 	if c.root, err = harness.ModuleRoot(); err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("Kubernetes 1.%d in the context %s", minor, c.context)
+	return c
+}
+
+// enter makes a namespace that is deleted with the test. Its name ends with the given one.
+func (c *cluster) enter(name string) *cluster {
+	t := c.t
+	t.Helper()
+	entered := *c
+	c = &entered
 	dir := t.TempDir()
 	c.tree, c.config = filepath.Join(dir, "k8s"), filepath.Join(dir, "config")
-	err = errors.Join(copyTree(filepath.Join(c.root, "k8s"), c.tree),
+	err := errors.Join(copyTree(filepath.Join(c.root, "k8s"), c.tree),
 		os.Symlink(filepath.Join(c.root, "charts"), filepath.Join(dir, "charts")))
 	if err != nil {
 		t.Fatal(err)
@@ -90,6 +107,9 @@ func newCluster(t *testing.T) *cluster {
 		c.kubectl("delete", "namespace", namespace, "--wait=false")
 	}
 	c.namespace = fmt.Sprintf("%s%d", prefix, os.Getpid())
+	if name != "" {
+		c.namespace += "-" + name
+	}
 	c.kubectl("create", "namespace", c.namespace)
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -103,7 +123,9 @@ func newCluster(t *testing.T) *cluster {
 	if c.nodes, err = usableNodes(c.kubectl("get", "nodes", "-o", "json")); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("Kubernetes 1.%d in the context %s, nodes: %d", minor, c.context, c.nodes)
+	c.nodeNames = strings.Fields(
+		c.kubectl("get", "nodes", "-o", "jsonpath={.items[*].metadata.name}"))
+	t.Logf("namespace %s, nodes: %d", c.namespace, c.nodes)
 	return c
 }
 

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -27,6 +28,9 @@ type form struct {
 	patch                    string // for the mode of the job, and the directory of its lives
 	mode                     string // of the job
 }
+
+// The names of all forms, in the order of the table.
+var formNames = []string{"wrapper", "sidecar", "plain"}
 
 var wrapperForm = form{
 	name: "wrapper", folder: "wrapper", deployment: "wrapper",
@@ -72,8 +76,11 @@ spec:
 type fault struct {
 	name     string
 	stubborn bool // the job ignores TERM
-	inject   func(c *cluster, f form, pod, node string)
-	recover  func(c *cluster, node string)
+	// alone is for faults that hit a node or the whole cluster, and so the jobs of other namespaces
+	// too. A trial there would not know which fault it has seen.
+	alone   bool
+	inject  func(c *cluster, f form, pod, node string)
+	recover func(c *cluster, node string)
 	// Within this time the next job has to run, for each form by its name. Forms that are not named
 	// are not tried.
 	within map[string]time.Duration
@@ -84,15 +91,19 @@ type fault struct {
 // untouched is for faults that a job must not notice.
 const untouched = -1
 
+// handedOver is for stops in which the lease is given back. A plain sidecar first holds it for
+// STOP_GRACE (20 s).
+var handedOver = map[string]time.Duration{
+	"wrapper": 10 * time.Second, "sidecar": 15 * time.Second, "plain": 30 * time.Second,
+}
+
 // The TTL is 15 s: a leader whose lease is not given back is followed after that. If a job ignores
 // TERM, leasehold waits for STOP_GRACE (10 s). As a native sidecar it has to wait for the pod's
 // whole time to stop (30 s), and its lease expires after that.
 var faults = []fault{
 	{
 		name: "the pod is deleted", inject: deletePod("--wait=false"),
-		within: map[string]time.Duration{
-			"wrapper": 5 * time.Second, "sidecar": 15 * time.Second, "plain": 30 * time.Second,
-		},
+		within: handedOver,
 	},
 	{
 		name: "the pod is deleted, the job ignores TERM", stubborn: true,
@@ -107,20 +118,16 @@ var faults = []fault{
 	},
 	{
 		name: "the pod is evicted", inject: evict,
-		within: map[string]time.Duration{
-			"wrapper": 5 * time.Second, "sidecar": 15 * time.Second, "plain": 30 * time.Second,
-		},
+		within: handedOver,
 	},
 	{
-		name: "the node is drained",
+		name: "the node is drained", alone: true,
 		inject: func(c *cluster, f form, _, node string) {
 			c.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data",
 				"--pod-selector=app.kubernetes.io/name="+f.deployment, "--timeout=5m")
 		},
 		recover: func(c *cluster, node string) { c.kubectl("uncordon", node) },
-		within: map[string]time.Duration{
-			"wrapper": 5 * time.Second, "sidecar": 15 * time.Second, "plain": 30 * time.Second,
-		},
+		within:  handedOver,
 	},
 	{
 		// The pods are replaced one by one, and the leader's may be the last.
@@ -161,15 +168,15 @@ var faults = []fault{
 		within: map[string]time.Duration{"wrapper": 30 * time.Second},
 	},
 	{
-		name: "the node is cut off", inject: cut, recover: mend,
+		name: "the node is cut off", alone: true, inject: cut, recover: mend,
 		within: everywhere(25 * time.Second),
 	},
 	{
-		name: "the node is cut off, the job ignores TERM", stubborn: true,
+		name: "the node is cut off, the job ignores TERM", stubborn: true, alone: true,
 		inject: cut, recover: mend, within: everywhere(25 * time.Second),
 	},
 	{
-		name: "the kubelet is stopped",
+		name: "the kubelet is stopped", alone: true,
 		inject: func(c *cluster, _ form, _, node string) {
 			c.signalKubelet(node, "STOP")
 		},
@@ -177,7 +184,7 @@ var faults = []fault{
 		within:  everywhere(untouched),
 	},
 	{
-		name: "the cluster's DNS is gone",
+		name: "the cluster's DNS is gone", alone: true,
 		inject: func(c *cluster, _ form, _, _ string) {
 			c.kubectl("-n", "kube-system", "scale", "deployment/coredns", "--replicas=0")
 		},
@@ -265,50 +272,99 @@ func mend(c *cluster, node string) {
 	c.reach("mend", node)
 }
 
-// Each fault in turn is injected where a Deployment's job runs, in each form of leasehold in a pod.
-// The jobs keep when they lived, by the clock of their kernel, in a directory of their node. No two
-// may ever have lived at once. N is how often each fault is injected. JSON names a file to which
-// the trials are added.
+// Each fault is injected where a Deployment's job runs, in each form of leasehold in a pod. The
+// jobs keep when they lived, by the clock of their kernel, in a directory of their node. No two of
+// a form may ever have lived at once. N is how often each fault is injected. JSON names a file to
+// which the trials are added.
+//
+// Each form has a namespace and an etcd of its own, and the forms' trials run at the same time.
+// Faults that are `alone` follow, one by one; the jobs of the other forms run on.
 func TestCluster_Faults(t *testing.T) {
-	c, job := newFaultyCluster(t)
+	needNodes(t)
+	found := findCluster(t)
+	job := found.images()
 	rounds := 1
 	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
 		rounds = n
 	}
-	commit, err := exec.Command("git", "-C", c.root, "rev-parse", "--short", "HEAD").Output()
+	commit, err := exec.Command("git", "-C", found.root, "rev-parse", "--short", "HEAD").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
+	forms := found.forms()
+	clusters := make([]*cluster, len(forms))
+	for i, form := range forms {
+		clusters[i] = found.enter(form.name)
+		clusters[i].keepLives(form)
+	}
 	about := fmt.Sprintf("%s: leasehold %s, Kubernetes %s, %d CPUs.",
 		time.Now().UTC().Format(time.DateOnly), bytes.TrimSpace(commit),
-		c.kubectl("get", "nodes", "-o", "jsonpath={.items[0].status.nodeInfo.kubeletVersion}"+
+		clusters[0].kubectl("get", "nodes", "-o", "jsonpath="+
+			"{.items[0].status.nodeInfo.kubeletVersion}"+
 			", Linux {.items[0].status.nodeInfo.kernelVersion}"), runtime.NumCPU())
+	var mu sync.Mutex
 	var run results
-	for _, form := range c.forms() {
-		c.keepLives(form)
-		for _, stubborn := range []bool{false, true} {
-			if stubborn {
-				form.mode += "-on"
-			}
-			c.deploy(form, job)
+	inject := func(c *cluster, form form, stubborn, alone bool) {
+		if stubborn {
+			form.mode += "-on"
+		}
+		c.deploy(form, job)
+		// Round by round: the kubelet waits before it restarts a container for the second time, and
+		// each round has a rollout, which makes new ones.
+		for range rounds {
 			for _, f := range faults {
-				if f.stubborn != stubborn || f.within[form.name] == 0 {
+				if f.stubborn != stubborn || f.alone != alone || f.within[form.name] == 0 {
 					continue
 				}
-				for range rounds {
-					t.Run(form.name+": "+f.name, func(t *testing.T) {
-						c := *c
-						c.t = t
-						result := c.trial(form, f)
-						run.Trials = append(run.Trials, result)
-						keep(t, results{About: about, Trials: []trial{result}})
-					})
-				}
+				c.t.Run(f.name, func(t *testing.T) {
+					result := c.with(t).trial(form, f)
+					mu.Lock()
+					defer mu.Unlock()
+					run.Trials = append(run.Trials, result)
+					keep(t, results{About: about, Trials: []trial{result}})
+				})
 			}
 		}
-		c.kubectl("delete", "deployment", form.deployment)
+	}
+	together := func(name string, f func(c *cluster, form form)) bool {
+		return t.Run(name, func(t *testing.T) {
+			for i, form := range forms {
+				t.Run(form.name, func(t *testing.T) {
+					t.Parallel()
+					f(clusters[i].with(t), form)
+				})
+			}
+		})
+	}
+	if !together("etcd", func(c *cluster, _ form) { c.etcdForFaults() }) {
+		return
+	}
+	// Pods whose job ignores TERM take long to replace: they come first here, and last below.
+	together("at once", func(c *cluster, form form) {
+		inject(c, form, true, false)
+		inject(c, form, false, false)
+	})
+	for _, stubborn := range []bool{false, true} {
+		for i, form := range forms {
+			t.Run("alone/"+form.name, func(t *testing.T) {
+				inject(clusters[i].with(t), form, stubborn, true)
+			})
+		}
+	}
+	for i, form := range forms { // also those that were not looked at during the last trials
+		for _, o := range overlaps(clusters[i].jobs()) {
+			t.Errorf("%s: two jobs at once: %s", form.name, o)
+		}
+		clusters[i].kubectl("delete", "deployment", form.deployment)
 	}
 	t.Logf("the table:\n%s", run.table())
+}
+
+// with returns the cluster for a part of a test.
+func (c *cluster) with(t *testing.T) *cluster {
+	part := *c
+	part.t = t
+	return &part
 }
 
 // keep adds results to those in $JSON at once: a run that is cut short has those until then.
@@ -321,28 +377,40 @@ func keep(t *testing.T, r results) {
 	}
 }
 
-// newFaultyCluster skips the test where nothing reaches the nodes. These programs of
-// tools/kubernetes are in the job's image.
-func newFaultyCluster(t *testing.T, programs ...string) (c *cluster, job string) {
+// needNodes skips the test where nothing reaches the nodes.
+func needNodes(t *testing.T) {
 	t.Helper()
 	if os.Getenv("CLUSTER") == "" {
 		t.Skip("skipped: CLUSTER names no command that reaches the nodes: run this by" +
 			" tools/kubernetes/cluster in make e2e-k8s")
 	}
+}
+
+// newFaultyCluster skips the test where nothing reaches the nodes. These programs of
+// tools/kubernetes are in the job's image.
+func newFaultyCluster(t *testing.T, programs ...string) (c *cluster, job string) {
+	t.Helper()
+	needNodes(t)
 	c = newCluster(t)
 	job = c.images(programs...)
+	c.etcdForFaults()
+	return c, job
+}
+
+// etcdForFaults starts etcd, and lets pods write into a directory of their node: it outlives them,
+// and is nothing for pods that are restricted.
+func (c *cluster) etcdForFaults() {
+	c.t.Helper()
 	c.etcd()
-	// A directory of the node outlives the pods, and is nothing for pods that are restricted.
 	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=privileged",
 		"--overwrite")
-	return c, job
 }
 
 // keepLives makes the directory in which the jobs of a form keep when they lived.
 func (c *cluster) keepLives(form form) {
 	c.t.Helper()
 	c.lives = "/var/log/" + c.namespace + "-" + form.name
-	for _, node := range c.nodeNames() {
+	for _, node := range c.nodeNames {
 		c.reach("node", node, "mkdir", "-m", "777", c.lives)
 	}
 }
@@ -484,6 +552,14 @@ func (c *cluster) trial(form form, f fault) trial {
 	t.Helper()
 	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
 	c.kubectl("rollout", "status", "deployment/"+form.deployment, "--timeout=5m")
+	c.until(2*time.Minute, func() error { // a pod of before that still stops may still lead
+		pods := c.kubectl("get", "pods", "-l", "app.kubernetes.io/name="+form.deployment,
+			"-o", "name")
+		if n := strings.Count(pods, "\n"); n != 3 {
+			return fmt.Errorf("there are %d pods, want 3:\n%s", n, pods)
+		}
+		return nil
+	})
 	leader := c.leader()
 	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
 	if f.recover != nil {
@@ -505,12 +581,13 @@ func (c *cluster) trial(form form, f fault) trial {
 	within := f.within[form.name]
 	if within == untouched {
 		// Longer than the TTL.
-		if err := harness.Wait(t.Context(), 20*time.Second); err != nil {
+		if err := harness.Wait(t.Context(), 17*time.Second); err != nil {
 			t.Fatal(err)
 		}
+		now := boottime.Now()
 		lives := c.jobs()
 		last := lives[len(lives)-1]
-		if last.began != leader.began || boottime.Now()-last.last > time.Second {
+		if last.began != leader.began || now-last.last > time.Second {
 			t.Errorf("the job was to go on, and %v is followed by %v", leader, last)
 		}
 	} else {
@@ -552,11 +629,19 @@ func (c *cluster) trial(form form, f fault) trial {
 	return result
 }
 
+// until asks again and again, with a pause: to answer takes several processes.
 func (c *cluster) until(within time.Duration, f func() error) {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(c.t.Context(), within)
 	defer cancel()
-	if err := harness.Until(ctx, f); err != nil {
+	err := harness.Until(ctx, func() error {
+		err := f()
+		if err != nil {
+			_ = harness.Wait(ctx, 200*time.Millisecond)
+		}
+		return err
+	})
+	if err != nil {
 		c.t.Fatal(err)
 	}
 }
@@ -571,11 +656,6 @@ func (c *cluster) reach(args ...string) string {
 		c.t.Fatal(err)
 	}
 	return string(out)
-}
-
-func (c *cluster) nodeNames() []string {
-	c.t.Helper()
-	return strings.Fields(c.kubectl("get", "nodes", "-o", "jsonpath={.items[*].metadata.name}"))
 }
 
 // inPod does something with the processes of a pod whose command line matches, on its node: there
@@ -626,7 +706,7 @@ func (l life) String() string {
 func (c *cluster) jobs() []life {
 	c.t.Helper()
 	var lines []string
-	for _, node := range c.nodeNames() {
+	for _, node := range c.nodeNames {
 		out := c.reach("node", node, "sh", "-c", "cd "+c.lives+" && grep -H . * || :")
 		lines = append(lines, strings.Split(out, "\n")...)
 	}
@@ -640,12 +720,13 @@ func (c *cluster) jobs() []life {
 // running returns the life of the job that runs now.
 func (c *cluster) running() (last life, err error) {
 	c.t.Helper()
+	now := boottime.Now()
 	lives := c.jobs()
 	if len(lives) == 0 {
 		return life{}, errors.New("there has been no job")
 	}
 	last = lives[len(lives)-1]
-	if boottime.Now()-last.last > time.Second {
+	if now-last.last > time.Second {
 		return life{}, fmt.Errorf("nobody has a job; the last one is %v", last)
 	}
 	return last, nil

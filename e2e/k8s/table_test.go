@@ -3,6 +3,7 @@
 package k8s_test
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -65,7 +66,8 @@ func (r results) addTo(path string) error {
 	return harness.WriteJSON(path, r)
 }
 
-// table has a row for each fault and form, in the order in which they were tried first.
+// table has a row for each fault and form, in the order of `faults` and `formNames`. Trials may
+// have ended in any order.
 func (r results) table() string {
 	type row struct{ form, fault string }
 	var order []row
@@ -77,6 +79,10 @@ func (r results) table() string {
 		}
 		trials[key] = append(trials[key], t)
 	}
+	slices.SortStableFunc(order, func(a, b row) int {
+		return cmp.Or(cmp.Compare(faultIndex(a.fault), faultIndex(b.fault)),
+			cmp.Compare(slices.Index(formNames, a.form), slices.Index(formNames, b.form)))
+	})
 	var b strings.Builder
 	harness.TableHead(&b, "fault", "form", "job ended", "next job", "no job for", "both alive")
 	for _, key := range order {
@@ -101,6 +107,10 @@ func (r results) table() string {
 		harness.TableRow(&b, key.fault, key.form, figure(ended), follows, figure(gap), both)
 	}
 	return b.String()
+}
+
+func faultIndex(name string) int {
+	return slices.IndexFunc(faults, func(f fault) bool { return f.name == name })
 }
 
 // trafficTable has a row for each fault and way, in the order in which the faults were tried first.
@@ -203,5 +213,16 @@ func TestResults_Table(t *testing.T) {
 		if !strings.Contains(table, want) {
 			t.Errorf("no row %q in\n%s", want, table)
 		}
+	}
+	var reversed, sorted results
+	for _, name := range []string{faults[0].name, faults[1].name} {
+		for _, form := range formNames {
+			result := trial{Form: form, Fault: name}
+			sorted.Trials = append(sorted.Trials, result)
+			reversed.Trials = slices.Insert(reversed.Trials, 0, result)
+		}
+	}
+	if got, want := reversed.table(), sorted.table(); got != want {
+		t.Errorf("the trials ended in another order, and the table is\n%s, want\n%s", got, want)
 	}
 }

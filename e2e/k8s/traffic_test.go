@@ -259,9 +259,10 @@ func (c *cluster) reroute(w way, f fault, job string) traffic {
 		return err
 	})
 	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
-	nodes := slices.DeleteFunc(c.nodeNames(), func(name string) bool { return name == node })
+	others := slices.DeleteFunc(slices.Clone(c.nodeNames),
+		func(name string) bool { return name == node })
 	asker := fmt.Sprintf("asker-%d", boottime.Now())
-	c.apply(fmt.Sprintf(askerManifest, asker, nodes[0], job+":latest",
+	c.apply(fmt.Sprintf(askerManifest, asker, others[0], job+":latest",
 		c.kubectl("get", "service", w.service, "-o", "jsonpath={.spec.clusterIP}")))
 	defer c.kubectl("delete", "pod", asker, "--wait=false")
 	c.until(time.Minute, func() error {

@@ -112,7 +112,8 @@ for node in $nodes; do
 	user "$node" "system:node:$node" system:nodes
 done
 
-# Local volumes. None is used twice, and each run of the tests needs one or two of each node.
+# Local volumes. None is used twice. A run of the tests needs one or two of each node, and the faults
+# six more for each N, if all members that lose their volume are on one node.
 for node in $nodes; do
 	for v in $(seq 50); do
 		mkdir -p "$node/volumes/$v"
