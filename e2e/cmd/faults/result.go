@@ -26,9 +26,35 @@ type Results struct {
 	Minutes float64       `json:"minutes"`
 	Rows    []RowInfo     `json:"rows"`
 	Samples []Sample      `json:"samples"`
-	// Again are the rows whose trials were made later than the others, by themselves:
-	// after a repair, or a change of the row.
-	Again []string `json:"again,omitempty"`
+	Again   []Rerun       `json:"again,omitempty"`
+}
+
+// Rerun is a row whose trials were made later than the others, by themselves: after a repair, or a
+// change of the row. Where the commit was not kept, the version is a range: "A to B".
+type Rerun struct {
+	Row     string `json:"row"`
+	Date    string `json:"date"`
+	Version string `json:"version"`
+}
+
+// Reruns are the rows that were made later with one version.
+type Reruns struct {
+	Date, Version string
+	Rows          []string
+}
+
+// Later are the rows that were made later, by version.
+func (r *Results) Later() (later []Reruns) {
+	for _, a := range r.Again {
+		i := slices.IndexFunc(later, func(o Reruns) bool {
+			return o.Date == a.Date && o.Version == a.Version
+		})
+		if i < 0 {
+			i, later = len(later), append(later, Reruns{a.Date, a.Version, nil})
+		}
+		later[i].Rows = append(later[i].Rows, a.Row)
+	}
+	return later
 }
 
 // RowInfo is what a reader must know of a row.
@@ -282,11 +308,28 @@ func duration(ms *float64) string {
 
 // Headline says with what the figures were measured.
 func (r *Results) Headline() string {
-	a := r.About
-	version, _, _ := strings.Cut(r.Version, " (")
+	a, version := r.About, shortVersion(r.Version)
+	date := a.Date
+	if n := len(r.Again); n > 0 { // the last one is the newest
+		last := r.Again[n-1]
+		newest := shortVersion(last.Version)
+		newest = newest[strings.LastIndexByte(newest, ' ')+1:]
+		if last.Date != date {
+			date += " to " + last.Date
+		}
+		if !strings.HasSuffix(version, newest) {
+			version += " to " + newest
+		}
+	}
 	return fmt.Sprintf("%s: %s, etcd %s, %s, Linux %s, %d CPUs; "+
 		"trials of each fault: %d with leasehold, %d with each of the others",
-		a.Date, version, a.Etcd, a.Go, a.Kernel, a.CPUs, r.N, r.PeersN)
+		date, version, a.Etcd, a.Go, a.Kernel, a.CPUs, r.N, r.PeersN)
+}
+
+// shortVersion leaves out the whole commit and its date.
+func shortVersion(version string) string {
+	short, _, _ := strings.Cut(version, " (")
+	return short
 }
 
 // replaceIn puts the rows of this run in the place of the same rows of an earlier one of as many
@@ -308,9 +351,9 @@ func (r *Results) replaceIn(path string) error {
 		whole.Samples = slices.DeleteFunc(whole.Samples, func(s Sample) bool {
 			return s.Row == row.Name
 		})
-		if !slices.Contains(whole.Again, row.Name) {
-			whole.Again = append(whole.Again, row.Name)
-		}
+		whole.Again = append(
+			slices.DeleteFunc(whole.Again, func(a Rerun) bool { return a.Row == row.Name }),
+			Rerun{row.Name, r.About.Date, shortVersion(r.Version)})
 	}
 	whole.Samples = append(whole.Samples, r.Samples...)
 	return whole.write(path)

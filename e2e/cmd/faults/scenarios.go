@@ -452,7 +452,7 @@ var commandScenarios = []Scenario{
 	{
 		Name: "failback-target-killed", About: "the leader hands over to a candidate with a " +
 			"higher priority, whose guard is killed while a job that ignores SIGTERM is stopped, " +
-			"grace 0.5 s: the old leader leads again",
+			"grace 0.5 s: the old leader leads again; from the leader's state stopping on",
 		Job: stubborn, Fault: while(fault.FailedBack, ofTarget(killed(harness.Guard))),
 		TTL: leavingTTL, Without: noPeers, User: true,
 	},
@@ -464,7 +464,8 @@ var commandScenarios = []Scenario{
 	},
 	{
 		Name: "unfit-elector-killed", About: "the leader becomes unfit and hands over, and its " +
-			"elector is killed while a job that ignores SIGTERM is stopped, grace 0.5 s",
+			"elector is killed while a job that ignores SIGTERM is stopped, grace 0.5 s; from " +
+			"the leader's state stopping on",
 		Job: stubborn, Fault: while(fault.Unfit, killed(harness.Elector)),
 		TTL: leavingTTL, Without: noPeers, Check: switched, User: true,
 	},

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -187,6 +188,7 @@ func TestResults_ReplaceIn(t *testing.T) {
 		t.Fatal(err)
 	}
 	again := Results{
+		About: harness.About{Date: "2026-11-30"}, Version: "leasehold abc (commit abcdef)",
 		N: 2, Rows: []RowInfo{{Name: "suspend", MayFailover: true}, {Name: "elector-killed"}},
 		Samples: []Sample{{Row: "suspend"}, {Row: "elector-killed", Starts: 3}},
 	}
@@ -200,8 +202,31 @@ func TestResults_ReplaceIn(t *testing.T) {
 	// A row that is new stands where the table has it.
 	if len(got.Rows) != 3 || got.Rows[1].Name != "elector-killed" || !got.Rows[2].MayFailover ||
 		len(got.Samples) != 3 || got.Samples[0].Starts != 1 || got.Samples[1].Starts != 0 ||
-		!slices.Equal(got.Again, []string{"suspend", "elector-killed"}) {
+		!slices.Equal(got.Again, []Rerun{
+			{"suspend", "2026-11-30", "leasehold abc"},
+			{"elector-killed", "2026-11-30", "leasehold abc"},
+		}) {
 		t.Errorf("results are now %+v", got)
+	}
+	// Run once more, a row is of the newest version, and the pages say of which ones all rows are.
+	again.Version, again.About.Date = "leasehold def (commit defabc)", "2026-12-01"
+	again.Rows, again.Samples = again.Rows[:1], again.Samples[:1]
+	if err := again.replaceIn(path); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = harness.ReadJSON[Results](path); err != nil {
+		t.Fatal(err)
+	}
+	if later := got.Later(); !reflect.DeepEqual(later, []Reruns{
+		{"2026-11-30", "leasehold abc", []string{"elector-killed"}},
+		{"2026-12-01", "leasehold def", []string{"suspend"}},
+	}) {
+		t.Errorf("run later are %v", later)
+	}
+	got.Version, got.About.Date = "leasehold aaa (commit aaabbb)", "2026-11-29"
+	if line := got.Headline(); !strings.HasPrefix(line,
+		"2026-11-29 to 2026-12-01: leasehold aaa to def,") {
+		t.Errorf("the pages say %q", line)
 	}
 	again.N = 3
 	if err := again.replaceIn(path); err == nil {
