@@ -368,10 +368,11 @@ func TestFitness(t *testing.T) {
 			tr.expectCommand(0, `"a" leads`, "switchover", "--to", "a")
 			next = tr.waitNext(next, waitTimeout)
 			tr.waitStatus(b, "/standby", http.StatusOK)
+			said := strings.Count(a.Log(), " not_before=")
 			checkA.fail()
 			tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
-				if n := strings.Count(a.Log(), " not_before="); n != 2 {
-					return fmt.Errorf("%d lines say until when it stays, want 2", n)
+				if n := strings.Count(a.Log(), " not_before="); n <= said {
+					return fmt.Errorf("%d lines say until when it stays, want more", n)
 				}
 				return nil
 			}))

@@ -5,6 +5,7 @@ package scenario_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -48,6 +49,13 @@ func ordinary(t *testing.T) *trial {
 
 func TestExitCode_OfTheDaemon(t *testing.T) {
 	never := variables("LEASEHOLD_RESTART=never")
+	dir := t.TempDir()
+	fit := filepath.Join(dir, "fit")
+	if err := errors.Join(
+		os.Chmod(filepath.Dir(dir), 0o755), os.WriteFile(fit, nil, 0o644),
+	); err != nil {
+		t.Fatal(err)
+	}
 	for _, row := range []struct {
 		name      string
 		behaviour string
@@ -67,6 +75,19 @@ func TestExitCode_OfTheDaemon(t *testing.T) {
 		{"never: contact lost", "", never, func(_ *trial, c *candidate, _ harness.Life) {
 			c.SetReachable(false)
 		}, 76},
+		{
+			"never: handed over because it is unfit", "", variables("LEASEHOLD_RESTART=never",
+				"LEASEHOLD_FITNESS_CMD=test -e "+fit, "LEASEHOLD_FITNESS_INTERVAL=100ms",
+				"LEASEHOLD_HEALTH_TIMEOUT=1s", "LEASEHOLD_HEALTH_RETRIES=2"),
+			func(tr *trial, _ *candidate, job harness.Life) {
+				b := tr.start("b", "")
+				tr.waitStatus(b, "/standby", http.StatusOK)
+				tr.must(os.Remove(fit))
+				tr.waitNext(job, waitTimeout)
+				tr.must(b.Signal(syscall.SIGTERM))
+				tr.waitExit(b, 0)
+			}, 76,
+		},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			tr := ordinary(t)
