@@ -25,6 +25,7 @@ func (m ms) String() string { return harness.Span(float64(m)) }
 // results is the JSON of a run.
 type results struct {
 	About          harness.About `json:"about"`
+	Version        string        `json:"version"` // of leasehold, with its commit
 	Seed           uint64        `json:"seed"`
 	Faults         int           `json:"faults"`
 	TTL            ms            `json:"ttl_ms"`
@@ -196,7 +197,8 @@ func (r *run) results() *results {
 	}
 	actions, did := k.afterActions(), &k.counts.Steered
 	res := &results{
-		About: r.about, Seed: r.seed, Faults: r.faults, TTL: milliseconds(r.ttl),
+		About: r.about, Version: r.version,
+		Seed: r.seed, Faults: r.faults, TTL: milliseconds(r.ttl),
 		Implementation: r.name,
 		Lasted:         milliseconds(r.faulted.Length()),
 		Counts:         k.counts, MostLeases: k.leases.most,
@@ -397,7 +399,9 @@ func exits(byCode map[string]int) string {
 
 func (r *results) where() string {
 	a := r.About
-	return fmt.Sprintf("%s: etcd %s, %s, Linux %s, %d CPUs", a.Date, a.Etcd, a.Go, a.Kernel, a.CPUs)
+	version, _, _ := strings.Cut(r.Version, " (")
+	return fmt.Sprintf("%s: %s, etcd %s, %s, Linux %s, %d CPUs",
+		a.Date, version, a.Etcd, a.Go, a.Kernel, a.CPUs)
 }
 
 func (r *results) report() string {

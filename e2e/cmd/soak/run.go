@@ -30,6 +30,7 @@ type run struct {
 	settings
 	*harness.Testbed
 	about      harness.About
+	version    string // of leasehold
 	schedule   []drawn
 	programs   *harness.Programs
 	cgroup     *harness.Cgroup // in which those of all candidates are
@@ -90,6 +91,9 @@ func (r *run) open(ctx context.Context) error {
 	}
 	r.about = about
 	if r.programs, err = copyPrograms(); err != nil {
+		return err
+	}
+	if r.version, err = r.programs.Version(ctx); err != nil {
 		return err
 	}
 	r.Testbed, err = harness.NewTestbed(ctx, harness.TestbedConfig{
