@@ -299,6 +299,20 @@ func (k *checker) leading() string {
 	return ""
 }
 
+// jobOf returns the token of the job that a candidate runs, and when that was started; 0, 0: none.
+func (k *checker) jobOf(candidate string) (token int64, started time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, t := range k.terms {
+		for _, l := range t.Lives {
+			if t.Candidate == candidate && l.Role == "job" && l.Alive() {
+				token, started = t.Token, l.Started
+			}
+		}
+	}
+	return token, started
+}
+
 // jobAfter is how long after a moment a job could run, or none could by now. Where a leader waits
 // to start a job again that crashes all the time, that is the job's doing: it does not count.
 func (k *checker) jobAfter(at time.Duration) (took time.Duration, found bool) {

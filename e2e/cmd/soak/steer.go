@@ -158,6 +158,7 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 			ends = harness.Now() + holdLasts
 		}
 		code, said, err = r.leasehold(ctx, name, args...)
+		r.mayFail(err, code, said, args[0])
 		if err == nil && code != 0 {
 			err = fmt.Errorf("leasehold %q ended with %d: %s", args, code, said)
 		}
@@ -178,7 +179,7 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 		_, _, _ = r.leasehold(ctx, election, "switchover", "--timeout", switchTimeout.String())
 	}
 	if i.calm { // it is refused
-		r.command(ctx, r.switchOver, "switchover", drawn{})
+		_ = r.command(ctx, r.switchOver, "switchover", drawn{})
 	}
 	_ = harness.Wait(ctx, i.lasts) // if all ends, the hold does, too
 	r.check.releases(h)
@@ -190,10 +191,18 @@ func (r *run) hold(ctx context.Context, i *injection) error {
 	return err
 }
 
+// mayFail says what a command may come to that is never refused: etcd does not answer it.
+func (r *run) mayFail(err error, code int, said, name string) {
+	if err == nil && code != 0 && code != 69 {
+		r.check.violate(nil, "leasehold %s has ended with %d, and says: %s", name, code, said)
+	}
+}
+
 // release releases the election, however long that takes.
 func (r *run) release(ctx context.Context, name string) error {
 	for {
 		code, said, err := r.leasehold(ctx, name, "release")
+		r.mayFail(err, code, said, "release")
 		if err == nil && code == 0 || ctx.Err() != nil {
 			return err
 		}
@@ -244,33 +253,55 @@ func (r *run) switchOver(ctx context.Context, i *injection) error {
 	})
 }
 
-// command carries out a command while nothing else is wrong.
+// command carries out a command while nothing else is wrong. It returns why it came to nothing.
 func (r *run) command(
 	ctx context.Context, do func(context.Context, *injection) error, name string, d drawn,
-) {
+) error {
 	n := slices.IndexFunc(commands, func(k kind) bool { return k.name == name })
 	d.kind, d.number = &commands[n], len(r.schedule)+1
 	now := harness.Now()
 	i := &injection{drawn: d, Interval: check.Interval{From: now, To: now + d.lasts}, calm: true}
 	r.injected = append(r.injected, i)
 	r.check.begins(i)
-	if err := do(ctx, i); err != nil {
+	err := do(ctx, i)
+	if err != nil {
 		r.idle(i, err)
 	}
+	return err
 }
 
-// drillFailback has a leader that makes failbacks get a lower priority than another candidate, and
-// waits until that leads. It may not if a job ends just then.
+// failsBackWithin is within how many TTLs a failback comes: the new elector has to see the others
+// for two, lets some of them queue again, and looks once in each.
+const failsBackWithin = 8
+
+// drillFailback has a leader that makes failbacks get a lower priority than another candidate. Then
+// it may not lead on, unless its job ends meanwhile: it waits longer then.
 func (r *run) drillFailback(ctx context.Context) {
 	if r.misheld {
 		return
 	}
-	r.command(ctx, r.switchOver, "switchover-to", drawn{index: 0})
-	r.command(ctx, r.prioritize, "priority-reload", drawn{index: 0, priority: 10})
-	r.command(ctx, r.prioritize, "priority-reload", drawn{index: 1, priority: 90})
-	until := harness.Now() + 6*r.ttl
-	for r.check.leading() != candidateName(1) && harness.Now() < until && ctx.Err() == nil {
-		_ = harness.Wait(ctx, sampleEvery)
+	from := harness.Now()
+	err := errors.Join(
+		r.command(ctx, r.switchOver, "switchover-to", drawn{index: 0}),
+		r.command(ctx, r.prioritize, "priority-reload", drawn{index: 0, priority: 10}),
+		r.command(ctx, r.prioritize, "priority-reload", drawn{index: 1, priority: 90}))
+	token, job := r.check.jobOf(candidateName(0))
+	if err != nil || token == 0 {
+		return
+	}
+	until := harness.Now() + failsBackWithin*r.ttl
+	for harness.Now() < until {
+		if t, j := r.check.jobOf(candidateName(0)); t != token || j != job {
+			return
+		}
+		if harness.Wait(ctx, sampleEvery) != nil {
+			return
+		}
+	}
+	if r.check.isCalm(from) {
+		r.check.violate([]string{candidateName(0), candidateName(1)}, "nothing else was wrong, "+
+			"and %s leads %v after %s got a higher priority, token %d", candidateName(0),
+			failsBackWithin*r.ttl, candidateName(1), token)
 	}
 }
 
@@ -284,10 +315,11 @@ func (r *run) drill(ctx context.Context) error {
 	if err := harness.Wait(ctx, r.ttl+recovers); err != nil {
 		return err
 	}
-	r.command(ctx, r.switchOver, "switchover", drawn{})
 	nobody := drawn{index: candidateCount} // is of that name
-	r.command(ctx, r.switchOver, "switchover-to", nobody)
-	r.command(ctx, r.hold, "hold-stop", drawn{lasts: stopGrace + recovers + 200*time.Millisecond})
+	lasts := stopGrace + recovers + 200*time.Millisecond
+	_ = r.command(ctx, r.switchOver, "switchover", drawn{})
+	_ = r.command(ctx, r.switchOver, "switchover-to", nobody)
+	_ = r.command(ctx, r.hold, "hold-stop", drawn{lasts: lasts})
 	took, err := r.jobWithin(ctx, harness.Now(), r.recoveryBound(), "the release of a hold")
 	r.check.returned(took)
 	return err

@@ -8,7 +8,6 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"leasehold/control"
@@ -346,20 +345,39 @@ func (k *checker) answered(
 	case code == 75:
 		came.Unserved++
 		k.unserved = harness.Now()
-	case code == 1 && strings.Contains(said, "refused: "):
+	case code == 1 && refusals.MatchString(said):
 		came.Refused++
 		if done := check.Between(handovers(), began, ended); len(done) > 0 && !late {
 			k.violate(nil, "a switchover was refused (%s), and a leader handed over to %s",
 				said, done[0].Match)
 		}
-	case code == 1: // another one leads than was asked for
+	case code == 1 && i.switchesTo() != "" && otherLeads.MatchString(said):
 		came.Done++
+	case code == 1 && withdrawn.MatchString(said):
+		came.Unserved++
+	case code != 69: // that is: etcd does not answer
+		k.violate(nil, "a switchover has ended with %d, and says: %s", code, said)
 	default:
 		k.unserved = harness.Now()
 		return fmt.Errorf("it ended with %d: %s", code, said)
 	}
 	return nil
 }
+
+// These are what a switchover says that ends with 1.
+var (
+	refusals = regexp.MustCompile(`: refused: (?:nobody waits$|nobody that waits is ready$|` +
+		`there is no candidate$|there is no candidate "[^"]*" that waits$|` +
+		`"[^"]*" is not ready$|"[^"]*" has not renewed its lease for a while$|` +
+		`the next in line, "[^"]*", has no record: |ahead of "[^"]*" wait others that can't be |` +
+		`this candidate is not the first in the queue$|the election is held by |` +
+		`.* has asked for a switchover to )`)
+	// Another candidate leads than was asked for.
+	otherLeads = regexp.MustCompile(`"[^"]*" has gone meanwhile: "[^"]*" leads, token \d+$`)
+	// A hold came when the leader had handed over; the command's lease has expired in an outage.
+	withdrawn = regexp.MustCompile(`: nobody leads: the election is held by ` +
+		`|: somebody has withdrawn the request$`)
+)
 
 // claimed is what a switchover said that has happened.
 type claimed struct {

@@ -50,6 +50,7 @@ func TestHeld(t *testing.T) {
 
 // A leader that hands over although it has refused is found.
 func TestSwitchover_Refused(t *testing.T) {
+	const refused = "leasehold: switchover: refused: nobody waits"
 	for _, c := range []struct {
 		name, said string
 		code       int
@@ -57,10 +58,15 @@ func TestSwitchover_Refused(t *testing.T) {
 		after      time.Duration // from the request to "handing over"
 		guilty     bool
 	}{
-		{"refused, and handed over", "refused: nobody waits", 1, "x@y", time.Millisecond, true},
-		{"handed over before", "refused: nobody waits", 1, "x@y", -time.Second, false},
-		{"failback", "refused: nobody waits", 1, "failback", time.Millisecond, false},
+		{"refused, and handed over", refused, 1, "x@y", time.Millisecond, true},
+		{"handed over before", refused, 1, "x@y", -time.Second, false},
+		{"failback", refused, 1, "failback", time.Millisecond, false},
 		{"served", `"b" leads`, 0, "x@y", time.Millisecond, false},
+		{"refused, and nobody knows why", "leasehold: switchover: refused: so", 1, "", 0, true},
+		{"failed", "leasehold: switchover: no such file", 1, "", 0, true},
+		{"died", "panic: nil map", 2, "", 0, true},
+		{"another one leads, and anybody may", `leasehold: switchover: "b" has gone meanwhile: ` +
+			`"c" leads, token 7`, 1, "", 0, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			k, began := quietChecker(), time.Now().Add(-time.Second)
