@@ -5,6 +5,7 @@
 // on loopback, in one run and in turns.
 //
 //	bin/bench [-n 50] [-only 'stop, plain|size']
+//	bin/bench -doc docs/bench.md docs/bench-before.json docs/bench-after.json
 //
 // Times are from the fault to the next job's first instruction, both read from CLOCK_BOOTTIME;
 // whether the old job has exited by then is the witness's word. An elector that is killed moves no
@@ -33,8 +34,13 @@ func run(args []string) int {
 		"planned hand-overs to measure; the number of other trials follows from it")
 	only := flags.String("only", "", "measure what matches this pattern, of size, stop, plain, "+
 		"kill, plain, kill-elector, plain and the same with tls and auth")
+	page := flags.String("doc", "", "write the figures of two earlier runs into this page, and "+
+		"measure nothing: -doc docs/bench.md BEFORE.json AFTER.json")
 	if err := flags.Parse(args); err != nil {
 		return 64
+	}
+	if *page != "" {
+		return harness.ExitCode("bench", compare(*page, flags.Arg(0), flags.Arg(1)))
 	}
 	ctx, stop := harness.Interruptible()
 	defer stop()
@@ -63,6 +69,9 @@ func measure(ctx context.Context, n int, only string) (err error) {
 		return err
 	}
 	if b.etcd, b.results.About, err = harness.FindEtcdAndAbout(ctx); err != nil {
+		return err
+	}
+	if b.results.Version, err = b.programs.Version(ctx); err != nil {
 		return err
 	}
 	if b.dir, err = harness.TempDir("leasehold-bench-"); err != nil {

@@ -15,6 +15,7 @@ import (
 // results are what a run measured. Reports are made from them alone.
 type results struct {
 	About    harness.About    `json:"about"`
+	Version  string           `json:"version"` // of leasehold, with its commit
 	Exec     []float64        `json:"exec_ms"` // a process's start to its first instruction
 	Samples  []Sample         `json:"samples"`
 	Memory   []Memory         `json:"memory"`
