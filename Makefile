@@ -60,7 +60,7 @@ help:
 	@echo 'make test-dist     packages in a clean Debian, docs/process.md, and dist built again elsewhere'
 	@echo 'make test-etcd-versions  etcd 3.4 to 3.7: VERSIONS="3.4 3.5" SHORT=1; 75 minutes; root, nft, ip, strace'
 	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD= RUN='
-	@echo 'make cluster       Kubernetes with three nodes on this machine, for make e2e-k8s; make cluster-down'
+	@echo 'make cluster       Kubernetes with three nodes on this machine, for make e2e-k8s: KUBE=1.24; make cluster-down'
 
 build:
 	CGO_ENABLED=0 $(GO) build $(BUILD_FLAGS) -o leasehold .
@@ -231,26 +231,31 @@ e2e-k8s: bin/helm
 		$(GO) test -count=1 -v -parallel 3 -timeout 240m \
 		$(if $(RUN),-run '$(RUN)') ./e2e/k8s
 
+# KUBE=1.24 is an older Kubernetes, without the clouds. It has programs and images of its own.
+KUBE_MODULE = tools/kubernetes$(KUBE:%=-%)
+KUBE_DIR = bin/kubernetes$(KUBE:%=-%)
 # The programs know their version from the linker: the API server tells it to clients, and compares it.
-KUBERNETES = $(shell cd tools/kubernetes && $(GO) list -m -f '{{.Version}}' k8s.io/kubernetes)
+KUBERNETES = $(shell cd $(KUBE_MODULE) && $(GO) list -m -f '{{.Version}}' k8s.io/kubernetes)
 KUBERNETES_FLAGS = $(foreach p,component-base/version client-go/pkg/version,-X k8s.io/$(p).gitVersion=$(KUBERNETES) \
 	-X k8s.io/$(p).gitMajor=$(word 1,$(subst ., ,$(KUBERNETES:v%=%))) -X k8s.io/$(p).gitMinor=$(word 2,$(subst ., ,$(KUBERNETES))))
-bin/kubernetes/kubelet: tools/kubernetes/go.mod
-	@echo 'building Kubernetes into bin/kubernetes, once; it takes about ten minutes'
-	@mkdir -p bin/kubernetes
-	cd tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w $(KUBERNETES_FLAGS)' -o ../../bin/kubernetes/ tool
+$(KUBE_DIR)/kubelet: $(KUBE_MODULE)/go.mod
+	@echo 'building Kubernetes into $(KUBE_DIR), once; it takes about ten minutes'
+	@mkdir -p $(KUBE_DIR)
+	cd $(KUBE_MODULE) && CGO_ENABLED=0 $(GO) build -trimpath $(if $(KUBE),-tags providerless) \
+		-ldflags '-s -w $(KUBERNETES_FLAGS)' -o ../../$(KUBE_DIR)/ tool
 	@touch $@
 
-bin/kubernetes/policies: $(wildcard tools/kubernetes/policies/*.go) tools/kubernetes/go.mod
+$(KUBE_DIR)/policies: $(wildcard tools/kubernetes/policies/*.go) tools/kubernetes/go.mod
 	cd tools/kubernetes && CGO_ENABLED=0 $(GO) build -trimpath -o ../../$@ ./policies
 	@touch $@
 
-bin/kubernetes/coredns: $(wildcard tools/kubernetes/dns/*)
+$(KUBE_DIR)/coredns: $(wildcard tools/kubernetes/dns/*)
 	cd tools/kubernetes/dns && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../../$@ .
 	@touch $@
 
+# With KUBE on make's command line, these scripts have it in their environment.
 .PHONY: cluster-prepared
-cluster-prepared: bin/etcd bin/etcdctl bin/kubernetes/kubelet bin/kubernetes/policies bin/kubernetes/coredns
+cluster-prepared: bin/etcd bin/etcdctl $(KUBE_DIR)/kubelet $(KUBE_DIR)/policies $(KUBE_DIR)/coredns
 	tools/kubernetes/prepare.sh
 
 cluster: cluster-prepared

@@ -8,8 +8,8 @@ address=10.98.0.100
 # A first process gets no signal that it has no handler for.
 trap 'exit 0' TERM INT
 
-# All that the cluster writes is in bin/kubernetes/run, which is here /run/kubernetes/run: paths of
-# sockets must be short. Everything else of this machine's /run is out of sight.
+# All that the cluster writes is in run, beside the programs. That is here /run/kubernetes/run: paths
+# of sockets must be short. Everything else of this machine's /run is out of sight.
 mount --bind "$dir" /mnt
 mount -t tmpfs tmpfs /run
 mkdir /run/kubernetes /run/netns /run/containerd

@@ -68,6 +68,13 @@ clusterDomain: cluster.local
 resolvConf: $run/resolv.conf
 END
 
+# An older kubelet does not know these settings. Its runtime is on the command line.
+old=()
+if [[ ${KUBE:-} ]]; then
+	sed -i '/^containerRuntimeEndpoint:/d; /^failCgroupV1:/d' "$node/kubelet.yaml"
+	old=(--container-runtime-endpoint=unix:///run/containerd/containerd.sock)
+fi
+
 start() {
 	local name=$1
 	shift
@@ -81,7 +88,7 @@ for archive in /run/kubernetes/images/*.tar; do
 	ctr -n k8s.io images import "$archive"
 done
 start kubelet kubelet --config="$node/kubelet.yaml" --kubeconfig="$node.kubeconfig" \
-	--hostname-override="$node" --node-ip="10.98.0.$i"
+	--hostname-override="$node" --node-ip="10.98.0.$i" "${old[@]}"
 start kube-proxy kube-proxy --kubeconfig=proxy.kubeconfig --hostname-override="$node" \
 	--proxy-mode=iptables --cluster-cidr=10.97.0.0/16 --bind-address="10.98.0.$i" \
 	--conntrack-max-per-core=0 --conntrack-tcp-timeout-established=0 \

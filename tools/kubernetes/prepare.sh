@@ -20,9 +20,10 @@ if ((${#missing[@]})); then
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 # The images are made once, and again if what is in them is.
-images=bin/kubernetes/images
+dir=bin/kubernetes${KUBE:+-$KUBE}
+images=$dir/images
 made=1
-for part in bin/etcd bin/kubernetes/coredns k8s/etcd/base/kustomization.yaml tools/kubernetes/prepare.sh; do
+for part in bin/etcd $dir/coredns k8s/etcd/base/kustomization.yaml tools/kubernetes/prepare.sh; do
 	[[ $images/debian.tar -nt $part ]] || made=
 done
 [[ ! $made ]] || exit 0
@@ -42,7 +43,7 @@ archive() { podman save -q -o "$images/new" "$1" && mv "$images/new" "$images/$2
 
 install -D "$(command -v busybox)" "$work/bin/busybox"
 image localhost/pause:1 pause 'ENTRYPOINT ["/bin/busybox", "sleep", "infinity"]'
-install -D -t "$work" bin/kubernetes/coredns
+install -D -t "$work" $dir/coredns
 image localhost/coredns:1 coredns 'ENTRYPOINT ["/coredns"]'
 
 # What the manifests and the pages name.
@@ -54,6 +55,6 @@ for applet in $(busybox --list); do
 done
 mkdir "$work/tmp"
 image docker.io/library/busybox:1.37 busybox 'CMD ["sh"]'
-install -t bin/kubernetes bin/etcd
+install -t $dir bin/etcd
 podman tag localhost/debian:bookworm-slim docker.io/library/debian:bookworm-slim
 archive docker.io/library/debian:bookworm-slim debian

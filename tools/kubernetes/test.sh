@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH=$PATH:/usr/sbin:/sbin
 cluster=tools/kubernetes/cluster
-cgroup=leasehold-kubernetes-$(cksum <<<"$PWD" | cut -d ' ' -f 1)
+dir=bin/kubernetes${KUBE:+-$KUBE}
+cgroup=leasehold-kubernetes-$(cksum <<<"$PWD/$dir" | cut -d ' ' -f 1)
 before=$(mktemp) after=$(mktemp)
 trap 'rm -f "$before" "$after"; $cluster down' EXIT
 
@@ -20,7 +21,7 @@ machine() {
 	grep -ls "$cgroup" /proc/[0-9]*/cgroup || :
 	sysctl vm.overcommit_memory vm.panic_on_oom kernel.panic kernel.panic_on_oops kernel.keys \
 		net.ipv4.ip_forward net.ipv4.conf.all.route_localnet
-	ls -d bin/kubernetes/run /etc/cni/net.d/* /var/lib/kubelet /var/lib/containerd /run/containerd \
+	ls -d $dir/run /etc/cni/net.d/* /var/lib/kubelet /var/lib/containerd /run/containerd \
 		/opt/containerd /usr/libexec/kubernetes 2>/dev/null || :
 }
 # The last processes have been killed, and may not have exited yet.
@@ -51,7 +52,7 @@ $cluster down
 same 'cluster down'
 
 $cluster up
-kill -KILL "$(cat bin/kubernetes/run/pid)"
+kill -KILL "$(cat $dir/run/pid)"
 $cluster down
 same 'the kill of its process'
 echo 'the cluster leaves nothing'
