@@ -31,7 +31,7 @@ type cluster struct {
 	config    string // a kubeconfig whose namespace is ours
 	namespace string
 	context   string
-	old       bool // before Kubernetes 1.21
+	old       bool // before Kubernetes 1.21, or OVERLAYS asks for what is for that
 	sidecars  bool // 1.29 and newer
 	nodes     int
 	nodeNames []string
@@ -70,7 +70,8 @@ func findCluster(t *testing.T) *cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.old, c.sidecars = minor < 21, minor >= 29
+	c.old = minor < 21 || os.Getenv("OVERLAYS") == "1.20"
+	c.sidecars = minor >= 29 && !c.old
 	if c.root, err = harness.ModuleRoot(); err != nil {
 		t.Fatal(err)
 	}
