@@ -92,7 +92,9 @@ func (c *Candidate) Run(ctx context.Context) error {
 	}
 	defer members.close()
 	defer c.heartbeats.run.stop()
-	prepareMessages()
+	if c.cfg.Adopt == nil { // else the first renewal comes before
+		prepareMessages()
+	}
 	defer c.startBeside(ctx, members)()
 	r := &run{
 		members: members, started: c.cfg.Now(),

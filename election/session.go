@@ -351,6 +351,7 @@ func (s *session) renewed(d Deadlines) {
 	s.run.outage.over(leaseFails)
 	poke(s.changed)
 	poke(s.queue.awake)
+	prepareMessages() // an elector that takes the place of another has not done it yet
 }
 
 // contactLost implements leaseEvents.
