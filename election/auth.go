@@ -21,7 +21,7 @@ import (
 // Config, would authenticate before every stream, and each time etcd needs 80 ms for bcrypt. We do
 // it once, and again only when etcd says that the token is invalid.
 //
-// A candidate has one authentication in flight, however many requests need it. It outlives these
+// A candidate makes one authentication at a time, however many requests need it. It outlives these
 // requests, because etcd checks a password to the end even if nobody waits for the result. If
 // hundreds of candidates gave up and began again, as after a restart of etcd, etcd would do nothing
 // else.
@@ -32,6 +32,8 @@ type auth struct {
 	obtained func(token string) // called with each new token; may be nil
 	// spread is the longest wait before a token is replaced: many tokens may expire at once.
 	spread time.Duration
+	// hang is for how long a member may check a password before another one is asked as well.
+	hang time.Duration
 
 	life context.Context // ends with the members
 	end  context.CancelFunc
@@ -70,6 +72,7 @@ func newAuth(cfg Config, ms *members) *auth {
 		password: cfg.Password,
 		members:  ms,
 		spread:   min(cfg.TTL/20, time.Second),
+		hang:     max(cfg.TTL/5, time.Second),
 		obtained: cfg.Authenticated,
 		token:    cfg.AuthToken,
 		known:    cfg.AuthToken != "",
@@ -221,21 +224,45 @@ func (a *auth) run(this *authentication, pause time.Duration, first *member) {
 	a.failure, a.retryAt = err, time.Now().Add(hold/2+rand.N(hold))
 }
 
-// ask asks one member after the other, and never two at a time, until one says whether the password
-// is right.
+// ask asks one member after the other until one says whether the password is right. If one has not
+// answered in time, ask asks the next one as well: a member that hangs must not end a term. It does
+// not do so earlier, because every member that is asked checks the password to the end.
 func (a *auth) ask(first *member) (token string, err error) {
 	password, err := a.password()
 	if err != nil {
 		return "", fmt.Errorf("read the password: %w", err)
 	}
+	type answer struct {
+		token string
+		err   error
+	}
+	list := a.members.all()
+	start := slices.Index(list, first)
+	answers := make(chan answer, len(list))
+	var asked sync.WaitGroup
+	defer asked.Wait()
 	// With this, a member that knows no leader of etcd says so at once.
 	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(a.life), authTimeout)
 	defer cancel()
-	list := a.members.all()
-	start := slices.Index(list, first)
-	for i := range list {
-		m := list[(start+i)%len(list)]
-		token, err = m.authenticate(ctx, a.username, password)
+	for next, waiting := 0, 0; next < len(list) || waiting > 0; {
+		var hangs <-chan time.Time
+		if next < len(list) {
+			m := list[(start+next)%len(list)]
+			asked.Go(func() {
+				token, err := m.authenticate(ctx, a.username, password)
+				answers <- answer{token, err}
+			})
+			next++
+			waiting++
+			hangs = time.After(a.hang)
+		}
+		select {
+		case <-hangs:
+			continue
+		case got := <-answers:
+			token, err = got.token, got.err
+		}
+		waiting--
 		switch {
 		case errors.Is(err, rpctypes.ErrAuthNotEnabled):
 			return "", nil

@@ -123,17 +123,23 @@ func (oldEtcd) Authenticate(
 	return &pb.AuthenticateResponse{Header: &pb.ResponseHeader{}, Token: "new"}, nil
 }
 
-// The token that is refused must not go with the request for a new one.
-func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
+// serveAuth serves authentications until the test ends, and returns the endpoint.
+func serveAuth(t *testing.T, etcd pb.AuthServer) string {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := grpc.NewServer()
-	pb.RegisterAuthServer(server, oldEtcd{})
+	pb.RegisterAuthServer(server, etcd)
 	go func() { _ = server.Serve(listener) }() // it ends with Stop
-	defer server.Stop()
-	cfg := testConfig(t, []string{"http://" + listener.Addr().String()}, "a")
+	t.Cleanup(server.Stop)
+	return "http://" + listener.Addr().String()
+}
+
+// The token that is refused must not go with the request for a new one.
+func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
+	cfg := testConfig(t, []string{serveAuth(t, oldEtcd{})}, "a")
 	cfg.Username, cfg.AuthToken = "candidate", "old"
 	cfg.Password = func() (string, error) { return "secret", nil }
 	ms, err := newMembers(cfg)
@@ -143,6 +149,38 @@ func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
 	defer ms.closing.Wait()
 	defer ms.close()
 	if err := ms.auth.replace(t.Context(), "old", ms.all()[0]); err != nil {
+		t.Fatal(err)
+	}
+	if token, _ := ms.auth.current(); token != "new" {
+		t.Errorf("the token is %q, want new", token)
+	}
+}
+
+// hungEtcd answers pings, and no authentication.
+type hungEtcd struct{ pb.UnimplementedAuthServer }
+
+func (hungEtcd) Authenticate(
+	ctx context.Context, _ *pb.AuthenticateRequest,
+) (*pb.AuthenticateResponse, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A member that hangs while it checks a password must not keep a leader from its renewal.
+func TestAuth_AsksTheNextMember(t *testing.T) {
+	t.Parallel()
+	cfg := testConfig(t, []string{serveAuth(t, hungEtcd{}), serveAuth(t, oldEtcd{})}, "a")
+	cfg.Username, cfg.TTL = "candidate", 5*time.Second
+	cfg.Password = func() (string, error) { return "secret", nil }
+	ms, err := newMembers(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ms.closing.Wait()
+	defer ms.close()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := ms.auth.replace(ctx, "", ms.all()[0]); err != nil {
 		t.Fatal(err)
 	}
 	if token, _ := ms.auth.current(); token != "new" {
