@@ -547,7 +547,7 @@ func (c *cluster) leader() (leader life) {
 }
 
 // trial injects one fault and returns what it has done.
-func (c *cluster) trial(form form, f fault) trial {
+func (c *cluster) trial(form form, f fault) (result trial) {
 	t := c.t
 	t.Helper()
 	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
@@ -562,6 +562,14 @@ func (c *cluster) trial(form form, f fault) trial {
 	})
 	leader := c.leader()
 	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
+	defer func() { // when the fault has ended: a node that was cut off has had its job until then
+		twice := overlaps(c.jobs())
+		for _, o := range twice {
+			t.Errorf("two jobs at once: %s", o)
+		}
+		result.Overlaps = len(twice)
+		t.Logf("%+v", result)
+	}()
 	if f.recover != nil {
 		defer func() { // also if the test ends here: the next fault needs a cluster that is well
 			f.recover(c, node)
@@ -569,15 +577,11 @@ func (c *cluster) trial(form form, f fault) trial {
 				_, err := c.try("wait", "--for=condition=Ready", "node", "--all", "--timeout=10s")
 				return err
 			})
-			// A node that was cut off has had its job until now, if it had one.
-			for _, o := range overlaps(c.jobs()) {
-				t.Errorf("two jobs at once: %s", o)
-			}
 		}()
 	}
 	began := boottime.Now()
 	f.inject(c, form, leader.pod, node)
-	result := trial{Form: form.name, Fault: f.name}
+	result = trial{Form: form.name, Fault: f.name}
 	within := f.within[form.name]
 	if within == untouched {
 		// Longer than the TTL.
@@ -620,12 +624,6 @@ func (c *cluster) trial(form form, f fault) trial {
 			result.Restart = harness.Milliseconds(next.began - restarted)
 		}
 	}
-	twice := overlaps(c.jobs())
-	for _, o := range twice {
-		t.Errorf("two jobs at once: %s", o)
-	}
-	result.Overlaps = len(twice)
-	t.Logf("%+v", result)
 	return result
 }
 
