@@ -25,11 +25,13 @@ func compare(page, before, after string) error {
 // comparison is that table, and where it was measured.
 func comparison(before, after *results) string {
 	var b strings.Builder
-	a := after.About
-	fmt.Fprintf(&b, "etcd %s, %s, Linux %s, %d CPUs. Times are medians, and in brackets p99.\n\n",
-		a.Etcd, a.Go, a.Kernel, a.CPUs)
+	a, ours := after.About, harness.Leasehold.Name
+	trials := func(fault, via string) int { return len(after.of(fault, ours, via)) }
+	fmt.Fprintf(&b, "etcd %s, %s, Linux %s, %d CPUs.\n", a.Etcd, a.Go, a.Kernel, a.CPUs)
+	fmt.Fprintf(&b, "Times are medians, and in brackets the maximum, of %d planned stops and %d kills "+
+		"(plain), and of\n%d each (tls, auth).\n\n",
+		trials("stop", "plain"), trials("kill", "plain"), trials("kill", "tls"))
 	harness.TableHead(&b, "", before.title(), after.title())
-	ours := harness.Leasehold.Name
 	row := func(name string, figure func(*results) string) {
 		if x, y := figure(before), figure(after); x != "" && y != "" {
 			harness.TableRow(&b, name, x, y)
@@ -42,8 +44,8 @@ func comparison(before, after *results) string {
 				if len(g) == 0 {
 					return ""
 				}
-				median, p99, _ := g.spans(f)
-				return fmt.Sprintf("%s (%s)", median, p99)
+				median, _, most := g.spans(f)
+				return fmt.Sprintf("%s (%s)", median, most)
 			})
 		}
 		times("planned stop until the next job runs", "stop", ours, next)
