@@ -87,7 +87,7 @@ func WaitStopped(pid int) error {
 			return err
 		}
 		for _, thread := range threads {
-			if stat, err := Stat(thread); err == nil && !strings.Contains("TZX", stat[0]) {
+			if stat, err := Stat(thread); err == nil && !strings.Contains("TtZX", stat[0]) {
 				return fmt.Errorf("%s is not stopped: its state is %s", thread, stat[0])
 			}
 		}

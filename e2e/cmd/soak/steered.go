@@ -355,6 +355,7 @@ func (k *checker) answered(
 		came.Done++
 	case code == 1 && withdrawn.MatchString(said):
 		came.Unserved++
+		k.unserved = harness.Now()
 	case code != 69: // that is: etcd does not answer
 		k.violate(nil, "a switchover has ended with %d, and says: %s", code, said)
 	default:
