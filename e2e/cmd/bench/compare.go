@@ -28,8 +28,8 @@ func comparison(before, after *results) string {
 	a, ours := after.About, harness.Leasehold.Name
 	trials := func(fault, via string) int { return len(after.of(fault, ours, via)) }
 	fmt.Fprintf(&b, "etcd %s, %s, Linux %s, %d CPUs.\n", a.Etcd, a.Go, a.Kernel, a.CPUs)
-	fmt.Fprintf(&b, "Times are medians, and in brackets the maximum, of %d planned stops and %d kills "+
-		"(plain), and of\n%d each (tls, auth).\n\n",
+	fmt.Fprintf(&b, "Times are medians, and in brackets the maximum, of %d planned stops and "+
+		"%d kills (plain), and of\n%d each (tls, auth).\n\n",
 		trials("stop", "plain"), trials("kill", "plain"), trials("kill", "tls"))
 	harness.TableHead(&b, "", before.title(), after.title())
 	row := func(name string, figure func(*results) string) {
