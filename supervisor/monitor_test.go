@@ -137,6 +137,42 @@ func TestMonitor_NeverReady(t *testing.T) {
 	})
 }
 
+// Checks that fail while the job starts do not count, however many there are. Once one has passed,
+// the start period is over, and they do. If none passes, the job is unhealthy after that period.
+func TestMonitor_StartPeriod(t *testing.T) {
+	for name, row := range map[string]struct {
+		passes int64 // which check passes; all others fail, one a second
+		after  time.Duration
+	}{
+		"late":  {20, 22 * time.Second}, // 19 have failed, and then three
+		"early": {2, 4 * time.Second},
+		"never": {-1, 33 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var n atomic.Int64
+				_, unhealthy := monitored(t, HealthConfig{
+					Interval: time.Second, Retries: 3, StartPeriod: 30 * time.Second,
+					Check: func(context.Context) error {
+						if n.Add(1) == row.passes {
+							return nil
+						}
+						return errors.New("no answer")
+					},
+				})
+				time.Sleep(row.after - 100*time.Millisecond)
+				if len(unhealthy) != 0 {
+					t.Fatalf("too early: %v", <-unhealthy)
+				}
+				time.Sleep(200 * time.Millisecond)
+				if len(unhealthy) != 1 {
+					t.Errorf("not found after %d checks", n.Load())
+				}
+			})
+		})
+	}
+}
+
 // Checks leave nothing in memory.
 func TestMonitor_Memory(t *testing.T) {
 	size := func() uint64 {
