@@ -205,27 +205,45 @@ func TestFreeze_HealthPauses(t *testing.T) {
 	tr.finish()
 }
 
-// A job that answers by HTTP: it hangs, and is found.
+// A job that answers by HTTP is found when it answers with an error, and when it hangs and does not
+// answer at all.
 func TestHealth_URL(t *testing.T) {
 	t.Parallel()
 	tr := newTrial(t, users()[1], harness.ClusterConfig{})
-	var ill atomic.Bool
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		if ill.Load() {
+	const well, ill, hangs = 0, 1, 2
+	var is atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch is.Load() {
+		case ill:
 			http.Error(w, "is ill", http.StatusInternalServerError)
+		case hangs:
+			<-r.Context().Done() // until the check has given up
 		}
 	}))
 	t.Cleanup(server.Close)
 	a := tr.start("a", "", variables("LEASEHOLD_HEALTH_URL="+server.URL,
-		"LEASEHOLD_HEALTH_INTERVAL=100ms"))
-	job := tr.waitJob(a)
+		"LEASEHOLD_HEALTH_INTERVAL=100ms", "LEASEHOLD_HEALTH_TIMEOUT=1s"))
+	tr.waitJob(a)
 	tr.waitStatus(a, "/leader", http.StatusOK)
-	ill.Store(true)
-	tr.waitDead(job)
-	ill.Store(false)
-	tr.waitStatus(a, "/leader", http.StatusOK)
-	if !strings.Contains(a.Log(), "500 Internal Server Error: is ill") {
-		t.Error("the log does not say what was answered")
+	for n, row := range []struct {
+		how  int32
+		said string
+	}{
+		{ill, "500 Internal Server Error: is ill"}, {hangs, " awaiting "},
+	} {
+		is.Store(row.how)
+		tr.waitStatus(a, "/leader", http.StatusServiceUnavailable)
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+			if got := tr.status(a).Job.Restarts; got != n+1 {
+				return fmt.Errorf("%d restarts, want %d", got, n+1)
+			}
+			return nil
+		}))
+		is.Store(well)
+		tr.waitStatus(a, "/leader", http.StatusOK)
+		if !strings.Contains(a.Log(), row.said) {
+			t.Errorf("the log does not say %q", row.said)
+		}
 	}
 	tr.finish()
 }
