@@ -257,6 +257,31 @@ func TestPriority(t *testing.T) {
 	})
 }
 
+// The highest priority does not help a candidate that is not ready: of those that are, the one with
+// the highest leads next.
+func TestPriority_NotReady(t *testing.T) {
+	queueRig(t, "abcd", func(
+		r *adoptRig, _ *earlyNetwork, operator *Client, c map[string]*testCandidate,
+	) {
+		ready := map[string]*testCandidate{"a": c["a"], "b": c["b"], "c": c["c"]}
+		r.records(operator, ready, map[string]int{"a": 50, "b": 50, "c": 70})
+		r.put(operator, control.CandidateOf("jobs", c["d"].Snapshot().LeaseID),
+			&control.Candidate{Identity: "d", Priority: 90}, c["d"].Snapshot().LeaseID)
+		b := c["b"].Snapshot().LeaseID
+		for c["b"].Snapshot().LeaseID == b { // until it queues again
+			time.Sleep(testTTL / 10)
+		}
+		time.Sleep(testTTL / 2)
+		c["a"].stop(nil)
+		c["c"].waitForTerm()
+		for _, name := range []string{"b", "d"} {
+			if len(c[name].terms) > 0 {
+				t.Errorf("%s has led", name)
+			}
+		}
+	})
+}
+
 // Equal priorities move nobody, and neither does a candidate that comes and goes.
 func TestPriority_MovesNobody(t *testing.T) {
 	queueRig(t, "abc", func(
