@@ -80,7 +80,7 @@ fuzz:
 	@GO='$(GO)' FUZZTIME='$(FUZZTIME)' RUN='$(RUN)' tools/fuzz.sh
 
 # The modules in tools/ that have code of ours.
-LINTED = $(addprefix tools/,dist histories k8s k8s-1.20 kubernetes kubernetes/dns)
+LINTED = $(addprefix tools/,dist histories k8s k8s-1.20 kubernetes kubernetes/certmanager kubernetes/dns)
 lint: bin/golangci-lint
 	bin/golangci-lint run ./...
 	for m in $(LINTED); do (cd $$m && $(CURDIR)/bin/golangci-lint run -c $(CURDIR)/.golangci.yml ./...) || exit; done
@@ -253,9 +253,14 @@ $(KUBE_DIR)/coredns: $(wildcard tools/kubernetes/dns/*)
 	cd tools/kubernetes/dns && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../../$@ .
 	@touch $@
 
+# It is not for a Kubernetes as old as those of KUBE.
+bin/kubernetes/certmanager: $(wildcard tools/kubernetes/certmanager/*)
+	cd tools/kubernetes/certmanager && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o ../../../$@ .
+	@touch $@
+
 # With KUBE on make's command line, these scripts have it in their environment.
 .PHONY: cluster-prepared
-cluster-prepared: bin/etcd bin/etcdctl $(KUBE_DIR)/kubelet $(KUBE_DIR)/policies $(KUBE_DIR)/coredns
+cluster-prepared: bin/etcd bin/etcdctl $(addprefix $(KUBE_DIR)/,kubelet policies coredns $(if $(KUBE),,certmanager))
 	tools/kubernetes/prepare.sh
 
 cluster: cluster-prepared

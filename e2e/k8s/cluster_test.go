@@ -601,7 +601,7 @@ var elsewhere = map[string]string{
 	"make generate":                 "it needs no cluster",
 	"kind load docker-image localhost/leasehold": "this is no cluster of kind",
 	"minikube image load localhost/leasehold":    "this is no minikube",
-	"kubectl apply -k k8s/etcd/cert-manager":     "there is no cert-manager here",
+	"kubectl apply -k k8s/etcd/cert-manager":     "TestCluster_CertManager types it",
 }
 
 // sentences types what a page has in its sentences, as far as this cluster has it.
