@@ -111,16 +111,22 @@ func (c *cluster) enter(name string) *cluster {
 	if name != "" {
 		c.namespace += "-" + name
 	}
+	c.kubectl("config", "set-context", "--current", "--namespace="+c.namespace)
 	c.kubectl("create", "namespace", c.namespace)
 	t.Cleanup(func() {
 		if t.Failed() {
 			c.tell()
 		}
+		// Pods first. Kubernetes waits for half of their time to stop before it looks again whether
+		// a namespace is empty.
+		if _, err := c.try("delete", "deployments,statefulsets,pods", "--all",
+			"--namespace="+c.namespace, "--cascade=foreground", "--timeout=2m"); err != nil {
+			t.Log(err)
+		}
 		c.kubectl("delete", "namespace", c.namespace, "--timeout=5m")
 	})
 	// Clusters that don't know the label don't mind it.
 	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=restricted")
-	c.kubectl("config", "set-context", "--current", "--namespace="+c.namespace)
 	if c.nodes, err = usableNodes(c.kubectl("get", "nodes", "-o", "json")); err != nil {
 		t.Fatal(err)
 	}
