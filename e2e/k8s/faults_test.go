@@ -267,9 +267,15 @@ func cut(c *cluster, _ form, _, node string) {
 	c.reach("cut", node)
 }
 
+// mend gives a node back, and waits as long as it was cut off at most: TCP tries again only then,
+// and until it does the member of etcd there has not found all others. If the next fault cut
+// another one off, etcd would have no majority.
 func mend(c *cluster, node string) {
 	c.t.Helper()
 	c.reach("mend", node)
+	if err := harness.Wait(c.t.Context(), 30*time.Second); err != nil {
+		c.t.Fatal(err)
+	}
 }
 
 // Each fault is injected where a Deployment's job runs, in each form of leasehold in a pod. The
