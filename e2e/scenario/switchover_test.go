@@ -395,8 +395,8 @@ func TestSwitchover_EtcdLeaderChanges(t *testing.T) {
 
 // The candidate with the highest priority leads next, whatever the order in which they joined, and
 // gets the lead back once it has been ready for long enough. One that comes every three seconds and
-// is killed never is, however often it comes: neither the job nor the queue moves. The daemon that has given
-// back the lead ends with 76 if it may not start its job again.
+// is killed soon is never ready for that long: neither the job nor the queue moves. The daemon that
+// has given back the lead ends with 76 if it may not start its job again.
 func TestPriority(t *testing.T) {
 	tr := ordinary(t)
 	const failback = 8 * time.Second
