@@ -76,8 +76,8 @@ func Stat(dir string) ([]string, error) {
 	return fields, nil
 }
 
-// WaitStopped waits until SIGSTOP has stopped all threads of a process, or it has ended. Each thread
-// runs on until it has seen the signal.
+// WaitStopped waits until SIGSTOP has stopped all threads of a process, or it has ended. Each
+// thread runs on until it has seen the signal. One that is traced stops in another state.
 func WaitStopped(pid int) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
