@@ -225,42 +225,47 @@ func (a *auth) run(this *authentication, pause time.Duration, first *member) {
 }
 
 // ask asks one member after the other until one says whether the password is right. If one has not
-// answered in time, ask asks the next one as well: a member that hangs must not end a term. It does
-// not do so earlier, because every member that is asked checks the password to the end.
+// answered in time, ask asks another one as well: a member that hangs must not end a term. It does
+// not do so earlier, and it never asks more than two at a time, because each checks the password to
+// the end. While one hangs, those that have failed are asked again: etcd may have had no leader.
 func (a *auth) ask(first *member) (token string, err error) {
 	password, err := a.password()
 	if err != nil {
 		return "", fmt.Errorf("read the password: %w", err)
 	}
 	type answer struct {
+		from  *member
 		token string
 		err   error
 	}
 	list := a.members.all()
 	start := slices.Index(list, first)
+	queue := slices.Concat(list[start:], list[:start])
 	answers := make(chan answer, len(list))
 	var asked sync.WaitGroup
 	defer asked.Wait()
 	// With this, a member that knows no leader of etcd says so at once.
 	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(a.life), authTimeout)
 	defer cancel()
-	for next, waiting := 0, 0; next < len(list) || waiting > 0; {
-		var hangs <-chan time.Time
-		if next < len(list) {
-			m := list[(start+next)%len(list)]
+	unasked, waiting, next := len(list), 0, true
+	for unasked > 0 || waiting > 0 {
+		if next && len(queue) > 0 {
+			m := queue[0]
+			queue = queue[1:]
+			unasked = max(0, unasked-1)
+			waiting++
 			asked.Go(func() {
 				token, err := m.authenticate(ctx, a.username, password)
-				answers <- answer{token, err}
+				answers <- answer{m, token, err}
 			})
-			next++
-			waiting++
-			hangs = time.After(a.hang)
 		}
 		select {
-		case <-hangs:
+		case <-time.After(a.hang):
+			next = waiting < 2
 			continue
 		case got := <-answers:
 			token, err = got.token, got.err
+			queue = append(queue, got.from)
 		}
 		waiting--
 		switch {
@@ -269,6 +274,7 @@ func (a *auth) ask(first *member) (token string, err error) {
 		case err == nil, errors.Is(err, rpctypes.ErrAuthFailed), ctx.Err() != nil:
 			return token, err
 		}
+		next = unasked > 0
 	}
 	return "", err
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,35 +157,84 @@ func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
 	}
 }
 
-// hungEtcd answers pings, and no authentication.
-type hungEtcd struct{ pb.UnimplementedAuthServer }
-
-func (hungEtcd) Authenticate(
-	ctx context.Context, _ *pb.AuthenticateRequest,
-) (*pb.AuthenticateResponse, error) {
-	<-ctx.Done()
-	return nil, ctx.Err()
+// slowEtcd lets an authentication wait as long as wait says for that one of them, from 1 on, and
+// then gives a token, or fails.
+type slowEtcd struct {
+	pb.UnimplementedAuthServer
+	asked atomic.Int32
+	wait  func(ctx context.Context, number int32) error
 }
 
-// A member that hangs while it checks a password must not keep a leader from its renewal.
-func TestAuth_AsksTheNextMember(t *testing.T) {
+func (e *slowEtcd) Authenticate(
+	ctx context.Context, _ *pb.AuthenticateRequest,
+) (*pb.AuthenticateResponse, error) {
+	if err := e.wait(ctx, e.asked.Add(1)); err != nil {
+		return nil, err
+	}
+	return &pb.AuthenticateResponse{Header: &pb.ResponseHeader{}, Token: "new"}, nil
+}
+
+// A member that hangs while it checks a password must not keep a leader from its renewal. One that
+// answers is the only one that is asked.
+func TestAuth_AsksAnotherMember(t *testing.T) {
 	t.Parallel()
-	cfg := testConfig(t, []string{serveAuth(t, hungEtcd{}), serveAuth(t, oldEtcd{})}, "a")
-	cfg.Username, cfg.TTL = "candidate", 5*time.Second
-	cfg.Password = func() (string, error) { return "secret", nil }
-	ms, err := newMembers(cfg)
-	if err != nil {
-		t.Fatal(err)
+	type wait = func(ctx context.Context, number int32) error
+	good := func(context.Context, int32) error { return nil }
+	hangs := func(ctx context.Context, _ int32) error {
+		<-ctx.Done()
+		return ctx.Err()
 	}
-	defer ms.closing.Wait()
-	defer ms.close()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	if err := ms.auth.replace(ctx, "", ms.all()[0]); err != nil {
-		t.Fatal(err)
+	// etcd elects a leader when it is asked first.
+	noLeader := func(_ context.Context, number int32) error {
+		if number == 1 {
+			return rpctypes.ErrGRPCLeaderChanged
+		}
+		return nil
 	}
-	if token, _ := ms.auth.current(); token != "new" {
-		t.Errorf("the token is %q, want new", token)
+	for name, test := range map[string]struct {
+		waits []wait
+		asked []int32
+		after time.Duration
+	}{
+		"it answers":            {[]wait{good, good}, []int32{1, 0}, 0},
+		"it hangs":              {[]wait{hangs, good}, []int32{1, 1}, time.Second},
+		"the other one, failed": {[]wait{noLeader, hangs}, []int32{2, 1}, time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var servers []*slowEtcd
+			var endpoints []string
+			for _, wait := range test.waits {
+				servers = append(servers, &slowEtcd{wait: wait})
+				endpoints = append(endpoints, serveAuth(t, servers[len(servers)-1]))
+			}
+			cfg := testConfig(t, endpoints, "a")
+			cfg.Username, cfg.TTL = "candidate", 5*time.Second
+			cfg.Password = func() (string, error) { return "secret", nil }
+			ms, err := newMembers(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ms.closing.Wait()
+			defer ms.close()
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			began := harness.Now()
+			if err := ms.auth.replace(ctx, "", ms.all()[0]); err != nil {
+				t.Fatal(err)
+			}
+			if took := harness.Now() - began; took < test.after {
+				t.Errorf("another one was asked within %v, want after %v", took, test.after)
+			}
+			if token, _ := ms.auth.current(); token != "new" {
+				t.Errorf("the token is %q, want new", token)
+			}
+			for i, server := range servers {
+				if n := server.asked.Load(); n != test.asked[i] {
+					t.Errorf("member %d was asked %d times, want %d", i, n, test.asked[i])
+				}
+			}
+		})
 	}
 }
 
