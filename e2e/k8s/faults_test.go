@@ -267,9 +267,9 @@ func cut(c *cluster, _ form, _, node string) {
 	c.reach("cut", node)
 }
 
-// mend gives a node back, and waits as long as it was cut off at most: TCP tries again only then,
-// and until it does the member of etcd there has not found all others. If the next fault cut
-// another one off, etcd would have no majority.
+// mend gives a node back, and waits. TCP may try again only after as long as the cut has lasted.
+// Until then the member of etcd there has not found all others. If the next fault cut another one
+// off, etcd would have no majority.
 func mend(c *cluster, node string) {
 	c.t.Helper()
 	c.reach("mend", node)
