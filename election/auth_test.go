@@ -138,10 +138,10 @@ func serveAuth(t *testing.T, etcd pb.AuthServer) string {
 	return "http://" + listener.Addr().String()
 }
 
-// The token that is refused must not go with the request for a new one.
-func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
-	cfg := testConfig(t, []string{serveAuth(t, oldEtcd{})}, "a")
-	cfg.Username, cfg.AuthToken = "candidate", "old"
+// expectNewToken replaces the configuration's token. It asks the first endpoint first.
+func expectNewToken(t *testing.T, cfg Config) {
+	t.Helper()
+	cfg.Username = "candidate"
 	cfg.Password = func() (string, error) { return "secret", nil }
 	ms, err := newMembers(cfg)
 	if err != nil {
@@ -149,12 +149,21 @@ func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
 	}
 	defer ms.closing.Wait()
 	defer ms.close()
-	if err := ms.auth.replace(t.Context(), "old", ms.all()[0]); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := ms.auth.replace(ctx, cfg.AuthToken, ms.all()[0]); err != nil {
 		t.Fatal(err)
 	}
 	if token, _ := ms.auth.current(); token != "new" {
 		t.Errorf("the token is %q, want new", token)
 	}
+}
+
+// The token that is refused must not go with the request for a new one.
+func TestAuth_AsksWithoutTheOldToken(t *testing.T) {
+	cfg := testConfig(t, []string{serveAuth(t, oldEtcd{})}, "a")
+	cfg.AuthToken = "old"
+	expectNewToken(t, cfg)
 }
 
 // slowEtcd lets an authentication wait as long as wait says for that one of them, from 1 on, and
@@ -209,25 +218,11 @@ func TestAuth_AsksAnotherMember(t *testing.T) {
 				endpoints = append(endpoints, serveAuth(t, servers[len(servers)-1]))
 			}
 			cfg := testConfig(t, endpoints, "a")
-			cfg.Username, cfg.TTL = "candidate", 5*time.Second
-			cfg.Password = func() (string, error) { return "secret", nil }
-			ms, err := newMembers(cfg)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer ms.closing.Wait()
-			defer ms.close()
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-			defer cancel()
+			cfg.TTL = 5 * time.Second
 			began := harness.Now()
-			if err := ms.auth.replace(ctx, "", ms.all()[0]); err != nil {
-				t.Fatal(err)
-			}
+			expectNewToken(t, cfg)
 			if took := harness.Now() - began; took < test.after {
 				t.Errorf("another one was asked within %v, want after %v", took, test.after)
-			}
-			if token, _ := ms.auth.current(); token != "new" {
-				t.Errorf("the token is %q, want new", token)
 			}
 			for i, server := range servers {
 				if n := server.asked.Load(); n != test.asked[i] {
