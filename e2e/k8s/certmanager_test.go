@@ -35,8 +35,7 @@ func TestCluster_CertManager(t *testing.T) {
 	c.kubectl("wait", "--for=condition=Ready", "certificate", "--all", "--timeout=2m")
 	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
 	form := c.forms()[0]
-	form.name = "cert-manager"
-	c.keepLives(form)
+	c.keepLives("cert-manager")
 	c.deploy(form, job)
 	c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
 	leader := c.leader()

@@ -25,7 +25,7 @@ import (
 type form struct {
 	name, folder, deployment string
 	first                    string // how the command line of the container's first process begins
-	patch                    string // for the mode of the job, and the directory of its lives
+	patch                    string // see patched
 	mode                     string // of the job
 }
 
@@ -40,18 +40,20 @@ kind: Deployment
 metadata: {name: wrapper}
 spec:
   template:
+    metadata:
+      labels: {form: %[3]s}
     spec:
       containers:
       - name: job
         command: [/opt/leasehold/leasehold, --, /job]
-        args: [%s, /lives]
+        args: [%[1]s, /lives]
         resources:
           limits: {memory: 256Mi}
         volumeMounts:
         - {name: lives, mountPath: /lives}
       volumes:
       - name: lives
-        hostPath: {path: %s}
+        hostPath: {path: %[2]s}
 `,
 }
 
@@ -60,17 +62,22 @@ kind: Deployment
 metadata: {name: sidecar}
 spec:
   template:
+    metadata:
+      labels: {form: %[3]s}
     spec:
       containers:
       - name: app
         command: [/job]
-        args: [%s, /lives]
+        args: [%[1]s, /lives]
         volumeMounts:
         - {name: lives, mountPath: /lives}
       volumes:
       - name: lives
-        hostPath: {path: %s}
+        hostPath: {path: %[2]s}
 `
+
+// patched is the form's patch for jobs that keep their lives in this directory of their node.
+func (f form) patched(lives string) string { return fmt.Sprintf(f.patch, f.mode, lives, f.name) }
 
 // A fault is injected into the pod that leads, or around it.
 type fault struct {
@@ -123,8 +130,9 @@ var faults = []fault{
 	{
 		name: "the node is drained", alone: true,
 		inject: func(c *cluster, f form, _, node string) {
+			// It looks into all namespaces, and two forms have a Deployment of the same name.
 			c.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data",
-				"--pod-selector=app.kubernetes.io/name="+f.deployment, "--timeout=5m")
+				"--pod-selector=form="+f.name, "--timeout=5m")
 		},
 		recover: func(c *cluster, node string) { c.kubectl("uncordon", node) },
 		within:  handedOver,
@@ -301,7 +309,7 @@ func TestCluster_Faults(t *testing.T) {
 	clusters := make([]*cluster, len(forms))
 	for i, form := range forms {
 		clusters[i] = found.enter(form.name)
-		clusters[i].keepLives(form)
+		clusters[i].keepLives(form.name)
 	}
 	about := fmt.Sprintf("%s: leasehold %s, Kubernetes %s, %d CPUs.",
 		time.Now().UTC().Format(time.DateOnly), bytes.TrimSpace(commit),
@@ -412,10 +420,10 @@ func (c *cluster) etcdForFaults() {
 		"--overwrite")
 }
 
-// keepLives makes the directory in which the jobs of a form keep when they lived.
-func (c *cluster) keepLives(form form) {
+// keepLives makes the directory in which jobs keep when they lived.
+func (c *cluster) keepLives(name string) {
 	c.t.Helper()
-	c.lives = "/var/log/" + c.namespace + "-" + form.name
+	c.lives = "/var/log/" + c.namespace + "-" + name
 	for _, node := range c.nodeNames {
 		c.reach("node", node, "mkdir", "-m", "777", c.lives)
 	}
@@ -423,7 +431,7 @@ func (c *cluster) keepLives(form form) {
 
 func (c *cluster) deploy(form form, job string) {
 	c.t.Helper()
-	c.overlay("faults", form.folder, job, fmt.Sprintf(form.patch, form.mode, c.lives))
+	c.overlay("faults", form.folder, job, form.patched(c.lives))
 }
 
 // A rollout that cannot work stops at its first pod. The other two stay as they are, one of them
@@ -431,7 +439,7 @@ func (c *cluster) deploy(form form, job string) {
 func TestCluster_BadRollouts(t *testing.T) {
 	c, job := newFaultyCluster(t)
 	form := c.forms()[0]
-	c.keepLives(form)
+	c.keepLives(form.name)
 	c.deploy(form, job)
 	for _, bad := range []struct{ name, kind, value string }{
 		{"an endpoint where nobody listens", "env", "LEASEHOLD_ENDPOINTS=https://127.0.0.1:1"},
@@ -483,9 +491,8 @@ func TestCluster_Rollouts(t *testing.T) {
 			c := *c
 			c.t = t
 			form := c.forms()[0]
-			form.name = strings.ToLower(kind)
-			c.keepLives(form)
-			patch := fmt.Sprintf(form.patch, form.mode, c.lives)
+			c.keepLives(strings.ToLower(kind))
+			patch := form.patched(c.lives)
 			text := c.kubectl("kustomize", c.write("rolled", form.folder, job, patch))
 			const strategy = "  strategy:\n    rollingUpdate:\n      maxSurge: 0\n" +
 				"      maxUnavailable: 1\n"

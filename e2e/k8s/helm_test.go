@@ -64,8 +64,7 @@ func (c *cluster) release(form form, job string) {
 	// A rollout that is in order hands over as a deleted pod does.
 	planned := faults[0].within[form.name]
 	name := "helm-" + form.name
-	form.name = name
-	c.keepLives(form)
+	c.keepLives(name)
 	file := filepath.Join(t.TempDir(), "values.yaml")
 	text := fmt.Sprintf(helmValues, repository(c.image), tag(c.image), repository(job), tag(job),
 		c.lives)

@@ -84,7 +84,7 @@ spec:
     matchLabels: {app.kubernetes.io/name: elected}
   template:
     metadata:
-      labels: {app.kubernetes.io/name: elected}
+      labels: {app.kubernetes.io/name: elected, form: elected}
     spec:
       serviceAccountName: elected
       securityContext: {runAsNonRoot: true, runAsUser: 65532}
@@ -154,12 +154,12 @@ func TestCluster_Traffic(t *testing.T) {
 		t.Run(w.name, func(t *testing.T) {
 			c := *c
 			c.t = t
-			c.keepLives(form{name: w.service})
+			c.keepLives(w.service)
 			if w.form.folder == "" {
 				c.apply(fmt.Sprintf(electedManifest, job+":latest", c.lives))
 			} else {
-				patch := fmt.Sprintf(w.form.patch, w.form.mode, c.lives)
-				c.overlay("traffic", w.form.folder, job, append(w.patches, patch)...)
+				c.overlay("traffic", w.form.folder, job,
+					append(w.patches, w.form.patched(c.lives))...)
 			}
 			if w.service == "leader" {
 				c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
