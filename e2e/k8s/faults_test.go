@@ -69,6 +69,8 @@ spec:
       - name: app
         command: [/job]
         args: [%[1]s, /lives]
+        resources:
+          limits: {memory: 256Mi}
         volumeMounts:
         - {name: lives, mountPath: /lives}
       volumes:
@@ -93,6 +95,7 @@ type fault struct {
 	within map[string]time.Duration
 	// restart is the same, counted from the start of the container that the kubelet starts again.
 	restart time.Duration
+	stays   bool // the next job has to run in the same pod
 }
 
 // untouched is for faults that a job must not notice.
@@ -165,15 +168,15 @@ var faults = []fault{
 	},
 	{
 		// With cgroup v1 the kernel kills one process, the largest. With v2 the kubelet has it kill
-		// all of the container.
+		// all of the container. An app beside leasehold has its container for itself.
 		name: "the job exceeds its memory limit, and the kernel kills it",
-		inject: func(c *cluster, _ form, pod, node string) {
+		inject: func(c *cluster, f form, pod, node string) {
 			do := `kill -USR1 ${p#/proc/} && echo sent`
-			if c.inPod(pod, node, "/job live ", do) == "" {
+			if c.inPod(pod, node, "/job "+f.mode+" ", do) == "" {
 				c.t.Fatalf("%s has no job", pod)
 			}
 		},
-		within: map[string]time.Duration{"wrapper": 30 * time.Second},
+		within: everywhere(30 * time.Second), stays: true,
 	},
 	{
 		name: "the node is cut off", alone: true, inject: cut, recover: mend,
@@ -628,6 +631,9 @@ func (c *cluster) trial(form form, f fault) (result trial) {
 		result.Ended = harness.Milliseconds(leader.last - began)
 		result.Next = harness.Milliseconds(after)
 		result.Gap = harness.Milliseconds(longestGap(lives[i:]))
+		if f.stays && next.pod != leader.pod {
+			t.Errorf("the next job is in %s, want it in %s as before", next.pod, leader.pod)
+		}
 		if f.restart > 0 && form.name == "wrapper" {
 			restarted := c.started(form, leader.pod, node)
 			if restarted < began || next.began-restarted > f.restart {

@@ -19,28 +19,30 @@ import (
 )
 
 // live is a job of two processes: its own, and one that has a session of its own and whose parent
-// has exited, so that nothing but its descent says whose it is. At SIGUSR1 it takes a gigabyte of
-// memory, which is more than its limit.
+// has exited, so that nothing but its descent says whose it is.
 func live(mode, dir string) error {
 	if mode == "live-on" {
 		signal.Ignore(syscall.SIGTERM)
 	}
-	hungry := make(chan os.Signal, 1)
-	signal.Notify(hungry, syscall.SIGUSR1)
-	go func() {
-		<-hungry
-		var eaten [1024][]byte
-		for i := range eaten {
-			eaten[i] = bytes.Repeat([]byte{1}, 1<<20)
-		}
-		runtime.KeepAlive(&eaten)
-	}()
+	go eat()
 	name := filepath.Join(dir, fmt.Sprintf("%s %s %d", os.Getenv("LEASEHOLD_IDENTITY"),
 		os.Getenv("LEASEHOLD_FENCING_TOKEN"), boottime.Now()))
 	if err := exec.Command("/proc/self/exe", "orphan", name+" orphan").Run(); err != nil {
 		return fmt.Errorf("start the second process: %w", err)
 	}
 	return tick(name + " first")
+}
+
+// eat takes a gigabyte of memory at SIGUSR1, which is more than the limit.
+func eat() {
+	hungry := make(chan os.Signal, 1)
+	signal.Notify(hungry, syscall.SIGUSR1)
+	<-hungry
+	var eaten [1024][]byte
+	for i := range eaten {
+		eaten[i] = bytes.Repeat([]byte{1}, 1<<20)
+	}
+	runtime.KeepAlive(&eaten)
 }
 
 // orphan starts a process in a session of its own, and leaves it alone.
@@ -71,6 +73,7 @@ func app(mode, dir string) error {
 	if mode == "app-on" {
 		signal.Ignore(syscall.SIGTERM)
 	}
+	go eat()
 	var may atomic.Bool
 	go func() {
 		client := http.Client{Timeout: time.Second}
