@@ -93,7 +93,8 @@ type fault struct {
 	// Within this time the next job has to run, for each form by its name. Forms that are not named
 	// are not tried.
 	within map[string]time.Duration
-	// restart is the same, counted from the start of the container that the kubelet starts again.
+	// restart is the same for all forms, from when the kubelet has started leasehold's container
+	// again.
 	restart time.Duration
 	stays   bool // the next job has to run in the same pod
 }
@@ -161,9 +162,7 @@ var faults = []fault{
 		inject: func(c *cluster, f form, pod, node string) {
 			c.killIn(pod, node, f.first)
 		},
-		within: map[string]time.Duration{
-			"wrapper": 10 * time.Second, "sidecar": 25 * time.Second, "plain": 25 * time.Second,
-		},
+		within:  everywhere(10 * time.Second),
 		restart: 1500 * time.Millisecond,
 	},
 	{
@@ -634,7 +633,7 @@ func (c *cluster) trial(form form, f fault) (result trial) {
 		if f.stays && next.pod != leader.pod {
 			t.Errorf("the next job is in %s, want it in %s as before", next.pod, leader.pod)
 		}
-		if f.restart > 0 && form.name == "wrapper" {
+		if f.restart > 0 {
 			restarted := c.started(form, leader.pod, node)
 			if restarted < began || next.began-restarted > f.restart {
 				t.Errorf("the next job began %v after the container, want at most %v",
