@@ -24,9 +24,11 @@ import (
 // A form is a way to run leasehold in a pod.
 type form struct {
 	name, folder, deployment string
-	first                    string // how the command line of the container's first process begins
-	patch                    string // see patched
-	mode                     string // of the job
+	// Where a patch of a pod names leasehold's container and the job's; %s is what is new there.
+	leasehold, job string
+	first          string // how the command line of the first process in leasehold's begins
+	patch          string // see patched
+	mode           string // of the job
 }
 
 // The names of all forms, in the order of the table.
@@ -34,6 +36,7 @@ var formNames = []string{"wrapper", "sidecar", "plain"}
 
 var wrapperForm = form{
 	name: "wrapper", folder: "wrapper", deployment: "wrapper",
+	leasehold: "containers: [{name: job, %s}]", job: "containers: [{name: job, %s}]",
 	first: "/opt/leasehold/leasehold -- ", mode: "live",
 	patch: `apiVersion: apps/v1
 kind: Deployment
@@ -436,99 +439,131 @@ func (c *cluster) deploy(form form, job string) {
 	c.overlay("faults", form.folder, job, form.patched(c.lives))
 }
 
+// inEachForm calls f for all forms that this cluster can run, at the same time. Each has a
+// namespace and an etcd of its own.
+func inEachForm(t *testing.T, f func(c *cluster, form form, job string)) {
+	t.Helper()
+	needNodes(t)
+	found := findCluster(t)
+	job := found.images()
+	for _, form := range found.forms() {
+		t.Run(form.name, func(t *testing.T) {
+			c := found.with(t).enter(form.name)
+			t.Parallel()
+			c.etcdForFaults()
+			f(c, form, job)
+		})
+	}
+}
+
 // A rollout that cannot work stops at its first pod. The other two stay as they are, one of them
 // leads, and undo brings back the first.
 func TestCluster_BadRollouts(t *testing.T) {
-	c, job := newFaultyCluster(t)
-	form := c.forms()[0]
-	c.keepLives(form.name)
-	c.deploy(form, job)
-	for _, bad := range []struct{ name, kind, value string }{
-		{"an endpoint where nobody listens", "env", "LEASEHOLD_ENDPOINTS=https://127.0.0.1:1"},
-		{"an endpoint whose name is unknown", "env", "LEASEHOLD_ENDPOINTS=https://no.invalid:2379"},
-		{"a setting that is wrong", "env", "LEASEHOLD_TTL=15"},
-		{"an image that is not there", "image", "job=localhost/nothing:1"},
-	} {
-		t.Run(bad.name, func(t *testing.T) {
-			c := *c
-			c.t = t
-			c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
-			c.kubectl("set", bad.kind, "deployment/wrapper", bad.value)
-			pods := func() error {
-				got := c.kubectl("get", "deployment", "wrapper", "-o", "jsonpath="+
-					"{.status.updatedReplicas} {.status.replicas} {.status.readyReplicas}")
-				if got != "1 3 2" {
-					return fmt.Errorf("updated, all and ready pods: %s, want 1 3 2", got)
-				}
-				return nil
-			}
-			c.until(2*time.Minute, pods)
-			// Longer than the TTL, and than a new pod takes to be ready.
-			if err := harness.Wait(t.Context(), 20*time.Second); err != nil {
-				t.Fatal(err)
-			}
-			if err := pods(); err != nil {
-				t.Error(err)
-			}
-			if _, err := c.running(); err != nil {
-				t.Error(err)
-			}
-			c.kubectl("rollout", "undo", "deployment/wrapper")
-			c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
-			for _, o := range overlaps(c.jobs()) {
-				t.Errorf("two jobs at once: %s", o)
-			}
-		})
+	inEachForm(t, func(c *cluster, form form, job string) {
+		c.keepLives("bad")
+		c.deploy(form, job)
+		// `kubectl set env` does not set those of init containers.
+		const endpoint = `env: [{name: LEASEHOLD_ENDPOINTS, valueFrom: null, value: "https://%s"}]`
+		for _, bad := range []struct{ name, where, what string }{
+			{
+				"an endpoint where nobody listens",
+				form.leasehold, fmt.Sprintf(endpoint, "127.0.0.1:1"),
+			},
+			{
+				"an endpoint whose name is unknown",
+				form.leasehold, fmt.Sprintf(endpoint, "no.invalid:2379"),
+			},
+			{
+				"a setting that is wrong",
+				form.leasehold, `env: [{name: LEASEHOLD_TTL, value: "15"}]`,
+			},
+			{"an image that is not there", form.job, "image: localhost/nothing:1"},
+		} {
+			c.t.Run(bad.name, func(t *testing.T) {
+				c.with(t).rollInVain(form, fmt.Sprintf(bad.where, bad.what))
+			})
+		}
+	})
+}
+
+func (c *cluster) rollInVain(form form, bad string) {
+	t := c.t
+	t.Helper()
+	deployment := "deployment/" + form.deployment
+	c.kubectl("rollout", "status", deployment, "--timeout=5m")
+	c.kubectl("patch", deployment, "--patch", "spec: {template: {spec: {"+bad+"}}}")
+	pods := func() error {
+		got := c.kubectl("get", deployment, "-o", "jsonpath="+
+			"{.status.updatedReplicas} {.status.replicas} {.status.readyReplicas}")
+		if got != "1 3 2" {
+			return fmt.Errorf("updated, all and ready pods: %s, want 1 3 2", got)
+		}
+		return nil
+	}
+	c.until(2*time.Minute, pods)
+	// Longer than the TTL, and than a new pod takes to be ready.
+	if err := harness.Wait(t.Context(), 20*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if err := pods(); err != nil {
+		t.Error(err)
+	}
+	c.until(handedOver[form.name], func() error { // the first pod may have been the leader's
+		_, err := c.running()
+		return err
+	})
+	c.kubectl("rollout", "undo", deployment)
+	c.kubectl("rollout", "status", deployment, "--timeout=5m")
+	for _, o := range overlaps(c.jobs()) {
+		t.Errorf("two jobs at once: %s", o)
 	}
 }
 
 // A rollout of the kinds that k8s/ does not have: a Deployment that stops all old pods before it
 // starts new ones, and a StatefulSet.
 func TestCluster_Rollouts(t *testing.T) {
-	c, job := newFaultyCluster(t)
-	for kind, most := range map[string]time.Duration{
-		"Recreate": 2 * time.Minute, "StatefulSet": 5 * time.Second,
-	} {
-		t.Run(kind, func(t *testing.T) {
-			c := *c
-			c.t = t
-			form := c.forms()[0]
-			c.keepLives(strings.ToLower(kind))
-			patch := form.patched(c.lives)
-			text := c.kubectl("kustomize", c.write("rolled", form.folder, job, patch))
-			const strategy = "  strategy:\n    rollingUpdate:\n      maxSurge: 0\n" +
-				"      maxUnavailable: 1\n"
-			if !strings.Contains(text, strategy) {
-				t.Fatalf("there is no strategy in\n%s", text)
-			}
-			object, instead := "deployment/wrapper", "  strategy: {type: Recreate}\n"
-			if kind == "StatefulSet" {
-				object, instead = "statefulset/wrapper", "  serviceName: wrapper\n"
-				text = strings.Replace(text, "kind: Deployment", "kind: StatefulSet", 1)
-			}
-			apply := c.command(t.Context(), "apply", "-f", "-")
-			apply.Stdin = strings.NewReader(strings.Replace(text, strategy, instead, 1))
-			if out, err := apply.CombinedOutput(); err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
-			defer c.kubectl("delete", object, "--wait")
-			c.kubectl("rollout", "status", object, "--timeout=5m")
-			first := c.leader()
-			c.kubectl("rollout", "restart", object)
-			c.kubectl("rollout", "status", object, "--timeout=5m")
-			if last := c.leader(); last.began == first.began {
-				t.Errorf("the pods were replaced, and %v goes on", first)
-			}
-			lives := c.jobs()
-			gap := longestGap(lives)
-			t.Logf("%d jobs, one after the other; no job for %v at most", len(lives), gap)
-			if gap > most {
-				t.Errorf("for %v there was no job, want at most %v", gap, most)
-			}
-			for _, o := range overlaps(lives) {
-				t.Errorf("two jobs at once: %s", o)
-			}
-		})
+	inEachForm(t, func(c *cluster, form form, job string) {
+		for kind, most := range map[string]time.Duration{
+			"Recreate": 2 * time.Minute, "StatefulSet": handedOver[form.name],
+		} {
+			c.t.Run(kind, func(t *testing.T) { c.with(t).rollAs(kind, most, form, job) })
+		}
+	})
+}
+
+func (c *cluster) rollAs(kind string, most time.Duration, form form, job string) {
+	t := c.t
+	t.Helper()
+	c.keepLives(strings.ToLower(kind))
+	text := c.kubectl("kustomize", c.write("rolled", form.folder, job, form.patched(c.lives)))
+	const strategy = "  strategy:\n    rollingUpdate:\n      maxSurge: 0\n" +
+		"      maxUnavailable: 1\n"
+	if !strings.Contains(text, strategy) {
+		t.Fatalf("there is no strategy in\n%s", text)
+	}
+	object, instead := "deployment/"+form.deployment, "  strategy: {type: Recreate}\n"
+	if kind == "StatefulSet" {
+		object = "statefulset/" + form.deployment
+		instead = "  serviceName: " + form.deployment + "\n"
+		text = strings.Replace(text, "kind: Deployment", "kind: StatefulSet", 1)
+	}
+	c.apply(strings.Replace(text, strategy, instead, 1))
+	defer c.kubectl("delete", object, "--cascade=foreground")
+	c.kubectl("rollout", "status", object, "--timeout=5m")
+	first := c.leader()
+	c.kubectl("rollout", "restart", object)
+	c.kubectl("rollout", "status", object, "--timeout=5m")
+	if last := c.leader(); last.began == first.began {
+		t.Errorf("the pods were replaced, and %v goes on", first)
+	}
+	lives := c.jobs()
+	gap := longestGap(lives)
+	t.Logf("%d jobs, one after the other; no job for %v at most", len(lives), gap)
+	if gap > most {
+		t.Errorf("for %v there was no job, want at most %v", gap, most)
+	}
+	for _, o := range overlaps(lives) {
+		t.Errorf("two jobs at once: %s", o)
 	}
 }
 
@@ -537,6 +572,7 @@ func (c *cluster) forms() []form {
 	wrapper := wrapperForm
 	plain := form{
 		name: "plain", folder: "sidecar/plain", deployment: "sidecar",
+		leasehold: "containers: [{name: leasehold, %s}]", job: "containers: [{name: app, %s}]",
 		first: "/leasehold elect ", mode: "app", patch: sidecarPatch,
 	}
 	if c.old {
@@ -546,6 +582,7 @@ func (c *cluster) forms() []form {
 	if c.sidecars {
 		native := plain
 		native.name, native.folder = "sidecar", "sidecar"
+		native.leasehold = "initContainers: [{name: leasehold, %s}]"
 		forms = append(forms, native)
 	}
 	return forms
