@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"sync/atomic"
 	"time"
@@ -17,10 +18,13 @@ import (
 	"leasehold/election"
 	"leasehold/internal/boottime"
 	"leasehold/kubernetes"
+	"leasehold/supervisor/recovery"
 )
 
 // runElect campaigns and reports, and runs no job.
 //
+//	state file ──→ lease of the process before
+//	                 v
 //	config ──→ candidate (etcd) ──→ leaseCallbacks (hold the lease for whoever asked)
 //	               ├──→ health server
 //	               ├──→ endpoint of a Service
@@ -48,11 +52,16 @@ func runElect(build Build, call cli.Call) error {
 
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
-	lease := &leaseCallbacks{grace: cfg.StopGrace.Duration, force: make(chan struct{})}
+	holder, before := holdLease(cfg, log.Logger)
+	defer holder.Close(flushTime)
+	lease := &leaseCallbacks{
+		Holder: holder, grace: cfg.StopGrace.Duration, force: make(chan struct{}),
+	}
 	d, err := wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version,
 		metrics: newMetrics(cfg.Election), changed: make(chan struct{}, 1),
 		callbacks: lease, account: kubernetes.AccountDir,
+		configure: func(ec *election.Config) { ec.Adopt = before },
 		status: func(text string) { systemd.notify("STATUS=" + text) },
 		listen: func(address string) (net.Listener, error) {
 			return bind(context.Background(), address)
@@ -73,6 +82,34 @@ func runElect(build Build, call cli.Call) error {
 	}
 	systemd.notify("READY=1")
 	return log.exit(d.group.Run())
+}
+
+// holdLease returns what keeps our lease in the state file, and the lease of the process before to
+// go on with. Both may be nil.
+func holdLease(cfg config.Config, log *slog.Logger) (*recovery.Holder, *election.Adoption) {
+	if cfg.StateDir == "" {
+		return nil, nil
+	}
+	const expires = "if this process is killed, its lease has to expire"
+	file, err := recovery.Open(cfg.StateDir)
+	if err != nil {
+		log.Warn("the state file is not used: "+expires, "err", err)
+		return nil, nil
+	}
+	lease, err := file.Held(cfg.Election, cfg.Identity)
+	if err != nil {
+		log.Info("the lease of the process before is left alone", "reason", err.Error())
+	}
+	holder, err := file.Hold(cfg.Election, cfg.Identity, lease, log)
+	if err != nil {
+		log.Warn("the state file is not used: "+expires, "err", err)
+		return nil, nil
+	}
+	log.Info("if this process is killed, the next one goes on with its lease")
+	if lease.ID == 0 {
+		return holder, nil
+	}
+	return holder, &election.Adoption{LeaseID: lease.ID, TTL: lease.TTL, Created: lease.Created}
 }
 
 // addSignals adds an actor. It stops the daemon at the first TERM or INT, and has the lease given
@@ -107,14 +144,14 @@ func addSignals(d *daemon, caught *caught, lease *leaseCallbacks, stop func()) {
 // leaseCallbacks holds the lease for the app that asks this daemon whether it leads. It gives the
 // app the time to stop that a job would have.
 type leaseCallbacks struct {
+	*recovery.Holder
 	grace time.Duration
 	force chan struct{} // closed at a second signal
 	end   atomic.Int64  // kill-by, in time since boot
 }
 
-func (l *leaseCallbacks) Leased(int64, time.Duration)   {}
-func (l *leaseCallbacks) Entered(string, int64)         {}
-func (l *leaseCallbacks) Releasing(int64) error         { return nil }
+func (l *leaseCallbacks) Entered(_ string, created int64) { l.Holder.Entered(created) }
+
 func (l *leaseCallbacks) Extended(d election.Deadlines) { l.end.Store(int64(d.KillBy)) }
 
 func (l *leaseCallbacks) Suspend() bool { return false }

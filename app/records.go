@@ -23,6 +23,7 @@ type recorded struct {
 	recorder *control.Recorder
 	job      func() health.Job // nil: there is none
 	lease    atomic.Int64
+	adopted  int64 // the token of the process before, which may have led with it; 0: none
 }
 
 // record makes the daemon write what others may know of it.
@@ -36,8 +37,10 @@ func record(ec *election.Config, p parts) *control.Recorder {
 		Logger: p.log, Changed: func() { signalChange(p.changed) },
 	})
 	ec.Beside = func(ctx context.Context, etcd *election.Client) { recorder.Run(ctx, etcd) }
-	ec.Callbacks = &recorded{Callbacks: ec.Callbacks, recorder: recorder, job: p.job}
+	callbacks := &recorded{Callbacks: ec.Callbacks, recorder: recorder, job: p.job}
+	ec.Callbacks = callbacks
 	if a := ec.Adopt; a != nil && a.Created != 0 && !a.Releasing {
+		callbacks.adopted = a.Created
 		recorder.Joined(a.LeaseID, true)
 	}
 	return recorder
@@ -80,7 +83,7 @@ func (r *recorded) Extended(d election.Deadlines) {
 }
 
 func (r *recorded) Lead(ctx context.Context, t election.Term) error {
-	r.recorder.Began(t.Token, t.Adopted)
+	r.recorder.Began(t.Token, t.Token == r.adopted)
 	began := time.Now()
 	if t.Adopted {
 		began = time.Time{} // it began in an elector before this one

@@ -89,18 +89,28 @@ func (f *File) Read(election, identity string) (*Record, error) {
 	if err != nil || len(content) == 0 {
 		return nil, err
 	}
-	r, err := decode(content)
-	switch {
-	case err != nil:
+	r := &Record{}
+	err = decode(head, content, r)
+	if err == nil {
+		err = f.isOf(r.File, r.Election, r.Identity, election, identity)
+	}
+	if err != nil {
 		return nil, err
-	case r.File != f.id:
-		return nil, errors.New("it is a copy, or its disk has another number now")
-	case r.Election != election:
-		return nil, fmt.Errorf("it is of the election %q", r.Election)
-	case r.Identity != identity:
-		return nil, fmt.Errorf("it is of the identity %q", r.Identity)
 	}
 	return r, nil
+}
+
+// isOf returns an error unless what the file holds is of this very file, election and identity.
+func (f *File) isOf(file fileID, itsElection, itsIdentity, election, identity string) error {
+	switch {
+	case file != f.id:
+		return errors.New("it is a copy, or its disk has another number now")
+	case itsElection != election:
+		return fmt.Errorf("it is of the election %q", itsElection)
+	case itsIdentity != identity:
+		return fmt.Errorf("it is of the identity %q", itsIdentity)
+	}
+	return nil
 }
 
 // Prove returns what proves that no job under the lease of r is left, or why that is not certain.
@@ -168,8 +178,8 @@ func read(fd int) ([]byte, error) {
 // write writes the record in place, because lock and inode have to stay the file's. What is written
 // in part has a wrong checksum. Nothing is flushed to the disk: a Record that was lost, or that is
 // out of date, names a lease that is gone.
-func write(fd int, r *Record) error {
-	content, err := r.encode()
+func write(fd int, c content) error {
+	content, err := c.encode()
 	if err != nil {
 		return err
 	}

@@ -13,14 +13,14 @@ func FuzzDecode(f *testing.F) {
 	content := encoded(f, testRecord())
 	f.Add(content)
 	f.Add(content[:len(content)-1])
-	f.Add(content[headLen:])
+	f.Add(content[bytes.IndexByte(content, '\n')+1:])
 	f.Add([]byte(head))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, content []byte) {
-		r, err := decode(content)
+		r, err := decodeRecord(content)
 		if err != nil {
-			content = seal(content) // the checksum keeps the rest from being tried otherwise
-			r, err = decode(content)
+			content = seal(head, content) // the checksum keeps the rest from being tried otherwise
+			r, err = decodeRecord(content)
 		}
 		if err != nil {
 			return

@@ -22,8 +22,8 @@ func Keep(fd int, log *slog.Logger) (*Keeper, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, err := decode(content)
-	if err != nil {
+	r := &Record{}
+	if err := decode(head, content, r); err != nil {
 		return nil, fmt.Errorf("%s: %w", FileName, err)
 	}
 	k := &Keeper{leases: make(chan int64, 1), done: make(chan struct{})}

@@ -30,10 +30,12 @@ type Place struct {
 	own   string // this process's cgroup, from there
 }
 
+const bootIDFile = "/proc/sys/kernel/random/boot_id"
+
 // here is the place of this process. What can't be found out is zero, and proves nothing.
 func here() Place {
 	p := Place{
-		BootID:   readLine("/proc/sys/kernel/random/boot_id"),
+		BootID:   readLine(bootIDFile),
 		PID:      unix.Getpid(),
 		PidNS:    inode("/proc/self/ns/pid"),
 		CgroupNS: inode("/proc/self/ns/cgroup"),

@@ -54,48 +54,59 @@ func (l *leaseID) UnmarshalText(text []byte) error {
 // The file is a line with the version and the checksum of the second line, which is JSON.
 const (
 	head      = "leasehold state 1 "
-	headLen   = len(head) + 2*sha256.Size + 1
+	electHead = "leasehold elect state 1 "
 	maxRecord = 64 << 10
 )
 
-// encode returns the content of the file.
+// content is what the file may hold.
+type content interface {
+	// encode returns the bytes of the file.
+	encode() ([]byte, error)
+}
+
 func (r *Record) encode() ([]byte, error) {
-	for _, text := range []string{r.Cgroup, r.Election, r.Identity} {
+	return encode(head, r, r.Cgroup, r.Election, r.Identity)
+}
+
+// encode returns the bytes of the file. texts are those in v that may be no UTF-8.
+func encode(head string, v any, texts ...string) ([]byte, error) {
+	for _, text := range texts {
 		if !utf8.ValidString(text) {
 			return nil, fmt.Errorf("%q is not UTF-8", text)
 		}
 	}
-	body, err := json.Marshal(r)
+	body, err := json.Marshal(v)
 	if err != nil {
 		return nil, err
 	}
-	body = append(body, '\n')
-	if headLen+len(body) > maxRecord {
+	sealed := seal(head, append(body, '\n'))
+	if len(sealed) > maxRecord {
 		return nil, errors.New("too long")
 	}
-	return seal(body), nil
+	return sealed, nil
 }
 
 // seal puts the first line before the second.
-func seal(body []byte) []byte {
+func seal(head string, body []byte) []byte {
 	return append(fmt.Appendf(nil, "%s%x\n", head, sha256.Sum256(body)), body...)
 }
 
-// decode reads the content of the file. It takes only what encode writes.
-func decode(content []byte) (*Record, error) {
-	if len(content) < headLen || !bytes.HasPrefix(content, []byte(head)) {
-		return nil, errors.New("it is not a state file of this version")
+// decode reads the bytes of the file. It takes only what encode writes.
+func decode(head string, bytesOf []byte, c content) error {
+	bodyAt := len(head) + 2*sha256.Size + 1
+	if len(bytesOf) < bodyAt || !bytes.HasPrefix(bytesOf, []byte(head)) {
+		return errors.New("it is not a state file of this version, or of the other command:" +
+			" leasehold elect and leasehold -- COMMAND have one each")
 	}
-	body := content[headLen:]
-	if !bytes.Equal(content, seal(body)) {
-		return nil, errors.New("its checksum is wrong")
+	body := bytesOf[bodyAt:]
+	if !bytes.Equal(bytesOf, seal(head, body)) {
+		return errors.New("its checksum is wrong")
 	}
-	r := &Record{}
-	if err := json.Unmarshal(body, r); err != nil {
-		return nil, fmt.Errorf("it can't be parsed: %w", err)
+	if err := json.Unmarshal(body, c); err != nil {
+		return fmt.Errorf("it can't be parsed: %w", err)
 	}
-	if again, err := r.encode(); err != nil || !bytes.Equal(again, content) {
-		return nil, errors.New("it was not written by leasehold")
+	if again, err := c.encode(); err != nil || !bytes.Equal(again, bytesOf) {
+		return errors.New("it was not written by leasehold")
 	}
-	return r, nil
+	return nil
 }

@@ -28,6 +28,11 @@ func encoded(t testing.TB, r *Record) []byte {
 	return content
 }
 
+func decodeRecord(content []byte) (*Record, error) {
+	r := &Record{}
+	return r, decode(head, content, r)
+}
+
 // TestRecord: what was written is read. A lease is written over another one.
 func TestRecord(t *testing.T) {
 	for _, lease := range []leaseID{0, 1, 1<<63 - 1, -1 << 63} {
@@ -35,7 +40,7 @@ func TestRecord(t *testing.T) {
 		length := len(encoded(t, r))
 		r.Lease = lease
 		content := encoded(t, r)
-		got, err := decode(content)
+		got, err := decodeRecord(content)
 		if err != nil || *got != *r {
 			t.Errorf("%+v, %v, want %+v", got, err, r)
 		}
@@ -49,17 +54,17 @@ func TestRecord(t *testing.T) {
 func TestRecord_Damaged(t *testing.T) {
 	content := encoded(t, testRecord())
 	for n := range content {
-		if r, err := decode(content[:n]); err == nil {
+		if r, err := decodeRecord(content[:n]); err == nil {
 			t.Fatalf("the first %d bytes: %+v", n, r)
 		}
 		flipped := bytes.Clone(content)
 		flipped[n] ^= 1
-		if r, err := decode(flipped); err == nil {
+		if r, err := decodeRecord(flipped); err == nil {
 			t.Fatalf("byte %d flipped: %+v", n, r)
 		}
 	}
 	for _, more := range []string{"\n", "{}", "\x00"} {
-		if r, err := decode(append(bytes.Clone(content), more...)); err == nil {
+		if r, err := decodeRecord(append(bytes.Clone(content), more...)); err == nil {
 			t.Errorf("with %q after it: %+v", more, r)
 		}
 	}

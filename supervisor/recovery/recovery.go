@@ -12,11 +12,14 @@
 // the daemon before is left, and that no start of a job is under way. It may know nothing of the
 // job itself. That takes a proof (Record.prove).
 //
+// `leasehold elect` keeps such a file, too (elect.go). Apps may work on after its end, so the next
+// process revokes nothing: it goes on with the lease.
+//
 // What is not certain is not proven, and the lease expires: a file that can't be read, that is a
 // copy, or of another election or identity.
 //
 // Where to look: file.go has the lock, record.go what the file holds, place.go where this process
-// runs and what its job may do, prove.go the proof, keeper.go how the elector writes the lease.
+// runs and what its job may do, prove.go the proof, keeper.go how the elector writes the lease, elect.go the file of elect.
 package recovery
 
 import "errors"

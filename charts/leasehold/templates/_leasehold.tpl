@@ -36,9 +36,7 @@
 - {name: LEASEHOLD_LOSS_GRACE, value: {{ . }}}
 {{- end }}
 - {name: LEASEHOLD_LISTEN, value: ":4040"}
-{{- if eq .Values.form "wrapper" }}
 - {name: LEASEHOLD_STATE_DIR, value: /var/lib/leasehold}
-{{- end }}
 {{- with .Values.env }}
 {{ toYaml . }}
 {{- end }}
@@ -78,14 +76,13 @@ terminationMessagePolicy: FallbackToLogsOnError
     {{- toYaml .Values.sidecar.resources | nindent 4 }}
   securityContext:
     {{- toYaml .Values.securityContext | nindent 4 }}
-  {{- if or .Values.etcd.tlsSecret .Values.leaderService.name }}
   volumeMounts:
   {{- if .Values.etcd.tlsSecret }}
   - {name: etcd-tls, mountPath: /etc/leasehold/etcd, readOnly: true}
   {{- end }}
+  - {name: state, mountPath: /var/lib/leasehold}
   {{- if .Values.leaderService.name }}
   - {name: account, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
-  {{- end }}
   {{- end }}
 {{- end }}
 
