@@ -62,7 +62,7 @@ func runElect(build Build, call cli.Call) error {
 		metrics: newMetrics(cfg.Election), changed: make(chan struct{}, 1),
 		callbacks: lease, account: kubernetes.AccountDir,
 		configure: func(ec *election.Config) { ec.Adopt = before },
-		status: func(text string) { systemd.notify("STATUS=" + text) },
+		status:    func(text string) { systemd.notify("STATUS=" + text) },
 		listen: func(address string) (net.Listener, error) {
 			return bind(context.Background(), address)
 		},

@@ -86,8 +86,8 @@ func (e *elect) terms() (terms []control.Term) {
 	return terms
 }
 
-// TestElect_GoesOn: elect is killed and started again, and again. It leads under its old lease, long
-// before that would have expired. The standby never leads.
+// TestElect_GoesOn: elect is killed and started again, and again. It leads under its old lease,
+// long before that would have expired. The standby never leads.
 func TestElect_GoesOn(t *testing.T) {
 	e := newElect(t)
 	history := e.terms()

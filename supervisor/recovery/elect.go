@@ -42,8 +42,9 @@ func (h *held) encode() ([]byte, error) { return encode(electHead, h, h.Election
 // Held returns the lease of the process before, to go on with it; one without ID: there is none. It
 // must be called before Hold. An error says why that lease is left alone, and has to expire.
 //
-// The lock is ours, so that process has exited. An app may have had the answer that it leads. It may
-// work on for a while, and asks us now, if it is in our network namespace. Nothing may be revoked.
+// The lock is ours, so that process has exited. An app may have had the answer that it leads. It
+// may work on for a while, and asks us now, if it is in our network namespace. Nothing may be
+// revoked.
 func (f *File) Held(election, identity string) (Lease, error) {
 	content, err := read(f.fd)
 	if err != nil || len(content) == 0 {
@@ -97,8 +98,8 @@ type heldWrite struct {
 	written chan<- error // nil: nobody waits
 }
 
-// Hold writes that this process has the file now, and that it goes on with a lease. If it fails, the
-// file must not be used, and that lease neither.
+// Hold writes that this process has the file now, and that it goes on with a lease. If it fails,
+// the file must not be used, and that lease neither.
 func (f *File) Hold(election, identity string, lease Lease, log *slog.Logger) (*Holder, error) {
 	h := &Holder{
 		held:   f.hold(election, identity),

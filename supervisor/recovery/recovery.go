@@ -19,7 +19,8 @@
 // copy, or of another election or identity.
 //
 // Where to look: file.go has the lock, record.go what the file holds, place.go where this process
-// runs and what its job may do, prove.go the proof, keeper.go how the elector writes the lease, elect.go the file of elect.
+// runs and what its job may do, prove.go the proof, keeper.go how the elector writes the lease,
+// elect.go the file of elect.
 package recovery
 
 import "errors"
