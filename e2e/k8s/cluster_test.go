@@ -846,6 +846,9 @@ func (c *cluster) sidecar(form string) {
 		return leader
 	}
 	first := wait("")
+	if os.Getenv("CLUSTER") != "" {
+		c.killSidecar(first)
+	}
 	c.kubectl("delete", "pod", first, "--wait=false")
 	second := wait(first)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -857,6 +860,36 @@ func (c *cluster) sidecar(form string) {
 		return nil
 	}); err != nil {
 		t.Error(err)
+	}
+}
+
+// killSidecar kills leasehold beside the leader's app. Its container is started again, and goes on
+// with the lease: the same key leads.
+func (c *cluster) killSidecar(pod string) {
+	c.t.Helper()
+	leader := func() (string, error) {
+		out, err := c.try("exec", pod, "-c", "leasehold", "--", "/leasehold", "status", "--json")
+		var s struct{ Leader struct{ Key string } }
+		if err == nil {
+			err = json.Unmarshal([]byte(out), &s)
+		}
+		return s.Leader.Key, err
+	}
+	before, err := leader()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	node := c.kubectl("get", "pod", pod, "-o", "jsonpath={.spec.nodeName}")
+	c.killIn(pod, node, "/leasehold elect ")
+	c.until(time.Minute, func() error {
+		_, err := c.try("exec", pod, "-c", "leasehold", "--", "/leasehold", "check", "leader")
+		return err
+	})
+	if after, err := leader(); err != nil || after != before {
+		c.t.Errorf("the leader's key is %s (%v), want %s", after, err, before)
+	}
+	if log := c.kubectl("logs", pod, "-c", "leasehold"); !strings.Contains(log, "took over a lease") {
+		c.t.Errorf("it has taken no lease over:\n%s", log)
 	}
 }
 
