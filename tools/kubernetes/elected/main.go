@@ -6,8 +6,9 @@
 //	elected LEASE COMMAND...
 //
 // POD_NAME and POD_NAMESPACE say where it runs. It is the first process of its container, and the
-// command's processes are all others. The pod that leads has the label "leader", by which a Service
-// can select it. GET / on port 4040 answers as leasehold does.
+// command's processes are all others: they end with the command's first one. The pod that leads has
+// the label "leader", by which a Service can select it. GET / on port 4040 answers as leasehold
+// does.
 package main
 
 import (
@@ -111,8 +112,12 @@ func run(ctx context.Context, lease string, command []string) error {
 	go func() {
 		defer close(ended)
 		for { // until there is no process but this one
-			if _, err := syscall.Wait4(-1, nil, 0, nil); errors.Is(err, syscall.ECHILD) {
+			pid, err := syscall.Wait4(-1, nil, 0, nil)
+			if errors.Is(err, syscall.ECHILD) {
 				return
+			}
+			if pid == job.Process.Pid {
+				_ = syscall.Kill(-1, syscall.SIGKILL)
 			}
 		}
 	}()
