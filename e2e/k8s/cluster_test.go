@@ -294,6 +294,8 @@ func tag(image string) string {
 	return "latest"
 }
 
+func (c *cluster) jobImage() string { return repository(c.image) + "-e2e-job" }
+
 // images builds the images and brings them to the nodes. The job's image has these programs of
 // tools/kubernetes too.
 func (c *cluster) images(programs ...string) (job string) {
@@ -307,7 +309,7 @@ func (c *cluster) images(programs ...string) (job string) {
 		}
 	}
 	run(c.root, "make", "image", "IMAGE="+c.image)
-	job = repository(c.image) + "-e2e-job"
+	job = c.jobImage()
 	dir := filepath.Dir(buildJob(c.t))
 	dockerfile := "FROM scratch\nCOPY job /job\n"
 	for _, program := range programs {

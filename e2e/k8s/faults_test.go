@@ -29,6 +29,9 @@ type form struct {
 	first          string // how the command line of the first process in leasehold's begins
 	patch          string // see patched
 	mode           string // of the job
+
+	// A Service that routes to the leader, and by what. "": there is none.
+	way, service string
 }
 
 // The names of all forms, in the order of the table.
@@ -298,19 +301,21 @@ func mend(c *cluster, node string) {
 //
 // Each form has a namespace and an etcd of its own, and the forms' trials run at the same time.
 // Faults that are `alone` follow, one by one; the jobs of the other forms run on.
+//
+// In the wrapper form a Service routes to the leader, and a pod connects to it all the time.
 func TestCluster_Faults(t *testing.T) {
 	needNodes(t)
 	found := findCluster(t)
 	job := found.images()
-	rounds := 1
-	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
-		rounds = n
-	}
 	commit, err := exec.Command("git", "-C", found.root, "rev-parse", "--short", "HEAD").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
 	forms := found.forms()
+	if !found.old {
+		forms[0].folder = "wrapper/route-to-leader"
+		forms[0].way, forms[0].service = "by leasehold", "leader"
+	}
 	clusters := make([]*cluster, len(forms))
 	for i, form := range forms {
 		clusters[i] = found.enter(form.name)
@@ -323,60 +328,96 @@ func TestCluster_Faults(t *testing.T) {
 			", Linux {.items[0].status.nodeInfo.kernelVersion}"), runtime.NumCPU())
 	var mu sync.Mutex
 	var run results
-	inject := func(c *cluster, form form, stubborn, alone bool) {
-		if stubborn {
-			form.mode += "-on"
-		}
-		c.deploy(form, job)
-		// Round by round: the kubelet waits before it restarts a container for the second time, and
-		// each round has a rollout, which makes new ones.
-		for range rounds {
-			for _, f := range faults {
-				if f.stubborn != stubborn || f.alone != alone || f.within[form.name] == 0 {
-					continue
-				}
-				c.t.Run(f.name, func(t *testing.T) {
-					result := c.with(t).trial(form, f)
-					mu.Lock()
-					defer mu.Unlock()
-					run.Trials = append(run.Trials, result)
-					keep(t, results{About: about, Trials: []trial{result}})
-				})
-			}
+	plans := make([]plan, len(forms))
+	for i, form := range forms {
+		c := clusters[i]
+		plans[i] = plan{
+			form:  form,
+			start: func(t *testing.T) { c.with(t).etcdForFaults() },
+			wants: func(f fault) bool { return f.within[form.name] != 0 },
+			deploy: func(t *testing.T, mode string) {
+				form.mode = mode
+				c.with(t).deploy(form, job)
+			},
+			try: func(t *testing.T, f fault) {
+				result := c.with(t).trial(form, f)
+				mu.Lock()
+				defer mu.Unlock()
+				run.Trials = append(run.Trials, result)
+				run.Traffic = append(run.Traffic, result.traffic...)
+				keep(t, results{About: about, Trials: []trial{result}, Traffic: result.traffic})
+			},
 		}
 	}
-	together := func(name string, f func(c *cluster, form form)) bool {
+	inject(t, plans)
+	for i, form := range forms {
+		if form.service != "" {
+			t.Run("rights", func(t *testing.T) { clusters[i].with(t).forbidden() })
+		}
+		// Also those that were not looked at during the last trials.
+		for _, o := range overlaps(clusters[i].jobs()) {
+			t.Errorf("%s: two jobs at once: %s", form.name, o)
+		}
+		clusters[i].kubectl("delete", "deployment", form.deployment, "--ignore-not-found")
+	}
+	t.Logf("the tables:\n%s\n%s", run.table(), run.trafficTable())
+}
+
+// A plan is what is done with a form.
+type plan struct {
+	form   form
+	start  func(t *testing.T) // what the form needs
+	deploy func(t *testing.T, mode string)
+	wants  func(f fault) bool
+	try    func(t *testing.T, f fault)
+}
+
+// inject injects the faults into all forms at the same time. Those that are `alone` follow, one by
+// one. N is how often.
+func inject(t *testing.T, plans []plan) {
+	rounds := 1
+	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
+		rounds = n
+	}
+	together := func(name string, f func(t *testing.T, p plan)) bool {
 		return t.Run(name, func(t *testing.T) {
-			for i, form := range forms {
-				t.Run(form.name, func(t *testing.T) {
+			for _, p := range plans {
+				t.Run(p.form.name, func(t *testing.T) {
 					t.Parallel()
-					f(clusters[i].with(t), form)
+					f(t, p)
 				})
 			}
 		})
 	}
-	if !together("etcd", func(c *cluster, _ form) { c.etcdForFaults() }) {
+	some := func(t *testing.T, p plan, stubborn, alone bool) {
+		mode := p.form.mode
+		if stubborn {
+			mode += "-on"
+		}
+		p.deploy(t, mode)
+		// Round by round: the kubelet waits before it restarts a container for the second time, and
+		// each round has a rollout, which makes new ones.
+		for range rounds {
+			for _, f := range faults {
+				if f.stubborn == stubborn && f.alone == alone && p.wants(f) {
+					t.Run(f.name, func(t *testing.T) { p.try(t, f) })
+				}
+			}
+		}
+	}
+	if !together("start", func(t *testing.T, p plan) { p.start(t) }) {
 		return
 	}
 	// Pods whose job ignores TERM take long to replace: they come first here, and last below.
-	together("at once", func(c *cluster, form form) {
-		inject(c, form, true, false)
-		inject(c, form, false, false)
+	together("at once", func(t *testing.T, p plan) {
+		some(t, p, true, false)
+		some(t, p, false, false)
 	})
 	for _, stubborn := range []bool{false, true} {
-		for i, form := range forms {
-			t.Run("alone/"+form.name, func(t *testing.T) {
-				inject(clusters[i].with(t), form, stubborn, true)
-			})
+		for _, p := range plans {
+			t.Run("alone/"+p.form.name, func(t *testing.T) { some(t, p, stubborn, true) })
 		}
 	}
-	for i, form := range forms { // also those that were not looked at during the last trials
-		for _, o := range overlaps(clusters[i].jobs()) {
-			t.Errorf("%s: two jobs at once: %s", form.name, o)
-		}
-		clusters[i].kubectl("delete", "deployment", form.deployment)
-	}
-	t.Logf("the table:\n%s", run.table())
 }
 
 // with returns the cluster for a part of a test.
@@ -405,22 +446,26 @@ func needNodes(t *testing.T) {
 	}
 }
 
-// newFaultyCluster skips the test where nothing reaches the nodes. These programs of
-// tools/kubernetes are in the job's image.
-func newFaultyCluster(t *testing.T, programs ...string) (c *cluster, job string) {
+// newFaultyCluster skips the test where nothing reaches the nodes.
+func newFaultyCluster(t *testing.T) (c *cluster, job string) {
 	t.Helper()
 	needNodes(t)
 	c = newCluster(t)
-	job = c.images(programs...)
+	job = c.images()
 	c.etcdForFaults()
 	return c, job
 }
 
-// etcdForFaults starts etcd, and lets pods write into a directory of their node: it outlives them,
-// and is nothing for pods that are restricted.
 func (c *cluster) etcdForFaults() {
 	c.t.Helper()
 	c.etcd()
+	c.allowHostPaths()
+}
+
+// allowHostPaths lets pods write into a directory of their node: it outlives them, and is nothing
+// for pods that are restricted.
+func (c *cluster) allowHostPaths() {
+	c.t.Helper()
 	c.kubectl("label", "namespace", c.namespace, "pod-security.kubernetes.io/enforce=privileged",
 		"--overwrite")
 }
@@ -604,14 +649,7 @@ func (c *cluster) trial(form form, f fault) (result trial) {
 	t.Helper()
 	c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
 	c.kubectl("rollout", "status", "deployment/"+form.deployment, "--timeout=5m")
-	c.until(2*time.Minute, func() error { // a pod of before that still stops may still lead
-		pods := c.kubectl("get", "pods", "-l", "app.kubernetes.io/name="+form.deployment,
-			"-o", "name")
-		if n := strings.Count(pods, "\n"); n != 3 {
-			return fmt.Errorf("there are %d pods, want 3:\n%s", n, pods)
-		}
-		return nil
-	})
+	c.until(2*time.Minute, func() error { return c.threePods(form) })
 	leader := c.leader()
 	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
 	defer func() { // when the fault has ended: a node that was cut off has had its job until then
@@ -622,15 +660,8 @@ func (c *cluster) trial(form form, f fault) (result trial) {
 		result.Overlaps = len(twice)
 		t.Logf("%+v", result)
 	}()
-	if f.recover != nil {
-		defer func() { // also if the test ends here: the next fault needs a cluster that is well
-			f.recover(c, node)
-			c.until(3*time.Minute, func() error {
-				_, err := c.try("wait", "--for=condition=Ready", "node", "--all", "--timeout=10s")
-				return err
-			})
-		}()
-	}
+	measure := c.follow(form, f, leader, node)
+	defer c.end(f, node) // also if the test ends here
 	began := boottime.Now()
 	f.inject(c, form, leader.pod, node)
 	result = trial{Form: form.name, Fault: f.name}
@@ -679,7 +710,31 @@ func (c *cluster) trial(form form, f fault) (result trial) {
 			result.Restart = harness.Milliseconds(next.began - restarted)
 		}
 	}
+	result.traffic = measure()
 	return result
+}
+
+// end ends a fault. The next one needs a cluster that is well.
+func (c *cluster) end(f fault, node string) {
+	c.t.Helper()
+	if f.recover == nil {
+		return
+	}
+	f.recover(c, node)
+	c.until(3*time.Minute, func() error {
+		_, err := c.try("wait", "--for=condition=Ready", "node", "--all", "--timeout=10s")
+		return err
+	})
+}
+
+// threePods returns an error unless there are just three. One of before that still stops may still
+// lead.
+func (c *cluster) threePods(form form) error {
+	pods, err := c.try("get", "pods", "-l", "app.kubernetes.io/name="+form.deployment, "-o", "name")
+	if n := strings.Count(pods, "\n"); err == nil && n != 3 {
+		err = fmt.Errorf("there are %d pods, want 3:\n%s", n, pods)
+	}
+	return err
 }
 
 // until asks again and again, with a pause: to answer takes several processes.

@@ -24,7 +24,7 @@ var update = flag.Bool("update", false, "write the table into docs/kubernetes-fa
 type results struct {
 	About  string  `json:"about"` // the last run: when, of what and on what
 	Trials []trial `json:"trials"`
-	// Traffic is from TestCluster_Traffic.
+	// Traffic is from TestCluster_Traffic too.
 	Traffic []traffic `json:"traffic"`
 }
 
@@ -33,7 +33,7 @@ type results struct {
 type traffic struct {
 	Way     string  `json:"way"` // who routes the Service to the leader
 	Fault   string  `json:"fault"`
-	Next    float64 `json:"next"`    // to the next job's first instruction
+	Next    float64 `json:"next"`    // to the next job's first instruction; 0: the job ran on
 	Reached float64 `json:"reached"` // to the first connection that reached that job's pod
 }
 
@@ -47,6 +47,8 @@ type trial struct {
 	Gap      float64 `json:"gap"`               // the longest time without a job
 	Restart  float64 `json:"restart,omitempty"` // from the container's restart to the next job
 	Overlaps int     `json:"overlaps"`          // pairs of jobs that lived at once
+
+	traffic []traffic // of a Service that routes to the leader: one, or none
 }
 
 // addTo adds the trials to those in a file.
@@ -113,29 +115,30 @@ func faultIndex(name string) int {
 	return slices.IndexFunc(faults, func(f fault) bool { return f.name == name })
 }
 
-// trafficTable has a row for each fault and way, in the order in which the faults were tried first.
+// trafficTable has a row for each fault and way, in the order of `faults` and `wayNames`.
 func (r results) trafficTable() string {
 	type row struct{ way, fault string }
 	var order []row
+	trials := map[row]int{}
 	next, reached := map[row][]float64{}, map[row][]float64{}
 	for _, t := range r.Traffic {
 		key := row{t.Way, t.Fault}
-		if next[key] == nil {
+		if trials[key]++; trials[key] == 1 {
 			order = append(order, key)
 		}
-		next[key], reached[key] = append(next[key], t.Next), append(reached[key], t.Reached)
+		if t.Next > 0 {
+			next[key], reached[key] = append(next[key], t.Next), append(reached[key], t.Reached)
+		}
 	}
-	// The ways stand beside each other.
-	first := map[string]int{}
-	for i, key := range slices.Backward(order) {
-		first[key.fault] = i
-	}
-	slices.SortStableFunc(order, func(a, b row) int { return first[a.fault] - first[b.fault] })
+	slices.SortStableFunc(order, func(a, b row) int {
+		return cmp.Or(cmp.Compare(faultIndex(a.fault), faultIndex(b.fault)),
+			cmp.Compare(slices.Index(wayNames, a.way), slices.Index(wayNames, b.way)))
+	})
 	var b strings.Builder
 	harness.TableHead(&b, "fault", "Service routed", "next job", "connections reach it", "trials")
 	for _, key := range order {
 		harness.TableRow(&b, key.fault, key.way, figure(next[key]), figure(reached[key]),
-			strconv.Itoa(len(next[key])))
+			strconv.Itoa(trials[key]))
 	}
 	return b.String()
 }
@@ -224,5 +227,23 @@ func TestResults_Table(t *testing.T) {
 	}
 	if got, want := reversed.table(), sorted.table(); got != want {
 		t.Errorf("the trials ended in another order, and the table is\n%s, want\n%s", got, want)
+	}
+}
+
+func TestResults_TrafficTable(t *testing.T) {
+	first, last := faults[0].name, faults[len(faults)-1].name
+	table := results{Traffic: []traffic{
+		{Way: "by leasehold", Fault: last},
+		{Way: "by leasehold", Fault: first, Next: 20, Reached: 30},
+		{Way: "by a Lease", Fault: first, Next: 2e3, Reached: 3e3},
+		{Way: "by readiness", Fault: first, Next: 20, Reached: 1e3},
+		{Way: "by leasehold", Fault: first, Next: 40, Reached: 50},
+	}}.trafficTable()
+	want := "| " + first + " | by leasehold | 30.0 ms, max 40.0 ms | 40.0 ms, max 50.0 ms | 2 |\n" +
+		"| " + first + " | by readiness | 20.0 ms | 1.00 s | 1 |\n" +
+		"| " + first + " | by a Lease | 2.00 s | 3.00 s | 1 |\n" +
+		"| " + last + " | by leasehold | - | - | 1 |\n"
+	if !strings.HasSuffix(table, want) {
+		t.Errorf("the table is\n%s, want at its end\n%s", table, want)
 	}
 }

@@ -5,11 +5,10 @@ package k8s_test
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -17,12 +16,8 @@ import (
 	"leasehold/internal/boottime"
 )
 
-// A way to route a Service to the leader.
-type way struct {
-	name, service string
-	form          form
-	patches       []string // of the form's folder
-}
+// The ways to route a Service to the leader, in the order of the table.
+var wayNames = []string{"by leasehold", "by readiness", "by a Lease"}
 
 // By readiness. Rolling updates must not wait for pods to be ready.
 const readyWhileLeading = `apiVersion: apps/v1
@@ -80,11 +75,13 @@ kind: Deployment
 metadata: {name: elected}
 spec:
   replicas: 3
+  strategy:
+    rollingUpdate: {maxUnavailable: 1, maxSurge: 0}
   selector:
     matchLabels: {app.kubernetes.io/name: elected}
   template:
     metadata:
-      labels: {app.kubernetes.io/name: elected, form: elected}
+      labels: {app.kubernetes.io/name: elected, form: lease}
     spec:
       serviceAccountName: elected
       securityContext: {runAsNonRoot: true, runAsUser: 65532}
@@ -99,15 +96,17 @@ spec:
         image: %[1]s
         imagePullPolicy: IfNotPresent
         command: [/elected, elected, /job]
-        args: [live, /lives]
+        args: [%[2]s, /lives]
         env:
         - {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
         - {name: POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+        resources:
+          limits: {memory: 256Mi}
         volumeMounts:
         - {name: lives, mountPath: /lives}
       volumes:
       - name: lives
-        hostPath: {path: %[2]s}
+        hostPath: {path: %[3]s}
 `
 
 const askerManifest = `apiVersion: v1
@@ -124,74 +123,66 @@ spec:
     command: [/job, ask, "http://%s:4040/"]
 `
 
-// Connections to a Service reach the next leader: the Service that leasehold writes, one with
-// readiness on /leader, and one that selects the label of a pod that leads by a Lease. A pod that
-// the fault does not reach connects all the time. N is how often each fault is injected. JSON names
-// a file to which the trials are added.
+// Two other ways to route a Service to the leader, beside that of TestCluster_Faults: readiness on
+// /leader, and the label of a pod that leads by a Lease. The faults are those of TestCluster_Faults
+// that move the job. N is how often each is injected. JSON names a file to which the trials are
+// added.
 func TestCluster_Traffic(t *testing.T) {
-	c, job := newFaultyCluster(t, "elected")
-	if c.old {
+	needNodes(t)
+	found := findCluster(t)
+	if found.old {
 		t.Skip("skipped: Kubernetes 1.20 has no EndpointSlices of the version 1")
 	}
-	rounds := 1
-	if n, err := strconv.Atoi(os.Getenv("N")); err == nil {
-		rounds = n
+	job := found.images("elected") + ":latest"
+	probed := wrapperForm
+	probed.name, probed.folder = "readiness", "wrapper/base"
+	probed.way, probed.service = "by readiness", "probed"
+	elected := form{
+		name: "lease", deployment: "elected", first: "/elected ", mode: "live",
+		way: "by a Lease", service: "elected",
 	}
-	routing, probed := wrapperForm, wrapperForm
-	routing.folder, probed.folder = "wrapper/route-to-leader", "wrapper/base"
+	var mu sync.Mutex
 	var run results
-	for _, w := range []way{
-		{name: "by leasehold", service: "leader", form: routing},
-		{
-			name: "by readiness", service: "probed", form: probed,
-			patches: []string{readyWhileLeading},
-		},
-		{
-			name: "by a Lease", service: "elected",
-			form: form{name: "elected", deployment: "elected", first: "/elected "},
-		},
-	} {
-		t.Run(w.name, func(t *testing.T) {
-			c := *c
-			c.t = t
-			c.keepLives(w.service)
-			if w.form.folder == "" {
-				c.apply(fmt.Sprintf(electedManifest, job+":latest", c.lives))
-			} else {
-				c.overlay("traffic", w.form.folder, job,
-					append(w.patches, w.form.patched(c.lives))...)
-			}
-			if w.service == "leader" {
-				c.kubectl("rollout", "status", "deployment/wrapper", "--timeout=5m")
-				c.forbidden()
-			}
-			if w.service == "probed" {
-				c.apply(probedService)
-				// While standbys are not ready, it would block every drain.
-				c.kubectl("delete", "pdb", "wrapper", "--ignore-not-found")
-			}
-			for _, f := range faults {
-				if !slices.Contains([]string{
-					"the pod is deleted", "the node is drained", "the node is cut off",
-					"the container's first process is killed",
-				}, f.name) {
-					continue
+	plans := make([]plan, 0, 2)
+	for _, form := range []form{probed, elected} {
+		c := found.enter(form.name)
+		c.keepLives(form.name)
+		plans = append(plans, plan{
+			form: form,
+			start: func(t *testing.T) {
+				c := c.with(t)
+				c.allowHostPaths()
+				if form.folder != "" {
+					c.etcd()
+					c.apply(probedService)
 				}
-				for range rounds {
-					t.Run(f.name, func(t *testing.T) {
-						c := c
-						c.t = t
-						result := c.reroute(w, f, job)
-						run.Traffic = append(run.Traffic, result)
-						keep(t, results{Traffic: []traffic{result}})
-					})
+			},
+			wants: func(f fault) bool {
+				without := "the Deployment is rolled" // it never ends: standbys are not ready
+				if form.folder == "" {
+					without = "etcd" // there is none
 				}
-			}
-			c.kubectl("delete", "deployment", w.form.deployment)
-			c.kubectl("wait", "--for=delete", "pod", "-l",
-				"app.kubernetes.io/name="+w.form.deployment, "--timeout=1m")
+				return f.within["wrapper"] > 0 && !strings.Contains(f.name, without)
+			},
+			deploy: func(t *testing.T, mode string) {
+				c := c.with(t)
+				form.mode = mode
+				if form.folder == "" {
+					c.apply(fmt.Sprintf(electedManifest, job, mode, c.lives))
+				} else {
+					c.overlay("traffic", form.folder, job, readyWhileLeading, form.patched(c.lives))
+				}
+			},
+			try: func(t *testing.T, f fault) {
+				result := c.with(t).reroute(form, f)
+				mu.Lock()
+				defer mu.Unlock()
+				run.Traffic = append(run.Traffic, result...)
+				keep(t, results{Traffic: result})
+			},
 		})
 	}
+	inject(t, plans)
 	t.Logf("the table:\n%s", run.trafficTable())
 }
 
@@ -212,7 +203,7 @@ func (c *cluster) forbidden() {
 	c.kubectl("delete", "rolebinding", "wrapper")
 	before := c.leader()
 	c.kubectl("delete", "pod", before.pod, "--wait=false")
-	c.until(20*time.Second, func() error {
+	c.until(30*time.Second, func() error { // the job may ignore TERM
 		if lives := c.jobs(); lives[len(lives)-1].began == before.began {
 			return errors.New("no job follows")
 		}
@@ -238,18 +229,23 @@ func (c *cluster) forbidden() {
 	}
 }
 
-// reroute injects a fault, and returns when connections reach the next leader.
-func (c *cluster) reroute(w way, f fault, job string) traffic {
+// reroute injects a fault into the pod that leads, and returns what that did to the connections.
+func (c *cluster) reroute(form form, f fault) []traffic {
 	t := c.t
 	t.Helper()
-	if w.service != "probed" { // whose standbys are never ready
-		c.kubectl("rollout", "status", "deployment/"+w.form.deployment, "--timeout=5m")
+	if form.folder == "" {
+		c.kubectl("rollout", "status", "deployment/"+form.deployment, "--timeout=5m")
+	} else {
+		c.kubectl("rollout", "status", "statefulset/etcd", "--timeout=5m")
 	}
 	var leader life
-	c.until(3*time.Minute, func() error {
-		leader = c.leader()
-		if w.form.folder == "" { // nobody tells which pods are candidates
-			return nil
+	c.until(3*time.Minute, func() (err error) {
+		if err = c.threePods(form); err != nil {
+			return err
+		}
+		leader, err = c.running()
+		if err != nil || form.folder == "" { // nobody tells which pods are candidates by a Lease
+			return err
 		}
 		out, err := c.try("exec", leader.pod, "-c", "job", "--",
 			"/opt/leasehold/leasehold", "list", "--json")
@@ -259,62 +255,187 @@ func (c *cluster) reroute(w way, f fault, job string) traffic {
 		return err
 	})
 	node := c.kubectl("get", "pod", leader.pod, "-o", "jsonpath={.spec.nodeName}")
+	defer func() { // when the fault has ended: a node that was cut off has had its job until then
+		for _, o := range overlaps(c.jobs()) {
+			t.Errorf("two jobs at once: %s", o)
+		}
+	}()
+	measure := c.follow(form, f, leader, node)
+	defer c.end(f, node)
+	f.inject(c, form, leader.pod, node)
+	return measure()
+}
+
+// follow has a pod connect to the form's Service all the time, and returns when it has reached the
+// leader. The fault comes next. measure says what that did to the connections, if there are any.
+// The pod is on another node than the leader's, which is the only one that faults hit.
+func (c *cluster) follow(form form, f fault, leader life, node string) (measure func() []traffic) {
+	t := c.t
+	t.Helper()
+	if form.service == "" {
+		return func() []traffic { return nil }
+	}
 	others := slices.DeleteFunc(slices.Clone(c.nodeNames),
 		func(name string) bool { return name == node })
 	asker := fmt.Sprintf("asker-%d", boottime.Now())
-	c.apply(fmt.Sprintf(askerManifest, asker, others[0], job+":latest",
-		c.kubectl("get", "service", w.service, "-o", "jsonpath={.spec.clusterIP}")))
-	defer c.kubectl("delete", "pod", asker, "--wait=false")
+	c.apply(fmt.Sprintf(askerManifest, asker, others[0], c.jobImage()+":latest",
+		c.kubectl("get", "service", form.service, "-o", "jsonpath={.spec.clusterIP}")))
+	t.Cleanup(func() { c.kubectl("delete", "pod", asker, "--wait=false") })
 	c.until(time.Minute, func() error {
-		_, err := c.reached(asker, leader)
-		return err
-	})
-	if f.recover != nil {
-		defer func() {
-			f.recover(c, node)
-			c.until(3*time.Minute, func() error {
-				_, err := c.try("wait", "--for=condition=Ready", "node", "--all", "--timeout=10s")
-				return err
-			})
-		}()
-	}
-	began := boottime.Now()
-	f.inject(c, w.form, leader.pod, node)
-	var next life
-	var reached time.Duration
-	c.until(90*time.Second, func() (err error) {
-		lives := c.jobs()
-		if next = lives[len(lives)-1]; next.began <= leader.began {
-			return errors.New("no job follows")
+		answers, err := c.answers(asker)
+		if err == nil {
+			_, err = reached(answers, []life{leader})
 		}
-		reached, err = c.reached(asker, next)
 		return err
 	})
-	result := traffic{
-		Way: w.name, Fault: f.name, Next: harness.Milliseconds(next.began - began),
-		Reached: harness.Milliseconds(reached - began),
+	began := boottime.Now()
+	return func() []traffic { return []traffic{c.measure(form, f, leader, asker, began)} }
+}
+
+// measure returns when the asker has reached the job after the leader's, or sees to it that it has
+// reached the leader all the time. It must have reached nobody else.
+func (c *cluster) measure(
+	form form, f fault, leader life, asker string, began time.Duration,
+) traffic {
+	t := c.t
+	t.Helper()
+	var answers []answer
+	var lives []life // the leader's, and those after it
+	look := func() (err error) {
+		if answers, err = c.answers(asker); err != nil {
+			return err
+		}
+		lives = c.jobs() // after the answers: so those who gave them are among them
+		i := slices.IndexFunc(lives, func(l life) bool { return l.began == leader.began })
+		lives = lives[i:]
+		return nil
+	}
+	result := traffic{Way: form.way, Fault: f.name}
+	if f.within["wrapper"] == untouched {
+		ended := boottime.Now()
+		c.until(20*time.Second, look)
+		if most := silence(answers, leader, began, ended); most > mostSilence {
+			t.Errorf("for %v no connection reached %v, want at most %v", most, leader, mostSilence)
+		}
+	} else {
+		var at time.Duration
+		c.until(90*time.Second, func() (err error) {
+			if err = look(); err == nil {
+				at, err = reached(answers, lives[1:])
+			}
+			return err
+		})
+		next := lives[1].began
+		result.Next = harness.Milliseconds(next - began)
+		result.Reached = harness.Milliseconds(at - began)
+		if form.way == "by leasehold" && at-next > mostSilence {
+			t.Errorf("for %v no connection reached the next job, want at most %v",
+				at-next, mostSilence)
+		}
+	}
+	for _, a := range answers {
+		led := func(l life) bool { return l.pod == a.pod }
+		if a.at >= began && !slices.ContainsFunc(lives, led) {
+			t.Errorf("a connection reached %v, and only these have had a job: %v", a, lives)
+			break
+		}
 	}
 	t.Logf("%+v", result)
-	for _, o := range overlaps(c.jobs()) {
-		t.Errorf("two jobs at once: %s", o)
-	}
 	return result
 }
 
-// reached returns when the asker has first reached the pod of a job that leads.
-func (c *cluster) reached(asker string, job life) (time.Duration, error) {
-	c.t.Helper()
+// mostSilence is for how long connections may not reach a leader. They mostly do after less than a
+// second, but the nodes share two processors with the tests.
+const mostSilence = 5 * time.Second
+
+// An answer is that to one connection: when it came, from whom, and which token the leader has.
+type answer struct {
+	at                time.Duration
+	pod, token, state string
+}
+
+func (a answer) from(l life) bool {
+	return a.state == "leading" && a.pod == l.pod && a.token == l.token && a.at >= l.began
+}
+
+func (c *cluster) answers(asker string) ([]answer, error) {
 	log, err := c.try("logs", asker)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
+	return parseAnswers(log)
+}
+
+func parseAnswers(log string) (answers []answer, err error) {
 	for line := range strings.Lines(log) {
-		f := strings.Fields(line)
-		if len(f) != 4 || f[1] != job.pod || f[2] != job.token || f[3] != "leading" {
-			continue
+		var a answer
+		if _, err := fmt.Sscan(line, &a.at, &a.pod, &a.token, &a.state); err != nil {
+			return nil, fmt.Errorf("%q: %w", line, err)
 		}
-		at, err := strconv.ParseInt(f[0], 10, 64)
-		return time.Duration(at), err
+		answers = append(answers, a)
 	}
-	return 0, fmt.Errorf("%v is not reached, only:\n%s", job, log)
+	return answers, nil
+}
+
+// reached returns when one of these jobs was reached first. In a rollout the next leader's pod may
+// be replaced before it is reached.
+func reached(answers []answer, jobs []life) (time.Duration, error) {
+	for _, a := range answers {
+		if slices.ContainsFunc(jobs, a.from) {
+			return a.at, nil
+		}
+	}
+	if len(jobs) == 0 {
+		return 0, errors.New("no job follows")
+	}
+	if len(answers) == 0 {
+		return 0, fmt.Errorf("nobody is reached, want one of %v", jobs)
+	}
+	return 0, fmt.Errorf("none of %v is reached, but at last %v", jobs, answers[len(answers)-1])
+}
+
+// silence returns the longest time in which no answer came from a job.
+func silence(answers []answer, job life, from, to time.Duration) (longest time.Duration) {
+	for _, a := range answers {
+		if a.at > from && a.from(job) {
+			longest, from = max(longest, a.at-from), a.at
+		}
+	}
+	return max(longest, to-from)
+}
+
+// The judge of the connections, without a cluster.
+func TestAnswers_Reached(t *testing.T) {
+	answers, err := parseAnswers("90 a 12 leading\n110 a 12 leading\n120 b 12 standby\n" +
+		"140 b 17 leading\n150 c 18 leading\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b, c := life{"a", "12", 50, 115}, life{"b", "17", 130, 145}, life{"c", "18", 148, 200}
+	for _, test := range []struct {
+		jobs []life
+		want time.Duration
+	}{
+		{[]life{a}, 90},
+		{[]life{b, c}, 140},
+		{[]life{{"a", "12", 100, 200}}, 110}, // it has begun again in the same pod
+		{[]life{{"b", "16", 135, 147}, c}, 150},
+		{[]life{{"d", "19", 160, 200}}, 0},
+		{nil, 0},
+	} {
+		got, err := reached(answers, test.jobs)
+		if got != test.want || (err == nil) != (test.want != 0) {
+			t.Errorf("%v are reached at %v (%v), want %v", test.jobs, got, err, test.want)
+		}
+	}
+	for _, test := range []struct{ from, to, want time.Duration }{
+		{100, 112, 10}, {100, 115, 10}, {80, 115, 20}, {100, 140, 30}, {120, 125, 5},
+	} {
+		if got := silence(answers, a, test.from, test.to); got != test.want {
+			t.Errorf("silence from %v to %v: %v, want %v", test.from, test.to, got, test.want)
+		}
+	}
+	if _, err := parseAnswers("90 a"); err == nil {
+		t.Error("a line that says nothing is read")
+	}
 }

@@ -6,31 +6,20 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"sync"
 	"time"
 
 	"leasehold/internal/boottime"
 )
 
-// ask makes a connection every 10 ms, and does not wait for the one before.
+// ask makes a connection every 10 ms, does not wait for the one before, and prints each answer.
 func ask(url string) {
 	client := http.Client{
 		Transport: &http.Transport{DisableKeepAlives: true}, Timeout: time.Second,
 	}
-	var mu sync.Mutex
-	last := ""
 	for ticker := time.NewTicker(10 * time.Millisecond); ; <-ticker.C {
 		go func() {
-			answer, err := answerOf(&client, url)
-			if err != nil {
-				return
-			}
-			now := boottime.Now()
-			mu.Lock()
-			defer mu.Unlock()
-			if answer != last {
-				fmt.Print(int64(now), " ", answer)
-				last = answer
+			if answer, err := answerOf(&client, url); err == nil {
+				fmt.Println(int64(boottime.Now()), answer)
 			}
 		}()
 	}
@@ -52,5 +41,5 @@ func answerOf(client *http.Client, url string) (string, error) {
 		Leader          struct{ Token int64 }
 	}
 	err = json.NewDecoder(response.Body).Decode(&daemon)
-	return fmt.Sprintln(daemon.Identity, daemon.Leader.Token, daemon.State), err
+	return fmt.Sprintf("%s %d %s", daemon.Identity, daemon.Leader.Token, daemon.State), err
 }

@@ -9,9 +9,8 @@
 //	job dial ADDRESS      succeeds if somebody listens there
 //	job live DIR          is a job that needs nobody: it keeps in DIR when it lived
 //	job live-on DIR       the same, and TERM does not end it
-//	job ask URL           connects to a daemon again and again, and prints who answers when that
-//	                      changes: the time since the machine's boot, identity, the leader's token
-//	                      and its own state
+//	job ask URL           connects to a daemon again and again, and prints each answer: the time
+//	                      since the machine's boot, identity, the leader's token and its own state
 //	job app DIR           is an app beside leasehold: it works while /leader says that it may
 //	job app-on DIR        the same, and TERM does not end it
 package main
