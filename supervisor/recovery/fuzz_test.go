@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// FuzzDecode: whatever the file holds, it is either refused, or it is just what its Record is
-// written as. It proves something only where this process runs.
+// FuzzDecode: whatever the file holds, it is either refused, or it is just what its Record, or
+// that of elect, is written as. It proves something only where this process runs.
 func FuzzDecode(f *testing.F) {
 	content := encoded(f, testRecord())
 	f.Add(content)
@@ -16,7 +16,22 @@ func FuzzDecode(f *testing.F) {
 	f.Add(content[bytes.IndexByte(content, '\n')+1:])
 	f.Add([]byte(head))
 	f.Add([]byte{})
+	ofElect, err := (&held{BootID: "b", NetNS: 1, Election: "e", Lease: 7, Created: 2}).encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(ofElect)
+	f.Add(ofElect[bytes.IndexByte(ofElect, '\n')+1:])
 	f.Fuzz(func(t *testing.T, content []byte) {
+		for _, content := range [][]byte{content, seal(electHead, content)} {
+			var h held
+			if decode(electHead, content, &h) != nil {
+				continue
+			}
+			if again, err := h.encode(); err != nil || !bytes.Equal(again, content) {
+				t.Fatalf("%q is read as %+v, which is %q, %v", content, h, again, err)
+			}
+		}
 		r, err := decodeRecord(content)
 		if err != nil {
 			content = seal(head, content) // the checksum keeps the rest from being tried otherwise
