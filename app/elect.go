@@ -23,7 +23,7 @@ import (
 
 // runElect campaigns and reports, and runs no job.
 //
-//	state file ──→ lease of the process before
+//	state file ──→ term of the process before
 //	                 v
 //	config ──→ candidate (etcd) ──→ leaseCallbacks (hold the lease for whoever asked)
 //	               ├──→ health server
@@ -52,11 +52,9 @@ func runElect(build Build, call cli.Call) error {
 
 	ctx, stop := context.WithCancelCause(context.Background())
 	defer stop(nil)
-	holder, before := holdLease(cfg, log.Logger)
-	defer holder.Close(flushTime)
-	lease := &leaseCallbacks{
-		Holder: holder, grace: cfg.StopGrace.Duration, force: make(chan struct{}),
-	}
+	lease := &leaseCallbacks{grace: cfg.StopGrace.Duration, force: make(chan struct{})}
+	before := lease.hold(cfg, log.Logger)
+	defer lease.holder.Close(flushTime)
 	d, err := wire(ctx, stop, parts{
 		cfg: cfg, log: log.Logger, version: build.Version,
 		metrics: newMetrics(cfg.Election), changed: make(chan struct{}, 1),
@@ -82,34 +80,6 @@ func runElect(build Build, call cli.Call) error {
 	}
 	systemd.notify("READY=1")
 	return log.exit(d.group.Run())
-}
-
-// holdLease returns what keeps our lease in the state file, and the lease of the process before to
-// go on with. Both may be nil.
-func holdLease(cfg config.Config, log *slog.Logger) (*recovery.Holder, *election.Adoption) {
-	if cfg.StateDir == "" {
-		return nil, nil
-	}
-	const expires = "if this process is killed, its lease has to expire"
-	file, err := recovery.Open(cfg.StateDir)
-	if err != nil {
-		log.Warn("the state file is not used: "+expires, "err", err)
-		return nil, nil
-	}
-	lease, err := file.Held(cfg.Election, cfg.Identity)
-	if err != nil {
-		log.Info("the lease of the process before is left alone", "reason", err.Error())
-	}
-	holder, err := file.Hold(cfg.Election, cfg.Identity, lease, log)
-	if err != nil {
-		log.Warn("the state file is not used: "+expires, "err", err)
-		return nil, nil
-	}
-	log.Info("if this process is killed, the next one goes on with its lease")
-	if lease.ID == 0 {
-		return holder, nil
-	}
-	return holder, &election.Adoption{LeaseID: lease.ID, TTL: lease.TTL, Created: lease.Created}
 }
 
 // addSignals adds an actor. It stops the daemon at the first TERM or INT, and has the lease given
@@ -144,20 +114,69 @@ func addSignals(d *daemon, caught *caught, lease *leaseCallbacks, stop func()) {
 // leaseCallbacks holds the lease for the app that asks this daemon whether it leads. It gives the
 // app the time to stop that a job would have.
 type leaseCallbacks struct {
-	*recovery.Holder
-	grace time.Duration
-	force chan struct{} // closed at a second signal
-	end   atomic.Int64  // kill-by, in time since boot
+	holder *recovery.Holder
+	grace  time.Duration
+	force  chan struct{} // closed at a second signal
+	end    atomic.Int64  // kill-by, in time since boot
 }
 
-func (l *leaseCallbacks) Entered(_ string, created int64) { l.Holder.Entered(created) }
+// hold has the state file say which term we have. It returns that of the process before, to go on
+// with it; nil: there is none.
+func (l *leaseCallbacks) hold(cfg config.Config, log *slog.Logger) *election.Adoption {
+	if cfg.StateDir == "" {
+		return nil
+	}
+	timing := cfg.Timing()
+	app := recovery.App{
+		Election: cfg.Election, Identity: cfg.Identity,
+		Contract: fmt.Sprintf("endpoints %v, listen %s, TTL %v, loss grace %v, margin %v, stop grace %v",
+			cfg.Endpoints, cfg.Listen, timing.TTL, timing.LossGrace, timing.Margin, l.grace),
+	}
+	file, err := recovery.Open(cfg.StateDir)
+	var before recovery.Term
+	if err == nil {
+		if before, err = file.Held(app); err != nil {
+			log.Info("the lease of the process before is left alone", "reason", err.Error())
+		}
+		l.holder, err = file.Hold(app, before, log)
+	}
+	if err != nil {
+		log.Warn("the state file is not used: if this process is killed, its lease has to expire",
+			"err", err)
+		return nil
+	}
+	log.Info("if this process is killed while it leads, the next one goes on with its term")
+	if before.Lease == 0 {
+		return nil
+	}
+	timing = election.NewTiming(before.TTL, cfg.LossGrace.Or(-1), cfg.Margin.Or(-1), 0)
+	// The last answer that an app had may be of a renewal that the file does not know.
+	l.end.Store(int64(timing.From(boottime.Now()).KillBy))
+	return &election.Adoption{
+		LeaseID: before.Lease, TTL: before.TTL, Created: before.Token, Leading: true,
+		Deadlines: election.Deadlines{
+			StopAt: before.StopAt, KillBy: before.KillBy, End: before.KillBy + timing.Margin,
+		},
+	}
+}
 
-func (l *leaseCallbacks) Extended(d election.Deadlines) { l.end.Store(int64(d.KillBy)) }
+func (l *leaseCallbacks) Leased(int64, time.Duration) { l.holder.Leads(recovery.Term{}) }
+func (l *leaseCallbacks) Entered(string, int64)       {}
+func (l *leaseCallbacks) Releasing(lease int64) error { return l.holder.Releasing(lease) }
+
+func (l *leaseCallbacks) Extended(d election.Deadlines) {
+	l.end.Store(int64(d.KillBy))
+	l.holder.Extended(d.StopAt, d.KillBy)
+}
 
 func (l *leaseCallbacks) Suspend() bool { return false }
 
 func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {
 	l.end.Store(max(l.end.Load(), int64(t.Deadlines.KillBy)))
+	l.holder.Leads(recovery.Term{
+		Lease: t.LeaseID, TTL: t.Timing.TTL, Token: t.Token,
+		StopAt: t.Deadlines.StopAt, KillBy: t.Deadlines.KillBy,
+	})
 	<-ctx.Done()
 	var hold time.Duration
 	switch cause := context.Cause(ctx); {

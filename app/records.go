@@ -23,7 +23,6 @@ type recorded struct {
 	recorder *control.Recorder
 	job      func() health.Job // nil: there is none
 	lease    atomic.Int64
-	adopted  int64 // the token of the process before, which may have led with it; 0: none
 }
 
 // record makes the daemon write what others may know of it.
@@ -37,10 +36,8 @@ func record(ec *election.Config, p parts) *control.Recorder {
 		Logger: p.log, Changed: func() { signalChange(p.changed) },
 	})
 	ec.Beside = func(ctx context.Context, etcd *election.Client) { recorder.Run(ctx, etcd) }
-	callbacks := &recorded{Callbacks: ec.Callbacks, recorder: recorder, job: p.job}
-	ec.Callbacks = callbacks
+	ec.Callbacks = &recorded{Callbacks: ec.Callbacks, recorder: recorder, job: p.job}
 	if a := ec.Adopt; a != nil && a.Created != 0 && !a.Releasing {
-		callbacks.adopted = a.Created
 		recorder.Joined(a.LeaseID, true)
 	}
 	return recorder
@@ -83,7 +80,7 @@ func (r *recorded) Extended(d election.Deadlines) {
 }
 
 func (r *recorded) Lead(ctx context.Context, t election.Term) error {
-	r.recorder.Began(t.Token, t.Token == r.adopted)
+	r.recorder.Began(t.Token, t.Adopted)
 	began := time.Now()
 	if t.Adopted {
 		began = time.Time{} // it began in an elector before this one

@@ -72,7 +72,7 @@ type Config struct {
 	Fitness         Fitness    `split_words:"true"`
 	Notify          string     `split_words:"true" default:"off" desc:"ready: the job is ready when it has sent READY=1 to NOTIFY_SOCKET, as a service does to systemd (sd_notify). It has LEASEHOLD_HEALTH_START_PERIOD and LEASEHOLD_HEALTH_RETRIES intervals for that"`
 	Watchdog        Duration   `split_words:"true" default:"0s" desc:"a ready job that does not send WATCHDOG=1 to NOTIFY_SOCKET in this time is unhealthy; 0s: it need not"`
-	StateDir        string     `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; with elect, the next process goes on with the lease; docs/recovery.md says where that works"`
+	StateDir        string     `split_words:"true" desc:"a directory on a local disk for a small file. If all processes of the daemon are killed at once, the next daemon on the machine proves by it that the job has exited, and revokes the lease before it expires; with elect, the next process goes on with the term; docs/recovery.md says where that works"`
 	Kubernetes      Kubernetes `split_words:"true"`
 	Log             Log        `split_words:"true"`
 	TLS             TLS        `split_words:"true"`

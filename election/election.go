@@ -125,7 +125,7 @@ type Term struct {
 	// Key is the candidate's key in etcd.
 	Key string
 	// Token is the fencing token: the create revision of Key. Each term has a higher one than every
-	// term before it, unless it goes on with the key of a process that had led (Adoption).
+	// term before it.
 	Token int64
 	// LeaseID is the lease that the key is bound to.
 	LeaseID int64
@@ -209,9 +209,7 @@ type Adoption struct {
 	// Releasing: Callbacks.Releasing was called. A request to revoke the lease may be under way,
 	// and nothing can show that there is none. So the lease is revoked, and another one follows.
 	Releasing bool
-	// Leading: a term runs, and so does its job. It goes on. If it is false although that process
-	// had led, another term follows, with the same token, as soon as it is proven that the key is
-	// still the first.
+	// Leading: a term runs, and so does its job. It goes on.
 	Leading bool
 	// Deadlines are those of the term; zero unless Leading.
 	Deadlines Deadlines

@@ -110,6 +110,7 @@ type CandidateConfig struct {
 	Job       []string // the command; without one Args says what to do
 	Args      []string // the whole command line, where it is no job
 	Witness   *Witness // may be nil
+	Listen    string   // host:port of the health endpoint; "": a free one
 	// UID runs the daemon as an ordinary user, who can write to no cgroup.
 	UID uint32
 	// NetAdmin lets such a user's daemon, and what it starts, change its network (CAP_NET_ADMIN).
@@ -130,7 +131,10 @@ type Candidate struct {
 // StartCandidate starts a daemon. It does not wait for anything. Its environment holds nothing of
 // this program's but PATH.
 func StartCandidate(cfg CandidateConfig) (*Candidate, error) {
-	listen, err := FreeAddr()
+	listen, err := cfg.Listen, error(nil)
+	if listen == "" {
+		listen, err = FreeAddr()
+	}
 	if cfg.Node != nil {
 		listen = net.JoinHostPort(cfg.Node.Addr, "4040")
 		if cfg.Witness != nil {

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"leasehold/control"
 	"leasehold/e2e/harness"
 )
@@ -28,6 +30,8 @@ type elect struct {
 	before  status // of the leader
 }
 
+const electGrace = 2 * time.Second
+
 func newElect(t *testing.T) *elect {
 	t.Helper()
 	t.Parallel()
@@ -38,30 +42,53 @@ func newElect(t *testing.T) *elect {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	e := &elect{recovery: &recovery{trial: newTrial(t, user{}, harness.ClusterConfig{}), dir: dir}}
 	e.ttl = recoverTTL
-	e.first = e.again()
+	e.first = e.start("a", "", e.keeps)
 	e.waitStatus(e.first, "/leader", http.StatusOK)
 	e.standby = e.start("b", "", subcommand("elect"))
 	e.waitStatus(e.standby, "/standby", http.StatusOK)
 	e.before = e.status(e.first)
+	// The term is written by a goroutine of its own.
+	e.waitFile(`"lease":"` + fmt.Sprintf("%016s", e.before.Lease.ID))
 	return e
 }
 
-// again starts the leader.
-func (e *elect) again(changes ...change) *candidate {
+// keeps makes a candidate elect with the state file.
+func (e *elect) keeps(cfg *harness.CandidateConfig) {
+	subcommand("elect")(cfg)
+	cfg.Env = []string{
+		"LEASEHOLD_STATE_DIR=" + e.dir, "LEASEHOLD_LOSS_GRACE=" + electGrace.String(),
+		"LEASEHOLD_STOP_GRACE=" + electGrace.String(),
+	}
+}
+
+// again starts the leader again, with the same settings.
+func (e *elect) again(changes ...change) {
 	e.Helper()
-	c := e.start("a", "", append([]change{
-		subcommand("elect"), variables("LEASEHOLD_STATE_DIR=" + e.dir),
+	listen := e.first.Listen
+	e.first = e.startOn(e.first.Machine, "", append([]change{
+		e.keeps, func(cfg *harness.CandidateConfig) { cfg.Listen = listen },
 	}, changes...)...)
-	c.mayExit = true
-	return c
 }
 
 // killed kills the leader.
 func (e *elect) killed() {
 	e.Helper()
+	e.first.mayExit = true
 	e.must(e.first.Signal(syscall.SIGKILL))
 	_, err := e.first.Wait(e.waitContext(waitTimeout))
 	e.must(err)
+}
+
+// waitFile waits until the state file has a text.
+func (e *elect) waitFile(text string) {
+	e.Helper()
+	e.must(harness.Until(e.waitContext(waitTimeout), func() error {
+		content, err := os.ReadFile(filepath.Join(e.dir, "leasehold.state"))
+		if err == nil && !strings.Contains(string(content), text) {
+			err = fmt.Errorf("no %s in %s", text, content)
+		}
+		return err
+	}))
 }
 
 // terms is the history.
@@ -86,15 +113,15 @@ func (e *elect) terms() (terms []control.Term) {
 	return terms
 }
 
-// TestElect_GoesOn: elect is killed and started again, and again. It leads under its old lease,
-// long before that would have expired. The standby never leads.
+// TestElect_GoesOn: elect is killed and started again, and again. The same term goes on, long
+// before its lease would have expired, and the standby never leads.
 func TestElect_GoesOn(t *testing.T) {
 	e := newElect(t)
 	history := e.terms()
 	for range 2 {
 		e.killed()
 		began := harness.Now()
-		e.first = e.again()
+		e.again()
 		e.must(e.first.WaitStatus(e.waitContext(recoverTTL/4), "/leader", http.StatusOK))
 		t.Logf("it leads again %v after its start", (harness.Now() - began).Round(time.Millisecond))
 		after := e.status(e.first)
@@ -102,31 +129,62 @@ func TestElect_GoesOn(t *testing.T) {
 			t.Errorf("%+v, lease %s; want %+v, lease %s",
 				after.Leader, after.Lease.ID, e.before.Leader, e.before.Lease.ID)
 		}
-		e.waitLogged(e.first, "took over a lease")
+		e.waitRenewals(e.first, 1)
 	}
-	e.waitRenewals(e.first, 2) // the records follow the renewals
-	if again := e.terms(); len(again) != 1 || !again[0].Started.Equal(history[0].Started) {
-		t.Errorf("the history is %+v, want %+v", again, history)
-	}
-	if s := e.status(e.standby); s.State != "standby" || strings.Contains(e.standby.Log(),
-		"to=leading") {
+	if s := e.status(e.standby); s.State != "standby" ||
+		strings.Contains(e.standby.Log(), "to=leading") {
 		t.Errorf("the standby is %+v:\n%s", s, e.standby.Log())
 	}
-	// A planned stop gives that lease back.
+	began := harness.Now()
 	e.must(e.first.Signal(syscall.SIGTERM))
 	e.must(e.standby.WaitStatus(e.waitContext(recoverTTL/4), "/leader", http.StatusOK))
+	if after := harness.Now() - began; after < electGrace {
+		t.Errorf("the standby led %v after the stop, want %v at least", after, electGrace)
+	}
 	e.waitExit(e.first, 0)
+	e.waitFile(`"lease":"0000000000000000"`)
+	first := slices.IndexFunc(e.terms(), func(t control.Term) bool {
+		return t.Started.Equal(history[0].Started) && t.Why == "stopped"
+	})
+	if terms := e.terms(); first < 0 {
+		t.Errorf("the history is %+v, want one that began as %+v", terms, history)
+	}
 	e.finish()
 }
 
-// TestElect_LeftAlone: where an app of another place may work, or the lease may be revoked at any
-// moment, the next elect leaves it alone, and waits behind it.
-func TestElect_LeftAlone(t *testing.T) {
-	file := func(e *elect) string {
-		content, err := os.ReadFile(filepath.Join(e.dir, "leasehold.state"))
-		e.must(err)
-		return string(content)
+// TestElect_EndsWithGrace: what ends the term of a process that has just begun to go on with it
+// leaves the app its time to stop, as if that process had not been replaced.
+func TestElect_EndsWithGrace(t *testing.T) {
+	for name, ends := range map[string]func(e *elect){
+		"a stop": func(e *elect) {
+			e.again()
+			e.waitLog(e.first, "took over a lease")
+			e.must(e.first.Signal(syscall.SIGTERM))
+		},
+		"a hold": func(e *elect) {
+			e.commands("held", "hold", "--stop")
+			e.again()
+			e.waitStatus(e.first, "/leader", http.StatusServiceUnavailable)
+			e.commands("", "release")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := newElect(t)
+			e.killed()
+			began := harness.Now()
+			ends(e)
+			e.must(e.standby.WaitStatus(e.waitContext(recoverTTL/4), "/leader", http.StatusOK))
+			if after := harness.Now() - began; after < electGrace {
+				t.Errorf("the standby led %v after the kill, want %v at least", after, electGrace)
+			}
+			e.finish()
+		})
 	}
+}
+
+// TestElect_LeftAlone: where an app may work that does not ask the next elect, or the lease may be
+// revoked at any moment, the next elect leaves it alone, and waits behind it.
+func TestElect_LeftAlone(t *testing.T) {
 	edited := func(pattern, text string) func(e *elect) {
 		return func(e *elect) {
 			e.killed()
@@ -142,41 +200,57 @@ func TestElect_LeftAlone(t *testing.T) {
 	}
 	for _, c := range []struct {
 		what   string
-		before func(e *elect) // instead of killing it
-		env    string
+		before func(e *elect)
+		change change
 		says   string
 	}{
 		{
-			"another network namespace", edited(`"network_namespace":.`, `"network_namespace":3`),
-			"", "an app in another network namespace",
-		},
-		{"another boot", edited(`"boot_id":"...`, `"boot_id":"xxx`), "", "the boot id is another"},
-		{"another identity", (*elect).killed, "LEASEHOLD_IDENTITY=c", "it is of the identity"},
-		{
-			"SIGSTOPped", func(e *elect) { e.must(e.first.Signal(syscall.SIGSTOP)) },
-			"", "a process of another daemon holds the lock",
+			what: "another network namespace", says: "an app in another network namespace",
+			before: edited(`"network_namespace":"...`, `"network_namespace":"fff`),
 		},
 		{
-			"while it gives its lease back", func(e *elect) {
+			what: "another boot", says: "the boot id is another",
+			before: edited(`"boot_id":"...`, `"boot_id":"xxx`),
+		},
+		{
+			what: "another identity", says: "it is of the identity",
+			before: (*elect).killed, change: variables("LEASEHOLD_IDENTITY=c"),
+		},
+		{
+			what: "another loss grace", says: "other settings were in use",
+			before: (*elect).killed, change: variables("LEASEHOLD_LOSS_GRACE=1s"),
+		},
+		{
+			what: "another address", says: "other settings were in use", before: (*elect).killed,
+			change: func(cfg *harness.CandidateConfig) { cfg.Listen = "" },
+		},
+		{
+			what: "SIGSTOPped", says: "a process of another daemon holds the lock",
+			before: func(e *elect) { e.must(e.first.Signal(syscall.SIGSTOP)) },
+			change: func(cfg *harness.CandidateConfig) { cfg.Listen = "" },
+		},
+		{
+			what: "while it gives its lease back", says: "it may be revoked at any moment",
+			before: func(e *elect) {
 				e.first.SetReachable(false)
 				e.must(e.first.Signal(syscall.SIGTERM))
-				e.must(harness.Until(e.waitContext(waitTimeout), func() error {
-					if !strings.Contains(file(e), `"releasing":true`) {
-						return fmt.Errorf("the file says %s", file(e))
-					}
-					return nil
-				}))
+				e.waitFile(`"releasing":"0000000000000001"`)
 				e.killed()
-			}, "", "it may be revoked at any moment",
+				e.first.SetReachable(true)
+			},
 		},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			e := newElect(t)
 			c.before(e)
-			next := e.again(variables(c.env))
-			e.waitStatus(next, "/standby", http.StatusOK)
-			e.waitLogged(next, c.says)
-			if strings.Contains(next.Log(), "took over a lease") {
+			first := e.first.Candidate // the machine has the next one later
+			if c.change == nil {
+				c.change = func(*harness.CandidateConfig) {}
+			}
+			e.again(c.change)
+			e.waitStatus(e.first, "/standby", http.StatusOK)
+			e.waitLogged(e.first, c.says)
+			if strings.Contains(e.first.Log(), "took over a lease") {
 				t.Error("it has taken a lease over")
 			}
 			leases, err := e.etcd.Leases(e.ctx)
@@ -184,9 +258,7 @@ func TestElect_LeftAlone(t *testing.T) {
 			if id := e.before.Lease.ID; !slices.Contains(leases, id) {
 				t.Errorf("the lease %s is gone; there are %q", id, leases)
 			}
-			if e.first.Running() {
-				e.killed()
-			}
+			first.Kill()
 			_, err = e.etcd.Etcdctl(e.ctx, "lease", "revoke", e.before.Lease.ID) // for its end
 			e.must(err)
 			e.waitStatus(e.standby, "/leader", http.StatusOK)
@@ -195,20 +267,36 @@ func TestElect_LeftAlone(t *testing.T) {
 	}
 }
 
-// TestElect_LeaseExpired: the lease of a process that was away for too long is gone. The next one
+// TestElect_LeaseGone: the lease of the process before was revoked by somebody. The next one
 // campaigns again.
-func TestElect_LeaseExpired(t *testing.T) {
+func TestElect_LeaseGone(t *testing.T) {
 	e := newElect(t)
 	e.killed()
-	_, err := e.etcd.Etcdctl(e.ctx, "lease", "revoke", e.before.Lease.ID) // in place of its end
+	_, err := e.etcd.Etcdctl(e.ctx, "lease", "revoke", e.before.Lease.ID)
 	e.must(err)
 	e.waitStatus(e.standby, "/leader", http.StatusOK)
-	next := e.again()
-	e.waitStatus(next, "/standby", http.StatusOK)
+	e.again()
+	e.waitStatus(e.first, "/standby", http.StatusOK)
 	e.must(e.standby.Signal(syscall.SIGTERM))
-	e.must(next.WaitStatus(e.waitContext(recoverTTL/4), "/leader", http.StatusOK))
-	if s := e.status(next); s.Leader.Token <= e.before.Leader.Token {
+	e.must(e.first.WaitStatus(e.waitContext(recoverTTL/4), "/leader", http.StatusOK))
+	if s := e.status(e.first); s.Leader.Token <= e.before.Leader.Token {
 		t.Errorf("it leads with the token %d again, want more", s.Leader.Token)
+	}
+	e.finish()
+}
+
+// TestElect_FileNotWritten: a release that can't be noted is not sent. The daemon exits with 70,
+// and the next one goes on.
+func TestElect_FileNotWritten(t *testing.T) {
+	e := newElect(t)
+	e.must(unix.Prlimit(e.first.Guard(), unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 10, Max: 10}, nil))
+	e.must(e.first.Signal(syscall.SIGTERM))
+	e.waitExit(e.first, 70)
+	e.waitLogged(e.first, "announce the release of the lease")
+	e.again()
+	e.waitStatus(e.first, "/leader", http.StatusOK)
+	if after := e.status(e.first); *after.Leader != *e.before.Leader {
+		t.Errorf("%+v leads, want %+v", after.Leader, e.before.Leader)
 	}
 	e.finish()
 }

@@ -118,7 +118,13 @@ func (tr *trial) start(identity, behaviour string, changes ...change) *candidate
 	for _, p := range m.Proxies {
 		tr.Cleanup(p.Close)
 	}
-	c := &candidate{Machine: m}
+	return tr.startOn(m, behaviour, changes...)
+}
+
+// startOn starts a candidate on a machine on which none runs any more.
+func (tr *trial) startOn(m *harness.Machine, behaviour string, changes ...change) *candidate {
+	tr.Helper()
+	identity, c := m.Name, &candidate{Machine: m}
 	tr.must(m.Start(harness.Leasehold, harness.CandidateConfig{
 		Election: tr.election, TTL: tr.ttl, Job: strings.Fields(behaviour), Witness: tr.witness,
 	}, func(cfg *harness.CandidateConfig) error {

@@ -8,84 +8,114 @@ import (
 	"log/slog"
 	"sync"
 	"time"
+
+	"leasehold/internal/boottime"
 )
 
-// Lease is the lease of `leasehold elect`, and its key.
-type Lease struct {
-	ID  int64         // 0: there is none
-	TTL time.Duration // as granted
-	// Created is the create revision of the key; 0: it is not known to be put.
-	Created int64
-	// Releasing: a request that deletes the key or revokes the lease may be under way.
-	Releasing bool
+// Term is the term in which a `leasehold elect` leads. Deadlines are times since boot.
+type Term struct {
+	Lease  int64 // 0: it does not lead
+	TTL    time.Duration
+	Token  int64 // the create revision of its key
+	StopAt time.Duration
+	KillBy time.Duration
 }
 
-// held is what the state file of `leasehold elect` holds.
+// App is whom the answers of elect are for, and what they promise. It has to be the same for two
+// processes of which the second one goes on with the term of the first.
+type App struct {
+	Election, Identity string
+	Contract           string // where the app asks, and for how long it may work
+}
+
+// held is what the state file of `leasehold elect` holds. All numbers have a fixed length, so that
+// the file never changes its own.
 type held struct {
 	BootID string `json:"boot_id"`
 	// NetNS is where the apps ask: on the loopback interface.
-	NetNS uint64 `json:"network_namespace"`
+	NetNS fixed `json:"network_namespace"`
+	// TimeNS has the clock of the deadlines; 0: the kernel knows none.
+	TimeNS fixed `json:"time_namespace"`
 
-	Election string  `json:"election"`
-	Identity string  `json:"identity"`
-	Lease    leaseID `json:"lease"`
-	TTL      int64   `json:"ttl"` // nanoseconds
-	Created  int64   `json:"created"`
-	// Releasing is that of Lease.
-	Releasing bool `json:"releasing"`
+	Election string `json:"election"`
+	Identity string `json:"identity"`
+	Contract string `json:"contract"`
+
+	Lease  fixed `json:"lease"`
+	TTL    fixed `json:"ttl"` // this one and the deadlines are nanoseconds
+	Token  fixed `json:"token"`
+	StopAt fixed `json:"stop_at"`
+	KillBy fixed `json:"kill_by"`
+	// Releasing is 1 when a request that deletes the key or revokes the lease may be under way.
+	Releasing fixed `json:"releasing"`
 
 	File fileID `json:"file"`
 }
 
-func (h *held) encode() ([]byte, error) { return encode(electHead, h, h.Election, h.Identity) }
+func (h *held) encode() ([]byte, error) {
+	return encode(electHead, h, h.Election, h.Identity, h.Contract)
+}
 
-// Held returns the lease of the process before, to go on with it; one without ID: there is none. It
-// must be called before Hold. An error says why that lease is left alone, and has to expire.
+func (h *held) set(t Term) {
+	h.Lease, h.TTL, h.Token = fixed(t.Lease), fixed(t.TTL), fixed(t.Token)
+	h.StopAt, h.KillBy, h.Releasing = fixed(t.StopAt), fixed(t.KillBy), 0
+}
+
+// Held returns the term of the process before, to go on with it; one without a lease: there is
+// none. It must be called before Hold. An error says why that term is left alone, and its lease has
+// to expire.
 //
 // The lock is ours, so that process has exited. An app may have had the answer that it leads. It
 // may work on for a while, and asks us now, if it is in our network namespace. Nothing may be
 // revoked.
-func (f *File) Held(election, identity string) (Lease, error) {
+func (f *File) Held(app App) (Term, error) {
 	content, err := read(f.fd)
 	if err != nil || len(content) == 0 {
-		return Lease{}, err
+		return Term{}, err
 	}
 	var h held
 	err = decode(electHead, content, &h)
 	if err == nil {
-		err = f.isOf(h.File, h.Election, h.Identity, election, identity)
+		err = f.isOf(h.File, h.Election, h.Identity, app.Election, app.Identity)
 	}
 	if err != nil {
-		return Lease{}, err
+		return Term{}, err
 	}
-	switch now := f.hold(election, identity); {
+	switch now := f.hold(app); {
 	case h.Lease == 0:
-		return Lease{}, nil
-	case h.BootID == "" || h.BootID != now.BootID:
-		return Lease{}, errors.New("the boot id is another one, or not known")
-	case h.NetNS == 0 || h.NetNS != now.NetNS:
-		return Lease{}, errors.New("an app in another network namespace may work for this lease")
-	case h.Releasing:
-		return Lease{}, errors.New("it may be revoked at any moment")
-	case h.Created == 0:
-		return Lease{}, errors.New("it is not known whether its key was put")
+		return Term{}, nil
+	case h.BootID != now.BootID:
+		return Term{}, errors.New("the boot id is another one")
+	case h.NetNS != now.NetNS || h.TimeNS != now.TimeNS:
+		return Term{}, errors.New("an app in another network namespace may work for this lease")
+	case h.Contract != now.Contract:
+		return Term{}, fmt.Errorf("other settings were in use: %s", h.Contract)
+	case h.Releasing != 0:
+		return Term{}, errors.New("it may be revoked at any moment")
+	case time.Duration(h.StopAt) <= boottime.Now():
+		return Term{}, errors.New("stop-at has passed")
 	}
-	return Lease{ID: int64(h.Lease), TTL: time.Duration(h.TTL), Created: h.Created}, nil
+	return Term{
+		Lease: int64(h.Lease), TTL: time.Duration(h.TTL), Token: int64(h.Token),
+		StopAt: time.Duration(h.StopAt), KillBy: time.Duration(h.KillBy),
+	}, nil
 }
 
-func (f *File) hold(election, identity string) held {
+// hold is what this process writes before it leads.
+func (f *File) hold(app App) held {
 	return held{
-		BootID: readLine(bootIDFile), NetNS: inode("/proc/self/ns/net"),
-		Election: election, Identity: identity, File: f.id,
+		BootID: readLine(bootIDFile), NetNS: fixed(inode("/proc/self/ns/net")),
+		TimeNS:   fixed(inode("/proc/self/ns/time")),
+		Election: app.Election, Identity: app.Identity, Contract: app.Contract, File: f.id,
 	}
 }
 
-// releaseTime bounds the wait for the disk before a release.
-const releaseTime = time.Second
+// releaseTime bounds the wait for the disk before a release. The lease is renewed meanwhile.
+const releaseTime = 5 * time.Second
 
-// Holder writes into the state file which lease `leasehold elect` has. A goroutine of its own
-// writes, so that only a release waits for the disk. All methods may be called on nil, which keeps
-// nothing.
+// Holder writes into the state file which term `leasehold elect` has. A goroutine of its own
+// writes, so that only the release of a term waits for the disk. All methods may be called on nil,
+// which keeps nothing.
 type Holder struct {
 	mu     sync.Mutex
 	held   held
@@ -98,23 +128,22 @@ type heldWrite struct {
 	written chan<- error // nil: nobody waits
 }
 
-// Hold writes that this process has the file now, and that it goes on with a lease. If it fails,
-// the file must not be used, and that lease neither.
-func (f *File) Hold(election, identity string, lease Lease, log *slog.Logger) (*Holder, error) {
+// Hold writes that this process has the file now, and that it goes on with a term. If it fails, the
+// file must not be used, and that term neither.
+func (f *File) Hold(app App, t Term, log *slog.Logger) (*Holder, error) {
 	h := &Holder{
-		held:   f.hold(election, identity),
+		held:   f.hold(app),
 		writes: make(chan heldWrite, 1), done: make(chan struct{}),
 	}
-	h.held.set(lease)
+	if h.held.BootID == "" || h.held.NetNS == 0 {
+		return nil, errors.New("the boot id or the network namespace can't be read")
+	}
+	h.held.set(t)
 	if err := write(f.fd, &h.held); err != nil {
 		return nil, err
 	}
 	go h.run(f.fd, log)
 	return h, nil
-}
-
-func (h *held) set(l Lease) {
-	h.Lease, h.TTL, h.Created, h.Releasing = leaseID(l.ID), int64(l.TTL), l.Created, l.Releasing
 }
 
 func (h *Holder) run(fd int, log *slog.Logger) {
@@ -130,33 +159,35 @@ func (h *Holder) run(fd int, log *slog.Logger) {
 	}
 }
 
-// Leased notes which lease the process has; 0: none. It does not block.
-func (h *Holder) Leased(id int64, ttl time.Duration) {
-	h.change(nil, func(l *held) {
-		if id == int64(l.Lease) {
-			l.TTL = int64(ttl)
-		} else {
-			l.set(Lease{ID: id, TTL: ttl})
-		}
-	})
+// Leads notes a term that begins, or that the one before has ended if it has no lease. It does not
+// block.
+func (h *Holder) Leads(t Term) {
+	h.change(func(l *held) bool {
+		before := *l
+		l.set(t)
+		return *l != before
+	}, nil)
 }
 
-// Entered notes the create revision of the key. It does not block.
-func (h *Holder) Entered(created int64) {
-	h.change(nil, func(l *held) { l.Created = created })
+// Extended notes later deadlines. It does not block. If they are not written in time, the next
+// process has earlier ones.
+func (h *Holder) Extended(stopAt, killBy time.Duration) {
+	h.change(func(l *held) bool {
+		l.StopAt, l.KillBy = fixed(stopAt), fixed(killBy)
+		return l.Lease != 0
+	}, nil)
 }
 
-// Releasing notes that the lease is given back from now on. It fails if that is not written soon.
+// Releasing notes that the lease is given back from now on. It fails if that is not written in
+// time. A lease under which no term has begun is in no file.
 func (h *Holder) Releasing(lease int64) error {
-	if h == nil {
+	written := make(chan error, 1)
+	if !h.change(func(l *held) bool {
+		l.Releasing = 1
+		return int64(l.Lease) == lease
+	}, written) {
 		return nil
 	}
-	written := make(chan error, 1)
-	h.change(written, func(l *held) {
-		if int64(l.Lease) == lease {
-			l.Releasing = true
-		}
-	})
 	timer := time.NewTimer(releaseTime)
 	defer timer.Stop()
 	select {
@@ -167,19 +198,24 @@ func (h *Holder) Releasing(lease int64) error {
 	}
 }
 
-// change has what follows from it written.
-func (h *Holder) change(written chan<- error, f func(*held)) {
+// change has what follows from it written, if it returns true, and returns that.
+func (h *Holder) change(f func(*held) bool, written chan<- error) bool {
 	if h == nil {
-		return
+		return false
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	f(&h.held)
+	changed := h.held
+	if !f(&changed) {
+		return false
+	}
+	h.held = changed
 	select {
 	case <-h.writes: // a later one counts
 	default:
 	}
-	h.writes <- heldWrite{h.held, written}
+	h.writes <- heldWrite{changed, written}
+	return true
 }
 
 // Close waits until the last change is written, for d at most.

@@ -12,7 +12,19 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"leasehold/internal/boottime"
 )
+
+var testApp = App{Election: "election", Identity: "identity", Contract: "poll 4040"}
+
+// testTerm is one that can be gone on with.
+func testTerm() Term {
+	now := boottime.Now()
+	return Term{
+		Lease: 7, TTL: 5 * time.Second, Token: 42, StopAt: now + time.Hour, KillBy: now + 2*time.Hour,
+	}
+}
 
 // holds is the file of an elect that has done that, and was killed.
 func holds(t *testing.T, dir string, does func(*Holder)) {
@@ -22,7 +34,7 @@ func holds(t *testing.T, dir string, does func(*Holder)) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	h, err := f.Hold("election", "identity", Lease{}, slog.New(slog.DiscardHandler))
+	h, err := f.Hold(testApp, Term{}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,98 +42,111 @@ func holds(t *testing.T, dir string, does func(*Holder)) {
 	h.Close(time.Minute)
 }
 
-func queued(h *Holder) {
-	h.Leased(3, time.Second)
-	h.Leased(7, 2*time.Second)
-	h.Leased(7, 5*time.Second) // etcd has granted more
-	h.Entered(42)
-}
-
-// TestHeld: the next elect goes on with the lease of the one before if its key was put and it was
-// not given back.
+// TestHeld: the next elect goes on with the term of the one before, unless an app may have been
+// promised something else, or the lease was given back.
 func TestHeld(t *testing.T) {
+	term := testTerm()
 	for _, c := range []struct {
 		what string
 		does func(*Holder)
-		want Lease
+		want Term
 		says string // "": no error
 	}{
-		{"nothing", func(*Holder) {}, Lease{}, ""},
-		{"a key", queued, Lease{ID: 7, TTL: 5 * time.Second, Created: 42}, ""},
-		{"no key yet", func(h *Holder) {
-			queued(h)
-			h.Leased(8, time.Second)
-		}, Lease{}, "whether its key was put"},
-		{"revoked", func(h *Holder) {
-			queued(h)
-			h.Leased(0, 0)
-		}, Lease{}, ""},
+		{"nothing", func(*Holder) {}, Term{}, ""},
+		{"a term", func(h *Holder) {
+			h.Leads(Term{Lease: 3, StopAt: 1})
+			h.Leads(term)
+		}, term, ""},
+		{"later deadlines", func(h *Holder) {
+			h.Leads(Term{Lease: 7, TTL: term.TTL, Token: 42, StopAt: 1, KillBy: 2})
+			h.Extended(term.StopAt, term.KillBy)
+		}, term, ""},
+		{"deadlines of no term", func(h *Holder) {
+			h.Extended(term.StopAt, term.KillBy)
+		}, Term{}, ""},
+		{"stop-at passed", func(h *Holder) {
+			h.Leads(term)
+			h.Extended(boottime.Now(), term.KillBy)
+		}, Term{}, "stop-at has passed"},
+		{"over", func(h *Holder) {
+			h.Leads(term)
+			h.Leads(Term{})
+		}, Term{}, ""},
 		{"being released", func(h *Holder) {
-			queued(h)
+			h.Leads(term)
 			if err := h.Releasing(7); err != nil {
 				t.Error(err)
 			}
-		}, Lease{}, "revoked at any moment"},
+		}, Term{}, "revoked at any moment"},
 		{"another one released", func(h *Holder) {
-			queued(h)
+			h.Leads(term)
 			if err := h.Releasing(3); err != nil {
 				t.Error(err)
 			}
-		}, Lease{ID: 7, TTL: 5 * time.Second, Created: 42}, ""},
+		}, term, ""},
+		{"the next one after a release", func(h *Holder) {
+			h.Leads(Term{Lease: 3, StopAt: term.StopAt})
+			if err := h.Releasing(3); err != nil {
+				t.Error(err)
+			}
+			h.Leads(term)
+		}, term, ""},
 		{"another boot", func(h *Holder) {
 			h.held.BootID = "another"
-			queued(h)
-		}, Lease{}, "boot id"},
-		{"no boot id", func(h *Holder) {
-			h.held.BootID = ""
-			queued(h)
-		}, Lease{}, "boot id"},
+			h.Leads(term)
+		}, Term{}, "boot id"},
 		{"another network namespace", func(h *Holder) {
 			h.held.NetNS++
-			queued(h)
-		}, Lease{}, "another network namespace"},
+			h.Leads(term)
+		}, Term{}, "another network namespace"},
+		{"another time namespace", func(h *Holder) {
+			h.held.TimeNS++
+			h.Leads(term)
+		}, Term{}, "another network namespace"},
+		{"another contract", func(h *Holder) {
+			h.held.Contract = "poll 4041"
+			h.Leads(term)
+		}, Term{}, "other settings were in use: poll 4041"},
+		{"another election", func(h *Holder) {
+			h.held.Election = "other"
+			h.Leads(term)
+		}, Term{}, "it is of the election"},
+		{"another identity", func(h *Holder) {
+			h.held.Identity = "other"
+			h.Leads(term)
+		}, Term{}, "it is of the identity"},
 		{"a copy", func(h *Holder) {
 			h.held.File.Born++
-			queued(h)
-		}, Lease{}, "copy"},
+			h.Leads(term)
+		}, Term{}, "copy"},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			dir := t.TempDir()
 			holds(t, dir, c.does)
 			f := open(t, dir)
-			got, err := f.Held("election", "identity")
+			got, err := f.Held(testApp)
 			if got != c.want || (err == nil) != (c.says == "") ||
 				err != nil && !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%+v, %v; want %+v, %q", got, err, c.want, c.says)
 			}
 			// The next one may be killed before it has done anything.
-			h, err := f.Hold("election", "identity", got, slog.New(slog.DiscardHandler))
+			h, err := f.Hold(testApp, got, slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Fatal(err)
 			}
 			h.Close(time.Minute)
-			if again, err := f.Held("election", "identity"); again != got || err != nil {
+			if again, err := f.Held(testApp); again != got || err != nil {
 				t.Errorf("one after that: %+v, %v; want %+v", again, err, got)
 			}
 		})
 	}
 }
 
-// TestHeld_NotUsed: a file that is of somebody else, or damaged, says nothing. The two commands do
-// not read each other's files.
+// TestHeld_NotUsed: a damaged file says nothing. The two commands do not read each other's files.
 func TestHeld_NotUsed(t *testing.T) {
 	dir := t.TempDir()
-	holds(t, dir, queued)
+	holds(t, dir, func(h *Holder) { h.Leads(testTerm()) })
 	f := open(t, dir)
-	for _, c := range []struct{ election, identity, says string }{
-		{"other", "identity", "it is of the election"},
-		{"election", "other", "it is of the identity"},
-	} {
-		if l, err := f.Held(c.election, c.identity); l != (Lease{}) || err == nil ||
-			!strings.Contains(err.Error(), c.says) {
-			t.Errorf("%+v: %+v, %v", c, l, err)
-		}
-	}
 	if r, err := f.Read("election", "identity"); r != nil || err == nil {
 		t.Errorf("a daemon with a job reads %+v, %v", r, err)
 	}
@@ -134,14 +159,14 @@ func TestHeld_NotUsed(t *testing.T) {
 		if err := os.WriteFile(path, content[:n], 0); err != nil {
 			t.Fatal(err)
 		}
-		if l, err := f.Held("election", "identity"); l != (Lease{}) || (err == nil) != (n == 0) {
-			t.Fatalf("the first %d bytes: %+v, %v", n, l, err)
+		if term, err := f.Held(testApp); term != (Term{}) || (err == nil) != (n == 0) {
+			t.Fatalf("the first %d bytes: %+v, %v", n, term, err)
 		}
 	}
 	other := t.TempDir()
 	claimed(t, other, 7)
-	if l, err := open(t, other).Held("election", "identity"); l != (Lease{}) || err == nil {
-		t.Errorf("the file of a daemon with a job: %+v, %v", l, err)
+	if term, err := open(t, other).Held(testApp); term != (Term{}) || err == nil {
+		t.Errorf("the file of a daemon with a job: %+v, %v", term, err)
 	}
 }
 
@@ -153,13 +178,16 @@ func TestHolder_ReleaseFails(t *testing.T) {
 	}
 	f := &File{fd: full, path: "/dev/full"}
 	defer f.Close()
-	if _, err := f.Hold("election", "identity", Lease{}, nil); !errors.Is(err, unix.ENOSPC) {
+	if _, err := f.Hold(testApp, Term{}, nil); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("hold: %v", err)
 	}
 	h := &Holder{writes: make(chan heldWrite, 1), done: make(chan struct{})}
-	queued(h)
+	h.Leads(testTerm())
 	if err := h.Releasing(7); err == nil { // nobody writes: the disk hangs
 		t.Error("a release that is not written is sent")
+	}
+	if err := h.Releasing(8); err != nil { // it is in no file
+		t.Errorf("a lease under which no term has begun: %v", err)
 	}
 	go h.run(full, slog.New(slog.DiscardHandler))
 	if err := h.Releasing(7); !errors.Is(err, unix.ENOSPC) {
@@ -171,7 +199,8 @@ func TestHolder_ReleaseFails(t *testing.T) {
 // TestHolder_None: without a file all is as with one.
 func TestHolder_None(t *testing.T) {
 	var h *Holder
-	queued(h)
+	h.Leads(testTerm())
+	h.Extended(1, 2)
 	if err := h.Releasing(7); err != nil {
 		t.Error(err)
 	}

@@ -127,7 +127,7 @@ func (f *File) Claim(
 	election, identity string, noNewPrivs bool, lease int64,
 ) (*Record, error) {
 	r := &Record{
-		Place: here(), Election: election, Identity: identity, File: f.id, Lease: leaseID(lease),
+		Place: here(), Election: election, Identity: identity, File: f.id, Lease: fixed(lease),
 	}
 	if r.CanLeave = canLeave(noNewPrivs); r.CanLeave == "" {
 		cgroup, err := r.Place.boundary()

@@ -16,7 +16,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(content[bytes.IndexByte(content, '\n')+1:])
 	f.Add([]byte(head))
 	f.Add([]byte{})
-	ofElect, err := (&held{BootID: "b", NetNS: 1, Election: "e", Lease: 7, Created: 2}).encode()
+	ofElect, err := (&held{BootID: "b", NetNS: 1, Election: "e", Lease: 7, Token: 2}).encode()
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -34,7 +34,7 @@ func Keep(fd int, log *slog.Logger) (*Keeper, error) {
 func (k *Keeper) run(fd int, r *Record, log *slog.Logger) {
 	defer close(k.done)
 	for lease := range k.leases {
-		r.Lease = leaseID(lease)
+		r.Lease = fixed(lease)
 		if err := write(fd, r); err != nil {
 			log.Warn("write the lease into the state file: "+
 				"if all processes are killed at once, it has to expire", "err", err)

@@ -21,9 +21,9 @@ type Record struct {
 	CgroupIno uint64 `json:"cgroup_inode"`
 	CanLeave  string `json:"can_leave"` // why; "": it can't
 
-	Election string  `json:"election"`
-	Identity string  `json:"identity"`
-	Lease    leaseID `json:"lease"`
+	Election string `json:"election"`
+	Identity string `json:"identity"`
+	Lease    fixed  `json:"lease"`
 
 	// The file itself. A copy has another inode, or the same one with another time of birth.
 	File fileID `json:"file"`
@@ -36,18 +36,18 @@ type fileID struct {
 	Born   int64  `json:"born"` // nanoseconds since 1970
 }
 
-// leaseID has always the same length, so that a new lease is written over the old one.
-type leaseID int64
+// fixed is a number that has always the same length, so that a new one is written over the old one.
+type fixed int64
 
 // MarshalText implements encoding.TextMarshaler.
-func (l leaseID) MarshalText() ([]byte, error) {
+func (l fixed) MarshalText() ([]byte, error) {
 	return fmt.Appendf(nil, "%016x", uint64(l)), nil
 }
 
 // UnmarshalText implements encoding.TextUnmarshaler.
-func (l *leaseID) UnmarshalText(text []byte) error {
+func (l *fixed) UnmarshalText(text []byte) error {
 	n, err := strconv.ParseUint(string(text), 16, 64)
-	*l = leaseID(n)
+	*l = fixed(n)
 	return err
 }
 

@@ -35,7 +35,7 @@ func decodeRecord(content []byte) (*Record, error) {
 
 // TestRecord: what was written is read. A lease is written over another one.
 func TestRecord(t *testing.T) {
-	for _, lease := range []leaseID{0, 1, 1<<63 - 1, -1 << 63} {
+	for _, lease := range []fixed{0, 1, 1<<63 - 1, -1 << 63} {
 		r := testRecord()
 		length := len(encoded(t, r))
 		r.Lease = lease

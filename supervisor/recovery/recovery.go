@@ -13,7 +13,7 @@
 // job itself. That takes a proof (Record.prove).
 //
 // `leasehold elect` keeps such a file, too (elect.go). Apps may work on after its end, so the next
-// process revokes nothing: it goes on with the lease.
+// process revokes nothing: it goes on with the term.
 //
 // What is not certain is not proven, and the lease expires: a file that can't be read, that is a
 // copy, or of another election or identity.
