@@ -427,9 +427,13 @@ func (c *cluster) with(t *testing.T) *cluster {
 	return &part
 }
 
+var keeping sync.Mutex // of the file
+
 // keep adds results to those in $JSON at once: a run that is cut short has those until then.
 func keep(t *testing.T, r results) {
 	t.Helper()
+	keeping.Lock()
+	defer keeping.Unlock()
 	if path := os.Getenv("JSON"); path != "" {
 		if err := r.addTo(path); err != nil {
 			t.Error(err)
@@ -525,17 +529,18 @@ func TestCluster_BadRollouts(t *testing.T) {
 			{"an image that is not there", form.job, "image: localhost/nothing:1"},
 		} {
 			c.t.Run(bad.name, func(t *testing.T) {
-				c.with(t).rollInVain(form, fmt.Sprintf(bad.where, bad.what))
+				c.with(t).rollInVain(form, bad.name, fmt.Sprintf(bad.where, bad.what))
 			})
 		}
 	})
 }
 
-func (c *cluster) rollInVain(form form, bad string) {
+func (c *cluster) rollInVain(form form, name, bad string) {
 	t := c.t
 	t.Helper()
 	deployment := "deployment/" + form.deployment
 	c.kubectl("rollout", "status", deployment, "--timeout=5m")
+	first, began := c.leader(), boottime.Now()
 	c.kubectl("patch", deployment, "--patch", "spec: {template: {spec: {"+bad+"}}}")
 	pods := func() error {
 		got := c.kubectl("get", deployment, "-o", "jsonpath="+
@@ -557,11 +562,40 @@ func (c *cluster) rollInVain(form form, bad string) {
 		_, err := c.running()
 		return err
 	})
+	lives := c.jobs()
 	c.kubectl("rollout", "undo", deployment)
 	c.kubectl("rollout", "status", deployment, "--timeout=5m")
-	for _, o := range overlaps(c.jobs()) {
-		t.Errorf("two jobs at once: %s", o)
+	c.keepRollout(form, "a rollout with "+name, lives, first, began)
+}
+
+// keepRollout keeps what a rollout did, and looks for overlaps until now. lives are those of the
+// trial.
+func (c *cluster) keepRollout(
+	form form, name string, lives []life, first life, began time.Duration,
+) {
+	c.t.Helper()
+	result := trial{Form: form.name, Fault: name}
+	result.moved(lives, first, began)
+	twice := overlaps(c.jobs())
+	for _, o := range twice {
+		c.t.Errorf("two jobs at once: %s", o)
 	}
+	result.Overlaps = len(twice)
+	c.t.Logf("%+v", result)
+	keep(c.t, results{Trials: []trial{result}})
+}
+
+// moved notes the times of the jobs after the first one, and returns the next one, if there is one.
+func (t *trial) moved(lives []life, first life, began time.Duration) (next life) {
+	i := slices.IndexFunc(lives, func(l life) bool { return l.began == first.began })
+	if i+1 == len(lives) {
+		return life{}
+	}
+	t.Moved = true
+	t.Ended = harness.Milliseconds(lives[i].last - began)
+	t.Next = harness.Milliseconds(lives[i+1].began - began)
+	t.Gap = harness.Milliseconds(longestGap(lives[i:]))
+	return lives[i+1]
 }
 
 // A rollout of the kinds that k8s/ does not have: a Deployment that stops all old pods before it
@@ -595,7 +629,7 @@ func (c *cluster) rollAs(kind string, most time.Duration, form form, job string)
 	c.apply(strings.Replace(text, strategy, instead, 1))
 	defer c.kubectl("delete", object, "--cascade=foreground")
 	c.kubectl("rollout", "status", object, "--timeout=5m")
-	first := c.leader()
+	first, began := c.leader(), boottime.Now()
 	c.kubectl("rollout", "restart", object)
 	c.kubectl("rollout", "status", object, "--timeout=5m")
 	if last := c.leader(); last.began == first.began {
@@ -603,13 +637,10 @@ func (c *cluster) rollAs(kind string, most time.Duration, form form, job string)
 	}
 	lives := c.jobs()
 	gap := longestGap(lives)
-	t.Logf("%d jobs, one after the other; no job for %v at most", len(lives), gap)
 	if gap > most {
 		t.Errorf("for %v there was no job, want at most %v", gap, most)
 	}
-	for _, o := range overlaps(lives) {
-		t.Errorf("two jobs at once: %s", o)
-	}
+	c.keepRollout(form, "a rollout as "+kind, lives, first, began)
 }
 
 // forms returns those that this cluster can run.
@@ -688,16 +719,10 @@ func (c *cluster) trial(form form, f fault) (result trial) {
 			return nil
 		})
 		lives := c.jobs()
-		i := slices.IndexFunc(lives, func(l life) bool { return l.began == leader.began })
-		leader, next = lives[i], lives[i+1] // as they are by now
-		after := next.began - began
-		if after > within {
+		next = result.moved(lives, leader, began) // the last one may be another
+		if after := next.began - began; after > within {
 			t.Errorf("the next job began after %v, want at most %v", after, within)
 		}
-		result.Moved = true
-		result.Ended = harness.Milliseconds(leader.last - began)
-		result.Next = harness.Milliseconds(after)
-		result.Gap = harness.Milliseconds(longestGap(lives[i:]))
 		if f.stays && next.pod != leader.pod {
 			t.Errorf("the next job is in %s, want it in %s as before", next.pod, leader.pod)
 		}

@@ -20,7 +20,8 @@ import (
 
 var update = flag.Bool("update", false, "write the table into docs/kubernetes-faults.md")
 
-// Results are those of TestCluster_Faults, as docs/kubernetes-faults.json has them.
+// Results are those of TestCluster_Faults and of the tests of rollouts, as
+// docs/kubernetes-faults.json has them.
 type results struct {
 	About  string  `json:"about"` // the last run: when, of what and on what
 	Trials []trial `json:"trials"`
@@ -83,6 +84,7 @@ func (r results) table() string {
 	}
 	slices.SortStableFunc(order, func(a, b row) int {
 		return cmp.Or(cmp.Compare(faultIndex(a.fault), faultIndex(b.fault)),
+			cmp.Compare(a.fault, b.fault),
 			cmp.Compare(slices.Index(formNames, a.form), slices.Index(formNames, b.form)))
 	})
 	var b strings.Builder
@@ -111,8 +113,13 @@ func (r results) table() string {
 	return b.String()
 }
 
+// faultIndex is the place of a fault in the table. Rollouts of other tests come last.
 func faultIndex(name string) int {
-	return slices.IndexFunc(faults, func(f fault) bool { return f.name == name })
+	i := slices.IndexFunc(faults, func(f fault) bool { return f.name == name })
+	if i < 0 {
+		i = len(faults)
+	}
+	return i
 }
 
 // trafficTable has a row for each fault and way, in the order of `faults` and `wayNames`.
