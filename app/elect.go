@@ -129,7 +129,8 @@ func (l *leaseCallbacks) hold(cfg config.Config, log *slog.Logger) *election.Ado
 	timing := cfg.Timing()
 	app := recovery.App{
 		Election: cfg.Election, Identity: cfg.Identity,
-		Contract: fmt.Sprintf("endpoints %v, listen %s, TTL %v, loss grace %v, margin %v, stop grace %v",
+		Contract: fmt.Sprintf(
+			"endpoints %v, listen %s, TTL %v, loss grace %v, margin %v, stop grace %v",
 			cfg.Endpoints, cfg.Listen, timing.TTL, timing.LossGrace, timing.Margin, l.grace),
 	}
 	file, err := recovery.Open(cfg.StateDir)

@@ -890,7 +890,8 @@ func (c *cluster) killSidecar(pod string) {
 	if after, err := leader(); err != nil || after != before {
 		c.t.Errorf("the leader's key is %s (%v), want %s", after, err, before)
 	}
-	if log := c.kubectl("logs", pod, "-c", "leasehold"); !strings.Contains(log, "took over a lease") {
+	log := c.kubectl("logs", pod, "-c", "leasehold")
+	if !strings.Contains(log, "took over a lease") {
 		c.t.Errorf("it has taken no lease over:\n%s", log)
 	}
 }

@@ -59,7 +59,9 @@ fiveMachines() { # job number: its daemons on node1 to node5; later only the one
 		((i > 1)) || onNode1[$1]=$!
 	done
 	# Type=notify: systemctl returns when the endpoint listens. The first time a later block waits.
-	((last > 1)) || until curl -s http://127.0.0.1:$((4060 + $1))/livez; do sleep 0.1; done >/dev/null
+	((last > 1)) || until curl -s http://127.0.0.1:$((4060 + $1))/livez; do
+		sleep 0.1
+	done >/dev/null
 	otherMachines[$1]=1
 }
 stopNode1() {

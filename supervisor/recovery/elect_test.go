@@ -22,7 +22,8 @@ var testApp = App{Election: "election", Identity: "identity", Contract: "poll 40
 func testTerm() Term {
 	now := boottime.Now()
 	return Term{
-		Lease: 7, TTL: 5 * time.Second, Token: 42, StopAt: now + time.Hour, KillBy: now + 2*time.Hour,
+		Lease: 7, TTL: 5 * time.Second, Token: 42,
+		StopAt: now + time.Hour, KillBy: now + 2*time.Hour,
 	}
 }
 
