@@ -314,7 +314,9 @@ func (c *cluster) measure(
 	if f.within["wrapper"] == untouched {
 		ended := boottime.Now()
 		c.until(20*time.Second, look)
-		if most := silence(answers, leader, began, ended); most > mostSilence {
+		most := silence(answers, leader, began, ended)
+		t.Logf("for %v at most no connection reached the leader", most)
+		if most > mostSilence {
 			t.Errorf("for %v no connection reached %v, want at most %v", most, leader, mostSilence)
 		}
 	} else {
