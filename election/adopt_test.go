@@ -385,3 +385,40 @@ func TestCampaign_DeletesNothing(t *testing.T) {
 		}
 	})
 }
+
+// panicking has a bug on the goroutine of Run.
+type panicking struct {
+	*testCallbacks
+	released int
+}
+
+func (p *panicking) Leased(int64, time.Duration) { panic("a bug") }
+
+func (p *panicking) Releasing(int64) error {
+	p.released++
+	return nil
+}
+
+// A candidate that panics gives nothing back: its work may not have ended.
+func TestCandidate_PanicReleasesNothing(t *testing.T) {
+	inBubble(t, func(t *testing.T, r *adoptRig) {
+		cfg := testConfig(t, r.etcd.Endpoints(), "a")
+		p := &panicking{testCallbacks: &testCallbacks{}}
+		cfg.Election, cfg.Dial, cfg.Now, cfg.Callbacks = "jobs", r.etcd.Dialer("a"), r.now, p
+		c, err := New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Error("there was no panic")
+				}
+			}()
+			_ = c.Run(t.Context())
+		}()
+		if p.released != 0 {
+			t.Error("a release was announced")
+		}
+	})
+}

@@ -86,7 +86,7 @@ func (s *session) start(ctx context.Context) error {
 // sctx ends with the session.
 func (s *session) open(
 	ctx context.Context, takePart func(ctx, sctx context.Context) error,
-) (err error) {
+) error {
 	sctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer s.running.Wait()
 	defer cancel()
@@ -101,12 +101,12 @@ func (s *session) open(
 	s.candidate.queue.Store(s.queue)
 	defer s.candidate.queue.Store(nil)
 
-	defer func() {
-		if failed := s.release(ctx, stopQueue); failed != nil {
-			err = failed
-		}
-	}()
-	return takePart(ctx, sctx)
+	err := takePart(ctx, sctx)
+	// Not deferred: if that panics, somebody may still work under the lease.
+	if failed := s.release(ctx, stopQueue); failed != nil {
+		err = failed
+	}
+	return err
 }
 
 // takePart gets a lease, waits and leads.
