@@ -133,6 +133,12 @@ func (l *leaseCallbacks) hold(cfg config.Config, log *slog.Logger) *election.Ado
 			"endpoints %v, listen %s, TTL %v, loss grace %v, margin %v, stop grace %v",
 			cfg.Endpoints, cfg.Listen, timing.TTL, timing.LossGrace, timing.Margin, l.grace),
 	}
+	_, port, _ := net.SplitHostPort(cfg.Listen)
+	if cfg.Priority.N == 0 || port == "0" {
+		log.Info("the state file is not used: LEASEHOLD_PRIORITY is 0," +
+			" or LEASEHOLD_LISTEN has no fixed port")
+		return nil
+	}
 	file, err := recovery.Open(cfg.StateDir)
 	var before recovery.Term
 	if err == nil {
@@ -150,9 +156,9 @@ func (l *leaseCallbacks) hold(cfg config.Config, log *slog.Logger) *election.Ado
 	if before.Lease == 0 {
 		return nil
 	}
-	timing = election.NewTiming(before.TTL, cfg.LossGrace.Or(-1), cfg.Margin.Or(-1), 0)
-	// The last answer that an app had may be of a renewal that the file does not know.
-	l.end.Store(int64(timing.From(boottime.Now()).KillBy))
+	ec := cfg.ElectionConfig(log)
+	timing = ec.Timing(before.TTL)
+	l.extend(appEnd(timing, boottime.Now()))
 	return &election.Adoption{
 		LeaseID: before.Lease, TTL: before.TTL, Created: before.Token, Leading: true,
 		Deadlines: election.Deadlines{
@@ -165,19 +171,37 @@ func (l *leaseCallbacks) Leased(int64, time.Duration) { l.holder.Leads(recovery.
 func (l *leaseCallbacks) Entered(string, int64)       {}
 func (l *leaseCallbacks) Releasing(lease int64) error { return l.holder.Releasing(lease) }
 
+// appEnd is until when an app may work after the last answer of a process before this one, which
+// has started at that moment. Nobody but the app may know of that process' last renewal.
+func appEnd(t election.Timing, started time.Duration) time.Duration {
+	return t.From(started).KillBy
+}
+
+// extend moves kill-by, and never back.
+func (l *leaseCallbacks) extend(killBy time.Duration) {
+	for {
+		end := l.end.Load()
+		if int64(killBy) <= end || l.end.CompareAndSwap(end, int64(killBy)) {
+			return
+		}
+	}
+}
+
 func (l *leaseCallbacks) Extended(d election.Deadlines) {
-	l.end.Store(int64(d.KillBy))
+	l.extend(d.KillBy)
 	l.holder.Extended(d.StopAt, d.KillBy)
 }
 
 func (l *leaseCallbacks) Suspend() bool { return false }
 
 func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {
-	l.end.Store(max(l.end.Load(), int64(t.Deadlines.KillBy)))
-	l.holder.Leads(recovery.Term{
-		Lease: t.LeaseID, TTL: t.Timing.TTL, Token: t.Token,
-		StopAt: t.Deadlines.StopAt, KillBy: t.Deadlines.KillBy,
-	})
+	l.extend(t.Deadlines.KillBy)
+	if !t.Adopted { // else the file has it
+		l.holder.Leads(recovery.Term{
+			Lease: t.LeaseID, TTL: t.Timing.TTL, Token: t.Token,
+			StopAt: t.Deadlines.StopAt, KillBy: t.Deadlines.KillBy,
+		})
+	}
 	<-ctx.Done()
 	var hold time.Duration
 	switch cause := context.Cause(ctx); {
@@ -187,6 +211,8 @@ func (l *leaseCallbacks) Lead(ctx context.Context, t election.Term) error {
 	case errors.Is(cause, election.ErrContactLost), errors.Is(cause, election.ErrKeyOverwritten):
 		// Nobody else can lead before the lease ends, or before the key is removed, which we do.
 		hold = time.Duration(l.end.Load()) - boottime.Now()
+	default:
+		l.holder.Lost(t.LeaseID) // the next process must not lead under it
 	}
 	timer := time.NewTimer(hold)
 	defer timer.Stop()

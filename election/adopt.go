@@ -80,6 +80,7 @@ func (s *session) leadOn(ctx, sctx context.Context, a Adoption) error {
 	}
 	s.queue.put(a.Created)
 	s.adoptLease(sctx, a.Deadlines, a.Created)
+	s.lease.leads.Store(true)
 	return s.leadTerm(ctx, lctx, sctx, Term{
 		Key: s.key, Token: a.Created, LeaseID: s.id, Adopted: true,
 		Deadlines: a.Deadlines, Timing: s.timing, Lost: t.lost,

@@ -86,8 +86,10 @@ func (f *File) Held(app App) (Term, error) {
 		return Term{}, nil
 	case h.BootID != now.BootID:
 		return Term{}, errors.New("the boot id is another one")
-	case h.NetNS != now.NetNS || h.TimeNS != now.TimeNS:
+	case h.NetNS != now.NetNS:
 		return Term{}, errors.New("an app in another network namespace may work for this lease")
+	case h.TimeNS != now.TimeNS || time.Duration(h.StopAt) > boottime.Now()+time.Duration(h.TTL):
+		return Term{}, errors.New("its deadlines are of another clock")
 	case h.Contract != now.Contract:
 		return Term{}, fmt.Errorf("other settings were in use: %s", h.Contract)
 	case h.Releasing != 0:
@@ -170,7 +172,7 @@ func (h *Holder) Leads(t Term) {
 }
 
 // Extended notes later deadlines. It does not block. If they are not written in time, the next
-// process has earlier ones.
+// process has earlier ones. Deadlines of no term are dropped.
 func (h *Holder) Extended(stopAt, killBy time.Duration) {
 	h.change(func(l *held) bool {
 		l.StopAt, l.KillBy = fixed(stopAt), fixed(killBy)
@@ -178,14 +180,21 @@ func (h *Holder) Extended(stopAt, killBy time.Duration) {
 	}, nil)
 }
 
+// Lost notes that the lease or the key is gone, or may be at any moment. It does not block.
+func (h *Holder) Lost(lease int64) { h.change(releasing(lease), nil) }
+
+func releasing(lease int64) func(*held) bool {
+	return func(l *held) bool {
+		l.Releasing = 1
+		return int64(l.Lease) == lease
+	}
+}
+
 // Releasing notes that the lease is given back from now on. It fails if that is not written in
 // time. A lease under which no term has begun is in no file.
 func (h *Holder) Releasing(lease int64) error {
 	written := make(chan error, 1)
-	if !h.change(func(l *held) bool {
-		l.Releasing = 1
-		return int64(l.Lease) == lease
-	}, written) {
+	if !h.change(releasing(lease), written) {
 		return nil
 	}
 	timer := time.NewTimer(releaseTime)
@@ -211,7 +220,10 @@ func (h *Holder) change(f func(*held) bool, written chan<- error) bool {
 	}
 	h.held = changed
 	select {
-	case <-h.writes: // a later one counts
+	case before := <-h.writes: // a later one counts
+		if written == nil {
+			written = before.written
+		}
 	default:
 	}
 	h.writes <- heldWrite{changed, written}

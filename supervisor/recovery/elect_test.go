@@ -22,8 +22,8 @@ var testApp = App{Election: "election", Identity: "identity", Contract: "poll 40
 func testTerm() Term {
 	now := boottime.Now()
 	return Term{
-		Lease: 7, TTL: 5 * time.Second, Token: 42,
-		StopAt: now + time.Hour, KillBy: now + 2*time.Hour,
+		Lease: 7, TTL: time.Hour, Token: 42,
+		StopAt: now + time.Hour/2, KillBy: now + time.Hour,
 	}
 }
 
@@ -103,7 +103,7 @@ func TestHeld(t *testing.T) {
 		{"another time namespace", func(h *Holder) {
 			h.held.TimeNS++
 			h.Leads(term)
-		}, Term{}, "another network namespace"},
+		}, Term{}, "another clock"},
 		{"another contract", func(h *Holder) {
 			h.held.Contract = "poll 4041"
 			h.Leads(term)
@@ -116,6 +116,18 @@ func TestHeld(t *testing.T) {
 			h.held.Identity = "other"
 			h.Leads(term)
 		}, Term{}, "it is of the identity"},
+		{"lost", func(h *Holder) {
+			h.Leads(term)
+			h.Lost(7)
+		}, Term{}, "revoked at any moment"},
+		{"another one lost", func(h *Holder) {
+			h.Leads(term)
+			h.Lost(3)
+		}, term, ""},
+		{"a stop-at that no renewal has given", func(h *Holder) {
+			h.Leads(term)
+			h.Extended(boottime.Now()+time.Hour+time.Minute, term.KillBy)
+		}, Term{}, "another clock"},
 		{"a copy", func(h *Holder) {
 			h.held.File.Born++
 			h.Leads(term)
@@ -190,8 +202,11 @@ func TestHolder_ReleaseFails(t *testing.T) {
 	if err := h.Releasing(8); err != nil { // it is in no file
 		t.Errorf("a lease under which no term has begun: %v", err)
 	}
+	written := make(chan error, 1)
+	h.change(releasing(7), written)
+	h.Extended(3, 4) // a renewal that is reported late
 	go h.run(full, slog.New(slog.DiscardHandler))
-	if err := h.Releasing(7); !errors.Is(err, unix.ENOSPC) {
+	if err := <-written; !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("the disk is full: %v", err)
 	}
 	h.Close(time.Minute)
