@@ -283,9 +283,9 @@ func cut(c *cluster, _ form, _, node string) {
 	c.reach("cut", node)
 }
 
-// mend gives a node back, and waits if the form has an etcd: forms that have none come last. TCP may
-// try again only after as long as the cut has lasted. Until then the member of etcd there has not
-// found all others. If the next fault cut another one off, etcd would have no majority.
+// mend gives a node back, and waits if the form has an etcd: forms that have none come last. TCP
+// may try again only after as long as the cut has lasted. Until then the member of etcd there has
+// not found all others. If the next fault cut another one off, etcd would have no majority.
 func mend(c *cluster, node string) {
 	c.t.Helper()
 	c.reach("mend", node)
