@@ -16,8 +16,8 @@ command -v busybox >/dev/null || missing+=(busybox-static)
 command -v openssl >/dev/null || missing+=(openssl)
 command -v jq >/dev/null || missing+=(jq)
 if ((${#missing[@]})); then
-	apt-get update -q
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
+	apt-get -o DPkg::Lock::Timeout=600 update -q
+	DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -y -q --no-install-recommends "${missing[@]}"
 fi
 # The images are made once, and again if what is in them is.
 dir=bin/kubernetes${KUBE:+-$KUBE}
