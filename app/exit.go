@@ -84,7 +84,8 @@ var exits = []struct {
 	},
 	{
 		exitInternal, "",
-		"internal error: spawner lost, or the third elector within a minute;" +
+		"internal error: spawner lost, the third elector within a minute, or elect's" +
+			" state file can't be written when it gives its lease back;" +
 			" start the daemon again." +
 			" A lost guard ends by a signal and has no code",
 		nil,

@@ -594,7 +594,10 @@ var inSentences = map[string][]string{
 		"kubectl delete -k k8s/mine",
 		"kubectl wait --for=delete pod -l app.kubernetes.io/name=wrapper --timeout=2m",
 	},
-	"kubernetes-sidecar.md": {"kubectl delete pdb sidecar"},
+	"kubernetes-sidecar.md": {
+		"kubectl exec deployment/sidecar -c leasehold -- /leasehold switchover",
+		"kubectl delete pdb sidecar",
+	},
 }
 
 // elsewhere are those that other tests type, or none.
