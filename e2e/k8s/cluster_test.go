@@ -893,10 +893,13 @@ func (c *cluster) killSidecar(pod string) {
 	if after, err := leader(); err != nil || after != before {
 		c.t.Errorf("the leader's key is %s (%v), want %s", after, err, before)
 	}
-	log := c.kubectl("logs", pod, "-c", "leasehold")
-	if !strings.Contains(log, "took over a lease") {
-		c.t.Errorf("it has taken no lease over:\n%s", log)
-	}
+	c.until(time.Minute, func() error { // at first it is the log of the container before
+		log, err := c.try("logs", pod, "-c", "leasehold")
+		if err == nil && !strings.Contains(log, "took over a lease") {
+			err = fmt.Errorf("it has taken no lease over:\n%s", log)
+		}
+		return err
+	})
 }
 
 type testWriter struct{ t *testing.T }
