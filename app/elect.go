@@ -169,6 +169,7 @@ func (l *leaseCallbacks) hold(cfg config.Config, log *slog.Logger) *election.Ado
 
 func (l *leaseCallbacks) Leased(int64, time.Duration) { l.holder.Leads(recovery.Term{}) }
 func (l *leaseCallbacks) Entered(string, int64)       {}
+func (l *leaseCallbacks) Ended(error, error)          {}
 func (l *leaseCallbacks) Releasing(lease int64) error { return l.holder.Releasing(lease) }
 
 // appEnd is until when an app may work after the last answer of a process before this one, which

@@ -74,6 +74,8 @@ func (j *jobCallbacks) Lead(ctx context.Context, t election.Term) error {
 	return err
 }
 
+func (j *jobCallbacks) Ended(error, error) {}
+
 // grace is the time that the job has to stop when its term ends for this cause. Negative: until
 // kill-by.
 func (j *jobCallbacks) grace(cause error) time.Duration {

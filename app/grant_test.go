@@ -22,6 +22,7 @@ func (h *grantCallbacks) Leased(id int64, _ time.Duration) {
 	}
 }
 func (h *grantCallbacks) Entered(string, int64)       {}
+func (h *grantCallbacks) Ended(error, error)          {}
 func (h *grantCallbacks) Releasing(int64) error       { return nil }
 func (h *grantCallbacks) Extended(election.Deadlines) {}
 func (h *grantCallbacks) Suspend() bool               { return false }

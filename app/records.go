@@ -23,6 +23,7 @@ type recorded struct {
 	recorder *control.Recorder
 	job      func() health.Job // nil: there is none
 	lease    atomic.Int64
+	began    time.Time // the term; zero: in an elector before this one
 }
 
 // record makes the daemon write what others may know of it.
@@ -81,17 +82,19 @@ func (r *recorded) Extended(d election.Deadlines) {
 
 func (r *recorded) Lead(ctx context.Context, t election.Term) error {
 	r.recorder.Began(t.Token, t.Adopted)
-	began := time.Now()
-	if t.Adopted {
-		began = time.Time{} // it began in an elector before this one
+	if r.began = time.Now(); t.Adopted {
+		r.began = time.Time{}
 	}
-	err := r.Callbacks.Lead(ctx, t)
+	return r.Callbacks.Lead(ctx, t)
+}
+
+func (r *recorded) Ended(cause, err error) {
+	r.Callbacks.Ended(cause, err)
 	var job health.Job
 	if r.job != nil {
 		job = r.job()
 	}
-	r.recorder.Ended(termEnd(context.Cause(ctx), err), job.Starts, lastExit(job, began))
-	return err
+	r.recorder.Ended(termEnd(cause, err), job.Starts, lastExit(job, r.began))
 }
 
 // lastExit is how the job exited last in the term that began then; nil: it did not.
@@ -108,8 +111,7 @@ func lastExit(job health.Job, began time.Time) *control.Exit {
 	return e
 }
 
-// termEnd is why a term has ended, for the history. cause is why Lead had to return; nil: it did by
-// itself, with err.
+// termEnd is why a term has ended, for the history. See election.Callbacks.Ended.
 func termEnd(cause, err error) string {
 	var resigned *election.Backoff
 	var exited *supervisor.ExitError

@@ -55,6 +55,32 @@ func TestCandidate_PlannedHandOver(t *testing.T) {
 	a.mu.Unlock()
 }
 
+// A guard may stop the job before the candidate knows of the planned stop. Then Lead returns before
+// its context has ended.
+func TestCandidate_LeadReturnsBeforeItsContextEnds(t *testing.T) {
+	cluster := newTestEtcd(t)
+	cause := errors.New("planned")
+	before := false
+	for range 20 {
+		stop := make(chan context.CancelCauseFunc, 1)
+		a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testCallbacks) {
+			h.lead = func(ctx context.Context, _ Term) error {
+				(<-stop)(cause)
+				before = before || ctx.Err() == nil
+				return nil
+			}
+		})
+		stop <- a.stop
+		a.waitForReturn()
+		if got := <-a.causes; !errors.Is(got, cause) {
+			t.Fatalf("the term ended with %v", got)
+		}
+	}
+	if !before {
+		t.Error("Lead has always seen the end first: nothing was tried")
+	}
+}
+
 func TestCandidate_KeyDeletedWhileLeading(t *testing.T) {
 	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)

@@ -118,6 +118,10 @@ type Callbacks interface {
 	// The result nil, or the term's own end, means: campaign again. A *Backoff means: campaign
 	// again after that time. Any other error ends Run, which returns it.
 	Lead(ctx context.Context, t Term) error
+	// Ended is called when Lead has returned this error, and before the lease is revoked. cause is
+	// why the term ended, as in Lead's context; nil: Lead ended it. Lead itself may return before
+	// its context shows the cause. Ended must not block.
+	Ended(cause, err error)
 }
 
 // Term is one unbroken leadership.

@@ -41,8 +41,9 @@ type testCallbacks struct {
 	onLeased func(id int64)
 	lead     func(context.Context, Term) error
 
-	terms chan Term // each term that begins
-	ended chan ended
+	terms  chan Term // each term that begins
+	ended  chan ended
+	causes chan error // why each term ended, for the candidate
 
 	mu             sync.Mutex
 	leased         []int64
@@ -110,6 +111,8 @@ func (h *testCallbacks) Lead(ctx context.Context, term Term) error {
 	return err
 }
 
+func (h *testCallbacks) Ended(cause, _ error) { h.causes <- cause }
+
 // testCandidate is a candidate that runs until its test ends.
 type testCandidate struct {
 	*Candidate
@@ -152,8 +155,11 @@ func newTestCandidate(
 ) *testCandidate {
 	t.Helper()
 	c := &testCandidate{
-		testCallbacks: &testCallbacks{terms: make(chan Term, 1000), ended: make(chan ended, 1000)},
-		t:             t, done: make(chan struct{}), updates: make(chan struct{}, 1),
+		testCallbacks: &testCallbacks{
+			terms: make(chan Term, 1000), ended: make(chan ended, 1000),
+			causes: make(chan error, 1000),
+		},
+		t: t, done: make(chan struct{}), updates: make(chan struct{}, 1),
 	}
 	cfg := testConfig(t, endpoints, identity)
 	cfg.Callbacks = c.testCallbacks

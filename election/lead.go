@@ -100,6 +100,7 @@ func (s *session) leadTerm(ctx, lctx, sctx context.Context, t Term) error {
 			}
 			cause := context.Cause(lctx)
 			s.state.leadReturned(cause)
+			s.cfg.Callbacks.Ended(cause, err)
 			if cause != nil && errors.Is(err, cause) {
 				return nil // Lead failed only because the term ended
 			}

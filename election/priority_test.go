@@ -46,8 +46,12 @@ func (r *recorded) Extended(d Deadlines) {
 
 func (r *recorded) Lead(ctx context.Context, term Term) error {
 	r.recorder.Began(term.Token, term.Adopted)
-	defer r.recorder.Ended("stopped", 0, nil)
 	return r.testCallbacks.Lead(ctx, term)
+}
+
+func (r *recorded) Ended(cause, err error) {
+	r.testCallbacks.Ended(cause, err)
+	r.recorder.Ended("stopped", 0, nil)
 }
 
 // record has a candidate write its record, with this priority.

@@ -324,6 +324,9 @@ func (e *elector) Entered(_ string, created int64) {
 	}
 }
 
+// Ended implements election.Callbacks.
+func (e *elector) Ended(error, error) {}
+
 // Releasing implements election.Callbacks.
 func (e *elector) Releasing(lease int64) error {
 	e.d.w.mu.Lock()

@@ -23,6 +23,7 @@ type leads struct{ began chan elect.Term }
 
 func (leads) Leased(int64, time.Duration) {}
 func (leads) Entered(string, int64)       {}
+func (leads) Ended(error, error)          {}
 func (leads) Releasing(int64) error       { return nil }
 func (leads) Extended(elect.Deadlines)    {}
 func (leads) Suspend() bool               { return false }

@@ -142,6 +142,9 @@ func (c *candidate) Suspend() bool { return false }
 // Entered implements election.Callbacks.
 func (c *candidate) Entered(string, int64) {}
 
+// Ended implements election.Callbacks.
+func (c *candidate) Ended(error, error) {}
+
 // Releasing implements election.Callbacks.
 func (c *candidate) Releasing(int64) error { return nil }
 
