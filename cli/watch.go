@@ -82,20 +82,20 @@ func (e *printError) Unwrap() error { return e.err }
 func (p *Program) untilInterrupted(
 	ctx context.Context, work func(ctx context.Context) error,
 ) error {
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
-	defer stop()
+	// The process is about to exit, so the signals stay caught: timeout(1) sends them twice, to the
+	// process and to its group, and the second one would end it with another exit code.
+	ctx, _ = signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
 	ended := make(chan error, 2)
 	go func() { ended <- work(ctx) }()
 	go func() { ended <- p.whenUnread() }()
 	select {
 	case <-ctx.Done(): // also if a write to standard output is blocked
-		return nil
 	case err := <-ended:
-		if ctx.Err() != nil {
-			return nil
+		if ctx.Err() == nil {
+			return err
 		}
-		return err
 	}
+	return nil
 }
 
 // follow prints the changes.

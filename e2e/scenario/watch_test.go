@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -57,11 +58,15 @@ func (tr *trial) said(watch *harness.Child, wants ...string) (lines string) {
 	return lines
 }
 
-// interrupted ends a watch, as Ctrl-C does.
+// interrupted ends a watch, as Ctrl-C does, or timeout(1), which sends the signal twice.
 func (tr *trial) interrupted(watch *harness.Child) {
 	tr.Helper()
 	tr.must(watch.Signal(syscall.SIGINT))
-	if code, err := watch.Wait(tr.waitContext(waitTimeout)); err != nil || code != 0 {
+	ctx := tr.waitContext(waitTimeout)
+	for ctx.Err() == nil && watch.Signal(syscall.SIGINT) == nil {
+		runtime.Gosched()
+	}
+	if code, err := watch.Wait(ctx); err != nil || code != 0 {
 		tr.Errorf("the watch ended with %d (%v), want 0: %s", code, err, watch.Log())
 	}
 }
