@@ -82,9 +82,7 @@ func (e *printError) Unwrap() error { return e.err }
 func (p *Program) untilInterrupted(
 	ctx context.Context, work func(ctx context.Context) error,
 ) error {
-	// The process is about to exit, so the signals stay caught: timeout(1) sends them twice, to the
-	// process and to its group, and the second one would end it with another exit code.
-	ctx, _ = signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
 	ended := make(chan error, 2)
 	go func() { ended <- work(ctx) }()
 	go func() { ended <- p.whenUnread() }()
@@ -92,9 +90,12 @@ func (p *Program) untilInterrupted(
 	case <-ctx.Done(): // also if a write to standard output is blocked
 	case err := <-ended:
 		if ctx.Err() == nil {
+			stop()
 			return err
 		}
 	}
+	// The process exits at once. The signals stay caught until then: timeout(1) sends one twice, to
+	// the process and to its group, and the second one would end it with another exit code.
 	return nil
 }
 
