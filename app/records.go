@@ -23,7 +23,7 @@ type recorded struct {
 	recorder *control.Recorder
 	job      func() health.Job // nil: there is none
 	lease    atomic.Int64
-	began    time.Time // the term; zero: in an elector before this one
+	began    time.Time // the term that Lead is called for; zero: in a process before this one
 }
 
 // record makes the daemon write what others may know of it.
@@ -130,6 +130,8 @@ func termEnd(cause, err error) string {
 		return "key deleted"
 	case errors.Is(cause, election.ErrKeyOverwritten):
 		return "key overwritten"
+	case errors.Is(cause, election.ErrEnded):
+		return control.Lost // the process before this one knew
 	case errors.Is(err, supervisor.ErrGuardLost):
 		return "guard lost"
 	case errors.As(err, &resigned):

@@ -3,11 +3,14 @@
 package app
 
 import (
+	"fmt"
 	"os"
 	"testing"
 	"time"
 
+	"leasehold/election"
 	"leasehold/health"
+	"leasehold/supervisor"
 )
 
 func TestURL(t *testing.T) {
@@ -23,6 +26,28 @@ func TestURL(t *testing.T) {
 	} {
 		if got := url(listen); got != want {
 			t.Errorf("listening at %s: %q, want %q", listen, got, want)
+		}
+	}
+}
+
+// The history says why a term ended. That comes first which has ended it first.
+func TestTermEnd(t *testing.T) {
+	for _, test := range []struct {
+		cause, err error
+		want       string
+	}{
+		{errPlannedStop, nil, "stopped"},
+		{fmt.Errorf("%w to x", election.ErrSwitchover), nil, "switchover"},
+		{election.ErrContactLost, supervisor.ErrGuardLost, "contact lost"},
+		{election.ErrEnded, nil, "lost"},
+		{nil, supervisor.ErrGuardLost, "guard lost"},
+		{nil, &election.Backoff{}, "resigned"},
+		{nil, &supervisor.ExitError{Refused: "no such file"}, "job not started"},
+		{nil, &supervisor.ExitError{}, "job exited"},
+		{nil, nil, "internal error"},
+	} {
+		if got := termEnd(test.cause, test.err); got != test.want {
+			t.Errorf("ended by %v, with %v: %q, want %q", test.cause, test.err, got, test.want)
 		}
 	}
 }

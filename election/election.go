@@ -119,8 +119,8 @@ type Callbacks interface {
 	// again after that time. Any other error ends Run, which returns it.
 	Lead(ctx context.Context, t Term) error
 	// Ended is called when Lead has returned this error, and before the lease is revoked. cause is
-	// why the term ended, as in Lead's context; nil: Lead ended it. Lead itself may return before
-	// its context shows the cause. Ended must not block.
+	// why the term ended, as in Lead's context; nil: Lead ended it. It is also set if Lead has
+	// returned just before its context ended. Ended must not block.
 	Ended(cause, err error)
 }
 
