@@ -82,7 +82,8 @@ func (r *recorded) Extended(d election.Deadlines) {
 
 func (r *recorded) Lead(ctx context.Context, t election.Term) error {
 	r.recorder.Began(t.Token, t.Adopted)
-	if r.began = time.Now(); t.Adopted {
+	r.began = time.Now()
+	if t.Adopted {
 		r.began = time.Time{}
 	}
 	return r.Callbacks.Lead(ctx, t)

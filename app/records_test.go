@@ -30,7 +30,7 @@ func TestURL(t *testing.T) {
 	}
 }
 
-// The history says why a term ended. That comes first which has ended it first.
+// The history says why a term ended. What ended it first counts.
 func TestTermEnd(t *testing.T) {
 	for _, test := range []struct {
 		cause, err error
