@@ -333,10 +333,20 @@ func lagMember(w *world, f *Fault) {
 // later does something, unless all faults are over by then.
 func (w *world) later(after time.Duration, do func()) {
 	time.AfterFunc(after, func() {
-		if !w.over.Load() {
-			do()
-		}
+		w.step(func() {
+			if !w.over {
+				do()
+			}
+		})
 	})
+}
+
+// step does something that no other step of a fault may come between. do must not wait for the
+// bubble's clock: it stands still while another step waits for the lock.
+func (w *world) step(do func()) {
+	w.steps.Lock()
+	defer w.steps.Unlock()
+	do()
 }
 
 func (w *world) linkLater(after time.Duration, d *daemon, members []int, l *link) {
@@ -394,8 +404,10 @@ func replaceReleasing(w *world, f *Fault) {
 	f.Members = []int{1, 2, 3}
 	w.setLink(f, &link{requestDelay: w.s.TTL / 2, leastDelay: 0.2})
 	w.network.arm(d.name, func() {
-		w.network.set(d.name, f.Members, nil)
-		d.replace(w.replacedAfter(part * 0.75))
+		w.later(1, func() {
+			w.network.set(d.name, f.Members, nil)
+			d.replace(w.replacedAfter(part * 0.75))
+		})
 	})
 	switch {
 	case f.Level < 0.6:

@@ -50,7 +50,7 @@ func (n *network) verdict(client, member, method string) (v simetcd.Verdict) {
 	if do := n.armed[daemon]; do != nil &&
 		(method == pb.KV_Txn_FullMethodName || method == pb.Lease_LeaseRevoke_FullMethodName) {
 		delete(n.armed, daemon)
-		time.AfterFunc(1, do)
+		do()
 	}
 	name := daemon + member
 	l := n.links[name]
@@ -80,8 +80,8 @@ func (n *network) set(daemon string, members []int, l *link) {
 	}
 }
 
-// arm calls do when the daemon has sent the next request that changes something, or may do so. That
-// one has its delay by then. nil: no more.
+// arm calls do when the daemon has sent the next request that changes something, or may do so. nil:
+// no more. The network is locked then, and the request has no delay yet: do has its work done later.
 func (n *network) arm(daemon string, do func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

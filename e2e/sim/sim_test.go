@@ -13,7 +13,7 @@ import (
 
 var (
 	seed    = flag.Uint64("seed", 1, "of the first run")
-	runs    = flag.Int("runs", 2, "how many runs, each with the next seed")
+	runs    = flag.Int("runs", 6, "how many runs, each with the next seed")
 	faults  = flag.Int("faults", 100, "in each run")
 	keep    = flag.String("keep", "", "the numbers of the faults to keep, as JSON; empty: all")
 	only    = flag.String("only", "", "this kind of fault; empty: all kinds")

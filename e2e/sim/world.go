@@ -70,8 +70,10 @@ type world struct {
 	check   *checker
 
 	noLeaderUntil atomic.Int64 // in virtual nanoseconds: etcd elects nobody before
-	away          int          // members that a fault has taken away, in bits
-	over          atomic.Bool  // all faults are over
+
+	steps sync.Mutex // held while a fault does something; guards the schedule's faults, too
+	away  int        // members that a fault has taken away, in bits
+	over  bool       // all faults are over
 
 	mu   sync.Mutex    // guards the guards, jobs, the checker and the hold
 	hold *control.Hold // nil: there is none
@@ -175,7 +177,7 @@ func (w *world) run() {
 	time.Sleep(2 * w.s.TTL)
 	for _, e := range w.events() {
 		time.Sleep(e.at - w.now())
-		e.do()
+		w.step(e.do)
 	}
 	w.recover()
 	w.check.settled()
@@ -229,15 +231,17 @@ func (w *world) elections(stop chan struct{}) {
 
 // recover ends what faults may have left behind.
 func (w *world) recover() {
-	w.over.Store(true)
-	w.note("fault", "all faults are over")
-	for m := 1; m <= 3; m++ {
-		w.cluster.Start(m)
-		w.cluster.Resume(m)
-		w.cluster.Heal(m)
-		w.cluster.Lag(m, 0)
-	}
-	w.network.recover()
+	w.step(func() {
+		w.over = true
+		w.note("fault", "all faults are over")
+		for m := 1; m <= 3; m++ {
+			w.cluster.Start(m)
+			w.cluster.Resume(m)
+			w.cluster.Heal(m)
+			w.cluster.Lag(m, 0)
+		}
+		w.network.recover()
+	})
 	for !releaseElection(w) { // etcd may have no leader
 		time.Sleep(100 * time.Millisecond)
 	}
