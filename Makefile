@@ -67,12 +67,13 @@ build:
 
 # Packages run one after the other: they measure processes, and would disturb each other.
 # One package alone may take longer than the ten minutes that go gives by default.
+# Go's cache of results does not know the programs that tests build and run: count=1 passes it by.
 test: $(ETCD_TOOLS)
 ifeq ($(RACE),1)
-	CGO_ENABLED=1 $(GO) test -race -timeout 30m -p 1 ./...
+	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 30m -p 1 ./...
 else
 	@echo 'no C compiler found: testing without the race detector'
-	$(GO) test -timeout 30m -p 1 ./...
+	$(GO) test -count=1 -timeout 30m -p 1 ./...
 endif
 
 # The inputs in testdata/fuzz run with every `make test` too.
@@ -186,7 +187,7 @@ dist:
 
 # At the end the package's unit passes the test of the tree's unit.
 test-dist: dist $(ETCD_TOOLS)
-	cd tools/dist && $(GO) test ./...
+	cd tools/dist && $(GO) test -count=1 ./...
 	e2e/dist/prepare.sh
 	e2e/systemd/install.sh
 	LEASEHOLD_SHIP=1 E2E_NO_SKIP=1 $(GO) test -count=1 -v -timeout 15m $(if $(RUN),-run '$(RUN)') ./e2e/dist
