@@ -81,7 +81,8 @@ func (n *network) set(daemon string, members []int, l *link) {
 }
 
 // arm calls do when the daemon has sent the next request that changes something, or may do so. nil:
-// no more. The network is locked then, and the request has no delay yet: do has its work done later.
+// no more. The network is locked then, and the request has no delay yet: do must leave its work for
+// later.
 func (n *network) arm(daemon string, do func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
