@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -87,7 +88,12 @@ func (p *Program) untilInterrupted(
 	go func() { ended <- work(ctx) }()
 	go func() { ended <- p.whenUnread() }()
 	select {
-	case <-ctx.Done(): // also if a write to standard output is blocked
+	case <-ctx.Done():
+		// It uses the connections to etcd, which are about to be closed.
+		select {
+		case <-ended:
+		case <-time.After(100 * time.Millisecond): // a write to standard output is blocked
+		}
 	case err := <-ended:
 		if ctx.Err() == nil {
 			stop()
