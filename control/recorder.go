@@ -34,7 +34,7 @@ const (
 	// forbiddenRetry is for what etcd's roles forbid.
 	forbiddenRetry = 5 * time.Minute
 	// lastTime bounds what is written while the daemon exits.
-	lastTime = 250 * time.Millisecond
+	lastTime = time.Second
 	// mostChanges bounds the changes in one transaction. etcd takes 128 by default.
 	mostChanges = 100
 	// mostPending bounds the terms that wait to be written while etcd can't be used.
@@ -205,7 +205,7 @@ func (r *Recorder) poke() {
 func now() time.Time { return time.Now().UTC().Truncate(time.Millisecond) }
 
 // Run writes the records until ctx ends. Then it writes the ends of terms whose lease is released,
-// for at most a quarter of one.
+// for at most a second.
 func (r *Recorder) Run(ctx context.Context, etcd Etcd) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
