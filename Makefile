@@ -224,7 +224,7 @@ k8s-certs:
 
 test-k8s: $(ETCD_TOOLS) bin/helm
 	tools/k8s/prepare.sh
-	cd tools/k8s && E2E_NO_SKIP=1 $(GO) test -vet=off -count=1 -timeout 30m ./...
+	cd tools/k8s && E2E_NO_SKIP=1 $(GO) test -vet=off -count=1 -timeout 30m $(if $(RUN),-run '$(RUN)') ./...
 
 # LOAD is a command that brings an image to the cluster's nodes, such as `kind load docker-image` or `docker push`.
 e2e-k8s: bin/helm
