@@ -636,9 +636,7 @@ func (c *cluster) rollAs(kind string, most time.Duration, form form, job string)
 	first, began := c.leader(), boottime.Now()
 	c.kubectl("rollout", "restart", object)
 	c.kubectl("rollout", "status", object, "--timeout=5m")
-	if last := c.leader(); last.began == first.began {
-		t.Errorf("the pods were replaced, and %v goes on", first)
-	}
+	c.follower(first)
 	lives := c.jobs()
 	gap := longestGap(lives)
 	if gap > most {
@@ -676,6 +674,19 @@ func (c *cluster) leader() (leader life) {
 		return err
 	})
 	return leader
+}
+
+// follower returns the job that follows another one. What waits for new pods may return while the
+// last old one still ends.
+func (c *cluster) follower(before life) (next life) {
+	c.t.Helper()
+	c.until(time.Minute, func() (err error) {
+		if next, err = c.running(); err == nil && next.began == before.began {
+			err = fmt.Errorf("%v goes on", before)
+		}
+		return err
+	})
+	return next
 }
 
 // trial injects one fault and returns what it has done.

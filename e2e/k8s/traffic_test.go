@@ -207,13 +207,7 @@ func (c *cluster) forbidden() {
 	c.kubectl("delete", "rolebinding", "wrapper")
 	before := c.leader()
 	c.kubectl("delete", "pod", before.pod, "--wait=false")
-	c.until(30*time.Second, func() error { // the job may ignore TERM
-		if lives := c.jobs(); lives[len(lives)-1].began == before.began {
-			return errors.New("no job follows")
-		}
-		return nil
-	})
-	leader := c.leader()
+	leader := c.follower(before)
 	const right = "right=\"get services leader\""
 	var log string
 	c.until(30*time.Second, func() error {
