@@ -118,7 +118,8 @@ func TestDocs(t *testing.T) {
 		case has("secret"):
 			w.must(w.etcd.EnableAuth(w.ctx, "candidate", "secret", "jobs/backup"))
 		}
-		commands = "mkdir -p /root/leasehold; cd /root/leasehold\n" + commands
+		// Some of it reads the journal, see Machine.logged.
+		commands = "mkdir -p /root/leasehold; cd /root/leasehold; journalctl --sync\n" + commands
 		out, err := m.Run(w.ctx, "sh", "-euc", commands)
 		if err != nil {
 			t.Fatalf("%v\n%s\n%s\n%s", errors.Unwrap(err), commands, out, m.Journal(w.ctx, service))

@@ -253,11 +253,26 @@ func (m *Machine) Show(ctx context.Context, unit string) (map[string]string, err
 
 // Journal is what the journal has of a unit.
 func (m *Machine) Journal(ctx context.Context, unit string) string {
-	out, err := m.Run(ctx, "journalctl", "--no-pager", "-o", "short-monotonic", "-u", unit)
+	out, err := m.logged(ctx, "journalctl", "--no-pager", "-o", "short-monotonic", "-u", unit)
 	if err != nil {
 		return err.Error()
 	}
 	return out
+}
+
+// Status is what systemctl shows of a unit, with the end of its log, whether it runs or not.
+func (m *Machine) Status(ctx context.Context, unit string) string {
+	out, _ := m.logged(ctx, "systemctl", "status", "--no-pager", "--full", unit)
+	return out
+}
+
+// logged runs a command that reads the journal. What was logged before may still be in journald's
+// sockets, also after the process that has logged it has exited.
+func (m *Machine) logged(ctx context.Context, args ...string) (string, error) {
+	if out, err := m.Run(ctx, "journalctl", "--sync"); err != nil {
+		return out, err
+	}
+	return m.Run(ctx, args...)
 }
 
 // Processes are the pids, as this program sees them, of a unit's guard and

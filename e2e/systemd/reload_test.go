@@ -69,7 +69,7 @@ func TestUnit_Reload(t *testing.T) {
 		if out, err := leader.Run(w.ctx, "systemctl", "reload", unit); err == nil {
 			t.Errorf("%s: the reload succeeds: %s", want, out)
 		}
-		out := w.run(leader, "systemctl", "status", "--no-pager", "--full", unit)
+		out := leader.Status(w.ctx, unit)
 		if !strings.Contains(out, want) || !strings.Contains(out, "leading, token") {
 			t.Errorf("systemctl status does not say %q:\n%s", want, out)
 		}

@@ -51,12 +51,12 @@ func TestUnit_StartAndStop(t *testing.T) {
 		a: fmt.Sprintf(`Status: "leading, token %d"`, life.Token),
 		b: `Status: "standby, leader is a"`,
 	} {
-		out := w.run(m, "systemctl", "status", "--no-pager", unit)
+		out := m.Status(w.ctx, unit)
 		if !strings.Contains(out, want) {
 			t.Errorf("systemctl status on %s does not say %s:\n%s", m.Name, want, out)
 		}
 	}
-	out := w.run(a, "systemctl", "status", "--no-pager", unit)
+	out := a.Status(w.ctx, unit)
 	if !strings.Contains(out, `msg="job started"`) {
 		t.Errorf("systemctl status does not show the log:\n%s", out)
 	}
@@ -292,8 +292,7 @@ func TestUnit_BadSettings(t *testing.T) {
 			"ActiveState": "failed", "SubState": "failed", "NRestarts": "0",
 			"ExecMainStatus": c.code, "Result": "exit-code",
 		})
-		// Exit code 3: it does not run.
-		out, _ := m.Run(w.ctx, "systemctl", "status", "--no-pager", "--full", unit)
+		out := m.Status(w.ctx, unit)
 		for _, want := range c.want {
 			if !strings.Contains(out, want) {
 				t.Errorf("%s: systemctl status does not say %s:\n%s", c.name, want, out)
@@ -306,7 +305,7 @@ func TestUnit_BadSettings(t *testing.T) {
 		!strings.Contains(out, "Assertion failed") {
 		t.Errorf("without a file: %v, %s", err, out)
 	}
-	out, _ := m.Run(w.ctx, "systemctl", "status", "--no-pager", "--full", unit)
+	out := m.Status(w.ctx, unit)
 	if !strings.Contains(out, "AssertPathExists=/etc/leasehold/job.env was not met") {
 		t.Errorf("systemctl status does not say that the file is missing:\n%s", out)
 	}
