@@ -271,9 +271,10 @@ func TestPrometheus(t *testing.T) {
 	t.Cleanup(link.Close)
 	var targets []string
 	for _, identity := range []string{"a", "b", "c"} {
+		// One renewal that is a fifth of the TTL late brings an alert that stays for five minutes.
 		c, err := harness.StartCandidate(harness.CandidateConfig{
 			Binary: programs.Leasehold, Election: election, Identity: identity,
-			Endpoints: []string{link.Addr()}, TTL: 3 * time.Second,
+			Endpoints: []string{link.Addr()}, TTL: 15 * time.Second,
 			Job: []string{"sleep", "1000"},
 		})
 		if err != nil {
