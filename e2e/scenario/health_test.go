@@ -74,21 +74,33 @@ func TestHealth_Flapping(t *testing.T) {
 	t.Parallel()
 	for _, u := range users() {
 		t.Run(u.name, func(t *testing.T) {
+			t.Parallel()
 			tr := newTrial(t, u, harness.ClusterConfig{})
 			check := tr.newCheck(t)
-			leader := tr.start("a", "", healthSettings(check.command()))
+			// Between a failure and the third one the test has two seconds to let it pass.
+			leader := tr.start("a", "",
+				healthSettings(check.command(), "LEASEHOLD_HEALTH_INTERVAL=1s"))
 			job := tr.waitJob(leader)
 			tr.waitStatus(leader, "/leader", http.StatusOK)
 			before := tr.status(leader)
 			if before.Job.Health == nil || *before.Job.Health != "healthy" || !before.Job.Ready {
 				t.Errorf("%+v", before.Job)
 			}
-			for range 2 {
+			said := func(what string, times int) {
+				t.Helper()
+				tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+					if n := strings.Count(leader.Log(), what); n < times {
+						return fmt.Errorf("the log says %q %d times, want %d", what, n, times)
+					}
+					return nil
+				}))
+			}
+			for n := range 2 { // the second time it counts anew
 				check.fail()
-				tr.waitLog(leader, "failures=1")
+				said("failures=1 retries=", n+1)
 				check.pass()
-				tr.waitLog(leader, "health check passes again")
-				check.waitRuns(4)
+				said("health check passes again", n+1)
+				check.waitRuns(1)
 			}
 			tr.sameJob(job)
 			check.fail()
