@@ -268,13 +268,15 @@ func TestReplaced_Unreachable(t *testing.T) {
 			leader, standby, job := tr.pair("ignore-term")
 			tr.waitRenewals(leader, 2)
 			leader.SetReachable(false)
+			asked := harness.Now() // the answer is of a moment between this
 			valid := time.Duration(tr.status(leader).Lease.ValidFor * float64(time.Second))
-			killBy := harness.Now() + valid - tr.ttl/10
+			answered := harness.Now() // and this
+			killBy := valid - tr.ttl/10
 			tr.must(leader.signalElector(syscall.SIGKILL))
 			tr.waitReplaced(leader, 1)
-			if died := tr.waitDead(job); died < killBy-100*time.Millisecond ||
-				died > killBy+tr.ttl/10 {
-				t.Errorf("the job was dead %v after kill-by", died-killBy)
+			if died := tr.waitDead(job); died < asked+killBy-100*time.Millisecond ||
+				died > answered+killBy+tr.ttl/10 {
+				t.Errorf("the job was dead %v after kill-by", died-asked-killBy)
 			}
 			if next := tr.waitNext(job, waitTimeout); next.Candidate != standby.Identity {
 				t.Errorf("%s leads, want %s", next.Candidate, standby.Identity)
