@@ -266,9 +266,16 @@ func TestHealth_ElectorReplacedWhileItStops(t *testing.T) {
 	t.Parallel()
 	tr := newTrial(t, users()[0], harness.ClusterConfig{})
 	check := tr.newCheck(t)
-	a := tr.start("a", "ignore-term",
-		healthSettings(check.command(), "LEASEHOLD_STOP_GRACE=2s", "LEASEHOLD_RESTART_LIMIT=2"))
+	a := tr.start("a", "ignore-term", healthSettings(check.command(),
+		"LEASEHOLD_HEALTH_INTERVAL=1s", "LEASEHOLD_STOP_GRACE=2s", "LEASEHOLD_RESTART_LIMIT=4"))
 	job := tr.waitJob(a)
+	for range 2 { // After them the backoff is long enough to be seen: 2 s.
+		tr.must(tr.witness.Tell(job, "exit 3"))
+		again, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout),
+			func(l harness.Life) bool { return l.Started > job.Started })
+		tr.must(err)
+		job = again
+	}
 	tr.waitStatus(a, "/leader", http.StatusOK)
 	token := tr.status(a).Leader.Token
 	check.fail()
@@ -283,7 +290,7 @@ func TestHealth_ElectorReplacedWhileItStops(t *testing.T) {
 	if s := tr.status(a); s.Leader.Token != token {
 		t.Errorf("the token was %d, and is %d", token, s.Leader.Token)
 	}
-	tr.waitLog(a, "LEASEHOLD_RESTART_LIMIT is reached") // that was the second one
+	tr.waitLog(a, "LEASEHOLD_RESTART_LIMIT is reached") // that was the fourth one
 	tr.finish()
 }
 

@@ -339,10 +339,7 @@ func TestRestart(t *testing.T) {
 			tr := ordinary(t)
 			leader, _, job := tr.pair("", variables("LEASEHOLD_RESTART="+row.policy))
 			tr.must(tr.witness.Tell(job, row.ends))
-			tr.waitStatus(leader, "/leader", http.StatusServiceUnavailable)
-			if s := tr.status(leader); s.State != "leading" {
-				t.Errorf("state between two runs of the job: %s, want leading", s.State)
-			}
+			tr.waitLog(leader, "job exited by itself: starting it again")
 			again, err := tr.witness.WaitForJob(tr.waitContext(waitTimeout),
 				func(l harness.Life) bool { return l.Pid != job.Pid })
 			tr.must(err)
@@ -358,6 +355,27 @@ func TestRestart(t *testing.T) {
 			tr.finish()
 		})
 	}
+
+	t.Run("pause", func(t *testing.T) {
+		tr := ordinary(t)
+		leader := tr.start("a", "exit=1", variables("LEASEHOLD_RESTART_LIMIT=0"))
+		tr.waitStatus(leader, "/readyz", http.StatusOK)
+		var s status
+		tr.must(harness.Until(tr.waitContext(waitTimeout), func() error {
+			// The fourth backoff is long enough to be seen: 4 s.
+			if s = tr.status(leader); s.Job.Restarts < 4 || s.Job.State != "backoff" {
+				return fmt.Errorf("%s, %d restarts, want 4", s.Job.State, s.Job.Restarts)
+			}
+			return nil
+		}))
+		if s.State != "leading" {
+			t.Errorf("state between two runs of the job: %s, want leading", s.State)
+		}
+		if code, _, err := leader.Get(tr.ctx, "/leader"); code != http.StatusServiceUnavailable {
+			t.Errorf("/leader between two runs of the job: %d, %v", code, err)
+		}
+		tr.finish()
+	})
 
 	t.Run("limit", func(t *testing.T) {
 		tr := ordinary(t)
