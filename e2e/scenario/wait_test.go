@@ -30,7 +30,7 @@ func TestWaitCommand(t *testing.T) {
 	on(b)
 	tr.commands("", "wait", "standby")
 	tr.commands("", "wait", "ready", "--timeout", "1m")
-	if code, said := tr.command("wait", "leader", "--timeout", "500ms"); code != 75 ||
+	if code, said := tr.command("wait", "leader", "--timeout", "3s"); code != 75 ||
 		!strings.Contains(said, "standby: a leads") {
 		t.Errorf("wait leader, of a standby: %d, %s", code, said)
 	}
