@@ -59,10 +59,10 @@ func electorMain(args []string) int {
 	if len(args) > 2 {
 		cgroupDir = args[2]
 	}
-	test := dialTest("elector")
+	test, ttl := dialTest("elector"), fromEnv("TEST_TTL", testTTL)
 	s, err := supervisor.Connect(supervisor.Config{
 		In: 3, Out: 4, SpawnerSock: 5, SpawnerPidfd: 6, Guard: guard, Spawner: spawner,
-		CgroupDir: cgroupDir, TTL: testTTL, MaxPing: testTTL,
+		CgroupDir: cgroupDir, TTL: ttl, MaxPing: ttl,
 		Margin:  func() time.Duration { return testMargin },
 		Restart: supervisor.RestartNever,
 		Signal:  func(s unix.Signal) { fmt.Fprintf(test, "signal %d\n", s) },
@@ -84,7 +84,7 @@ func electorMain(args []string) int {
 	e.lease, _ = strconv.ParseInt(os.Getenv("TEST_LEASE"), 10, 64)
 	e.begin()
 	if s.Record().Lease.ID == 0 {
-		e.Lease(e.lease, testTTL)
+		e.Lease(e.lease, ttl)
 		e.Entered("election/abc", 7)
 	} else {
 		e.adopt()

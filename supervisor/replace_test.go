@@ -43,12 +43,20 @@ func TestReplace_JobGoesOn(t *testing.T) {
 			for _, job := range []string{"plain", "daemonize"} {
 				t.Run(job+"/"+unix.SignalName(sig), func(t *testing.T) {
 					t.Parallel()
-					r := newRig(t, job, uid)
+					ttl, stopAt := testTTL, 2500*time.Millisecond
+					exited, silent := 1, 0
+					if sig == unix.SIGSTOP {
+						// The guard gives it up a quarter of the TTL before stop-at. A slow machine
+						// needs much of that to start another one.
+						ttl, stopAt = 5*testTTL, 6500*time.Millisecond
+						exited, silent = 0, 1
+					}
+					r := newRig(t, job, uid, fmt.Sprint("TEST_TTL=", ttl))
 					processes := 1
 					if job == "daemonize" {
 						processes = 2
 					}
-					r.lead(processes, 2500*time.Millisecond, 4*time.Second)
+					r.lead(processes, stopAt, 2*stopAt)
 					pid := r.pid("job")
 					if job == "daemonize" {
 						pid = number(r.waitSaid("job daemonize"))
@@ -57,15 +65,11 @@ func TestReplace_JobGoesOn(t *testing.T) {
 					r.killElector(sig)
 					said := r.replaced(1)
 					t.Logf("replaced after %v", boottime.Now()-began)
-					exited, silent := 1, 0
-					if sig == unix.SIGSTOP {
-						exited, silent = 0, 1
-					}
 					require(t, said, "job", int(ipc.JobRunning), "pid", pid, "ordered", false,
 						"lease", r.lease, "releasing", false, "key", "election/abc", "created", 7,
 						"starts", 1, "exited", exited, "silent", silent)
 					r.tell("extend 1h 2h")
-					time.Sleep(max(0, began+2700*time.Millisecond-boottime.Now()))
+					time.Sleep(max(0, began+stopAt+200*time.Millisecond-boottime.Now()))
 					if alive := r.countAlive(); alive != processes {
 						t.Fatalf("%d processes of the job are left", alive)
 					}

@@ -104,6 +104,14 @@ const (
 	exitLost = 70 // of a guard that has lost the elector or the spawner
 )
 
+// fromEnv is a duration that newRig was given for this test, or else the usual one.
+func fromEnv(name string, usual time.Duration) time.Duration {
+	if d, err := time.ParseDuration(os.Getenv(name)); err == nil {
+		return d
+	}
+	return usual
+}
+
 func guardMain() int {
 	signals := make(chan os.Signal, 64)
 	ossignal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1)
@@ -117,13 +125,10 @@ func guardMain() int {
 	if p := os.Getenv("TEST_PATH"); p != "" {
 		path = p
 	}
-	margin := testMargin
-	if m, err := time.ParseDuration(os.Getenv("TEST_MARGIN")); err == nil {
-		margin = m
-	}
 	exit, err := guard.Run(guard.Config{
 		Path: path, Argv: []string{"job", "job", os.Getenv("TEST_JOB")}, Env: os.Environ(),
-		Election: "election", Identity: "identity", TTL: testTTL, Margin: margin,
+		Election: "election", Identity: "identity", TTL: fromEnv("TEST_TTL", testTTL),
+		Margin:     fromEnv("TEST_MARGIN", testMargin),
 		StopSignal: unix.SIGTERM, StopGrace: testWait, NewPrivs: os.Getenv("TEST_NEW_PRIVS") != "",
 		Elector: []string{"leasehold", "elector"}, Probe: []string{"leasehold", "probe"},
 		Revoke: func(lease int64, _ time.Duration) []string {
