@@ -269,7 +269,7 @@ func (s *server) adoptingPod(address string, token int64) *pod {
 		Term: func() Term {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if boottime.Now() >= p.term.StopAt {
+			if p.cfg.Now() >= p.term.StopAt {
 				return Term{}
 			}
 			return p.term
@@ -281,7 +281,7 @@ func (s *server) adoptingPod(address string, token int64) *pod {
 // lead has a term that lasts until it is ended, or for this time.
 func (p *pod) lead(token int64, lasts time.Duration) {
 	p.mu.Lock()
-	p.term = Term{Token: token, StopAt: boottime.Now() + lasts}
+	p.term = Term{Token: token, StopAt: p.cfg.Now() + lasts}
 	p.mu.Unlock()
 	p.Changed()
 }
