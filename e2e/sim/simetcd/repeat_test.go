@@ -48,7 +48,6 @@ func disturbedRun(t *testing.T, seed uint64) string {
 			fmt.Fprintf(&run, "%v "+format+"\n", append([]any{time.Since(start)}, args...)...)
 		}
 		c := New(Config{Seed: seed, Log: say, Network: badNetwork(seed)})
-		defer c.Close()
 		logs := make([][]string, 4)
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
@@ -66,6 +65,7 @@ func disturbedRun(t *testing.T, seed uint64) string {
 			someFault(c, rng)
 		}
 		clients.Wait()
+		c.Close() // from now on nobody else writes to run
 		for _, log := range logs {
 			slices.Sort(log) // in one client, goroutines that end at the same moment have no order
 			run.WriteString(strings.Join(log, "\n") + "\n")
