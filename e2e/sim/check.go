@@ -76,6 +76,13 @@ func (c *checker) violation(format string, args ...any) {
 	c.violations = append(c.violations, fmt.Sprintf("at %.6f s: %s", c.w.now().Seconds(), text))
 }
 
+// report is violation for a caller that does not hold the world's lock.
+func (c *checker) report(format string, args ...any) {
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
+	c.violation(format, args...)
+}
+
 // started is called when a job starts. It has the token of the one before if it is started again in
 // its term.
 func (c *checker) started(j, before *job) {
@@ -214,7 +221,7 @@ func (c *checker) settled() {
 	again := c.w.daemons[r.IntN(Daemons)]
 	again.stop()
 	if !again.waitDown(4 * c.w.s.TTL) {
-		c.violation("%s: %s does not end", without, again.name)
+		c.report("%s: %s does not end", without, again.name)
 	}
 	again.start()
 	c.settle(without + ", and a restart of " + again.name)
@@ -234,7 +241,7 @@ func (c *checker) replaceAll(leads *job, r *rand.Rand) bool {
 		return false
 	}
 	if after := c.w.queue(); !slices.Equal(before, after) {
-		c.violation("the queue was %v, and is %v when all electors were replaced", before, after)
+		c.report("the queue was %v, and is %v when all electors were replaced", before, after)
 		return false
 	}
 	return true
@@ -275,7 +282,7 @@ func (c *checker) settle(after string) (leads *job) {
 	var why string
 	for end := c.w.now() + atMost; leads == nil; {
 		if c.w.now() > end {
-			c.violation("%v after %s: %s", atMost, after, why)
+			c.report("%v after %s: %s", atMost, after, why)
 			return nil
 		}
 		time.Sleep(100 * time.Millisecond)
@@ -290,7 +297,7 @@ func (c *checker) stays(leads *job, although string) bool {
 	time.Sleep(2 * c.w.s.TTL)
 	now, why := c.order()
 	if now != leads {
-		c.violation("%s: %v does not go on: %s", although, leads, why)
+		c.report("%s: %v does not go on: %s", although, leads, why)
 	}
 	return now == leads
 }

@@ -90,12 +90,21 @@ func Run(t *testing.T, s Schedule) (r Result) {
 		seedRuntime(s.Seed + 1)
 		w := newWorld(s)
 		w.run()
-		r = Result{
-			Violations: w.check.violations, Log: w.log.Bytes(), Virtual: w.now(),
-			Terms: w.check.terms, Recovery: w.check.recovery,
-		}
+		r = w.result()
 	})
 	return r
+}
+
+// result is what the run has shown. A candidate whose process has crashed may still log something.
+func (w *world) result() Result {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.log.Lock()
+	defer w.log.Unlock()
+	return Result{
+		Violations: slices.Clone(w.check.violations), Log: slices.Clone(w.log.Bytes()),
+		Virtual: w.now(), Terms: w.check.terms, Recovery: w.check.recovery,
+	}
 }
 
 func newWorld(s Schedule) *world {
@@ -263,11 +272,11 @@ func (w *world) stop() {
 	w.daemons[r.IntN(Daemons)].replace(time.Duration(r.Int64N(int64(time.Second))))
 	for _, d := range w.daemons {
 		if !d.waitDown(w.s.TTL * 4) {
-			w.check.violation("%s does not end", d.name)
+			w.check.report("%s does not end", d.name)
 			return
 		}
 	}
 	if left := w.cluster.Keys(election + "/"); len(left) > 0 {
-		w.check.violation("keys are left when all daemons have ended: %v", left)
+		w.check.report("keys are left when all daemons have ended: %v", left)
 	}
 }
