@@ -228,6 +228,8 @@ func (c *testCandidate) waitUntilNext() {
 func TestPriority_RealEtcd(t *testing.T) {
 	t.Parallel()
 	cluster := newTestEtcd(t)
+	// With a short one, the 200 candidates of another test may cost the leader its term.
+	const ttl = 10 * time.Second
 	all := distinctOrders()
 	if os.Getenv("ORDERS") != "all" {
 		rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
@@ -238,7 +240,7 @@ func TestPriority_RealEtcd(t *testing.T) {
 			t.Parallel()
 			all := map[string]*testCandidate{}
 			for name := range strings.SplitSeq(order, "") {
-				all[name] = newRecorded(t, cluster, order, name, 3*time.Second, priorities5[name])
+				all[name] = newRecorded(t, cluster, order, name, ttl, priorities5[name])
 				all[name].waitFor("queued", func(s Snapshot) bool {
 					return s.State == Standby || s.State == Leading
 				})
