@@ -232,7 +232,7 @@ func TestCandidate_Wait(t *testing.T) {
 	cluster := newTestEtcd(t)
 	a := newTestCandidate(t, cluster.Endpoints(), "a", nil)
 	term := a.waitForTerm()
-	for _, wait := range []time.Duration{0, 300 * time.Millisecond} {
+	for _, wait := range []time.Duration{0, 3 * time.Second} {
 		b := newTestCandidate(
 			t, cluster.Endpoints(), "b", func(cfg *Config, _ *testCallbacks) { cfg.Wait = wait },
 		)
