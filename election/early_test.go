@@ -294,7 +294,9 @@ func TestCandidate_EarlyStart(t *testing.T) {
 		cfg.TTL = 5 * time.Minute // it confirms nothing meanwhile
 	})
 	a.waitForTerm()
-	b := newTestCandidate(t, cluster.Endpoints(), "b", nil)
+	b := newTestCandidate(t, cluster.Endpoints(), "b", func(cfg *Config, _ *testCallbacks) {
+		cfg.TTL = 15 * time.Second // one renewal falls into what is counted
+	})
 	renewed := b.waitForState(Standby).Deadlines
 	txns := func() float64 {
 		n, err := cluster.Members[0].Metric(

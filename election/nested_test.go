@@ -150,7 +150,8 @@ func TestCandidate_NestedElections_Late(t *testing.T) {
 func TestCandidate_NestedElections_Cost(t *testing.T) {
 	cluster := newTestEtcd(t)
 	resign := make(chan struct{})
-	a := newTestCandidate(t, cluster.Endpoints(), "a", func(_ *Config, h *testCallbacks) {
+	a := newTestCandidate(t, cluster.Endpoints(), "a", func(cfg *Config, h *testCallbacks) {
+		cfg.TTL = 15 * time.Second // one renewal falls into what is counted of a term
 		h.lead = func(ctx context.Context, _ Term) error {
 			select {
 			case <-resign:
