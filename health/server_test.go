@@ -353,7 +353,9 @@ func TestServer_SlowClients(t *testing.T) {
 	if got := ts.do(t, "GET", "/leader"); got.code != 200 {
 		t.Errorf("/leader: %d %s", got.code, got.body)
 	}
-	if took := time.Since(began); took > time.Second {
+	// Three times as many are ahead of it as are served at once. Each of these groups gives way after
+	// restTimeout. It would otherwise after ReadHeaderTimeout.
+	if took := time.Since(began); took > 4*time.Second {
 		t.Errorf("a probe among slow clients took %v", took)
 	}
 	if n := runtime.NumGoroutine() - before; n > maxConns+20 {
@@ -401,7 +403,7 @@ func TestServer_Burst(t *testing.T) {
 	wg.Wait()
 	// 138 were seen with the race detector on a machine that was short of processor time. A server
 	// that does not serve in turn makes all but the first 256 try again.
-	if n := again.Load(); n > 500 {
+	if n := again.Load(); n > 700 {
 		t.Errorf("%d of 1000 requests had to be tried again", n)
 	}
 }
