@@ -30,6 +30,23 @@ func newElectorGuard(t *testing.T, idle bool) *testGuard {
 	return g
 }
 
+// electorsStay has the electors that follow sleep until the test ends. One that exits at once may be
+// seen to be lost before it is seen to run.
+func (g *testGuard) electorsStay() {
+	g.t.Helper()
+	var err error
+	if g.starter.image.fd, err = g.starter.openBinary("/bin/sh"); err != nil {
+		g.t.Fatal(err)
+	}
+	g.starter.argv = []string{"sh", "-c", "exec sleep 1000"}
+	g.t.Cleanup(func() {
+		g.until("no fork", func() bool { return g.elector.state != electorStarting })
+		if g.elector.pid > 0 {
+			_ = unix.Kill(g.elector.pid, unix.SIGKILL)
+		}
+	})
+}
+
 // electorDies lets the elector exit, with all that it has said in its pipe.
 func (g *testGuard) electorDies() {
 	g.t.Helper()
@@ -103,6 +120,7 @@ func TestElector_Lost(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			g := newElectorGuard(t, c.idle)
+			g.electorsStay()
 			old := g.elector.pid
 			c.event(g)
 			g.electorDies()
@@ -123,6 +141,7 @@ func TestElector_Lost(t *testing.T) {
 // TestElector_Silent: an elector that hangs is killed and replaced. The job is left alone.
 func TestElector_Silent(t *testing.T) {
 	g := newElectorGuard(t, false)
+	g.electorsStay()
 	g.job.stopAt = boottime.Now() + g.cfg.TTL/3 // its silence counts from now on
 	g.heardFromElector(boottime.Now() - g.cfg.TTL)
 	_ = unix.Kill(g.elector.pid, unix.SIGSTOP)
