@@ -14,6 +14,7 @@ import (
 	ossignal "os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -135,7 +136,10 @@ func guardMain() int {
 			return []string{"leasehold", "revoke", strconv.FormatInt(lease, 16)}
 		},
 		Signals: signals, Children: children, Notify: func(string) {}, Heartbeat: func() {},
-		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		Logger: slog.New(slog.NewMultiHandler(
+			slog.NewTextHandler(os.Stderr, nil),
+			slog.NewTextHandler(dialTest("guard"), &slog.HandlerOptions{Level: slog.LevelDebug}),
+		)),
 	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -284,6 +288,16 @@ func (r *rig) waitSaid(prefix string) string {
 func (r *rig) waitJobs(n int) {
 	r.t.Helper()
 	r.wait(fmt.Sprintf("%d processes of the job", n), func() bool { return len(r.alive) >= n })
+}
+
+// waitIdle waits until the guard, which has had one job, knows that nothing of it is left.
+func (r *rig) waitIdle() {
+	r.t.Helper()
+	r.wait("the guard has no job", func() bool {
+		return slices.ContainsFunc(r.said, func(s string) bool {
+			return strings.Contains(s, `msg="job state"`) && strings.Contains(s, " to=idle ")
+		})
+	})
 }
 
 // requireDead fails if any process of the job is alive. It is called when its death has just been
