@@ -41,10 +41,10 @@ func TestGuard_DeadlinesWithoutRenewal(t *testing.T) {
 
 func TestGuard_ExtendMovesDeadlinesUntilStopAt(t *testing.T) {
 	r := newRig(t, "stubborn", 0)
-	r.lead(1, 500*time.Millisecond, time.Hour)
+	r.lead(1, 2*time.Second, time.Hour)
 	for range 5 {
-		r.tell("extend 500ms 1h")
-		time.Sleep(200 * time.Millisecond)
+		r.tell("extend 2s 1h")
+		time.Sleep(500 * time.Millisecond)
 	}
 	r.mu.Lock()
 	alive := len(r.alive)
@@ -52,7 +52,7 @@ func TestGuard_ExtendMovesDeadlinesUntilStopAt(t *testing.T) {
 	if alive != 1 {
 		t.Fatal("the job was stopped although its deadlines were moved")
 	}
-	time.Sleep(600 * time.Millisecond) // stop-at passes, and the job ignores the stop signal
+	time.Sleep(2100 * time.Millisecond) // stop-at passes, and the job ignores the stop signal
 	r.tell("extend 1h 2h")
 	r.tell("end lost")
 	r.waitSaid("led")
