@@ -84,14 +84,17 @@ func (p *Program) untilInterrupted(
 	ctx context.Context, work func(ctx context.Context) error,
 ) error {
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
-	ended := make(chan error, 2)
-	go func() { ended <- work(ctx) }()
+	ended, worked := make(chan error, 2), make(chan struct{})
+	go func() {
+		defer close(worked)
+		ended <- work(ctx)
+	}()
 	go func() { ended <- p.whenUnread() }()
 	select {
 	case <-ctx.Done():
 		// It uses the connections to etcd, which are about to be closed.
 		select {
-		case <-ended:
+		case <-worked:
 		case <-time.After(100 * time.Millisecond): // a write to standard output is blocked
 		}
 	case err := <-ended:
