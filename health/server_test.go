@@ -353,8 +353,8 @@ func TestServer_SlowClients(t *testing.T) {
 	if got := ts.do(t, "GET", "/leader"); got.code != 200 {
 		t.Errorf("/leader: %d %s", got.code, got.body)
 	}
-	// Three times as many are ahead of it as are served at once. Each of these groups gives way after
-	// restTimeout. It would otherwise after ReadHeaderTimeout.
+	// Three times as many are ahead of it as are served at once. Each of these groups gives way
+	// after restTimeout, and not only after ReadHeaderTimeout.
 	if took := time.Since(began); took > 4*time.Second {
 		t.Errorf("a probe among slow clients took %v", took)
 	}

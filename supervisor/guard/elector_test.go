@@ -30,8 +30,8 @@ func newElectorGuard(t *testing.T, idle bool) *testGuard {
 	return g
 }
 
-// electorsStay has the electors that follow sleep until the test ends. One that exits at once may be
-// seen to be lost before it is seen to run.
+// electorsStay has the electors that follow sleep until the test ends. One that exits at once may
+// be seen to be lost before it is seen to run.
 func (g *testGuard) electorsStay() {
 	g.t.Helper()
 	var err error
