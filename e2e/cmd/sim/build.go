@@ -26,6 +26,20 @@ var runtimeChanges = []change{
 `},
 	{"select.go", "j := cheaprandn(uint32(norder + 1))", "j := seededn(uint32(norder + 1))"},
 	{"time.go", "t.rand = cheaprand()", "t.rand = seededn(1<<32 - 1)"},
+	// A select adds the timers that it waits for to the bubble's, each with a random number. The
+	// order of its locks is that of addresses.
+	{"select.go", `
+		if c.timer != nil {
+			blockTimerChan(c)
+		}
+	}
+`, `	}
+	for _, i := range pollorder {
+		if c := scases[i].c; c.timer != nil {
+			blockTimerChan(c)
+		}
+	}
+`},
 	{"rand.go", "// rand32 is uint32(rand())", `var seeded uint64 // 0: not seeded
 
 //go:linkname seedBubble leasehold/e2e/sim.seedRuntime
