@@ -56,7 +56,7 @@ help:
 	@echo 'Test what is shipped (root, Debian; they install what they need):'
 	@echo 'make test-image    the image, run for real with podman'
 	@echo 'make test-systemd  the unit on machines that boot systemd: TRIALS=15 for figures, LEASEHOLD_DEB=FILE'
-	@echo 'make test-k8s      every manifest of k8s/ and the Helm chart, without a cluster, and run as processes'
+	@echo 'make test-k8s      every manifest of k8s/ and the Helm chart, without a cluster, and run as processes: RUN='
 	@echo 'make test-dist     packages in a clean Debian, docs/process.md, and dist built again elsewhere'
 	@echo 'make test-etcd-versions  etcd 3.4 to 3.7: VERSIONS="3.4 3.5" SHORT=1; 75 minutes; root, nft, ip, strace'
 	@echo 'make e2e-k8s       the manifests in the cluster of the current kubectl context: IMAGE= LOAD= RUN='
