@@ -636,7 +636,7 @@ func (c *cluster) rollAs(kind string, most time.Duration, form form, job string)
 	first, began := c.leader(), boottime.Now()
 	c.kubectl("rollout", "restart", object)
 	c.kubectl("rollout", "status", object, "--timeout=5m")
-	c.follower(first)
+	c.follower(first, time.Minute)
 	lives := c.jobs()
 	gap := longestGap(lives)
 	if gap > most {
@@ -678,9 +678,9 @@ func (c *cluster) leader() (leader life) {
 
 // follower returns the job that follows another one. What waits for new pods may return while the
 // last old one still ends.
-func (c *cluster) follower(before life) (next life) {
+func (c *cluster) follower(before life, within time.Duration) (next life) {
 	c.t.Helper()
-	c.until(time.Minute, func() (err error) {
+	c.until(within, func() (err error) {
 		if next, err = c.running(); err == nil && next.began == before.began {
 			err = fmt.Errorf("%v goes on", before)
 		}

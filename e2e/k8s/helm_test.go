@@ -100,7 +100,7 @@ func (c *cluster) release(form form, job string) {
 	// The pods are replaced one by one. Each waits until it may lead.
 	const upgrade = "--set=ttl=20s,leaderService.name=leader"
 	well(with("upgrade", "--timeout=5m", upgrade)...)
-	upgraded := c.follower(first)
+	upgraded := c.follower(first, time.Minute)
 	c.candidates(name, upgraded.pod, 3)
 	c.routed(upgraded.pod)
 	const ttl = "jsonpath={..env[?(@.name==\"LEASEHOLD_TTL\")].value}"

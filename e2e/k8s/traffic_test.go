@@ -207,7 +207,7 @@ func (c *cluster) forbidden() {
 	c.kubectl("delete", "rolebinding", "wrapper")
 	before := c.leader()
 	c.kubectl("delete", "pod", before.pod, "--wait=false")
-	leader := c.follower(before)
+	leader := c.follower(before, 30*time.Second) // the job may ignore TERM
 	const right = "right=\"get services leader\""
 	var log string
 	c.until(30*time.Second, func() error {
