@@ -244,7 +244,7 @@ func TestReplaced_Stopping(t *testing.T) {
 				t.Errorf("the job is %s", s.Job.State)
 			}
 			took := tr.waitDead(job) - began
-			if took < grace-100*time.Millisecond || took > grace+5*time.Second {
+			if took < grace-100*time.Millisecond || took > grace+time.Second {
 				t.Errorf("the job was dead %v after SIGTERM, want %v", took, grace)
 			}
 			if next := tr.waitNext(job, soon); next.Candidate != standby.Identity {

@@ -251,7 +251,7 @@ func TestHung(t *testing.T) {
 	}{
 		// The elector takes over from a margin before kill-by on: up to 12 s after the last renewal
 		// that the guard has seen, and a moment. The watchdog comes after 30 s.
-		{name: "guard of the leader", ttl: "15s", within: 20 * time.Second},
+		{name: "guard of the leader", ttl: "15s", within: 15 * time.Second},
 		{name: "guard of the standby", ttl: "5s", standby: true, watchdog: true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
